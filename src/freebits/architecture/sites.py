@@ -1,0 +1,165 @@
+"""The site table: which axis of which tensor runs along the residual stream, and at which site.
+
+After norm folding every norm of the residual stream is a bare RMS norm, which commutes with rotations.
+A *site* is a stretch of the stream between two shortcuts. There an orthogonal `Q` can be inserted for
+free: every tensor with an axis at the site, producer or consumer, is multiplied by `Q` along that axis
+(paper, Remark 3.1, in the layout `(d_out, d_in)` in which `nn.Linear` stores its weights).
+
+A model with `L` blocks of two sublayers has `2L + 1` sites. Site 0 lies before the first sublayer and
+site `s` after sublayer `s`; its shortcut joins sites `s - 1` and `s`.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from freebits.architecture.families import Family, SublayerNames, family_of
+from freebits.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Dimension `dim` of a stored tensor runs along the residual stream at `site`."""
+
+    dim: int
+    site: int
+    writes: bool = False
+    """Whether the tensor adds to the stream here (producer) or reads it (consumer)."""
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """The sublayer that leads from site `site - 1` to site `site`; all names are full module names."""
+
+    site: int
+    norm: str
+    reads: tuple[str, ...]
+    write: str
+    shortcut: str
+
+    @classmethod
+    def bind(cls, names: SublayerNames, block: str, site: int) -> "Sublayer":
+        """The sublayer `names` of the block called `block`."""
+        return cls(
+            site=site,
+            norm=f"{block}.{names.norm}",
+            reads=tuple(f"{block}.{read}" for read in names.reads),
+            write=f"{block}.{names.write}",
+            shortcut=f"{block}.{names.name}_shortcut",
+        )
+
+    @property
+    def prefix(self) -> str:
+        """Name under which a packed checkpoint files what belongs to the whole sublayer."""
+        return self.shortcut.removesuffix("_shortcut")
+
+    @property
+    def axes(self) -> dict[str, tuple[Axis, ...]]:
+        """The residual axes of the sublayer's tensors, in the order in which a message holds them."""
+        before, after = self.site - 1, self.site
+        return {
+            f"{self.shortcut}.weight": (Axis(1, before), Axis(0, after, writes=True)),
+            **{f"{read}.weight": (Axis(1, before),) for read in self.reads},
+            **{f"{read}.bias": () for read in self.reads},
+            f"{self.write}.weight": (Axis(0, after, writes=True),),
+            f"{self.write}.bias": (Axis(0, after, writes=True),),
+        }
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model's family, bound to its sizes."""
+
+    family: Family
+    hidden_size: int
+    """`D`, the width of the dense residual stream."""
+    n_blocks: int
+    tied: bool
+    """Whether the head is the token embedding."""
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> "Architecture":
+        """The architecture that a `config.json` describes.
+
+        Raises:
+            UnsupportedModelError: see `family_of`.
+            CheckpointError: a size is missing or senseless.
+        """
+        family = family_of(config)
+        sizes = [config.get(key) for key in ("hidden_size", "num_hidden_layers")]
+        if not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise CheckpointError(f"config.json: hidden_size, num_hidden_layers are {sizes}, not two sizes")
+        tied = config.get("tie_word_embeddings", family.tied_by_default)
+        return cls(family, hidden_size=sizes[0], n_blocks=sizes[1], tied=bool(tied))
+
+    @property
+    def n_sites(self) -> int:
+        """`2L + 1` for blocks of two sublayers."""
+        return self.n_blocks * len(self.family.sublayers) + 1
+
+    @cached_property
+    def blocks(self) -> tuple[tuple[Sublayer, ...], ...]:
+        """The sublayers of each block."""
+        per_block = len(self.family.sublayers)
+        return tuple(
+            tuple(
+                Sublayer.bind(names, f"{self.family.blocks}.{block}", site=block * per_block + index + 1)
+                for index, names in enumerate(self.family.sublayers)
+            )
+            for block in range(self.n_blocks)
+        )
+
+    @cached_property
+    def embedding_axes(self) -> dict[str, tuple[Axis, ...]]:
+        """The residual axes of the embeddings."""
+        return {f"{name}.weight": (Axis(1, 0, writes=True),) for name in self.family.embeddings}
+
+    @cached_property
+    def head_axes(self) -> dict[str, tuple[Axis, ...]]:
+        """The residual axes of the output head."""
+        return {f"{self.family.head}.weight": (Axis(1, self.n_sites - 1),), f"{self.family.head}.bias": ()}
+
+    @cached_property
+    def axes(self) -> dict[str, tuple[Axis, ...]]:
+        """The site table: the residual axes of every tensor a sliced model may have, in reading order."""
+        sublayers = [sublayer.axes for block in self.blocks for sublayer in block]
+        return {k: v for axes in (self.embedding_axes, *sublayers, self.head_axes) for k, v in axes.items()}
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """The norms of the residual stream, in order; folding empties them."""
+        return (*(sub.norm for block in self.blocks for sub in block), self.family.final_norm)
+
+    def site_sizes(self, sliced_size: int) -> tuple[int, ...]:
+        """Width of the stream at each site: `sliced_size`, but the head's site keeps `D`."""
+        return (*[sliced_size] * (self.n_sites - 1), self.hidden_size)
+
+    def check_dense(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Check that a dense checkpoint holds exactly the tensors this architecture speaks of.
+
+        Raises:
+            CheckpointError: a tensor is missing, is unknown (a rotation could then miss it), or has another width.
+        """
+        shortcuts = {f"{sub.shortcut}.weight" for block in self.blocks for sub in block}
+        head = {f"{self.family.head}.weight"}
+        expected = {name: axes for name, axes in self.axes.items() if name not in shortcuts}
+        norms = {f"{norm}.weight" for norm in self.norms}
+        weights = {name for name in expected if name.endswith(".weight")} - (head if self.tied else set())
+        for name in sorted((weights | norms) - shapes.keys()):
+            raise CheckpointError(f"tensor {name} is missing: the checkpoint is incomplete")
+        for name in self.without_ignored(sorted(shapes.keys() - expected.keys() - norms)):
+            raise CheckpointError(
+                f"tensor {name} is not part of a {self.family.model_type} model as freebits knows it"
+            )
+        for name, axes in expected.items():
+            for axis in axes if name in shapes else ():
+                if shapes[name][axis.dim] != self.hidden_size:
+                    raise CheckpointError(
+                        f"tensor {name} has shape {list(shapes[name])}: dimension {axis.dim} is not "
+                        f"hidden_size {self.hidden_size}"
+                    )
+
+    def without_ignored(self, names: Iterable[str]) -> list[str]:
+        """The names less those that no model reads."""
+        return [name for name in names if not name.endswith(self.family.ignored)]

