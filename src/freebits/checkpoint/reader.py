@@ -108,7 +108,9 @@ class Checkpoint:
         for name in self.files:
             code = self._slice(name).get_dtype()
             if code not in DTYPES:
-                raise CheckpointError(f"tensor {name} in {self.path} has dtype {code}, which is not supported")
+                raise CheckpointError(
+                    f"tensor {name} in {self.path} has dtype {code}, which is not supported"
+                )
             dtypes[name] = DTYPES[code]
         return dtypes
 

@@ -69,7 +69,9 @@ class CheckpointWriter:
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Append one tensor."""
-        full = self._shards and self._shard_bytes and self._shards[-1].size + tensor.nbytes > self._shard_bytes
+        full = (
+            self._shards and self._shard_bytes and self._shards[-1].size + tensor.nbytes > self._shard_bytes
+        )
         if full or not self._shards:
             if self._shards:
                 self._shards[-1].close()

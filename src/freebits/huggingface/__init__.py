@@ -9,4 +9,11 @@ from freebits.huggingface.modeling import SlicedLlamaConfig, SlicedLlamaForCausa
 from freebits.huggingface.slicing import slice_model
 from freebits.huggingface.tokens import token_windows
 
-__all__ = ["SlicedLlamaConfig", "SlicedLlamaForCausalLM", "demo_model", "load", "slice_model", "token_windows"]
+__all__ = [
+    "SlicedLlamaConfig",
+    "SlicedLlamaForCausalLM",
+    "demo_model",
+    "load",
+    "slice_model",
+    "token_windows",
+]

@@ -54,7 +54,9 @@ class BlockRunner:
     @torch.no_grad()
     def run(self, sublayer: int, x: Tensor) -> Tensor:
         """The stream after the loaded block's `sublayer`, window by window."""
-        return torch.cat([self._block.run(sublayer, window, **self._recorder.context) for window in x.split(1)])
+        return torch.cat(
+            [self._block.run(sublayer, window, **self._recorder.context) for window in x.split(1)]
+        )
 
 
 class _Recorder(nn.Module):

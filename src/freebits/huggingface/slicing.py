@@ -103,7 +103,9 @@ def _common_dtype(dense: Checkpoint, architecture: Architecture) -> torch.dtype:
     names = architecture.without_ignored(dense.files)
     for name in names:
         if not dense.dtypes[name].is_floating_point:
-            raise CheckpointError(f"tensor {name} is {dense.dtypes[name]}: slicing needs floating-point weights")
+            raise CheckpointError(
+                f"tensor {name} is {dense.dtypes[name]}: slicing needs floating-point weights"
+            )
     return torch.promote_types(*(dense.dtypes[names[i]] for i in (0, -1)))
 
 

@@ -40,5 +40,7 @@ def token_windows(path: str | os.PathLike[str], text: str, seq_len: int) -> Tens
     tokens = load_tokenizer(path)(text, verbose=False)["input_ids"]
     n_windows = len(tokens) // seq_len
     if not n_windows:
-        raise UsageError(f"the text has {len(tokens)} tokens, less than one window of {seq_len}: lower --seq-len")
+        raise UsageError(
+            f"the text has {len(tokens)} tokens, less than one window of {seq_len}: lower --seq-len"
+        )
     return torch.tensor(tokens[: n_windows * seq_len]).reshape(n_windows, seq_len)

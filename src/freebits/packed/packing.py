@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
@@ -18,7 +17,7 @@ from freebits.coding import Declined, canonical_direction, encode
 from freebits.errors import CheckpointError, UsageError
 from freebits.packed.format import FORMAT, Manifest, SiteRecord, digest, digest_of_file, is_packed
 from freebits.packed.inspection import inspect
-from freebits.packed.parallel import Progress, ordered_map
+from freebits.packed.parallel import Progress, ordered_map, workers
 from freebits.packed.size import bytes_on_disk, recorded_baselines
 from freebits.symmetry import rotate_all
 
@@ -33,7 +32,7 @@ def pack(
     out: str | os.PathLike[str],
     *,
     threshold: float = THRESHOLD,
-    jobs: int = 1,
+    jobs: int | None = None,
     progress: Progress = lambda done, total: None,
 ) -> dict[str, Any]:
     """Pack a sliced checkpoint: keep its function, take the bits of its rotations back.
@@ -45,7 +44,8 @@ def pack(
         out: folder to create; it appears complete or not at all.
         threshold: largest error of a decoded word that is left without a correction. The paper uses 0.01 for
             OPT and 0.005 for Llama 2.
-        jobs: blocks to work on at once. Memory holds as many and one embedding.
+        jobs: blocks to work on at once, by default one a processor, at most four. Memory holds as many and one
+            embedding.
         progress: called after each block.
 
     Returns:
@@ -55,8 +55,8 @@ def pack(
         UsageError: the threshold is negative or `jobs` is less than one.
         CheckpointError: the model is not a sound sliced checkpoint in 16-bit floats, or `out` exists.
     """
-    if not threshold >= 0 or jobs < 1:
-        raise UsageError(f"threshold {threshold}, jobs {jobs}: give a threshold of at least 0 and at least one job")
+    if not threshold >= 0:
+        raise UsageError(f"threshold {threshold}: give 0 or more")
     if is_packed(model):
         raise CheckpointError(f"{model} is packed already: unpack it first")
     sliced = Checkpoint(model)
@@ -107,7 +107,9 @@ class _Packing:
             )
         missing = [n for n in architecture.axes if n.endswith(".weight") and n not in sliced.files]
         if missing:
-            raise CheckpointError(f"tensor {missing[0]} is missing in {sliced.path}: the checkpoint is incomplete")
+            raise CheckpointError(
+                f"tensor {missing[0]} is missing in {sliced.path}: the checkpoint is incomplete"
+            )
         dtypes = {sliced.dtypes[name] for name in architecture.axes if name in sliced.files}
         if len(dtypes) != 1 or (dtype := dtypes.pop()).itemsize != 2 or not dtype.is_floating_point:
             raise CheckpointError(f"{sliced.path}: bits-back needs all weights in float16 or all in bfloat16")
@@ -119,17 +121,19 @@ class _Packing:
         parts = [f"{sub.prefix}.{part}" for sub in sublayers for part in ("message", "signs", "corrections")]
         return [*self.sliced.files, *parts]
 
-    def run(self, jobs: int, progress: Progress) -> Iterator[tuple[list[SiteRecord], dict[str, Tensor]]]:
+    def run(
+        self, jobs: int | None, progress: Progress
+    ) -> Iterator[tuple[list[SiteRecord], dict[str, Tensor]]]:
         """Site records and tensors to write: the embeddings, then each block's, then the head's."""
         architecture, blocks = self.architecture, self.architecture.blocks
         untouched = [name for name in self.sliced.files if name not in architecture.axes]
         yield [], self._read([*architecture.embedding_axes, *untouched])
         parts = [*(({k: v for sub in block for k, v in sub.axes.items()}, block) for block in blocks)]
-        with ThreadPoolExecutor(jobs) as executor:
-            gauges = chain([{}], ordered_map(executor, self._gauge, blocks, jobs), [{}])
+        with workers(jobs) as executor:
+            gauges = chain([{}], ordered_map(executor, self._gauge, blocks), [{}])
             rotations = (before | after for before, after in pairwise(gauges))
             work = zip([*parts, (architecture.head_axes, ())], rotations, strict=True)
-            for done, coded in enumerate(ordered_map(executor, self._encode_part, work, jobs), start=1):
+            for done, coded in enumerate(ordered_map(executor, self._encode_part, work), start=1):
                 yield coded
                 progress(done, len(parts) + 1)
 
@@ -149,7 +153,9 @@ class _Packing:
         records = [self._encode_site(sublayer, rotated, stored) for sublayer in sublayers]
         return records, stored
 
-    def _encode_site(self, sub: Sublayer, rotated: dict[str, Tensor], stored: dict[str, Tensor]) -> SiteRecord:
+    def _encode_site(
+        self, sub: Sublayer, rotated: dict[str, Tensor], stored: dict[str, Tensor]
+    ) -> SiteRecord:
         """Replace a site's tensors in `stored` by its code, or leave them as they are."""
         names = [f"{module}.weight" for module in (sub.shortcut, *sub.reads)]
         output = f"{sub.write}.weight"

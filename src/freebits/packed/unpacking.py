@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
 
@@ -12,9 +11,9 @@ from torch import Tensor
 
 from freebits.checkpoint import Checkpoint, CheckpointWriter, carry_over, new_directory
 from freebits.coding import Coded, decode, message_length
-from freebits.errors import CheckpointError, UsageError
+from freebits.errors import CheckpointError
 from freebits.packed.format import MANIFEST, Manifest, SiteRecord, digest, is_packed
-from freebits.packed.parallel import Progress, ordered_map
+from freebits.packed.parallel import Progress, ordered_map, workers
 
 
 class PackedCheckpoint:
@@ -74,10 +73,10 @@ class PackedCheckpoint:
         coded = [name for site in self._sites.values() for name, _ in site.message]
         return [*self.stored.files, *coded]
 
-    def decode(self, jobs: int = 1) -> Iterator[dict[str, Tensor]]:
+    def decode(self, jobs: int | None = None) -> Iterator[dict[str, Tensor]]:
         """The sliced model's tensors: one plain tensor, or those of one site, at a time."""
-        with ThreadPoolExecutor(jobs) as executor:
-            yield from ordered_map(executor, self._decode_unit, self.units, jobs)
+        with workers(jobs) as executor:
+            yield from ordered_map(executor, self._decode_unit, self.units)
 
     def _decode_unit(self, name: str) -> dict[str, Tensor]:
         return self.decode_site(self._sites[name]) if name in self._sites else {name: self.read(name)}
@@ -106,7 +105,7 @@ class PackedCheckpoint:
         return CheckpointError(f"{self.path}: {name} {finding}: the file is damaged, download it again")
 
 
-def unpacked_tensors(path: str | os.PathLike[str], jobs: int = 1) -> Iterator[tuple[str, Tensor]]:
+def unpacked_tensors(path: str | os.PathLike[str], jobs: int | None = None) -> Iterator[tuple[str, Tensor]]:
     """Name and tensor of everything in a packed checkpoint, decoded as it is asked for.
 
     Raises:
@@ -120,7 +119,7 @@ def unpack(
     packed: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    jobs: int = 1,
+    jobs: int | None = None,
     progress: Progress = lambda done, total: None,
 ) -> None:
     """Write the plain sliced checkpoint that a packed one holds, for `transformers` and any other tool.
@@ -128,15 +127,14 @@ def unpack(
     Args:
         packed: a packed folder.
         out: folder to create; it appears complete or not at all.
-        jobs: sites to decode at once. Memory holds as many and one embedding.
+        jobs: sites to decode at once, by default one a processor, at most four. Memory holds as many and one
+            embedding.
         progress: called after each site or plain tensor.
 
     Raises:
         CheckpointError: the folder is not packed or is damaged, or `out` exists.
         UsageError: `jobs` is less than one.
     """
-    if jobs < 1:
-        raise UsageError(f"jobs {jobs}: give at least one")
     source = PackedCheckpoint(packed)
     config = {key: value for key, value in source.stored.config.items() if key != "packed"}
     with new_directory(out) as directory:
