@@ -18,8 +18,8 @@ from freebits.evaluation import evaluate, verify
 from freebits.huggingface import slice_model
 from freebits.packed import inspect, pack, unpack
 from freebits.packed.packing import CODEC, THRESHOLD
-from freebits.packed.parallel import Progress
 from freebits.packed.size import change
+from freebits.progress import Progress
 from freebits.version import __version__
 
 OK, FAILED, BAD_INPUT = 0, 1, 2
@@ -30,9 +30,7 @@ Row = tuple[str, ...]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0 done, 1 a check did not hold, 2 bad input or usage."""
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
-    )  # so that drafts are cleared away
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that drafts are cleared away
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     arguments = _parser().parse_args(argv)
@@ -114,9 +112,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         if arguments.against:
             perplexity = result["perplexity"]
             ratio = perplexity["packed"] / perplexity["reference"]
-            print(
-                f"perplexity        {perplexity['packed']:.4f} packed, {perplexity['reference']:.4f} reference"
-            )
+            print(f"perplexity        {perplexity['packed']:.4f} packed, {perplexity['reference']:.4f} reference")
             print(f"perplexity ratio  {ratio:.5f} ({'within' if result['ok'] else 'ABOVE'} the tolerance)")
             print(f"mean KL           {result['mean_kl']:.2e} nats per token")
             print(f"max |Δlogit|      {result['max_abs_logit_diff']:.3g}")
@@ -194,9 +190,7 @@ def _text(path: Path | None) -> str | None:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read as UTF-8 text ({error}): give a plain text file"
-        ) from None
+        raise CheckpointError(f"{path} cannot be read as UTF-8 text ({error}): give a plain text file") from None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -215,9 +209,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def command(name: str, run: Callable[[argparse.Namespace], int], summary: str, more: str) -> Any:
-        added = commands.add_parser(
-            name, help=summary, description=f"{summary[0].upper()}{summary[1:]}. {more}"
-        )
+        added = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}. {more}")
         added.set_defaults(run=run)
         return added
 
@@ -238,9 +230,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     slice_.add_argument("model", metavar="MODEL", type=Path, help="folder of a dense checkpoint")
     slice_.add_argument("out", metavar="OUT", type=Path, help="folder to create")
-    slice_.add_argument(
-        "--sparsity", type=float, required=True, help="part of the hidden size to remove, [0, 1)"
-    )
+    slice_.add_argument("--sparsity", type=float, required=True, help="part of the hidden size to remove, [0, 1)")
     slice_.add_argument("--calibration", metavar="TEXT", type=Path, help="text file (default: embedded text)")
     slice_.add_argument("--samples", type=int, default=64, help="windows of text (default: %(default)s)")
     slice_.add_argument("--seq-len", type=int, default=512, help="tokens a window (default: %(default)s)")
@@ -277,12 +267,8 @@ def _parser() -> argparse.ArgumentParser:
     for added in (pack_, unpack_):
         added.add_argument("--jobs", type=int, help="blocks at once (default: one a processor, at most four)")
 
-    inspect_ = command(
-        "inspect", _inspect, "say what a folder holds and how large it is", "Reads no tensors."
-    )
-    inspect_.add_argument(
-        "path", metavar="PATH", type=Path, help="folder of a dense, sliced or packed checkpoint"
-    )
+    inspect_ = command("inspect", _inspect, "say what a folder holds and how large it is", "Reads no tensors.")
+    inspect_.add_argument("path", metavar="PATH", type=Path, help="folder of a dense, sliced or packed checkpoint")
 
     verify_ = command(
         "verify",
@@ -294,14 +280,10 @@ def _parser() -> argparse.ArgumentParser:
     verify_.add_argument("--against", metavar="SLICED", type=Path, help="the sliced model it was made from")
 
     eval_ = command("eval", _eval, "measure perplexity", "Windows do not overlap; the model runs in float32.")
-    eval_.add_argument(
-        "model", metavar="MODEL", type=Path, help="folder of a dense, sliced or packed checkpoint"
-    )
+    eval_.add_argument("model", metavar="MODEL", type=Path, help="folder of a dense, sliced or packed checkpoint")
     eval_.add_argument("--device", default="cpu", help="where to run (default: %(default)s)")
     for added, limit in ((verify_, 8), (eval_, None)):
-        added.add_argument(
-            "--text", metavar="FILE", type=Path, help="text file (default: embedded held-out text)"
-        )
+        added.add_argument("--text", metavar="FILE", type=Path, help="text file (default: embedded held-out text)")
         added.add_argument("--seq-len", type=int, default=512, help="tokens a window (default: %(default)s)")
         added.add_argument("--limit", type=int, default=limit, help="windows to use (default: %(default)s)")
 

@@ -10,10 +10,10 @@ import torch
 
 from freebits.evaluation import evaluate
 from freebits.huggingface import demo_model, load, slice_model
-from freebits.huggingface.tokens import load_tokenizer
+from freebits.huggingface.loading import load_tokenizer
 from freebits.packed import inspect, pack, unpack
-from freebits.packed.parallel import Progress
 from freebits.packed.size import bytes_on_disk
+from freebits.progress import Progress
 
 SPARSITY = 0.2
 THRESHOLD = 0.01
@@ -64,8 +64,6 @@ def generate(path: Path, prompt: str, n_tokens: int = 20) -> str:
     """What the model in a folder makes of a prompt, greedily."""
     tokenizer: Any = load_tokenizer(path)
     model = load(path, dtype=torch.float32).eval()
-    output = model.generate(
-        **tokenizer(prompt, return_tensors="pt"), max_new_tokens=n_tokens, do_sample=False
-    )
+    output = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=n_tokens, do_sample=False)
     text: str = tokenizer.decode(output[0], skip_special_tokens=True)
     return text

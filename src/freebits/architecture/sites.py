@@ -9,7 +9,7 @@ A model with `L` blocks of two sublayers has `2L + 1` sites. Site 0 lies before 
 site `s` after sublayer `s`; its shortcut joins sites `s - 1` and `s`.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -91,7 +91,7 @@ class Architecture:
         if not all(isinstance(size, int) and size > 0 for size in sizes):
             raise CheckpointError(f"config.json: hidden_size, num_hidden_layers are {sizes}, not two sizes")
         tied = config.get("tie_word_embeddings", family.tied_by_default)
-        return cls(family, hidden_size=sizes[0], n_blocks=sizes[1], tied=bool(tied))
+        return cls(family, config["hidden_size"], config["num_hidden_layers"], tied=bool(tied))
 
     @property
     def n_sites(self) -> int:
@@ -135,30 +135,36 @@ class Architecture:
         """Width of the stream at each site: `sliced_size`, but the head's site keeps `D`."""
         return (*[sliced_size] * (self.n_sites - 1), self.hidden_size)
 
-    def check_dense(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Check that a dense checkpoint holds exactly the tensors this architecture speaks of.
+    def check(self, shapes: Mapping[str, tuple[int, ...]], site_sizes: Sequence[int] | None = None) -> None:
+        """Check that a checkpoint holds exactly the tensors this architecture speaks of.
+
+        Args:
+            shapes: of the checkpoint's tensors.
+            site_sizes: widths of a sliced model's sites; without them the model is dense.
 
         Raises:
             CheckpointError: a tensor is missing, is unknown (a rotation could then miss it), or has another width.
         """
-        shortcuts = {f"{sub.shortcut}.weight" for block in self.blocks for sub in block}
-        head = {f"{self.family.head}.weight"}
-        expected = {name: axes for name, axes in self.axes.items() if name not in shortcuts}
-        norms = {f"{norm}.weight" for norm in self.norms}
-        weights = {name for name in expected if name.endswith(".weight")} - (head if self.tied else set())
-        for name in sorted((weights | norms) - shapes.keys()):
+        dense = site_sizes is None
+        sizes = [self.hidden_size] * self.n_sites if site_sizes is None else site_sizes
+        if len(sizes) != self.n_sites:
+            raise CheckpointError(f"config.json: {len(sizes)} site_sizes for {self.n_sites} sites")
+        shortcuts = {f"{sub.shortcut}.weight" for block in self.blocks for sub in block} if dense else set()
+        norms = {f"{norm}.weight" for norm in self.norms} if dense else set()
+        shared = {f"{self.family.head}.weight"} if dense and self.tied else set()
+        known = {name: axes for name, axes in self.axes.items() if name not in shortcuts}
+        required = {name for name in known if name.endswith(".weight")} - shared | norms
+        for name in sorted(required - shapes.keys()):
             raise CheckpointError(f"tensor {name} is missing: the checkpoint is incomplete")
-        for name in self.without_ignored(sorted(shapes.keys() - expected.keys() - norms)):
-            raise CheckpointError(
-                f"tensor {name} is not part of a {self.family.model_type} model as freebits knows it"
-            )
-        for name, axes in expected.items():
-            for axis in axes if name in shapes else ():
-                if shapes[name][axis.dim] != self.hidden_size:
-                    raise CheckpointError(
-                        f"tensor {name} has shape {list(shapes[name])}: dimension {axis.dim} is not "
-                        f"hidden_size {self.hidden_size}"
-                    )
+        for name in self.without_ignored(sorted(shapes.keys() - known.keys() - norms)):
+            kind = self.family.model_type if dense else self.family.sliced_model_type
+            raise CheckpointError(f"tensor {name} is not part of a {kind} model as freebits knows it")
+        for name, axis in ((name, axis) for name in known.keys() & shapes.keys() for axis in known[name]):
+            if shapes[name][axis.dim] != sizes[axis.site]:
+                raise CheckpointError(
+                    f"tensor {name} has shape {list(shapes[name])}: dimension {axis.dim} should be "
+                    f"{sizes[axis.site]}, the width of site {axis.site}"
+                )
 
     def without_ignored(self, names: Iterable[str]) -> list[str]:
         """The names less those that no model reads."""

@@ -1,6 +1,7 @@
 """Read a checkpoint directory: its config, and its tensors one by one."""
 
 import json
+import os
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -60,7 +61,7 @@ class Checkpoint:
             is truncated or not what the index promises.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
             raise CheckpointError(f"{path} is not a folder: give the folder of a downloaded checkpoint")
@@ -91,11 +92,6 @@ class Checkpoint:
             )
         raise CheckpointError(f"{self.path} holds no {SINGLE} and no {INDEX}: it has no weights")
 
-    @property
-    def weight_files(self) -> tuple[Path, ...]:
-        """The safetensors files."""
-        return tuple(self.path / name for name in self._handles)
-
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor."""
@@ -108,9 +104,7 @@ class Checkpoint:
         for name in self.files:
             code = self._slice(name).get_dtype()
             if code not in DTYPES:
-                raise CheckpointError(
-                    f"tensor {name} in {self.path} has dtype {code}, which is not supported"
-                )
+                raise CheckpointError(f"tensor {name} in {self.path} has dtype {code}, which is not supported")
             dtypes[name] = DTYPES[code]
         return dtypes
 

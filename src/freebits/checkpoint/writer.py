@@ -1,10 +1,13 @@
 """Write a checkpoint directory: one tensor at a time, all or nothing."""
 
 import json
+import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ _ENTRY = len('"":{"dtype":"BF16","shape":[,],"data_offsets":[,]},') + 4 * len(st
 
 
 @contextmanager
-def new_directory(path: str | Path) -> Iterator[Path]:
+def new_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A directory that appears at `path` complete when the block ends, and not at all if it raises.
 
     Raises:
@@ -40,7 +43,9 @@ def new_directory(path: str | Path) -> Iterator[Path]:
         yield draft
         draft.rename(target)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from error
+        if error.errno is None:  # no operating system's error, and none of writing
+            raise
+        raise CheckpointError(f"{path} cannot be written: {error.strerror}") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -61,17 +66,17 @@ class CheckpointWriter:
     @classmethod
     def like(cls, source: Checkpoint, directory: Path, names: Iterable[str]) -> "CheckpointWriter":
         """A writer whose shards are as large as the largest of `source`: one file if that is one file."""
-        sizes = [file.stat().st_size for file in source.weight_files]
-        return cls(directory, names, shard_bytes=max(sizes) if len(sizes) > 1 else None)
+        sizes: Counter[str] = Counter()
+        for name, file in source.files.items():
+            sizes[file] += prod(source.shapes[name]) * source.dtypes[name].itemsize
+        return cls(directory, names, shard_bytes=max(sizes.values()) if len(sizes) > 1 else None)
 
     def __enter__(self) -> "CheckpointWriter":
         return self
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Append one tensor."""
-        full = (
-            self._shards and self._shard_bytes and self._shards[-1].size + tensor.nbytes > self._shard_bytes
-        )
+        full = self._shards and self._shard_bytes and self._shards[-1].size + tensor.nbytes > self._shard_bytes
         if full or not self._shards:
             if self._shards:
                 self._shards[-1].close()
@@ -88,7 +93,7 @@ class CheckpointWriter:
         if len(self._shards) == 1:
             self._shards[0].path.rename(self._directory / SINGLE)
             return
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, shard in enumerate(self._shards, start=1):
             file = f"model-{number:05}-of-{len(self._shards):05}.safetensors"
             shard.path.rename(self._directory / file)

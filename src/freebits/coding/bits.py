@@ -29,8 +29,4 @@ def unpack_bits(content: bytes, count: int, n_bits: int) -> NDArray[np.int64]:
 def as_tensor(content: bytes) -> Tensor:
     """Bytes as uint8, filled with zeros to a multiple of 8 so that what follows in a file stays aligned."""
     padded = content.ljust(-(-len(content) // _ALIGNMENT) * _ALIGNMENT, b"\0")
-    return (
-        torch.frombuffer(bytearray(padded), dtype=torch.uint8)
-        if padded
-        else torch.empty(0, dtype=torch.uint8)
-    )
+    return torch.frombuffer(bytearray(padded), dtype=torch.uint8) if padded else torch.empty(0, dtype=torch.uint8)

@@ -73,9 +73,7 @@ def encode(message: Tensor, W: Tensor, threshold: float) -> Coded:
     true = torch.cat([taken, W.to(message.dtype).flatten()])
     decoded = torch.cat(_decoded(coded_values, matrix, signs))
     corrections = encode_corrections(true, decoded, threshold)
-    coded = Coded(
-        torch.cat([kept, coded_values]), matrix, as_tensor(pack_bits(signs.long().numpy(), 1)), corrections
-    )
+    coded = Coded(torch.cat([kept, coded_values]), matrix, as_tensor(pack_bits(signs.long().numpy(), 1)), corrections)
     gain = (len(message) - len(coded.message) + zeros.numel()) * message.dtype.itemsize
     cost = coded.signs.nbytes + coded.corrections.nbytes
     if cost >= gain:

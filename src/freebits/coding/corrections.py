@@ -55,7 +55,7 @@ def apply_corrections(decoded: Tensor, corrections: Tensor) -> Tensor:
 
 def count_corrections(corrections: Tensor) -> int:
     """How many words a correction code corrects."""
-    return int(_HEADER.unpack_from(corrections.numpy())[0]) if len(corrections) else 0
+    return int(_HEADER.unpack_from(corrections.numpy().tobytes())[0]) if len(corrections) else 0
 
 
 def read_corrections(corrections: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -69,6 +69,8 @@ def read_corrections(corrections: Tensor, dtype: torch.dtype) -> tuple[Tensor, T
     content = corrections.numpy().tobytes()
     count, n_bits = _HEADER.unpack_from(content)
     words_end = _HEADER.size + count * dtype.itemsize
+    if len(content) < words_end:
+        raise ValueError(f"{len(content)} bytes do not hold {count} corrections")
     gaps = unpack_bits(content[words_end:], count, n_bits)
     words = torch.frombuffer(bytearray(content[_HEADER.size : words_end]), dtype=dtype)
     return torch.from_numpy(np.cumsum(gaps + 1) - 1), words

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from freebits.huggingface import load, token_windows
-from freebits.packed.parallel import Progress
+from freebits.progress import Progress, silent
 from freebits.text import embedded_text
 
 WINDOW = 512
@@ -22,7 +22,7 @@ def evaluate(
     seq_len: int = WINDOW,
     limit: int | None = None,
     device: str = "cpu",
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Perplexity of a dense, sliced or packed model, run in float32.
 

@@ -9,7 +9,7 @@ from torch.nn.functional import kl_div, log_softmax
 from freebits.evaluation.perplexity import WINDOW, logits, loss, mean_perplexity
 from freebits.huggingface import load, token_windows
 from freebits.packed import PackedCheckpoint
-from freebits.packed.parallel import Progress
+from freebits.progress import Progress, silent
 from freebits.text import embedded_text
 
 PERPLEXITY_TOLERANCE = 1.01
@@ -23,7 +23,7 @@ def verify(
     text: str | None = None,
     seq_len: int = WINDOW,
     limit: int = WINDOWS,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Check every digest of a packed checkpoint and, against the sliced model, how close the functions are.
 

@@ -35,11 +35,10 @@ def demo_model() -> Path:
         raise CheckpointError(f"the demo model is not installed ({', '.join(missing) or _PACKAGE}): {_HOW}")
     [gguf] = Path(spec.origin).parent.glob("*.gguf")
     with new_directory(target) as directory:
-        source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-        quantization = GgufConfig(dequantize=True)
+        file = {"gguf_file": gguf.name}
         model = AutoModelForCausalLM.from_pretrained(
-            **source, dtype=torch.float16, quantization_config=quantization
+            gguf.parent, dtype=torch.float16, quantization_config=GgufConfig(dequantize=True), **file
         )
         model.save_pretrained(directory)
-        AutoTokenizer.from_pretrained(**source).save_pretrained(directory)
+        AutoTokenizer.from_pretrained(gguf.parent, **file).save_pretrained(directory)
     return target

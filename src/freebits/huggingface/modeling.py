@@ -19,7 +19,6 @@ from transformers import (
 )
 
 from freebits.architecture import FAMILIES, Architecture, Family
-from freebits.errors import CheckpointError
 from freebits.huggingface.blocks import BareRMSNorm, ResidualBlock
 from freebits.packed import is_packed, unpacked_tensors
 
@@ -28,19 +27,23 @@ class SlicedCausalLM(PreTrainedModel):
     """What a sliced model of any family adds to the library's class."""
 
     family: Family
+    config_class: type[PreTrainedConfig]
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         _slice_modules(self, self.family, config)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]  # our own class inherits it
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def from_pretrained(  # type: ignore[override]  # names of the library's other parameters change
+        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
+    ) -> Any:
         """As in transformers, from a sliced or a packed directory; a packed one is decoded as it is read."""
+        path = pretrained_model_name_or_path
         if path is None or not is_packed(path):
             return super().from_pretrained(path, *args, **kwargs)
         config = kwargs.pop("config", None) or cls.config_class.from_pretrained(path)
-        del config.packed  # the model in memory is a sliced one, and is saved as such
+        vars(config).pop("packed", None)  # the model in memory is a sliced one, and is saved as such
         state = dict(unpacked_tensors(path))
         model = super().from_pretrained(None, *args, config=config, state_dict=state, **kwargs)
         if (Path(path) / "generation_config.json").exists():
@@ -51,9 +54,7 @@ class SlicedCausalLM(PreTrainedModel):
 def _slice_modules(model: PreTrainedModel, family: Family, config: PreTrainedConfig) -> None:
     """Crop every matrix of a dense model to the sizes of its sites, bare its norms, add its shortcuts."""
     architecture = Architecture.of(config.to_dict())
-    sizes = getattr(config, "site_sizes", ())
-    if len(sizes) != architecture.n_sites:
-        raise CheckpointError(f"config.json: {len(sizes)} site_sizes for {architecture.n_sites} sites")
+    sizes: list[int] = config.site_sizes  # type: ignore[attr-defined]
     layers: Any = model.get_submodule(family.blocks)
     blocks = nn.ModuleList(ResidualBlock(layer, family.sublayers) for layer in layers)
     model.set_submodule(family.blocks, blocks)

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from freebits.architecture import Architecture
 from freebits.huggingface.blocks import ResidualBlock
+from freebits.huggingface.loading import understood
 
 
 class BlockRunner:
@@ -23,9 +24,10 @@ class BlockRunner:
     def __init__(self, path: Path, architecture: Architecture, device: torch.device) -> None:
         self.device = device
         self._family = architecture.family
-        config = AutoConfig.from_pretrained(path)
-        config.num_hidden_layers = 1
-        self._model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device).eval()
+        with understood(path, "model"):
+            config = AutoConfig.from_pretrained(path)
+            config.num_hidden_layers = 1
+            self._model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device).eval()
         self._model.set_submodule(self._family.head, nn.Identity())
         layers: Any = self._model.get_submodule(self._family.blocks)
         self._block = ResidualBlock(layers[0], self._family.sublayers)
@@ -54,9 +56,7 @@ class BlockRunner:
     @torch.no_grad()
     def run(self, sublayer: int, x: Tensor) -> Tensor:
         """The stream after the loaded block's `sublayer`, window by window."""
-        return torch.cat(
-            [self._block.run(sublayer, window, **self._recorder.context) for window in x.split(1)]
-        )
+        return torch.cat([self._block.run(sublayer, window, **self._recorder.context) for window in x.split(1)])
 
 
 class _Recorder(nn.Module):

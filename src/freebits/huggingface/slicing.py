@@ -14,8 +14,8 @@ from freebits.errors import CheckpointError, UsageError
 from freebits.huggingface.runner import BlockRunner
 from freebits.huggingface.tokens import token_windows
 from freebits.packed import inspect, is_packed
-from freebits.packed.parallel import Progress
 from freebits.packed.size import dense_bytes
+from freebits.progress import Progress, silent
 from freebits.slicing import sliced_size, sliced_tensors
 from freebits.text import embedded_text
 from freebits.version import __version__
@@ -35,7 +35,7 @@ def slice_model(
     random_orientation: bool = False,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Slice a dense checkpoint (SliceGPT): lossy. Memory holds one block, one embedding and the activations.
 
@@ -65,7 +65,7 @@ def slice_model(
     dense = Checkpoint(model)
     dense_family(dense.config)
     architecture = Architecture.of(dense.config)
-    architecture.check_dense(dense.shapes)
+    architecture.check(dense.shapes)
     dtype = dtype or _common_dtype(dense, architecture)
     size = sliced_size(architecture.hidden_size, sparsity)
     tokens = _draw(token_windows(dense.path, calibration or embedded_text()[0], seq_len), samples, seed)
@@ -103,9 +103,7 @@ def _common_dtype(dense: Checkpoint, architecture: Architecture) -> torch.dtype:
     names = architecture.without_ignored(dense.files)
     for name in names:
         if not dense.dtypes[name].is_floating_point:
-            raise CheckpointError(
-                f"tensor {name} is {dense.dtypes[name]}: slicing needs floating-point weights"
-            )
+            raise CheckpointError(f"tensor {name} is {dense.dtypes[name]}: slicing needs floating-point weights")
     return torch.promote_types(*(dense.dtypes[names[i]] for i in (0, -1)))
 
 
@@ -116,9 +114,7 @@ def _draw(windows: Tensor, samples: int, seed: int) -> Tensor:
     return windows[order[:samples]]
 
 
-def _sliced_config(
-    config: dict[str, Any], architecture: Architecture, size: int, dtype: torch.dtype
-) -> dict[str, Any]:
+def _sliced_config(config: dict[str, Any], architecture: Architecture, size: int, dtype: torch.dtype) -> dict[str, Any]:
     family = architecture.family
     module = Path(REMOTE_CODE).stem
     return {key: value for key, value in config.items() if key != "torch_dtype"} | {

@@ -4,23 +4,9 @@ import os
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from freebits.errors import CheckpointError, UsageError
-
-
-def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
-    """The tokenizer in a checkpoint folder.
-
-    Raises:
-        CheckpointError: there is none that transformers can load.
-    """
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path} holds no tokenizer that transformers can load ({reason})") from None
-    return tokenizer
+from freebits.errors import UsageError
+from freebits.huggingface.loading import load_tokenizer
 
 
 def token_windows(path: str | os.PathLike[str], text: str, seq_len: int) -> Tensor:
@@ -40,7 +26,5 @@ def token_windows(path: str | os.PathLike[str], text: str, seq_len: int) -> Tens
     tokens = load_tokenizer(path)(text, verbose=False)["input_ids"]
     n_windows = len(tokens) // seq_len
     if not n_windows:
-        raise UsageError(
-            f"the text has {len(tokens)} tokens, less than one window of {seq_len}: lower --seq-len"
-        )
+        raise UsageError(f"the text has {len(tokens)} tokens, less than one window of {seq_len}: lower --seq-len")
     return torch.tensor(tokens[: n_windows * seq_len]).reshape(n_windows, seq_len)

@@ -101,9 +101,7 @@ class Manifest:
             sites = [SiteRecord(**site) for site in content.pop("sites")]
             manifest = cls(sites=sites, **content)
         except (TypeError, KeyError) as error:
-            raise CheckpointError(
-                f"{path} does not follow format {FORMAT} ({error}): pack the model again"
-            ) from None
+            raise CheckpointError(f"{path} does not follow format {FORMAT} ({error}): pack the model again") from None
         if digest_of_file(directory / "config.json") != manifest.config:
             raise CheckpointError(
                 f"{directory / 'config.json'} changed since packing (its digest does not match): "

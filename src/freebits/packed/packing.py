@@ -5,7 +5,6 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +16,9 @@ from freebits.coding import Declined, canonical_direction, encode
 from freebits.errors import CheckpointError, UsageError
 from freebits.packed.format import FORMAT, Manifest, SiteRecord, digest, digest_of_file, is_packed
 from freebits.packed.inspection import inspect
-from freebits.packed.parallel import Progress, ordered_map, workers
+from freebits.packed.parallel import ordered_map, workers
 from freebits.packed.size import bytes_on_disk, recorded_baselines
+from freebits.progress import Progress, silent
 from freebits.symmetry import rotate_all
 
 CODEC = "bits-back"
@@ -33,7 +33,7 @@ def pack(
     *,
     threshold: float = THRESHOLD,
     jobs: int | None = None,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Pack a sliced checkpoint: keep its function, take the bits of its rotations back.
 
@@ -105,11 +105,7 @@ class _Packing:
             raise CheckpointError(
                 f"{sliced.path} is a dense model, whose shortcuts leave no rotation free: slice it first"
             )
-        missing = [n for n in architecture.axes if n.endswith(".weight") and n not in sliced.files]
-        if missing:
-            raise CheckpointError(
-                f"tensor {missing[0]} is missing in {sliced.path}: the checkpoint is incomplete"
-            )
+        architecture.check(sliced.shapes, sliced.config.get("site_sizes", ()))
         dtypes = {sliced.dtypes[name] for name in architecture.axes if name in sliced.files}
         if len(dtypes) != 1 or (dtype := dtypes.pop()).itemsize != 2 or not dtype.is_floating_point:
             raise CheckpointError(f"{sliced.path}: bits-back needs all weights in float16 or all in bfloat16")
@@ -121,9 +117,7 @@ class _Packing:
         parts = [f"{sub.prefix}.{part}" for sub in sublayers for part in ("message", "signs", "corrections")]
         return [*self.sliced.files, *parts]
 
-    def run(
-        self, jobs: int | None, progress: Progress
-    ) -> Iterator[tuple[list[SiteRecord], dict[str, Tensor]]]:
+    def run(self, jobs: int | None, progress: Progress) -> Iterator[tuple[list[SiteRecord], dict[str, Tensor]]]:
         """Site records and tensors to write: the embeddings, then each block's, then the head's."""
         architecture, blocks = self.architecture, self.architecture.blocks
         untouched = [name for name in self.sliced.files if name not in architecture.axes]
@@ -153,15 +147,13 @@ class _Packing:
         records = [self._encode_site(sublayer, rotated, stored) for sublayer in sublayers]
         return records, stored
 
-    def _encode_site(
-        self, sub: Sublayer, rotated: dict[str, Tensor], stored: dict[str, Tensor]
-    ) -> SiteRecord:
+    def _encode_site(self, sub: Sublayer, rotated: dict[str, Tensor], stored: dict[str, Tensor]) -> SiteRecord:
         """Replace a site's tensors in `stored` by its code, or leave them as they are."""
+        if sub.site in self.unsound:
+            return SiteRecord(sub.site, sub.prefix, "plain", reason=self.unsound[sub.site])
         names = [f"{module}.weight" for module in (sub.shortcut, *sub.reads)]
         output = f"{sub.write}.weight"
         try:
-            if sub.site in self.unsound:
-                raise Declined(self.unsound[sub.site])
             message = torch.cat([stored[name].flatten() for name in names])
             coded = encode(message, rotated[output].T, self.threshold)
         except Declined as reason:
@@ -185,7 +177,7 @@ class _Packing:
 
 def _unsound_sites(sliced: Checkpoint, architecture: Architecture) -> dict[int, str]:
     """Sites with a tensor that some rotation would take beyond its dtype, or that is not finite already."""
-    unsound = {}
+    unsound: dict[int, str] = {}
     for name in filter(architecture.axes.get, sliced.files):
         tensor, axes = sliced[name], architecture.axes[name]
         length = torch.linalg.vector_norm(tensor.double(), dim=[axis.dim for axis in axes])

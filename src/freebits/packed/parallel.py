@@ -13,9 +13,6 @@ from freebits.errors import UsageError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-Progress = Callable[[int, int], None]
-"""Called with the number of steps done and of steps in all."""
-
 
 def workers(jobs: int | None) -> ThreadPoolExecutor:
     """A pool of `jobs` threads that share the processors; by default one a processor, at most four.

@@ -13,7 +13,8 @@ from freebits.checkpoint import Checkpoint, CheckpointWriter, carry_over, new_di
 from freebits.coding import Coded, decode, message_length
 from freebits.errors import CheckpointError
 from freebits.packed.format import MANIFEST, Manifest, SiteRecord, digest, is_packed
-from freebits.packed.parallel import Progress, ordered_map, workers
+from freebits.packed.parallel import ordered_map, workers
+from freebits.progress import Progress, silent
 
 
 class PackedCheckpoint:
@@ -120,7 +121,7 @@ def unpack(
     out: str | os.PathLike[str],
     *,
     jobs: int | None = None,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> None:
     """Write the plain sliced checkpoint that a packed one holds, for `transformers` and any other tool.
 

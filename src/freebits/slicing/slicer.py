@@ -46,9 +46,7 @@ def sliced_size(hidden_size: int, sparsity: float) -> int:
         raise UsageError(f"sparsity {sparsity} lies outside [0, 1): 0.2 removes a fifth of the hidden size")
     size = math.floor((1 - sparsity) * hidden_size) // SIZE_STEP * SIZE_STEP if sparsity else hidden_size
     if size == 0:
-        raise UsageError(
-            f"sparsity {sparsity} leaves nothing of hidden size {hidden_size}: choose a smaller one"
-        )
+        raise UsageError(f"sparsity {sparsity} leaves nothing of hidden size {hidden_size}: choose a smaller one")
     return size
 
 
@@ -99,9 +97,7 @@ def sliced_tensors(
             rotations[sublayer.site] = _rotation(x, sizes[sublayer.site], orientation)
         yield rotated(folded, rotations)
         rotations = {block[-1].site: rotations[block[-1].site]}
-    head = read(
-        (f"{architecture.family.final_norm}.weight", *architecture.head_axes, *architecture.embedding_axes)
-    )
+    head = read((f"{architecture.family.final_norm}.weight", *architecture.head_axes, *architecture.embedding_axes))
     yield rotated(fold_head(head, architecture), rotations)
 
 

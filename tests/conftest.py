@@ -1,0 +1,67 @@
+"""Fixtures: tiny random models, and one sliced, packed and unpacked SmolLM2 for the whole run."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import freebits
+from freebits.huggingface import demo_model
+from tests.tiny import random_text, tiny_model
+
+transformers.logging.disable_progress_bar()
+
+
+@pytest.fixture
+def save_tiny(tmp_path: Path) -> Callable[..., Path]:
+    """Save a tiny dense model with a tokenizer of words; returns its folder."""
+
+    def save(name: str = "dense", dtype: torch.dtype = torch.float16, shard: str = "1GB", **changes: Any) -> Path:
+        folder = tmp_path / name
+        tiny_model(dtype=dtype, **changes).save_pretrained(folder, max_shard_size=shard)
+        words = {f"w{index}": index for index in range(96)}
+        tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture
+def slice_tiny(tmp_path: Path) -> Callable[..., Path]:
+    """Slice a tiny dense model; returns the folder."""
+
+    def slice_(dense: Path, name: str = "sliced", sparsity: float = 0.25, **changes: Any) -> Path:
+        options = {"calibration": random_text(600), "samples": 8, "seq_len": 32} | changes
+        freebits.slice_model(dense, tmp_path / name, sparsity=sparsity, **options)
+        return tmp_path / name
+
+    return slice_
+
+
+@dataclass(frozen=True)
+class DemoRun:
+    """SmolLM2 at 20 %, float16: folders of its stages."""
+
+    dense: Path
+    sliced: Path
+    packed: Path
+    unpacked: Path
+
+
+@pytest.fixture(scope="session")
+def demo_run(tmp_path_factory: pytest.TempPathFactory) -> DemoRun:
+    """The main job on the real model, once a run."""
+    folder = tmp_path_factory.mktemp("demo")
+    run = DemoRun(demo_model(), *(folder / name for name in ("sliced", "packed", "unpacked")))
+    freebits.slice_model(run.dense, run.sliced, sparsity=0.2, samples=32)
+    freebits.pack(run.sliced, run.packed, threshold=0.01)
+    freebits.unpack(run.packed, run.unpacked)
+    return run

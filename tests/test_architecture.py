@@ -1,0 +1,83 @@
+"""The site table, and what it refuses."""
+
+from typing import Any
+
+import pytest
+
+from freebits.architecture import FAMILIES, Architecture, Axis, dense_family, family_of
+from freebits.errors import CheckpointError, UnsupportedModelError
+from tests.tiny import VARIANTS, tiny_config, tiny_model
+
+CONFIG = tiny_config().to_dict()
+
+
+def test_a_model_of_l_blocks_has_two_l_plus_one_sites() -> None:
+    architecture = Architecture.of(CONFIG)
+    assert architecture.n_sites == 7
+    assert architecture.site_sizes(24) == (24, 24, 24, 24, 24, 24, 32)
+
+
+def test_the_table_names_each_site_on_both_sides() -> None:
+    axes = Architecture.of(CONFIG).axes
+    assert axes["model.embed_tokens.weight"] == (Axis(1, 0, writes=True),)
+    assert axes["model.layers.0.self_attn.q_proj.weight"] == (Axis(1, 0),)
+    assert axes["model.layers.0.attention_shortcut.weight"] == (Axis(1, 0), Axis(0, 1, writes=True))
+    assert axes["model.layers.0.self_attn.o_proj.bias"] == (Axis(0, 1, writes=True),)
+    assert axes["model.layers.0.mlp.up_proj.bias"] == ()
+    assert axes["model.layers.0.mlp.down_proj.weight"] == (Axis(0, 2, writes=True),)
+    assert axes["lm_head.weight"] == (Axis(1, 6),)
+    for site in range(7):
+        at_site = [axis for entry in axes.values() for axis in entry if axis.site == site]
+        assert {axis.writes for axis in at_site} == {True, False}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_real_checkpoint_holds_exactly_the_tables_tensors(variant: str) -> None:
+    architecture = Architecture.of(tiny_config(**VARIANTS[variant]).to_dict())
+    shapes = {name: tuple(t.shape) for name, t in tiny_model(**VARIANTS[variant]).state_dict().items()}
+    architecture.check(shapes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.norm.weight": None}, r"model\.norm\.weight is missing"),
+        ({"model.layers.1.mlp.gate_proj.weight": None}, "gate_proj.weight is missing"),
+        ({"model.layers.1.adapter.weight": (32, 32)}, "adapter.weight is not part of a llama model"),
+        ({"model.layers.0.self_attn.o_proj.weight": (31, 32)}, r"shape \[31, 32\]: dimension 0 should be 32"),
+    ],
+)
+def test_another_checkpoint_is_refused(changes: dict[str, Any], message: str) -> None:
+    shapes = {name: tuple(t.shape) for name, t in tiny_model().state_dict().items()} | changes
+    sound = {name: shape for name, shape in shapes.items() if shape is not None}
+    with pytest.raises(CheckpointError, match=message):
+        Architecture.of(CONFIG).check(sound)
+
+
+def test_tensors_that_no_model_reads_are_ignored() -> None:
+    shapes = {name: tuple(t.shape) for name, t in tiny_model().state_dict().items()}
+    Architecture.of(CONFIG).check(shapes | {"model.layers.0.self_attn.rotary_emb.inv_freq": (4,)})
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "mamba"}, "'mamba' has no entry in the architecture table"),
+        ({"model_type": "gemma2"}, "normalises the output of each branch"),
+        ({}, "'' has no entry"),
+        ({**CONFIG, "model_type": "sliced_llama"}, "sliced already"),
+        ({**CONFIG, "quantization_config": {"quant_method": "gptq"}}, r"quantised \(gptq\)"),
+    ],
+)
+def test_a_model_without_a_free_rotation_is_refused_with_the_reason(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=message):
+        dense_family(config)
+
+
+def test_a_config_without_sizes_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="hidden_size"):
+        Architecture.of({"model_type": "llama", "hidden_size": "wide", "num_hidden_layers": 3})
+
+
+def test_dense_and_sliced_models_share_a_family() -> None:
+    assert family_of({"model_type": "sliced_llama"}) is family_of({"model_type": "llama"}) is FAMILIES["llama"]

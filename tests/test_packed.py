@@ -1,0 +1,218 @@
+"""The packed checkpoint: what goes in comes out, and damage is noticed."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import freebits
+from freebits.checkpoint import Checkpoint
+from freebits.coding.corrections import read_corrections
+from freebits.errors import CheckpointError
+from freebits.packed import PackedCheckpoint, unpacked_tensors
+from tests.tiny import VARIANTS
+
+Make = Callable[..., Path]
+THRESHOLD = 0.1
+SITES = 6
+
+
+@pytest.fixture
+def sliced(save_tiny: Make, slice_tiny: Make) -> Path:
+    return slice_tiny(save_tiny(hidden_size=64, intermediate_size=160, tie_word_embeddings=True))
+
+
+@pytest.fixture
+def packed(sliced: Path, tmp_path: Path) -> Path:
+    freebits.pack(sliced, tmp_path / "packed", threshold=THRESHOLD)
+    return tmp_path / "packed"
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_unpacking_gives_back_every_tensor_of_the_sliced_model(
+    variant: str, dtype: torch.dtype, save_tiny: Make, slice_tiny: Make, tmp_path: Path
+) -> None:
+    sliced = slice_tiny(save_tiny(dtype=dtype, hidden_size=64, intermediate_size=160, **VARIANTS[variant]))
+    facts = freebits.pack(sliced, tmp_path / "packed", threshold=0.3)
+    freebits.unpack(tmp_path / "packed", tmp_path / "unpacked")
+    before, after = Checkpoint(sliced), Checkpoint(tmp_path / "unpacked")
+    assert after.shapes == before.shapes
+    assert after.dtypes == before.dtypes
+    assert after.config == before.config
+    assert [site["codec"] for site in facts["sites"]] == ["bits-back"] * SITES
+    assert facts["bytes"]["packed"] < facts["bytes"]["sliced"]
+
+
+def test_the_saving_is_the_papers_count_and_every_byte_is_counted(packed: Path, sliced: Path) -> None:
+    before, after = Checkpoint(sliced), PackedCheckpoint(packed)
+    words = sum(tensor.numel() for _, tensor in before.items())
+    side = [name for name in after.stored.files if name.endswith((".signs", ".corrections"))]
+    stored = sum(tensor.numel() for name, tensor in after.stored.items() if name not in side)
+    sizes = [48, 48, 48, 48, 48, 64]
+    assert words - stored == sum(k * (k - 1) // 2 for k in sizes)
+    files = (packed / name for name in ("model.safetensors", "config.json", "freebits.json"))
+    facts = freebits.inspect(packed)
+    assert facts["bytes"]["packed"] == sum(file.stat().st_size for file in files)
+    assert facts["bytes"]["corrections"] == sum(after.stored[n].nbytes for n in side if n.endswith("corrections"))
+    assert facts["bytes"]["sliced"] == freebits.inspect(sliced)["bytes"]["sliced"]
+
+
+def test_a_single_block_can_be_decoded_alone(packed: Path, tmp_path: Path) -> None:
+    everything = dict(unpacked_tensors(packed))
+    checkpoint = PackedCheckpoint(packed)
+    site = checkpoint.manifest.sites[2]
+    assert site.name == "model.layers.1.attention"
+    parts = {name: checkpoint.stored[name] for name in site.parts.values() if name in checkpoint.stored.files}
+    alone = tmp_path / "alone"  # a folder with this block's parts and nothing else of the model
+    shutil.copytree(packed, alone)
+    save_file(parts, alone / "model.safetensors")
+    checkpoint.stored = Checkpoint(alone)
+    decoded = checkpoint.decode_site(site)
+    assert set(decoded) == {
+        f"model.layers.1.{name}.weight"
+        for name in ("attention_shortcut", *(f"self_attn.{proj}_proj" for proj in "qkvo"))
+    }
+    assert all(torch.equal(tensor, everything[name]) for name, tensor in decoded.items())
+
+
+def test_corrected_words_come_back_exactly_and_the_others_within_the_threshold(sliced: Path, tmp_path: Path) -> None:
+    exact, coarse = tmp_path / "exact", tmp_path / "coarse"
+    freebits.pack(sliced, exact, threshold=0.02)
+    freebits.pack(sliced, coarse, threshold=1e9)
+    right, raw = dict(unpacked_tensors(exact)), dict(unpacked_tensors(coarse))
+    errors = torch.cat([(right[name].double() - raw[name].double()).abs().flatten() for name in right])
+    n_corrected = sum(site.get("corrections", 0) for site in freebits.inspect(exact)["sites"])
+    assert n_corrected == (errors > 0).sum() > 0
+    assert freebits.inspect(coarse)["bytes"]["corrections"] == 0
+
+
+def test_every_number_of_jobs_writes_the_same_model(sliced: Path, packed: Path, tmp_path: Path) -> None:
+    freebits.pack(sliced, tmp_path / "one", threshold=THRESHOLD, jobs=1)
+    one, several = (dict(unpacked_tensors(path)) for path in (tmp_path / "one", packed))
+    assert all((one[name] - several[name]).abs().max() <= 2 * THRESHOLD for name in one)
+
+
+def test_a_site_that_is_not_finite_is_stored_plain_bit_for_bit(sliced: Path, tmp_path: Path) -> None:
+    state = load_file(sliced / "model.safetensors")
+    name = "model.layers.1.self_attn.o_proj.weight"
+    state[name][3, 5] = float("nan")
+    state["model.layers.2.mlp.up_proj.weight"][0, 0] = 65504  # finite, but a rotation could overflow
+    save_file(state, sliced / "model.safetensors", metadata={"format": "pt"})
+    facts = freebits.pack(sliced, tmp_path / "packed", threshold=THRESHOLD)
+    plain = {site["site"]: site["reason"] for site in facts["sites"] if site["codec"] == "plain"}
+    assert plain.keys() == {3, 5}
+    assert name in plain[3]
+    unpacked = dict(unpacked_tensors(tmp_path / "packed"))
+    assert torch.equal(unpacked[name].view(torch.int16), state[name].view(torch.int16))
+
+
+def test_a_site_whose_corrections_outweigh_the_gain_is_stored_plain(sliced: Path, tmp_path: Path) -> None:
+    facts = freebits.pack(sliced, tmp_path / "packed", threshold=0.0)
+    assert {site["codec"] for site in facts["sites"]} == {"plain"}
+    assert "more than the" in facts["sites"][0]["reason"]
+    assert facts["bytes"]["packed"] < facts["bytes"]["sliced"] + 12_000  # the manifest
+
+
+def test_files_beside_the_weights_are_carried_over(save_tiny: Make, slice_tiny: Make, tmp_path: Path) -> None:
+    dense = save_tiny()
+    (dense / "LICENSE").write_text("free")
+    (dense / "pytorch_model.bin").write_bytes(b"pickle")
+    sliced = slice_tiny(dense)
+    freebits.pack(sliced, tmp_path / "packed", threshold=0.3)
+    freebits.unpack(tmp_path / "packed", tmp_path / "unpacked")
+    for folder in (sliced, tmp_path / "packed", tmp_path / "unpacked"):
+        assert (folder / "LICENSE").read_text() == "free"
+        assert (folder / "tokenizer.json").exists()
+        assert not (folder / "pytorch_model.bin").exists()
+    assert not (tmp_path / "unpacked" / "freebits.json").exists()
+
+
+def test_one_flipped_byte_anywhere_is_noticed(packed: Path) -> None:
+    size = (packed / "model.safetensors").stat().st_size
+    header = int.from_bytes((packed / "model.safetensors").read_bytes()[:8], "little")
+    places = [("model.safetensors", at) for at in range(header + 8, size, size // 40)]
+    places += [(name, at) for name in ("freebits.json", "config.json") for at in range(3, 900, 90)]
+    for name, position in places:
+        sound = (packed / name).read_bytes()
+        damaged = bytearray(sound)
+        damaged[position % len(sound)] ^= 1
+        (packed / name).write_bytes(damaged)
+        with pytest.raises(CheckpointError):
+            dict(unpacked_tensors(packed))
+        (packed / name).write_bytes(sound)
+    dict(unpacked_tensors(packed))
+
+
+def test_a_flipped_byte_in_the_header_is_noticed_or_harmless(packed: Path) -> None:
+    sound = (packed / "model.safetensors").read_bytes()
+    expected = dict(unpacked_tensors(packed))
+    header = json.loads(sound[8 : 8 + int.from_bytes(sound[:8], "little")])
+    for position in range(0, len(json.dumps(header)), 37):
+        damaged = bytearray(sound)
+        damaged[position] ^= 1
+        (packed / "model.safetensors").write_bytes(damaged)
+        try:
+            found = dict(unpacked_tensors(packed))
+        except CheckpointError:
+            continue
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("kept", [0, 5, 100, 20_000])
+def test_a_truncated_file_is_noticed(packed: Path, kept: int, tmp_path: Path) -> None:
+    content = (packed / "model.safetensors").read_bytes()
+    (packed / "model.safetensors").write_bytes(content[:kept])
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
+        freebits.unpack(packed, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_of_another_packing_is_noticed(packed: Path, tmp_path: Path) -> None:
+    manifest = json.loads((packed / "freebits.json").read_text())
+    for change in ({"format": 99}, {"codec": "other"}):
+        (packed / "freebits.json").write_text(json.dumps(manifest | change))
+        with pytest.raises(CheckpointError, match="format 99|damaged"):
+            freebits.unpack(packed, tmp_path / "out")
+
+
+def test_nothing_is_left_behind_when_writing_fails(sliced: Path, tmp_path: Path) -> None:
+    content = (sliced / "model.safetensors").read_bytes()
+    before = sorted(tmp_path.iterdir())
+
+    def stop(_done: int, _total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        freebits.pack(sliced, tmp_path / "out", progress=stop)
+    with pytest.raises(CheckpointError, match="exists already"):
+        freebits.pack(sliced, sliced)
+    assert sorted(tmp_path.iterdir()) == before
+    assert (sliced / "model.safetensors").read_bytes() == content
+
+
+def test_corrections_are_readable_on_their_own(packed: Path) -> None:
+    checkpoint = PackedCheckpoint(packed)
+    for site in checkpoint.manifest.sites:
+        name = site.parts["corrections"]
+        if site.corrections:
+            positions, words = read_corrections(checkpoint.read(name), checkpoint.dtype)
+            assert len(positions) == len(words) == site.corrections
+            assert (positions.diff() > 0).all()
+
+
+def test_a_rotated_model_is_the_same_function(sliced: Path, packed: Path) -> None:
+    tokens = torch.arange(60)[None]
+    with torch.no_grad():
+        outputs: list[Tensor] = [freebits.load(path, dtype=torch.float64)(tokens).logits for path in (sliced, packed)]
+    assert (outputs[0] - outputs[1]).std() < 0.1 * outputs[0].std()

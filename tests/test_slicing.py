@@ -1,0 +1,132 @@
+"""Slicing: the principal axes, kept; the rest, gone."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import freebits
+from freebits.errors import UsageError
+from freebits.huggingface import load, token_windows
+from freebits.slicing import principal_axes, sliced_size
+from freebits.symmetry import random_orthogonal
+from tests.tiny import VARIANTS, random_text
+
+Save = Callable[..., Path]
+
+
+@pytest.mark.parametrize(
+    ("hidden", "sparsity", "expected"), [(576, 0.2, 456), (2048, 0.25, 1536), (4096, 0.3, 2864), (100, 0, 100)]
+)
+def test_sliced_size_is_rounded_down_to_a_multiple_of_eight(hidden: int, sparsity: float, expected: int) -> None:
+    assert sliced_size(hidden, sparsity) == expected
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5, 0.99, float("nan")])
+def test_a_senseless_sparsity_is_refused(sparsity: float) -> None:
+    with pytest.raises(UsageError, match="sparsity"):
+        sliced_size(64, sparsity)
+
+
+def test_principal_axes_are_the_strongest_directions_in_order() -> None:
+    generator = torch.Generator().manual_seed(0)
+    Q = random_orthogonal(12, generator)
+    x = torch.randn(9000, 12, generator=generator, dtype=torch.float64) * torch.linspace(6, 1, 12) @ Q.T
+    axes = principal_axes(x.float(), 4)
+    assert axes.dtype == torch.float64
+    assert ((axes * Q[:, :4]).sum(0).abs() > 0.98).all()
+
+
+def logits(path: Path, text: str) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = load(path, dtype=torch.float64)(token_windows(path, text, 32)).logits
+    return result
+
+
+def confine(folder: Path, size: int) -> None:
+    """Let every producer of the residual stream write into one subspace of `size` dimensions only."""
+    state = load_file(folder / "model.safetensors")
+    basis = random_orthogonal(32, torch.Generator().manual_seed(5))[:, :size]
+    projector = basis @ basis.T
+    for name, tensor in state.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            state[name] = projector @ tensor
+        elif name.endswith(("o_proj.bias", "down_proj.bias")):
+            state[name] = tensor @ projector
+        elif name.endswith("embed_tokens.weight"):
+            state[name] = tensor @ projector
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("random_orientation", [False, True])
+def test_slicing_away_what_is_empty_changes_nothing(
+    variant: str, random_orientation: bool, save_tiny: Save, slice_tiny: Save
+) -> None:
+    dense = save_tiny(dtype=torch.float64, **VARIANTS[variant])
+    confine(dense, size=24)
+    sliced = slice_tiny(dense, sparsity=0.25, random_orientation=random_orientation)
+    expected = logits(dense, random_text(64, seed=3))
+    difference = (logits(sliced, random_text(64, seed=3)) - expected).abs().max()
+    assert difference < 1e-3 * expected.std()  # the calibration runs in float32, the dense norm too
+
+
+def test_sparsity_zero_keeps_the_function(save_tiny: Save, slice_tiny: Save) -> None:
+    dense = save_tiny(dtype=torch.float64)
+    sliced = slice_tiny(dense, sparsity=0.0)
+    expected = logits(dense, random_text(64, seed=3))
+    assert (logits(sliced, random_text(64, seed=3)) - expected).abs().max() < 1e-4  # float32 in the dense norm
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(save_tiny: Save, slice_tiny: Save) -> None:
+    dense = save_tiny()
+    options: dict[str, Any] = {"random_orientation": True, "samples": 4}
+    files = [
+        (slice_tiny(dense, name, seed=seed, **options) / "model.safetensors").read_bytes()
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    ]
+    assert files[0] == files[1] != files[2]
+
+
+def test_config_and_shapes_of_a_sliced_checkpoint(save_tiny: Save, slice_tiny: Save) -> None:
+    dense = save_tiny(tie_word_embeddings=True, dtype=torch.bfloat16)
+    sliced = slice_tiny(dense)
+    config = json.loads((sliced / "config.json").read_text())
+    assert config["site_sizes"] == [24] * 6 + [32]
+    assert config["tie_word_embeddings"] is False
+    assert config["dtype"] == "bfloat16"
+    state = load_file(sliced / "model.safetensors")
+    assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
+    assert state["model.layers.0.attention_shortcut.weight"].shape == (24, 24)
+    assert state["model.layers.2.mlp_shortcut.weight"].shape == (32, 24)
+    assert state["lm_head.weight"].shape == (96, 32)
+    assert not [name for name in state if "norm" in name]
+    untied = config["slicing"]["bytes"]["dense_untied"] - config["slicing"]["bytes"]["dense"]
+    assert untied == 96 * 32 * 2
+
+
+def test_shards_stay_shards(save_tiny: Save, slice_tiny: Save, tmp_path: Path) -> None:
+    whole = save_tiny("whole")
+    sharded = save_tiny("sharded", shard="20KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    one, many = slice_tiny(whole, "one"), slice_tiny(sharded, "many")
+    assert len(list(many.glob("model-0*-of-0*.safetensors"))) > 2
+    freebits.pack(many, tmp_path / "packed", threshold=0.3)
+    freebits.unpack(tmp_path / "packed", tmp_path / "unpacked")
+    assert len(list((tmp_path / "unpacked").glob("model-0*-of-0*.safetensors"))) > 2
+    text = random_text(64, seed=3)
+    assert torch.equal(logits(one, text), logits(many, text))
+    assert torch.equal(logits(tmp_path / "packed", text), logits(tmp_path / "unpacked", text))
+
+
+def test_too_little_text_is_refused(save_tiny: Save, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="less than one window"):
+        freebits.slice_model(save_tiny(), tmp_path / "out", sparsity=0.2, calibration="w1 w2", seq_len=32)
+    with pytest.raises(UsageError, match="at least one window"):
+        freebits.slice_model(save_tiny("again"), tmp_path / "out", sparsity=0.2, samples=0)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,89 @@
+"""The first promise: what is folded and rotated at every site is the same function."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from freebits.architecture import Architecture, Axis
+from freebits.huggingface.modeling import SlicedLlamaConfig, SlicedLlamaForCausalLM  # type: ignore[attr-defined]
+from freebits.symmetry import fold, fold_head, random_orthogonal, rotate, rotate_all
+from tests.tiny import VARIANTS, tiny_config, tiny_model
+
+
+def in_float64(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """The library's norm computes in float32 whatever it is given; torch's does not."""
+    for name, module in list(model.named_modules()):
+        if type(module).__name__ == "LlamaRMSNorm":
+            norm = nn.RMSNorm(len(module.weight), eps=module.variance_epsilon, dtype=torch.float64)
+            norm.weight = module.weight
+            model.set_submodule(name, norm)
+    return model
+
+
+def folded_state(model: LlamaForCausalLM, architecture: Architecture) -> dict[str, Tensor]:
+    state = model.state_dict()
+    embeddings = {name: state[name] for name in architecture.embedding_axes}
+    blocks = [fold(state, block) for block in architecture.blocks]
+    merged = {name: tensor for part in (embeddings, *blocks) for name, tensor in part.items()}
+    return merged | fold_head(state, architecture)
+
+
+def unsliced(config: Any, architecture: Architecture, state: dict[str, Tensor]) -> Any:
+    """A sliced model that keeps the full width at every site."""
+    values = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}
+    values |= {"tie_word_embeddings": False, "site_sizes": [config.hidden_size] * architecture.n_sites}
+    model = SlicedLlamaForCausalLM(SlicedLlamaConfig(**values)).double().eval()
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not missing
+    assert not unexpected
+    return model
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_folded_and_randomly_rotated_equals_the_original(variant: str) -> None:
+    config = tiny_config(**VARIANTS[variant])
+    original = tiny_model(**VARIANTS[variant])
+    architecture = Architecture.of(config.to_dict())
+    generator = torch.Generator().manual_seed(1)
+    rotations = {site: random_orthogonal(config.hidden_size, generator) for site in range(architecture.n_sites)}
+    state = rotate_all(folded_state(original, architecture), architecture.axes, rotations)
+    rotated = unsliced(config, architecture, state)
+    tokens = torch.randint(config.vocab_size, (2, 40), generator=generator)
+    expected = in_float64(original)(tokens).logits
+    difference = (rotated(tokens).logits - expected).abs().max()
+    assert difference < 1e-9 < expected.std()
+
+
+@torch.no_grad()
+def test_a_site_missed_by_the_rotation_is_noticed() -> None:
+    config = tiny_config()
+    original = tiny_model()
+    architecture = Architecture.of(config.to_dict())
+    state = folded_state(original, architecture)
+    Q = random_orthogonal(config.hidden_size, torch.Generator().manual_seed(1))
+    name = architecture.blocks[1][0].write + ".weight"
+    state[name] = rotate(state[name], architecture.axes[name], {3: Q})
+    tokens = torch.arange(40)[None]
+    difference = unsliced(config, architecture, state)(tokens).logits - in_float64(original)(tokens).logits
+    assert difference.abs().max() > 1e-3
+
+
+@settings(max_examples=25, deadline=None)
+@given(size=st.integers(1, 12), seed=st.integers(0, 2**32))
+def test_random_orthogonal_is_orthogonal(size: int, seed: int) -> None:
+    Q = random_orthogonal(size, torch.Generator().manual_seed(seed))
+    assert torch.allclose(Q.T @ Q, torch.eye(size, dtype=torch.float64), atol=1e-12)
+
+
+def test_rotate_contracts_each_residual_axis_with_its_site() -> None:
+    tensor = torch.arange(6.0).reshape(2, 3)
+    A, B = torch.randn(2, 5), torch.randn(3, 4)
+    axes = (Axis(1, 0), Axis(0, 1, writes=True))
+    assert torch.allclose(rotate(tensor, axes, {0: B, 1: A}), A.T @ tensor @ B)
+    assert torch.equal(rotate(tensor, axes, {7: A}), tensor)
