@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import freebits
-from freebits.huggingface import demo_model
+from freebits.huggingface.demo_model import demo_model
 from tests.tiny import random_text, tiny_model
 
 transformers.logging.disable_progress_bar()
@@ -44,6 +44,20 @@ def slice_tiny(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / name
 
     return slice_
+
+
+_FIGURES = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture
+def report(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Show a measured figure at the end of the run, whether the test passes or not."""
+    return request.config.stash.setdefault(_FIGURES, []).append
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for figure in config.stash.get(_FIGURES, []):
+        terminalreporter.write_line(f"measured: {figure}")
 
 
 @dataclass(frozen=True)

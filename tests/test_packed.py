@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,9 +15,10 @@ from torch import Tensor
 import freebits
 from freebits.checkpoint import Checkpoint
 from freebits.coding.corrections import read_corrections
-from freebits.errors import CheckpointError
+from freebits.errors import CheckpointError, UsageError
+from freebits.huggingface.modeling import SlicedLlamaConfig, SlicedLlamaForCausalLM
 from freebits.packed import PackedCheckpoint, unpacked_tensors
-from tests.tiny import VARIANTS
+from tests.tiny import VARIANTS, tiny_config
 
 Make = Callable[..., Path]
 THRESHOLD = 0.1
@@ -102,6 +105,14 @@ def test_every_number_of_jobs_writes_the_same_model(sliced: Path, packed: Path, 
     assert all((one[name] - several[name]).abs().max() <= 2 * THRESHOLD for name in one)
 
 
+def test_no_jobs_are_refused(sliced: Path, packed: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="jobs 0"):
+        freebits.pack(sliced, tmp_path / "out", jobs=0)
+    with pytest.raises(UsageError, match="jobs 0"):
+        freebits.unpack(packed, tmp_path / "out", jobs=0)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_site_that_is_not_finite_is_stored_plain_bit_for_bit(sliced: Path, tmp_path: Path) -> None:
     state = load_file(sliced / "model.safetensors")
     name = "model.layers.1.self_attn.o_proj.weight"
@@ -182,7 +193,7 @@ def test_a_file_of_another_packing_is_noticed(packed: Path, tmp_path: Path) -> N
     manifest = json.loads((packed / "freebits.json").read_text())
     for change in ({"format": 99}, {"codec": "other"}):
         (packed / "freebits.json").write_text(json.dumps(manifest | change))
-        with pytest.raises(CheckpointError, match="format 99|damaged"):
+        with pytest.raises(CheckpointError, match=r"format 99|damaged"):
             freebits.unpack(packed, tmp_path / "out")
 
 
@@ -216,3 +227,44 @@ def test_a_rotated_model_is_the_same_function(sliced: Path, packed: Path) -> Non
     with torch.no_grad():
         outputs: list[Tensor] = [freebits.load(path, dtype=torch.float64)(tokens).logits for path in (sliced, packed)]
     assert (outputs[0] - outputs[1]).std() < 0.1 * outputs[0].std()
+
+
+WATCH = """
+import sys, threading, freebits
+from pathlib import Path
+
+def anonymous():
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
+    return int(line.split()[1]) * 1024
+
+start, peak, done = anonymous(), 0, threading.Event()
+
+def watch():
+    global peak
+    while not done.wait(0.005):
+        peak = max(peak, anonymous())
+
+thread = threading.Thread(target=watch)
+thread.start()
+freebits.pack(sys.argv[1], sys.argv[2], jobs=1)
+freebits.unpack(sys.argv[2], sys.argv[3], jobs=1)
+done.set()
+thread.join()
+print(peak - start)
+"""
+
+
+def test_memory_does_not_grow_with_the_number_of_blocks(tmp_path: Path, report: Callable[[str], None]) -> None:
+    peaks = {}
+    for n_blocks in (4, 20):
+        config = tiny_config(hidden_size=512, intermediate_size=1024, num_hidden_layers=n_blocks, head_dim=64)
+        values = config.to_dict() | {"site_sizes": [408] * 2 * n_blocks + [512]}
+        values = {key: value for key, value in values.items() if key != "model_type"}
+        sliced = tmp_path / f"sliced {n_blocks}"
+        SlicedLlamaForCausalLM(SlicedLlamaConfig(**values)).half().save_pretrained(sliced)
+        folders = [str(tmp_path / f"{name} {n_blocks}") for name in ("sliced", "packed", "unpacked")]
+        command = [sys.executable, "-c", WATCH, *folders]
+        peaks[n_blocks] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    block = freebits.inspect(sliced)["bytes"]["sliced"] // 20
+    report(f"peak memory to pack and unpack, in blocks of 16-bit words: { {n: peaks[n] / block for n in peaks} }")
+    assert peaks[20] - peaks[4] < 4 * block

@@ -56,9 +56,7 @@ def confine(folder: Path, size: int) -> None:
     for name, tensor in state.items():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             state[name] = projector @ tensor
-        elif name.endswith(("o_proj.bias", "down_proj.bias")):
-            state[name] = tensor @ projector
-        elif name.endswith("embed_tokens.weight"):
+        elif name.endswith(("o_proj.bias", "down_proj.bias", "embed_tokens.weight")):
             state[name] = tensor @ projector
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from freebits.architecture import Architecture, Axis
-from freebits.huggingface.modeling import SlicedLlamaConfig, SlicedLlamaForCausalLM  # type: ignore[attr-defined]
-from freebits.symmetry import fold, fold_head, random_orthogonal, rotate, rotate_all
+from freebits.huggingface.modeling import SlicedLlamaConfig, SlicedLlamaForCausalLM
+from freebits.symmetry import fold, fold_head, random_orthogonal, rotate
 from tests.tiny import VARIANTS, tiny_config, tiny_model
 
 
@@ -52,7 +52,8 @@ def test_folded_and_randomly_rotated_equals_the_original(variant: str) -> None:
     architecture = Architecture.of(config.to_dict())
     generator = torch.Generator().manual_seed(1)
     rotations = {site: random_orthogonal(config.hidden_size, generator) for site in range(architecture.n_sites)}
-    state = rotate_all(folded_state(original, architecture), architecture.axes, rotations)
+    folded = folded_state(original, architecture)
+    state = {name: rotate(tensor, architecture.axes[name], rotations) for name, tensor in folded.items()}
     rotated = unsliced(config, architecture, state)
     tokens = torch.randint(config.vocab_size, (2, 40), generator=generator)
     expected = in_float64(original)(tokens).logits
@@ -83,7 +84,7 @@ def test_random_orthogonal_is_orthogonal(size: int, seed: int) -> None:
 
 def test_rotate_contracts_each_residual_axis_with_its_site() -> None:
     tensor = torch.arange(6.0).reshape(2, 3)
-    A, B = torch.randn(2, 5), torch.randn(3, 4)
+    A, B = torch.randn(2, 5, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
     axes = (Axis(1, 0), Axis(0, 1, writes=True))
-    assert torch.allclose(rotate(tensor, axes, {0: B, 1: A}), A.T @ tensor @ B)
-    assert torch.equal(rotate(tensor, axes, {7: A}), tensor)
+    assert torch.allclose(rotate(tensor, axes, {0: B, 1: A}), A.T @ tensor.double() @ B)
+    assert torch.equal(rotate(tensor, axes, {7: A}, torch.float32), tensor)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from freebits.evaluation import evaluate
-from freebits.huggingface import demo_model, load, slice_model
+from freebits.huggingface import load, slice_model
+from freebits.huggingface.demo_model import demo_model
 from freebits.huggingface.loading import load_tokenizer
 from freebits.packed import inspect, pack, unpack
 from freebits.packed.size import bytes_on_disk

@@ -159,12 +159,13 @@ class Architecture:
         for name in self.without_ignored(sorted(shapes.keys() - known.keys() - norms)):
             kind = self.family.model_type if dense else self.family.sliced_model_type
             raise CheckpointError(f"tensor {name} is not part of a {kind} model as freebits knows it")
-        for name, axis in ((name, axis) for name in known.keys() & shapes.keys() for axis in known[name]):
-            if shapes[name][axis.dim] != sizes[axis.site]:
-                raise CheckpointError(
-                    f"tensor {name} has shape {list(shapes[name])}: dimension {axis.dim} should be "
-                    f"{sizes[axis.site]}, the width of site {axis.site}"
-                )
+        for name in known.keys() & shapes.keys():
+            for axis in known[name]:
+                if shapes[name][axis.dim] != sizes[axis.site]:
+                    raise CheckpointError(
+                        f"tensor {name} has shape {list(shapes[name])}: dimension {axis.dim} should be "
+                        f"{sizes[axis.site]}, the width of site {axis.site}"
+                    )
 
     def without_ignored(self, names: Iterable[str]) -> list[str]:
         """The names less those that no model reads."""

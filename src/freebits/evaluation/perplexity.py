@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from freebits.huggingface import load, token_windows
+from freebits.huggingface.loading import device_of
 from freebits.progress import Progress, silent
 from freebits.text import embedded_text
 
@@ -37,8 +38,8 @@ def evaluate(
     Returns:
         `perplexity`, `tokens` (how many were predicted), `tasks` (empty: perplexity alone is measured).
     """
-    windows = token_windows(model, text or embedded_text()[1], seq_len)[:limit]
-    running = load(model, dtype=torch.float32).to(device).eval()
+    windows = token_windows(model, text or embedded_text()[1], seq_len, limit)
+    running = load(model, dtype=torch.float32).to(device_of(device)).eval()
     losses = []
     for done, window in enumerate(windows, start=1):
         losses.append(loss(logits(running, window), window))

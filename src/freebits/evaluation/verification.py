@@ -47,7 +47,7 @@ def verify(
             pass
         unknown = {"reference": None, "packed": None}
         return {"ok": True, "max_abs_logit_diff": None, "mean_kl": None, "perplexity": unknown}
-    windows = token_windows(packed, text or embedded_text()[1], seq_len)[:limit]
+    windows = token_windows(packed, text or embedded_text()[1], seq_len, limit)
     models = [load(path, dtype=torch.float32).eval() for path in (against, packed)]
     losses: tuple[list[float], list[float]] = ([], [])
     difference = divergence = 0.0

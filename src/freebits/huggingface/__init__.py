@@ -3,9 +3,8 @@
 Importing it registers the sliced models with transformers' Auto classes.
 """
 
-from freebits.huggingface.demo_model import demo_model
 from freebits.huggingface.loading import load
 from freebits.huggingface.slicing import slice_model
 from freebits.huggingface.tokens import token_windows
 
-__all__ = ["demo_model", "load", "slice_model", "token_windows"]
+__all__ = ["load", "slice_model", "token_windows"]

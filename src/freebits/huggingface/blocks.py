@@ -1,5 +1,6 @@
 """The two modules a sliced model has and a dense one has not: the bare norm and the block with shortcuts."""
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -7,6 +8,9 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from freebits.architecture.families import SublayerNames
+
+RESIDUAL = "Residual"
+"""Prefix of the class name of a decoder layer turned residual block."""
 
 
 class BareRMSNorm(nn.Module):
@@ -32,18 +36,12 @@ class BareRMSNorm(nn.Module):
 
 
 class ResidualBlock(GradientCheckpointingLayer):
-    """A pre-norm block of sublayers `x ← x A + branch(norm(x))` over the modules of a library's decoder layer.
+    """A library's pre-norm decoder layer that computes `x ← x A + branch(norm(x))` for each of its sublayers.
 
-    It takes the layer's children over under their names. Its shortcuts are identities until set.
+    It is still an instance of the library's class, with the same children. Its shortcuts are identities until set.
     """
 
-    def __init__(self, layer: nn.Module, sublayers: tuple[SublayerNames, ...]) -> None:
-        super().__init__()
-        for name, child in layer.named_children():
-            self.add_module(name, child)
-        for sublayer in sublayers:
-            self.add_module(f"{sublayer.name}_shortcut", nn.Identity())
-        self.sublayers = sublayers
+    sublayers: tuple[SublayerNames, ...]
 
     def forward(self, hidden_states: Tensor, **context: Any) -> Tensor:
         """The stream after the block; `context` (mask, positions, cache) goes to the attention."""
@@ -60,3 +58,18 @@ class ResidualBlock(GradientCheckpointingLayer):
             branch = module(hidden_states=branch, **context)[0] if sublayer.attends else module(branch)
         shortcut: Tensor = self.get_submodule(f"{sublayer.name}_shortcut")(hidden_states)
         return shortcut + branch
+
+
+@cache
+def _residual_class(layer_class: Any) -> type[ResidualBlock]:
+    return type(f"{RESIDUAL}{layer_class.__name__}", (ResidualBlock, layer_class), {"__module__": __name__})
+
+
+def residual_block(layer: Any, sublayers: tuple[SublayerNames, ...]) -> ResidualBlock:
+    """Turn a library's decoder layer into a residual block, in place."""
+    layer.__class__ = _residual_class(layer.__class__)
+    layer.sublayers = sublayers
+    for sublayer in sublayers:
+        layer.add_module(f"{sublayer.name}_shortcut", nn.Identity())
+    block: ResidualBlock = layer
+    return block

@@ -3,17 +3,14 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import freebits.huggingface.modeling  # noqa: F401  (registers the sliced models)
-from freebits.architecture import Architecture
 from freebits.checkpoint import Checkpoint
-from freebits.errors import CheckpointError
-from freebits.packed import PackedCheckpoint, is_packed
+from freebits.errors import CheckpointError, FreebitsError, UsageError
 
 
 def load(path: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto", **kwargs: Any) -> Any:
@@ -27,27 +24,40 @@ def load(path: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto", **k
     Raises:
         CheckpointError: the folder is no sound checkpoint.
     """
-    if is_packed(path):
-        PackedCheckpoint(path)
-    else:
-        checkpoint = Checkpoint(path)
-        if "site_sizes" in checkpoint.config:  # transformers would fill in what is missing at random
-            Architecture.of(checkpoint.config).check(checkpoint.shapes, checkpoint.config["site_sizes"])
+    Checkpoint(path)
     with understood(path, "model"):
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, **kwargs)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, local_files_only=True, output_loading_info=True, **kwargs
+        )
+    model, found = loaded
+    if found["missing_keys"]:  # transformers fills them in at random
+        raise CheckpointError(f"tensor {min(found['missing_keys'])} is missing in {path}: the checkpoint is incomplete")
+    return model
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     """The tokenizer in a checkpoint folder.
 
     Raises:
-        CheckpointError: there is none that transformers can load.
+        CheckpointError: the folder is no sound checkpoint, or has no tokenizer that transformers can load.
     """
-    if not Path(path).is_dir():
-        raise CheckpointError(f"{path} is not a folder: give the folder of a downloaded checkpoint")
+    Checkpoint(path)
     with understood(path, "tokenizer"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, local_files_only=True)
         return tokenizer
+
+
+def device_of(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        UsageError: there is none on this machine.
+    """
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        finding = str(error).strip().partition("\n")[0]
+        raise UsageError(f"device {name!r} cannot be used here ({finding})") from None
 
 
 @contextmanager
@@ -55,7 +65,8 @@ def understood(path: str | os.PathLike[str], what: str) -> Iterator[None]:
     """Turn what transformers says of a folder it cannot load into one line."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
-        lines = str(error).strip().splitlines() or [""]
-        finding = f"{type(error).__name__}: {lines[0]}"
+    except FreebitsError:
+        raise
+    except Exception as error:  # its kinds of error are many and change
+        finding = " ".join(str(error).split())[:200] or type(error).__name__
         raise CheckpointError(f"{path} holds no {what} that transformers can load ({finding})") from error

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from freebits.architecture import FAMILIES, Architecture, Family
-from freebits.huggingface.blocks import BareRMSNorm, ResidualBlock
+from freebits.huggingface.blocks import RESIDUAL, BareRMSNorm, residual_block
 from freebits.packed import is_packed, unpacked_tensors
 
 
@@ -32,10 +32,10 @@ class SlicedCausalLM(PreTrainedModel):
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         _slice_modules(self, self.family, config)
-        self.post_init()  # type: ignore[no-untyped-call]  # our own class inherits it
+        self.post_init()  # type: ignore[no-untyped-call]
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]  # names of the library's other parameters change
+    def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
     ) -> Any:
         """As in transformers, from a sliced or a packed directory; a packed one is decoded as it is read."""
@@ -45,19 +45,19 @@ class SlicedCausalLM(PreTrainedModel):
         config = kwargs.pop("config", None) or cls.config_class.from_pretrained(path)
         vars(config).pop("packed", None)  # the model in memory is a sliced one, and is saved as such
         state = dict(unpacked_tensors(path))
-        model = super().from_pretrained(None, *args, config=config, state_dict=state, **kwargs)
+        loaded = super().from_pretrained(None, *args, config=config, state_dict=state, **kwargs)
         if (Path(path) / "generation_config.json").exists():
+            model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
             model.generation_config = GenerationConfig.from_pretrained(path)
-        return model
+        return loaded
 
 
 def _slice_modules(model: PreTrainedModel, family: Family, config: PreTrainedConfig) -> None:
     """Crop every matrix of a dense model to the sizes of its sites, bare its norms, add its shortcuts."""
     architecture = Architecture.of(config.to_dict())
-    sizes: list[int] = config.site_sizes  # type: ignore[attr-defined]
-    layers: Any = model.get_submodule(family.blocks)
-    blocks = nn.ModuleList(ResidualBlock(layer, family.sublayers) for layer in layers)
-    model.set_submodule(family.blocks, blocks)
+    sizes: list[int] = config.site_sizes
+    for layer in model.get_submodule(family.blocks).children():
+        residual_block(layer, family.sublayers)
     for name, axes in architecture.axes.items():
         module_name, _, parameter = name.rpartition(".")
         module = model.get_submodule(module_name)
@@ -102,15 +102,13 @@ def _register(family: Family) -> tuple[type[PreTrainedConfig], type[SlicedCausal
             **here,
         },
     )
-    recorded = {**dense._can_record_outputs, "hidden_states": ResidualBlock}
     model_class = type(
         family.sliced_causal_lm,
         (SlicedCausalLM, dense),
         {
             "family": family,
             "config_class": config_class,
-            "_no_split_modules": ["ResidualBlock"],
-            "_can_record_outputs": recorded,
+            "_no_split_modules": [f"{RESIDUAL}{name}" for name in dense._no_split_modules],
             "__doc__": f"A sliced {dense.__name__}.",
             **here,
         },

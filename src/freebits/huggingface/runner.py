@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from freebits.architecture import Architecture
-from freebits.huggingface.blocks import ResidualBlock
+from freebits.huggingface.blocks import residual_block
 from freebits.huggingface.loading import understood
 
 
@@ -30,7 +30,7 @@ class BlockRunner:
             self._model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device).eval()
         self._model.set_submodule(self._family.head, nn.Identity())
         layers: Any = self._model.get_submodule(self._family.blocks)
-        self._block = ResidualBlock(layers[0], self._family.sublayers)
+        self._block = residual_block(layers[0], self._family.sublayers)
         self._recorder = _Recorder()
         layers[0] = self._recorder
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from freebits.architecture import Architecture, dense_family
 from freebits.checkpoint import Checkpoint, CheckpointWriter, carry_over, new_directory
 from freebits.errors import CheckpointError, UsageError
+from freebits.huggingface.loading import device_of
 from freebits.huggingface.runner import BlockRunner
 from freebits.huggingface.tokens import token_windows
 from freebits.packed import inspect, is_packed
@@ -66,6 +67,7 @@ def slice_model(
     dense_family(dense.config)
     architecture = Architecture.of(dense.config)
     architecture.check(dense.shapes)
+    torch_device = device_of(device)
     dtype = dtype or _common_dtype(dense, architecture)
     size = sliced_size(architecture.hidden_size, sparsity)
     tokens = _draw(token_windows(dense.path, calibration or embedded_text()[0], seq_len), samples, seed)
@@ -85,7 +87,7 @@ def slice_model(
         _write_remote_code(directory, architecture)
         parts = sliced_tensors(
             dense,
-            BlockRunner(dense.path, architecture, torch.device(device)),
+            BlockRunner(dense.path, architecture, torch_device),
             tokens,
             sparsity,
             dtype=dtype,

@@ -19,7 +19,7 @@ from freebits.packed.inspection import inspect
 from freebits.packed.parallel import ordered_map, workers
 from freebits.packed.size import bytes_on_disk, recorded_baselines
 from freebits.progress import Progress, silent
-from freebits.symmetry import rotate_all
+from freebits.symmetry import rotate
 
 CODEC = "bits-back"
 THRESHOLD = 0.01
@@ -141,34 +141,34 @@ class _Packing:
     ) -> tuple[list[SiteRecord], dict[str, Tensor]]:
         """Rotate a block, or the head, to its canonical direction and encode its sites."""
         (axes, sublayers), rotations = work
-        tensors = {name: tensor.double() for name, tensor in self._read(axes).items()}
-        rotated = rotate_all(tensors, axes, rotations)
-        stored = {name: tensor.to(self.dtype) for name, tensor in rotated.items()}
-        records = [self._encode_site(sublayer, rotated, stored) for sublayer in sublayers]
-        return records, stored
+        outputs = {f"{sublayer.write}.weight" for sublayer in sublayers}  # rounded after one more rotation
+        dtypes = {name: torch.float64 if name in outputs else self.dtype for name in axes}
+        tensors = {n: rotate(t, axes[n], rotations, dtypes[n]) for n, t in self._read(axes).items()}
+        return [self._encode_site(sublayer, tensors) for sublayer in sublayers], tensors
 
-    def _encode_site(self, sub: Sublayer, rotated: dict[str, Tensor], stored: dict[str, Tensor]) -> SiteRecord:
-        """Replace a site's tensors in `stored` by its code, or leave them as they are."""
-        if sub.site in self.unsound:
-            return SiteRecord(sub.site, sub.prefix, "plain", reason=self.unsound[sub.site])
+    def _encode_site(self, sub: Sublayer, tensors: dict[str, Tensor]) -> SiteRecord:
+        """Replace a site's tensors by its code, or leave them as they are."""
         names = [f"{module}.weight" for module in (sub.shortcut, *sub.reads)]
         output = f"{sub.write}.weight"
+        W = tensors[output].T
+        tensors[output] = tensors[output].to(self.dtype)
+        if sub.site in self.unsound:
+            return SiteRecord(sub.site, sub.prefix, "plain", reason=self.unsound[sub.site])
         try:
-            message = torch.cat([stored[name].flatten() for name in names])
-            coded = encode(message, rotated[output].T, self.threshold)
+            coded = encode(torch.cat([tensors[name].flatten() for name in names]), W, self.threshold)
         except Declined as reason:
             return SiteRecord(sub.site, sub.prefix, "plain", reason=str(reason))
         record = SiteRecord(
             sub.site,
             sub.prefix,
             CODEC,
-            message=[(name, list(stored.pop(name).shape)) for name in names],
-            output=(output, list(stored[output].shape)),
+            message=[(name, list(tensors.pop(name).shape)) for name in names],
+            output=(output, list(tensors[output].shape)),
             corrections=coded.n_corrections,
         )
-        stored[output] = coded.matrix.T
+        tensors[output] = coded.matrix.T
         parts = {"message": coded.message, "signs": coded.signs, "corrections": coded.corrections}
-        stored |= {record.parts[part]: tensor for part, tensor in parts.items() if len(tensor)}
+        tensors |= {record.parts[part]: tensor for part, tensor in parts.items() if len(tensor)}
         return record
 
     def _read(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -180,7 +180,7 @@ def _unsound_sites(sliced: Checkpoint, architecture: Architecture) -> dict[int, 
     unsound: dict[int, str] = {}
     for name in filter(architecture.axes.get, sliced.files):
         tensor, axes = sliced[name], architecture.axes[name]
-        length = torch.linalg.vector_norm(tensor.double(), dim=[axis.dim for axis in axes])
+        length = torch.linalg.vector_norm(tensor, dim=[axis.dim for axis in axes], dtype=torch.float64)
         if not (length < torch.finfo(tensor.dtype).max).all():
             unsound |= {axis.site: f"{name} is not finite or could overflow when rotated" for axis in axes}
     return unsound

@@ -16,7 +16,7 @@ from freebits.architecture import Architecture
 from freebits.checkpoint import Checkpoint
 from freebits.errors import CheckpointError, UsageError
 from freebits.slicing.axes import principal_axes
-from freebits.symmetry import fold, fold_head, random_orthogonal, rotate_all
+from freebits.symmetry import fold, fold_head, random_orthogonal, rotate
 
 SIZE_STEP = 8
 
@@ -80,10 +80,13 @@ def sliced_tensors(
         return {name: dense[name].to(runner.device) for name in names if name in dense.files}
 
     def rotated(tensors: dict[str, Tensor], rotations: dict[int, Tensor]) -> dict[str, Tensor]:
-        rotated = rotate_all(tensors, architecture.axes, rotations)
-        return {name: _round(name, tensor, dtype) for name, tensor in rotated.items()}
+        rotated = {n: rotate(t, architecture.axes[n], rotations, dtype) for n, t in tensors.items()}
+        for name, tensor in rotated.items():
+            if not tensor.isfinite().all():
+                raise CheckpointError(f"tensor {name} does not fit {dtype} after slicing: choose a wider --dtype")
+        return rotated
 
-    embeddings = {name: tensor.double() for name, tensor in read(architecture.embedding_axes).items()}
+    embeddings = read(architecture.embedding_axes)
     x = runner.embed(embeddings, tokens)
     rotations = {0: _rotation(x, sizes[0], orientation)}
     yield rotated(embeddings, rotations)
@@ -108,10 +111,3 @@ def _rotation(x: Tensor, size: int, orientation: torch.Generator | None) -> Tens
         return torch.eye(D, dtype=torch.float64, device=x.device)
     kept = principal_axes(x.flatten(0, 1), size)
     return kept if orientation is None else kept @ random_orthogonal(size, orientation).to(kept.device)
-
-
-def _round(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    rounded = tensor.to(dtype)
-    if not rounded.isfinite().all():
-        raise CheckpointError(f"tensor {name} does not fit {dtype} after slicing: choose a wider --dtype")
-    return rounded

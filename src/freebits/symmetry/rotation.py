@@ -12,26 +12,38 @@ from torch import Tensor
 
 from freebits.architecture import Axis
 
+_ROWS = 8192
 
-def rotate(tensor: Tensor, axes: tuple[Axis, ...], rotations: Mapping[int, Tensor]) -> Tensor:
+
+def rotate(
+    tensor: Tensor,
+    axes: tuple[Axis, ...],
+    rotations: Mapping[int, Tensor],
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
     """`tensor` with each residual axis multiplied by the rotation of its site.
 
+    The arithmetic is float64; a large tensor is converted a few rows at a time.
+
     Args:
-        tensor: any shape.
+        tensor: any shape, any float dtype.
         axes: its residual axes.
-        rotations: site → `Q: (d, d')`; a site without entry is left alone.
+        rotations: site → `Q: (d, d')`, float64; a site without entry is left alone.
+        dtype: of the result, rounded once.
     """
-    for axis in axes:
-        if axis.site in rotations:
-            tensor = (tensor.movedim(axis.dim, -1) @ rotations[axis.site]).movedim(-1, axis.dim)
-    return tensor
+    rotated = [axis for axis in axes if axis.site in rotations]
+    for axis in rotated[:-1]:
+        tensor = _contract(tensor, axis.dim, rotations[axis.site], torch.float64)
+    for axis in rotated[-1:]:
+        tensor = _contract(tensor, axis.dim, rotations[axis.site], dtype)
+    return tensor.to(dtype)
 
 
-def rotate_all(
-    tensors: Mapping[str, Tensor], axes: Mapping[str, tuple[Axis, ...]], rotations: Mapping[int, Tensor]
-) -> dict[str, Tensor]:
-    """`rotate` for each of the named tensors."""
-    return {name: rotate(tensor, axes[name], rotations) for name, tensor in tensors.items()}
+def _contract(tensor: Tensor, dim: int, Q: Tensor, dtype: torch.dtype) -> Tensor:
+    rows = tensor.movedim(dim, -1).reshape(-1, len(Q))
+    product = torch.cat([(chunk.double() @ Q).to(dtype) for chunk in rows.split(_ROWS)])
+    kept = [size for index, size in enumerate(tensor.shape) if index != dim]
+    return product.reshape(*kept, Q.shape[1]).movedim(-1, dim)
 
 
 def random_orthogonal(size: int, generator: torch.Generator) -> Tensor:

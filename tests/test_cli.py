@@ -1,0 +1,211 @@
+"""The command line: what it prints, and what it says of bad input."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import freebits
+from freebits.cli import main
+from tests.tiny import random_text
+
+Make = Callable[..., Path]
+CaptureFixture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text(random_text(700))
+    return file
+
+
+@pytest.fixture
+def dense(save_tiny: Make) -> Path:
+    return save_tiny(hidden_size=64, intermediate_size=160, tie_word_embeddings=True)
+
+
+def run(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def test_the_verbs_in_their_order(dense: Path, text: Path, tmp_path: Path, capsys: CaptureFixture) -> None:
+    sliced, packed, unpacked = (tmp_path / name for name in ("sliced", "packed", "unpacked"))
+    options = ("--calibration", text, "--samples", 8, "--seq-len", 32)
+    assert run("slice", dense, sliced, "--sparsity", 0.25, *options) == 0
+    assert run("pack", sliced, packed, "--codec", "bits-back", "--threshold", 0.05, "--jobs", 2) == 0
+    assert run("unpack", packed, unpacked) == 0
+    assert run("inspect", packed) == 0
+    assert run("verify", packed) == 0
+    assert run("verify", packed, "--against", sliced, "--text", text, "--seq-len", 32) in (0, 1)
+    assert run("eval", unpacked, "--text", text, "--seq-len", 32) == 0
+    output = capsys.readouterr()
+    assert "6 of 6 sites encoded" in output.out
+    assert "every digest matches" in output.out
+    assert "perplexity" in output.out
+    assert output.err == ""  # no terminal, no progress bar
+
+
+def keys(value: Any) -> Any:
+    return {key: keys(part) for key, part in value.items()} if isinstance(value, dict) else None
+
+
+def test_the_json_keys_are_stable(dense: Path, text: Path, tmp_path: Path, capsys: CaptureFixture) -> None:
+    def printed(*arguments: object) -> Any:
+        capsys.readouterr()
+        assert run(*arguments, "--json") in (0, 1)
+        output = capsys.readouterr()
+        assert output.err == ""
+        return json.loads(output.out)
+
+    sliced, packed = tmp_path / "sliced", tmp_path / "packed"
+    options = ("--calibration", text, "--samples", 8, "--seq-len", 32)
+    sizes = dict.fromkeys(("dense", "dense_untied", "sliced", "packed", "corrections"))
+    facts = {"kind": None, "codec": None, "entropy": None, "bytes": sizes, "sites": None}
+    assert keys(printed("slice", dense, sliced, "--sparsity", 0.25, *options)) == facts
+    result = printed("pack", sliced, packed, "--threshold", 0.05)
+    assert keys(result) == facts
+    assert result == printed("inspect", packed)
+    assert (result["codec"], result["entropy"], len(result["sites"])) == ("bits-back", "none", 6)
+    assert printed("inspect", dense)["bytes"]["dense"] == result["bytes"]["dense"]
+    perplexities = {"reference": None, "packed": None}
+    verified = {"ok": None, "max_abs_logit_diff": None, "mean_kl": None, "perplexity": perplexities}
+    assert keys(printed("verify", packed)) == verified
+    compared = printed("verify", packed, "--against", sliced, "--text", text, "--seq-len", 32)
+    assert keys(compared) == verified
+    assert compared["max_abs_logit_diff"] > 0
+    assert 0 < compared["mean_kl"] < 0.1
+    evaluated = printed("eval", dense, "--text", text, "--seq-len", 32, "--limit", 3)
+    assert keys(evaluated) == {"perplexity": None, "tokens": None, "tasks": {}}
+    assert evaluated["tokens"] == 3 * 31
+
+
+def test_a_worse_model_fails_verification(dense: Path, text: Path, tmp_path: Path, slice_tiny: Make) -> None:
+    one, other = slice_tiny(dense, "one"), slice_tiny(dense, "other", sparsity=0.75)
+    codes = []
+    for made_from, against in ((one, other), (other, one)):
+        packed = tmp_path / f"packed {made_from.name}"
+        freebits.pack(made_from, packed, threshold=0.05)
+        codes.append(run("verify", packed, "--against", against, "--text", text, "--seq-len", 32))
+    assert sorted(codes) == [0, 1]
+
+
+def spoil_missing(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def spoil_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{ no json")
+
+
+def spoil_type(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+
+
+def spoil_truncate(folder: Path) -> None:
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+
+
+def spoil_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def spoil_tokenizer(folder: Path) -> None:
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "finding"),
+    [
+        (spoil_missing, "has no weights"),
+        (spoil_config, "cannot be read as JSON"),
+        (spoil_type, "'gpt2' has no entry"),
+        (spoil_truncate, "truncated or damaged"),
+        (spoil_pickle, "only pickled weights"),
+        (spoil_tokenizer, "no tokenizer"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["slice", "eval"])
+def test_a_broken_checkpoint_is_one_line_and_exit_code_two(
+    verb: str, spoil: Callable[[Path], None], finding: str, dense: Path, tmp_path: Path, capsys: CaptureFixture
+) -> None:
+    if (verb, spoil) == ("eval", spoil_type):
+        finding = "is missing"  # transformers knows gpt2, but these are not its weights
+    spoil(dense)
+    before = sorted(tmp_path.iterdir())
+    arguments = (dense, tmp_path / "out", "--sparsity", 0.2) if verb == "slice" else (dense,)
+    assert run(verb, *arguments) == 2
+    assert_one_line(capsys, finding)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def assert_one_line(capsys: CaptureFixture, finding: str) -> None:
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("freebits: error: ")
+    assert output.err.count("\n") == 1
+    assert finding in output.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "finding"),
+    [
+        (("slice", "nowhere", "out", "--sparsity", 0.2), "nowhere is not a folder"),
+        (("slice", "dense", "out", "--sparsity", 1.0), "outside [0, 1)"),
+        (("slice", "dense", "out", "--sparsity", -0.2), "outside [0, 1)"),
+        (("slice", "dense", "out", "--sparsity", 0.2, "--samples", 0), "at least one window"),
+        (("slice", "dense", "out", "--sparsity", 0.2, "--seq-len", 1), "--seq-len"),
+        (("slice", "dense", "out", "--sparsity", 0.2, "--calibration", "none.txt"), "none.txt cannot be read"),
+        (("slice", "dense", "out", "--sparsity", 0.2, "--device", "abacus"), "abacus"),
+        (("slice", "dense", "dense", "--sparsity", 0.2), "dense exists already"),
+        (("slice", "empty", "out", "--sparsity", 0.2), "holds no config.json"),
+        (("pack", "dense", "out"), "is a dense model"),
+        (("pack", "nowhere", "out"), "nowhere is not a folder"),
+        (("pack", "dense", "out", "--threshold", -1), "threshold -1.0"),
+        (("unpack", "dense", "out"), "holds no freebits.json"),
+        (("unpack", "nowhere", "out"), "nowhere is not a folder"),
+        (("inspect", "nowhere"), "nowhere is not a folder"),
+        (("verify", "dense"), "holds no freebits.json"),
+        (("eval", "nowhere"), "nowhere is not a folder"),
+        (("eval", "dense", "--limit", 0), "--limit"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_exit_code_two(
+    arguments: tuple[object, ...],
+    finding: str,
+    dense: Path,
+    text: Path,
+    capsys: CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(dense.parent)
+    Path("empty").mkdir()
+    if arguments[0] == "slice" and "--calibration" not in arguments:
+        arguments += ("--calibration", text.name)
+    before = sorted(Path().iterdir())
+    assert run(*arguments) == 2
+    assert_one_line(capsys, finding)
+    assert sorted(Path().iterdir()) == before
+
+
+@pytest.mark.parametrize("arguments", [[], ["slice", "a"], ["fly"], ["pack", "a", "b", "--codec", "huffman"]])
+def test_wrong_usage_is_one_line_and_exit_code_two(arguments: list[str], capsys: CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert_one_line(capsys, "--help")
+
+
+def test_help_and_version_of_the_installed_command() -> None:
+    command = [sys.executable, "-m", "freebits.cli"]
+    done = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True)
+    for verb in ("demo", "slice", "pack", "unpack", "inspect", "verify", "eval"):
+        assert verb in done.stdout
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"freebits {freebits.__version__}"

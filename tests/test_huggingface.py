@@ -1,0 +1,142 @@
+"""At home in transformers: Auto classes, generation, saving, and no import needed with trusted code."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
+
+import freebits
+from freebits.errors import CheckpointError
+from tests.tiny import VARIANTS
+
+Make = Callable[..., Path]
+
+
+@pytest.fixture(params=["sliced", "packed"])
+def folder(request: pytest.FixtureRequest, save_tiny: Make, slice_tiny: Make, tmp_path: Path) -> Path:
+    """A sliced model and a packed one are loaded alike."""
+    sliced = slice_tiny(save_tiny(hidden_size=64, intermediate_size=160, num_key_value_heads=2))
+    freebits.pack(sliced, tmp_path / "packed", threshold=0.05)
+    return tmp_path / str(request.param)
+
+
+def from_pretrained(path: Path, **kwargs: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(path, **kwargs).eval()
+
+
+TOKENS = torch.randint(96, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+def test_the_auto_classes_load_it(folder: Path) -> None:
+    model = from_pretrained(folder)
+    assert type(model).__name__ == "SlicedLlamaForCausalLM"
+    assert model.config.site_sizes == [48] * 6 + [64]
+    assert model.dtype == torch.float16
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+    assert type(model.model.layers[0]).__name__ == "ResidualLlamaDecoderLayer" in model._no_split_modules
+    assert model.model.layers[0].self_attn.q_proj.in_features == 48
+
+
+@torch.no_grad()
+def test_saved_and_loaded_again_it_is_the_same(folder: Path, tmp_path: Path) -> None:
+    model = from_pretrained(folder, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "again")
+    assert [file.suffix for file in (tmp_path / "again").glob("model*")] == [".safetensors"]
+    assert not hasattr(AutoConfig.from_pretrained(tmp_path / "again"), "packed")
+    again = from_pretrained(tmp_path / "again")
+    assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+
+
+@torch.no_grad()
+def test_generation_with_the_cache_equals_generation_without(folder: Path) -> None:
+    model = from_pretrained(folder, dtype=torch.float32)
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    cached = model.generate(TOKENS, use_cache=True, **options)
+    assert cached.shape == (2, 24)
+    assert torch.equal(cached, model.generate(TOKENS, use_cache=False, **options))
+
+
+@torch.no_grad()
+def test_padding_on_the_left_changes_nothing(folder: Path) -> None:
+    model = from_pretrained(folder, dtype=torch.float32)
+    padded = torch.cat([torch.zeros(2, 5, dtype=torch.int64), TOKENS], dim=1)
+    mask = torch.cat([torch.zeros(2, 5, dtype=torch.int64), torch.ones_like(TOKENS)], dim=1)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    alone = model(TOKENS).logits
+    beside = model(padded, attention_mask=mask, position_ids=positions).logits[:, 5:]
+    assert (alone - beside).abs().max() < 1e-4
+
+
+def test_it_can_be_trained(folder: Path) -> None:
+    model = from_pretrained(folder, dtype=torch.float32).train()
+    loss = model(TOKENS, labels=TOKENS).loss
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients.values())
+    assert "model.layers.0.attention_shortcut.weight" in gradients
+
+
+@torch.no_grad()
+def test_hidden_states_and_attentions_are_reported(folder: Path) -> None:
+    output = from_pretrained(folder, attn_implementation="eager")(
+        TOKENS, output_hidden_states=True, output_attentions=True
+    )
+    assert [state.shape[-1] for state in output.hidden_states] == [48, 48, 48, 64]
+    assert len(output.attentions) == 3
+
+
+def test_a_pipeline_generates(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    generator = pipeline("text-generation", model=from_pretrained(folder), tokenizer=tokenizer)
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    assert generator("w1 w2", **options)[0]["generated_text"].startswith("w1 w2")
+
+
+def test_a_model_made_from_a_config_runs(folder: Path) -> None:
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    assert model(TOKENS).logits.shape == (2, 12, 96)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_generates_after_the_round_trip(
+    variant: str, save_tiny: Make, slice_tiny: Make, tmp_path: Path
+) -> None:
+    freebits.pack(slice_tiny(save_tiny(**VARIANTS[variant])), tmp_path / "packed", threshold=0.3)
+    freebits.unpack(tmp_path / "packed", tmp_path / "unpacked")
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    outputs = [freebits.load(tmp_path / name).generate(TOKENS, **options) for name in ("packed", "unpacked")]
+    assert torch.equal(*outputs)
+
+
+def test_with_trusted_code_no_import_is_needed(folder: Path) -> None:
+    program = (
+        "import sys, transformers as t;"
+        "model = t.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True);"
+        "print(type(model).__name__, model.config.site_sizes[0])"
+    )
+    command = [sys.executable, "-W", "error", "-c", program, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["SlicedLlamaForCausalLM", "48"], done.stderr
+
+
+def test_a_sliced_model_that_lacks_a_tensor_is_not_filled_in_at_random(save_tiny: Make, slice_tiny: Make) -> None:
+    sliced = slice_tiny(save_tiny())
+    state = load_file(sliced / "model.safetensors")
+    del state["model.layers.1.mlp_shortcut.weight"]
+    save_file(state, sliced / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"mlp_shortcut\.weight is missing"):
+        freebits.load(sliced)
+
+
+def test_a_folder_transformers_cannot_load_is_one_line(save_tiny: Make) -> None:
+    folder = save_tiny()
+    (folder / "config.json").write_text('{"model_type": "llama", "hidden_size": 30, "num_attention_heads": 4}')
+    with pytest.raises(CheckpointError, match="holds no model that transformers can load") as caught:
+        freebits.load(folder)
+    assert "\n" not in str(caught.value)
