@@ -39,7 +39,7 @@ def slice_tiny(tmp_path: Path) -> Callable[..., Path]:
     """Slice a tiny dense model; returns the folder."""
 
     def slice_(dense: Path, name: str = "sliced", sparsity: float = 0.25, **changes: Any) -> Path:
-        options = {"calibration": random_text(600), "samples": 8, "seq_len": 32} | changes
+        options: dict[str, Any] = {"calibration": random_text(600), "samples": 8, "seq_len": 32} | changes
         freebits.slice_model(dense, tmp_path / name, sparsity=sparsity, **options)
         return tmp_path / name
 

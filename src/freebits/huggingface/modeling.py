@@ -118,6 +118,11 @@ def _register(family: Family) -> tuple[type[PreTrainedConfig], type[SlicedCausal
     return config_class, model_class
 
 
-for _family in FAMILIES.values():
-    for _class in _register(_family):
-        globals()[_class.__name__] = _class
+_CLASSES = {kind.__name__: kind for family in FAMILIES.values() for kind in _register(family)}
+
+
+def __getattr__(name: str) -> Any:
+    """The derived classes, by name: `SlicedLlamaConfig`, `SlicedLlamaForCausalLM` and so on."""
+    if name not in _CLASSES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _CLASSES[name]

@@ -42,6 +42,11 @@ class SiteRecord:
     reason: str = ""
 
     @property
+    def facts(self) -> dict[str, Any]:
+        """The record as JSON, without what is empty."""
+        return {key: value for key, value in asdict(self).items() if value}
+
+    @property
     def parts(self) -> dict[str, str]:
         """Names under which an encoded site's parts are stored."""
         assert self.output is not None  # noqa: S101  (only asked of encoded sites)
@@ -77,8 +82,8 @@ class Manifest:
 
     def write(self, directory: Path) -> None:
         """Write the manifest into a packed directory, with the digest of itself."""
-        content = asdict(self)
-        text = json.dumps(content | {"digest": _digest_of_json(content)}, indent=1)
+        content = asdict(self) | {"sites": [site.facts for site in self.sites]}
+        text = _compact(content | {"digest": _digest_of_json(content)})
         (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
@@ -133,5 +138,8 @@ def digest_of_file(path: Path) -> str:
 
 
 def _digest_of_json(content: dict[str, Any]) -> str:
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.blake2b(text.encode(), digest_size=_DIGEST_BYTES).hexdigest()
+    return hashlib.blake2b(_compact(content).encode(), digest_size=_DIGEST_BYTES).hexdigest()
+
+
+def _compact(content: dict[str, Any]) -> str:
+    return json.dumps(content, sort_keys=True, separators=(",", ":"))

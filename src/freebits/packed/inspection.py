@@ -1,7 +1,6 @@
 """Say what a checkpoint folder holds and how large it is."""
 
 import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +33,8 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
         manifest = Manifest.read(Path(path))
         parts = [checkpoint[n].nbytes for n in checkpoint.files if n.endswith(".corrections")]
         sizes |= manifest.bytes | {"packed": on_disk, "corrections": sum(parts)}
-        sites = [{k: v for k, v in asdict(site).items() if v} for site in manifest.sites]
-        facts |= {"kind": "packed", "codec": manifest.codec, "entropy": manifest.entropy, "sites": sites}
+        facts |= {"kind": "packed", "codec": manifest.codec, "entropy": manifest.entropy}
+        facts["sites"] = [site.facts for site in manifest.sites]
     elif "site_sizes" in checkpoint.config:
         sizes |= recorded_baselines(checkpoint.config) | {"sliced": on_disk}
         facts["kind"] = "sliced"
