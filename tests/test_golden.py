@@ -49,5 +49,5 @@ def test_packing_writes_the_layout_of_the_golden_file(tmp_path: Path) -> None:
 def test_the_golden_file_shows_corrections_and_signs() -> None:
     packed = PackedCheckpoint(GOLDEN / f"v{FORMAT}" / "packed")
     assert [site.codec for site in packed.manifest.sites] == ["bits-back", "bits-back"]
-    assert all(site.corrections for site in packed.manifest.sites)
+    assert any(site.corrections for site in packed.manifest.sites)
     assert packed.read("model.layers.0.attention.signs").shape == (8,)

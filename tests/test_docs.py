@@ -1,0 +1,50 @@
+"""What the documentation says can be typed."""
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import freebits
+from freebits.cli import main
+from tests.tiny import random_text
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def snippets(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_readmes_commands_and_its_example_run(
+    save_tiny: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_tiny("MODEL", hidden_size=64, intermediate_size=160)
+    (tmp_path / "text.txt").write_text(random_text(64 * 512 + 1000))
+    commands = [line for snippet in snippets("bash") for line in snippet.splitlines() if line.startswith("freebits ")]
+    assert [command.split()[1] for command in commands] == ["slice", "pack", "verify", "inspect", "unpack"]
+    for command in commands:
+        extra = ["--text", "text.txt", "--limit", "1"] if "verify" in command else []
+        assert main([*shlex.split(command, comments=True)[1:], *extra]) in (0, 1), command
+    [example] = snippets("python")
+    capsys.readouterr()
+    exec(compile(example, "README.md", "exec"), {})  # noqa: S102  (the example under test)
+    assert len(capsys.readouterr().out.split()) > 10
+
+
+def test_the_readme_names_every_public_function() -> None:
+    functions = [name for name in freebits.__all__ if name.islower() and not name.startswith("_")]
+    assert all(f"`{name}`" in README for name in functions)
+
+
+def test_local_links_lead_somewhere() -> None:
+    for document in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\((?!http)([^)#]+)", document.read_text(encoding="utf-8")):
+            assert (document.parent / target).exists(), f"{document.name}: {target}"
