@@ -64,6 +64,8 @@ def test_tensors_that_no_model_reads_are_ignored() -> None:
     [
         ({"model_type": "mamba"}, "'mamba' has no entry in the architecture table"),
         ({"model_type": "gemma2"}, "normalises the output of each branch"),
+        ({"model_type": "opt", "do_layer_norm_before": False}, "normalises the residual stream itself"),
+        ({"model_type": "opt", "hidden_size": 1024, "word_embed_proj_dim": 512}, "another width"),
         ({}, "'' has no entry"),
         ({**CONFIG, "model_type": "sliced_llama"}, "sliced already"),
         ({**CONFIG, "quantization_config": {"quant_method": "gptq"}}, r"quantised \(gptq\)"),

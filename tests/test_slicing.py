@@ -54,9 +54,9 @@ def confine(folder: Path, size: int) -> None:
     basis = random_orthogonal(32, torch.Generator().manual_seed(5))[:, :size]
     projector = basis @ basis.T
     for name, tensor in state.items():
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
+        if name.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight")):
             state[name] = projector @ tensor
-        elif name.endswith(("o_proj.bias", "down_proj.bias", "embed_tokens.weight")):
+        elif name.endswith(("o_proj.bias", "down_proj.bias", "out_proj.bias", "fc2.bias")) or "embed" in name:
             state[name] = tensor @ projector
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 

@@ -7,15 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
+import freebits  # noqa: F401  (registers the sliced models)
 from freebits.architecture import Architecture, Axis
-from freebits.huggingface.modeling import SlicedLlamaConfig, SlicedLlamaForCausalLM
-from freebits.symmetry import fold, fold_head, random_orthogonal, rotate
+from freebits.symmetry import fold, fold_embeddings, fold_head, random_orthogonal, rotate
 from tests.tiny import VARIANTS, tiny_config, tiny_model
 
 
-def in_float64(model: LlamaForCausalLM) -> LlamaForCausalLM:
+def in_float64(model: Any) -> Any:
     """The library's norm computes in float32 whatever it is given; torch's does not."""
     for name, module in list(model.named_modules()):
         if type(module).__name__ == "LlamaRMSNorm":
@@ -25,9 +25,9 @@ def in_float64(model: LlamaForCausalLM) -> LlamaForCausalLM:
     return model
 
 
-def folded_state(model: LlamaForCausalLM, architecture: Architecture) -> dict[str, Tensor]:
+def folded_state(model: Any, architecture: Architecture) -> dict[str, Tensor]:
     state = model.state_dict()
-    embeddings = {name: state[name] for name in architecture.embedding_axes}
+    embeddings = fold_embeddings({name: state[name] for name in architecture.embedding_axes}, architecture)
     blocks = [fold(state, block) for block in architecture.blocks]
     merged = {name: tensor for part in (embeddings, *blocks) for name, tensor in part.items()}
     return merged | fold_head(state, architecture)
@@ -37,11 +37,12 @@ def unsliced(config: Any, architecture: Architecture, state: dict[str, Tensor]) 
     """A sliced model that keeps the full width at every site."""
     values = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}
     values |= {"tie_word_embeddings": False, "site_sizes": [config.hidden_size] * architecture.n_sites}
-    model = SlicedLlamaForCausalLM(SlicedLlamaConfig(**values)).double().eval()
+    sliced_config = AutoConfig.for_model(architecture.family.sliced_model_type, **values)
+    model: Any = AutoModelForCausalLM.from_config(sliced_config, dtype=torch.float64)
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not missing
     assert not unexpected
-    return model
+    return model.eval()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

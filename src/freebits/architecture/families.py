@@ -25,11 +25,18 @@ class SublayerNames:
 
 @dataclass(frozen=True)
 class Requirement:
-    """A config value without which the family's symmetry does not hold."""
+    """A config value without which the family's symmetry does not hold; a missing key means it is there."""
 
     key: str
-    value: object
     reason: str
+    value: object = None
+    same_as: str | None = None
+    """Another key, whose value this one must have."""
+
+    def holds(self, config: Mapping[str, Any]) -> bool:
+        """Whether a config fulfils it."""
+        needed = config.get(self.same_as) if self.same_as else self.value
+        return bool(config.get(self.key, needed) == needed)
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,8 @@ class Family:
     sublayers: tuple[SublayerNames, ...]
     final_norm: str
     head: str
+    centred: bool = False
+    """Whether the norms are LayerNorms: they also subtract the mean, and have biases."""
     tied_by_default: bool = False
     """What a config without `tie_word_embeddings` means."""
     ignored: tuple[str, ...] = ()
@@ -93,7 +102,50 @@ LLAMA = Family(
     ignored=("rotary_emb.inv_freq",),
 )
 
-FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (LLAMA,)}
+OPT = Family(
+    model_type="opt",
+    causal_lm="OPTForCausalLM",
+    embeddings=("model.decoder.embed_tokens", "model.decoder.embed_positions"),
+    blocks="model.decoder.layers",
+    sublayers=(
+        SublayerNames(
+            name="attention",
+            norm="self_attn_layer_norm",
+            reads=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            write="self_attn.out_proj",
+            modules=("self_attn",),
+            attends=True,
+        ),
+        SublayerNames(
+            name="mlp",
+            norm="final_layer_norm",
+            reads=("fc1",),
+            write="fc2",
+            modules=("fc1", "activation_fn", "fc2"),
+        ),
+    ),
+    final_norm="model.decoder.final_layer_norm",
+    head="lm_head",
+    centred=True,
+    tied_by_default=True,
+    requirements=(
+        Requirement(
+            "do_layer_norm_before",
+            value=True,
+            reason="it normalises the residual stream itself after each branch, so no rotation of it is free",
+        ),
+        Requirement(
+            "word_embed_proj_dim",
+            same_as="hidden_size",
+            reason="its embeddings have another width than its residual stream",
+        ),
+        Requirement("_remove_final_layer_norm", value=False, reason="it has no final norm to fold"),
+        Requirement("enable_bias", value=True, reason="its norms' biases have no bias to be folded into"),
+        Requirement("layer_norm_elementwise_affine", value=True, reason="its norms have no scale to fold"),
+    ),
+)
+
+FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (LLAMA, OPT)}
 
 _NORMED_OUTPUT = "it normalises the output of each branch, so no rotation of the residual stream is free"
 REFUSALS: Mapping[str, str] = {
@@ -120,7 +172,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
         )
     family = FAMILIES[model_type]
     for need in family.requirements:
-        if config.get(need.key, need.value) != need.value:
+        if not need.holds(config):
             raise UnsupportedModelError(
                 f"{model_type} model with {need.key}={config[need.key]!r} is not supported: {need.reason}"
             )

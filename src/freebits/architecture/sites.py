@@ -118,7 +118,8 @@ class Architecture:
     @cached_property
     def head_axes(self) -> dict[str, tuple[Axis, ...]]:
         """The residual axes of the output head."""
-        return {f"{self.family.head}.weight": (Axis(1, self.n_sites - 1),), f"{self.family.head}.bias": ()}
+        bias: dict[str, tuple[Axis, ...]] = {f"{self.family.head}.bias": ()} if self.family.centred else {}
+        return {f"{self.family.head}.weight": (Axis(1, self.n_sites - 1),), **bias}
 
     @cached_property
     def axes(self) -> dict[str, tuple[Axis, ...]]:
@@ -130,6 +131,10 @@ class Architecture:
     def norms(self) -> tuple[str, ...]:
         """The norms of the residual stream, in order; folding empties them."""
         return (*(sub.norm for block in self.blocks for sub in block), self.family.final_norm)
+
+    def norm_tensors(self, norm: str) -> tuple[str, ...]:
+        """The tensors of a norm."""
+        return (f"{norm}.weight", f"{norm}.bias") if self.family.centred else (f"{norm}.weight",)
 
     def site_sizes(self, sliced_size: int) -> tuple[int, ...]:
         """Width of the stream at each site: `sliced_size`, but the head's site keeps `D`."""
@@ -150,7 +155,7 @@ class Architecture:
         if len(sizes) != self.n_sites:
             raise CheckpointError(f"config.json: {len(sizes)} site_sizes for {self.n_sites} sites")
         shortcuts = {f"{sub.shortcut}.weight" for block in self.blocks for sub in block} if dense else set()
-        norms = {f"{norm}.weight" for norm in self.norms} if dense else set()
+        norms = {name for norm in self.norms for name in self.norm_tensors(norm)} if dense else set()
         shared = {f"{self.family.head}.weight"} if dense and self.tied else set()
         known = {name: axes for name, axes in self.axes.items() if name not in shortcuts}
         required = {name for name in known if name.endswith(".weight")} - shared | norms

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 from transformers import (
@@ -60,10 +61,12 @@ def _slice_modules(model: PreTrainedModel, family: Family, config: PreTrainedCon
         residual_block(layer, family.sublayers)
     for name, axes in architecture.axes.items():
         module_name, _, parameter = name.rpartition(".")
-        module = model.get_submodule(module_name)
+        module: Any = model.get_submodule(module_name)
         if isinstance(module, nn.Identity):
             before, after = (sizes[axis.site] for axis in axes)
             model.set_submodule(module_name, nn.Linear(before, after, bias=False))
+        elif name == f"{family.head}.bias":  # what becomes of the final norm's bias
+            module.bias = nn.Parameter(torch.zeros(len(module.weight), dtype=module.weight.dtype))
         elif getattr(module, parameter, None) is not None:
             for axis in axes:
                 _crop(module, parameter, axis.dim, sizes[axis.site])

@@ -16,7 +16,7 @@ from freebits.architecture import Architecture
 from freebits.checkpoint import Checkpoint
 from freebits.errors import CheckpointError, UsageError
 from freebits.slicing.axes import principal_axes
-from freebits.symmetry import fold, fold_head, random_orthogonal, rotate
+from freebits.symmetry import fold, fold_embeddings, fold_head, random_orthogonal, rotate
 
 SIZE_STEP = 8
 
@@ -86,13 +86,13 @@ def sliced_tensors(
                 raise CheckpointError(f"tensor {name} does not fit {dtype} after slicing: choose a wider --dtype")
         return rotated
 
-    embeddings = read(architecture.embedding_axes)
+    embeddings = fold_embeddings(read(architecture.embedding_axes), architecture)
     x = runner.embed(embeddings, tokens)
     rotations = {0: _rotation(x, sizes[0], orientation)}
     yield rotated(embeddings, rotations)
     del embeddings
     for block in architecture.blocks:
-        folded = fold(read(name for sub in block for name in (*sub.axes, f"{sub.norm}.weight")), block)
+        folded = fold(read(n for sub in block for n in (*sub.axes, *architecture.norm_tensors(sub.norm))), block)
         runner.load(folded)
         for index, sublayer in enumerate(block):
             kept = rotations[sublayer.site - 1].to(x.dtype)
@@ -100,7 +100,8 @@ def sliced_tensors(
             rotations[sublayer.site] = _rotation(x, sizes[sublayer.site], orientation)
         yield rotated(folded, rotations)
         rotations = {block[-1].site: rotations[block[-1].site]}
-    head = read((f"{architecture.family.final_norm}.weight", *architecture.head_axes, *architecture.embedding_axes))
+    final_norm = architecture.norm_tensors(architecture.family.final_norm)
+    head = read((*final_norm, *architecture.head_axes, *architecture.embedding_axes))
     yield rotated(fold_head(head, architecture), rotations)
 
 
