@@ -49,6 +49,7 @@ def test_public_names() -> None:
         "UnsupportedModelError",
         "UsageError",
         "__version__",
+        "estimate",
         "evaluate",
         "inspect",
         "load",

@@ -5,7 +5,7 @@ Importing freebits teaches transformers' Auto classes to load sliced and packed 
 
 from freebits.errors import CheckpointError, FreebitsError, UnsupportedModelError, UsageError
 from freebits.evaluation import evaluate, verify
-from freebits.huggingface import load, slice_model
+from freebits.huggingface import estimate, load, slice_model
 from freebits.packed import inspect, pack, unpack
 from freebits.version import __version__
 
@@ -15,6 +15,7 @@ __all__ = [
     "UnsupportedModelError",
     "UsageError",
     "__version__",
+    "estimate",
     "evaluate",
     "inspect",
     "load",

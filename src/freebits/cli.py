@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from freebits.errors import CheckpointError, FreebitsError
 from freebits.evaluation import evaluate, verify
-from freebits.huggingface import slice_model
+from freebits.huggingface import estimate, slice_model
 from freebits.packed import inspect, pack, unpack
 from freebits.packed.packing import CODEC, THRESHOLD
 from freebits.packed.size import change
@@ -56,6 +56,19 @@ def _demo(arguments: argparse.Namespace) -> int:
         rows.append((stage["name"], *sizes, f"{stage['perplexity']:.3f}", f"{stage['seconds']:.1f}"))
     _print_table(rows)
     print(f"\nThe unpacked model continues: {result['sentence']!r}")
+    return OK
+
+
+def _estimate(arguments: argparse.Namespace) -> int:
+    result = estimate(arguments.config, arguments.sparsity)
+    if arguments.json:
+        return _print_json(result)
+    print(f"hidden size {result['hidden_size']:,}, sliced to {result['sliced_size']:,}")
+    rows: list[Row] = [("form", "params", "vs dense", "vs dense untied")]
+    for form, count in result["params"].items():
+        if count is not None:
+            rows.append((form.replace("_", " "), f"{count:,}", *_changes(count, result["params"])))
+    _print_table(rows)
     return OK
 
 
@@ -221,6 +234,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--out", type=Path, help="keep the stages' folders here (default: a temporary folder)")
 
+    estimate_ = command(
+        "estimate",
+        _estimate,
+        "say how large a model would become, before any download",
+        "Reads the config alone. Counts 16-bit words without norms, headers and corrections, as the paper does. "
+        "The canonical form fixes the rotations instead of coding them, and can keep ties; it is not written yet.",
+    )
+    estimate_.add_argument("config", metavar="CONFIG_OR_DIR", type=Path, help="config.json, or a folder that has one")
+
     slice_ = command(
         "slice",
         _slice,
@@ -230,7 +252,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     slice_.add_argument("model", metavar="MODEL", type=Path, help="folder of a dense checkpoint")
     slice_.add_argument("out", metavar="OUT", type=Path, help="folder to create")
-    slice_.add_argument("--sparsity", type=float, required=True, help="part of the hidden size to remove, [0, 1)")
+    for added in (estimate_, slice_):
+        added.add_argument("--sparsity", type=float, required=True, help="part of the hidden size to remove, [0, 1)")
     slice_.add_argument("--calibration", metavar="TEXT", type=Path, help="text file (default: embedded text)")
     slice_.add_argument("--samples", type=int, default=64, help="windows of text (default: %(default)s)")
     slice_.add_argument("--seq-len", type=int, default=512, help="tokens a window (default: %(default)s)")
@@ -287,7 +310,7 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--seq-len", type=int, default=512, help="tokens a window (default: %(default)s)")
         added.add_argument("--limit", type=int, default=limit, help="windows to use (default: %(default)s)")
 
-    for added in (demo, slice_, pack_, inspect_, verify_, eval_):
+    for added in (demo, estimate_, slice_, pack_, inspect_, verify_, eval_):
         added.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     return parser
 

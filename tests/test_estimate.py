@@ -1,0 +1,92 @@
+"""Sizes from a config alone, and the paper's Table 1."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import freebits
+from freebits.checkpoint import Checkpoint
+from freebits.cli import main
+from freebits.errors import CheckpointError, UnsupportedModelError
+from freebits.packed import PackedCheckpoint
+from tests.tiny import VARIANTS
+
+CONFIGS = Path(__file__).parent.parent / "benchmarks" / "configs"
+SPARSITIES = (0.20, 0.25, 0.30)
+AFTER_SLICING = {
+    "opt-1.3b": ("-9.53", "-14.84", "-20.53"),
+    "opt-2.7b": ("-9.19", "-15.07", "-20.88"),
+    "opt-6.7b": ("-9.29", "-15.16", "-21.18"),
+    "opt-13b": ("-9.18", "-15.27", "-21.29"),
+    "llama-2-7b": ("-9.38", "-15.34", "-21.45"),
+}
+AFTER_BITS_BACK = {
+    "opt-1.3b": (-13.77, -18.61, -23.81),
+    "opt-2.7b": (-13.84, -19.09, -24.43),
+    "opt-6.7b": (-14.07, -19.29, -24.84),
+    "opt-13b": (-14.01, -19.51, -24.97),
+    "llama-2-7b": (-14.13, -19.53, -25.09),
+}
+"""Paper, Table 1; theirs includes corrections."""
+
+
+@pytest.mark.parametrize("model", AFTER_SLICING)
+def test_table_one(model: str) -> None:
+    changes = [freebits.estimate(CONFIGS / f"{model}.json", s)["change_vs_dense_untied"] for s in SPARSITIES]
+    assert tuple(f"{change['sliced']:.2f}" for change in changes) == AFTER_SLICING[model]
+    for change, paper in zip(changes, AFTER_BITS_BACK[model], strict=True):
+        assert paper - 0.5 < change["bits_back"] <= paper
+        assert change["canonical"] < change["bits_back"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_estimate_is_what_the_files_hold(
+    variant: str, save_tiny: Callable[..., Path], slice_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    dense = save_tiny(hidden_size=64, intermediate_size=160, **VARIANTS[variant])
+    estimate = freebits.estimate(dense, 0.25)
+    sliced = slice_tiny(dense)
+    freebits.pack(sliced, tmp_path / "packed", threshold=1e9)
+    norms = {name for name in Checkpoint(dense).files if "norm" in name}
+    head_bias = 96 if "opt" in variant else 0  # the final norm's, which the paper's count leaves out
+    counts = {
+        "dense": sum(tensor.numel() for name, tensor in Checkpoint(dense).items() if name not in norms),
+        "sliced": sum(tensor.numel() for _, tensor in Checkpoint(sliced).items()) - head_bias,
+    }
+    assert counts == {form: estimate["params"][form] for form in counts}
+    stored = {n: t for n, t in PackedCheckpoint(tmp_path / "packed").stored.items() if not n.endswith(".signs")}
+    words = sum(tensor.numel() for tensor in stored.values()) - head_bias
+    n_signs = sum(-(-size // 16) for size in (48, 48, 48, 48, 48, 64))
+    if "narrow" not in variant:  # a matrix of less than full rank has fewer words than the estimate promises
+        assert words + n_signs == estimate["params"]["bits_back"]
+
+
+def test_ties_can_be_kept_only_where_there_are_any() -> None:
+    tied, untied = (freebits.estimate(CONFIGS / f"{name}.json", 0.2)["params"] for name in ("opt-1.3b", "llama-2-7b"))
+    assert tied["dense"] < tied["dense_untied"]
+    assert tied["canonical_tied"] < tied["canonical"]
+    assert untied["dense"] == untied["dense_untied"]
+    assert untied["canonical_tied"] is None
+
+
+def test_estimate_prints_a_table_or_one_object(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["estimate", str(CONFIGS / "opt-6.7b.json"), "--sparsity", "0.2"]
+    assert main(arguments) == 0
+    assert "-14.33 %" in capsys.readouterr().out
+    assert main([*arguments, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["hidden_size"], result["sliced_size"]) == (4096, 3272)
+    assert list(result["params"]) == ["dense", "dense_untied", "sliced", "bits_back", "canonical", "canonical_tied"]
+    for base in ("change_vs_dense", "change_vs_dense_untied"):
+        assert list(result[base]) == ["sliced", "bits_back", "canonical", "canonical_tied"]
+
+
+def test_what_cannot_be_estimated_is_refused_with_the_reason(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is missing"):
+        freebits.estimate(tmp_path, 0.2)
+    config = json.loads((CONFIGS / "opt-1.3b.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"word_embed_proj_dim": 512}))
+    with pytest.raises(UnsupportedModelError, match="embeddings have another width"):
+        freebits.estimate(tmp_path, 0.2)
