@@ -1,6 +1,8 @@
 """The command line: what it prints, and what it says of bad input."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import freebits
 from freebits.cli import main
@@ -174,6 +177,10 @@ def assert_one_line(capsys: CaptureFixture, finding: str) -> None:
         (("verify", "dense"), "holds no freebits.json"),
         (("eval", "nowhere"), "nowhere is not a folder"),
         (("eval", "dense", "--limit", 0), "--limit"),
+        (("slice", "dense", "out", "--sparsity", 0.2, "--seed", 2**64), "seed"),
+        (("slice", "x" * 300, "out", "--sparsity", 0.2), "is not a folder"),
+        (("slice", "dense", "x" * 300, "--sparsity", 0.2, "--seq-len", 32), "cannot be created"),
+        (("eval", "dense", "--device", "meta"), "'meta' cannot be used"),
     ],
 )
 def test_bad_arguments_are_one_line_and_exit_code_two(
@@ -192,6 +199,50 @@ def test_bad_arguments_are_one_line_and_exit_code_two(
     assert run(*arguments) == 2
     assert_one_line(capsys, finding)
     assert sorted(Path().iterdir()) == before
+
+
+def test_an_empty_text_is_not_replaced_by_another(dense: Path, tmp_path: Path, capsys: CaptureFixture) -> None:
+    (tmp_path / "empty.txt").touch()
+    assert run("eval", dense, "--text", tmp_path / "empty.txt") == 2
+    assert_one_line(capsys, "the text has 0 tokens")
+
+
+def test_the_model_makers_code_is_never_run(dense: Path, tmp_path: Path, capsys: CaptureFixture) -> None:
+    ran = tmp_path / "ran"
+    (dense / "evil.py").write_text(f"open({str(ran)!r}, 'w')")
+    config = json.loads((dense / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}}
+    (dense / "config.json").write_text(json.dumps(config))
+    for arguments in (("eval", dense), ("slice", dense, tmp_path / "out", "--sparsity", 0.2)):
+        assert run(*arguments) == 2
+        assert_one_line(capsys, "custom code" if arguments[0] == "eval" else "'evil' has no entry")
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_nothing_behind(
+    number: signal.Signals, dense: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_step: str) -> Callable[[int, int], None]:
+        return lambda _done, _total: os.kill(os.getpid(), number)
+
+    monkeypatch.setattr("freebits.cli._progress", interrupted)
+    before = sorted(tmp_path.rglob("*"))
+    command = ("slice", dense, tmp_path / "new" / "out", "--sparsity", 0.2, "--calibration", text, "--seq-len", 32)
+    try:
+        code = run(*command)
+    except SystemExit as stopped:
+        code = int(stopped.code or 0)
+    assert code == 128 + number
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_not_a_number_is_null_in_json(dense: Path, text: Path, capsys: CaptureFixture) -> None:
+    state = load_file(dense / "model.safetensors")
+    state["model.norm.weight"][:] = float("nan")
+    save_file(state, dense / "model.safetensors", metadata={"format": "pt"})
+    assert run("eval", dense, "--text", text, "--seq-len", 32, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["perplexity"] is None
 
 
 @pytest.mark.parametrize("arguments", [[], ["slice", "a"], ["fly"], ["pack", "a", "b", "--codec", "huffman"]])

@@ -13,7 +13,7 @@ from freebits.coding import Declined, canonical_direction, decode, encode, messa
 from freebits.coding.bits import pack_bits, unpack_bits
 from freebits.coding.corrections import apply_corrections, encode_corrections, read_corrections
 from freebits.coding.rotation import (
-    n_words,
+    n_words_taken,
     recovered_rotation,
     rotation_from_words,
     rotation_signs,
@@ -27,7 +27,7 @@ seeds = st.integers(0, 2**32)
 def site(seed: int, dtype: torch.dtype, rows: int, size: int, spare: int = 40) -> tuple[Tensor, Tensor]:
     """A message of words and a matrix in canonical direction, with a spectrum that decays as in real models."""
     generator = torch.Generator().manual_seed(seed)
-    message = (0.05 * torch.randn(n_words(size) + spare, generator=generator)).to(dtype)
+    message = (0.05 * torch.randn(n_words_taken(size) + spare, generator=generator)).to(dtype)
     W = torch.randn(rows, size, generator=generator, dtype=torch.float64) * torch.linspace(1, 3, size)
     return message, W @ canonical_direction(W)
 
@@ -49,7 +49,7 @@ def test_decoding_returns_every_word(seed: int, dtype: torch.dtype, size: int, r
     rank = coded.matrix.shape[1]
     words, matrix = decode(coded, size)
     assert len(coded.message) == message_length(len(message), rank) == len(message) - rank * (rank - 1) // 2
-    kept = len(message) - n_words(rank)
+    kept = len(message) - n_words_taken(rank)
     assert torch.equal(words[:kept], message[:kept])
     true = torch.cat([message[kept:], W[:, size - rank :].to(dtype).flatten()])
     decoded = torch.cat([words[kept:], matrix[:, size - rank :].flatten()])
@@ -101,7 +101,7 @@ def test_a_costly_site_is_declined() -> None:
 @settings(max_examples=40, deadline=None)
 @given(seed=seeds, size=st.integers(2, 40))
 def test_rotation_and_words_are_inverse(seed: int, size: int) -> None:
-    words = torch.randn(n_words(size), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    words = torch.randn(n_words_taken(size), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     Q, eigenvalues = rotation_from_words(words, size)
     assert torch.allclose(words_from_rotation(Q, eigenvalues), words, atol=1e-12)
     _, W = site(seed, torch.float16, 4 * size, size)

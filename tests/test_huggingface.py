@@ -1,9 +1,11 @@
 """At home in transformers: Auto classes, generation, saving, and no import needed with trusted code."""
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -47,10 +49,13 @@ def test_the_auto_classes_load_it(folder: Path) -> None:
 def test_saved_and_loaded_again_it_is_the_same(folder: Path, tmp_path: Path) -> None:
     model = from_pretrained(folder, dtype=torch.float32)
     model.save_pretrained(tmp_path / "again")
-    assert [file.suffix for file in (tmp_path / "again").glob("model*")] == [".safetensors"]
+    assert [file.name for file in (tmp_path / "again").glob("*.*s")] == ["model.safetensors"]
+    assert (tmp_path / "again" / "modeling_freebits.py").exists()
     assert not hasattr(AutoConfig.from_pretrained(tmp_path / "again"), "packed")
     again = from_pretrained(tmp_path / "again")
     assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+    trusted = from_pretrained(tmp_path / "again", trust_remote_code=True)
+    assert torch.equal(trusted(TOKENS).logits, model(TOKENS).logits)
 
 
 @torch.no_grad()
@@ -140,3 +145,35 @@ def test_a_folder_transformers_cannot_load_is_one_line(save_tiny: Make) -> None:
     with pytest.raises(CheckpointError, match="holds no model that transformers can load") as caught:
         freebits.load(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_a_packed_folder_without_its_manifest_is_not_loaded_at_random(folder: Path) -> None:
+    if (folder / "freebits.json").exists():
+        (folder / "freebits.json").unlink()
+        with pytest.raises(CheckpointError, match=r"holds no freebits\.json"):
+            from_pretrained(folder)
+
+
+@torch.no_grad()
+def test_odd_ways_to_load_lead_to_the_same_model(folder: Path, tmp_path: Path) -> None:
+    expected = from_pretrained(folder, dtype=torch.float32)(TOKENS).logits
+    (tmp_path / "hub").mkdir()
+    shutil.copytree(folder, tmp_path / "hub" / "inside")
+    ways: list[dict[str, Any]] = [
+        {"pretrained_model_name_or_path": folder},
+        {"pretrained_model_name_or_path": str(folder), "config": AutoConfig.from_pretrained(folder)},
+        {"pretrained_model_name_or_path": tmp_path / "hub", "subfolder": "inside"},
+        {"pretrained_model_name_or_path": folder, "use_cache": False},
+        {"pretrained_model_name_or_path": folder, "device_map": "cpu"},
+    ]
+    kind = type(from_pretrained(folder))
+    for way in ways:
+        for loader in (AutoModelForCausalLM, kind):
+            model: Any = loader.from_pretrained(**way, dtype=torch.float32)
+            assert torch.equal(model.eval()(TOKENS).logits, expected), way
+            assert model.name_or_path == str(way["pretrained_model_name_or_path"])
+    threads = []
+    thread = Thread(target=lambda: threads.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert threads == [torch.get_num_threads()]

@@ -1,11 +1,14 @@
 """The packed checkpoint: what goes in comes out, and damage is noticed."""
 
+import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -101,8 +104,7 @@ def test_corrected_words_come_back_exactly_and_the_others_within_the_threshold(s
 
 def test_every_number_of_jobs_writes_the_same_model(sliced: Path, packed: Path, tmp_path: Path) -> None:
     freebits.pack(sliced, tmp_path / "one", threshold=THRESHOLD, jobs=1)
-    one, several = (dict(unpacked_tensors(path)) for path in (tmp_path / "one", packed))
-    assert all((one[name] - several[name]).abs().max() <= 2 * THRESHOLD for name in one)
+    assert (tmp_path / "one" / "model.safetensors").read_bytes() == (packed / "model.safetensors").read_bytes()
 
 
 def test_no_jobs_are_refused(sliced: Path, packed: Path, tmp_path: Path) -> None:
@@ -232,6 +234,7 @@ def test_a_rotated_model_is_the_same_function(sliced: Path, packed: Path) -> Non
 WATCH = """
 import sys, threading, freebits
 from pathlib import Path
+from typing import Any
 
 def anonymous():
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
@@ -256,7 +259,8 @@ print(peak - start)
 
 def test_memory_does_not_grow_with_the_number_of_blocks(tmp_path: Path, report: Callable[[str], None]) -> None:
     peaks = {}
-    for n_blocks in (4, 20):
+    environment = os.environ | {"MALLOC_ARENA_MAX": "1"}
+    for n_blocks in (4, 36):
         config = tiny_config(hidden_size=512, intermediate_size=1024, num_hidden_layers=n_blocks, head_dim=64)
         values = config.to_dict() | {"site_sizes": [408] * 2 * n_blocks + [512]}
         values = {key: value for key, value in values.items() if key != "model_type"}
@@ -264,7 +268,58 @@ def test_memory_does_not_grow_with_the_number_of_blocks(tmp_path: Path, report: 
         SlicedLlamaForCausalLM(SlicedLlamaConfig(**values)).half().save_pretrained(sliced)
         folders = [str(tmp_path / f"{name} {n_blocks}") for name in ("sliced", "packed", "unpacked")]
         command = [sys.executable, "-c", WATCH, *folders]
-        peaks[n_blocks] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    block = freebits.inspect(sliced)["bytes"]["sliced"] // 20
+        peaks[n_blocks] = int(
+            subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+        )
+    block = freebits.inspect(sliced)["bytes"]["sliced"] // 36
     report(f"peak memory to pack and unpack, in blocks of 16-bit words: { {n: peaks[n] / block for n in peaks} }")
-    assert peaks[20] - peaks[4] < 4 * block
+    assert peaks[36] - peaks[4] < 12 * block  # 32 more blocks in the model; the allocator's waste varies by a few
+
+
+def redigest(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a manifest and make its digest right again, as damage would not but a foe might."""
+    manifest = json.loads((folder / "freebits.json").read_text())
+    manifest.pop("digest")
+    change(manifest)
+    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
+    digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    (folder / "freebits.json").write_text(json.dumps(manifest | {"digest": digest}))
+
+
+def test_a_manifest_left_as_it_was_is_read(packed: Path) -> None:
+    redigest(packed, dict.copy)
+    dict(unpacked_tensors(packed))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.update(tensors=["a", "b"]),
+        lambda m: m.update(dtype="foo"),
+        lambda m: m.update(dtype=5),
+        lambda m: m.update(codec="huffman"),
+        lambda m: m.update(entropy="zstd"),
+        lambda m: m.update(sites=5),
+        lambda m: m.update(sites=[]),
+        lambda m: m.update(unknown=1),
+        lambda m: m["sites"][0].update(codec="zzz"),
+        lambda m: m["sites"][0].update(codec="plain"),
+        lambda m: m["sites"][0].update(name=["a"]),
+        lambda m: m["sites"][0].update(output=None),
+        lambda m: m["sites"][0].update(output=["x"]),
+        lambda m: m["sites"][0]["output"][1].__setitem__(0, 10**12),
+        lambda m: m["sites"][0]["output"][1].__setitem__(0, 0),
+        lambda m: m["sites"][0]["message"][0].__setitem__(1, [-48, -48]),
+        lambda m: m["sites"][0]["message"][0].__setitem__(1, ["48", "48"]),
+        lambda m: m["sites"][0]["message"][0].__setitem__(1, 48),
+        lambda m: m["sites"][0]["message"].pop(),
+        lambda m: m["sites"][0]["message"][0].__setitem__(0, "lm_head.weight"),
+        lambda m: m["sites"][0]["message"][0].__setitem__(0, m["sites"][0]["message"][1][0]),
+        lambda m: m["tensors"].pop("lm_head.weight"),
+    ],
+)
+def test_a_manifest_that_cannot_be_is_refused(change: Callable[[dict[str, Any]], object], packed: Path) -> None:
+    redigest(packed, change)
+    with pytest.raises(CheckpointError) as caught:
+        dict(unpacked_tensors(packed))
+    assert "\n" not in str(caught.value)

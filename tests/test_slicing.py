@@ -1,6 +1,8 @@
 """Slicing: the principal axes, kept; the rest, gone."""
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import freebits
-from freebits.errors import UsageError
+from freebits.checkpoint import Checkpoint
+from freebits.errors import CheckpointError, UsageError
 from freebits.huggingface import load, token_windows
 from freebits.slicing import principal_axes, sliced_size
 from freebits.symmetry import random_orthogonal
@@ -21,7 +24,8 @@ Save = Callable[..., Path]
 
 
 @pytest.mark.parametrize(
-    ("hidden", "sparsity", "expected"), [(576, 0.2, 456), (2048, 0.25, 1536), (4096, 0.3, 2864), (100, 0, 100)]
+    ("hidden", "sparsity", "expected"),
+    [(576, 0.2, 456), (320, 0.8, 64), (2048, 0.25, 1536), (4096, 0.3, 2864), (100, 0, 100)],
 )
 def test_sliced_size_is_rounded_down_to_a_multiple_of_eight(hidden: int, sparsity: float, expected: int) -> None:
     assert sliced_size(hidden, sparsity) == expected
@@ -128,3 +132,61 @@ def test_too_little_text_is_refused(save_tiny: Save, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="at least one window"):
         freebits.slice_model(save_tiny("again"), tmp_path / "out", sparsity=0.2, samples=0)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_head_that_differs_from_the_tied_embedding_is_the_head(save_tiny: Save, slice_tiny: Save) -> None:
+    dense = save_tiny(tie_word_embeddings=True, dtype=torch.float64)
+    state = load_file(dense / "model.safetensors")
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].flip(0).clone()
+    save_file(state, dense / "model.safetensors", metadata={"format": "pt"})
+    sliced = slice_tiny(dense, sparsity=0.0)
+    text = random_text(64, seed=3)
+    assert (logits(sliced, text) - logits(dense, text)).abs().max() < 1e-4
+
+
+def test_the_dtype_is_wide_enough_for_every_weight(save_tiny: Save, slice_tiny: Save) -> None:
+    dense = save_tiny()
+    state = load_file(dense / "model.safetensors")
+    state["model.layers.1.mlp.up_proj.weight"] = state["model.layers.1.mlp.up_proj.weight"].float()
+    state["model.norm.weight"] = state["model.norm.weight"].double()  # a norm is folded, not stored
+    save_file(state, dense / "model.safetensors", metadata={"format": "pt"})
+    assert json.loads((slice_tiny(dense) / "config.json").read_text())["dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("model.layers.1.self_attn.q_proj.weight", torch.ones(1, 32)),  # torch would broadcast it
+        ("model.norm.weight", torch.ones(1)),
+        ("model.layers.0.self_attn.q_proj.bias", torch.ones(32)),
+        ("model.embed_tokens.weight", torch.ones(95, 32)),
+        ("model.layers.1.self_attn.q_proj.weight", torch.ones(32, 32, dtype=torch.int8)),
+        ("model.embed_tokens.weight", torch.ones(32)),
+    ],
+)
+def test_a_tensor_that_the_config_contradicts_is_refused(
+    name: str, tensor: Tensor, save_tiny: Save, slice_tiny: Save
+) -> None:
+    dense = save_tiny()
+    state = load_file(dense / "model.safetensors") | {name: tensor}
+    save_file(state, dense / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"tensor {re.escape(name)} "):
+        slice_tiny(dense, dtype=torch.float16)
+
+
+def test_an_index_cannot_lead_out_of_the_folder(save_tiny: Save, slice_tiny: Save) -> None:
+    dense = save_tiny(shard="20KB")
+    index = json.loads((dense / "model.safetensors.index.json").read_text())
+    for file in ("../outside.safetensors", str(dense / "model.safetensors"), 5):
+        changed = index | {"weight_map": index["weight_map"] | {"model.norm.weight": file}}
+        (dense / "model.safetensors.index.json").write_text(json.dumps(changed))
+        with pytest.raises(CheckpointError, match="no file beside it"):
+            slice_tiny(dense)
+
+
+def test_a_single_file_goes_before_an_index_as_in_transformers(save_tiny: Save) -> None:
+    whole, sharded = save_tiny("whole", seed=1), save_tiny("sharded", shard="20KB", seed=2)
+    for file in sharded.glob("model*"):
+        shutil.copy(file, whole)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(Checkpoint(whole)[name], load(whole).state_dict()[name])

@@ -1,7 +1,10 @@
 """The command line: parse, call, print."""
 
 import argparse
+import io
 import json
+import math
+import os
 import signal
 import sys
 import tempfile
@@ -13,7 +16,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from freebits.errors import CheckpointError, FreebitsError
+from freebits.errors import CheckpointError, FreebitsError, UsageError
 from freebits.evaluation import evaluate, verify
 from freebits.huggingface import estimate, slice_model
 from freebits.packed import inspect, pack, unpack
@@ -30,15 +33,29 @@ Row = tuple[str, ...]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0 done, 1 a check did not hold, 2 bad input or usage."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that drafts are cleared away
+    for name in ("SIGTERM", "SIGHUP"):  # so that drafts are cleared away
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda number, _: sys.exit(128 + number))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that has no delta
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     arguments = _parser().parse_args(argv)
     try:
-        return int(arguments.run(arguments))
+        code = int(arguments.run(arguments))
+        sys.stdout.flush()
     except FreebitsError as error:
         print(f"freebits: error: {error}", file=sys.stderr)
         return BAD_INPUT
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except OSError as error:  # of printing: what concerns a checkpoint has become a FreebitsError
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            print(f"freebits: error: cannot print: {error.strerror}", file=sys.stderr)
+        return BAD_INPUT
+    return code
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -46,7 +63,10 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     with tempfile.TemporaryDirectory(prefix="freebits-demo-") as scratch:
         directory = arguments.out or Path(scratch)
-        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--out {directory}: {error.strerror}") from None
         result = run_demo(directory, _progress)
     if arguments.json:
         return _print_json(result)
@@ -148,8 +168,17 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _print_json(result: dict[str, Any]) -> int:
-    print(json.dumps(result))
+    print(json.dumps(_without_infinities(result), allow_nan=False))
     return OK
+
+
+def _without_infinities(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null stands for both."""
+    if isinstance(value, dict):
+        return {key: _without_infinities(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_without_infinities(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _print_facts(facts: dict[str, Any], as_json: bool) -> int:
@@ -290,7 +319,9 @@ def _parser() -> argparse.ArgumentParser:
     for added in (pack_, unpack_):
         added.add_argument("--jobs", type=int, help="blocks at once (default: one a processor, at most four)")
 
-    inspect_ = command("inspect", _inspect, "say what a folder holds and how large it is", "Reads no tensors.")
+    inspect_ = command(
+        "inspect", _inspect, "say what a folder holds and how large it is", "Reads headers, not tensors."
+    )
     inspect_.add_argument("path", metavar="PATH", type=Path, help="folder of a dense, sliced or packed checkpoint")
 
     verify_ = command(

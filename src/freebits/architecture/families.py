@@ -190,6 +190,7 @@ def dense_family(config: Mapping[str, Any]) -> Family:
         raise UnsupportedModelError("the model is sliced already: slice the dense model it was made from")
     quantization = config.get("quantization_config")
     if quantization:
-        method = quantization.get("quant_method", "an unnamed method")
+        named = isinstance(quantization, dict) and quantization.get("quant_method")
+        method = named or "an unnamed method"
         raise UnsupportedModelError(f"the weights are quantised ({method}): slice the model it was made from")
     return family

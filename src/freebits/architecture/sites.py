@@ -152,8 +152,8 @@ class Architecture:
         """
         dense = site_sizes is None
         sizes = [self.hidden_size] * self.n_sites if site_sizes is None else site_sizes
-        if len(sizes) != self.n_sites:
-            raise CheckpointError(f"config.json: {len(sizes)} site_sizes for {self.n_sites} sites")
+        if not isinstance(sizes, (list, tuple)) or len(sizes) != self.n_sites:
+            raise CheckpointError(f"config.json: site_sizes is not a list of the widths of {self.n_sites} sites")
         shortcuts = {f"{sub.shortcut}.weight" for block in self.blocks for sub in block} if dense else set()
         norms = {name for norm in self.norms for name in self.norm_tensors(norm)} if dense else set()
         shared = {f"{self.family.head}.weight"} if dense and self.tied else set()
@@ -166,7 +166,7 @@ class Architecture:
             raise CheckpointError(f"tensor {name} is not part of a {kind} model as freebits knows it")
         for name in known.keys() & shapes.keys():
             for axis in known[name]:
-                if shapes[name][axis.dim] != sizes[axis.site]:
+                if axis.dim >= len(shapes[name]) or shapes[name][axis.dim] != sizes[axis.site]:
                     raise CheckpointError(
                         f"tensor {name} has shape {list(shapes[name])}: dimension {axis.dim} should be "
                         f"{sizes[axis.site]}, the width of site {axis.site}"

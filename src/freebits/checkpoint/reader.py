@@ -44,7 +44,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: this is not a complete checkpoint") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}): restore the file") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no JSON object: restore the file")
@@ -63,7 +63,7 @@ class Checkpoint:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        if not self.path.is_dir():
+        if not _is_directory(self.path):
             raise CheckpointError(f"{path} is not a folder: give the folder of a downloaded checkpoint")
         if not (self.path / CONFIG).exists():
             raise CheckpointError(f"{path} holds no {CONFIG}: it is not a Hugging Face checkpoint")
@@ -71,17 +71,34 @@ class Checkpoint:
         self._handles = {file.name: _open(file) for file in self._files()}
         self.files = {name: file for file, handle in self._handles.items() for name in handle.keys()}  # noqa: SIM118
         """Tensor name → file name, in the order of the files."""
-        if (self.path / INDEX).exists():
-            promised = read_json(self.path / INDEX)["weight_map"]
-            for name in sorted(promised.keys() - self.files.keys()):
-                raise CheckpointError(f"{self.path / promised[name]} lacks tensor {name}: download it again")
+        for name, file in self._weight_map().items() if self._sharded else ():
+            if name not in self.files:
+                raise CheckpointError(f"{self.path / file} lacks tensor {name}: download it again")
+
+    @property
+    def weight_files(self) -> tuple[Path, ...]:
+        """The files that hold the tensors, and the index where there is one."""
+        index = [self.path / INDEX] if self._sharded else []
+        return (*(self.path / name for name in self._handles), *index)
+
+    @property
+    def _sharded(self) -> bool:  # a single file goes first, as in transformers
+        return (self.path / INDEX).exists() and not (self.path / SINGLE).exists()
+
+    def _weight_map(self) -> dict[str, str]:
+        weight_map = read_json(self.path / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"{self.path / INDEX} has no weight_map: restore the file")
+        for file in weight_map.values():
+            if not isinstance(file, str) or Path(file).name != file:
+                raise CheckpointError(
+                    f"{self.path / INDEX} names {file!r}, which is no file beside it: restore the index"
+                )
+        return weight_map
 
     def _files(self) -> list[Path]:
-        if (self.path / INDEX).exists():
-            weight_map = read_json(self.path / INDEX).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise CheckpointError(f"{self.path / INDEX} has no weight_map: restore the file")
-            return [self.path / file for file in sorted(set(weight_map.values()))]
+        if self._sharded:
+            return [self.path / file for file in sorted(set(self._weight_map().values()))]
         if (self.path / SINGLE).exists():
             return [self.path / SINGLE]
         pickles = sorted(file.name for pattern in PICKLES for file in self.path.glob(pattern))
@@ -133,3 +150,10 @@ def _open(file: Path) -> Any:
         raise CheckpointError(f"{file} is missing, though the index names it: download it again") from None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is truncated or damaged ({error}): download it again") from None
+
+
+def _is_directory(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name too long, for instance
+        return False

@@ -2,8 +2,8 @@
 
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,7 +17,9 @@ from torch import Tensor
 from freebits.checkpoint.reader import CONFIG, DTYPE_CODES, INDEX, PICKLES, SINGLE, Checkpoint
 from freebits.errors import CheckpointError
 
-_OTHER_WEIGHTS = ("*.safetensors", "*.index.json", "*.gguf", "*.h5", "*.msgpack", "*.onnx")
+_LEFT_BEHIND = ("*.safetensors", "*.index.json", "*.gguf", "*.h5", "*.msgpack", "*.onnx*", "*.pkl", "*.py")
+REMOTE_CODE = "modeling_freebits.py"
+"""The only code in a checkpoint of ours; it imports freebits."""
 _ALIGNMENT = 8
 _ENTRY = len('"":{"dtype":"BF16","shape":[,],"data_offsets":[,]},') + 4 * len(str(2**63))
 """An upper bound on the bytes of one header entry, less its name."""
@@ -31,15 +33,15 @@ def new_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         CheckpointError: something exists at `path`, or nothing can be written beside it.
     """
     target = Path(path).absolute()
-    if target.exists() or target.is_symlink():
-        raise CheckpointError(f"{path} exists already: choose another output folder or remove it")
+    draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        if target.exists() or target.is_symlink():
+            raise CheckpointError(f"{path} exists already: choose another output folder or remove it")
+        missing = [parent for parent in target.parents if not parent.exists()]
+        draft.mkdir(parents=True)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be created: {error.strerror}") from None
     try:
-        draft.chmod(0o755)  # mkdtemp is private; a checkpoint is as readable as any other folder
         yield draft
         draft.rename(target)
     except OSError as error:
@@ -48,6 +50,9 @@ def new_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise CheckpointError(f"{path} cannot be written: {error.strerror}") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+        if not target.exists():
+            for parent in missing:
+                parent.rmdir()
 
 
 class CheckpointWriter:
@@ -134,14 +139,18 @@ class _Shard:
 
 
 def carry_over(source: Path, target: Path, *, but: Iterable[str] = ()) -> None:
-    """Copy what is beside the weights: tokenizer, generation settings, licence, model card.
+    """Copy what is beside the weights: tokenizer, chat templates, generation settings, licence, model card.
 
-    Weights in any form, `config.json` and the names in `but` stay behind, for the caller writes its own.
+    Weights in any form, code that is not ours, `config.json` and the names in `but` stay behind, and what is hidden.
     """
-    for file in sorted(source.iterdir()):
-        weights = any(file.match(pattern) for pattern in (*PICKLES, *_OTHER_WEIGHTS))
-        if file.is_file() and not weights and file.name not in {CONFIG, *but}:
-            shutil.copy2(file, target / file.name)
+    left = {CONFIG, *but}
+    for file in sorted(path for path in source.rglob("*") if path.is_file()):
+        name = file.relative_to(source)
+        foreign = any(file.match(pattern) for pattern in (*PICKLES, *_LEFT_BEHIND)) and str(name) != REMOTE_CODE
+        hidden = any(part.startswith(".") for part in name.parts)
+        if not (foreign or hidden or str(name) in left):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(file, target / name)
 
 
 def _aligned(n_bytes: int) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 from freebits.coding.bits import as_tensor, pack_bits, unpack_bits
 from freebits.coding.corrections import apply_corrections, count_corrections, encode_corrections
 from freebits.coding.rotation import (
-    n_words,
+    n_words_taken,
     recovered_rotation,
     rotation_from_words,
     rotation_signs,
@@ -49,7 +49,7 @@ class Coded:
 
 def message_length(n_before: int, rank: int) -> int:
     """Words of a message of `n_before` words once a rotation of size `rank` has been taken."""
-    return n_before - n_words(rank) + rank
+    return n_before - n_words_taken(rank) + rank
 
 
 def encode(message: Tensor, W: Tensor, threshold: float) -> Coded:
@@ -63,9 +63,9 @@ def encode(message: Tensor, W: Tensor, threshold: float) -> Coded:
     Raises:
         Declined: a number is not finite or does not fit, the message is too short, or the gain is negative.
     """
-    rank = _rank(W, message.dtype)
+    rank = _rank(W, message.dtype, threshold)
     zeros, W = W[:, : W.shape[1] - rank], W[:, W.shape[1] - rank :]
-    kept, taken = _split(message, n_words(rank))
+    kept, taken = _split(message, n_words_taken(rank))
     Q, eigenvalues = rotation_from_words(_finite(taken, "a word of the message"), rank)
     coded_values = _finite(eigenvalues.to(message.dtype), "an eigenvalue")
     matrix = _finite((W @ Q).to(message.dtype), "a rotated weight")
@@ -88,11 +88,13 @@ def decode(coded: Coded, n_columns: int) -> tuple[Tensor, Tensor]:
         ValueError: the parts do not fit together.
     """
     rank = coded.matrix.shape[1]
+    if len(coded.message) < rank:
+        raise ValueError(f"a message of {len(coded.message)} words does not hold {rank} eigenvalues")
     kept, eigenvalues = _split(coded.message, rank)
     signs = torch.from_numpy(unpack_bits(coded.signs.numpy().tobytes(), rank, 1)).bool()
     decoded = torch.cat(_decoded(eigenvalues, coded.matrix, signs))
     corrected = apply_corrections(decoded, coded.corrections)
-    taken, W = corrected[: n_words(rank)], corrected[n_words(rank) :]
+    taken, W = corrected[: n_words_taken(rank)], corrected[n_words_taken(rank) :]
     zeros = torch.zeros(len(coded.matrix), n_columns - rank, dtype=W.dtype)
     return torch.cat([kept, taken]), torch.cat([zeros, W.reshape(-1, rank)], dim=1)
 
@@ -104,10 +106,11 @@ def _decoded(eigenvalues: Tensor, matrix: Tensor, signs: Tensor) -> tuple[Tensor
     return words.to(matrix.dtype), (matrix.double() @ Q.T).to(matrix.dtype).flatten()
 
 
-def _rank(W: Tensor, dtype: torch.dtype) -> int:
-    """Columns of a matrix in canonical direction that do not vanish beside the largest, in this dtype."""
+def _rank(W: Tensor, dtype: torch.dtype, threshold: float) -> int:
+    """Columns that do not vanish: beside the largest, in this dtype, and in any case within the threshold."""
     norms = _finite(W, "a weight").norm(dim=0)
-    rank = int((norms > norms.max() * torch.finfo(dtype).eps ** 2).sum())
+    vanishes = (norms <= norms.max() * torch.finfo(dtype).eps ** 2) & (W.abs().amax(dim=0) <= threshold)
+    rank = W.shape[1] - int(vanishes.int().cumprod(dim=0).sum())  # they come first, as eigenvalues ascend
     if rank < 2:
         raise Declined(f"the output matrix has rank {rank}: there is no rotation to gain from")
     return rank

@@ -16,6 +16,7 @@ from torch import Tensor
 from freebits.coding.bits import as_tensor, pack_bits, unpack_bits
 
 _HEADER = struct.Struct("<II")
+_MOST_GAP_BITS = 40
 
 
 def encode_corrections(true: Tensor, decoded: Tensor, threshold: float) -> Tensor:
@@ -29,7 +30,7 @@ def encode_corrections(true: Tensor, decoded: Tensor, threshold: float) -> Tenso
     Returns:
         (n_bytes,), uint8.
     """
-    fine = (decoded.double() - true.double()).abs() <= threshold
+    fine = ((decoded.double() - true.double()).abs() <= threshold) & decoded.isfinite()
     positions = torch.nonzero(~fine).flatten()
     if not len(positions):
         return as_tensor(b"")
@@ -67,9 +68,9 @@ def read_corrections(corrections: Tensor, dtype: torch.dtype) -> tuple[Tensor, T
     if not len(corrections):
         return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=dtype)
     content = corrections.numpy().tobytes()
-    count, n_bits = _HEADER.unpack_from(content)
+    count, n_bits = _HEADER.unpack_from(content.ljust(_HEADER.size, b"\0"))
     words_end = _HEADER.size + count * dtype.itemsize
-    if len(content) < words_end:
+    if len(content) < words_end or n_bits > _MOST_GAP_BITS:
         raise ValueError(f"{len(content)} bytes do not hold {count} corrections")
     gaps = unpack_bits(content[words_end:], count, n_bits)
     words = torch.frombuffer(bytearray(content[_HEADER.size : words_end]), dtype=dtype)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def n_words(size: int) -> int:
+def n_words_taken(size: int) -> int:
     """Words that make a rotation of `size`: the upper triangle and diagonal of a symmetric matrix."""
     return size * (size + 1) // 2
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def evaluate(
     Returns:
         `perplexity`, `tokens` (how many were predicted), `tasks` (empty: perplexity alone is measured).
     """
-    windows = token_windows(model, text or embedded_text()[1], seq_len, limit)
+    windows = token_windows(model, embedded_text()[1] if text is None else text, seq_len, limit)
     running = load(model, dtype=torch.float32).to(device_of(device)).eval()
     losses = []
     for done, window in enumerate(windows, start=1):
@@ -61,4 +62,5 @@ def loss(logits: Tensor, window: Tensor) -> float:
 
 def mean_perplexity(losses: list[float]) -> float:
     """The perplexity over windows of equal length, from their mean losses."""
-    return math.exp(math.fsum(losses) / len(losses))
+    mean = math.fsum(losses) / len(losses)
+    return math.exp(mean) if mean < math.log(sys.float_info.max) else math.inf

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch.nn.functional import kl_div, log_softmax
 
+from freebits.errors import CheckpointError
 from freebits.evaluation.perplexity import WINDOW, logits, loss, mean_perplexity
 from freebits.huggingface import load, token_windows
 from freebits.packed import PackedCheckpoint
@@ -47,13 +48,16 @@ def verify(
             pass
         unknown = {"reference": None, "packed": None}
         return {"ok": True, "max_abs_logit_diff": None, "mean_kl": None, "perplexity": unknown}
-    windows = token_windows(packed, text or embedded_text()[1], seq_len, limit)
+    windows = token_windows(packed, embedded_text()[1] if text is None else text, seq_len, limit)
     models = [load(path, dtype=torch.float32).eval() for path in (against, packed)]
     losses: tuple[list[float], list[float]] = ([], [])
-    difference = divergence = 0.0
+    difference = torch.tensor(0.0)
+    divergence = 0.0
     for done, window in enumerate(windows, start=1):
         reference, decoded = (logits(model, window) for model in models)
-        difference = max(difference, (reference - decoded).abs().max().item())
+        if reference.shape != decoded.shape:
+            raise CheckpointError(f"{packed} and {against} have vocabularies of different sizes: not the same model")
+        difference = torch.maximum(difference, (reference - decoded).abs().max())  # keeps a NaN
         log_p, log_q = log_softmax(reference, -1), log_softmax(decoded, -1)
         divergence += kl_div(log_q, log_p, log_target=True, reduction="batchmean").item() / len(windows)
         for values, output in zip(losses, (reference, decoded), strict=True):
@@ -62,7 +66,7 @@ def verify(
     perplexity = dict(zip(("reference", "packed"), map(mean_perplexity, losses), strict=True))
     return {
         "ok": perplexity["packed"] <= PERPLEXITY_TOLERANCE * perplexity["reference"],
-        "max_abs_logit_diff": difference,
+        "max_abs_logit_diff": difference.item(),
         "mean_kl": divergence,
         "perplexity": perplexity,
     }

@@ -38,11 +38,7 @@ def estimate(config: str | os.PathLike[str], sparsity: float) -> dict[str, Any]:
     dense_family(content)
     architecture = Architecture.of(content)
     k = sliced_size(architecture.hidden_size, sparsity)
-    with understood(path, "config"), torch.device("meta"):
-        parsed = AutoConfig.for_model(**content)
-        model = AutoModelForCausalLM.from_config(parsed)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    params = word_counts(architecture, shapes, k)
+    params = word_counts(architecture, dense_shapes(content, path), k)
     forms = ("sliced", "bits_back", "canonical", "canonical_tied")
     return {
         "hidden_size": architecture.hidden_size,
@@ -53,3 +49,10 @@ def estimate(config: str | os.PathLike[str], sparsity: float) -> dict[str, Any]:
             for base in ("dense_untied", "dense")
         },
     }
+
+
+def dense_shapes(config: dict[str, Any], path: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter of the dense model that a config describes; a tied head is left out."""
+    with understood(path, "config"), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), trust_remote_code=False)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

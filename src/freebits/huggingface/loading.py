@@ -13,13 +13,12 @@ from freebits.checkpoint import Checkpoint
 from freebits.errors import CheckpointError, FreebitsError, UsageError
 
 
-def load(path: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto", **kwargs: Any) -> Any:
+def load(path: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto") -> Any:
     """The model in a dense, sliced or packed folder, ready to run; a packed one is decoded as it is read.
 
     Args:
         path: folder of the checkpoint.
         dtype: of the weights in memory; `auto` is the checkpoint's own.
-        kwargs: passed on to `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
         CheckpointError: the folder is no sound checkpoint.
@@ -27,7 +26,7 @@ def load(path: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto", **k
     Checkpoint(path)
     with understood(path, "model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, local_files_only=True, output_loading_info=True, **kwargs
+            path, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
         )
     model, found = loaded
     if found["missing_keys"]:  # transformers fills them in at random
@@ -43,7 +42,9 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     """
     Checkpoint(path)
     with understood(path, "tokenizer"):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False
+        )
         return tokenizer
 
 
@@ -54,8 +55,8 @@ def device_of(name: str) -> torch.device:
         UsageError: there is none on this machine.
     """
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
+        return torch.ones(1, device=name).cpu().new_empty(0, device=name).device
+    except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
         finding = str(error).strip().partition("\n")[0]
         raise UsageError(f"device {name!r} cannot be used here ({finding})") from None
 

@@ -4,12 +4,15 @@ For each family a configuration and a model class are derived from the library's
 classes. Attention, MLP, cache, masks and generation stay the library's.
 """
 
+import copy
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -20,8 +23,9 @@ from transformers import (
 )
 
 from freebits.architecture import FAMILIES, Architecture, Family
+from freebits.checkpoint import REMOTE_CODE
 from freebits.huggingface.blocks import RESIDUAL, BareRMSNorm, residual_block
-from freebits.packed import is_packed, unpacked_tensors
+from freebits.packed import unpacked_tensors
 
 
 class SlicedCausalLM(PreTrainedModel):
@@ -37,20 +41,60 @@ class SlicedCausalLM(PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
+        *args: Any,
+        config: Any = None,
+        **kwargs: Any,
     ) -> Any:
-        """As in transformers, from a sliced or a packed directory; a packed one is decoded as it is read."""
+        """As in transformers, from a sliced or a packed checkpoint; a packed one is decoded as it is read."""
         path = pretrained_model_name_or_path
-        if path is None or not is_packed(path):
-            return super().from_pretrained(path, *args, **kwargs)
-        config = kwargs.pop("config", None) or cls.config_class.from_pretrained(path)
-        vars(config).pop("packed", None)  # the model in memory is a sliced one, and is saved as such
-        state = dict(unpacked_tensors(path))
-        loaded = super().from_pretrained(None, *args, config=config, state_dict=state, **kwargs)
-        if (Path(path) / "generation_config.json").exists():
-            model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
-            model.generation_config = GenerationConfig.from_pretrained(path)
+        if path is None:
+            return super().from_pretrained(None, *args, config=config, **kwargs)
+        parsed, rest = config, kwargs
+        if not isinstance(config, PreTrainedConfig):
+            parsed, rest = cls.config_class.from_pretrained(config or path, return_unused_kwargs=True, **kwargs)
+        if not hasattr(parsed, "packed"):
+            return super().from_pretrained(path, *args, config=config, **kwargs)
+        folder = _local_folder(path, kwargs)
+        state = dict(unpacked_tensors(folder))
+        parsed = copy.deepcopy(parsed)
+        del parsed.packed  # the model in memory is a sliced one, and is saved as such
+        loaded = super().from_pretrained(None, *args, config=parsed, state_dict=state, **rest)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
+        model.name_or_path = model.config.name_or_path = str(path)
+        if (folder / "generation_config.json").exists():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
         return loaded
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As in transformers, and with the code that `trust_remote_code=True` asks for."""
+        self.config.auto_map = auto_map(self.family)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        write_remote_code(Path(save_directory), self.family)
+
+
+def _local_folder(path: str | os.PathLike[str], source: Mapping[str, Any]) -> Path:
+    """Where a packed checkpoint lies on this machine; one on the hub is downloaded as transformers would."""
+    options = {key: source[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in source}
+    folder = Path(path) if Path(path).is_dir() else Path(snapshot_download(str(path), **options))
+    return folder / (source.get("subfolder") or "")
+
+
+def auto_map(family: Family) -> dict[str, str]:
+    """What `config.json` says of the classes, for `trust_remote_code=True`."""
+    module = Path(REMOTE_CODE).stem
+    names = {"AutoConfig": family.sliced_config, "AutoModelForCausalLM": family.sliced_causal_lm}
+    return {auto: f"{module}.{name}" for auto, name in names.items()}
+
+
+def write_remote_code(directory: Path, family: Family) -> None:
+    """Write the module that `auto_map` names: with it no `import freebits` is needed, only the package."""
+    (directory / REMOTE_CODE).write_text(
+        f'"""The sliced {family.model_type} model of freebits: pip install freebits."""\n\n'
+        f"from freebits.huggingface.modeling import {family.sliced_config}, {family.sliced_causal_lm}  # noqa: F401\n",
+        encoding="utf-8",
+    )
 
 
 def _slice_modules(model: PreTrainedModel, family: Family, config: PreTrainedConfig) -> None:

@@ -25,9 +25,11 @@ class BlockRunner:
         self.device = device
         self._family = architecture.family
         with understood(path, "model"):
-            config = AutoConfig.from_pretrained(path)
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
             config.num_hidden_layers = 1
-            self._model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device).eval()
+            self._model = (
+                AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).to(device).eval()
+            )
         self._model.set_submodule(self._family.head, nn.Identity())
         layers: Any = self._model.get_submodule(self._family.blocks)
         self._block = residual_block(layers[0], self._family.sublayers)
@@ -41,7 +43,8 @@ class BlockRunner:
             self._model.get_parameter(name).copy_(tensor)
         for window in tokens.to(self.device).split(1):
             self._model.base_model(input_ids=window, use_cache=False)
-        return torch.cat(self._recorder.streams)
+        streams, self._recorder.streams = self._recorder.streams, []
+        return torch.cat(streams)
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:

@@ -2,7 +2,8 @@
 
 import json
 import os
-from pathlib import Path
+from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor
 from freebits.architecture import Architecture, dense_family
 from freebits.checkpoint import Checkpoint, CheckpointWriter, carry_over, new_directory
 from freebits.errors import CheckpointError, UsageError
+from freebits.huggingface.estimate import dense_shapes
 from freebits.huggingface.loading import device_of
+from freebits.huggingface.modeling import auto_map, write_remote_code
 from freebits.huggingface.runner import BlockRunner
 from freebits.huggingface.tokens import token_windows
 from freebits.packed import inspect, is_packed
@@ -20,8 +23,6 @@ from freebits.progress import Progress, silent
 from freebits.slicing import sliced_size, sliced_tensors
 from freebits.text import embedded_text
 from freebits.version import __version__
-
-REMOTE_CODE = "modeling_freebits.py"
 
 
 def slice_model(
@@ -61,16 +62,16 @@ def slice_model(
         CheckpointError: `model` is no sound checkpoint, or `out` exists.
         UnsupportedModelError: no rotation of this model's stream is free; the message says why.
     """
+    dense = Checkpoint(model)
     if is_packed(model):
         raise CheckpointError(f"{model} is packed already: slice the dense model it was made from")
-    dense = Checkpoint(model)
-    dense_family(dense.config)
-    architecture = Architecture.of(dense.config)
-    architecture.check(dense.shapes)
+    architecture = _checked_architecture(dense)
     torch_device = device_of(device)
-    dtype = dtype or _common_dtype(dense, architecture)
+    dtype = dtype or reduce(torch.promote_types, (dense.dtypes[n] for n in dense.files if n in architecture.axes))
     size = sliced_size(architecture.hidden_size, sparsity)
-    tokens = _draw(token_windows(dense.path, calibration or embedded_text()[0], seq_len), samples, seed)
+    tokens = _draw(
+        token_windows(dense.path, embedded_text()[0] if calibration is None else calibration, seq_len), samples, seed
+    )
     slicing = {
         "sparsity": sparsity,
         "samples": len(tokens),
@@ -81,15 +82,16 @@ def slice_model(
         "producer": f"freebits {__version__}",
     }
     with new_directory(out) as directory:
-        carry_over(dense.path, directory, but=[REMOTE_CODE])
+        carry_over(dense.path, directory)
         config = _sliced_config(dense.config, architecture, size, dtype) | {"slicing": slicing}
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        _write_remote_code(directory, architecture)
+        write_remote_code(directory, architecture.family)
         parts = sliced_tensors(
             dense,
+            architecture,
             BlockRunner(dense.path, architecture, torch_device),
             tokens,
-            sparsity,
+            size,
             dtype=dtype,
             orientation=torch.Generator().manual_seed(seed) if random_orientation else None,
         )
@@ -101,43 +103,41 @@ def slice_model(
     return inspect(out)
 
 
-def _common_dtype(dense: Checkpoint, architecture: Architecture) -> torch.dtype:
-    names = architecture.without_ignored(dense.files)
-    for name in names:
+def _checked_architecture(dense: Checkpoint) -> Architecture:
+    """What is in a dense checkpoint, once every tensor is what its config says."""
+    dense_family(dense.config)
+    architecture = Architecture.of(dense.config)
+    architecture.check(dense.shapes)
+    expected = dense_shapes(dense.config, dense.path)
+    head, embedding = (f"{module}.weight" for module in (architecture.family.head, architecture.family.embeddings[0]))
+    for name in architecture.without_ignored(dense.files):
+        if dense.shapes[name] != expected.get(name, expected[embedding] if name == head else None):
+            raise CheckpointError(f"tensor {name} has shape {list(dense.shapes[name])}, which config.json contradicts")
         if not dense.dtypes[name].is_floating_point:
             raise CheckpointError(f"tensor {name} is {dense.dtypes[name]}: slicing needs floating-point weights")
-    return torch.promote_types(*(dense.dtypes[names[i]] for i in (0, -1)))
+    for name in expected.keys() - dense.files.keys() - {head}:
+        raise CheckpointError(f"tensor {name} is missing: the checkpoint is incomplete")
+    if architecture.tied and head in dense.files and not torch.equal(dense[head], dense[embedding]):
+        return replace(architecture, tied=False)  # transformers, too, then takes the head that is there
+    return architecture
 
 
 def _draw(windows: Tensor, samples: int, seed: int) -> Tensor:
     if samples < 1:
         raise UsageError(f"samples {samples}: calibration needs at least one window")
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"seed {seed}: give one from 0 to 2^63 - 1")
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     return windows[order[:samples]]
 
 
 def _sliced_config(config: dict[str, Any], architecture: Architecture, size: int, dtype: torch.dtype) -> dict[str, Any]:
     family = architecture.family
-    module = Path(REMOTE_CODE).stem
     return {key: value for key, value in config.items() if key != "torch_dtype"} | {
         "model_type": family.sliced_model_type,
         "architectures": [family.sliced_causal_lm],
-        "auto_map": {
-            "AutoConfig": f"{module}.{family.sliced_config}",
-            "AutoModelForCausalLM": f"{module}.{family.sliced_causal_lm}",
-        },
+        "auto_map": auto_map(family),
         "dtype": str(dtype).removeprefix("torch."),
         "tie_word_embeddings": False,
         "site_sizes": list(architecture.site_sizes(size)),
     }
-
-
-def _write_remote_code(directory: Path, architecture: Architecture) -> None:
-    """So that `trust_remote_code=True` works without `import freebits`, once freebits is installed."""
-    family = architecture.family
-    names = f"{family.sliced_config}, {family.sliced_causal_lm}"
-    (directory / REMOTE_CODE).write_text(
-        f'"""The sliced {family.model_type} model of freebits: pip install freebits."""\n\n'
-        f"from freebits.huggingface.modeling import {names}  # noqa: F401\n",
-        encoding="utf-8",
-    )

@@ -5,7 +5,8 @@ import os
 import torch
 from torch import Tensor
 
-from freebits.errors import UsageError
+from freebits.checkpoint import Checkpoint
+from freebits.errors import CheckpointError, UsageError
 from freebits.huggingface.loading import load_tokenizer
 
 
@@ -20,7 +21,7 @@ def token_windows(path: str | os.PathLike[str], text: str, seq_len: int, limit: 
 
     Raises:
         UsageError: `seq_len` is less than two, `limit` less than one, or the text does not fill one window.
-        CheckpointError: see `load_tokenizer`.
+        CheckpointError: see `load_tokenizer`; or the tokenizer is another model's.
     """
     if seq_len < 2:
         raise UsageError(f"a window of {seq_len} tokens predicts nothing: give --seq-len of at least 2")
@@ -30,4 +31,7 @@ def token_windows(path: str | os.PathLike[str], text: str, seq_len: int, limit: 
     n_windows = len(tokens) // seq_len
     if not n_windows:
         raise UsageError(f"the text has {len(tokens)} tokens, less than one window of {seq_len}: lower --seq-len")
+    n_ids = Checkpoint(path).config.get("vocab_size")
+    if isinstance(n_ids, int) and max(tokens) >= n_ids:
+        raise CheckpointError(f"{path}: the tokenizer's token {max(tokens)} is not in a vocab_size of {n_ids}")
     return torch.tensor(tokens[: n_windows * seq_len]).reshape(n_windows, seq_len)[:limit]

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,11 @@ from freebits.version import __version__
 
 FORMAT = 1
 MANIFEST = "freebits.json"
+CODECS = ("bits-back",)
+ENTROPIES = ("none",)
+WORD_DTYPES = ("float16", "bfloat16")
 _DIGEST_BYTES = 16
+_MOST_ROWS = 2**31
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,21 @@ class SiteRecord:
     output: tuple[str, list[int]] | None = None
     corrections: int = 0
     reason: str = ""
+
+    def check(self) -> None:
+        """Check what the types do not say.
+
+        Raises:
+            ValueError: a value that format 1 does not know.
+        """
+        if self.codec == "plain":
+            sound = bool(self.reason) and self.output is None and not self.message
+        elif self.output is None:
+            sound = False
+        else:
+            sound = self.codec in CODECS and all(map(_is_matrix, [*self.message, self.output]))
+        if not sound or not isinstance(self.name, str) or type(self.site) is not int:
+            raise ValueError(f"site {self.name!r}")
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -105,7 +125,8 @@ class Manifest:
         try:
             sites = [SiteRecord(**site) for site in content.pop("sites")]
             manifest = cls(sites=sites, **content)
-        except (TypeError, KeyError) as error:
+            manifest.check()
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{path} does not follow format {FORMAT} ({error}): pack the model again") from None
         if digest_of_file(directory / "config.json") != manifest.config:
             raise CheckpointError(
@@ -113,6 +134,22 @@ class Manifest:
                 "restore it, or unpack first and edit the unpacked copy"
             )
         return manifest
+
+    def check(self) -> None:
+        """Check what the types do not say.
+
+        Raises:
+            ValueError: a value that format 1 does not know, or that contradicts another.
+        """
+        known = (self.codec, self.entropy, self.dtype) in product(CODECS, ENTROPIES, WORD_DTYPES)
+        if not known or not isinstance(self.tensors, dict) or not isinstance(self.bytes, dict):
+            raise ValueError(f"codec {self.codec!r}, entropy {self.entropy!r}, dtype {self.dtype!r}")
+        for site in self.sites:
+            site.check()
+        decoded = [name for site in self.sites for name, _ in site.message]
+        parts = {name for site in self.sites if site.output for name in site.parts.values()}
+        if len(decoded) != len(set(decoded)) or set(decoded) & (self.tensors.keys() | parts):
+            raise ValueError("a tensor is stored twice")
 
     def complete(self, sites: list[SiteRecord], tensors: dict[str, str]) -> "Manifest":
         """The manifest with what is known only once all tensors are written."""
@@ -143,3 +180,8 @@ def _digest_of_json(content: dict[str, Any]) -> str:
 
 def _compact(content: dict[str, Any]) -> str:
     return json.dumps(content, sort_keys=True, separators=(",", ":"))
+
+
+def _is_matrix(tensor: tuple[str, list[int]]) -> bool:
+    name, shape = tensor
+    return isinstance(name, str) and len(shape) == 2 and all(type(n) is int and 0 < n < _MOST_ROWS for n in shape)

@@ -1,6 +1,7 @@
 """Say what a checkpoint folder holds and how large it is."""
 
 import os
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     on_disk = bytes_on_disk(path)
     if is_packed(path):
         manifest = Manifest.read(Path(path))
-        parts = [checkpoint[n].nbytes for n in checkpoint.files if n.endswith(".corrections")]
-        sizes |= manifest.bytes | {"packed": on_disk, "corrections": sum(parts)}
+        corrections = [shape for name, shape in checkpoint.shapes.items() if name.endswith(".corrections")]
+        sizes |= manifest.bytes | {"packed": on_disk, "corrections": sum(map(prod, corrections))}
         facts |= {"kind": "packed", "codec": manifest.codec, "entropy": manifest.entropy}
         facts["sites"] = [site.facts for site in manifest.sites]
     elif "site_sizes" in checkpoint.config:

@@ -1,6 +1,7 @@
 """Pack a sliced checkpoint with the bits-back code, one block in memory at a time (paper, Algorithm 5)."""
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -55,11 +56,11 @@ def pack(
         UsageError: the threshold is negative or `jobs` is less than one.
         CheckpointError: the model is not a sound sliced checkpoint in 16-bit floats, or `out` exists.
     """
-    if not threshold >= 0:
-        raise UsageError(f"threshold {threshold}: give 0 or more")
+    if not 0 <= threshold < math.inf:
+        raise UsageError(f"threshold {threshold}: give a number of 0 or more")
+    sliced = Checkpoint(model)
     if is_packed(model):
         raise CheckpointError(f"{model} is packed already: unpack it first")
-    sliced = Checkpoint(model)
     packing = _Packing.of(sliced, threshold)
     with new_directory(out) as directory:
         carry_over(sliced.path, directory)
@@ -108,7 +109,9 @@ class _Packing:
         architecture.check(sliced.shapes, sliced.config.get("site_sizes", ()))
         dtypes = {sliced.dtypes[name] for name in architecture.axes if name in sliced.files}
         if len(dtypes) != 1 or (dtype := dtypes.pop()).itemsize != 2 or not dtype.is_floating_point:
-            raise CheckpointError(f"{sliced.path}: bits-back needs all weights in float16 or all in bfloat16")
+            raise CheckpointError(
+                f"{sliced.path}: bits-back needs all weights in float16 or all in bfloat16: slice with --dtype"
+            )
         return cls(sliced, architecture, dtype, threshold, _unsound_sites(sliced, architecture))
 
     def possible_names(self) -> list[str]:
@@ -120,8 +123,7 @@ class _Packing:
     def run(self, jobs: int | None, progress: Progress) -> Iterator[tuple[list[SiteRecord], dict[str, Tensor]]]:
         """Site records and tensors to write: the embeddings, then each block's, then the head's."""
         architecture, blocks = self.architecture, self.architecture.blocks
-        untouched = [name for name in self.sliced.files if name not in architecture.axes]
-        yield [], self._read([*architecture.embedding_axes, *untouched])
+        yield [], self._read(architecture.embedding_axes)
         parts = [*(({k: v for sub in block for k, v in sub.axes.items()}, block) for block in blocks)]
         with workers(jobs) as executor:
             gauges = chain([{}], ordered_map(executor, self._gauge, blocks), [{}])

@@ -4,6 +4,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -14,7 +15,8 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def workers(jobs: int | None) -> ThreadPoolExecutor:
+@contextmanager
+def workers(jobs: int | None) -> Iterator[ThreadPoolExecutor]:
     """A pool of `jobs` threads that share the processors; by default one a processor, at most four.
 
     Raises:
@@ -24,8 +26,12 @@ def workers(jobs: int | None) -> ThreadPoolExecutor:
     jobs = min(4, n_processors) if jobs is None else jobs
     if jobs < 1:
         raise UsageError(f"jobs {jobs}: give at least one")
-    threads = max(1, n_processors // jobs)
-    return ThreadPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(threads,))
+    n_threads, per_job = torch.get_num_threads(), max(1, n_processors // jobs)
+    try:
+        with ThreadPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(per_job,)) as executor:
+            yield executor
+    finally:
+        torch.set_num_threads(n_threads)  # new threads take over what was set last, in whichever thread
 
 
 def ordered_map(

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,7 @@ def bytes_on_disk(path: str | os.PathLike[str]) -> int:
 
     The tokenizer and the model card are left out, as they are the same in every form of the model.
     """
-    files = [*Path(path).glob("*.safetensors"), *Path(path).glob("*.safetensors.index.json")]
-    files += [Path(path) / name for name in ("config.json", MANIFEST)]
+    files = (*Checkpoint(path).weight_files, *(Path(path) / name for name in ("config.json", MANIFEST)))
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
@@ -25,15 +25,22 @@ def dense_bytes(dense: Checkpoint, architecture: Architecture) -> dict[str, int]
     on_disk = bytes_on_disk(dense.path)
     embedding = f"{architecture.family.embeddings[0]}.weight"
     shared = architecture.tied and f"{architecture.family.head}.weight" not in dense.files
-    return {"dense": on_disk, "dense_untied": on_disk + (dense[embedding].nbytes if shared else 0)}
+    return {"dense": on_disk, "dense_untied": on_disk + (_n_bytes(dense, embedding) if shared else 0)}
 
 
 def recorded_baselines(config: Mapping[str, Any]) -> dict[str, int | None]:
     """The baselines that slicing wrote into `config.json`; None where there are none."""
-    recorded = config.get("slicing", {}).get("bytes", {})
-    return {key: recorded.get(key) for key in ("dense", "dense_untied")}
+    slicing = config.get("slicing")
+    recorded = slicing.get("bytes") if isinstance(slicing, dict) else None
+    sizes = recorded if isinstance(recorded, dict) else {}
+    known = {key: sizes.get(key) for key in ("dense", "dense_untied")}
+    return {key: size if isinstance(size, int) and size > 0 else None for key, size in known.items()}
 
 
 def change(n_bytes: int | None, baseline: int | None) -> float | None:
     """Percent by which `n_bytes` differs from `baseline`; negative is smaller."""
     return 100 * (n_bytes / baseline - 1) if n_bytes and baseline else None
+
+
+def _n_bytes(checkpoint: Checkpoint, name: str) -> int:
+    return prod(checkpoint.shapes[name]) * checkpoint.dtypes[name].itemsize

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from freebits.architecture import Architecture
 from freebits.checkpoint import Checkpoint, CheckpointWriter, carry_over, new_directory
-from freebits.coding import Coded, decode, message_length
+from freebits.coding import Coded, decode, message_length, n_words_taken
 from freebits.errors import CheckpointError
 from freebits.packed.format import MANIFEST, Manifest, SiteRecord, digest, is_packed
 from freebits.packed.parallel import ordered_map, workers
@@ -26,9 +27,9 @@ class PackedCheckpoint:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        if self.path.is_dir() and not is_packed(path):
-            raise CheckpointError(f"{path} holds no {MANIFEST}: it is not a packed checkpoint")
         self.stored = Checkpoint(path)
+        if not is_packed(path):
+            raise CheckpointError(f"{path} holds no {MANIFEST}: it is not a packed checkpoint")
         self.manifest = Manifest.read(self.path)
         for name in sorted(self.stored.files.keys() ^ self.manifest.tensors.keys()):
             raise self._broken(name, "is in the manifest or in a file, but not in both")
@@ -36,6 +37,7 @@ class PackedCheckpoint:
         self._owner = {part: site.name for site in self._sites.values() for part in site.parts.values()}
         for site in self._sites.values():
             self._check(site)
+        Architecture.of(self.stored.config).check(self._decoded_shapes(), self.stored.config.get("site_sizes", ()))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -71,8 +73,7 @@ class PackedCheckpoint:
 
     def tensor_names(self) -> list[str]:
         """Names of the sliced model's tensors."""
-        coded = [name for site in self._sites.values() for name, _ in site.message]
-        return [*self.stored.files, *coded]
+        return list(self._decoded_shapes())
 
     def decode(self, jobs: int | None = None) -> Iterator[dict[str, Tensor]]:
         """The sliced model's tensors: one plain tensor, or those of one site, at a time."""
@@ -90,10 +91,15 @@ class PackedCheckpoint:
             if parts[part] not in shapes:
                 raise self._broken(parts[part], "is missing")
         _, (n_columns, n_rows) = site.output
-        rank = shapes[parts["matrix"]][0]
+        rank = shapes[parts["matrix"]][0] if shapes[parts["matrix"]] else 0
+        corrections = shapes.get(parts["corrections"], (0,))
         n_words = sum(prod(shape) for _, shape in site.message)
         sound = (
-            rank <= n_columns
+            0 < rank <= n_columns
+            and n_words >= n_words_taken(rank)
+            and shapes[parts["signs"]] == (-(-rank // 64) * 8,)
+            and len(corrections) == 1
+            and corrections[0] % 8 == 0
             and shapes[parts["matrix"]] == (rank, n_rows)
             and shapes[parts["message"]] == (message_length(n_words, rank),)
             and dtypes[parts["message"]] == dtypes[parts["matrix"]] == self.dtype
@@ -101,6 +107,13 @@ class PackedCheckpoint:
         )
         if not sound:
             raise self._broken(site.name, "has parts of other sizes than the manifest implies")
+
+    def _decoded_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the sliced model's tensors."""
+        shapes = {name: shape for name, shape in self.stored.shapes.items() if name not in self._owner}
+        for site in self._sites.values():
+            shapes |= {name: tuple(shape) for name, shape in (*site.message, *filter(None, [site.output]))}
+        return shapes
 
     def _broken(self, name: str, finding: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: {name} {finding}: the file is damaged, download it again")
@@ -141,8 +154,9 @@ def unpack(
     with new_directory(out) as directory:
         carry_over(source.path, directory, but=[MANIFEST])
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        n_units = len(source.units)
         with CheckpointWriter.like(source.stored, directory, source.tensor_names()) as writer:
             for done, tensors in enumerate(source.decode(jobs), start=1):
                 for name, tensor in tensors.items():
                     writer.write(name, tensor)
-                progress(done, len(source.units))
+                progress(done, n_units)

@@ -44,7 +44,8 @@ def sliced_size(hidden_size: int, sparsity: float) -> int:
     """
     if not 0 <= sparsity < 1:
         raise UsageError(f"sparsity {sparsity} lies outside [0, 1): 0.2 removes a fifth of the hidden size")
-    size = math.floor((1 - sparsity) * hidden_size) // SIZE_STEP * SIZE_STEP if sparsity else hidden_size
+    exact = round((1 - sparsity) * hidden_size, 6)  # 0.2 * 320 is 64, not 63.99…
+    size = math.floor(exact) // SIZE_STEP * SIZE_STEP if sparsity else hidden_size
     if size == 0:
         raise UsageError(f"sparsity {sparsity} leaves nothing of hidden size {hidden_size}: choose a smaller one")
     return size
@@ -52,9 +53,10 @@ def sliced_size(hidden_size: int, sparsity: float) -> int:
 
 def sliced_tensors(
     dense: Checkpoint,
+    architecture: Architecture,
     runner: Runner,
     tokens: Tensor,
-    sparsity: float,
+    size: int,
     *,
     dtype: torch.dtype,
     orientation: torch.Generator | None = None,
@@ -63,18 +65,17 @@ def sliced_tensors(
 
     Args:
         dense: the model to slice.
+        architecture: what is in it.
         runner: runs it.
         tokens: (windows, T), the calibration text.
-        sparsity: the part of the hidden size to remove, in [0, 1).
+        size: `k`, the width to keep; see `sliced_size`.
         dtype: what the tensors are rounded to, once, after float64 arithmetic.
         orientation: where given, the kept subspace of each site is turned at random within itself.
 
     Raises:
-        UsageError: see `sliced_size`.
         CheckpointError: a rotated weight does not fit `dtype`.
     """
-    architecture = Architecture.of(dense.config)
-    sizes = architecture.site_sizes(sliced_size(architecture.hidden_size, sparsity))
+    sizes = architecture.site_sizes(size)
 
     def read(names: Iterable[str]) -> dict[str, Tensor]:
         return {name: dense[name].to(runner.device) for name in names if name in dense.files}
@@ -83,7 +84,10 @@ def sliced_tensors(
         rotated = {n: rotate(t, architecture.axes[n], rotations, dtype) for n, t in tensors.items()}
         for name, tensor in rotated.items():
             if not tensor.isfinite().all():
-                raise CheckpointError(f"tensor {name} does not fit {dtype} after slicing: choose a wider --dtype")
+                raise CheckpointError(
+                    f"tensor {name} does not fit {dtype} after slicing: choose a wider --dtype, unless the dense "
+                    "model itself has weights that are not finite"
+                )
         return rotated
 
     embeddings = fold_embeddings(read(architecture.embedding_axes), architecture)

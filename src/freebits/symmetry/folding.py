@@ -71,5 +71,6 @@ def _centre(tensor: Tensor, axes: tuple[Axis, ...]) -> Tensor:
     """`W (I - 1 1ᵀ / D)`: what the tensor writes into the stream, less its mean."""
     wide = tensor.double()
     for axis in axes:
-        wide = wide - wide.mean(axis.dim, keepdim=True)
+        if axis.writes:
+            wide = wide - wide.mean(axis.dim, keepdim=True)
     return wide

@@ -1,0 +1,62 @@
+"""Paper, Figure 2: how far decoded weights are from the true ones, without corrections. A minute.
+
+W_o of the last block of the demo model at 20 %, and the words that its site borrowed.
+
+    python -m benchmarks.figure2
+"""
+
+import tempfile
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+
+import freebits
+from benchmarks.results import RESULTS, save_csv
+from freebits.checkpoint import Checkpoint
+from freebits.coding.rotation import n_words_taken
+from freebits.huggingface.demo_model import demo_model
+from freebits.packed import PackedCheckpoint
+
+QUANTILES = (0.5, 0.9, 0.99, 0.999, 0.9999, 1.0)
+
+
+def errors(sliced: Path, folder: Path) -> dict[str, torch.Tensor]:
+    """Absolute errors of one site: of its output matrix, and of the words it borrowed."""
+    freebits.pack(sliced, folder / "true", threshold=0)  # nothing gains: every site is rotated and stored plain
+    freebits.pack(sliced, folder / "raw", threshold=1e9)  # nothing is corrected
+    true, raw = Checkpoint(folder / "true"), PackedCheckpoint(folder / "raw")
+    site = raw.manifest.sites[-2]
+    assert site.output is not None
+    decoded = raw.decode_site(site)
+    wrong = {name: (tensor.double() - true[name].double()).abs().flatten() for name, tensor in decoded.items()}
+    words = torch.cat([wrong[name] for name, _ in site.message])[-n_words_taken(site.output[1][0]) :]
+    return {f"W_o of {site.name}": wrong[site.output[0]], "words borrowed by its site": words}
+
+
+def main() -> None:
+    """Draw the figure and save its quantiles."""
+    with tempfile.TemporaryDirectory() as scratch:
+        sliced = Path(scratch) / "sliced"
+        freebits.slice_model(demo_model(), sliced, sparsity=0.2, samples=32)
+        measured = errors(sliced, Path(scratch))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for name, values in measured.items():
+        left.hist(values.clamp(max=0.02), bins=80, log=True, histtype="step", label=name)
+        right.plot(values.sort().values, torch.linspace(0, 1, len(values)), label=name)
+    left.set(xlabel="absolute error (the last bin holds all above 0.02)", ylabel="weights")
+    right.set(xlabel="absolute error", ylabel="fraction of weights below", xlim=(0, 0.02), ylim=(0.9, 1.001))
+    right.axvline(0.01, color="grey", linestyle=":")
+    left.legend(fontsize=8)
+    RESULTS.mkdir(exist_ok=True)
+    figure.savefig(RESULTS / "figure2.png", dpi=140)
+    rows = [
+        (name, *(f"{q:.3e}" for q in (values.mean(), *values.quantile(torch.tensor(QUANTILES, dtype=values.dtype)))))
+        for name, values in measured.items()
+    ]
+    save_csv("figure2", ("tensor", "mean", *(f"{100 * q:g} %" for q in QUANTILES)), rows)
+    print(*rows, sep="\n")
+
+
+if __name__ == "__main__":
+    main()
