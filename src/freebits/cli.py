@@ -328,7 +328,8 @@ def _parser() -> argparse.ArgumentParser:
         "verify",
         _verify,
         "check a packed checkpoint, alone or against the sliced one",
-        "Checks every digest; with --against runs both models. Exit code 1 if the perplexity is more than 1 % worse.",
+        "Checks every digest; with --against runs both models. Exit code 1 if the perplexity is more than 1 % worse, "
+        "2 if the checkpoint is damaged.",
     )
     verify_.add_argument("packed", metavar="PACKED", type=Path, help="folder of a packed checkpoint")
     verify_.add_argument("--against", metavar="SLICED", type=Path, help="the sliced model it was made from")

@@ -101,9 +101,10 @@ def decode(coded: Coded, n_columns: int) -> tuple[Tensor, Tensor]:
 
 def _decoded(eigenvalues: Tensor, matrix: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
     """The words taken and the matrix by rows, before correction. The encoder runs this too."""
-    Q = recovered_rotation(matrix.double(), signs)
+    wide = matrix.double()
+    Q = recovered_rotation(wide, signs)
     words = words_from_rotation(Q, eigenvalues)
-    return words.to(matrix.dtype), (matrix.double() @ Q.T).to(matrix.dtype).flatten()
+    return words.to(matrix.dtype), (wide @ Q.T).to(matrix.dtype).flatten()
 
 
 def _rank(W: Tensor, dtype: torch.dtype, threshold: float) -> int:

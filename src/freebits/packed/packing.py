@@ -124,7 +124,7 @@ class _Packing:
         """Site records and tensors to write: the embeddings, then each block's, then the head's."""
         architecture, blocks = self.architecture, self.architecture.blocks
         yield [], self._read(architecture.embedding_axes)
-        parts = [*(({k: v for sub in block for k, v in sub.axes.items()}, block) for block in blocks)]
+        parts = [({name: axes for sub in block for name, axes in sub.axes.items()}, block) for block in blocks]
         with workers(jobs) as executor:
             gauges = chain([{}], ordered_map(executor, self._gauge, blocks), [{}])
             rotations = (before | after for before, after in pairwise(gauges))

