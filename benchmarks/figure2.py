@@ -45,7 +45,13 @@ def main() -> None:
         left.hist(values.clamp(max=0.02), bins=80, log=True, histtype="step", label=name)
         right.plot(values.sort().values, torch.linspace(0, 1, len(values)), label=name)
     left.set(xlabel="absolute error (the last bin holds all above 0.02)", ylabel="weights")
-    right.set(xlabel="absolute error", ylabel="fraction of weights below", xlim=(0, 0.02), ylim=(0.9, 1.001), xticks=(0, 0.005, 0.01, 0.015, 0.02))
+    right.set(
+        xlabel="absolute error",
+        ylabel="fraction of weights below",
+        xlim=(0, 0.02),
+        ylim=(0.9, 1.001),
+        xticks=(0, 0.005, 0.01, 0.015, 0.02),
+    )
     right.axvline(0.01, color="grey", linestyle=":")
     left.legend(fontsize=8)
     RESULTS.mkdir(exist_ok=True)
