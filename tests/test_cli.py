@@ -226,7 +226,7 @@ def test_a_signal_leaves_nothing_behind(
     def interrupted(_step: str) -> Callable[[int, int], None]:
         return lambda _done, _total: os.kill(os.getpid(), number)
 
-    monkeypatch.setattr("freebits.cli._progress", interrupted)
+    monkeypatch.setattr("freebits.cli.commands.progress_bar", interrupted)
     before = sorted(tmp_path.rglob("*"))
     command = ("slice", dense, tmp_path / "new" / "out", "--sparsity", 0.2, "--calibration", text, "--seq-len", 32)
     try:

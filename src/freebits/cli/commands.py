@@ -1,0 +1,141 @@
+"""One function for each verb: call it and print what it says; returns the exit code."""
+
+import tempfile
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+
+from freebits import demo
+from freebits.cli.output import Row, changes, print_facts, print_json, print_table, progress_bar
+from freebits.errors import CheckpointError, UsageError
+from freebits.evaluation import evaluate, verify
+from freebits.huggingface import estimate, slice_model
+from freebits.packed import inspect, pack, unpack
+
+OK, FAILED = 0, 1
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def run_demo(arguments: Namespace) -> int:
+    """Slice, pack, unpack and measure the demo model."""
+    with tempfile.TemporaryDirectory(prefix="freebits-demo-") as scratch:
+        directory = arguments.out or Path(scratch)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--out {directory}: {error.strerror}") from None
+        result = demo.run_demo(directory, progress_bar)
+    if arguments.json:
+        return print_json(result)
+    rows: list[Row] = [("stage", "bytes", "vs dense", "vs dense untied", "perplexity", "seconds")]
+    for stage in result["stages"]:
+        sizes = (f"{stage['bytes']:,}", *changes(stage["bytes"], result["bytes"]))
+        rows.append((stage["name"], *sizes, f"{stage['perplexity']:.3f}", f"{stage['seconds']:.1f}"))
+    print_table(rows)
+    print(f"\nThe unpacked model continues: {result['sentence']!r}")
+    return OK
+
+
+def run_estimate(arguments: Namespace) -> int:
+    """Sizes from a config."""
+    result = estimate(arguments.config, arguments.sparsity)
+    if arguments.json:
+        return print_json(result)
+    print(f"hidden size {result['hidden_size']:,}, sliced to {result['sliced_size']:,}")
+    rows: list[Row] = [("form", "params", "vs dense", "vs dense untied")]
+    for form, count in result["params"].items():
+        if count is not None:
+            rows.append((form.replace("_", " "), f"{count:,}", *changes(count, result["params"])))
+    print_table(rows)
+    return OK
+
+
+def run_slice(arguments: Namespace) -> int:
+    """Slice a dense checkpoint."""
+    facts = slice_model(
+        arguments.model,
+        arguments.out,
+        sparsity=arguments.sparsity,
+        calibration=_text(arguments.calibration),
+        samples=arguments.samples,
+        seq_len=arguments.seq_len,
+        seed=arguments.seed,
+        random_orientation=arguments.random_orientation,
+        device=arguments.device,
+        dtype=DTYPES[arguments.dtype] if arguments.dtype else None,
+        progress=progress_bar("slice"),
+    )
+    return print_facts(facts, arguments.json)
+
+
+def run_pack(arguments: Namespace) -> int:
+    """Pack a sliced checkpoint."""
+    facts = pack(
+        arguments.model,
+        arguments.out,
+        threshold=arguments.threshold,
+        jobs=arguments.jobs,
+        progress=progress_bar("pack"),
+    )
+    return print_facts(facts, arguments.json)
+
+
+def run_unpack(arguments: Namespace) -> int:
+    """Unpack a packed checkpoint."""
+    unpack(arguments.packed, arguments.out, jobs=arguments.jobs, progress=progress_bar("unpack"))
+    return OK
+
+
+def run_inspect(arguments: Namespace) -> int:
+    """Say what a folder holds."""
+    return print_facts(inspect(arguments.path), arguments.json)
+
+
+def run_verify(arguments: Namespace) -> int:
+    """Check a packed checkpoint."""
+    result = verify(
+        arguments.packed,
+        against=arguments.against,
+        text=_text(arguments.text),
+        seq_len=arguments.seq_len,
+        limit=arguments.limit,
+        progress=progress_bar("verify"),
+    )
+    if arguments.json:
+        print_json(result)
+    else:
+        print("every digest matches, every site decodes")
+        if arguments.against:
+            perplexity = result["perplexity"]
+            ratio = perplexity["packed"] / perplexity["reference"]
+            print(f"perplexity        {perplexity['packed']:.4f} packed, {perplexity['reference']:.4f} reference")
+            print(f"perplexity ratio  {ratio:.5f} ({'within' if result['ok'] else 'ABOVE'} the tolerance)")
+            print(f"mean KL           {result['mean_kl']:.2e} nats per token")
+            print(f"max |Δlogit|      {result['max_abs_logit_diff']:.3g}")
+    return OK if result["ok"] else FAILED
+
+
+def run_eval(arguments: Namespace) -> int:
+    """Measure perplexity."""
+    result = evaluate(
+        arguments.model,
+        text=_text(arguments.text),
+        seq_len=arguments.seq_len,
+        limit=arguments.limit,
+        device=arguments.device,
+        progress=progress_bar("measure"),
+    )
+    if arguments.json:
+        return print_json(result)
+    print(f"perplexity {result['perplexity']:.4f} on {result['tokens']:,} tokens")
+    return OK
+
+
+def _text(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read as UTF-8 text ({error}): give a plain text file") from None

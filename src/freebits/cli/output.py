@@ -1,0 +1,77 @@
+"""Tables, JSON and progress bars."""
+
+import json
+import math
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+from freebits.packed.size import change
+from freebits.progress import Progress
+
+Row = tuple[str, ...]
+
+
+def print_json(result: dict[str, Any]) -> int:
+    """Print one object on stdout; the exit code."""
+    print(json.dumps(_without_infinities(result), allow_nan=False))
+    return 0
+
+
+def _without_infinities(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null stands for both."""
+    if isinstance(value, dict):
+        return {key: _without_infinities(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_without_infinities(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def print_facts(facts: dict[str, Any], as_json: bool) -> int:
+    """Print what `inspect` says; the exit code."""
+    if as_json:
+        return print_json(facts)
+    codec = f", codec {facts['codec']}, entropy {facts['entropy']}" if facts["codec"] else ""
+    print(f"{facts['kind']} checkpoint{codec}")
+    sizes = facts["bytes"]
+    rows: list[Row] = [("size", "bytes", "vs dense", "vs dense untied")]
+    for name, size in sizes.items():
+        if size is not None and name != "corrections":
+            rows.append((name.replace("_", " "), f"{size:,}", *changes(size, sizes)))
+    print_table(rows)
+    coded = [site for site in facts["sites"] if site["codec"] != "plain"]
+    if facts["sites"]:
+        n_corrections = sum(site.get("corrections", 0) for site in coded)
+        print(f"{len(coded)} of {len(facts['sites'])} sites encoded; {n_corrections:,} corrected words")
+    for site in facts["sites"]:
+        if site["codec"] == "plain":
+            print(f"stored plain: {site['name']}: {site['reason']}")
+    return 0
+
+
+def changes(size: int, baselines: dict[str, int | None]) -> Row:
+    """Change against both baselines, as table cells."""
+    percents = (change(size, baselines[key]) for key in ("dense", "dense_untied"))
+    return tuple("" if percent is None else f"{percent:+.2f} %" for percent in percents)
+
+
+def print_table(rows: list[Row]) -> None:
+    """Print aligned columns, the first to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *rest in rows:
+        cells = [first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(rest, widths[1:], strict=True))]
+        print("  ".join(cells).rstrip())
+
+
+def progress_bar(step: str) -> Progress:
+    """A bar on stderr for a step that takes over a second; silent where nobody watches."""
+    bar = tqdm(desc=step, disable=None, leave=False, delay=1, file=sys.stderr)
+
+    def show(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+        if done == total:
+            bar.close()
+
+    return show

