@@ -32,7 +32,8 @@ def test_the_readmes_commands_and_its_example_run(
     assert [command.split()[1] for command in commands] == ["estimate", "slice", "pack", "verify", "inspect", "unpack"]
     for command in commands:
         extra = ["--text", "text.txt", "--limit", "1"] if "verify" in command else []
-        assert main([*shlex.split(command, comments=True)[1:], *extra]) in (0, 1), command
+        code = main([*shlex.split(command, comments=True)[1:], *extra])
+        assert code == 0 or (code == 1 and extra), command  # a tiny random model may differ by more than 1 %
     [example] = snippets("python")
     capsys.readouterr()
     exec(compile(example, "README.md", "exec"), {})  # noqa: S102  (the example under test)

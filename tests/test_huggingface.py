@@ -147,11 +147,11 @@ def test_a_folder_transformers_cannot_load_is_one_line(save_tiny: Make) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("folder", ["packed"], indirect=True)
 def test_a_packed_folder_without_its_manifest_is_not_loaded_at_random(folder: Path) -> None:
-    if (folder / "freebits.json").exists():
-        (folder / "freebits.json").unlink()
-        with pytest.raises(CheckpointError, match=r"holds no freebits\.json"):
-            from_pretrained(folder)
+    (folder / "freebits.json").unlink()
+    with pytest.raises(CheckpointError, match=r"holds no freebits\.json"):
+        from_pretrained(folder)
 
 
 @torch.no_grad()

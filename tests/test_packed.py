@@ -140,13 +140,21 @@ def test_files_beside_the_weights_are_carried_over(save_tiny: Make, slice_tiny: 
     dense = save_tiny()
     (dense / "LICENSE").write_text("free")
     (dense / "pytorch_model.bin").write_bytes(b"pickle")
+    (dense / "modeling_maker.py").write_text("import os")
+    (dense / "additional_chat_templates").mkdir()
+    (dense / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    (dense / "another").mkdir()
+    (dense / "another" / "config.json").write_text("{}")
     sliced = slice_tiny(dense)
     freebits.pack(sliced, tmp_path / "packed", threshold=0.3)
     freebits.unpack(tmp_path / "packed", tmp_path / "unpacked")
     for folder in (sliced, tmp_path / "packed", tmp_path / "unpacked"):
         assert (folder / "LICENSE").read_text() == "free"
         assert (folder / "tokenizer.json").exists()
+        assert (folder / "additional_chat_templates" / "tools.jinja").exists()
+        assert [file.name for file in folder.glob("*.py")] == ["modeling_freebits.py"]
         assert not (folder / "pytorch_model.bin").exists()
+        assert not (folder / "another").exists()
     assert not (tmp_path / "unpacked" / "freebits.json").exists()
 
 

@@ -18,6 +18,8 @@ from freebits.checkpoint.reader import CONFIG, DTYPE_CODES, INDEX, PICKLES, SING
 from freebits.errors import CheckpointError
 
 _LEFT_BEHIND = ("*.safetensors", "*.index.json", "*.gguf", "*.h5", "*.msgpack", "*.onnx*", "*.pkl", "*.py")
+_FOLDERS = ("additional_chat_templates",)
+"""The folders in which transformers keeps a tokenizer's files."""
 REMOTE_CODE = "modeling_freebits.py"
 """The only code in a checkpoint of ours; it imports freebits."""
 _ALIGNMENT = 8
@@ -141,15 +143,16 @@ class _Shard:
 def carry_over(source: Path, target: Path, *, but: Iterable[str] = ()) -> None:
     """Copy what is beside the weights: tokenizer, chat templates, generation settings, licence, model card.
 
-    Weights in any form, code that is not ours, `config.json` and the names in `but` stay behind, and what is hidden.
+    Weights in any form, code that is not ours, `config.json` and the names in `but` stay behind; so does what is
+    hidden or in another folder, which may be another checkpoint.
     """
     left = {CONFIG, *but}
-    for file in sorted(path for path in source.rglob("*") if path.is_file()):
+    beside = [*source.iterdir(), *(file for folder in _FOLDERS for file in (source / folder).glob("*"))]
+    for file in sorted(path for path in beside if path.is_file()):
         name = file.relative_to(source)
         foreign = any(file.match(pattern) for pattern in (*PICKLES, *_LEFT_BEHIND)) and str(name) != REMOTE_CODE
-        hidden = any(part.startswith(".") for part in name.parts)
-        if not (foreign or hidden or str(name) in left):
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
+        if not (foreign or file.name.startswith(".") or str(name) in left):
+            (target / name).parent.mkdir(exist_ok=True)
             shutil.copy2(file, target / name)
 
 

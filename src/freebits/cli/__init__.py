@@ -31,9 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BAD_INPUT
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except OSError as error:  # of printing: what concerns a checkpoint has become a FreebitsError
+    except OSError as error:  # mostly of printing: what concerns a checkpoint has become a FreebitsError
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
-            print(f"freebits: error: cannot print: {error.strerror}", file=sys.stderr)
+            print(f"freebits: error: {error}", file=sys.stderr)
         return BAD_INPUT
     return code
