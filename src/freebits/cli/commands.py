@@ -117,18 +117,28 @@ def run_verify(arguments: Namespace) -> int:
 
 
 def run_eval(arguments: Namespace) -> int:
-    """Measure perplexity."""
+    """Measure perplexity and zero-shot accuracy."""
     result = evaluate(
         arguments.model,
         text=_text(arguments.text),
         seq_len=arguments.seq_len,
         limit=arguments.limit,
+        tasks=[name for name in arguments.tasks.split(",") if name],
+        data_dir=arguments.data_dir,
         device=arguments.device,
         progress=progress_bar("measure"),
     )
     if arguments.json:
         return print_json(result)
     print(f"perplexity {result['perplexity']:.4f} on {result['tokens']:,} tokens")
+    if result["tasks"]:
+        rows: list[Row] = [("task", "metric", "value", "standard error")]
+        for task, metrics in result["tasks"].items():
+            for metric, value in metrics.items():
+                if value is not None and "stderr" not in metric:
+                    error = metrics.get(metric.replace(",", "_stderr,") if "," in metric else f"{metric}_stderr")
+                    rows.append((task, metric, f"{value:.4f}", "" if error is None else f"{error:.4f}"))
+        print_table(rows)
     return OK
 
 

@@ -113,14 +113,23 @@ def build_parser() -> argparse.ArgumentParser:
     verify_.add_argument("--against", metavar="SLICED", type=Path, help="the sliced model it was made from")
 
     eval_ = command(
-        "eval", commands.run_eval, "measure perplexity", "Windows do not overlap; the model runs in float32."
+        "eval",
+        commands.run_eval,
+        "measure perplexity and zero-shot accuracy",
+        "Windows do not overlap; the model runs in float32. Tasks are lm-eval's (pip install 'freebits[eval]'), their "
+        "documents from the hub or below --data-dir: piqa/{valid.jsonl,valid-labels.lst}, "
+        "winogrande/winogrande.jsonl, hellaswag/hellaswag_val_full.txt.bz2.",
     )
     eval_.add_argument("model", metavar="MODEL", type=Path, help="folder of a dense, sliced or packed checkpoint")
+    eval_.add_argument("--tasks", default="", metavar="NAME,…", help="of lm-eval, such as piqa,winogrande,hellaswag")
+    eval_.add_argument("--data-dir", metavar="DIR", type=Path, help="read the tasks' documents here (default: the hub)")
     eval_.add_argument("--device", default="cpu", help="where to run (default: %(default)s)")
-    for added, limit in ((verify_, 8), (eval_, None)):
+    for added, limit, what in ((verify_, 8, "windows"), (eval_, None, "windows, and items of a task")):
         added.add_argument("--text", metavar="FILE", type=Path, help="text file (default: embedded held-out text)")
         added.add_argument("--seq-len", type=int, default=512, help="tokens a window (default: %(default)s)")
-        added.add_argument("--limit", type=int, default=limit, help="windows to use (default: %(default)s)")
+        added.add_argument(
+            "--limit", type=int, default=limit, help=f"use the first so many {what} (default: %(default)s)"
+        )
 
     for added in (demo, estimate_, slice_, pack_, inspect_, verify_, eval_):
         added.add_argument("--json", action="store_true", help="print one JSON object and nothing else")

@@ -1,16 +1,19 @@
-"""Perplexity on a text."""
+"""How well a model predicts a text, and, if asked, how well it answers."""
 
 import math
 import os
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from freebits.errors import UsageError
 from freebits.huggingface import load, token_windows
-from freebits.huggingface.loading import device_of
+from freebits.huggingface.loading import device_of, load_tokenizer
 from freebits.progress import Progress, silent
 from freebits.text import embedded_text
 
@@ -23,29 +26,50 @@ def evaluate(
     text: str | None = None,
     seq_len: int = WINDOW,
     limit: int | None = None,
+    tasks: Sequence[str] = (),
+    data_dir: str | os.PathLike[str] | None = None,
     device: str = "cpu",
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Perplexity of a dense, sliced or packed model, run in float32.
+    """Perplexity and zero-shot accuracy of a dense, sliced or packed model, run in float32.
 
     Args:
         model: folder of the checkpoint.
         text: what to predict; by default the embedded held-out text.
         seq_len: tokens a window; windows do not overlap, so each predicts `seq_len - 1` tokens.
-        limit: use the first so many windows only.
+        limit: use the first so many windows of the text, and documents of each task, only.
+        tasks: names that lm-eval knows; needs the extra `eval`.
+        data_dir: folder with the tasks' documents (see `evaluation.tasks.LOCAL_TASKS`); by default the hub's are taken.
         device: where to run.
-        progress: called after each window.
+        progress: called after each window, then after each batch of a task.
 
     Returns:
-        `perplexity`, `tokens` (how many were predicted), `tasks` (empty: perplexity alone is measured).
+        `perplexity`, `tokens` (how many were predicted), `tasks` {name: {`acc`, `acc_stderr`, …}} as of `zero_shot`.
+
+    Raises:
+        UsageError: an argument cannot be, or the extra is not installed.
+        CheckpointError: `model` is no sound checkpoint.
     """
+    accuracies = _zero_shot() if tasks else None
     windows = token_windows(model, embedded_text()[1] if text is None else text, seq_len, limit)
     running = load(model, dtype=torch.float32).to(device_of(device)).eval()
     losses = []
     for done, window in enumerate(windows, start=1):
         losses.append(loss(logits(running, window), window))
         progress(done, len(windows))
-    return {"perplexity": mean_perplexity(losses), "tokens": windows[:, 1:].numel(), "tasks": {}}
+    answers = {}
+    if accuracies:
+        folder = None if data_dir is None else Path(data_dir)
+        answers = accuracies(running, load_tokenizer(model), tasks, data_dir=folder, limit=limit, progress=progress)
+    return {"perplexity": mean_perplexity(losses), "tokens": windows[:, 1:].numel(), "tasks": answers}
+
+
+def _zero_shot() -> Any:
+    try:
+        from freebits.evaluation.tasks import zero_shot
+    except ImportError as error:
+        raise UsageError(f"tasks need lm-eval ({error}): pip install 'freebits[eval]'") from None
+    return zero_shot
 
 
 @torch.no_grad()

@@ -1,0 +1,162 @@
+"""Zero-shot accuracy, measured by lm-eval: its prompts, its scoring, its standard errors."""
+
+import bz2
+import contextlib
+import io
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from freebits.errors import CheckpointError, FreebitsError, UsageError
+from freebits.progress import Progress, silent
+
+BATCH = 16
+METRICS = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
+
+Documents = Iterator[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class LocalTask:
+    """A task of lm-eval whose documents are read from the files that its authors give away."""
+
+    files: tuple[str, ...]
+    documents: Callable[..., Documents]
+    """From the lines of the files, in their order."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """Where lm-eval finds prompt, choices and answer, if not under the names they have on the hub."""
+
+
+def _piqa(items: list[str], labels: list[str]) -> Documents:
+    for item, label in zip(items, labels, strict=True):
+        yield json.loads(item) | {"label": int(label)}
+
+
+def _winogrande(items: list[str]) -> Documents:
+    return map(json.loads, items)
+
+
+def _hellaswag(lines: list[str]) -> Documents:
+    for start in range(0, len(lines), 6):
+        query, label, *choices = lines[start : start + 6]
+        yield {"query": query, "label": int(label), "choices": choices}
+
+
+LOCAL_TASKS = {
+    "piqa": LocalTask(("valid.jsonl", "valid-labels.lst"), _piqa),
+    "winogrande": LocalTask(
+        ("winogrande.jsonl",),
+        _winogrande,
+        {"doc_to_text": "gold", "doc_to_choice": "context_options", "doc_to_target": "continuation"},
+    ),
+    "hellaswag": LocalTask(("hellaswag_val_full.txt.bz2",), _hellaswag, {"process_docs": None}),
+}
+"""What a data folder can hold: a folder of the task's name with these files."""
+
+
+def zero_shot(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    *,
+    data_dir: Path | None = None,
+    limit: int | None = None,
+    progress: Progress = silent,
+) -> dict[str, dict[str, float | None]]:
+    """Accuracy of a loaded model on tasks of lm-eval, without examples in the prompt.
+
+    Args:
+        model: as `load` gives it.
+        tokenizer: the model's.
+        tasks: names that lm-eval knows.
+        data_dir: read the documents below this folder (see `LOCAL_TASKS`), not from the hub.
+        limit: the first so many documents of each task.
+        progress: called after each batch, in requests.
+
+    Returns:
+        For each task `acc`, `acc_norm` (likelihoods divided by the answer's length) and their standard errors
+        `acc_stderr`, `acc_norm_stderr`, None where the task has no such metric; and what other metrics it has.
+
+    Raises:
+        UsageError: there is no such task, or its documents cannot be had.
+        CheckpointError: a file below `data_dir` is damaged.
+    """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    known = TaskManager()
+    for name in tasks:
+        if name not in known.all_tasks:
+            raise UsageError(f"lm-eval knows no task {name!r}: lm-eval ls tasks lists them")
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress bars, which would show in pipes, too
+        try:
+            results = simple_evaluate(
+                _Reporting(model, tokenizer, progress),
+                tasks=list(tasks) if data_dir is None else [_local(name, data_dir) for name in tasks],
+                num_fewshot=0,
+                limit=limit,
+                task_manager=known,
+                log_samples=False,
+            )
+        except FreebitsError:
+            raise
+        except Exception as error:  # its kinds of error, and the hub's, are many and change
+            finding = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UsageError(
+                f"lm-eval cannot measure {', '.join(tasks)} ({finding}): offline, give --data-dir"
+            ) from error
+    return {name: _metrics(results["results"][name]) for name in tasks}
+
+
+def _metrics(measured: Mapping[str, Any]) -> dict[str, float | None]:
+    named = {key.removesuffix(",none"): value for key, value in measured.items() if isinstance(value, float)}
+    return dict.fromkeys(METRICS) | named
+
+
+def _local(name: str, data_dir: Path) -> dict[str, Any]:
+    """What lm-eval is to be told of a task whose documents are on this machine."""
+    if name not in LOCAL_TASKS:
+        raise UsageError(f"task {name} is not read from local files ({', '.join(LOCAL_TASKS)} are): drop --data-dir")
+    task = LOCAL_TASKS[name]
+    folder = data_dir / name
+    lines = [_lines(folder / file) for file in task.files]
+    try:
+        documents = Dataset.from_list(list(task.documents(*lines)))
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder} does not hold {' and '.join(task.files)} as distributed ({error})") from None
+    changes = {"custom_dataset": lambda **_: {"validation": documents}, "training_split": None, **task.config}
+    return {"group": f"local {name}", "task": [{"task": name, **changes}]}  # only a group can change a task
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        with (bz2.open if path.suffix == ".bz2" else open)(path, "rt", encoding="utf-8") as file:
+            return file.read().splitlines()
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read ({error}): --data-dir wants it there") from None
+
+
+class _Reporting(HFLM):  # type: ignore[misc]  # lm-eval is not typed
+    """lm-eval's view of a transformers model, which tells how far it is."""
+
+    def __init__(self, model: Any, tokenizer: Any, progress: Progress) -> None:
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=BATCH)
+        self.progress = progress
+        self.done = self.total = 0
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        self.done, self.total = 0, len(requests)
+        return super().loglikelihood(requests, disable_tqdm)
+
+    def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        logits: torch.Tensor = super()._model_call(inps, *args, **kwargs)
+        self.done += len(inps)
+        self.progress(self.done, self.total)
+        return logits

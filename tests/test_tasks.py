@@ -1,0 +1,134 @@
+"""Zero-shot tasks from local files: lm-eval's figures against our own sums of log-likelihoods."""
+
+import bz2
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import freebits
+from freebits.cli import main
+from freebits.huggingface.loading import load_tokenizer
+from tests.tiny import random_text
+
+Make = Callable[..., Path]
+Choices = list[tuple[str, str]]
+"""Pairs of a context and what may follow it."""
+
+N = 12
+
+
+def words(n: int, seed: int) -> str:
+    return random_text(n, seed)
+
+
+@pytest.fixture
+def documents(tmp_path: Path) -> dict[str, list[tuple[Choices, int]]]:
+    """Write the three tasks' files; for each task the choices that lm-eval's prompt makes, and which is right."""
+    piqa = [{"goal": words(3, n), "sol1": words(2, n + 50), "sol2": words(4, n + 90)} for n in range(N)]
+    winogrande: list[dict[str, Any]] = [
+        {"context_options": [words(4, n), words(4, n + 50)], "continuation": words(3, n + 90), "gold": n % 2}
+        for n in range(N)
+    ]
+    hellaswag = [(words(3, n), n % 4, [words(1 + e, 4 * n + e + 50) for e in range(4)]) for n in range(N)]
+    for name in ("piqa", "winogrande", "hellaswag"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+    (tmp_path / "data/piqa/valid.jsonl").write_text("".join(json.dumps(item) + "\n" for item in piqa))
+    (tmp_path / "data/piqa/valid-labels.lst").write_text("".join(f"{n % 2}\n" for n in range(N)))
+    (tmp_path / "data/winogrande/winogrande.jsonl").write_text("".join(json.dumps(item) + "\n" for item in winogrande))
+    lines = [line for query, gold, endings in hellaswag for line in (query, str(gold), *endings)]
+    with bz2.open(tmp_path / "data/hellaswag/hellaswag_val_full.txt.bz2", "wt") as file:
+        file.write("\n".join(lines))
+    return {
+        "piqa": [
+            ([(f"Question: {item['goal']}\nAnswer:", item[key]) for key in ("sol1", "sol2")], n % 2)
+            for n, item in enumerate(piqa)
+        ],
+        "winogrande": [
+            ([(option, item["continuation"]) for option in item["context_options"]], n % 2)
+            for n, item in enumerate(winogrande)
+        ],
+        "hellaswag": [([(query, ending) for ending in endings], gold) for query, gold, endings in hellaswag],
+    }
+
+
+@torch.no_grad()
+def accuracy(folder: Path, documents: list[tuple[Choices, int]], normalised: bool) -> float:
+    model, tokenizer = freebits.load(folder, dtype=torch.float32).eval(), load_tokenizer(folder)
+    hits = 0
+    for choices, gold in documents:
+        scores = []
+        for context, continuation in choices:
+            n_context = len(tokenizer(context)["input_ids"])
+            tokens = torch.tensor(tokenizer(f"{context} {continuation}")["input_ids"])
+            log_p = model(tokens[None]).logits[0].log_softmax(-1)
+            score = sum(log_p[i - 1, tokens[i]].item() for i in range(n_context, len(tokens)))
+            scores.append(score / len(continuation) if normalised else score)
+        hits += max(range(len(scores)), key=scores.__getitem__) == gold
+    return hits / len(documents)
+
+
+def test_accuracies_are_those_of_the_likelihoods(
+    documents: dict[str, list[tuple[Choices, int]]], save_tiny: Make, slice_tiny: Make, tmp_path: Path
+) -> None:
+    folder = slice_tiny(save_tiny())
+    measured = freebits.evaluate(
+        folder, text=words(600, 0), seq_len=32, tasks=list(documents), data_dir=tmp_path / "data"
+    )["tasks"]
+    assert list(measured) == list(documents)
+    for name, items in documents.items():
+        assert measured[name]["acc"] == pytest.approx(accuracy(folder, items, normalised=False)), name
+        assert 0 < measured[name]["acc_stderr"] < 0.2
+        if name != "winogrande":  # lm-eval gives it no acc_norm, as its continuations are the same
+            assert measured[name]["acc_norm"] == pytest.approx(accuracy(folder, items, normalised=True)), name
+    assert measured["winogrande"]["acc_norm"] is None
+
+
+@pytest.mark.usefixtures("documents")
+def test_the_command_prints_them(save_tiny: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.txt").write_text(words(100, 0))
+    command = ["eval", str(save_tiny()), "--text", str(tmp_path / "text.txt"), "--seq-len", "32", "--limit", "3"]
+    command += ["--tasks", "piqa,winogrande", "--data-dir", str(tmp_path / "data")]
+    assert main(command) == 0
+    output = capsys.readouterr()
+    assert output.err == ""
+    assert [line.split()[:2] for line in output.out.splitlines()[2:]] == [
+        ["piqa", "acc"],
+        ["piqa", "acc_norm"],
+        ["winogrande", "acc"],
+    ]
+    assert main([*command, "--json"]) == 0
+    tasks = json.loads(capsys.readouterr().out)["tasks"]
+    assert tasks["piqa"]["acc"] in [pytest.approx(n / 3) for n in range(4)]  # --limit holds for documents
+    assert {"acc", "acc_norm"} <= tasks["winogrande"].keys()
+
+
+@pytest.mark.usefixtures("documents")
+def test_what_cannot_be_measured_is_said_in_one_line(
+    save_tiny: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text.txt").write_text(words(100, 0))
+    data = tmp_path / "data"
+    (data / "winogrande/winogrande.jsonl").unlink()
+    (data / "piqa/valid-labels.lst").write_text("0\n")
+    (data / "hellaswag/hellaswag_val_full.txt.bz2").write_text("no bzip2")
+    command = ["eval", str(save_tiny()), "--text", str(tmp_path / "text.txt"), "--seq-len", "32", "--tasks"]
+    for task, finding in (
+        ("nothing", "no task 'nothing'"),
+        ("arc_easy", "arc_easy is not read from local files"),
+        ("winogrande", "winogrande.jsonl cannot be read"),
+        ("piqa", "valid.jsonl and valid-labels.lst"),
+        ("hellaswag", "hellaswag_val_full.txt.bz2 cannot be read"),
+    ):
+        assert main([*command, task, "--data-dir", str(data)]) == 2, task
+        error = capsys.readouterr().err
+        assert error.startswith("freebits: error: ")
+        assert error.count("\n") == 1
+        assert finding in error
+    monkeypatch.setitem(sys.modules, "freebits.evaluation.tasks", None)
+    assert main([*command, "piqa"]) == 2
+    assert "pip install 'freebits[eval]'" in capsys.readouterr().err
