@@ -23,22 +23,24 @@ QUANTILES = (0.5, 0.9, 0.99, 0.999, 0.9999, 1.0)
 
 def errors(sliced: Path, folder: Path) -> dict[str, torch.Tensor]:
     """Absolute errors of one site: of its output matrix, and of the words it borrowed."""
-    freebits.pack(sliced, folder / "true", threshold=0)  # nothing gains: every site is rotated and stored plain
-    freebits.pack(sliced, folder / "raw", threshold=1e9)  # nothing is corrected
+    freebits.pack(
+        sliced, folder / "true", codec="bits-back", threshold=0
+    )  # nothing gains: every site is rotated and stored plain
+    freebits.pack(sliced, folder / "raw", codec="bits-back", threshold=1e9)  # nothing is corrected
     true, raw = Checkpoint(folder / "true"), PackedCheckpoint(folder / "raw")
     site = raw.manifest.sites[-2]
-    assert site.output is not None
     decoded = raw.decode_site(site)
     wrong = {name: (tensor.double() - true[name].double()).abs().flatten() for name, tensor in decoded.items()}
-    words = torch.cat([wrong[name] for name, _ in site.message])[-n_words_taken(site.output[1][0]) :]
-    return {f"W_o of {site.name}": wrong[site.output[0]], "words borrowed by its site": words}
+    *message, (output, (size, _)) = site.tensors
+    words = torch.cat([wrong[name] for name, _ in message])[-n_words_taken(size) :]
+    return {f"W_o of {site.name}": wrong[output], "words borrowed by its site": words}
 
 
 def main() -> None:
     """Draw the figure and save its quantiles."""
     with tempfile.TemporaryDirectory() as scratch:
         sliced = Path(scratch) / "sliced"
-        freebits.slice_model(demo_model(), sliced, sparsity=0.2, samples=32)
+        freebits.slice_model(demo_model(), sliced, sparsity=0.2, untie=True, samples=32)
         measured = errors(sliced, Path(scratch))
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for name, values in measured.items():

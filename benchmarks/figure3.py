@@ -22,11 +22,11 @@ def main() -> None:
     """Measure, draw and save."""
     with tempfile.TemporaryDirectory() as scratch:
         sliced = Path(scratch) / "sliced"
-        sizes = freebits.slice_model(demo_model(), sliced, sparsity=0.2, samples=32)["bytes"]
+        sizes = freebits.slice_model(demo_model(), sliced, sparsity=0.2, untie=True, samples=32)["bytes"]
         measured = [("sliced", sizes["sliced"], 0, freebits.evaluate(sliced, limit=WINDOWS)["perplexity"])]
         for threshold in THRESHOLDS:
             packed = Path(scratch) / f"packed {threshold}"
-            size = freebits.pack(sliced, packed, threshold=threshold)["bytes"]
+            size = freebits.pack(sliced, packed, codec="bits-back", threshold=threshold)["bytes"]
             perplexity = freebits.evaluate(packed, limit=WINDOWS)["perplexity"]
             measured.append((str(threshold), size["packed"], size["corrections"], perplexity))
     changes = [change(n_bytes, sizes["dense_untied"]) or 0.0 for _, n_bytes, _, _ in measured]

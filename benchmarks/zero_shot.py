@@ -33,11 +33,13 @@ def models(data_dir: Path, scratch: Path) -> Iterator[tuple[str, Path]]:
     text = (data_dir / "wikitext-2-raw" / "wikitext2_train.txt").read_text(encoding="utf-8")
     sliced = scratch / "sliced"
     calibration = text[: text.rindex("\n")]
-    freebits.slice_model(demo_model(), sliced, sparsity=0.2, calibration=calibration, samples=128, seq_len=1024)
+    freebits.slice_model(
+        demo_model(), sliced, sparsity=0.2, untie=True, calibration=calibration, samples=128, seq_len=1024
+    )
     yield "sliced 20 %", sliced
     for threshold in THRESHOLDS:
         packed = scratch / f"packed at {threshold}"
-        freebits.pack(sliced, packed, threshold=threshold)
+        freebits.pack(sliced, packed, codec="bits-back", threshold=threshold)
         yield packed.name, packed
 
 

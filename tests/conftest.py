@@ -66,7 +66,8 @@ class DemoRun:
 
     dense: Path
     sliced: Path
-    packed: Path
+    bits_back: Path
+    canonical: Path
     unpacked: Path
 
 
@@ -74,8 +75,9 @@ class DemoRun:
 def demo_run(tmp_path_factory: pytest.TempPathFactory) -> DemoRun:
     """The main job on the real model, once a run."""
     folder = tmp_path_factory.mktemp("demo")
-    run = DemoRun(demo_model(), *(folder / name for name in ("sliced", "packed", "unpacked")))
+    run = DemoRun(demo_model(), *(folder / name for name in ("sliced", "bits-back", "canonical", "unpacked")))
     freebits.slice_model(run.dense, run.sliced, sparsity=0.2, samples=32)
-    freebits.pack(run.sliced, run.packed, threshold=0.01)
-    freebits.unpack(run.packed, run.unpacked)
+    freebits.pack(run.sliced, run.bits_back, codec="bits-back", threshold=0.01)
+    freebits.pack(run.sliced, run.canonical)
+    freebits.unpack(run.canonical, run.unpacked)
     return run

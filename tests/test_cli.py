@@ -47,7 +47,8 @@ def test_the_verbs_in_their_order(dense: Path, text: Path, tmp_path: Path, capsy
     assert run("verify", packed, "--against", sliced, "--text", text, "--seq-len", 32) in (0, 1)
     assert run("eval", unpacked, "--text", text, "--seq-len", 32) == 0
     output = capsys.readouterr()
-    assert "6 of 6 sites encoded" in output.out
+    assert "5 of 6 sites encoded" in output.out
+    assert "stored plain: model.layers.2.mlp: the tied head pins it" in output.out
     assert "every digest matches" in output.out
     assert "perplexity ratio" in output.out
     assert "perplexity" in output.out
@@ -73,10 +74,10 @@ def test_the_json_keys_are_stable(dense: Path, text: Path, tmp_path: Path, capsy
     sizes = dict.fromkeys(("dense", "dense_untied", "sliced", "packed", "corrections"))
     facts = {"kind": None, "codec": None, "entropy": None, "bytes": sizes, "sites": None}
     assert keys(printed("slice", dense, sliced, "--sparsity", 0.25, *options)) == facts
-    result = printed("pack", sliced, packed, "--threshold", 0.05)
+    result = printed("pack", sliced, packed)
     assert keys(result) == facts
     assert result == printed("inspect", packed)
-    assert (result["codec"], result["entropy"], len(result["sites"])) == ("bits-back", "none", 6)
+    assert (result["codec"], result["entropy"], len(result["sites"])) == ("canonical", "none", 7)
     assert printed("inspect", dense)["bytes"]["dense"] == result["bytes"]["dense"]
     perplexities = {"reference": None, "packed": None}
     verified = {"ok": None, "max_abs_logit_diff": None, "mean_kl": None, "perplexity": perplexities}
@@ -95,7 +96,7 @@ def test_a_worse_model_fails_verification(dense: Path, text: Path, tmp_path: Pat
     codes = []
     for made_from, against in ((one, other), (other, one)):
         packed = tmp_path / f"packed {made_from.name}"
-        freebits.pack(made_from, packed, threshold=0.05)
+        freebits.pack(made_from, packed)
         codes.append(run("verify", packed, "--against", against, "--text", text, "--seq-len", 32))
     assert sorted(codes) == [0, 1]
 
@@ -173,7 +174,8 @@ def assert_one_line(capsys: CaptureFixture, finding: str) -> None:
         (("slice", "empty", "out", "--sparsity", 0.2), "holds no config.json"),
         (("pack", "dense", "out"), "is a dense model"),
         (("pack", "nowhere", "out"), "nowhere is not a folder"),
-        (("pack", "dense", "out", "--threshold", -1), "threshold -1.0"),
+        (("pack", "dense", "out", "--codec", "bits-back", "--threshold", -1), "threshold -1.0"),
+        (("pack", "dense", "out", "--threshold", 0.1), "a threshold is of codec bits-back"),
         (("unpack", "dense", "out"), "holds no freebits.json"),
         (("unpack", "nowhere", "out"), "nowhere is not a folder"),
         (("inspect", "nowhere"), "nowhere is not a folder"),

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from freebits.cli import main
+from freebits.demo import STAGES
 from freebits.huggingface import demo_model
 from freebits.packed.size import bytes_on_disk
 
@@ -25,7 +26,7 @@ def test_the_demo_prints_one_object_and_keeps_its_stages(tmp_path: Path, capsys:
     output = capsys.readouterr()
     assert output.err == ""
     result = json.loads(output.out)
-    assert [stage["name"] for stage in result["stages"]] == ["dense", "sliced", "packed", "unpacked"]
+    assert [stage["name"] for stage in result["stages"]] == ["dense", *STAGES]
     for stage in result["stages"]:
         assert set(stage) == {"name", "bytes", "perplexity", "seconds"}
         if stage["name"] != "dense":
@@ -38,8 +39,8 @@ def test_the_demo_prints_a_table_and_a_sentence(capsys: pytest.CaptureFixture[st
     assert main(["demo"]) == 0
     header, *rows = capsys.readouterr().out.splitlines()
     assert header.split() == ["stage", "bytes", "vs", "dense", "vs", "dense", "untied", "perplexity", "seconds"]
-    assert [row.split()[0] for row in rows[:4]] == ["dense", "sliced", "packed", "unpacked"]
-    assert "The unpacked model continues" in rows[-1]
+    assert [row.split()[0] for row in rows[:5]] == ["dense", *STAGES]
+    assert "The canonical model continues" in rows[-1]
 
 
 def test_without_its_package_the_demo_says_how_to_get_it(

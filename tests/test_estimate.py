@@ -47,8 +47,8 @@ def test_the_estimate_is_what_the_files_hold(
 ) -> None:
     dense = save_tiny(hidden_size=64, intermediate_size=160, **VARIANTS[variant])
     estimate = freebits.estimate(dense, 0.25)
-    sliced = slice_tiny(dense)
-    freebits.pack(sliced, tmp_path / "packed", threshold=1e9)
+    sliced = slice_tiny(dense, untie=True)
+    freebits.pack(sliced, tmp_path / "packed", codec="bits-back", threshold=1e9)
     norms = {name for name in Checkpoint(dense).files if "norm" in name}
     head_bias = 96 if "opt" in variant else 0  # the final norm's, which the paper's count leaves out
     counts = {
@@ -61,6 +61,15 @@ def test_the_estimate_is_what_the_files_hold(
     n_signs = sum(-(-size // 16) for size in (48, 48, 48, 48, 48, 64))
     if "narrow" not in variant:  # a matrix of less than full rank has fewer words than the estimate promises
         assert words + n_signs == estimate["params"]["bits_back"]
+
+    freebits.pack(sliced, tmp_path / "canonical")
+    stored = dict(PackedCheckpoint(tmp_path / "canonical").stored.items())
+    assert sum(tensor.numel() for tensor in stored.values()) - head_bias == estimate["params"]["canonical"]
+    if estimate["params"]["canonical_tied"] is not None:
+        freebits.pack(slice_tiny(dense, "tied"), tmp_path / "canonical tied")
+        stored = dict(PackedCheckpoint(tmp_path / "canonical tied").stored.items())
+        words = sum(tensor.numel() for name, tensor in stored.items() if name not in norms)
+        assert words == estimate["params"]["canonical_tied"]
 
 
 def test_ties_can_be_kept_only_where_there_are_any() -> None:

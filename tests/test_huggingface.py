@@ -20,12 +20,15 @@ from tests.tiny import VARIANTS
 Make = Callable[..., Path]
 
 
-@pytest.fixture(params=["sliced", "packed"])
+@pytest.fixture(params=["sliced", "bits-back", "canonical", "canonical tied"])
 def folder(request: pytest.FixtureRequest, save_tiny: Make, slice_tiny: Make, tmp_path: Path) -> Path:
     """A sliced model and a packed one are loaded alike."""
-    sliced = slice_tiny(save_tiny(hidden_size=64, intermediate_size=160, num_key_value_heads=2))
-    freebits.pack(sliced, tmp_path / "packed", threshold=0.05)
-    return tmp_path / str(request.param)
+    form, _, tied = str(request.param).partition(" ")
+    dense = save_tiny(hidden_size=64, intermediate_size=160, num_key_value_heads=2, tie_word_embeddings=bool(tied))
+    sliced = slice_tiny(dense)
+    if form != "sliced":
+        freebits.pack(sliced, tmp_path / form, codec=form)
+    return tmp_path / form
 
 
 def from_pretrained(path: Path, **kwargs: Any) -> Any:
@@ -84,7 +87,7 @@ def test_it_can_be_trained(folder: Path) -> None:
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients.values())
-    assert "model.layers.0.attention_shortcut.weight" in gradients
+    assert gradients.keys() & {f"model.layers.0.attention_shortcut.{name}" for name in ("weight", "factor")}
 
 
 @torch.no_grad()
@@ -112,11 +115,14 @@ def test_a_model_made_from_a_config_runs(folder: Path) -> None:
 def test_every_variant_generates_after_the_round_trip(
     variant: str, save_tiny: Make, slice_tiny: Make, tmp_path: Path
 ) -> None:
-    freebits.pack(slice_tiny(save_tiny(**VARIANTS[variant])), tmp_path / "packed", threshold=0.3)
-    freebits.unpack(tmp_path / "packed", tmp_path / "unpacked")
+    sliced = slice_tiny(save_tiny(**VARIANTS[variant]))
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    outputs = [freebits.load(tmp_path / name).generate(TOKENS, **options) for name in ("packed", "unpacked")]
-    assert torch.equal(*outputs)
+    for codec, threshold in (("bits-back", 0.3), ("canonical", None)):
+        packed, unpacked = tmp_path / codec, tmp_path / f"{codec} unpacked"
+        freebits.pack(sliced, packed, codec=codec, threshold=threshold)
+        freebits.unpack(packed, unpacked)
+        outputs = [freebits.load(path, dtype=torch.float64).generate(TOKENS, **options) for path in (packed, unpacked)]
+        assert torch.equal(*outputs)
 
 
 def test_with_trusted_code_no_import_is_needed(folder: Path) -> None:
@@ -147,7 +153,7 @@ def test_a_folder_transformers_cannot_load_is_one_line(save_tiny: Make) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("folder", ["packed"], indirect=True)
+@pytest.mark.parametrize("folder", ["bits-back", "canonical"], indirect=True)
 def test_a_packed_folder_without_its_manifest_is_not_loaded_at_random(folder: Path) -> None:
     (folder / "freebits.json").unlink()
     with pytest.raises(CheckpointError, match=r"holds no freebits\.json"):

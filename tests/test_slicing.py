@@ -66,13 +66,13 @@ def confine(folder: Path, size: int) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("random_orientation", [False, True])
+@pytest.mark.parametrize("options", [{}, {"random_orientation": True}, {"untie": True}])
 def test_slicing_away_what_is_empty_changes_nothing(
-    variant: str, random_orientation: bool, save_tiny: Save, slice_tiny: Save
+    variant: str, options: dict[str, bool], save_tiny: Save, slice_tiny: Save
 ) -> None:
     dense = save_tiny(dtype=torch.float64, **VARIANTS[variant])
     confine(dense, size=24)
-    sliced = slice_tiny(dense, sparsity=0.25, random_orientation=random_orientation)
+    sliced = slice_tiny(dense, sparsity=0.25, **options)
     expected = logits(dense, random_text(64, seed=3))
     difference = (logits(sliced, random_text(64, seed=3)) - expected).abs().max()
     assert difference < 1e-3 * expected.std()  # the calibration runs in float32, the dense norm too
@@ -97,7 +97,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(save_tiny: S
 
 def test_config_and_shapes_of_a_sliced_checkpoint(save_tiny: Save, slice_tiny: Save) -> None:
     dense = save_tiny(tie_word_embeddings=True, dtype=torch.bfloat16)
-    sliced = slice_tiny(dense)
+    sliced = slice_tiny(dense, untie=True)
     config = json.loads((sliced / "config.json").read_text())
     assert config["site_sizes"] == [24] * 6 + [32]
     assert config["tie_word_embeddings"] is False
@@ -112,13 +112,27 @@ def test_config_and_shapes_of_a_sliced_checkpoint(save_tiny: Save, slice_tiny: S
     assert untied == 96 * 32 * 2
 
 
+@pytest.mark.parametrize("model_type", ["llama", "opt"])
+def test_a_tie_is_kept_bit_for_bit(model_type: str, save_tiny: Save, slice_tiny: Save) -> None:
+    dense = save_tiny(model_type=model_type, tie_word_embeddings=True)
+    sliced = slice_tiny(dense)
+    embedding = "model.decoder.embed_tokens" if model_type == "opt" else "model.embed_tokens"
+    before, after = load_file(dense / "model.safetensors"), load_file(sliced / "model.safetensors")
+    assert json.loads((sliced / "config.json").read_text())["tie_word_embeddings"] is True
+    assert torch.equal(after[f"{embedding}.weight"], before[f"{embedding}.weight"])
+    assert after[f"{embedding}.factor"].shape == (32, 24)
+    assert "lm_head.weight" not in after
+    model = load(sliced)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
 def test_shards_stay_shards(save_tiny: Save, slice_tiny: Save, tmp_path: Path) -> None:
     whole = save_tiny("whole")
     sharded = save_tiny("sharded", shard="20KB")
     assert len(list(sharded.glob("*.safetensors"))) > 2
     one, many = slice_tiny(whole, "one"), slice_tiny(sharded, "many")
     assert len(list(many.glob("model-0*-of-0*.safetensors"))) > 2
-    freebits.pack(many, tmp_path / "packed", threshold=0.3)
+    freebits.pack(many, tmp_path / "packed", codec="bits-back", threshold=0.3)
     freebits.unpack(tmp_path / "packed", tmp_path / "unpacked")
     assert len(list((tmp_path / "unpacked").glob("model-0*-of-0*.safetensors"))) > 2
     text = random_text(64, seed=3)

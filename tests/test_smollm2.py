@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from math import prod
 from pathlib import Path
 
 import pytest
@@ -14,9 +13,9 @@ from torch import Tensor
 
 import freebits
 from freebits.checkpoint import Checkpoint
-from freebits.coding import Coded, decode
 from freebits.demo import PROMPT, generate
 from freebits.packed import PackedCheckpoint, unpacked_tensors
+from freebits.packed.codecs import SITE_CODECS
 from freebits.packed.format import SiteRecord
 from tests.conftest import DemoRun
 
@@ -27,22 +26,45 @@ pytestmark = pytest.mark.smollm2
 THRESHOLD = 0.01
 
 
-def test_packing_saves_three_and_a_half_points_beyond_slicing(demo_run: DemoRun, report: Report) -> None:
-    sizes = freebits.inspect(demo_run.packed)["bytes"]
-    points = 100 * (sizes["sliced"] - sizes["packed"]) / sizes["dense_untied"]
-    on_disk = (demo_run.packed / name for name in ("model.safetensors", "config.json", "freebits.json"))
+def saved(packed: Path) -> float:
+    """Points of the dense untied size saved beyond slicing, every file counted."""
+    sizes = freebits.inspect(packed)["bytes"]
+    on_disk = (packed / name for name in ("model.safetensors", "config.json", "freebits.json"))
     assert sizes["packed"] == sum(file.stat().st_size for file in on_disk)
-    report(f"saved {points:.3f} points of dense untied beyond slicing")
+    return 100 * (sizes["sliced"] - sizes["packed"]) / sizes["dense_untied"]
+
+
+def test_bits_back_saves_three_and_a_half_points_beyond_slicing(demo_run: DemoRun, report: Report) -> None:
+    points = saved(demo_run.bits_back)
+    report(f"bits-back: saved {points:.3f} points of dense untied beyond slicing")
     assert points >= 3.5
 
 
-def test_the_unpacked_model_is_as_good_as_the_sliced_one(demo_run: DemoRun, report: Report) -> None:
-    verdict = freebits.verify(demo_run.packed, against=demo_run.sliced)
+def test_canonical_saves_six_points_and_is_smaller_than_the_file_one_had(demo_run: DemoRun, report: Report) -> None:
+    points = saved(demo_run.canonical)
+    sizes = freebits.inspect(demo_run.canonical)["bytes"]
+    smaller = 100 * (1 - sizes["packed"] / sizes["dense"])
+    report(f"canonical: saved {points:.3f} points beyond slicing; {smaller:.2f} % smaller than the dense file")
+    assert points >= 5.8
+    assert smaller >= 13.5
+
+
+def test_the_bits_back_model_is_as_good_as_the_sliced_one(demo_run: DemoRun, report: Report) -> None:
+    verdict = freebits.verify(demo_run.bits_back, against=demo_run.sliced)
     ratio = verdict["perplexity"]["packed"] / verdict["perplexity"]["reference"]
-    report(f"perplexity ratio {ratio:.5f}, mean KL {verdict['mean_kl']:.2e} nats per token")
+    report(f"bits-back: perplexity ratio {ratio:.5f}, mean KL {verdict['mean_kl']:.2e} nats per token")
     assert verdict["ok"]
     assert ratio <= 1.01
     assert verdict["mean_kl"] < 0.01
+
+
+def test_the_canonical_model_is_the_sliced_one(demo_run: DemoRun, report: Report) -> None:
+    verdict = freebits.verify(demo_run.canonical, against=demo_run.sliced)
+    ratio = verdict["perplexity"]["packed"] / verdict["perplexity"]["reference"]
+    difference = verdict["max_abs_logit_diff"]
+    report(f"canonical: perplexity ratio {ratio:.5f}, mean KL {verdict['mean_kl']:.2e}, max |Δlogit| {difference:.3f}")
+    assert abs(ratio - 1) <= 1e-3
+    assert verdict["mean_kl"] < 1e-4
 
 
 def test_it_writes_a_sentence(demo_run: DemoRun) -> None:
@@ -54,12 +76,14 @@ def test_it_writes_a_sentence(demo_run: DemoRun) -> None:
 def test_every_word_is_within_the_threshold_and_every_corrected_word_exact(
     demo_run: DemoRun, tmp_path: Path, report: Report
 ) -> None:
-    packed = PackedCheckpoint(demo_run.packed)
-    assert {site.codec for site in packed.manifest.sites} == {"bits-back"}
-    freebits.pack(demo_run.sliced, tmp_path / "true", threshold=0)  # no site gains: all are rotated and stored plain
+    packed = PackedCheckpoint(demo_run.bits_back)
+    *coded, last = packed.manifest.sites
+    assert {site.codec for site in coded} == {"bits-back"}
+    assert last.reason == "the tied head pins it"
+    freebits.pack(demo_run.sliced, tmp_path / "true", codec="bits-back", threshold=0)  # no site gains: all are plain
     true = Checkpoint(tmp_path / "true")
     n_corrected = n_other = 0
-    for site in packed.manifest.sites:
+    for site in coded:
         decoded, uncorrected = packed.decode_site(site), _without_corrections(packed, site)
         for name, tensor in decoded.items():
             error = (tensor.double() - true[name].double()).abs()
@@ -73,14 +97,8 @@ def test_every_word_is_within_the_threshold_and_every_corrected_word_exact(
 
 
 def _without_corrections(packed: PackedCheckpoint, site: SiteRecord) -> dict[str, Tensor]:
-    parts = {part: packed.read(name) for part, name in site.parts.items() if part != "corrections"}
-    bare = Coded(**parts | {"matrix": parts["matrix"].T, "corrections": torch.empty(0, dtype=torch.uint8)})
-    assert site.output is not None
-    name, (n_columns, _) = site.output
-    message, matrix = decode(bare, n_columns)
-    lengths = [prod(shape) for _, shape in site.message]
-    words = zip(site.message, message.split_with_sizes(lengths), strict=True)
-    return {n: part.reshape(shape) for (n, shape), part in words} | {name: matrix.T}
+    parts = {part: packed.read(name) for part, name in packed.parts(site).items() if part != "corrections"}
+    return SITE_CODECS[site.codec].decode(site, parts)
 
 
 MACHINES = {
@@ -98,14 +116,14 @@ def decoded_elsewhere(packed: Path, out: Path, environment: dict[str, str]) -> d
 
 
 def test_other_threads_and_kernels_decode_the_same_words(demo_run: DemoRun, tmp_path: Path, report: Report) -> None:
-    reference = dict(unpacked_tensors(demo_run.packed))
+    reference = dict(unpacked_tensors(demo_run.bits_back))
     n_words = sum(tensor.numel() for tensor in reference.values())
     for number, (machine, environment) in enumerate(MACHINES.items()):
-        decoded = decoded_elsewhere(demo_run.packed, tmp_path / str(number), environment)
+        decoded = decoded_elsewhere(demo_run.bits_back, tmp_path / str(number), environment)
         assert decoded.keys() == reference.keys()
         differences = [(decoded[name].double() - reference[name].double()).abs() for name in reference]
         n_different = sum(int((difference > 0).sum()) for difference in differences)
         largest = max(difference.max().item() for difference in differences)
-        report(f"{machine}: {n_different} of {n_words} words differ, by at most {largest:.1e}")
+        report(f"bits-back, {machine}: {n_different} of {n_words} words differ, by at most {largest:.1e}")
         assert largest <= THRESHOLD
         assert n_different <= n_words // 10_000

@@ -1,5 +1,6 @@
 """The first promise: what is folded and rotated at every site is the same function."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ def in_float64(model: Any) -> Any:
 
 def folded_state(model: Any, architecture: Architecture) -> dict[str, Tensor]:
     state = model.state_dict()
-    embeddings = fold_embeddings({name: state[name] for name in architecture.embedding_axes}, architecture)
+    embeddings = fold_embeddings(state, architecture)
     blocks = [fold(state, block) for block in architecture.blocks]
     merged = {name: tensor for part in (embeddings, *blocks) for name, tensor in part.items()}
     return merged | fold_head(state, architecture)
@@ -36,23 +37,26 @@ def folded_state(model: Any, architecture: Architecture) -> dict[str, Tensor]:
 def unsliced(config: Any, architecture: Architecture, state: dict[str, Tensor]) -> Any:
     """A sliced model that keeps the full width at every site."""
     values = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}
-    values |= {"tie_word_embeddings": False, "site_sizes": [config.hidden_size] * architecture.n_sites}
+    values |= {"tie_word_embeddings": architecture.tied, "site_sizes": [config.hidden_size] * architecture.n_sites}
     sliced_config = AutoConfig.for_model(architecture.family.sliced_model_type, **values)
     model: Any = AutoModelForCausalLM.from_config(sliced_config, dtype=torch.float64)
     missing, unexpected = model.load_state_dict(state, strict=False)
-    assert not missing
+    assert missing == ([architecture.head] if architecture.tied else [])
     assert not unexpected
-    return model.eval()
+    model.tie_weights()
+    return in_float64(model).eval()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("untie", [False, True])
 @torch.no_grad()
-def test_folded_and_randomly_rotated_equals_the_original(variant: str) -> None:
+def test_folded_and_randomly_rotated_equals_the_original(variant: str, untie: bool) -> None:
     config = tiny_config(**VARIANTS[variant])
     original = tiny_model(**VARIANTS[variant])
     architecture = Architecture.of(config.to_dict())
+    architecture = replace(architecture, tied=architecture.tied and not untie)
     generator = torch.Generator().manual_seed(1)
-    rotations = {site: random_orthogonal(config.hidden_size, generator) for site in range(architecture.n_sites)}
+    rotations = {site: random_orthogonal(config.hidden_size, generator) for site in architecture.free_sites}
     folded = folded_state(original, architecture)
     state = {name: rotate(tensor, architecture.axes[name], rotations) for name, tensor in folded.items()}
     rotated = unsliced(config, architecture, state)

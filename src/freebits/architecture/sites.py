@@ -7,10 +7,14 @@ free: every tensor with an axis at the site, producer or consumer, is multiplied
 
 A model with `L` blocks of two sublayers has `2L + 1` sites. Site 0 lies before the first sublayer and
 site `s` after sublayer `s`; its shortcut joins sites `s - 1` and `s`.
+
+Where the head is tied to the token embedding, that matrix cannot be rotated at one site and not at the other. It
+stays as it is, and so do the final norm and the head, which pins the last site; a factor `(D, k)` after the
+embedding leads to site 0.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -76,7 +80,7 @@ class Architecture:
     """`D`, the width of the dense residual stream."""
     n_blocks: int
     tied: bool
-    """Whether the head is the token embedding."""
+    """Whether the head is the token embedding, and stays it."""
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Architecture":
@@ -110,16 +114,25 @@ class Architecture:
             for block in range(self.n_blocks)
         )
 
+    @property
+    def free_sites(self) -> range:
+        """The sites that can be rotated: all, but a tied head pins the last."""
+        return range(self.n_sites - self.tied)
+
     @cached_property
     def embedding_axes(self) -> dict[str, tuple[Axis, ...]]:
-        """The residual axes of the embeddings."""
-        return {f"{name}.weight": (Axis(1, 0, writes=True),) for name in self.family.embeddings}
+        """The residual axes of the embeddings, and of the tied one's factor."""
+        writes = (Axis(1, 0, writes=True),)
+        axes = {f"{name}.weight": writes for name in self.family.embeddings}
+        return axes | ({self.embedding: (), self.embedding_factor: writes} if self.tied else {})
 
     @cached_property
     def head_axes(self) -> dict[str, tuple[Axis, ...]]:
-        """The residual axes of the output head."""
+        """The residual axes of the output head; of a tied one only the final norm is stored here."""
+        if self.tied:
+            return dict.fromkeys(self.norm_tensors(self.family.final_norm), ())
         bias: dict[str, tuple[Axis, ...]] = {f"{self.family.head}.bias": ()} if self.family.centred else {}
-        return {f"{self.family.head}.weight": (Axis(1, self.n_sites - 1),), **bias}
+        return {self.head: (Axis(1, self.n_sites - 1),), **bias}
 
     @cached_property
     def axes(self) -> dict[str, tuple[Axis, ...]]:
@@ -127,10 +140,37 @@ class Architecture:
         sublayers = [sublayer.axes for block in self.blocks for sublayer in block]
         return {k: v for axes in (self.embedding_axes, *sublayers, self.head_axes) for k, v in axes.items()}
 
+    @cached_property
+    def dense_axes(self) -> dict[str, tuple[Axis, ...]]:
+        """The residual axes of every tensor the dense model may have, norms included."""
+        norms = (name for norm in (*self._block_norms, self.family.final_norm) for name in self.norm_tensors(norm))
+        shortcuts = {f"{sublayer.shortcut}.weight" for block in self.blocks for sublayer in block}
+        untied = replace(self, tied=False).axes
+        return {name: axes for name, axes in untied.items() if name not in shortcuts} | dict.fromkeys(norms, ())
+
     @property
-    def norms(self) -> tuple[str, ...]:
-        """The norms of the residual stream, in order; folding empties them."""
-        return (*(sub.norm for block in self.blocks for sub in block), self.family.final_norm)
+    def embedding(self) -> str:
+        """The token embedding's tensor."""
+        return f"{self.family.embeddings[0]}.weight"
+
+    @property
+    def embedding_factor(self) -> str:
+        """What leads from a tied embedding to site 0, (D, k)."""
+        return f"{self.family.embeddings[0]}.factor"
+
+    @property
+    def head(self) -> str:
+        """The head's matrix."""
+        return f"{self.family.head}.weight"
+
+    @property
+    def folded_norms(self) -> tuple[str, ...]:
+        """The norms of the residual stream that folding empties, in order: all, but a tied head's keeps its scale."""
+        return self._block_norms if self.tied else (*self._block_norms, self.family.final_norm)
+
+    @property
+    def _block_norms(self) -> tuple[str, ...]:
+        return tuple(sublayer.norm for block in self.blocks for sublayer in block)
 
     def norm_tensors(self, norm: str) -> tuple[str, ...]:
         """The tensors of a norm."""
@@ -154,14 +194,13 @@ class Architecture:
         sizes = [self.hidden_size] * self.n_sites if site_sizes is None else site_sizes
         if not isinstance(sizes, (list, tuple)) or len(sizes) != self.n_sites:
             raise CheckpointError(f"config.json: site_sizes is not a list of the widths of {self.n_sites} sites")
-        shortcuts = {f"{sub.shortcut}.weight" for block in self.blocks for sub in block} if dense else set()
-        norms = {name for norm in self.norms for name in self.norm_tensors(norm)} if dense else set()
-        shared = {f"{self.family.head}.weight"} if dense and self.tied else set()
-        known = {name: axes for name, axes in self.axes.items() if name not in shortcuts}
-        required = {name for name in known if name.endswith(".weight")} - shared | norms
-        for name in sorted(required - shapes.keys()):
+        known = self.dense_axes if dense else self.axes
+        norms = {*self._block_norms, self.family.final_norm}
+        optional = {name for name in known if name.endswith(".bias") and name.removesuffix(".bias") not in norms}
+        shared = {self.head} if dense and self.tied else set()
+        for name in sorted(known.keys() - optional - shared - shapes.keys()):
             raise CheckpointError(f"tensor {name} is missing: the checkpoint is incomplete")
-        for name in self.without_ignored(sorted(shapes.keys() - known.keys() - norms)):
+        for name in self.without_ignored(sorted(shapes.keys() - known.keys())):
             kind = self.family.model_type if dense else self.family.sliced_model_type
             raise CheckpointError(f"tensor {name} is not part of a {kind} model as freebits knows it")
         for name in known.keys() & shapes.keys():

@@ -33,7 +33,7 @@ def run_demo(arguments: Namespace) -> int:
         sizes = (f"{stage['bytes']:,}", *changes(stage["bytes"], result["bytes"]))
         rows.append((stage["name"], *sizes, f"{stage['perplexity']:.3f}", f"{stage['seconds']:.1f}"))
     print_table(rows)
-    print(f"\nThe unpacked model continues: {result['sentence']!r}")
+    print(f"\nThe canonical model continues: {result['sentence']!r}")
     return OK
 
 
@@ -57,6 +57,7 @@ def run_slice(arguments: Namespace) -> int:
         arguments.model,
         arguments.out,
         sparsity=arguments.sparsity,
+        untie=arguments.untie,
         calibration=_text(arguments.calibration),
         samples=arguments.samples,
         seq_len=arguments.seq_len,
@@ -74,6 +75,7 @@ def run_pack(arguments: Namespace) -> int:
     facts = pack(
         arguments.model,
         arguments.out,
+        codec=arguments.codec,
         threshold=arguments.threshold,
         jobs=arguments.jobs,
         progress=progress_bar("pack"),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from freebits.cli import commands
-from freebits.packed.packing import CODEC, THRESHOLD
+from freebits.packed.packing import CODEC, CODECS
 from freebits.version import __version__
 
 BAD_INPUT = 2
@@ -45,8 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
         "estimate",
         commands.run_estimate,
         "say how large a model would become, before any download",
-        "Reads the config alone. Counts 16-bit words without norms, headers and corrections, as the paper does. "
-        "The canonical form fixes the rotations instead of coding them, and can keep ties; it is not written yet.",
+        "Reads the config alone. Counts 16-bit words without norms, headers and corrections, as the paper does; "
+        "sliced, bits-back and canonical with a head of its own, canonical tied with the tie kept.",
     )
     estimate_.add_argument("config", metavar="CONFIG_OR_DIR", type=Path, help="config.json, or a folder that has one")
 
@@ -61,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     slice_.add_argument("out", metavar="OUT", type=Path, help="folder to create")
     for added in (estimate_, slice_):
         added.add_argument("--sparsity", type=float, required=True, help="part of the hidden size to remove, [0, 1)")
+    slice_.add_argument("--untie", action="store_true", help="give a tied head its own matrix, as SliceGPT does")
     slice_.add_argument("--calibration", metavar="TEXT", type=Path, help="text file (default: embedded text)")
     slice_.add_argument("--samples", type=int, default=64, help="windows of text (default: %(default)s)")
     slice_.add_argument("--seq-len", type=int, default=512, help="tokens a window (default: %(default)s)")
@@ -77,13 +78,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     pack_.add_argument("model", metavar="MODEL", type=Path, help="folder of a sliced checkpoint")
     pack_.add_argument("out", metavar="OUT", type=Path, help="folder to create")
-    pack_.add_argument("--codec", choices=[CODEC], default=CODEC, help="what to do with the rotations")
+    pack_.add_argument(
+        "--codec",
+        choices=CODECS,
+        default=CODEC,
+        help="canonical fixes the rotations; bits-back, the paper's code, has them paid for (default: %(default)s)",
+    )
     pack_.add_argument("--entropy", choices=["none"], default="none", help="bit-exact stage on top")
     pack_.add_argument(
         "--threshold",
         type=float,
-        default=THRESHOLD,
-        help="largest error of a decoded word left uncorrected (default: %(default)s; the paper: 0.005 for Llama)",
+        help="of bits-back: largest error of a decoded word left as it is (default: 0.01; the paper: 0.005 for Llama)",
     )
 
     unpack_ = command(

@@ -1,10 +1,11 @@
-"""The two modules a sliced model has and a dense one has not: the bare norm and the block with shortcuts."""
+"""The modules a sliced model has and a dense one has not: bare norms, blocks with shortcuts, a factored embedding."""
 
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from freebits.architecture.families import SublayerNames
@@ -33,6 +34,41 @@ class BareRMSNorm(nn.Module):
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         return f"dense_size={self.dense_size}, eps={self.eps}"
+
+
+class ProjectedShortcut(nn.Module):
+    """The canonical shortcut `x ↦ [x - (x M) Mᵀ, 0]`: `factor` is `M: (before, rank)`, zeros widen `x` to `after`."""
+
+    def __init__(self, before: int, after: int, rank: int) -> None:
+        super().__init__()
+        self.before, self.after, self.rank = before, after, rank
+        self.factor = nn.Parameter(torch.zeros(before, rank)) if rank else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Project (…, before) to (…, after)."""
+        if self.factor is not None:
+            rows = x.reshape(-1, self.before)
+            x = torch.addmm(rows, rows @ self.factor, self.factor.T, alpha=-1).view_as(x)
+        return x if self.after == self.before else pad(x, (0, self.after - self.before))
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"before={self.before}, after={self.after}, rank={self.rank}"
+
+
+class FactoredEmbedding(nn.Embedding):
+    """A token embedding that stays tied to the head, and the factor that leads from it to the stream.
+
+    `weight` is (V, D), the dense model's; `factor` is (D, k).
+    """
+
+    def __init__(self, dense: nn.Embedding) -> None:
+        super().__init__(dense.num_embeddings, dense.embedding_dim, dense.padding_idx, _weight=dense.weight)
+        self.factor = nn.Parameter(torch.eye(dense.embedding_dim))
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (the library's name)
+        """The stream at site 0, (…, k), for token ids (…)."""
+        return super().forward(input) @ self.factor
 
 
 class ResidualBlock(GradientCheckpointingLayer):

@@ -24,7 +24,7 @@ from transformers import (
 
 from freebits.architecture import FAMILIES, Architecture, Family
 from freebits.checkpoint import REMOTE_CODE
-from freebits.huggingface.blocks import RESIDUAL, BareRMSNorm, residual_block
+from freebits.huggingface.blocks import RESIDUAL, BareRMSNorm, FactoredEmbedding, ProjectedShortcut, residual_block
 from freebits.packed import unpacked_tensors
 
 
@@ -57,7 +57,7 @@ class SlicedCausalLM(PreTrainedModel):
         if not hasattr(parsed, "packed"):
             return super().from_pretrained(path, *args, config=config, **kwargs)
         folder = _local_folder(path, kwargs)
-        state = dict(unpacked_tensors(folder))
+        state = {name: tensor for name, tensor in unpacked_tensors(folder) if tensor.numel()}
         parsed = copy.deepcopy(parsed)
         del parsed.packed  # the model in memory is a sliced one, and is saved as such
         loaded = super().from_pretrained(None, *args, config=parsed, state_dict=state, **rest)
@@ -101,23 +101,32 @@ def _slice_modules(model: PreTrainedModel, family: Family, config: PreTrainedCon
     """Crop every matrix of a dense model to the sizes of its sites, bare its norms, add its shortcuts."""
     architecture = Architecture.of(config.to_dict())
     sizes: list[int] = config.site_sizes
+    ranks = iter(getattr(config, "shortcut_ranks", None) or [None] * architecture.n_sites)
     for layer in model.get_submodule(family.blocks).children():
         residual_block(layer, family.sublayers)
+    if architecture.tied:
+        embedding: Any = model.get_submodule(family.embeddings[0])
+        model.set_submodule(family.embeddings[0], FactoredEmbedding(embedding))
     for name, axes in architecture.axes.items():
         module_name, _, parameter = name.rpartition(".")
         module: Any = model.get_submodule(module_name)
         if isinstance(module, nn.Identity):
             before, after = (sizes[axis.site] for axis in axes)
-            model.set_submodule(module_name, nn.Linear(before, after, bias=False))
+            model.set_submodule(module_name, _shortcut(before, after, next(ranks)))
         elif name == f"{family.head}.bias":  # what becomes of the final norm's bias
             module.bias = nn.Parameter(torch.zeros(len(module.weight), dtype=module.weight.dtype))
         elif getattr(module, parameter, None) is not None:
             for axis in axes:
                 _crop(module, parameter, axis.dim, sizes[axis.site])
-    for name in architecture.norms:
+    for name in architecture.folded_norms:
         norm: Any = model.get_submodule(name)
         eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
         model.set_submodule(name, BareRMSNorm(architecture.hidden_size, eps))
+
+
+def _shortcut(before: int, after: int, rank: int | None) -> nn.Module:
+    """A dense shortcut, or in its canonical form, with a factor of that rank."""
+    return nn.Linear(before, after, bias=False) if rank is None else ProjectedShortcut(before, after, rank)
 
 
 def _crop(module: nn.Module, parameter: str, dim: int, size: int) -> None:

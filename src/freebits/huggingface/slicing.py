@@ -30,6 +30,7 @@ def slice_model(
     out: str | os.PathLike[str],
     *,
     sparsity: float,
+    untie: bool = False,
     calibration: str | None = None,
     samples: int = 64,
     seq_len: int = 512,
@@ -45,6 +46,8 @@ def slice_model(
         model: folder of a dense checkpoint.
         out: folder to create; it appears complete or not at all.
         sparsity: the part of the hidden size to remove, in [0, 1).
+        untie: give a head that is tied to the token embedding a matrix of its own, as SliceGPT does. By default
+            that matrix is kept once, bit for bit, with a factor between it and the sliced stream.
         calibration: text to calibrate on; by default the embedded text.
         samples: windows of calibration text, drawn without replacement; all of them where the text has fewer.
         seq_len: tokens a window.
@@ -66,6 +69,8 @@ def slice_model(
     if is_packed(model):
         raise CheckpointError(f"{model} is packed already: slice the dense model it was made from")
     architecture = _checked_architecture(dense)
+    baselines = dense_bytes(dense, architecture)
+    architecture = replace(architecture, tied=architecture.tied and not untie)
     torch_device = device_of(device)
     dtype = dtype or reduce(torch.promote_types, (dense.dtypes[n] for n in dense.files if n in architecture.axes))
     size = sliced_size(architecture.hidden_size, sparsity)
@@ -78,7 +83,7 @@ def slice_model(
         "seq_len": seq_len,
         "seed": seed,
         "random_orientation": random_orientation,
-        "bytes": dense_bytes(dense, architecture),
+        "bytes": baselines,
         "producer": f"freebits {__version__}",
     }
     with new_directory(out) as directory:
@@ -109,7 +114,7 @@ def _checked_architecture(dense: Checkpoint) -> Architecture:
     architecture = Architecture.of(dense.config)
     architecture.check(dense.shapes)
     expected = dense_shapes(dense.config, dense.path)
-    head, embedding = (f"{module}.weight" for module in (architecture.family.head, architecture.family.embeddings[0]))
+    head, embedding = architecture.head, architecture.embedding
     for name in architecture.without_ignored(dense.files):
         if dense.shapes[name] != expected.get(name, expected[embedding] if name == head else None):
             raise CheckpointError(f"tensor {name} has shape {list(dense.shapes[name])}, which config.json contradicts")
@@ -138,6 +143,6 @@ def _sliced_config(config: dict[str, Any], architecture: Architecture, size: int
         "architectures": [family.sliced_causal_lm],
         "auto_map": auto_map(family),
         "dtype": str(dtype).removeprefix("torch."),
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": architecture.tied,
         "site_sizes": list(architecture.site_sizes(size)),
     }

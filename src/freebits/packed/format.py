@@ -17,23 +17,24 @@ from freebits.version import __version__
 
 FORMAT = 1
 MANIFEST = "freebits.json"
-CODECS = ("bits-back",)
+CODECS = ("canonical", "bits-back")
+PLAIN = "plain"
 ENTROPIES = ("none",)
-WORD_DTYPES = ("float16", "bfloat16")
+WORD_DTYPES = ("float16", "bfloat16", "float32", "float64")
 _DIGEST_BYTES = 16
 _MOST_ROWS = 2**31
 
 
 @dataclass(frozen=True)
 class SiteRecord:
-    """How one site is stored.
+    """What became of one site.
 
     Attributes:
-        site: number of the site, from 1.
-        name: the sublayer that leads to it, `model.layers.0.attention`.
-        codec: `bits-back`, or `plain` for a site that could not be encoded at a gain.
-        message: names and shapes of the tensors whose words the message holds, in order.
-        output: name and shape of the matrix that is stored rotated.
+        site: its number.
+        name: where its rotation went: the sublayer that leads to the site, `model.layers.0.attention`, or for site 0
+            the layer that reads it.
+        codec: a key of `freebits.packed.codecs.SITE_CODECS`, or `plain`: stored as in the sliced model.
+        tensors: names and shapes of what its parts decode to, in the order of their words.
         corrections: number of corrected words.
         reason: why a plain site is plain.
     """
@@ -41,37 +42,30 @@ class SiteRecord:
     site: int
     name: str
     codec: str
-    message: list[tuple[str, list[int]]] = field(default_factory=list)
-    output: tuple[str, list[int]] | None = None
+    tensors: list[tuple[str, list[int]]] = field(default_factory=list)
     corrections: int = 0
     reason: str = ""
+
+    @classmethod
+    def plain(cls, site: int, name: str, reason: str) -> "SiteRecord":
+        """A site left as it is."""
+        return cls(site, name, PLAIN, reason=reason)
 
     def check(self) -> None:
         """Check what the types do not say.
 
         Raises:
-            ValueError: a value that format 1 does not know.
+            ValueError: a value that this format does not know.
         """
-        if self.codec == "plain":
-            sound = bool(self.reason) and self.output is None and not self.message
-        elif self.output is None:
-            sound = False
-        else:
-            sound = self.codec in CODECS and all(map(_is_matrix, [*self.message, self.output]))
-        if not sound or not isinstance(self.name, str) or type(self.site) is not int:
+        encoded = bool(self.tensors) and not self.reason and all(map(_is_matrix, self.tensors))
+        sound = bool(self.reason) and not self.tensors if self.codec == PLAIN else encoded
+        if not sound or not isinstance(self.name, str) or not isinstance(self.codec, str) or type(self.site) is not int:
             raise ValueError(f"site {self.name!r}")
 
     @property
     def facts(self) -> dict[str, Any]:
         """The record as JSON, without what is empty."""
-        return {key: value for key, value in asdict(self).items() if value}
-
-    @property
-    def parts(self) -> dict[str, str]:
-        """Names under which an encoded site's parts are stored."""
-        assert self.output is not None  # noqa: S101  (only asked of encoded sites)
-        own = {part: f"{self.name}.{part}" for part in ("message", "signs", "corrections")}
-        return own | {"matrix": self.output[0]}
+        return {key: value for key, value in asdict(self).items() if value or key == "site"}
 
 
 @dataclass(frozen=True)
@@ -81,7 +75,7 @@ class Manifest:
     Attributes:
         codec: the codec asked for; sites may still be plain.
         entropy: the bit-exact stage on top.
-        threshold: largest error of a decoded word, where the codec has one.
+        threshold: largest error of a decoded word left without correction; None where nothing is corrected.
         dtype: of the words.
         bytes: sizes of what this was made from: `dense`, `dense_untied`, `sliced`; None where not known.
         sites: how each is stored.
@@ -91,7 +85,7 @@ class Manifest:
 
     codec: str
     entropy: str
-    threshold: float
+    threshold: float | None
     dtype: str
     bytes: dict[str, int | None]
     sites: list[SiteRecord]
@@ -146,10 +140,6 @@ class Manifest:
             raise ValueError(f"codec {self.codec!r}, entropy {self.entropy!r}, dtype {self.dtype!r}")
         for site in self.sites:
             site.check()
-        decoded = [name for site in self.sites for name, _ in site.message]
-        parts = {name for site in self.sites if site.output for name in site.parts.values()}
-        if len(decoded) != len(set(decoded)) or set(decoded) & (self.tensors.keys() | parts):
-            raise ValueError("a tensor is stored twice")
 
     def complete(self, sites: list[SiteRecord], tensors: dict[str, str]) -> "Manifest":
         """The manifest with what is known only once all tensors are written."""
@@ -184,4 +174,5 @@ def _compact(content: dict[str, Any]) -> str:
 
 def _is_matrix(tensor: tuple[str, list[int]]) -> bool:
     name, shape = tensor
-    return isinstance(name, str) and len(shape) == 2 and all(type(n) is int and 0 < n < _MOST_ROWS for n in shape)
+    sizes = len(shape) == 2 and all(type(n) is int and 0 <= n < _MOST_ROWS for n in shape)
+    return isinstance(name, str) and sizes and shape[0] > 0

@@ -23,9 +23,8 @@ def bytes_on_disk(path: str | os.PathLike[str]) -> int:
 def dense_bytes(dense: Checkpoint, architecture: Architecture) -> dict[str, int]:
     """The two baselines: `dense`, the files as they are, and `dense_untied`, the paper's, with a head of its own."""
     on_disk = bytes_on_disk(dense.path)
-    embedding = f"{architecture.family.embeddings[0]}.weight"
-    shared = architecture.tied and f"{architecture.family.head}.weight" not in dense.files
-    return {"dense": on_disk, "dense_untied": on_disk + (_n_bytes(dense, embedding) if shared else 0)}
+    shared = architecture.tied and architecture.head not in dense.files
+    return {"dense": on_disk, "dense_untied": on_disk + (_n_bytes(dense, architecture.embedding) if shared else 0)}
 
 
 def recorded_baselines(config: Mapping[str, Any]) -> dict[str, int | None]:

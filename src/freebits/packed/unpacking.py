@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Iterator
-from math import prod
 from pathlib import Path
 
 import torch
@@ -11,10 +10,11 @@ from torch import Tensor
 
 from freebits.architecture import Architecture
 from freebits.checkpoint import Checkpoint, CheckpointWriter, carry_over, new_directory
-from freebits.coding import Coded, decode, message_length, n_words_taken
 from freebits.errors import CheckpointError
-from freebits.packed.format import MANIFEST, Manifest, SiteRecord, digest, is_packed
+from freebits.packed.codecs import SITE_CODECS
+from freebits.packed.format import MANIFEST, PLAIN, Manifest, SiteRecord, digest, is_packed
 from freebits.packed.parallel import ordered_map, workers
+from freebits.packed.shortcuts import RANKS, Shortcuts
 from freebits.progress import Progress, silent
 
 
@@ -33,11 +33,13 @@ class PackedCheckpoint:
         self.manifest = Manifest.read(self.path)
         for name in sorted(self.stored.files.keys() ^ self.manifest.tensors.keys()):
             raise self._broken(name, "is in the manifest or in a file, but not in both")
-        self._sites = {site.name: site for site in self.manifest.sites if site.codec != "plain"}
-        self._owner = {part: site.name for site in self._sites.values() for part in site.parts.values()}
+        self._sites = {site.name: site for site in self.manifest.sites if site.codec != PLAIN}
+        self._owner = self._owners()
         for site in self._sites.values():
             self._check(site)
-        Architecture.of(self.stored.config).check(self._decoded_shapes(), self.stored.config.get("site_sizes", ()))
+        architecture = Architecture.of(self.stored.config)
+        self.shortcuts = Shortcuts(self.stored.config, architecture)
+        architecture.check(self.shortcuts.dense_shapes(self.shapes), self.stored.config.get("site_sizes", ()))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -52,67 +54,71 @@ class PackedCheckpoint:
             raise self._broken(name, "does not match its digest")
         return tensor
 
+    def parts(self, site: SiteRecord) -> dict[str, str]:
+        """Names under which an encoded site's parts are stored, those that it has."""
+        parts = SITE_CODECS[site.codec].parts(site)
+        return {part: name for part, name in parts.items() if name in self.stored.files}
+
     def decode_site(self, site: SiteRecord) -> dict[str, Tensor]:
         """The tensors of one encoded site, from this site's own parts alone."""
-        parts = {part: self.read(name) for part, name in site.parts.items() if name in self.stored.files}
-        parts.setdefault("corrections", torch.empty(0, dtype=torch.uint8))
-        assert site.output is not None  # noqa: S101  (checked on opening)
-        output, (n_columns, _) = site.output
+        parts = {part: self.read(name) for part, name in self.parts(site).items()}
         try:
-            message, matrix = decode(Coded(**parts | {"matrix": parts["matrix"].T}), n_columns)
+            return SITE_CODECS[site.codec].decode(site, parts)
         except ValueError as error:
             raise self._broken(site.name, f"cannot be decoded ({error})") from None
-        lengths = [prod(shape) for _, shape in site.message]
-        words = zip(site.message, message.split(lengths), strict=True)
-        return {name: part.reshape(shape) for (name, shape), part in words} | {output: matrix.T.contiguous()}
 
     @property
     def units(self) -> list[str]:
         """What is decoded in one go: each encoded site, by its name, and each plain tensor."""
         return list(dict.fromkeys(self._owner.get(name, name) for name in self.stored.files))
 
-    def tensor_names(self) -> list[str]:
-        """Names of the sliced model's tensors."""
-        return list(self._decoded_shapes())
-
     def decode(self, jobs: int | None = None) -> Iterator[dict[str, Tensor]]:
-        """The sliced model's tensors: one plain tensor, or those of one site, at a time."""
+        """The model's tensors as it runs: one plain tensor, or those of one site, at a time."""
         with workers(jobs) as executor:
             yield from ordered_map(executor, self._decode_unit, self.units)
 
     def _decode_unit(self, name: str) -> dict[str, Tensor]:
         return self.decode_site(self._sites[name]) if name in self._sites else {name: self.read(name)}
 
+    def _owners(self) -> dict[str, str]:
+        """Stored tensor → the encoded site it is a part of."""
+        owners: dict[str, str] = {}
+        decoded: set[str] = set()
+        for site in self._sites.values():
+            if site.codec not in SITE_CODECS:
+                raise self._broken(site.name, f"has codec {site.codec!r}, which is not known")
+            parts = set(SITE_CODECS[site.codec].parts(site).values())
+            names = [name for name, _ in site.tensors]
+            others = {name for name in names if name not in parts} & self.stored.files.keys()
+            if parts & owners.keys() or others or len(names) != len(set(names)) or decoded & set(names):
+                raise self._broken(site.name, "has a tensor that is stored twice")
+            owners |= dict.fromkeys(parts, site.name)
+            decoded |= set(names)
+        return owners
+
     def _check(self, site: SiteRecord) -> None:
         """Whether an encoded site's parts have the sizes that its record implies."""
-        assert site.output is not None  # noqa: S101
-        parts, shapes, dtypes = site.parts, self.stored.shapes, self.stored.dtypes
-        for part in ("message", "signs", "matrix"):
-            if parts[part] not in shapes:
-                raise self._broken(parts[part], "is missing")
-        _, (n_columns, n_rows) = site.output
-        rank = shapes[parts["matrix"]][0] if shapes[parts["matrix"]] else 0
-        corrections = shapes.get(parts["corrections"], (0,))
-        n_words = sum(prod(shape) for _, shape in site.message)
-        sound = (
-            0 < rank <= n_columns
-            and n_words >= n_words_taken(rank)
-            and shapes[parts["signs"]] == (-(-rank // 64) * 8,)
-            and len(corrections) == 1
-            and corrections[0] % 8 == 0
-            and shapes[parts["matrix"]] == (rank, n_rows)
-            and shapes[parts["message"]] == (message_length(n_words, rank),)
-            and dtypes[parts["message"]] == dtypes[parts["matrix"]] == self.dtype
-            and dtypes[parts["signs"]] == dtypes.get(parts["corrections"], torch.uint8) == torch.uint8
-        )
-        if not sound:
-            raise self._broken(site.name, "has parts of other sizes than the manifest implies")
+        codec = SITE_CODECS[site.codec]
+        shapes, dtypes = self.stored.shapes, self.stored.dtypes
+        stored = self.parts(site)
+        for part, name in codec.parts(site).items():
+            if part not in stored and part not in codec.optional:
+                raise self._broken(name, "is missing")
+        try:
+            expected = codec.expected(site, {part: shapes[name] for part, name in stored.items()})
+        except (ValueError, IndexError) as error:
+            raise self._broken(site.name, f"cannot be as the manifest says ({error})") from None
+        for part, name in stored.items():
+            shape, of_words = expected[part]
+            if shapes[name] != shape or dtypes[name] != (self.dtype if of_words else torch.uint8):
+                raise self._broken(name, "has another size or dtype than the manifest implies")
 
-    def _decoded_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the sliced model's tensors."""
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors that are decoded."""
         shapes = {name: shape for name, shape in self.stored.shapes.items() if name not in self._owner}
         for site in self._sites.values():
-            shapes |= {name: tuple(shape) for name, shape in (*site.message, *filter(None, [site.output]))}
+            shapes |= {name: tuple(shape) for name, shape in site.tensors}
         return shapes
 
     def _broken(self, name: str, finding: str) -> CheckpointError:
@@ -121,6 +127,8 @@ class PackedCheckpoint:
 
 def unpacked_tensors(path: str | os.PathLike[str], jobs: int | None = None) -> Iterator[tuple[str, Tensor]]:
     """Name and tensor of everything in a packed checkpoint, decoded as it is asked for.
+
+    Shortcuts that are stored as factors stay factors, as the model runs them.
 
     Raises:
         CheckpointError: see `PackedCheckpoint`.
@@ -150,13 +158,14 @@ def unpack(
         UsageError: `jobs` is less than one.
     """
     source = PackedCheckpoint(packed)
-    config = {key: value for key, value in source.stored.config.items() if key != "packed"}
+    config = {key: value for key, value in source.stored.config.items() if key not in ("packed", RANKS)}
+    shortcuts = source.shortcuts
     with new_directory(out) as directory:
         carry_over(source.path, directory, but=[MANIFEST])
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         n_units = len(source.units)
-        with CheckpointWriter.like(source.stored, directory, source.tensor_names()) as writer:
+        with CheckpointWriter.like(source.stored, directory, map(shortcuts.dense_name, source.shapes)) as writer:
             for done, tensors in enumerate(source.decode(jobs), start=1):
                 for name, tensor in tensors.items():
-                    writer.write(name, tensor)
+                    writer.write(shortcuts.dense_name(name), shortcuts.dense(name, tensor))
                 progress(done, n_units)

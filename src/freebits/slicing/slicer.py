@@ -7,6 +7,7 @@ which is what the sliced sublayer computes, seen in the dense basis.
 
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -65,7 +66,7 @@ def sliced_tensors(
 
     Args:
         dense: the model to slice.
-        architecture: what is in it.
+        architecture: what is in it; `tied` if the sliced model is to keep the tie.
         runner: runs it.
         tokens: (windows, T), the calibration text.
         size: `k`, the width to keep; see `sliced_size`.
@@ -90,10 +91,10 @@ def sliced_tensors(
                 )
         return rotated
 
-    embeddings = fold_embeddings(read(architecture.embedding_axes), architecture)
-    x = runner.embed(embeddings, tokens)
+    embeddings = read(architecture.embedding_axes)
+    x = runner.embed(fold_embeddings(embeddings, replace(architecture, tied=False)), tokens)
     rotations = {0: _rotation(x, sizes[0], orientation)}
-    yield rotated(embeddings, rotations)
+    yield rotated(fold_embeddings(embeddings, architecture), rotations)
     del embeddings
     for block in architecture.blocks:
         folded = fold(read(n for sub in block for n in (*sub.axes, *architecture.norm_tensors(sub.norm))), block)
@@ -105,8 +106,9 @@ def sliced_tensors(
         yield rotated(folded, rotations)
         rotations = {block[-1].site: rotations[block[-1].site]}
     final_norm = architecture.norm_tensors(architecture.family.final_norm)
-    head = read((*final_norm, *architecture.head_axes, *architecture.embedding_axes))
-    yield rotated(fold_head(head, architecture), rotations)
+    head = architecture.head if architecture.head in dense.files else architecture.embedding
+    tail = fold_head(read((*final_norm, head)), architecture)
+    yield rotated(tail, rotations)
 
 
 def _rotation(x: Tensor, size: int, orientation: torch.Generator | None) -> Tensor:

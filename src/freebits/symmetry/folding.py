@@ -13,10 +13,17 @@ from freebits.architecture import Architecture, Axis, Sublayer
 
 
 def fold_embeddings(tensors: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
-    """The embeddings, centred where the norms are LayerNorms, else as they are."""
-    if not architecture.family.centred:
-        return dict(tensors)
-    return {name: _centre(tensor, architecture.embedding_axes[name]) for name, tensor in tensors.items()}
+    """The embeddings, centred where the norms are LayerNorms; for a tied one its factor is centred instead."""
+    folded = {}
+    for name, axes in architecture.embedding_axes.items():
+        if name == architecture.embedding_factor:
+            token = tensors[architecture.embedding]
+            folded[name] = torch.eye(token.shape[1], dtype=torch.float64, device=token.device)
+        else:
+            folded[name] = tensors[name]
+        if architecture.family.centred:
+            folded[name] = _centre(folded[name], axes)
+    return folded
 
 
 def fold(tensors: Mapping[str, Tensor], sublayers: tuple[Sublayer, ...]) -> dict[str, Tensor]:
@@ -43,17 +50,19 @@ def fold(tensors: Mapping[str, Tensor], sublayers: tuple[Sublayer, ...]) -> dict
 
 
 def fold_head(tensors: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
-    """The head in float64 with the final norm folded in; a tied head becomes a matrix of its own.
+    """The head in float64 with the final norm folded in; where the head stays tied, the final norm as it is.
 
     Args:
-        tensors: the final norm and the head, or the token embedding where the head is tied to it.
-        architecture: the model they belong to.
+        tensors: the final norm and the head; where there is no head, it is the token embedding.
+        architecture: the model they are to belong to.
     """
-    family = architecture.family
-    source = family.embeddings[0] if architecture.tied else family.head
-    head = {f"{family.head}.weight": tensors[f"{source}.weight"]}
-    scale = tensors[f"{family.final_norm}.weight"].double()
-    return _fold_into_reader(family.head, head, scale, tensors.get(f"{family.final_norm}.bias"))
+    norm = {name: tensors[name] for name in architecture.norm_tensors(architecture.family.final_norm)}
+    if architecture.tied:
+        return norm
+    scale, *shift = norm.values()
+    source = architecture.head if architecture.head in tensors else architecture.embedding
+    head = {architecture.head: tensors[source]}
+    return _fold_into_reader(architecture.family.head, head, scale.double(), shift[0] if shift else None)
 
 
 def _fold_into_reader(
@@ -68,9 +77,8 @@ def _fold_into_reader(
 
 
 def _centre(tensor: Tensor, axes: tuple[Axis, ...]) -> Tensor:
-    """`W (I - 1 1ᵀ / D)`: what the tensor writes into the stream, less its mean."""
-    wide = tensor.double()
+    """`W (I - 1 1ᵀ / D)`: what the tensor writes into the stream, less its mean; other tensors as they are."""
     for axis in axes:
         if axis.writes:
-            wide = wide - wide.mean(axis.dim, keepdim=True)
-    return wide
+            tensor = tensor.double() - tensor.double().mean(axis.dim, keepdim=True)
+    return tensor

@@ -1,0 +1,107 @@
+"""How a sliced model is packed, whatever the codec: find rotations, rotate, encode, one block in memory at a time."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain, pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from freebits.architecture import Architecture, Axis, Sublayer
+from freebits.packed.format import SiteRecord
+from freebits.packed.parallel import ordered_map, workers
+from freebits.packed.shortcuts import SlicedModel
+from freebits.progress import Progress
+from freebits.symmetry import rotate
+
+Rotations = dict[int, Tensor]
+"""Site → rotation, float64; a site without entry stays."""
+Block = tuple[Sublayer, ...]
+Axes = Mapping[str, tuple[Axis, ...]]
+
+
+class Codec(Protocol):
+    """What a codec decides."""
+
+    @property
+    def threshold(self) -> float | None:
+        """Largest error of a decoded word left without correction; None where nothing is corrected."""
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """Of the words it can encode."""
+
+    def rotations(self, plan: "Plan", executor: ThreadPoolExecutor) -> Iterator[Rotations]:
+        """The rotation of site 0, then those of each block's sites, in order."""
+
+    def wide(self, block: Block) -> set[str]:
+        """The tensors that `encode` wants rotated in float64, not rounded."""
+
+    def encode(self, plan: "Plan", block: Block, tensors: dict[str, Tensor]) -> list[SiteRecord]:
+        """Replace a block's rotated tensors by what is stored, in place."""
+
+    def part_names(self, sublayer: Sublayer) -> list[str]:
+        """Tensors that may be stored for a sublayer beside those of the sliced model."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sliced model about to be packed."""
+
+    sliced: SlicedModel
+    architecture: Architecture
+    dtype: torch.dtype
+    """Of the words."""
+    fixed: Mapping[int, str]
+    """Sites at which nothing can be rotated, with the reason."""
+
+    @classmethod
+    def of(cls, sliced: SlicedModel, architecture: Architecture, dtype: torch.dtype) -> "Plan":
+        """The plan for a sliced checkpoint that has been checked."""
+        pinned = dict.fromkeys(range(architecture.n_sites)[architecture.free_sites.stop :], "the tied head pins it")
+        return cls(sliced, architecture, dtype, pinned | _unsound_sites(sliced, architecture))
+
+    def run(
+        self, codec: Codec, jobs: int | None, progress: Progress
+    ) -> Iterator[tuple[list[SiteRecord], dict[str, Tensor]]]:
+        """Site records and tensors to write: the embeddings, then each block's, then the head's."""
+        parts = [self.architecture.embedding_axes, *map(_axes, self.architecture.blocks), self.architecture.head_axes]
+        blocks: list[Block] = [(), *self.architecture.blocks, ()]
+
+        def encoded(work: tuple[Axes, Block, Rotations]) -> tuple[list[SiteRecord], dict[str, Tensor]]:
+            axes, block, rotations = work
+            wide = codec.wide(block)
+            tensors = {
+                name: rotate(tensor, axes[name], rotations, torch.float64 if name in wide else self.dtype)
+                for name, tensor in self.read(axes).items()
+            }
+            return codec.encode(self, block, tensors), tensors
+
+        with workers(jobs) as executor:
+            found = chain([{}], codec.rotations(self, executor), [{}])
+            rotations = (before | after for before, after in pairwise(found))
+            work = zip(parts, blocks, rotations, strict=True)
+            for done, result in enumerate(ordered_map(executor, encoded, work), start=1):
+                yield result
+                progress(done, len(parts))
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Those of the named tensors that the sliced model has."""
+        return {name: self.sliced[name] for name in names if name in self.sliced.shapes}
+
+
+def _axes(block: Block) -> Axes:
+    return {name: axes for sublayer in block for name, axes in sublayer.axes.items()}
+
+
+def _unsound_sites(sliced: SlicedModel, architecture: Architecture) -> dict[int, str]:
+    """Sites with a tensor that some rotation would take beyond its dtype, or that is not finite already."""
+    unsound: dict[int, str] = {}
+    for name in filter(architecture.axes.get, sliced.shapes):
+        tensor, axes = sliced[name], architecture.axes[name]
+        length = torch.linalg.vector_norm(tensor, dim=[axis.dim for axis in axes], dtype=torch.float64)
+        if not (length < torch.finfo(tensor.dtype).max).all():
+            unsound |= {axis.site: f"{name} is not finite or could overflow when rotated" for axis in axes}
+    return unsound
