@@ -5,19 +5,22 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import freebits
 from freebits.huggingface.modeling import SlicedLlamaConfig, SlicedLlamaForCausalLM
 from freebits.packed import unpacked_tensors
 from freebits.packed.format import FORMAT
+from freebits.symmetry import random_orthogonal
 from tests.tiny import tiny_config
 
 GOLDEN = Path(__file__).parent / f"v{FORMAT}"
+THRESHOLDS = {"bits-back": 0.001, "canonical": None}
+"""With so small a one a few words are corrected."""
 
 
 def main() -> None:
-    """A sliced model of one block with biases and grouped queries, 32 → 24, packed with a few corrections."""
+    """A sliced model of one block with biases and grouped queries, 32 → 24, packed with either codec."""
     dense = tiny_config(vocab_size=16, num_hidden_layers=1, num_key_value_heads=2, attention_bias=True, mlp_bias=True)
     values = {key: value for key, value in dense.to_dict().items() if key not in ("model_type", "transformers_version")}
     torch.manual_seed(0)
@@ -27,12 +30,25 @@ def main() -> None:
     shutil.rmtree(GOLDEN, ignore_errors=True)
     GOLDEN.mkdir()
     model.save_pretrained(GOLDEN / "sliced")
-    (GOLDEN / "sliced" / "generation_config.json").unlink()
+    for file in ("generation_config.json", "modeling_freebits.py"):
+        (GOLDEN / "sliced" / file).unlink()
     config = json.loads((GOLDEN / "sliced" / "config.json").read_text())
     config.pop("transformers_version")
     (GOLDEN / "sliced" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    freebits.pack(GOLDEN / "sliced", GOLDEN / "packed", threshold=0.001)
-    save_file(dict(unpacked_tensors(GOLDEN / "packed")), GOLDEN / "decoded.safetensors")
+    shortcuts = load_file(GOLDEN / "sliced" / "model.safetensors") | corners()
+    save_file(shortcuts, GOLDEN / "sliced" / "model.safetensors", metadata={"format": "pt"})
+    for codec, threshold in THRESHOLDS.items():
+        freebits.pack(GOLDEN / "sliced", GOLDEN / codec, codec=codec, threshold=threshold)
+        save_file(dict(unpacked_tensors(GOLDEN / codec)), GOLDEN / f"{codec}.safetensors")
+
+
+def corners() -> dict[str, torch.Tensor]:
+    """Shortcuts as slicing leaves them."""
+    rotations = [random_orthogonal(32, torch.Generator().manual_seed(seed)) for seed in range(3)]
+    attention = rotations[1][:, :24].T @ rotations[0][:, :24]
+    mlp = rotations[2].T @ rotations[1][:, :24]
+    named = {"attention": attention, "mlp": mlp}
+    return {f"model.layers.0.{name}_shortcut.weight": A.half().contiguous() for name, A in named.items()}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """The manifest of a packed checkpoint; `docs/format.md` specifies it byte for byte."""
 
-import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, field, replace
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
 
 from freebits.checkpoint import DTYPE_CODES, read_json
@@ -21,7 +21,6 @@ CODECS = ("canonical", "bits-back")
 PLAIN = "plain"
 ENTROPIES = ("none",)
 WORD_DTYPES = ("float16", "bfloat16", "float32", "float64")
-_DIGEST_BYTES = 16
 _MOST_ROWS = 2**31
 
 
@@ -152,20 +151,19 @@ def is_packed(path: str | os.PathLike[str]) -> bool:
 
 
 def digest(tensor: Tensor) -> str:
-    """BLAKE2b over the safetensors dtype, the shape and the bytes of a tensor, 32 hexadecimal digits."""
-    kind = f"{DTYPE_CODES[tensor.dtype]}{list(tensor.shape)}"
-    code = hashlib.blake2b(kind.encode(), digest_size=_DIGEST_BYTES)
+    """XXH3-128 over the safetensors dtype, the shape and the bytes of a tensor, 32 hexadecimal digits."""
+    code = xxhash.xxh3_128(f"{DTYPE_CODES[tensor.dtype]}{list(tensor.shape)}".encode())
     code.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return code.hexdigest()
 
 
 def digest_of_file(path: Path) -> str:
-    """BLAKE2b over a file, 32 hexadecimal digits."""
-    return hashlib.blake2b(path.read_bytes(), digest_size=_DIGEST_BYTES).hexdigest()
+    """XXH3-128 over a file, 32 hexadecimal digits."""
+    return xxhash.xxh3_128_hexdigest(path.read_bytes())
 
 
 def _digest_of_json(content: dict[str, Any]) -> str:
-    return hashlib.blake2b(_compact(content).encode(), digest_size=_DIGEST_BYTES).hexdigest()
+    return xxhash.xxh3_128_hexdigest(_compact(content).encode())
 
 
 def _compact(content: dict[str, Any]) -> str:

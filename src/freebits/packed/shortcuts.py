@@ -30,15 +30,17 @@ class Shortcuts:
 
     def __init__(self, config: Mapping[str, Any], architecture: Architecture) -> None:
         sublayers = [sublayer for block in architecture.blocks for sublayer in block]
-        sizes = config.get("site_sizes", ())
-        ranks = config.get(RANKS) or [None] * len(sublayers)
-        counts = [] if not isinstance(ranks, list) else [rank for rank in ranks if rank is not None]
-        if len(ranks) != len(sublayers) or not all(type(rank) is int and rank >= 0 for rank in counts):
+        sizes, ranks = config.get("site_sizes"), config.get(RANKS)
+        ranks = [None] * len(sublayers) if ranks is None else ranks
+        counts = [rank for rank in ranks if rank is not None] if isinstance(ranks, list) else ["no list"]
+        if not all(type(rank) is int and rank >= 0 for rank in counts) or len(ranks) != len(sublayers):
             raise CheckpointError(f"config.json: {RANKS} is no list of the ranks of {len(sublayers)} shortcuts")
+        if not isinstance(sizes, list) or len(sizes) != architecture.n_sites:
+            raise CheckpointError(f"config.json: site_sizes is no list of the widths of {architecture.n_sites} sites")
         self.widths = {
             f"{sub.shortcut}.factor": (sizes[sub.site - 1], sizes[sub.site], rank)
             for sub, rank in zip(sublayers, ranks, strict=True)
-            if rank is not None and len(sizes) == architecture.n_sites
+            if rank is not None
         }
 
     def dense_name(self, name: str) -> str:

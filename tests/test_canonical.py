@@ -1,0 +1,235 @@
+"""The canonical form: the same function, from fewer words, with nothing to decode."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import freebits
+from freebits.checkpoint import Checkpoint
+from freebits.coding import lower_matrix, lower_words, n_lower_words, symmetric_matrix, symmetric_words
+from freebits.packed import PackedCheckpoint, unpacked_tensors
+from freebits.symmetry import (
+    carried_rotation,
+    polar_rotation,
+    projection_factor,
+    random_orthogonal,
+    shortcut_from_factor,
+    triangular_rotation,
+)
+from tests.test_symmetry import in_float64
+from tests.tiny import VARIANTS
+
+Make = Callable[..., Path]
+TOKENS = torch.randint(96, (2, 30), generator=torch.Generator().manual_seed(0))
+sizes = st.integers(1, 12)
+seeds = st.integers(0, 2**32)
+
+
+def corner(dense: int, before: int, after: int, seed: int) -> Tensor:
+    """A shortcut as slicing leaves it."""
+    generator = torch.Generator().manual_seed(seed)
+    one, other = (random_orthogonal(dense, generator) for _ in range(2))
+    return one[:, :before].T @ other[:, :after]
+
+
+@settings(max_examples=60, deadline=None)
+@given(before=sizes, more=st.integers(0, 4), removed=st.integers(0, 12), seed=seeds)
+def test_the_carried_rotation_makes_a_shortcut_a_thin_projection(
+    before: int, more: int, removed: int, seed: int
+) -> None:
+    after = before + more
+    A = corner(after + removed, before, after, seed)
+    G = random_orthogonal(before, torch.Generator().manual_seed(seed + 1))
+    carried = carried_rotation(G, polar_rotation(A))
+    assert torch.allclose(carried.T @ carried, torch.eye(after, dtype=torch.float64), atol=1e-9)
+    rotated = G.T @ A @ carried
+    assert torch.allclose(rotated[:, before:], torch.zeros(before, more, dtype=torch.float64), atol=1e-9)
+    assert torch.allclose(rotated[:, :before], rotated[:, :before].T, atol=1e-9)
+    M = projection_factor(rotated[:, :before], 1e-9)
+    if M is None:  # nothing kept in common
+        assert removed >= before
+        return
+    assert M.shape[1] <= removed
+    assert torch.equal(M.triu(1), torch.zeros_like(M))
+    assert torch.allclose(shortcut_from_factor(M, after).T, rotated, atol=1e-8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.integers(1, 16), columns=sizes, seed=seeds)
+def test_the_triangular_rotation_leaves_a_trapezoid(rows: int, columns: int, seed: int) -> None:
+    W = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    G = triangular_rotation(W)
+    rotated = W @ G
+    assert torch.allclose(G.T @ G, torch.eye(columns, dtype=torch.float64), atol=1e-10)
+    assert torch.allclose(rotated, rotated.tril(), atol=1e-10)
+    assert (rotated.diagonal() >= -1e-12).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.integers(1, 9), columns=st.integers(0, 9), seed=seeds)
+def test_triangles_come_back(rows: int, columns: int, seed: int) -> None:
+    matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).half()
+    words = lower_words(matrix)
+    assert len(words) == n_lower_words(rows, columns)
+    assert torch.equal(lower_matrix(words, rows, columns), matrix.tril())
+    symmetric = matrix @ matrix.T
+    assert torch.equal(symmetric_matrix(symmetric_words(symmetric), rows), symmetric)
+    with pytest.raises(ValueError, match="words for a trapezoid"):
+        lower_matrix(torch.cat([words, words.new_zeros(1)]), rows, columns)
+
+
+def test_a_matrix_that_is_no_projection_has_no_factor() -> None:
+    identity = torch.eye(4, dtype=torch.float64)
+    assert projection_factor(1.1 * identity, 1e-3) is None
+    assert projection_factor(0.5 * identity, 1e-3) is None
+    M = projection_factor(identity, 1e-3)
+    assert M is not None
+    assert M.shape == (4, 0)
+
+
+def logits(folder: Path) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = in_float64(freebits.load(folder, dtype=torch.float64))(TOKENS).logits
+    return result
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("untie", [False, True])
+def test_in_float64_the_canonical_model_is_the_sliced_one(
+    variant: str, untie: bool, save_tiny: Make, slice_tiny: Make, tmp_path: Path
+) -> None:
+    sliced = slice_tiny(save_tiny(dtype=torch.float64, **VARIANTS[variant]), untie=untie)
+    facts = freebits.pack(sliced, tmp_path / "packed")
+    freebits.unpack(tmp_path / "packed", tmp_path / "unpacked")
+    expected = logits(sliced)
+    assert (logits(tmp_path / "packed") - expected).abs().max() < 1e-9 < expected.std()
+    assert (logits(tmp_path / "unpacked") - expected).abs().max() < 1e-9
+    plain = [site["reason"] for site in facts["sites"] if site["codec"] == "plain"]
+    tied = json.loads((sliced / "config.json").read_text())["tie_word_embeddings"]
+    assert plain == (["the tied head pins it"] if tied else [])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_every_dtype_keeps_the_function_within_its_rounding(
+    dtype: torch.dtype, save_tiny: Make, slice_tiny: Make, tmp_path: Path
+) -> None:
+    sliced = slice_tiny(save_tiny(dtype=dtype, hidden_size=64, intermediate_size=160))
+    facts = freebits.pack(sliced, tmp_path / "packed")
+    assert facts["bytes"]["packed"] < facts["bytes"]["sliced"]
+    expected = logits(sliced)
+    error = (logits(tmp_path / "packed") - expected).std() / expected.std()
+    assert 0 < error < 8 * torch.finfo(dtype).eps
+
+
+def test_unpacked_it_is_a_sliced_checkpoint_like_any_other(save_tiny: Make, slice_tiny: Make, tmp_path: Path) -> None:
+    sliced = slice_tiny(save_tiny(shard="20KB"))
+    freebits.pack(sliced, tmp_path / "packed")
+    freebits.unpack(tmp_path / "packed", tmp_path / "unpacked")
+    before, after = Checkpoint(sliced), Checkpoint(tmp_path / "unpacked")
+    assert after.shapes == before.shapes
+    assert after.dtypes == before.dtypes
+    assert after.config == before.config
+
+
+def test_a_model_saved_as_it_runs_can_be_packed_again(save_tiny: Make, slice_tiny: Make, tmp_path: Path) -> None:
+    sliced = slice_tiny(save_tiny(dtype=torch.float64, tie_word_embeddings=True))
+    freebits.pack(sliced, tmp_path / "packed")
+    freebits.load(tmp_path / "packed").save_pretrained(tmp_path / "saved")
+    state = load_file(tmp_path / "saved" / "model.safetensors")
+    name = "model.layers.1.mlp_shortcut.factor"
+    state[name] = state[name] @ random_orthogonal(state[name].shape[1], torch.Generator().manual_seed(0))
+    save_file(state, tmp_path / "saved" / "model.safetensors", metadata={"format": "pt"})  # no trapezoid any more
+    expected = logits(sliced)
+    for codec in ("canonical", "again"):
+        freebits.pack(tmp_path / "saved", tmp_path / codec)
+        assert (logits(tmp_path / codec) - expected).abs().max() < 1e-9
+
+
+def spoil(sliced: Path, name: str, change: Callable[[Tensor], Tensor]) -> None:
+    state = load_file(sliced / "model.safetensors")
+    state[name] = change(state[name])
+    save_file(state, sliced / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_shortcut_without_the_structure_is_stored_symmetric(
+    save_tiny: Make, slice_tiny: Make, tmp_path: Path
+) -> None:
+    sliced = slice_tiny(save_tiny(dtype=torch.float64))
+    spoil(sliced, "model.layers.1.attention_shortcut.weight", lambda A: 1.5 * A)
+    facts = freebits.pack(sliced, tmp_path / "packed")
+    codecs = {site["site"]: site["codec"] for site in facts["sites"]}
+    assert codecs == {0: "lower", 1: "lower", 2: "lower", 3: "symmetric", 4: "lower", 5: "lower", 6: "lower"}
+    config = json.loads((tmp_path / "packed" / "config.json").read_text())
+    assert [rank is None for rank in config["shortcut_ranks"]] == [False, False, True, False, False, False]
+    expected = logits(sliced)
+    assert (logits(tmp_path / "packed") - expected).abs().max() < 1e-9
+    freebits.unpack(tmp_path / "packed", tmp_path / "unpacked")
+    assert (logits(tmp_path / "unpacked") - expected).abs().max() < 1e-9
+
+
+def test_a_site_that_cannot_be_rotated_is_stored_plain_with_the_reason(
+    save_tiny: Make, slice_tiny: Make, tmp_path: Path
+) -> None:
+    sliced = slice_tiny(save_tiny())
+    spoil(sliced, "model.layers.1.self_attn.o_proj.weight", lambda W: W.fill_(float("nan")))
+    spoil(sliced, "model.embed_tokens.weight", lambda E: E.index_fill(0, torch.tensor([3]), 65504))
+    facts = freebits.pack(sliced, tmp_path / "packed")
+    plain = {site["site"]: site["reason"] for site in facts["sites"] if site["codec"] == "plain"}
+    assert {site: reason.split()[0] for site, reason in plain.items()} == {
+        0: "model.embed_tokens.weight",
+        3: "model.layers.1.self_attn.o_proj.weight",
+    }
+    unpacked = dict(unpacked_tensors(tmp_path / "packed"))
+    assert unpacked["model.layers.1.self_attn.o_proj.weight"].isnan().all()
+    assert torch.equal(
+        unpacked["model.embed_tokens.weight"], load_file(sliced / "model.safetensors")["model.embed_tokens.weight"]
+    )
+
+
+def test_sites_of_different_widths(save_tiny: Make, slice_tiny: Make, tmp_path: Path) -> None:
+    sliced = slice_tiny(save_tiny(dtype=torch.float64))
+    cut(sliced, widths=[16, 16, 20, 20, 24, 20, 32])
+    facts = freebits.pack(sliced, tmp_path / "packed")
+    plain = {site["site"]: site["reason"] for site in facts["sites"] if site["codec"] == "plain"}
+    assert plain == {5: "the stream narrows here"}
+    expected = logits(sliced)
+    assert (logits(tmp_path / "packed") - expected).abs().max() < 1e-9
+
+
+def cut(sliced: Path, widths: list[int]) -> None:
+    """Cut the sites of a sliced model to these widths."""
+    checkpoint = Checkpoint(sliced)
+    axes = freebits.architecture.Architecture.of(checkpoint.config).axes
+    state = dict(checkpoint.items())
+    for name in state:
+        for axis in axes[name]:
+            state[name] = state[name].narrow(axis.dim, 0, widths[axis.site]).contiguous()
+    save_file(state, sliced / "model.safetensors", metadata={"format": "pt"})
+    (sliced / "config.json").write_text(json.dumps(checkpoint.config | {"site_sizes": widths}))
+
+
+@pytest.mark.parametrize("ranks", [5, [4], ["4"] * 6, [-1] * 6, [3] * 6, [4.0] * 6, [True] * 6, [None] * 6])
+def test_ranks_that_cannot_be_are_refused(ranks: Any, save_tiny: Make, slice_tiny: Make, tmp_path: Path) -> None:
+    freebits.pack(slice_tiny(save_tiny()), tmp_path / "packed")
+    freebits.load(tmp_path / "packed").save_pretrained(tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    (tmp_path / "saved" / "config.json").write_text(json.dumps(config | {"shortcut_ranks": ranks}))
+    with pytest.raises(freebits.CheckpointError):
+        freebits.pack(tmp_path / "saved", tmp_path / "again")
+
+
+def test_one_site_can_be_read_alone(save_tiny: Make, slice_tiny: Make, tmp_path: Path) -> None:
+    freebits.pack(slice_tiny(save_tiny()), tmp_path / "packed")
+    packed = PackedCheckpoint(tmp_path / "packed")
+    everything = dict(unpacked_tensors(tmp_path / "packed"))
+    for site in packed.manifest.sites:
+        for name, tensor in packed.decode_site(site).items():
+            assert torch.equal(tensor, everything[name])
