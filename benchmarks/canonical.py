@@ -1,0 +1,100 @@
+"""Size and fidelity of both codecs on the demo model, and the quality that equal bytes buy. Ten minutes.
+
+python -m benchmarks.canonical
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import freebits
+from benchmarks.results import print_table, save_csv
+from freebits.huggingface.demo_model import demo_model
+from freebits.packed.packing import CODECS
+from freebits.packed.size import change
+
+SAMPLES = 32
+WINDOWS = 16
+FORMS = (("float16", True), ("float16", False), ("bfloat16", True), ("float32", True))
+"""Dtype, and whether the head is untied."""
+HEADER = (
+    "dtype", "head", "form", "bytes", "vs dense, %", "vs dense untied, %", "perplexity", "ratio to sliced", "mean KL",
+    "max |Δlogit|",
+)  # fmt: skip
+EQUAL_HEADER = ("form", "sparsity", "width", "bytes", "perplexity")
+
+
+def sliced(folder: Path, sparsity: float, **options: Any) -> Path:
+    """Slice the demo model."""
+    freebits.slice_model(demo_model(), folder, sparsity=sparsity, samples=SAMPLES, **options)
+    return folder
+
+
+def fidelity(scratch: Path) -> list[tuple[object, ...]]:
+    """One row for each form at 20 %."""
+    rows: list[tuple[object, ...]] = []
+    for dtype, untie in FORMS:
+        name = f"{dtype} {untie}"
+        source = sliced(scratch / name, 0.2, untie=untie, dtype=getattr(torch, dtype))
+        sizes = freebits.inspect(source)["bytes"]
+        head = "own" if untie else "tied"
+        codecs = CODECS if dtype != "float32" else ("canonical",)
+        measured = []
+        for codec in codecs:
+            packed = scratch / f"{name} {codec}"
+            size = freebits.pack(source, packed, codec=codec)["bytes"]["packed"]
+            measured.append((codec, size, freebits.verify(packed, against=source, limit=WINDOWS)))
+        reference = measured[0][2]["perplexity"]["reference"]
+        entries: list[tuple[Any, ...]] = [("sliced", sizes["sliced"], f"{reference:.3f}", "", "", "")]
+        for codec, size, verdict in measured:
+            perplexity = verdict["perplexity"]["packed"]
+            figures = (f"{perplexity / reference:.5f}", f"{verdict['mean_kl']:.1e}")
+            entries.append((codec, size, f"{perplexity:.3f}", *figures, f"{verdict['max_abs_logit_diff']:.3f}"))
+        for form, size, *cells in entries:
+            changes = (f"{change(size, sizes[base]):+.2f}" for base in ("dense", "dense_untied"))
+            rows.append((dtype, head, form, size, *changes, *cells))
+            print(rows[-1], flush=True)
+    return rows
+
+
+def equal_bytes(scratch: Path) -> list[tuple[object, ...]]:
+    """Bits-back at 20 % and 30 %, and the widest model whose canonical file is no larger; heads of their own."""
+    rows: list[tuple[object, ...]] = []
+    dense = demo_model()
+    hidden_size = freebits.estimate(dense, 0.2)["hidden_size"]
+    for sparsity in (0.2, 0.3):
+        budget = freebits.estimate(dense, sparsity)["params"]["bits_back"]
+        widths = [k for k in range(8, hidden_size, 8) if words(k / hidden_size) <= budget]
+        for codec, part in (("bits-back", sparsity), ("canonical", 1 - widths[-1] / hidden_size)):
+            source = sliced(scratch / f"{codec} {part}", part, untie=True)
+            packed = scratch / f"{codec} {part} packed"
+            size = freebits.pack(source, packed, codec=codec)["bytes"]["packed"]
+            perplexity = freebits.evaluate(packed, limit=WINDOWS)["perplexity"]
+            width = freebits.estimate(dense, part)["sliced_size"]
+            rows.append((codec, f"{part:.4f}", width, size, f"{perplexity:.3f}"))
+            print(rows[-1], flush=True)
+    return rows
+
+
+def words(kept: float) -> int:
+    """Words of the canonical form that keeps this part of the width."""
+    count: int = freebits.estimate(demo_model(), 1 - kept)["params"]["canonical"]
+    return count
+
+
+def main() -> None:
+    """Measure, print and save."""
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, header, measure in (
+            ("canonical", HEADER, fidelity),
+            ("equal_bytes", EQUAL_HEADER, equal_bytes),
+        ):
+            rows = measure(Path(scratch))
+            print_table(header, rows)
+            save_csv(name, header, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""Speed of the canonical form beside bits-back and the sliced model, interleaved in one run. Five minutes.
+
+python -m benchmarks.speed
+"""
+
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import freebits
+from benchmarks.results import print_table, save_csv
+from freebits.architecture import Architecture
+from freebits.checkpoint import Checkpoint
+from freebits.huggingface import modeling
+from freebits.huggingface.demo_model import demo_model
+from freebits.packed.packing import CODECS
+from freebits.symmetry import random_orthogonal
+
+RUNS = 7
+PROMPT, NEW_TOKENS = 512, 48
+CONFIG = Path(__file__).parent / "configs" / "opt-1.3b.json"
+HEADER = ("model", "what", "form", "median", "fastest", "beside", "ratio of medians")
+
+Row = tuple[object, ...]
+
+
+def medians(steps: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
+    """Seconds of each step, the steps taking turns; a first round is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(RUNS + 1):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: values[1:] for name, values in seconds.items()}
+
+
+def compared(model: str, what: str, steps: Mapping[str, Callable[[], object]], work: float | None = None) -> list[Row]:
+    """Rows of a comparison; the last step is what the others are set beside. With `work`, per second instead."""
+    seconds = medians(steps)
+    *_, reference = seconds
+    rows: list[Row] = []
+    for form, values in seconds.items():
+        ratio = statistics.median(values) / statistics.median(seconds[reference])
+        shown = [statistics.median(values), min(values)]
+        if work:
+            ratio, shown = 1 / ratio, [work / value for value in shown]
+        rows.append((model, what, form, *(f"{value:.4g}" for value in shown), reference, f"{ratio:.3f}"))
+        print(rows[-1], flush=True)
+    return rows
+
+
+def fresh(call: Callable[[Path], object], out: Path) -> Callable[[], None]:
+    """A step that writes a folder and removes it; removing is part of the time, alike for all."""
+
+    def step() -> None:
+        call(out)
+        shutil.rmtree(out)
+
+    return step
+
+
+@torch.no_grad()
+def first_token(folder: Path) -> None:
+    """Load and run one token: every weight has then been read."""
+    freebits.load(folder)(torch.tensor([[1]]))
+
+
+def running(model: str, folders: dict[str, Path], dtype: torch.dtype) -> list[Row]:
+    """Tokens a second in prefill and in decoding, batch 1, and parameters in memory."""
+    loaded: dict[str, Any] = {name: freebits.load(path, dtype=dtype).eval() for name, path in folders.items()}
+    prompt = torch.randint(1000, (1, PROMPT), generator=torch.Generator().manual_seed(0))
+    options = {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
+    rows: list[Row] = []
+    for name, running in loaded.items():
+        count = sum(parameter.numel() for parameter in running.parameters())
+        rows.append((model, "parameters in memory", name, count, "", "", ""))
+    with torch.no_grad():
+        prefill = {n: partial(m, prompt, use_cache=False, logits_to_keep=1) for n, m in loaded.items()}
+        rows += compared(model, "prefill, tokens/s", prefill, PROMPT)
+        decode = {n: partial(m.generate, prompt[:, :8], **options) for n, m in loaded.items()}
+        rows += compared(model, "decode, tokens/s", decode, NEW_TOKENS)
+    return rows
+
+
+def random_opt(folder: Path, n_blocks: int = 4, sparsity: float = 0.2) -> Path:
+    """A sliced OPT of 1.3B's width with few blocks: random weights, shortcuts as slicing leaves them."""
+    config = json.loads(CONFIG.read_text()) | {"num_hidden_layers": n_blocks, "tie_word_embeddings": False}
+    architecture = Architecture.of(config)
+    k = freebits.estimate(CONFIG, sparsity)["sliced_size"]
+    sizes = architecture.site_sizes(k)
+    values = {key: value for key, value in config.items() if key != "model_type"} | {"site_sizes": list(sizes)}
+    model = modeling.SlicedOPTForCausalLM(modeling.SlicedOPTConfig(**values))
+    generator = torch.Generator().manual_seed(0)
+    rotation = random_orthogonal(architecture.hidden_size, generator)
+    for sublayer in (sublayer for block in architecture.blocks for sublayer in block):
+        following = random_orthogonal(architecture.hidden_size, generator)
+        corner = (rotation[:, :k].T @ following)[:, : sizes[sublayer.site]]
+        model.get_parameter(f"{sublayer.shortcut}.weight").data.copy_(corner.T)
+        rotation = following
+    model.half().save_pretrained(folder)
+    return folder
+
+
+def main() -> None:
+    """Measure, print and save."""
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as directory:
+        scratch = Path(directory)
+        sliced = scratch / "sliced"
+        freebits.slice_model(demo_model(), sliced, sparsity=0.2, samples=8)
+        packed = {codec: scratch / codec for codec in CODECS}
+        for codec, folder in packed.items():
+            freebits.pack(sliced, folder, codec=codec)
+        packs = {codec: fresh(partial(freebits.pack, sliced, codec=codec), scratch / "out") for codec in CODECS}
+        rows += compared("SmolLM2-135M", "pack, s", packs)
+        unpacks = {codec: fresh(partial(freebits.unpack, folder), scratch / "out") for codec, folder in packed.items()}
+        rows += compared("SmolLM2-135M", "unpack, s", unpacks)
+        folders = {"canonical": packed["canonical"], "sliced": sliced}
+        rows += compared(
+            "SmolLM2-135M", "load, s", {name: partial(freebits.load, path) for name, path in folders.items()}
+        )
+        tokens = {name: partial(first_token, path) for name, path in folders.items()}
+        rows += compared("SmolLM2-135M", "load and first token, s", tokens)
+        assert Checkpoint(sliced).config["tie_word_embeddings"]
+        rows += running("SmolLM2-135M", folders, torch.float32)
+        rows += running("SmolLM2-135M, bfloat16", folders, torch.bfloat16)
+        wide = {"sliced": random_opt(scratch / "opt")}
+        freebits.pack(wide["sliced"], scratch / "opt canonical")
+        rows += running("OPT-1.3B's width, 4 blocks", {"canonical": scratch / "opt canonical"} | wide, torch.float32)
+    print_table(HEADER, rows)
+    save_csv("speed", HEADER, rows)
+
+
+if __name__ == "__main__":
+    main()
