@@ -15,7 +15,7 @@ import torch
 
 import freebits
 from benchmarks.results import print_table, save_csv
-from freebits.evaluation.tasks import zero_shot
+from freebits.evaluation.tasks import METRICS, prepare, zero_shot
 from freebits.huggingface import load
 from freebits.huggingface.demo_model import demo_model
 from freebits.huggingface.loading import load_tokenizer
@@ -23,7 +23,6 @@ from freebits.huggingface.loading import load_tokenizer
 THRESHOLDS = (0.01, 0.005)
 DOCUMENTS = {"piqa": None, "winogrande": None, "hellaswag": 1000}
 WINDOWS = 128
-METRICS = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
 HEADER = ("model", "WikiText-2 perplexity", "task", "documents", *METRICS)
 
 
@@ -53,7 +52,7 @@ def main() -> None:
             perplexity = freebits.evaluate(path, text=text, limit=WINDOWS)["perplexity"]
             model, tokenizer = load(path, dtype=torch.float32).eval(), load_tokenizer(path)
             for task, limit in DOCUMENTS.items():
-                measured = zero_shot(model, tokenizer, [task], data_dir=data_dir, limit=limit)[task]
+                measured = zero_shot(model, tokenizer, prepare([task], data_dir), limit=limit)[task]
                 values = (measured[metric] for metric in METRICS)
                 cells = ("" if value is None else f"{value:.4f}" for value in values)
                 rows.append((name, f"{perplexity:.3f}", task, limit or "all", *cells))

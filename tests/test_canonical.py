@@ -14,7 +14,7 @@ from torch import Tensor
 
 import freebits
 from freebits.checkpoint import Checkpoint
-from freebits.coding import lower_matrix, lower_words, n_lower_words, symmetric_matrix, symmetric_words
+from freebits.coding import lower_matrix, lower_words, n_lower_words, symmetric_matrix
 from freebits.packed import PackedCheckpoint, unpacked_tensors
 from freebits.symmetry import (
     carried_rotation,
@@ -81,7 +81,7 @@ def test_triangles_come_back(rows: int, columns: int, seed: int) -> None:
     assert len(words) == n_lower_words(rows, columns)
     assert torch.equal(lower_matrix(words, rows, columns), matrix.tril())
     symmetric = matrix @ matrix.T
-    assert torch.equal(symmetric_matrix(symmetric_words(symmetric), rows), symmetric)
+    assert torch.equal(symmetric_matrix(lower_words(symmetric), rows), symmetric)
     with pytest.raises(ValueError, match="words for a trapezoid"):
         lower_matrix(torch.cat([words, words.new_zeros(1)]), rows, columns)
 
@@ -224,6 +224,24 @@ def test_ranks_that_cannot_be_are_refused(ranks: Any, save_tiny: Make, slice_tin
     (tmp_path / "saved" / "config.json").write_text(json.dumps(config | {"shortcut_ranks": ranks}))
     with pytest.raises(freebits.CheckpointError):
         freebits.pack(tmp_path / "saved", tmp_path / "again")
+
+
+@pytest.mark.parametrize("change", [{"shortcut_ranks": [3] * 6}, {"site_sizes": [24.0] * 6 + [32]}])
+def test_a_config_that_promises_what_is_not_there_is_refused(
+    change: dict[str, Any], save_tiny: Make, slice_tiny: Make, tmp_path: Path
+) -> None:
+    sliced = slice_tiny(save_tiny())
+    config = json.loads((sliced / "config.json").read_text())
+    (sliced / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(freebits.CheckpointError):
+        freebits.pack(sliced, tmp_path / "packed")
+
+
+def test_less_than_half_the_width_is_stored_symmetric(save_tiny: Make, slice_tiny: Make, tmp_path: Path) -> None:
+    sliced = slice_tiny(save_tiny(dtype=torch.float64, tie_word_embeddings=True), sparsity=0.75)
+    facts = freebits.pack(sliced, tmp_path / "packed")
+    assert {site["codec"] for site in facts["sites"][1:-1]} == {"symmetric"}
+    assert (logits(tmp_path / "packed") - logits(sliced)).abs().max() < 1e-9
 
 
 def test_one_site_can_be_read_alone(save_tiny: Make, slice_tiny: Make, tmp_path: Path) -> None:

@@ -182,6 +182,7 @@ def assert_one_line(capsys: CaptureFixture, finding: str) -> None:
         (("verify", "dense"), "holds no freebits.json"),
         (("eval", "nowhere"), "nowhere is not a folder"),
         (("eval", "dense", "--limit", 0), "--limit"),
+        (("eval", "dense", "--data-dir", "dense"), "--tasks"),
         (("slice", "dense", "out", "--sparsity", 0.2, "--seed", 2**64), "seed"),
         (("slice", "x" * 300, "out", "--sparsity", 0.2), "is not a folder"),
         (("slice", "dense", "x" * 300, "--sparsity", 0.2, "--seq-len", 32), "cannot be created"),

@@ -336,6 +336,10 @@ def test_a_manifest_left_as_it_was_is_read(packed: Path) -> None:
         lambda m: m["sites"][0]["tensors"][0].__setitem__(0, "lm_head.weight"),
         lambda m: m["sites"][0]["tensors"][0].__setitem__(0, m["sites"][0]["tensors"][1][0]),
         lambda m: m["sites"][1].update(name=m["sites"][0]["name"]),
+        lambda m: m["sites"][1].update(site=m["sites"][0]["site"]),
+        lambda m: m["sites"][0].update(corrections="x"),
+        lambda m: m["bytes"].update(dense="x"),
+        lambda m: m["sites"][0].update(codec="symmetric", tensors=[["lm_head.weight", [96, 64]]]),
         lambda m: m["tensors"].pop("lm_head.weight"),
     ],
 )

@@ -180,6 +180,16 @@ class Architecture:
         """Width of the stream at each site: `sliced_size`, but the head's site keeps `D`."""
         return (*[sliced_size] * (self.n_sites - 1), self.hidden_size)
 
+    def checked_sizes(self, sizes: object) -> Sequence[int]:
+        """`site_sizes` of a `config.json`.
+
+        Raises:
+            CheckpointError: they are not the widths of this model's sites.
+        """
+        if isinstance(sizes, (list, tuple)) and len(sizes) == self.n_sites and all(type(n) is int for n in sizes):
+            return sizes
+        raise CheckpointError(f"config.json: site_sizes is not a list of the widths of {self.n_sites} sites")
+
     def check(self, shapes: Mapping[str, tuple[int, ...]], site_sizes: Sequence[int] | None = None) -> None:
         """Check that a checkpoint holds exactly the tensors this architecture speaks of.
 
@@ -191,9 +201,7 @@ class Architecture:
             CheckpointError: a tensor is missing, is unknown (a rotation could then miss it), or has another width.
         """
         dense = site_sizes is None
-        sizes = [self.hidden_size] * self.n_sites if site_sizes is None else site_sizes
-        if not isinstance(sizes, (list, tuple)) or len(sizes) != self.n_sites:
-            raise CheckpointError(f"config.json: site_sizes is not a list of the widths of {self.n_sites} sites")
+        sizes = [self.hidden_size] * self.n_sites if site_sizes is None else self.checked_sizes(site_sizes)
         known = self.dense_axes if dense else self.axes
         norms = {*self._block_norms, self.family.final_norm}
         optional = {name for name in known if name.endswith(".bias") and name.removesuffix(".bias") not in norms}

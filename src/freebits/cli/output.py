@@ -43,7 +43,8 @@ def print_facts(facts: dict[str, Any], as_json: bool) -> int:
     coded = [site for site in facts["sites"] if site["codec"] != "plain"]
     if facts["sites"]:
         n_corrections = sum(site.get("corrections", 0) for site in coded)
-        print(f"{len(coded)} of {len(facts['sites'])} sites encoded; {n_corrections:,} corrected words")
+        corrected = f"; {n_corrections:,} corrected words" if n_corrections else ""
+        print(f"{len(coded)} of {len(facts['sites'])} sites encoded{corrected}")
     for site in facts["sites"]:
         if site["codec"] == "plain":
             print(f"stored plain: {site['name']}: {site['reason']}")
@@ -66,9 +67,16 @@ def print_table(rows: list[Row]) -> None:
 
 def progress_bar(step: str) -> Progress:
     """A bar on stderr for a step that takes over a second; silent where nobody watches."""
-    bar = tqdm(desc=step, disable=None, leave=False, delay=1, file=sys.stderr)
+
+    def new() -> Any:
+        return tqdm(desc=step, disable=None, leave=False, delay=1, file=sys.stderr)
+
+    bar = new()
 
     def show(done: int, total: int) -> None:
+        nonlocal bar
+        if done < bar.n:  # the next part of the step
+            bar = new()
         bar.total = total
         bar.update(done - bar.n)
         if done == total:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from freebits.cli import commands
-from freebits.packed.packing import CODEC, CODECS
+from freebits.packed.packing import CODECS, DEFAULT
 from freebits.version import __version__
 
 BAD_INPUT = 2
@@ -81,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     pack_.add_argument(
         "--codec",
         choices=CODECS,
-        default=CODEC,
+        default=DEFAULT,
         help="canonical fixes the rotations; bits-back, the paper's code, has them paid for (default: %(default)s)",
     )
     pack_.add_argument("--entropy", choices=["none"], default="none", help="bit-exact stage on top")

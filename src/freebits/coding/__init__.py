@@ -3,7 +3,7 @@
 from freebits.coding.bitsback import Coded, Declined, decode, encode, message_length
 from freebits.coding.direction import canonical_direction
 from freebits.coding.rotation import n_words_taken
-from freebits.coding.triangles import lower_matrix, lower_words, n_lower_words, symmetric_matrix, symmetric_words
+from freebits.coding.triangles import lower_matrix, lower_words, n_lower_words, symmetric_matrix
 
 __all__ = [
     "Coded",
@@ -17,5 +17,4 @@ __all__ = [
     "n_lower_words",
     "n_words_taken",
     "symmetric_matrix",
-    "symmetric_words",
 ]

@@ -32,13 +32,8 @@ def lower_matrix(words: Tensor, rows: int, columns: int) -> Tensor:
     return torch.cat([top, words[len(row) :].reshape(rows - short, columns)])
 
 
-def symmetric_words(matrix: Tensor) -> Tensor:
-    """The words on and below the diagonal of a symmetric matrix (n, n), row by row."""
-    return lower_words(matrix)
-
-
 def symmetric_matrix(words: Tensor, size: int) -> Tensor:
-    """The symmetric matrix (size, size), inverse of `symmetric_words`.
+    """The symmetric matrix (size, size) that has these words on and below its diagonal.
 
     Raises:
         ValueError: there are more or fewer words than that.

@@ -1,5 +1,6 @@
 """How well a model predicts a text, and, if asked, how well it answers."""
 
+import importlib
 import math
 import os
 import sys
@@ -50,7 +51,10 @@ def evaluate(
         UsageError: an argument cannot be, or the extra is not installed.
         CheckpointError: `model` is no sound checkpoint.
     """
-    accuracies = _zero_shot() if tasks else None
+    if data_dir is not None and not tasks:
+        raise UsageError("--data-dir holds the documents of tasks: name them with --tasks")
+    lm_eval = _lm_eval() if tasks else None
+    prepared = lm_eval.prepare(tasks, data_dir and Path(data_dir)) if lm_eval else []
     windows = token_windows(model, embedded_text()[1] if text is None else text, seq_len, limit)
     running = load(model, dtype=torch.float32).to(device_of(device)).eval()
     losses = []
@@ -58,18 +62,16 @@ def evaluate(
         losses.append(loss(logits(running, window), window))
         progress(done, len(windows))
     answers = {}
-    if accuracies:
-        folder = None if data_dir is None else Path(data_dir)
-        answers = accuracies(running, load_tokenizer(model), tasks, data_dir=folder, limit=limit, progress=progress)
+    if lm_eval:
+        answers = lm_eval.zero_shot(running, load_tokenizer(model), prepared, limit=limit, progress=progress)
     return {"perplexity": mean_perplexity(losses), "tokens": windows[:, 1:].numel(), "tasks": answers}
 
 
-def _zero_shot() -> Any:
+def _lm_eval() -> Any:
     try:
-        from freebits.evaluation.tasks import zero_shot
+        return importlib.import_module("freebits.evaluation.tasks")
     except ImportError as error:
         raise UsageError(f"tasks need lm-eval ({error}): pip install 'freebits[eval]'") from None
-    return zero_shot
 
 
 @torch.no_grad()

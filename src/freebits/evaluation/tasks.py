@@ -16,11 +16,14 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from freebits.errors import CheckpointError, FreebitsError, UsageError
+from freebits.errors import CheckpointError, UsageError
 from freebits.progress import Progress, silent
 
 BATCH = 16
 METRICS = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
+
+_LOCAL = "local "
+"""How the groups are called in which local tasks stand."""
 
 Documents = Iterator[dict[str, Any]]
 
@@ -48,6 +51,8 @@ def _winogrande(items: list[str]) -> Documents:
 def _hellaswag(lines: list[str]) -> Documents:
     for start in range(0, len(lines), 6):
         query, label, *choices = lines[start : start + 6]
+        if len(choices) != 4:
+            raise ValueError(f"{len(choices)} endings after line {start + 2}")
         yield {"query": query, "label": int(label), "choices": choices}
 
 
@@ -63,22 +68,38 @@ LOCAL_TASKS = {
 """What a data folder can hold: a folder of the task's name with these files."""
 
 
+Task = str | dict[str, Any]
+"""What lm-eval is told of a task: its name, or also where its documents are."""
+
+
+def prepare(names: Sequence[str], data_dir: Path | None = None) -> list[Task]:
+    """The tasks of those names, ready for `zero_shot`.
+
+    Args:
+        names: tasks that lm-eval knows.
+        data_dir: read the documents below this folder (see `LOCAL_TASKS`), not from the hub.
+
+    Raises:
+        UsageError: there is no such task, or a file below `data_dir` cannot be read.
+        CheckpointError: a file below `data_dir` is damaged.
+    """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    known = TaskManager()
+    for name in names:
+        if name not in (*known.all_subtasks, *known.all_groups):
+            raise UsageError(f"lm-eval knows no task {name!r}: lm-eval ls tasks lists them")
+    return list(names) if data_dir is None else [_local(name, data_dir) for name in names]
+
+
 def zero_shot(
-    model: Any,
-    tokenizer: Any,
-    tasks: Sequence[str],
-    *,
-    data_dir: Path | None = None,
-    limit: int | None = None,
-    progress: Progress = silent,
+    model: Any, tokenizer: Any, tasks: Sequence[Task], *, limit: int | None = None, progress: Progress = silent
 ) -> dict[str, dict[str, float | None]]:
     """Accuracy of a loaded model on tasks of lm-eval, without examples in the prompt.
 
     Args:
         model: as `load` gives it.
         tokenizer: the model's.
-        tasks: names that lm-eval knows.
-        data_dir: read the documents below this folder (see `LOCAL_TASKS`), not from the hub.
+        tasks: what `prepare` gives.
         limit: the first so many documents of each task.
         progress: called after each batch, in requests.
 
@@ -87,32 +108,18 @@ def zero_shot(
         `acc_stderr`, `acc_norm_stderr`, None where the task has no such metric; and what other metrics it has.
 
     Raises:
-        UsageError: there is no such task, or its documents cannot be had.
-        CheckpointError: a file below `data_dir` is damaged.
+        UsageError: the documents cannot be had, or lm-eval cannot run the model on them.
     """
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    known = TaskManager()
-    for name in tasks:
-        if name not in known.all_tasks:
-            raise UsageError(f"lm-eval knows no task {name!r}: lm-eval ls tasks lists them")
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bars, which would show in pipes, too
         try:
             results = simple_evaluate(
-                _Reporting(model, tokenizer, progress),
-                tasks=list(tasks) if data_dir is None else [_local(name, data_dir) for name in tasks],
-                num_fewshot=0,
-                limit=limit,
-                task_manager=known,
-                log_samples=False,
+                _Reporting(model, tokenizer, progress), tasks=list(tasks), num_fewshot=0, limit=limit, log_samples=False
             )
-        except FreebitsError:
-            raise
         except Exception as error:  # its kinds of error, and the hub's, are many and change
             finding = " ".join(str(error).split())[:200] or type(error).__name__
-            raise UsageError(
-                f"lm-eval cannot measure {', '.join(tasks)} ({finding}): offline, give --data-dir"
-            ) from error
-    return {name: _metrics(results["results"][name]) for name in tasks}
+            hint = ": offline, give --data-dir" if any(isinstance(task, str) for task in tasks) else ""
+            raise UsageError(f"lm-eval cannot measure the tasks ({finding}){hint}") from error
+    return {name: _metrics(metrics) for name, metrics in results["results"].items() if not name.startswith(_LOCAL)}
 
 
 def _metrics(measured: Mapping[str, Any]) -> dict[str, float | None]:
@@ -129,16 +136,16 @@ def _local(name: str, data_dir: Path) -> dict[str, Any]:
     lines = [_lines(folder / file) for file in task.files]
     try:
         documents = Dataset.from_list(list(task.documents(*lines)))
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder} does not hold {' and '.join(task.files)} as distributed ({error})") from None
     changes = {"custom_dataset": lambda **_: {"validation": documents}, "training_split": None, **task.config}
-    return {"group": f"local {name}", "task": [{"task": name, **changes}]}  # only a group can change a task
+    return {"group": _LOCAL + name, "task": [{"task": name, **changes}]}  # only a group can change a task
 
 
 def _lines(path: Path) -> list[str]:
     try:
         with (bz2.open if path.suffix == ".bz2" else open)(path, "rt", encoding="utf-8") as file:
-            return file.read().splitlines()
+            return [line.rstrip("\n") for line in file]  # and at no other separator, which a text may hold
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} cannot be read ({error}): --data-dir wants it there") from None
 
@@ -153,7 +160,9 @@ class _Reporting(HFLM):  # type: ignore[misc]  # lm-eval is not typed
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         self.done, self.total = 0, len(requests)
-        return super().loglikelihood(requests, disable_tqdm)
+        likelihoods: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm)
+        self.progress(self.total, self.total)  # requests that share a forward pass are not counted on the way
+        return likelihoods
 
     def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         logits: torch.Tensor = super()._model_call(inps, *args, **kwargs)

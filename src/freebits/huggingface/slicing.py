@@ -47,7 +47,8 @@ def slice_model(
         out: folder to create; it appears complete or not at all.
         sparsity: the part of the hidden size to remove, in [0, 1).
         untie: give a head that is tied to the token embedding a matrix of its own, as SliceGPT does. By default
-            that matrix is kept once, bit for bit, with a factor between it and the sliced stream.
+            that matrix is kept once, bit for bit (unless `dtype` is another), with a factor between it and the
+            sliced stream.
         calibration: text to calibrate on; by default the embedded text.
         samples: windows of calibration text, drawn without replacement; all of them where the text has fewer.
         seq_len: tokens a window.

@@ -26,7 +26,6 @@ class BitsBack:
     """The codec, with the largest error of a decoded word that is left without a correction."""
 
     threshold: float = THRESHOLD
-    dtypes = (torch.float16, torch.bfloat16)
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold < math.inf:

@@ -11,21 +11,20 @@ import torch
 from torch import Tensor
 
 from freebits.architecture import Sublayer
-from freebits.coding import lower_matrix, lower_words, n_lower_words, symmetric_matrix, symmetric_words
+from freebits.coding import lower_matrix, lower_words, n_lower_words, symmetric_matrix
 from freebits.packed.format import SiteRecord
 from freebits.packed.parallel import ordered_map
 from freebits.packed.plan import Block, Plan, Rotations
 from freebits.symmetry import carried_rotation, polar_rotation, projection_factor, triangular_rotation
-from freebits.symmetry.canonical import FINEST
 
-CODEC = "canonical"
 LOWER, SYMMETRIC = "lower", "symmetric"
+FINEST = 1e-10
+"""No spectrum is told from that of a corner more finely than this, whatever the dtype."""
 
 
 class Canonical:
     """The codec."""
 
-    dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     threshold = None
 
     def rotations(self, plan: Plan, executor: ThreadPoolExecutor) -> Iterator[Rotations]:
@@ -36,9 +35,9 @@ class Canonical:
             shortcuts = {sub.site: plan.sliced[f"{sub.shortcut}.weight"].T for sub in block if not _obstacle(plan, sub)}
             return {site: polar_rotation(A.double()) for site, A in shortcuts.items()}
 
-        reader = plan.sliced[f"{first.reads[0]}.weight"].double()
-        found = {} if 0 in plan.fixed else {0: triangular_rotation(reader)}
-        yield found
+        reader = f"{first.reads[0]}.weight"
+        found = {} if 0 in plan.fixed else {0: triangular_rotation(plan.sliced[reader].double())}
+        yield dict(found)
         for block, factors in zip(
             plan.architecture.blocks, ordered_map(executor, polar, plan.architecture.blocks), strict=True
         ):
@@ -82,9 +81,9 @@ class Canonical:
             tensors[factor] = lower_words(M.to(plan.dtype))
             return SiteRecord(sub.site, sub.prefix, LOWER, [(factor, list(M.shape))])
         if after == before:
-            tensors[name] = symmetric_words(tensors[name])
+            tensors[name] = lower_words(tensors[name])
             return SiteRecord(sub.site, sub.prefix, SYMMETRIC, [(name, [after, before])])
-        return SiteRecord.plain(sub.site, sub.prefix, "the shortcut is no corner of a rotation")
+        return SiteRecord.plain(sub.site, sub.prefix, "too few singular values of its shortcut are 1")
 
     def part_names(self, sublayer: Sublayer) -> list[str]:
         """The factor."""
@@ -110,7 +109,9 @@ class TriangleSite:
     @staticmethod
     def expected(record: SiteRecord, found: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[tuple[int, ...], bool]]:  # noqa: ARG004
         """A row of words as long as the triangle is large."""
-        rows, columns = record.tensors[0][1]
+        [(_, (rows, columns))] = record.tensors
+        if record.codec == SYMMETRIC and rows != columns:
+            raise ValueError(f"a symmetric matrix of {rows} x {columns}")
         return {"words": ((n_lower_words(rows, columns),), True)}
 
     @staticmethod

@@ -2,8 +2,7 @@
 
 import json
 import os
-from dataclasses import asdict, dataclass, field, replace
-from itertools import product
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,13 @@ from freebits.version import __version__
 
 FORMAT = 1
 MANIFEST = "freebits.json"
-CODECS = ("canonical", "bits-back")
+DTYPES = {
+    "canonical": ("float16", "bfloat16", "float32", "float64"),
+    "bits-back": ("float16", "bfloat16"),
+}
+"""Codec → dtypes of the words it can encode."""
 PLAIN = "plain"
 ENTROPIES = ("none",)
-WORD_DTYPES = ("float16", "bfloat16", "float32", "float64")
 _MOST_ROWS = 2**31
 
 
@@ -58,7 +60,8 @@ class SiteRecord:
         """
         encoded = bool(self.tensors) and not self.reason and all(map(_is_matrix, self.tensors))
         sound = bool(self.reason) and not self.tensors if self.codec == PLAIN else encoded
-        if not sound or not isinstance(self.name, str) or not isinstance(self.codec, str) or type(self.site) is not int:
+        texts = all(isinstance(text, str) for text in (self.name, self.codec, self.reason))
+        if not (sound and texts and type(self.site) is type(self.corrections) is int):
             raise ValueError(f"site {self.name!r}")
 
     @property
@@ -134,15 +137,15 @@ class Manifest:
         Raises:
             ValueError: a value that format 1 does not know, or that contradicts another.
         """
-        known = (self.codec, self.entropy, self.dtype) in product(CODECS, ENTROPIES, WORD_DTYPES)
-        if not known or not isinstance(self.tensors, dict) or not isinstance(self.bytes, dict):
+        known = self.dtype in DTYPES[self.codec] and self.entropy in ENTROPIES
+        sizes = [n for n in self.bytes.values() if n is not None]
+        if not known or not isinstance(self.tensors, dict) or not all(type(n) is int for n in sizes):
             raise ValueError(f"codec {self.codec!r}, entropy {self.entropy!r}, dtype {self.dtype!r}")
         for site in self.sites:
             site.check()
-
-    def complete(self, sites: list[SiteRecord], tensors: dict[str, str]) -> "Manifest":
-        """The manifest with what is known only once all tensors are written."""
-        return replace(self, sites=sites, tensors=tensors)
+        numbers = [site.site for site in self.sites]
+        if len(set(numbers)) != len(numbers):
+            raise ValueError("a site is described twice")
 
 
 def is_packed(path: str | os.PathLike[str]) -> bool:

@@ -9,22 +9,22 @@ from freebits.checkpoint import Checkpoint, CheckpointWriter, carry_over, new_di
 from freebits.errors import CheckpointError, UsageError
 from freebits.packed.bitsback import BitsBack
 from freebits.packed.canonical import Canonical
-from freebits.packed.format import FORMAT, Manifest, SiteRecord, digest, digest_of_file, is_packed
+from freebits.packed.format import DTYPES, FORMAT, Manifest, SiteRecord, digest, digest_of_file, is_packed
 from freebits.packed.inspection import inspect
 from freebits.packed.plan import Codec, Plan
 from freebits.packed.shortcuts import RANKS, SlicedModel, shortcut_ranks
 from freebits.packed.size import bytes_on_disk, recorded_baselines
 from freebits.progress import Progress, silent
 
-CODEC = "canonical"
-CODECS = ("canonical", "bits-back")
+CODECS = tuple(DTYPES)
+DEFAULT = "canonical"
 
 
 def pack(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    codec: str = CODEC,
+    codec: str = DEFAULT,
     threshold: float | None = None,
     jobs: int | None = None,
     progress: Progress = silent,
@@ -54,7 +54,7 @@ def pack(
     sliced = Checkpoint(model)
     if is_packed(model):
         raise CheckpointError(f"{model} is packed already: unpack it first")
-    plan = _plan(sliced, chosen)
+    plan = _plan(sliced, DTYPES[codec])
     sublayers = [sublayer for block in plan.architecture.blocks for sublayer in block]
     names = [*plan.sliced.shapes, *(name for sublayer in sublayers for name in chosen.part_names(sublayer))]
     with new_directory(out) as directory:
@@ -74,7 +74,7 @@ def pack(
             codec=codec,
             entropy="none",
             threshold=chosen.threshold,
-            dtype=str(plan.dtype).removeprefix("torch."),
+            dtype=plan.dtype_name,
             bytes=recorded_baselines(sliced.config) | {"sliced": bytes_on_disk(sliced.path)},
             sites=sites,
             tensors=digests,
@@ -93,12 +93,15 @@ def _codec(name: str, threshold: float | None) -> Codec:
     return Canonical()
 
 
-def _plan(sliced: Checkpoint, codec: Codec) -> Plan:
+def _plan(sliced: Checkpoint, dtypes: tuple[str, ...]) -> Plan:
     architecture = Architecture.of(sliced.config)
     if sliced.config["model_type"] != architecture.family.sliced_model_type:
         raise CheckpointError(f"{sliced.path} is a dense model, whose shortcuts leave no rotation free: slice it first")
     model = SlicedModel(sliced, architecture)
-    if len(model.dtypes) != 1 or (dtype := model.dtypes.pop()) not in codec.dtypes:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in codec.dtypes)
-        raise CheckpointError(f"{sliced.path}: all weights must have one dtype of {known}: slice with --dtype")
-    return Plan.of(model, architecture, dtype)
+    names = [str(dtype).removeprefix("torch.") for dtype in model.dtypes]
+    if len(names) != 1 or names[0] not in dtypes:
+        raise CheckpointError(
+            f"{sliced.path}: weights are {' and '.join(sorted(names))}; this codec needs them all in one dtype of "
+            f"{', '.join(dtypes)}: slice with --dtype"
+        )
+    return Plan.of(model, architecture, model.dtypes.pop())

@@ -29,10 +29,6 @@ class Codec(Protocol):
     def threshold(self) -> float | None:
         """Largest error of a decoded word left without correction; None where nothing is corrected."""
 
-    @property
-    def dtypes(self) -> tuple[torch.dtype, ...]:
-        """Of the words it can encode."""
-
     def rotations(self, plan: "Plan", executor: ThreadPoolExecutor) -> Iterator[Rotations]:
         """The rotation of site 0, then those of each block's sites, in order."""
 
@@ -62,6 +58,11 @@ class Plan:
         """The plan for a sliced checkpoint that has been checked."""
         pinned = dict.fromkeys(range(architecture.n_sites)[architecture.free_sites.stop :], "the tied head pins it")
         return cls(sliced, architecture, dtype, pinned | _unsound_sites(sliced, architecture))
+
+    @property
+    def dtype_name(self) -> str:
+        """As `config.json` writes it."""
+        return str(self.dtype).removeprefix("torch.")
 
     def run(
         self, codec: Codec, jobs: int | None, progress: Progress

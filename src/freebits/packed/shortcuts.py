@@ -35,8 +35,7 @@ class Shortcuts:
         counts = [rank for rank in ranks if rank is not None] if isinstance(ranks, list) else ["no list"]
         if not all(type(rank) is int and rank >= 0 for rank in counts) or len(ranks) != len(sublayers):
             raise CheckpointError(f"config.json: {RANKS} is no list of the ranks of {len(sublayers)} shortcuts")
-        if not isinstance(sizes, list) or len(sizes) != architecture.n_sites:
-            raise CheckpointError(f"config.json: site_sizes is no list of the widths of {architecture.n_sites} sites")
+        sizes = architecture.checked_sizes(sizes)
         self.widths = {
             f"{sub.shortcut}.factor": (sizes[sub.site - 1], sizes[sub.site], rank)
             for sub, rank in zip(sublayers, ranks, strict=True)
@@ -48,8 +47,8 @@ class Shortcuts:
         return f"{name.removesuffix('.factor')}.weight" if name in self.widths else name
 
     def dense(self, name: str, tensor: Tensor) -> Tensor:
-        """The dense shortcut for a factor, rounded once; other tensors as they are."""
-        return shortcut_from_factor(tensor, self.widths[name][1]).to(tensor.dtype) if name in self.widths else tensor
+        """The dense shortcut for a factor, float64; other tensors as they are."""
+        return shortcut_from_factor(tensor, self.widths[name][1]) if name in self.widths else tensor
 
     def dense_shapes(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
         """Shapes once every shortcut is dense.
@@ -59,8 +58,9 @@ class Shortcuts:
         """
         found = dict(shapes)
         for name, (before, after, rank) in self.widths.items():
-            if found.pop(name, (before, 0)) != (before, rank):  # one of rank 0 need not be there
-                raise CheckpointError(f"tensor {name} has shape {list(shapes[name])}, not {[before, rank]}")
+            shape = found.pop(name, (before, 0))  # one of rank 0 need not be there
+            if shape != (before, rank):
+                raise CheckpointError(f"tensor {name} is missing or not of the shape {[before, rank]}")
             found[self.dense_name(name)] = (after, before)
         return found
 
@@ -79,6 +79,8 @@ class SlicedModel:
         self._factors = {self._shortcuts.dense_name(name): name for name in self._shortcuts.widths}
         self.shapes = self._shortcuts.dense_shapes(checkpoint.shapes)
         architecture.check(self.shapes, checkpoint.config.get("site_sizes", ()))
+        read = {*architecture.axes, *self._factors.values()}
+        self.dtypes = {dtype for name, dtype in checkpoint.dtypes.items() if name in read}
 
     def __getitem__(self, name: str) -> Tensor:
         """The tensor called `name`."""
@@ -86,13 +88,7 @@ class SlicedModel:
         if factor is None:
             return self._checkpoint[name]
         before, _, rank = self._shortcuts.widths[factor]
-        M = self._checkpoint[factor] if rank else torch.empty(before, 0, dtype=self.dtypes.copy().pop())
-        return self._shortcuts.dense(factor, M)
-
-    @property
-    def dtypes(self) -> set[torch.dtype]:
-        """Of the tensors that the model reads."""
-        return set(self._checkpoint.dtypes.values())
+        return self._shortcuts.dense(factor, self._checkpoint[factor] if rank else torch.empty(before, 0))
 
 
 def shortcut_ranks(architecture: Architecture, sites: Iterable[SiteRecord]) -> dict[str, list[int | None]]:

@@ -72,13 +72,18 @@ class PackedCheckpoint:
         """What is decoded in one go: each encoded site, by its name, and each plain tensor."""
         return list(dict.fromkeys(self._owner.get(name, name) for name in self.stored.files))
 
-    def decode(self, jobs: int | None = None) -> Iterator[dict[str, Tensor]]:
-        """The model's tensors as it runs: one plain tensor, or those of one site, at a time."""
-        with workers(jobs) as executor:
-            yield from ordered_map(executor, self._decode_unit, self.units)
+    def decode(self, jobs: int | None = None, *, dense_shortcuts: bool = False) -> Iterator[dict[str, Tensor]]:
+        """The model's tensors, as it runs or with dense shortcuts: one plain tensor or one site at a time."""
 
-    def _decode_unit(self, name: str) -> dict[str, Tensor]:
-        return self.decode_site(self._sites[name]) if name in self._sites else {name: self.read(name)}
+        def decoded(name: str) -> dict[str, Tensor]:
+            tensors = self.decode_site(self._sites[name]) if name in self._sites else {name: self.read(name)}
+            if not dense_shortcuts:
+                return tensors
+            dense = ((self.shortcuts.dense_name(n), self.shortcuts.dense(n, t).to(t.dtype)) for n, t in tensors.items())
+            return dict(dense)
+
+        with workers(jobs) as executor:
+            yield from ordered_map(executor, decoded, self.units)
 
     def _owners(self) -> dict[str, str]:
         """Stored tensor → the encoded site it is a part of."""
@@ -159,13 +164,12 @@ def unpack(
     """
     source = PackedCheckpoint(packed)
     config = {key: value for key, value in source.stored.config.items() if key not in ("packed", RANKS)}
-    shortcuts = source.shortcuts
     with new_directory(out) as directory:
         carry_over(source.path, directory, but=[MANIFEST])
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         n_units = len(source.units)
-        with CheckpointWriter.like(source.stored, directory, map(shortcuts.dense_name, source.shapes)) as writer:
-            for done, tensors in enumerate(source.decode(jobs), start=1):
+        with CheckpointWriter.like(source.stored, directory, map(source.shortcuts.dense_name, source.shapes)) as writer:
+            for done, tensors in enumerate(source.decode(jobs, dense_shortcuts=True), start=1):
                 for name, tensor in tensors.items():
-                    writer.write(shortcuts.dense_name(name), shortcuts.dense(name, tensor))
+                    writer.write(name, tensor)
                 progress(done, n_units)

@@ -106,9 +106,9 @@ def sliced_tensors(
         yield rotated(folded, rotations)
         rotations = {block[-1].site: rotations[block[-1].site]}
     final_norm = architecture.norm_tensors(architecture.family.final_norm)
-    head = architecture.head if architecture.head in dense.files else architecture.embedding
-    tail = fold_head(read((*final_norm, head)), architecture)
-    yield rotated(tail, rotations)
+    source = architecture.head if architecture.head in dense.files else architecture.embedding
+    tail = read(final_norm if architecture.tied else (*final_norm, source))
+    yield rotated(fold_head(tail, architecture), rotations)
 
 
 def _rotation(x: Tensor, size: int, orientation: torch.Generator | None) -> Tensor:

@@ -10,9 +10,6 @@ free up to a rotation of its columns, which makes it lower trapezoidal. One rota
 import torch
 from torch import Tensor
 
-FINEST = 1e-10
-"""No spectrum is told from that of a corner more finely than this, whatever the dtype."""
-
 
 def polar_rotation(A: Tensor) -> Tensor:
     """`R: (k', k')`, orthogonal, with `A = P [I 0] R` and `P` symmetric positive semidefinite.
