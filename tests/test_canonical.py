@@ -18,10 +18,10 @@ from freebits.coding import lower_matrix, lower_words, n_lower_words, symmetric_
 from freebits.packed import PackedCheckpoint, unpacked_tensors
 from freebits.symmetry import (
     carried_rotation,
-    polar_rotation,
-    projection_factor,
+    decompose,
     random_orthogonal,
     shortcut_from_factor,
+    trapezoid,
     triangular_rotation,
 )
 from tests.test_symmetry import in_float64
@@ -48,15 +48,16 @@ def test_the_carried_rotation_makes_a_shortcut_a_thin_projection(
     after = before + more
     A = corner(after + removed, before, after, seed)
     G = random_orthogonal(before, torch.Generator().manual_seed(seed + 1))
-    carried = carried_rotation(G, polar_rotation(A))
+    shortcut = decompose(A, 1e-9)
+    carried = carried_rotation(G, shortcut.rotation)
     assert torch.allclose(carried.T @ carried, torch.eye(after, dtype=torch.float64), atol=1e-9)
     rotated = G.T @ A @ carried
     assert torch.allclose(rotated[:, before:], torch.zeros(before, more, dtype=torch.float64), atol=1e-9)
     assert torch.allclose(rotated[:, :before], rotated[:, :before].T, atol=1e-9)
-    M = projection_factor(rotated[:, :before], 1e-9)
-    if M is None:  # nothing kept in common
+    if shortcut.factor is None:  # nothing kept in common
         assert removed >= before
         return
+    M = trapezoid(G.T @ shortcut.factor)
     assert M.shape[1] <= removed
     assert torch.equal(M.triu(1), torch.zeros_like(M))
     assert torch.allclose(shortcut_from_factor(M, after).T, rotated, atol=1e-8)
@@ -88,11 +89,11 @@ def test_triangles_come_back(rows: int, columns: int, seed: int) -> None:
 
 def test_a_matrix_that_is_no_projection_has_no_factor() -> None:
     identity = torch.eye(4, dtype=torch.float64)
-    assert projection_factor(1.1 * identity, 1e-3) is None
-    assert projection_factor(0.5 * identity, 1e-3) is None
-    M = projection_factor(identity, 1e-3)
-    assert M is not None
-    assert M.shape == (4, 0)
+    assert decompose(1.1 * identity, 1e-3).factor is None
+    assert decompose(0.5 * identity, 1e-3).factor is None
+    factor = decompose(identity, 1e-3).factor
+    assert factor is not None
+    assert factor.shape == (4, 0)
 
 
 def logits(folder: Path) -> Tensor:

@@ -25,7 +25,7 @@ from transformers import (
 from freebits.architecture import FAMILIES, Architecture, Family
 from freebits.checkpoint import REMOTE_CODE
 from freebits.huggingface.blocks import RESIDUAL, BareRMSNorm, FactoredEmbedding, ProjectedShortcut, residual_block
-from freebits.packed import unpacked_tensors
+from freebits.packed import PackedCheckpoint
 
 
 class SlicedCausalLM(PreTrainedModel):
@@ -57,7 +57,8 @@ class SlicedCausalLM(PreTrainedModel):
         if not hasattr(parsed, "packed"):
             return super().from_pretrained(path, *args, config=config, **kwargs)
         folder = _local_folder(path, kwargs)
-        state = {name: tensor for name, tensor in unpacked_tensors(folder) if tensor.numel()}
+        parts = PackedCheckpoint(folder).mapped()
+        state = {name: tensor for part in parts for name, tensor in part.items() if tensor.numel()}
         parsed = copy.deepcopy(parsed)
         del parsed.packed  # the model in memory is a sliced one, and is saved as such
         loaded = super().from_pretrained(None, *args, config=parsed, state_dict=state, **rest)

@@ -14,7 +14,7 @@ from freebits.coding import Coded, Declined, canonical_direction, decode, encode
 from freebits.errors import UsageError
 from freebits.packed.format import SiteRecord
 from freebits.packed.parallel import ordered_map
-from freebits.packed.plan import Block, Plan, Rotations
+from freebits.packed.plan import Block, Factors, Plan, Rotations
 
 THRESHOLD = 0.01
 CODEC = "bits-back"
@@ -31,21 +31,27 @@ class BitsBack:
         if not 0 <= self.threshold < math.inf:
             raise UsageError(f"threshold {self.threshold}: give a number of 0 or more")
 
-    def rotations(self, plan: Plan, executor: ThreadPoolExecutor) -> Iterator[Rotations]:
+    def rotations(self, plan: Plan, executor: ThreadPoolExecutor) -> Iterator[tuple[Rotations, Factors]]:
         """The rotations that take each block's output matrices to their canonical direction (Algorithm 1)."""
 
-        def directions(block: Block) -> Rotations:
+        def directions(block: Block) -> tuple[Rotations, Factors]:
             sound = (sublayer for sublayer in block if sublayer.site not in plan.fixed)
-            return {sub.site: canonical_direction(plan.sliced[f"{sub.write}.weight"].double().T) for sub in sound}
+            return {sub.site: canonical_direction(plan.sliced[f"{sub.write}.weight"].double().T) for sub in sound}, {}
 
-        yield {}
+        yield {}, {}
         yield from ordered_map(executor, directions, plan.architecture.blocks)
 
     def wide(self, block: Block) -> set[str]:
         """The output matrices: they are rotated once more before they are rounded."""
         return {f"{sublayer.write}.weight" for sublayer in block}
 
-    def encode(self, plan: Plan, block: Block, tensors: dict[str, Tensor]) -> list[SiteRecord]:
+    def encode(
+        self,
+        plan: Plan,
+        block: Block,
+        tensors: dict[str, Tensor],
+        factors: Factors,  # noqa: ARG002  (this codec has none)
+    ) -> list[SiteRecord]:
         """Replace each site's tensors by its code, or leave them as they are."""
         return [self._encode_site(plan, sublayer, tensors) for sublayer in block]
 

@@ -14,8 +14,8 @@ from freebits.architecture import Sublayer
 from freebits.coding import lower_matrix, lower_words, n_lower_words, symmetric_matrix
 from freebits.packed.format import SiteRecord
 from freebits.packed.parallel import ordered_map
-from freebits.packed.plan import Block, Plan, Rotations
-from freebits.symmetry import carried_rotation, polar_rotation, projection_factor, triangular_rotation
+from freebits.packed.plan import Block, Factors, Plan, Rotations
+from freebits.symmetry import Shortcut, carried_rotation, decompose, trapezoid, triangular_rotation
 
 LOWER, SYMMETRIC = "lower", "symmetric"
 FINEST = 1e-10
@@ -27,36 +27,38 @@ class Canonical:
 
     threshold = None
 
-    def rotations(self, plan: Plan, executor: ThreadPoolExecutor) -> Iterator[Rotations]:
+    def rotations(self, plan: Plan, executor: ThreadPoolExecutor) -> Iterator[tuple[Rotations, Factors]]:
         """Walk the chain: the decompositions are independent, only their products follow one another."""
-        first = plan.architecture.blocks[0][0]
+        tolerance = max(torch.finfo(plan.dtype).eps, FINEST)
 
-        def polar(block: Block) -> Rotations:
-            shortcuts = {sub.site: plan.sliced[f"{sub.shortcut}.weight"].T for sub in block if not _obstacle(plan, sub)}
-            return {site: polar_rotation(A.double()) for site, A in shortcuts.items()}
+        def decomposed(block: Block) -> dict[int, Shortcut]:
+            shortcuts = {sub.site: plan.sliced[_weight(sub)].double().T for sub in block if not _obstacle(plan, sub)}
+            return {site: decompose(A, tolerance) for site, A in shortcuts.items()}
 
-        reader = f"{first.reads[0]}.weight"
-        found = {} if 0 in plan.fixed else {0: triangular_rotation(plan.sliced[reader].double())}
-        yield dict(found)
-        for block, factors in zip(
-            plan.architecture.blocks, ordered_map(executor, polar, plan.architecture.blocks), strict=True
-        ):
+        blocks = plan.architecture.blocks
+        reader = f"{blocks[0][0].reads[0]}.weight"
+        G = torch.eye(plan.sliced.shapes[reader][1], dtype=torch.float64)
+        if 0 not in plan.fixed:
+            G = triangular_rotation(plan.sliced[reader].double())
+        yield ({} if 0 in plan.fixed else {0: G}), {}
+        for block, found in zip(blocks, ordered_map(executor, decomposed, blocks), strict=True):
+            rotations: Rotations = {}
             for sub in block:
-                if sub.site in factors:
-                    before = plan.sliced.shapes[f"{sub.shortcut}.weight"][1]
-                    G = found.get(sub.site - 1, torch.eye(before, dtype=torch.float64))
-                    found[sub.site] = carried_rotation(G, factors[sub.site])
-            yield {sub.site: found[sub.site] for sub in block if sub.site in found}
-            found = {site: G for site, G in found.items() if site == block[-1].site}
+                if sub.site in found:
+                    G = rotations[sub.site] = carried_rotation(G, found[sub.site].rotation)
+                else:  # a new chain begins
+                    G = torch.eye(plan.sliced.shapes[_weight(sub)][0], dtype=torch.float64)
+            factors = {_weight(sub): found[sub.site].factor for sub in block if sub.site in found}
+            yield rotations, {name: N for name, N in factors.items() if N is not None}
 
-    def wide(self, block: Block) -> set[str]:
-        """The shortcuts: they are factored before they are rounded."""
-        return {f"{sublayer.shortcut}.weight" for sublayer in block}
+    def wide(self, block: Block) -> set[str]:  # noqa: ARG002
+        """None: what is stored differs from the rotated tensors in its layout only."""
+        return set()
 
-    def encode(self, plan: Plan, block: Block, tensors: dict[str, Tensor]) -> list[SiteRecord]:
+    def encode(self, plan: Plan, block: Block, tensors: dict[str, Tensor], factors: Factors) -> list[SiteRecord]:
         """Store each shortcut's factor instead of it, and a triangle less of the first matrix."""
         first = [self._encode_first(plan, sub, tensors) for sub in block if sub.site == 1]
-        return first + [self._encode_shortcut(plan, sub, tensors) for sub in block]
+        return first + [self._encode_shortcut(plan, sub, tensors, factors.get(_weight(sub))) for sub in block]
 
     def _encode_first(self, plan: Plan, sub: Sublayer, tensors: dict[str, Tensor]) -> SiteRecord:
         module = sub.reads[0]
@@ -67,32 +69,34 @@ class Canonical:
         tensors[name] = lower_words(tensors[name])
         return SiteRecord(0, module, LOWER, [(name, shape)])
 
-    def _encode_shortcut(self, plan: Plan, sub: Sublayer, tensors: dict[str, Tensor]) -> SiteRecord:
-        name = f"{sub.shortcut}.weight"
-        dense = tensors.pop(name)
-        tensors[name] = dense.to(plan.dtype)
+    def _encode_shortcut(
+        self, plan: Plan, sub: Sublayer, tensors: dict[str, Tensor], factor: Tensor | None
+    ) -> SiteRecord:
         if obstacle := _obstacle(plan, sub):
             return SiteRecord.plain(sub.site, sub.prefix, obstacle)
-        after, before = dense.shape
-        M = projection_factor(dense[:before], max(torch.finfo(plan.dtype).eps, FINEST))
-        if M is not None:
-            del tensors[name]
-            factor = f"{sub.shortcut}.factor"
-            tensors[factor] = lower_words(M.to(plan.dtype))
-            return SiteRecord(sub.site, sub.prefix, LOWER, [(factor, list(M.shape))])
-        if after == before:
-            tensors[name] = lower_words(tensors[name])
-            return SiteRecord(sub.site, sub.prefix, SYMMETRIC, [(name, [after, before])])
-        return SiteRecord.plain(sub.site, sub.prefix, "too few singular values of its shortcut are 1")
+        if factor is not None:
+            name = f"{sub.shortcut}.factor"
+            tensors[name] = lower_words(trapezoid(factor).to(plan.dtype))
+            return SiteRecord(sub.site, sub.prefix, LOWER, [(name, list(factor.shape))])
+        name = _weight(sub)
+        after, before = tensors[name].shape
+        if after > before:
+            return SiteRecord.plain(sub.site, sub.prefix, "too few singular values of its shortcut are 1")
+        tensors[name] = lower_words(tensors[name])
+        return SiteRecord(sub.site, sub.prefix, SYMMETRIC, [(name, [after, before])])
 
     def part_names(self, sublayer: Sublayer) -> list[str]:
         """The factor."""
         return [f"{sublayer.shortcut}.factor"]
 
 
+def _weight(sub: Sublayer) -> str:
+    return f"{sub.shortcut}.weight"
+
+
 def _obstacle(plan: Plan, sub: Sublayer) -> str:
     """Why a site's rotation cannot be chosen; empty if it can."""
-    after, before = plan.sliced.shapes[f"{sub.shortcut}.weight"]
+    after, before = plan.sliced.shapes[_weight(sub)]
     return plan.fixed.get(sub.site, "the stream narrows here" if after < before else "")
 
 

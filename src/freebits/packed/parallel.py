@@ -37,10 +37,10 @@ def workers(jobs: int | None) -> Iterator[ThreadPoolExecutor]:
 def ordered_map(
     executor: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item]
 ) -> Iterator[Result]:
-    """`map(function, items)` with as many results under way or waiting as there are workers."""
+    """`map(function, items)` with as many results under way as there are workers, and one waiting for each."""
     pending: deque[Future[Result]] = deque()
     for item in items:
-        if len(pending) == executor._max_workers:
+        if len(pending) == 2 * executor._max_workers:
             yield pending.popleft().result()
         pending.append(executor.submit(function, item))
     while pending:

@@ -1,5 +1,6 @@
 """How a sliced model is packed, whatever the codec: find rotations, rotate, encode, one block in memory at a time."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from freebits.symmetry import rotate
 
 Rotations = dict[int, Tensor]
 """Site → rotation, float64; a site without entry stays."""
+Factors = dict[str, Tensor]
+"""Shortcut's tensor → factor that stands for it, float64, not yet rotated."""
 Block = tuple[Sublayer, ...]
 Axes = Mapping[str, tuple[Axis, ...]]
 
@@ -29,14 +32,14 @@ class Codec(Protocol):
     def threshold(self) -> float | None:
         """Largest error of a decoded word left without correction; None where nothing is corrected."""
 
-    def rotations(self, plan: "Plan", executor: ThreadPoolExecutor) -> Iterator[Rotations]:
-        """The rotation of site 0, then those of each block's sites, in order."""
+    def rotations(self, plan: "Plan", executor: ThreadPoolExecutor) -> Iterator[tuple[Rotations, Factors]]:
+        """The rotation of site 0, then those of each block's sites, in order, with its shortcuts' factors."""
 
     def wide(self, block: Block) -> set[str]:
         """The tensors that `encode` wants rotated in float64, not rounded."""
 
-    def encode(self, plan: "Plan", block: Block, tensors: dict[str, Tensor]) -> list[SiteRecord]:
-        """Replace a block's rotated tensors by what is stored, in place."""
+    def encode(self, plan: "Plan", block: Block, tensors: dict[str, Tensor], factors: Factors) -> list[SiteRecord]:
+        """Replace a block's rotated tensors by what is stored, in place; shortcuts with a factor are not among them."""
 
     def part_names(self, sublayer: Sublayer) -> list[str]:
         """Tensors that may be stored for a sublayer beside those of the sliced model."""
@@ -71,19 +74,23 @@ class Plan:
         parts = [self.architecture.embedding_axes, *map(_axes, self.architecture.blocks), self.architecture.head_axes]
         blocks: list[Block] = [(), *self.architecture.blocks, ()]
 
-        def encoded(work: tuple[Axes, Block, Rotations]) -> tuple[list[SiteRecord], dict[str, Tensor]]:
-            axes, block, rotations = work
+        def encoded(work: tuple[Axes, Block, Rotations, Factors]) -> tuple[list[SiteRecord], dict[str, Tensor]]:
+            axes, block, rotations, factors = work
             wide = codec.wide(block)
             tensors = {
                 name: rotate(tensor, axes[name], rotations, torch.float64 if name in wide else self.dtype)
-                for name, tensor in self.read(axes).items()
+                for name, tensor in self.read(name for name in axes if name not in factors).items()
             }
-            return codec.encode(self, block, tensors), tensors
+            rotated = {name: rotate(N, (Axis(0, axes[name][0].site),), rotations) for name, N in factors.items()}
+            return codec.encode(self, block, tensors, rotated), tensors
 
         with workers(jobs) as executor:
-            found = chain([{}], codec.rotations(self, executor), [{}])
-            rotations = (before | after for before, after in pairwise(found))
-            work = zip(parts, blocks, rotations, strict=True)
+            nothing: tuple[Rotations, Factors] = ({}, {})
+            found = chain([nothing], codec.rotations(self, executor), [nothing])
+            work = (
+                (axes, block, before | after, factors)
+                for axes, block, ((before, _), (after, factors)) in zip(parts, blocks, pairwise(found), strict=True)
+            )
             for done, result in enumerate(ordered_map(executor, encoded, work), start=1):
                 yield result
                 progress(done, len(parts))
@@ -102,7 +109,10 @@ def _unsound_sites(sliced: SlicedModel, architecture: Architecture) -> dict[int,
     unsound: dict[int, str] = {}
     for name in filter(architecture.axes.get, sliced.shapes):
         tensor, axes = sliced[name], architecture.axes[name]
-        length = torch.linalg.vector_norm(tensor, dim=[axis.dim for axis in axes], dtype=torch.float64)
-        if not (length < torch.finfo(tensor.dtype).max).all():
+        most, dims = torch.finfo(tensor.dtype).max, [axis.dim for axis in axes]
+        least, largest = torch.aminmax(tensor)  # a bound on every length, and seldom the whole story
+        if max(-least.item(), largest.item()) * math.sqrt(tensor.numel()) < most:
+            continue
+        if not (torch.linalg.vector_norm(tensor, dim=dims, dtype=torch.float64) < most).all():
             unsound |= {axis.site: f"{name} is not finite or could overflow when rotated" for axis in axes}
     return unsound

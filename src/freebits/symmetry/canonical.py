@@ -7,22 +7,43 @@ becomes `[G₋ᵀ P G₋, 0]`, symmetric, and as all but a few of its eigenvalue
 free up to a rotation of its columns, which makes it lower trapezoidal. One rotation is left, of site 0.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 
-def polar_rotation(A: Tensor) -> Tensor:
-    """`R: (k', k')`, orthogonal, with `A = P [I 0] R` and `P` symmetric positive semidefinite.
+@dataclass(frozen=True)
+class Shortcut:
+    """A shortcut `A: (k, k')` as `P [I 0] R`; see `decompose`.
+
+    Attributes:
+        rotation: `R: (k', k')`, orthogonal.
+        factor: `N: (k, r)` with `P = I - N Nᵀ` and as few columns as that takes; None if `P` has no such structure, as
+            an eigenvalue lies above 1, or all of them below.
+    """
+
+    rotation: Tensor
+    factor: Tensor | None
+
+
+def decompose(A: Tensor, tolerance: float) -> Shortcut:
+    """Polar decomposition of a shortcut, and what distinguishes its symmetric part from the identity.
 
     Args:
         A: (k, k') with k ≤ k', float64, finite.
+        tolerance: how far from 1 a singular value may lie and count as 1: what rounding did to the shortcut.
     """
-    U, _, Vh = torch.linalg.svd(A, full_matrices=True)
-    return torch.cat([U @ Vh[: len(A)], Vh[len(A) :]])
+    U, values, Vh = torch.linalg.svd(A, full_matrices=True)
+    rotation = torch.cat([U @ Vh[: len(A)], Vh[len(A) :]])
+    removed = 1 - values > tolerance
+    if removed.all() or (values - 1 > tolerance).any():
+        return Shortcut(rotation, None)
+    return Shortcut(rotation, U[:, removed] * (1 - values[removed]).sqrt())
 
 
 def carried_rotation(G: Tensor, R: Tensor) -> Tensor:
-    """`G' = Rᵀ (G ⊕ I): (k', k')`, with which `Gᵀ A G' = [Gᵀ P G, 0]`; see `polar_rotation`."""
+    """`G' = Rᵀ (G ⊕ I): (k', k')`, with which `Gᵀ A G' = [Gᵀ P G, 0]`; see `decompose`."""
     return torch.cat([R[: len(G)].T @ G, R[len(G) :].T], dim=1)
 
 
@@ -38,23 +59,10 @@ def triangular_rotation(W: Tensor) -> Tensor:
     return torch.where(negative, -Q, Q)
 
 
-def projection_factor(P: Tensor, tolerance: float) -> Tensor | None:
-    """`M: (k, r)`, lower trapezoidal, with `P = I - M Mᵀ` and as few columns as that takes.
-
-    Args:
-        P: (k, k), float64, symmetric.
-        tolerance: how far from 1 an eigenvalue may lie and count as 1: what rounding did to the shortcut.
-
-    Returns:
-        None if `P` has no such structure: an eigenvalue lies above 1, or all of them below.
-    """
-    values, vectors = torch.linalg.eigh(P)
-    removed = 1 - values > tolerance
-    if removed.all() or (values - 1 > tolerance).any():
-        return None
-    M = vectors[:, removed] * (1 - values[removed]).clamp(max=1).sqrt()
-    R = torch.linalg.qr(M.T).R.T
-    return torch.where(R.diagonal() < 0, -R, R)
+def trapezoid(M: Tensor) -> Tensor:
+    """A factor `(k, r)` turned lower trapezoidal, float64: `M Mᵀ` stays, the diagonal has no negative number."""
+    L = torch.linalg.qr(M.T).R.T
+    return torch.where(L.diagonal() < 0, -L, L)
 
 
 def shortcut_from_factor(M: Tensor, width: int) -> Tensor:

@@ -40,6 +40,8 @@ def rotate(
 
 
 def _contract(tensor: Tensor, dim: int, Q: Tensor, dtype: torch.dtype) -> Tensor:
+    if tensor.ndim == 2 and dim == 0:  # without transposing
+        return torch.cat([(Q.T @ chunk.double()).to(dtype) for chunk in tensor.split(_ROWS, dim=1)], dim=1)
     rows = tensor.movedim(dim, -1).reshape(-1, len(Q))
     product = torch.cat([(chunk.double() @ Q).to(dtype) for chunk in rows.split(_ROWS)])
     kept = [size for index, size in enumerate(tensor.shape) if index != dim]
