@@ -109,9 +109,9 @@ MACHINES = {
 }
 
 
-def decoded_elsewhere(packed: Path, out: Path, environment: dict[str, str]) -> dict[str, Tensor]:
-    command = [sys.executable, "-m", "freebits.cli", "unpack", str(packed), str(out), "--jobs", "1"]
-    subprocess.run(command, env=os.environ | environment, check=True)
+def elsewhere(verb: str, source: Path, out: Path, environment: dict[str, str]) -> dict[str, Tensor]:
+    command = [sys.executable, "-m", "freebits.cli", verb, str(source), str(out), "--jobs", "1"]
+    subprocess.run(command, env=os.environ | environment, check=True, stdout=subprocess.DEVNULL)
     return dict(Checkpoint(out).items())
 
 
@@ -119,7 +119,7 @@ def test_other_threads_and_kernels_decode_the_same_words(demo_run: DemoRun, tmp_
     reference = dict(unpacked_tensors(demo_run.bits_back))
     n_words = sum(tensor.numel() for tensor in reference.values())
     for number, (machine, environment) in enumerate(MACHINES.items()):
-        decoded = decoded_elsewhere(demo_run.bits_back, tmp_path / str(number), environment)
+        decoded = elsewhere("unpack", demo_run.bits_back, tmp_path / str(number), environment)
         assert decoded.keys() == reference.keys()
         differences = [(decoded[name].double() - reference[name].double()).abs() for name in reference]
         n_different = sum(int((difference > 0).sum()) for difference in differences)
@@ -127,3 +127,23 @@ def test_other_threads_and_kernels_decode_the_same_words(demo_run: DemoRun, tmp_
         report(f"bits-back, {machine}: {n_different} of {n_words} words differ, by at most {largest:.1e}")
         assert largest <= THRESHOLD
         assert n_different <= n_words // 10_000
+
+
+def test_other_threads_and_kernels_pack_the_same_canonical_words(
+    demo_run: DemoRun, tmp_path: Path, report: Report
+) -> None:
+    reference = dict(Checkpoint(demo_run.canonical).items())
+    n_words = sum(tensor.numel() for tensor in reference.values())
+    for number, (machine, environment) in enumerate(MACHINES.items()):
+        packed = elsewhere("pack", demo_run.sliced, tmp_path / str(number), environment)
+        assert packed.keys() == reference.keys()
+        n_different = 0
+        for name, expected in reference.items():
+            assert packed[name].shape == expected.shape
+            larger = torch.maximum(packed[name].double().abs(), expected.double().abs())
+            rounding = (larger * torch.finfo(torch.float16).eps).clamp(min=2**-24)  # the spacing of float16
+            difference = (packed[name].double() - expected.double()).abs()
+            assert (difference <= rounding).all(), name
+            n_different += int((difference > 0).sum())
+        report(f"canonical, {machine}: {n_different} of {n_words} words differ, each by one rounding")
+        assert n_different <= n_words // 100_000
