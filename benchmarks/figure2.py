@@ -24,9 +24,9 @@ QUANTILES = (0.5, 0.9, 0.99, 0.999, 0.9999, 1.0)
 def errors(sliced: Path, folder: Path) -> dict[str, torch.Tensor]:
     """Absolute errors of one site: of its output matrix, and of the words it borrowed."""
     freebits.pack(
-        sliced, folder / "true", codec="bits-back", threshold=0
+        sliced, folder / "true", codec="bits-back", entropy="none", threshold=0
     )  # nothing gains: every site is rotated and stored plain
-    freebits.pack(sliced, folder / "raw", codec="bits-back", threshold=1e9)  # nothing is corrected
+    freebits.pack(sliced, folder / "raw", codec="bits-back", entropy="none", threshold=1e9)  # nothing is corrected
     true, raw = Checkpoint(folder / "true"), PackedCheckpoint(folder / "raw")
     site = raw.manifest.sites[-2]
     decoded = raw.decode_site(site)

@@ -26,7 +26,7 @@ def main() -> None:
         measured = [("sliced", sizes["sliced"], 0, freebits.evaluate(sliced, limit=WINDOWS)["perplexity"])]
         for threshold in THRESHOLDS:
             packed = Path(scratch) / f"packed {threshold}"
-            size = freebits.pack(sliced, packed, codec="bits-back", threshold=threshold)["bytes"]
+            size = freebits.pack(sliced, packed, codec="bits-back", entropy="none", threshold=threshold)["bytes"]
             perplexity = freebits.evaluate(packed, limit=WINDOWS)["perplexity"]
             measured.append((str(threshold), size["packed"], size["corrections"], perplexity))
     changes = [change(n_bytes, sizes["dense_untied"]) or 0.0 for _, n_bytes, _, _ in measured]

@@ -77,7 +77,7 @@ def demo_run(tmp_path_factory: pytest.TempPathFactory) -> DemoRun:
     folder = tmp_path_factory.mktemp("demo")
     run = DemoRun(demo_model(), *(folder / name for name in ("sliced", "bits-back", "canonical", "unpacked")))
     freebits.slice_model(run.dense, run.sliced, sparsity=0.2, samples=32)
-    freebits.pack(run.sliced, run.bits_back, codec="bits-back", threshold=0.01)
-    freebits.pack(run.sliced, run.canonical)
+    freebits.pack(run.sliced, run.bits_back, codec="bits-back", entropy="none", threshold=0.01)
+    freebits.pack(run.sliced, run.canonical, entropy="none")
     freebits.unpack(run.canonical, run.unpacked)
     return run

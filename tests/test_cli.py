@@ -77,7 +77,7 @@ def test_the_json_keys_are_stable(dense: Path, text: Path, tmp_path: Path, capsy
     result = printed("pack", sliced, packed)
     assert keys(result) == facts
     assert result == printed("inspect", packed)
-    assert (result["codec"], result["entropy"], len(result["sites"])) == ("canonical", "none", 7)
+    assert (result["codec"], result["entropy"], len(result["sites"])) == ("canonical", "auto", 7)
     assert printed("inspect", dense)["bytes"]["dense"] == result["bytes"]["dense"]
     perplexities = {"reference": None, "packed": None}
     verified = {"ok": None, "max_abs_logit_diff": None, "mean_kl": None, "perplexity": perplexities}

@@ -80,7 +80,9 @@ def test_every_word_is_within_the_threshold_and_every_corrected_word_exact(
     *coded, last = packed.manifest.sites
     assert {site.codec for site in coded} == {"bits-back"}
     assert last.reason == "the tied head pins it"
-    freebits.pack(demo_run.sliced, tmp_path / "true", codec="bits-back", threshold=0)  # no site gains: all are plain
+    freebits.pack(
+        demo_run.sliced, tmp_path / "true", codec="bits-back", entropy="none", threshold=0
+    )  # no site gains: all are plain
     true = Checkpoint(tmp_path / "true")
     n_corrected = n_other = 0
     for site in coded:

@@ -38,7 +38,7 @@ def main() -> None:
     shortcuts = load_file(GOLDEN / "sliced" / "model.safetensors") | corners()
     save_file(shortcuts, GOLDEN / "sliced" / "model.safetensors", metadata={"format": "pt"})
     for codec, threshold in THRESHOLDS.items():
-        freebits.pack(GOLDEN / "sliced", GOLDEN / codec, codec=codec, threshold=threshold)
+        freebits.pack(GOLDEN / "sliced", GOLDEN / codec, codec=codec, entropy="none", threshold=threshold)
         save_file(dict(unpacked_tensors(GOLDEN / codec)), GOLDEN / f"{codec}.safetensors")
 
 

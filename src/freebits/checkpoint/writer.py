@@ -23,6 +23,7 @@ _FOLDERS = ("additional_chat_templates",)
 REMOTE_CODE = "modeling_freebits.py"
 """The only code in a checkpoint of ours; it imports freebits."""
 _ALIGNMENT = 8
+_METADATA = '{"__metadata__":{"format":"pt"}}'
 _ENTRY = len('"":{"dtype":"BF16","shape":[,],"data_offsets":[,]},') + 4 * len(str(2**63))
 """An upper bound on the bytes of one header entry, less its name."""
 
@@ -66,9 +67,9 @@ class CheckpointWriter:
 
     def __init__(self, directory: Path, names: Iterable[str], shard_bytes: int | None = None) -> None:
         self._directory = directory
-        self._room = _aligned(2 + sum(len(json.dumps(name)) + _ENTRY for name in names))
+        self._names = list(names)
         self._shard_bytes = shard_bytes
-        self._shards: list[_Shard] = []
+        self._shards: list[SafetensorsFile] = []
 
     @classmethod
     def like(cls, source: Checkpoint, directory: Path, names: Iterable[str]) -> "CheckpointWriter":
@@ -87,7 +88,7 @@ class CheckpointWriter:
         if full or not self._shards:
             if self._shards:
                 self._shards[-1].close()
-            self._shards.append(_Shard(self._directory / f"{len(self._shards)}.part", self._room))
+            self._shards.append(SafetensorsFile(self._directory / f"{len(self._shards)}.part", self._names))
         self._shards[-1].write(name, tensor)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -110,18 +111,28 @@ class CheckpointWriter:
         (self._directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-class _Shard:
-    """One safetensors file: header length, header, tensors without gaps."""
+class SafetensorsFile:
+    """One safetensors file, written a tensor at a time: header length, header, tensors without gaps.
 
-    def __init__(self, path: Path, room: int) -> None:
+    Room for the header is left in front, so `names` must list every tensor that may come.
+    """
+
+    def __init__(self, path: Path, names: Iterable[str]) -> None:
         self.path = path
         self.size = 0
         self.header: dict[str, Any] = {}
-        self._room = room
+        self._room = _aligned(len(_METADATA) + sum(len(json.dumps(name)) + _ENTRY for name in names))
         self._file = path.open("wb")
-        self._file.seek(_ALIGNMENT + room)
+        self._file.seek(_ALIGNMENT + self._room)
+
+    def __enter__(self) -> "SafetensorsFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def write(self, name: str, tensor: Tensor) -> None:
+        """Append one tensor."""
         data = tensor.detach().cpu().contiguous()
         end = self.size + data.nbytes
         self.header[name] = {
@@ -133,6 +144,7 @@ class _Shard:
         self.size = end
 
     def close(self) -> None:
+        """Write the header."""
         header = json.dumps({"__metadata__": {"format": "pt"}, **self.header}, separators=(",", ":"))
         self._file.seek(0)
         self._file.write(self._room.to_bytes(_ALIGNMENT, "little"))

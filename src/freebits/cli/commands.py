@@ -76,6 +76,7 @@ def run_pack(arguments: Namespace) -> int:
         arguments.model,
         arguments.out,
         codec=arguments.codec,
+        entropy=arguments.entropy,
         threshold=arguments.threshold,
         jobs=arguments.jobs,
         progress=progress_bar("pack"),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from freebits.cli import commands
+from freebits.packed.format import ENTROPIES
 from freebits.packed.packing import CODECS, DEFAULT
 from freebits.version import __version__
 
@@ -84,7 +85,9 @@ def build_parser() -> argparse.ArgumentParser:
         default=DEFAULT,
         help="canonical fixes the rotations; bits-back, the paper's code, has them paid for (default: %(default)s)",
     )
-    pack_.add_argument("--entropy", choices=["none"], default="none", help="bit-exact stage on top")
+    pack_.add_argument(
+        "--entropy", choices=ENTROPIES, default="auto", help="bit-exact stage on top (default: %(default)s)"
+    )
     pack_.add_argument(
         "--threshold",
         type=float,

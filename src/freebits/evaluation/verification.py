@@ -9,7 +9,7 @@ from torch.nn.functional import kl_div, log_softmax
 from freebits.errors import CheckpointError
 from freebits.evaluation.perplexity import WINDOW, logits, loss, mean_perplexity
 from freebits.huggingface import load, token_windows
-from freebits.packed import PackedCheckpoint
+from freebits.packed import ExactCheckpoint, PackedCheckpoint, is_exact, is_packed
 from freebits.progress import Progress, silent
 from freebits.text import embedded_text
 
@@ -43,7 +43,8 @@ def verify(
     Raises:
         CheckpointError: a folder is no sound checkpoint, or a digest does not match.
     """
-    for _ in PackedCheckpoint(packed).decode():  # checks every digest
+    exact = is_packed(packed) and is_exact(packed)
+    for _ in ExactCheckpoint(packed).check() if exact else PackedCheckpoint(packed).decode():  # every digest
         pass
     if against is None:
         unknown = {"reference": None, "packed": None}

@@ -6,11 +6,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import freebits.huggingface.modeling  # noqa: F401  (registers the sliced models)
 from freebits.checkpoint import Checkpoint
 from freebits.errors import CheckpointError, FreebitsError, UsageError
+from freebits.packed import ExactCheckpoint, is_exact, is_packed
 
 
 def load(path: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto") -> Any:
@@ -24,14 +25,26 @@ def load(path: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto") -> 
         CheckpointError: the folder is no sound checkpoint.
     """
     Checkpoint(path)
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
     with understood(path, "model"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
-        )
-    model, found = loaded
+        if is_packed(path) and is_exact(path):
+            model, found = _load_exact(path, options)
+        else:
+            model, found = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
+                path, local_files_only=True, trust_remote_code=False, **options
+            )
     if found["missing_keys"]:  # transformers fills them in at random
         raise CheckpointError(f"tensor {min(found['missing_keys'])} is missing in {path}: the checkpoint is incomplete")
     return model
+
+
+def _load_exact(path: str | os.PathLike[str], options: dict[str, Any]) -> Any:
+    """A model packed with codec `none`: its `config.json` is that of a model as any other, its weights are not."""
+    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+    state = dict(ExactCheckpoint(path).tensors())
+    return kind.from_pretrained(None, config=config, state_dict=state, **options)
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:

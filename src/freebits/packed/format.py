@@ -6,11 +6,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import xxhash
-from torch import Tensor
 
-from freebits.checkpoint import DTYPE_CODES, read_json
+from freebits.checkpoint import read_json
 from freebits.errors import CheckpointError
 from freebits.version import __version__
 
@@ -19,10 +17,11 @@ MANIFEST = "freebits.json"
 DTYPES = {
     "canonical": ("float16", "bfloat16", "float32", "float64"),
     "bits-back": ("float16", "bfloat16"),
+    "none": ("",),
 }
 """Codec → dtypes of the words it can encode."""
 PLAIN = "plain"
-ENTROPIES = ("none",)
+ENTROPIES = ("auto", "none")
 _MOST_ROWS = 2**31
 
 
@@ -82,6 +81,8 @@ class Manifest:
         bytes: sizes of what this was made from: `dense`, `dense_untied`, `sliced`; None where not known.
         sites: how each is stored.
         tensors: digest of every stored tensor.
+        coded: dtype and shape of the tensors for which bytes stand, as `F16[456, 576]`.
+        headers: with codec `none` the header of each file, which is to come back byte for byte.
         config: digest of `config.json`.
     """
 
@@ -92,7 +93,9 @@ class Manifest:
     bytes: dict[str, int | None]
     sites: list[SiteRecord]
     tensors: dict[str, str]
+    coded: dict[str, str]
     config: str
+    headers: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
     producer: str = f"freebits {__version__}"
 
@@ -139,7 +142,8 @@ class Manifest:
         """
         known = self.dtype in DTYPES[self.codec] and self.entropy in ENTROPIES
         sizes = [n for n in self.bytes.values() if n is not None]
-        if not known or not isinstance(self.tensors, dict) or not all(type(n) is int for n in sizes):
+        tables = all(isinstance(table, dict) for table in (self.tensors, self.coded, self.headers))
+        if not known or not tables or not all(type(n) is int for n in sizes):
             raise ValueError(f"codec {self.codec!r}, entropy {self.entropy!r}, dtype {self.dtype!r}")
         for site in self.sites:
             site.check()
@@ -153,11 +157,9 @@ def is_packed(path: str | os.PathLike[str]) -> bool:
     return (Path(path) / MANIFEST).is_file()
 
 
-def digest(tensor: Tensor) -> str:
-    """XXH3-128 over the safetensors dtype, the shape and the bytes of a tensor, 32 hexadecimal digits."""
-    code = xxhash.xxh3_128(f"{DTYPE_CODES[tensor.dtype]}{list(tensor.shape)}".encode())
-    code.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return code.hexdigest()
+def is_exact(path: str | os.PathLike[str]) -> bool:
+    """Whether a packed folder holds a checkpoint's files as they were, with codec `none`."""
+    return Manifest.read(Path(path)).codec == "none"
 
 
 def digest_of_file(path: Path) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from freebits.architecture import Architecture
 from freebits.checkpoint import Checkpoint
-from freebits.errors import UnsupportedModelError
+from freebits.errors import CheckpointError, UnsupportedModelError
 from freebits.packed.format import Manifest, is_packed
 from freebits.packed.size import bytes_on_disk, dense_bytes, recorded_baselines
 
@@ -42,6 +42,6 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     else:
         try:
             sizes |= dense_bytes(checkpoint, Architecture.of(checkpoint.config))
-        except UnsupportedModelError:
+        except (UnsupportedModelError, CheckpointError):  # whatever it is, this is its size
             sizes["dense"] = on_disk
     return facts

@@ -14,6 +14,7 @@ from freebits.architecture import Architecture, Axis, Sublayer
 from freebits.packed.format import SiteRecord
 from freebits.packed.parallel import ordered_map, workers
 from freebits.packed.shortcuts import SlicedModel
+from freebits.packed.storage import Stored, store
 from freebits.progress import Progress
 from freebits.symmetry import rotate
 
@@ -62,19 +63,14 @@ class Plan:
         pinned = dict.fromkeys(range(architecture.n_sites)[architecture.free_sites.stop :], "the tied head pins it")
         return cls(sliced, architecture, dtype, pinned | _unsound_sites(sliced, architecture))
 
-    @property
-    def dtype_name(self) -> str:
-        """As `config.json` writes it."""
-        return str(self.dtype).removeprefix("torch.")
-
     def run(
-        self, codec: Codec, jobs: int | None, progress: Progress
-    ) -> Iterator[tuple[list[SiteRecord], dict[str, Tensor]]]:
-        """Site records and tensors to write: the embeddings, then each block's, then the head's."""
+        self, codec: Codec, entropy: bool, jobs: int | None, progress: Progress
+    ) -> Iterator[tuple[list[SiteRecord], dict[str, Stored]]]:
+        """Site records and what to write: the embeddings, then each block's, then the head's."""
         parts = [self.architecture.embedding_axes, *map(_axes, self.architecture.blocks), self.architecture.head_axes]
         blocks: list[Block] = [(), *self.architecture.blocks, ()]
 
-        def encoded(work: tuple[Axes, Block, Rotations, Factors]) -> tuple[list[SiteRecord], dict[str, Tensor]]:
+        def encoded(work: tuple[Axes, Block, Rotations, Factors]) -> tuple[list[SiteRecord], dict[str, Stored]]:
             axes, block, rotations, factors = work
             wide = codec.wide(block)
             tensors = {
@@ -82,7 +78,8 @@ class Plan:
                 for name, tensor in self.read(name for name in axes if name not in factors).items()
             }
             rotated = {name: rotate(N, (Axis(0, axes[name][0].site),), rotations) for name, N in factors.items()}
-            return codec.encode(self, block, tensors, rotated), tensors
+            records = codec.encode(self, block, tensors, rotated)
+            return records, {name: store(tensor, entropy) for name, tensor in tensors.items()}
 
         with workers(jobs) as executor:
             nothing: tuple[Rotations, Factors] = ({}, {})

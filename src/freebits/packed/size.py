@@ -23,7 +23,7 @@ def bytes_on_disk(path: str | os.PathLike[str]) -> int:
 def dense_bytes(dense: Checkpoint, architecture: Architecture) -> dict[str, int]:
     """The two baselines: `dense`, the files as they are, and `dense_untied`, the paper's, with a head of its own."""
     on_disk = bytes_on_disk(dense.path)
-    shared = architecture.tied and architecture.head not in dense.files
+    shared = architecture.tied and architecture.head not in dense.files and architecture.embedding in dense.files
     return {"dense": on_disk, "dense_untied": on_disk + (_n_bytes(dense, architecture.embedding) if shared else 0)}
 
 

@@ -12,9 +12,11 @@ from freebits.architecture import Architecture
 from freebits.checkpoint import Checkpoint, CheckpointWriter, carry_over, new_directory
 from freebits.errors import CheckpointError
 from freebits.packed.codecs import SITE_CODECS
-from freebits.packed.format import MANIFEST, PLAIN, Manifest, SiteRecord, digest, is_packed
+from freebits.packed.exact import unpack_exactly
+from freebits.packed.format import MANIFEST, PLAIN, Manifest, SiteRecord, is_exact, is_packed
 from freebits.packed.parallel import ordered_map, workers
 from freebits.packed.shortcuts import RANKS, Shortcuts
+from freebits.packed.storage import Kind, StoredTensors, bytes_of, digest
 from freebits.progress import Progress, silent
 
 
@@ -27,10 +29,17 @@ class PackedCheckpoint:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self.stored = Checkpoint(path)
+        Checkpoint(path)
         if not is_packed(path):
             raise CheckpointError(f"{path} holds no {MANIFEST}: it is not a packed checkpoint")
         self.manifest = Manifest.read(self.path)
+        if self.manifest.codec == "none":
+            raise CheckpointError(f"{path} was packed with codec none: unpack it first")
+        try:
+            kinds = {name: Kind.parse(kind) for name, kind in self.manifest.coded.items()}
+        except ValueError as error:
+            raise self._broken(MANIFEST, str(error)) from None
+        self.stored = StoredTensors(path, kinds)
         for name in sorted(self.stored.files.keys() ^ self.manifest.tensors.keys()):
             raise self._broken(name, "is in the manifest or in a file, but not in both")
         self._sites = {site.name: site for site in self.manifest.sites if site.codec != PLAIN}
@@ -49,8 +58,11 @@ class PackedCheckpoint:
 
     def read(self, name: str) -> Tensor:
         """One stored tensor, its digest checked."""
-        tensor = self.stored[name]
-        if digest(tensor) != self.manifest.tensors[name]:
+        try:
+            tensor = self.stored[name]
+        except ValueError as error:
+            raise self._broken(name, f"cannot be decoded ({error})") from None
+        if digest(Kind.of(tensor), bytes_of(tensor)) != self.manifest.tensors[name]:
             raise self._broken(name, "does not match its digest")
         return tensor
 
@@ -73,16 +85,17 @@ class PackedCheckpoint:
         return list(dict.fromkeys(self._owner.get(name, name) for name in self.stored.files))
 
     def mapped(self, jobs: int | None = None) -> Iterator[dict[str, Tensor]]:
-        """The model's tensors as it runs; what is stored plain is mapped, not read, so its digests are not checked."""
-        yield {name: self.stored[name] for name in self.units if name not in self._sites}
+        """The model's tensors as it runs; what is stored as it is is mapped, not read, so its digest is not checked."""
+        mapped = {name for name in self.units if name not in self._sites and name not in self.stored.coded}
+        yield {name: self.stored[name] for name in mapped}
         with workers(jobs) as executor:
-            yield from ordered_map(executor, self.decode_site, self._sites.values())
+            yield from ordered_map(executor, self._decode_unit, [name for name in self.units if name not in mapped])
 
     def decode(self, jobs: int | None = None, *, dense_shortcuts: bool = False) -> Iterator[dict[str, Tensor]]:
         """The model's tensors, as it runs or with dense shortcuts: one plain tensor or one site at a time."""
 
         def decoded(name: str) -> dict[str, Tensor]:
-            tensors = self.decode_site(self._sites[name]) if name in self._sites else {name: self.read(name)}
+            tensors = self._decode_unit(name)
             if not dense_shortcuts:
                 return tensors
             dense = ((self.shortcuts.dense_name(n), self.shortcuts.dense(n, t).to(t.dtype)) for n, t in tensors.items())
@@ -90,6 +103,9 @@ class PackedCheckpoint:
 
         with workers(jobs) as executor:
             yield from ordered_map(executor, decoded, self.units)
+
+    def _decode_unit(self, name: str) -> dict[str, Tensor]:
+        return self.decode_site(self._sites[name]) if name in self._sites else {name: self.read(name)}
 
     def _owners(self) -> dict[str, str]:
         """Stored tensor → the encoded site it is a part of."""
@@ -155,7 +171,9 @@ def unpack(
     jobs: int | None = None,
     progress: Progress = silent,
 ) -> None:
-    """Write the plain sliced checkpoint that a packed one holds, for `transformers` and any other tool.
+    """Write the plain checkpoint that a packed one holds, for `transformers` and any other tool.
+
+    A sliced model comes back as SliceGPT's, with dense shortcuts; files packed with codec `none` byte for byte.
 
     Args:
         packed: a packed folder.
@@ -168,6 +186,9 @@ def unpack(
         CheckpointError: the folder is not packed or is damaged, or `out` exists.
         UsageError: `jobs` is less than one.
     """
+    if is_packed(packed) and is_exact(packed):
+        unpack_exactly(Path(packed), out, jobs, progress)
+        return
     source = PackedCheckpoint(packed)
     config = {key: value for key, value in source.stored.config.items() if key not in ("packed", RANKS)}
     with new_directory(out) as directory:

@@ -1,0 +1,113 @@
+"""Entropy-code the planes that gain, chunk by chunk; store the others as they are.
+
+The coder is zstd with its search for matches all but switched off, which leaves its Huffman code for literals: weights
+repeat in how often an exponent occurs, not in sequences.
+
+Layout, little-endian: numbers a chunk (u32); for each chunk and plane the bytes it takes (u32), as many as the plane
+has where it is stored as it is; then those planes, one after another.
+"""
+
+import threading
+
+import numpy as np
+import zstandard
+
+from freebits.entropy.planes import Bytes, merge, n_planes, split
+
+CHUNK = 1 << 18
+"""Numbers a chunk: enough to forget the cost of tables, few enough to stay near the processor."""
+LEAST_GAIN = 0.02
+"""A plane that gains less is not worth the time to decode it."""
+_SAMPLE = 1 << 16
+_PADDING = 8
+_PARAMETERS = zstandard.ZstdCompressionParameters.from_level(
+    1, strategy=zstandard.STRATEGY_FAST, min_match=7, hash_log=6, window_log=17
+)
+_local = threading.local()
+
+
+def compress(data: Bytes, code: str) -> bytes | None:
+    """The bytes of a tensor in fewer bytes; None if they do not get fewer.
+
+    Args:
+        data: (n,), the tensor's bytes, little-endian.
+        code: its safetensors dtype.
+    """
+    step = CHUNK * n_planes(code)
+    chunks = (data[start : start + step] for start in range(0, len(data), step))
+    planes = [_compress_plane(plane) for chunk in chunks for plane in split(chunk, code)]
+    table = np.array([CHUNK, *map(len, planes)], "<u4").tobytes()
+    coded = b"".join([table, *planes])
+    return coded if len(coded) < (1 - LEAST_GAIN / 2) * len(data) - _PADDING else None
+
+
+def decompress(coded: Bytes, code: str, n_bytes: int) -> Bytes:
+    """The bytes of a tensor, inverse of `compress`.
+
+    Args:
+        coded: (m,), what `compress` gave, and up to seven bytes more.
+        code: the tensor's safetensors dtype.
+        n_bytes: of the tensor.
+
+    Raises:
+        ValueError: that is not what `compress` gave for such a tensor.
+    """
+    width = n_planes(code)
+    chunk = int(coded[:4].view("<u4")[0]) if len(coded) >= 4 else 0
+    if not chunk or n_bytes % width:
+        raise ValueError("no chunks")
+    starts = range(0, n_bytes, chunk * width)
+    at = 4 + 4 * len(starts) * width
+    if at > len(coded):
+        raise ValueError("a table that is cut off")
+    sizes = iter(coded[4:at].view("<u4").tolist())
+    data = np.empty(n_bytes, np.uint8)
+    for start in starts:
+        out = data[start : start + chunk * width]
+        planes = []
+        for _ in range(width):
+            size = next(sizes)
+            planes.append(_decompress_plane(coded[at : at + size], size, len(out) // width))
+            at += size
+        merge(planes, code, out)
+    if len(coded) - at >= _PADDING:
+        raise ValueError(f"{len(coded) - at} bytes too many")
+    return data
+
+
+def _compress_plane(plane: Bytes) -> bytes:
+    """The plane in fewer bytes, or as it is; whether it gains is tried on a part of it."""
+    sample = plane[len(plane) // 2 :][:_SAMPLE]
+    if len(sample) == _SAMPLE and len(_compressor().compress(sample.data)) > (1 - LEAST_GAIN) * _SAMPLE:
+        return plane.tobytes()
+    coded = _compressor().compress(plane.data)
+    return coded if len(coded) <= (1 - LEAST_GAIN) * len(plane) else plane.tobytes()
+
+
+def _decompress_plane(coded: Bytes, size: int, length: int) -> Bytes:
+    if len(coded) != size or size > length:
+        raise ValueError("a plane that is cut off")
+    if size == length:
+        return coded
+    try:
+        plane = _decompressor().decompress(coded.data, max_output_size=length)
+    except zstandard.ZstdError as error:
+        raise ValueError(str(error)) from None
+    if len(plane) != length:
+        raise ValueError(f"a plane of {len(plane)} numbers, not {length}")
+    return np.frombuffer(plane, np.uint8)
+
+
+def _compressor() -> zstandard.ZstdCompressor:
+    """One for each thread: they cannot be shared."""
+    if not hasattr(_local, "compressor"):
+        _local.compressor = zstandard.ZstdCompressor(compression_params=_PARAMETERS)
+    compressor: zstandard.ZstdCompressor = _local.compressor
+    return compressor
+
+
+def _decompressor() -> zstandard.ZstdDecompressor:
+    if not hasattr(_local, "decompressor"):
+        _local.decompressor = zstandard.ZstdDecompressor()
+    decompressor: zstandard.ZstdDecompressor = _local.decompressor
+    return decompressor

@@ -1,0 +1,246 @@
+"""The bit-exact stage, and any checkpoint's files packed and unpacked byte for byte."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import freebits
+from freebits.entropy import compress, decompress
+from freebits.entropy import stage as entropy_stage
+from freebits.entropy.planes import Bytes, merge, n_planes, split
+from freebits.errors import CheckpointError
+from freebits.packed import PackedCheckpoint, unpacked_tensors
+from tests.tiny import random_text
+
+Make = Callable[..., Path]
+CODES = ("F16", "BF16", "F32", "F64", "I8", "U8", "BOOL", "I16", "I64", "U32", "F8_E4M3", "F4")
+seeds = st.integers(0, 2**32)
+
+
+def weights(code: str, count: int, seed: int) -> Bytes:
+    """Bytes of numbers as weights have them, or of any."""
+    generator = torch.Generator().manual_seed(seed)
+    dtype = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}.get(code)
+    if dtype is None:
+        return torch.randint(0, 9, (count * n_planes(code),), generator=generator, dtype=torch.uint8).numpy()
+    data: Bytes = (0.02 * torch.randn(count, generator=generator)).to(dtype).view(torch.uint8).numpy()
+    return data
+
+
+@settings(max_examples=80, deadline=None)
+@given(code=st.sampled_from(CODES), data=st.binary(max_size=400))
+def test_planes_come_back(code: str, data: bytes) -> None:
+    numbers = np.frombuffer(data[: len(data) // n_planes(code) * n_planes(code)], np.uint8)
+    planes = split(numbers, code)
+    assert len(planes) == n_planes(code)
+    out = np.empty_like(numbers)
+    merge(planes, code, out)
+    assert np.array_equal(out, numbers)
+
+
+@settings(max_examples=60, deadline=None)
+@given(code=st.sampled_from(CODES), count=st.integers(0, 5000), seed=seeds, chunk=st.sampled_from([64, 1000, 1 << 20]))
+def test_what_is_compressed_comes_back(code: str, count: int, seed: int, chunk: int) -> None:
+    data = weights(code, count, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(entropy_stage, "CHUNK", chunk)
+        coded = compress(data, code)
+    if coded is None:
+        return
+    assert len(coded) < len(data)
+    for padding in (0, 7):
+        padded = np.frombuffer(coded + bytes(padding), np.uint8)
+        assert np.array_equal(decompress(padded, code, len(data)), data)
+
+
+@pytest.mark.parametrize(("code", "ratio"), [("F16", 0.87), ("BF16", 0.68), ("F32", 0.84)])
+def test_the_exponents_of_weights_are_what_gains(code: str, ratio: float) -> None:
+    data = weights(code, 400_000, 0)
+    coded = compress(data, code)
+    assert coded is not None
+    assert 0.6 < len(coded) / len(data) < ratio
+
+
+def test_noise_is_left_alone() -> None:
+    assert compress(np.random.default_rng(0).integers(0, 256, 10_000, np.uint8), "F16") is None
+    assert compress(np.empty(0, np.uint8), "F16") is None
+
+
+@settings(max_examples=40, deadline=None)
+@given(cut=st.integers(0, 3000), flip=st.integers(0, 40), n_bytes=st.sampled_from([0, 7, 8, 20_000, 20_002]))
+def test_damaged_code_is_a_value_error_or_other_bytes(cut: int, flip: int, n_bytes: int) -> None:
+    coded = compress(weights("BF16", 10_000, 0), "BF16")
+    assert coded is not None
+    damaged = bytearray(coded)
+    damaged[flip] ^= 0x55
+    for content, length in ((coded[:cut], 20_000), (bytes(damaged), 20_000), (coded, n_bytes)):
+        try:
+            data = decompress(np.frombuffer(content, np.uint8), "BF16", length)
+        except ValueError:
+            continue
+        assert len(data) == length
+
+
+# Any checkpoint, byte for byte.
+
+Tensors = dict[str, tuple[str, list[int], bytes]]
+
+
+def write_raw(file: Path, tensors: Tensors, metadata: dict[str, str] | None = None, padding: int = 0) -> None:
+    """A safetensors file written by hand, with what a library might not write."""
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    at = 0
+    for name, (code, shape, data) in tensors.items():
+        header[name] = {"dtype": code, "shape": shape, "data_offsets": [at, at + len(data)]}
+        at += len(data)
+    text = json.dumps(header, ensure_ascii=False).encode() + b" " * padding
+    file.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(data for _, _, data in tensors.values()))
+
+
+def assert_comes_back(source: Path, folder: Path) -> dict[str, Any]:
+    facts = freebits.pack(source, folder / "packed", codec="none")
+    freebits.unpack(folder / "packed", folder / "unpacked")
+    before = {file.name: file.read_bytes() for file in source.iterdir() if file.is_file()}
+    assert {file.name: file.read_bytes() for file in (folder / "unpacked").iterdir()} == before
+    assert freebits.verify(folder / "packed")["ok"]
+    return facts
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> Tensors:
+    """Tensors of any dtype and shape, of weights or of any bytes."""
+    found: Tensors = {}
+    for number in range(draw(st.integers(0, 4))):
+        code = draw(st.sampled_from(["F16", "BF16", "F32", "F64", "I8", "BOOL", "I64", "U16", "F8_E4M3"]))
+        shape = draw(st.lists(st.integers(0, 40), max_size=3))
+        size = int(np.prod(shape, dtype=np.int64)) * n_planes(code)
+        some = draw(st.binary(min_size=min(size, 50), max_size=min(size, 50)))
+        data = weights(code, size // n_planes(code), draw(seeds)).tobytes() if draw(st.booleans()) else some
+        if code == "BOOL":
+            data = bytes(byte & 1 for byte in data)
+        name = draw(st.text(min_size=1, max_size=9).filter(lambda text: text != "__metadata__"))
+        found[f"{name}{number}"] = (code, shape, (data * (size // max(1, len(data)) + 1))[:size])
+    return found
+
+
+@settings(max_examples=40, deadline=None)
+@given(content=tensors(), metadata=st.none() | st.dictionaries(st.text(max_size=5), st.text(max_size=9)), padding=seeds)
+def test_any_file_comes_back_byte_for_byte(
+    content: Tensors, metadata: dict[str, str] | None, padding: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("exact")
+    (folder / "source").mkdir()
+    (folder / "source" / "config.json").write_text('{"model_type": "unheard of"}')
+    write_raw(folder / "source" / "model.safetensors", content, metadata, padding % 9)
+    assert_comes_back(folder / "source", folder)
+    shutil.rmtree(folder)
+
+
+def test_odd_values_come_back(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "config.json").write_text("{}")
+    nans = np.array([0x7E01, 0xFE55, 0x7C00, 0x8000, 0x0001] * 3000, "<u2").tobytes()
+    one = weights("BF16", 9000, 0).tobytes()
+    content: Tensors = {
+        "nan payloads and minus zero": ("F16", [15000], nans),
+        "empty": ("F32", [0, 7], b""),
+        "scalar": ("F64", [], np.float64(-0.0).tobytes()),
+        "tied": ("BF16", [90, 100], one),
+        "tied to it": ("BF16", [90, 100], one),
+        "last empty": ("I8", [0], b""),
+    }
+    write_raw(tmp_path / "source" / "model.safetensors", content, {"format": "pt", "ä": "\u2028\n"}, 5)
+    assert_comes_back(tmp_path / "source", tmp_path)
+
+
+@pytest.mark.parametrize("shard", ["1GB", "20KB"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_dense_model_comes_back_and_runs_packed(
+    shard: str, dtype: torch.dtype, save_tiny: Make, tmp_path: Path
+) -> None:
+    dense = save_tiny(shard=shard, dtype=dtype, tie_word_embeddings=True, hidden_size=64, intermediate_size=160)
+    (dense / "modeling_maker.py").write_text("import os")
+    facts = assert_comes_back(dense, tmp_path)
+    assert (facts["kind"], facts["codec"], facts["entropy"]) == ("packed", "none", "auto")
+    assert facts["bytes"]["packed"] < 0.9 * facts["bytes"]["dense"] + 20_000  # the manifest
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        outputs = [freebits.load(path)(tokens).logits for path in (dense, tmp_path / "packed")]
+    assert torch.equal(*outputs)
+    text = random_text(200)
+    measured = [freebits.evaluate(path, text=text, seq_len=32)["perplexity"] for path in (dense, tmp_path / "packed")]
+    assert measured[0] == measured[1]
+
+
+def test_a_sliced_model_comes_back_and_runs_packed(save_tiny: Make, slice_tiny: Make, tmp_path: Path) -> None:
+    sliced = slice_tiny(save_tiny(tie_word_embeddings=True))
+    assert_comes_back(sliced, tmp_path)
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        outputs = [freebits.load(path)(tokens).logits for path in (sliced, tmp_path / "packed")]
+    assert torch.equal(*outputs)
+
+
+def test_damage_to_an_exactly_packed_model_is_noticed(save_tiny: Make, tmp_path: Path) -> None:
+    packed = tmp_path / "packed"
+    dense = save_tiny(hidden_size=64)
+    freebits.pack(dense, packed, codec="none")
+    original = (dense / "model.safetensors").read_bytes()
+    noticed = harmless = 0
+    sizes = {name: (packed / name).stat().st_size for name in ("model.safetensors", "freebits.json", "config.json")}
+    start = int.from_bytes((packed / "model.safetensors").read_bytes()[:8], "little") + 8
+    for name, size in sizes.items():
+        for position in range(start if name == "model.safetensors" else 0, size, size // 29):
+            sound = (packed / name).read_bytes()
+            damaged = bytearray(sound)
+            damaged[position] ^= 1
+            (packed / name).write_bytes(damaged)
+            try:
+                freebits.unpack(packed, tmp_path / "out")
+            except CheckpointError:
+                assert not (tmp_path / "out").exists()
+                noticed += 1
+            else:  # a byte between two tensors
+                assert (tmp_path / "out" / "model.safetensors").read_bytes() == original
+                shutil.rmtree(tmp_path / "out")
+                harmless += 1
+            (packed / name).write_bytes(sound)
+    assert noticed > 10 * harmless
+    for kept in (0, 7, 100, sizes["model.safetensors"] // 2):
+        (packed / "model.safetensors").write_bytes(sound[:kept])
+        with pytest.raises(CheckpointError):
+            freebits.unpack(packed, tmp_path / "out")
+
+
+@pytest.mark.parametrize("codec", ["canonical", "bits-back"])
+def test_the_stage_changes_no_word_of_a_codec(codec: str, save_tiny: Make, slice_tiny: Make, tmp_path: Path) -> None:
+    sliced = slice_tiny(save_tiny(hidden_size=64, intermediate_size=160, vocab_size=96))
+    sizes = [freebits.pack(sliced, tmp_path / e, codec=codec, entropy=e)["bytes"]["packed"] for e in ("auto", "none")]
+    assert sizes[0] < sizes[1]
+    coded, plain = (dict(unpacked_tensors(tmp_path / entropy)) for entropy in ("auto", "none"))
+    assert coded.keys() == plain.keys()
+    for name, tensor in coded.items():
+        assert tensor.dtype == plain[name].dtype
+        assert torch.equal(tensor, plain[name])
+    packed = PackedCheckpoint(tmp_path / "auto")
+    assert packed.stored.coded
+    name = max(packed.stored.coded, key=lambda name: packed.stored[name].numel())
+    assert torch.equal(packed.read(name), PackedCheckpoint(tmp_path / "none").read(name))  # one tensor alone
+
+
+def test_what_is_coded_is_checked_when_it_is_loaded(save_tiny: Make, slice_tiny: Make, tmp_path: Path) -> None:
+    packed = tmp_path / "packed"
+    freebits.pack(slice_tiny(save_tiny(hidden_size=64, intermediate_size=160)), packed)
+    content = bytearray((packed / "model.safetensors").read_bytes())
+    content[len(content) * 2 // 3] ^= 1
+    (packed / "model.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"digest|decoded"):
+        freebits.load(packed)
