@@ -72,10 +72,15 @@ def test_the_json_keys_are_stable(dense: Path, text: Path, tmp_path: Path, capsy
     sliced, packed = tmp_path / "sliced", tmp_path / "packed"
     options = ("--calibration", text, "--samples", 8, "--seq-len", 32)
     sizes = dict.fromkeys(("dense", "dense_untied", "sliced", "packed", "corrections"))
-    facts = {"kind": None, "codec": None, "entropy": None, "bytes": sizes, "sites": None}
-    assert keys(printed("slice", dense, sliced, "--sparsity", 0.25, *options)) == facts
+    facts = {"kind": None, "codec": None, "entropy": None, "bytes": sizes, "sites": None, "bits_per_parameter": None}
+    sliced_facts = printed("slice", dense, sliced, "--sparsity", 0.25, *options)
+    groups = sliced_facts.pop("groups")
+    assert keys(sliced_facts) == facts
+    assert sum(groups.values()) == sliced_facts["bytes"]["sliced"]
+    assert groups.keys() == {"embeddings", "attention", "mlp", "shortcuts", "head", "headers, manifest, config"}
     result = printed("pack", sliced, packed)
-    assert keys(result) == facts
+    assert keys({key: value for key, value in result.items() if key != "groups"}) == facts
+    assert sum(result["groups"].values()) == result["bytes"]["packed"]
     assert result == printed("inspect", packed)
     assert (result["codec"], result["entropy"], len(result["sites"])) == ("canonical", "auto", 7)
     assert printed("inspect", dense)["bytes"]["dense"] == result["bytes"]["dense"]

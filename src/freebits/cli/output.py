@@ -40,6 +40,9 @@ def print_facts(facts: dict[str, Any], as_json: bool) -> int:
         if size is not None and name != "corrections":
             rows.append((name.replace("_", " "), f"{size:,}", *changes(size, sizes)))
     print_table(rows)
+    print(f"\n{facts['bits_per_parameter']:.2f} bits per parameter")
+    total = sum(facts["groups"].values())
+    print_table([(group, f"{size:,}", f"{size / total:.1%}") for group, size in facts["groups"].items()])
     coded = [site for site in facts["sites"] if site["codec"] != "plain"]
     if facts["sites"]:
         n_corrections = sum(site.get("corrections", 0) for site in coded)
