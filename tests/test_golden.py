@@ -31,6 +31,17 @@ def test_a_golden_file_decodes_to_its_golden_words(version: int, codec: str) -> 
     assert sum(int((tensor != expected[name]).sum()) for name, tensor in decoded.items()) <= 4
 
 
+def test_a_golden_file_of_codec_none_comes_back_byte_for_byte(tmp_path: Path) -> None:
+    for version in range(1, FORMAT + 1):
+        golden = GOLDEN / f"v{version}"
+        stored = Checkpoint(golden / "none").shapes
+        assert stored["model.layers.0.mlp.up_proj.weight"][0] < 64 * 24 * 2 == 3072  # an entropy code
+        assert stored["model.layers.0.mlp.up_proj.bias"] == (64 * 2,)  # its own bytes
+        freebits.unpack(golden / "none", tmp_path / str(version))
+        files = [folder / "model.safetensors" for folder in (golden / "sliced", tmp_path / str(version))]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def layout(folder: Path) -> dict[str, Any]:
     """What must not change without a new format version: names, shapes, dtypes, and the manifest's fields."""
     checkpoint = Checkpoint(folder)

@@ -17,7 +17,13 @@ from freebits.packed.size import bytes_on_disk
 from freebits.progress import Progress
 
 SPARSITY = 0.2
-STAGES = ("sliced", "bits-back", "canonical", "unpacked")
+PACKED: dict[str, dict[str, str]] = {
+    "bits-back": {"codec": "bits-back", "entropy": "none"},
+    "canonical": {"codec": "canonical", "entropy": "none"},
+    "canonical+entropy": {"codec": "canonical", "entropy": "auto"},
+}
+"""Ways to pack, the default last."""
+STAGES = ("sliced", *PACKED, "unpacked")
 SAMPLES = 32
 WINDOWS = 16
 PROMPT = "In Python, a dictionary is"
@@ -41,7 +47,7 @@ def run_demo(directory: Path, progress: Callable[[str], Progress]) -> dict[str, 
     seconds = {"dense": time.perf_counter() - start}
     steps: dict[str, Callable[..., object]] = {
         "sliced": partial(slice_model, dense, sliced, sparsity=SPARSITY, samples=SAMPLES),
-        **{path.name: partial(pack, sliced, path, codec=path.name) for path in packed},
+        **{path.name: partial(pack, sliced, path, **PACKED[path.name]) for path in packed},
         "unpacked": partial(unpack, packed[-1], unpacked),
     }
     for name, make in steps.items():
