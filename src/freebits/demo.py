@@ -17,12 +17,12 @@ from freebits.packed.size import bytes_on_disk
 from freebits.progress import Progress
 
 SPARSITY = 0.2
-PACKED: dict[str, dict[str, str]] = {
-    "bits-back": {"codec": "bits-back", "entropy": "none"},
-    "canonical": {"codec": "canonical", "entropy": "none"},
-    "canonical+entropy": {"codec": "canonical", "entropy": "auto"},
+PACKED = {
+    "bits-back": ("bits-back", "none"),
+    "canonical": ("canonical", "none"),
+    "canonical+entropy": ("canonical", "auto"),
 }
-"""Ways to pack, the default last."""
+"""Ways to pack, by codec and entropy stage, the default last."""
 STAGES = ("sliced", *PACKED, "unpacked")
 SAMPLES = 32
 WINDOWS = 16
@@ -47,7 +47,10 @@ def run_demo(directory: Path, progress: Callable[[str], Progress]) -> dict[str, 
     seconds = {"dense": time.perf_counter() - start}
     steps: dict[str, Callable[..., object]] = {
         "sliced": partial(slice_model, dense, sliced, sparsity=SPARSITY, samples=SAMPLES),
-        **{path.name: partial(pack, sliced, path, **PACKED[path.name]) for path in packed},
+        **{
+            name: partial(pack, sliced, folders[name], codec=codec, entropy=entropy)
+            for name, (codec, entropy) in PACKED.items()
+        },
         "unpacked": partial(unpack, packed[-1], unpacked),
     }
     for name, make in steps.items():
