@@ -65,23 +65,41 @@ def equal_bytes(scratch: Path) -> list[tuple[object, ...]]:
     dense = demo_model()
     hidden_size = freebits.estimate(dense, 0.2)["hidden_size"]
     for sparsity in (0.2, 0.3):
-        budget = freebits.estimate(dense, sparsity)["params"]["bits_back"]
-        widths = [k for k in range(8, hidden_size, 8) if words(k / hidden_size) <= budget]
-        for codec, part in (("bits-back", sparsity), ("canonical", 1 - widths[-1] / hidden_size)):
-            source = sliced(scratch / f"{codec} {part}", part, untie=True)
-            packed = scratch / f"{codec} {part} packed"
-            size = freebits.pack(source, packed, codec=codec, entropy="none")["bytes"]["packed"]
-            perplexity = freebits.evaluate(packed, limit=WINDOWS)["perplexity"]
-            width = freebits.estimate(dense, part)["sliced_size"]
-            rows.append((codec, f"{part:.4f}", width, size, f"{perplexity:.3f}"))
-            print(rows[-1], flush=True)
+        width = freebits.estimate(dense, sparsity)["sliced_size"]
+        packed, budget = packed_at(width, "bits-back", hidden_size, scratch)
+        rows.append(measured("bits-back", width, hidden_size, packed))
+        wider = width + 32
+        while estimated_bytes(wider, hidden_size) > 1.005 * budget:  # not worth trying
+            wider -= 8
+        while (found := packed_at(wider, "canonical", hidden_size, scratch))[1] > budget:
+            wider -= 8
+        rows.append(measured("canonical", wider, hidden_size, found[0]))
     return rows
 
 
-def words(kept: float) -> int:
-    """Words of the canonical form that keeps this part of the width."""
-    count: int = freebits.estimate(demo_model(), 1 - kept)["params"]["canonical"]
-    return count
+def estimated_bytes(width: int, hidden_size: int) -> int:
+    """Of the canonical form in 16-bit words, without headers, ranks taken full."""
+    n_words: int = freebits.estimate(demo_model(), 1 - width / hidden_size)["params"]["canonical"]
+    return 2 * n_words
+
+
+def packed_at(width: int, codec: str, hidden_size: int, scratch: Path) -> tuple[Path, int]:
+    """The demo model sliced to a width and packed, and its size."""
+    source, packed = scratch / f"sliced {width}", scratch / f"{codec} {width}"
+    if not source.exists():
+        sliced(source, 1 - width / hidden_size, untie=True)
+    return packed, freebits.pack(source, packed, codec=codec, entropy="none")["bytes"]["packed"]
+
+
+def measured(codec: str, width: int, hidden_size: int, packed: Path) -> tuple[object, ...]:
+    """One row of the comparison."""
+    size, perplexity = (
+        freebits.inspect(packed)["bytes"]["packed"],
+        freebits.evaluate(packed, limit=WINDOWS)["perplexity"],
+    )
+    row = (codec, f"{1 - width / hidden_size:.4f}", width, size, f"{perplexity:.3f}")
+    print(row, flush=True)
+    return row
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 import zstandard
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import freebits
 from benchmarks.results import RESULTS, print_table, save_csv
@@ -84,20 +84,26 @@ def zipnn(inner: Form | None = None) -> Form:
         if inner:
             inner.compress(source, out / "inner")
             source = out / "inner"
-        for number, (_, tensor) in enumerate(Checkpoint(source).items()):
+        index = []
+        for number, (name, tensor) in enumerate(Checkpoint(source).items()):
             raw = bytearray(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-            kind = KINDS.get(tensor.dtype)
-            coded = coder(kind).compress(raw) if kind and raw else raw
-            (out / f"{number}").write_bytes(coded if len(coded) < tensor.nbytes else raw)
-        for name in ("model.safetensors", "inner"):
-            shutil.rmtree(out / name, ignore_errors=True)
+            kind = KINDS.get(tensor.dtype, "")
+            coded = coder(kind).compress(bytearray(raw)) if kind and raw else raw
+            smaller = len(coded) < len(raw)
+            (out / str(number)).write_bytes(coded if smaller else raw)
+            index.append((name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), kind if smaller else ""))
+        (out / "index.json").write_text(json.dumps(index))
+        shutil.rmtree(out / "inner", ignore_errors=True)
 
     def decompress(packed: Path, out: Path) -> None:
+        tensors = {}
+        for number, (name, dtype, shape, kind) in enumerate(json.loads((packed / "index.json").read_text())):
+            content = (packed / str(number)).read_bytes()
+            data = bytearray(coder(kind).decompress(content) if kind else content)
+            raw = torch.frombuffer(data, dtype=getattr(torch, dtype)) if data else torch.empty(0)
+            tensors[name] = raw.reshape(shape)
         out.mkdir()
-        with (out / "model.safetensors").open("wb") as target:
-            for file in sorted(packed.iterdir(), key=lambda file: int(file.name)):
-                content = file.read_bytes()
-                target.write(coder("float16").decompress(content) if content[:2] == b"ZN" else content)
+        save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
 
     return Form(compress, decompress, inner.fidelity if inner else "bit-exact")
 

@@ -51,7 +51,7 @@ def test_planes_come_back(code: str, data: bytes) -> None:
 def test_what_is_compressed_comes_back(code: str, count: int, seed: int, chunk: int) -> None:
     data = weights(code, count, seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(entropy_stage, "CHUNK", chunk)
+        patch.setattr(entropy_stage, "_chunk_size", lambda *_: chunk)
         coded = compress(data, code)
     if coded is None:
         return

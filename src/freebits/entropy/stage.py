@@ -14,11 +14,12 @@ import zstandard
 
 from freebits.entropy.planes import Bytes, merge, n_planes, split
 
-CHUNK = 1 << 18
-"""Numbers a chunk: enough to forget the cost of tables, few enough to stay near the processor."""
+CHUNK, FINE_CHUNK = 1 << 20, 1 << 15
+"""Numbers a chunk: enough to forget the cost of tables; or few, for a tensor whose parts differ in scale."""
 LEAST_GAIN = 0.02
 """A plane that gains less is not worth the time to decode it."""
 _SAMPLE = 1 << 16
+_BLOCK = 1 << 17  # zstd makes a new table for each
 _PADDING = 8
 _PARAMETERS = zstandard.ZstdCompressionParameters.from_level(
     1, strategy=zstandard.STRATEGY_FAST, min_match=7, hash_log=6, window_log=17
@@ -33,10 +34,11 @@ def compress(data: Bytes, code: str) -> bytes | None:
         data: (n,), the tensor's bytes, little-endian.
         code: its safetensors dtype.
     """
-    step = CHUNK * n_planes(code)
+    chunk_size = _chunk_size(data, code)
+    step = chunk_size * n_planes(code)
     chunks = (data[start : start + step] for start in range(0, len(data), step))
     planes = [_compress_plane(plane) for chunk in chunks for plane in split(chunk, code)]
-    table = np.array([CHUNK, *map(len, planes)], "<u4").tobytes()
+    table = np.array([chunk_size, *map(len, planes)], "<u4").tobytes()
     coded = b"".join([table, *planes])
     return coded if len(coded) < (1 - LEAST_GAIN / 2) * len(data) - _PADDING else None
 
@@ -73,6 +75,13 @@ def decompress(coded: Bytes, code: str, n_bytes: int) -> Bytes:
     if len(coded) - at >= _PADDING:
         raise ValueError(f"{len(coded) - at} bytes too many")
     return data
+
+
+def _chunk_size(data: Bytes, code: str) -> int:
+    """Whether one table a block of zstd is enough, tried on the first."""
+    first = split(data[: _BLOCK * n_planes(code)], code)[0]
+    parts = [len(_compressor().compress(first[at : at + FINE_CHUNK].data)) for at in range(0, len(first), FINE_CHUNK)]
+    return CHUNK if len(_compressor().compress(first.data)) <= 1.002 * sum(parts) else FINE_CHUNK
 
 
 def _compress_plane(plane: Bytes) -> bytes:
