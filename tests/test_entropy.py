@@ -18,6 +18,7 @@ from freebits.entropy import stage as entropy_stage
 from freebits.entropy.planes import Bytes, merge, n_planes, split
 from freebits.errors import CheckpointError
 from freebits.packed import PackedCheckpoint, unpacked_tensors
+from tests.test_packed import redigest
 from tests.tiny import random_text
 
 Make = Callable[..., Path]
@@ -218,6 +219,45 @@ def test_damage_to_an_exactly_packed_model_is_noticed(save_tiny: Make, tmp_path:
         (packed / "model.safetensors").write_bytes(sound[:kept])
         with pytest.raises(CheckpointError):
             freebits.unpack(packed, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.update(headers=5),
+        lambda m: m.update(headers={}),
+        lambda m: m["headers"].update({"model.safetensors": 5}),
+        lambda m: m["headers"].update({"model.safetensors": "no json"}),
+        lambda m: m["headers"].update({"model.safetensors": "[]"}),
+        lambda m: m["headers"].update({"model.safetensors": '{"a": {"dtype": "F16", "shape": []}}'}),
+        lambda m: m["headers"].update(
+            {"model.safetensors": m["headers"]["model.safetensors"].replace("0,", '"0",', 1)}
+        ),
+        lambda m: m["headers"].update({file: text.replace(":[", ":[9", 9) for file, text in m["headers"].items()}),
+        lambda m: m.update(headers={"../packed/model.safetensors": m["headers"]["model.safetensors"]}),
+        lambda m: m.update(headers={"config.json": m["headers"]["model.safetensors"]}),
+        lambda m: m["tensors"].popitem(),
+        lambda m: m.update(codec="canonical", dtype="float16"),
+    ],
+)
+def test_an_exact_manifest_that_cannot_be_is_refused(
+    change: Callable[[dict[str, Any]], object], save_tiny: Make, tmp_path: Path
+) -> None:
+    freebits.pack(save_tiny(), tmp_path / "packed", codec="none")
+    redigest(tmp_path / "packed", change)
+    with pytest.raises(CheckpointError) as caught:
+        freebits.unpack(tmp_path / "packed", tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["F16[10000000000000]", "F16[-1]", "F16", "[2]", "F99[4]", "F16[x]", "F16[3]"])
+def test_a_kind_that_cannot_be_is_refused(kind: str, save_tiny: Make, slice_tiny: Make, tmp_path: Path) -> None:
+    freebits.pack(slice_tiny(save_tiny(hidden_size=64, intermediate_size=160)), tmp_path / "packed")
+    redigest(tmp_path / "packed", lambda m: m["coded"].update(dict.fromkeys(m["coded"], kind)))
+    with pytest.raises(CheckpointError) as caught:
+        dict(unpacked_tensors(tmp_path / "packed"))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("codec", ["canonical", "bits-back"])

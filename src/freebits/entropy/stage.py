@@ -56,14 +56,17 @@ def decompress(coded: Bytes, code: str, n_bytes: int) -> Bytes:
     """
     width = n_planes(code)
     chunk = int(coded[:4].view("<u4")[0]) if len(coded) >= 4 else 0
-    if not chunk or n_bytes % width:
+    if not chunk or n_bytes < 0 or n_bytes % width:
         raise ValueError("no chunks")
     starts = range(0, n_bytes, chunk * width)
     at = 4 + 4 * len(starts) * width
     if at > len(coded):
         raise ValueError("a table that is cut off")
     sizes = iter(coded[4:at].view("<u4").tolist())
-    data = np.empty(n_bytes, np.uint8)
+    try:
+        data = np.empty(n_bytes, np.uint8)
+    except MemoryError:
+        raise ValueError(f"{n_bytes} bytes do not fit in memory") from None
     for start in starts:
         out = data[start : start + chunk * width]
         planes = []

@@ -60,11 +60,12 @@ def entries(file: str, header: str) -> list[Entry]:
             for name, told in json.loads(header).items()
             if name != "__metadata__"
         ]
-    except (KeyError, TypeError, AttributeError) as error:
+        listed.sort(key=lambda entry: (entry.begin, entry.end))
+        ends = [0, *(entry.end for entry in listed)]
+        gaps = any(entry.begin != end or entry.end < end for entry, end in zip(listed, ends, strict=False))
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"the header of {file} is damaged ({error})") from None
-    listed.sort(key=lambda entry: (entry.begin, entry.end))
-    ends = [0, *(entry.end for entry in listed)]
-    if any(entry.begin != end or entry.end < end for entry, end in zip(listed, ends, strict=False)):
+    if gaps or not all(type(end) is int for end in ends):
         raise ValueError(f"the header of {file} leaves gaps")
     return listed
 
@@ -114,7 +115,7 @@ class ExactCheckpoint:
         self._files: dict[str, Any] = {}
         try:
             self.contents = {file: entries(file, header) for file, header in self.manifest.headers.items()}
-            self._files = {file: safe_open(self.path / Path(file).name, framework="pt") for file in self.contents}
+            self._files = {file: safe_open(self.path / _checked(file), framework="pt") for file in self.contents}
         except (ValueError, OSError, SafetensorError) as error:
             raise CheckpointError(f"{path} is damaged ({error}): download it again") from None
         listed = {entry.key for entry in self._entries}
@@ -185,6 +186,12 @@ def unpack_exactly(packed: Path, out: str | os.PathLike[str], jobs: int | None, 
                 for data in ordered_map(executor, source.read, listed):
                     target.write(data.data)
                     progress(done := done + 1, total)
+
+
+def _checked(file: str) -> str:
+    if Path(file).name != file or not file.endswith(".safetensors"):
+        raise ValueError(f"{file!r} is no weights file beside the manifest")
+    return file
 
 
 def _header(file: Path) -> str:

@@ -142,8 +142,9 @@ class Manifest:
         """
         known = self.dtype in DTYPES[self.codec] and self.entropy in ENTROPIES
         sizes = [n for n in self.bytes.values() if n is not None]
-        tables = all(isinstance(table, dict) for table in (self.tensors, self.coded, self.headers))
-        if not known or not tables or not all(type(n) is int for n in sizes):
+        tables = (self.tensors, self.coded, self.headers)
+        texts = all(isinstance(value, str) for table in tables for value in table.values())
+        if not known or not texts or not all(type(n) is int for n in sizes):
             raise ValueError(f"codec {self.codec!r}, entropy {self.entropy!r}, dtype {self.dtype!r}")
         for site in self.sites:
             site.check()

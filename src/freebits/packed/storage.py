@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 
 import torch
 import xxhash
@@ -13,6 +14,8 @@ from freebits.coding.bits import as_tensor
 from freebits.entropy import compress, decompress
 from freebits.entropy.planes import Bytes
 from freebits.errors import CheckpointError
+
+_MOST = 2**40
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,10 @@ class Kind:
             ValueError: the text is none.
         """
         code, bracket, sizes = text.removesuffix("]").partition("[")
-        if not (bracket and text.endswith("]")):
+        shape = tuple(int(size) for size in sizes.split(",") if size)
+        if not (bracket and text.endswith("]") and all(0 <= size < _MOST for size in shape)):
             raise ValueError(f"{text!r} is no dtype and shape")
-        return cls(code, tuple(int(size) for size in sizes.split(",") if size))
+        return cls(code, shape)
 
     def __str__(self) -> str:
         return f"{self.code}{list(self.shape)}"
@@ -101,7 +105,7 @@ def restore(stored: Tensor, kind: Kind) -> Tensor:
         ValueError: they are damaged.
     """
     dtype = DTYPES[kind.code]
-    n_bytes = torch.Size(kind.shape).numel() * dtype.itemsize
+    n_bytes = prod(kind.shape) * dtype.itemsize
     data = decompress(bytes_of(stored), kind.code, n_bytes)
     return torch.from_numpy(data).view(dtype).reshape(kind.shape)
 
