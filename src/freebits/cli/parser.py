@@ -74,16 +74,20 @@ def build_parser() -> argparse.ArgumentParser:
     pack_ = command(
         "pack",
         commands.run_pack,
-        "pack a sliced checkpoint (keeps the function)",
-        "Takes the bits of the free rotations back. Memory: a block a job and one embedding.",
+        "pack a sliced checkpoint (keeps the function), or any bit for bit",
+        "Takes the bits of a sliced model's free rotations back, then codes what repeats. Memory: two blocks a job and "
+        "one embedding.",
     )
-    pack_.add_argument("model", metavar="MODEL", type=Path, help="folder of a sliced checkpoint")
+    pack_.add_argument(
+        "model", metavar="MODEL", type=Path, help="folder of a sliced checkpoint; with --codec none of any"
+    )
     pack_.add_argument("out", metavar="OUT", type=Path, help="folder to create")
     pack_.add_argument(
         "--codec",
         choices=CODECS,
         default=DEFAULT,
-        help="canonical fixes the rotations; bits-back, the paper's code, has them paid for (default: %(default)s)",
+        help="canonical fixes the rotations; bits-back, the paper's code, has them paid for; none keeps every byte "
+        "(default: %(default)s)",
     )
     pack_.add_argument(
         "--entropy", choices=ENTROPIES, default="auto", help="bit-exact stage on top (default: %(default)s)"
@@ -97,7 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
     unpack_ = command(
         "unpack",
         commands.run_unpack,
-        "write the plain sliced checkpoint that a packed one holds",
+        "write the plain checkpoint that a packed one holds",
         "Any tool that reads safetensors reads the result. Memory: a site a job and one embedding.",
     )
     unpack_.add_argument("packed", metavar="PACKED", type=Path, help="folder of a packed checkpoint")
