@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,7 @@ def pack_exactly(
     Raises:
         CheckpointError: a file is damaged.
     """
-    carry_over(source.path, directory)
-    for pattern in _BESIDE:
-        for beside in source.path.glob(pattern):
-            shutil.copy2(beside, directory / beside.name)
+    _copy_beside(source.path, directory)
     headers = {file.name: _header(file) for file in sorted(source.path.glob("*.safetensors"))}
     contents = {file: entries(file, header) for file, header in headers.items()}
     total, done, digests = sum(map(len, contents.values())), 0, {}
@@ -175,10 +173,7 @@ def unpack_exactly(packed: Path, out: str | os.PathLike[str], jobs: int | None, 
     source = ExactCheckpoint(packed)
     total, done = len(source.manifest.tensors), 0
     with new_directory(out) as directory, workers(jobs) as executor:
-        carry_over(packed, directory, but=[MANIFEST])
-        for pattern in _BESIDE:
-            for beside in packed.glob(pattern):
-                shutil.copy2(beside, directory / beside.name)
+        _copy_beside(packed, directory)
         for file, listed in source.contents.items():
             header = source.manifest.headers[file].encode()
             with (directory / file).open("wb") as target:
@@ -186,6 +181,12 @@ def unpack_exactly(packed: Path, out: str | os.PathLike[str], jobs: int | None, 
                 for data in ordered_map(executor, source.read, listed):
                     target.write(data.data)
                     progress(done := done + 1, total)
+
+
+def _copy_beside(source: Path, target: Path) -> None:
+    carry_over(source, target, but=[MANIFEST])
+    for beside in chain.from_iterable(map(source.glob, _BESIDE)):
+        shutil.copy2(beside, target / beside.name)
 
 
 def _checked(file: str) -> str:
