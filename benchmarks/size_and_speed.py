@@ -1,9 +1,10 @@
-"""The race: one sliced model in every form that a user might choose, side by side in one run. Fifteen minutes.
+"""The race: one model in every form that a user might choose, side by side in one run. Fifty minutes.
 
     pip install zipnn
     python -m benchmarks.size_and_speed
 
-DFloat11 is not in it: its encoder and decoder are CUDA kernels.
+DFloat11 is not in it: it decodes with a CUDA kernel, which it loads when it is imported. What its encoder comes to is
+in `benchmarks.entropy`.
 """
 
 import json
@@ -22,14 +23,13 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-import zstandard
+from backports.zstd import CompressionParameter, ZstdFile
 from safetensors.torch import load_file, save_file
 
 import freebits
 from benchmarks.results import RESULTS, print_table, save_csv
 from freebits.checkpoint import Checkpoint
 from freebits.huggingface.demo_model import demo_model
-from freebits.packed.size import bytes_on_disk
 
 RUNS = 5
 WINDOWS = 8
@@ -44,7 +44,7 @@ CASES = (
 """Dtype, sparsity (0 is the dense model), and whether the head is untied."""
 HEADER = (
     "model", "form", "bytes", "of safetensors", "compress, MB/s", "decompress, MB/s", "to a loaded model, s",
-    "peak memory, MB", "perplexity ratio", "fidelity",
+    "peak memory to compress, MB", "perplexity ratio", "fidelity",
 )  # fmt: skip
 KINDS = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
@@ -53,59 +53,81 @@ Row = tuple[object, ...]
 
 @dataclass(frozen=True)
 class Form:
-    """One way to store a model: make `folder` from a source, and get a plain folder back."""
+    """One way to store a model folder: make another from it, get a plain one back, or a model at once."""
 
     compress: Callable[[Path, Path], object]
     decompress: Callable[[Path, Path], object]
+    load: Callable[[Path, Path], object] = lambda packed, _: freebits.load(packed)
     fidelity: str = "bit-exact"
 
 
+def plain() -> Form:
+    """Safetensors as it is."""
+    return Form(shutil.copytree, shutil.copytree)
+
+
+def packed(codec: str, entropy: str) -> Form:
+    """Ours."""
+    pack = partial(freebits.pack, codec=codec, entropy=entropy)
+    return Form(pack, freebits.unpack, fidelity="bit-exact" if codec == "none" else "function-preserving")
+
+
+def by_way_of_a_file(compress: Callable[[Path, Path], object], decompress: Callable[[Path, Path], object]) -> Form:
+    """One that leaves `model.safetensors` to be loaded; what lies beside it is copied."""
+
+    def step(weights: Callable[[Path, Path], object], source: Path, out: Path) -> None:
+        shutil.copytree(source, out, ignore=shutil.ignore_patterns("model.*"))
+        weights(source, out)
+
+    def load(source: Path, scratch: Path) -> object:
+        step(decompress, source, scratch)
+        return freebits.load(scratch)
+
+    return Form(partial(step, compress), partial(step, decompress), load)
+
+
 def zstd(level: int) -> Form:
-    """The file as it is, through zstd; both sides use two threads where they can."""
+    """The file as it is, through zstd; it compresses in two threads."""
+    options: dict[int, int] = {CompressionParameter.compression_level: level, CompressionParameter.nb_workers: 2}
 
     def compress(source: Path, out: Path) -> None:
-        out.mkdir()
-        with (source / "model.safetensors").open("rb") as file, (out / "model.zst").open("wb") as target:
-            zstandard.ZstdCompressor(level=level, threads=2).copy_stream(file, target)
+        with (
+            (source / "model.safetensors").open("rb") as file,
+            ZstdFile(out / "model.zst", "wb", options=options) as target,
+        ):
+            shutil.copyfileobj(file, target, 1 << 20)
 
     def decompress(packed: Path, out: Path) -> None:
-        out.mkdir()
-        with (packed / "model.zst").open("rb") as file, (out / "model.safetensors").open("wb") as target:
-            zstandard.ZstdDecompressor().copy_stream(file, target)
+        with ZstdFile(packed / "model.zst") as file, (out / "model.safetensors").open("wb") as target:
+            shutil.copyfileobj(file, target, 1 << 20)
 
-    return Form(compress, decompress)
+    return by_way_of_a_file(compress, decompress)
 
 
-def zipnn(inner: Form | None = None) -> Form:
-    """ZipNN on every tensor, two threads; of a packed folder with `inner`."""
+def zipnn() -> Form:
+    """ZipNN on every tensor, in two threads."""
 
     def compress(source: Path, out: Path) -> None:
-        out.mkdir()
-        if inner:
-            inner.compress(source, out / "inner")
-            source = out / "inner"
         index = []
         for number, (name, tensor) in enumerate(Checkpoint(source).items()):
             raw = bytearray(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
             kind = KINDS.get(tensor.dtype, "")
             coded = coder(kind).compress(bytearray(raw)) if kind and raw else raw
             smaller = len(coded) < len(raw)
-            (out / str(number)).write_bytes(coded if smaller else raw)
+            (out / f"model.{number}").write_bytes(coded if smaller else raw)
             index.append((name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), kind if smaller else ""))
-        (out / "index.json").write_text(json.dumps(index))
-        shutil.rmtree(out / "inner", ignore_errors=True)
+        (out / "model.json").write_text(json.dumps(index))
 
     def decompress(packed: Path, out: Path) -> None:
         tensors = {}
-        for number, (name, dtype, shape, kind) in enumerate(json.loads((packed / "index.json").read_text())):
-            content = (packed / str(number)).read_bytes()
+        for number, (name, dtype, shape, kind) in enumerate(json.loads((packed / "model.json").read_text())):
+            content = (packed / f"model.{number}").read_bytes()
             data = bytearray(coder(kind).decompress(content) if kind else content)
             raw = torch.frombuffer(data, dtype=getattr(torch, dtype)) if data else torch.empty(0)
             tensors[name] = raw.reshape(shape)
-        out.mkdir()
         save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
 
-    return Form(compress, decompress, inner.fidelity if inner else "bit-exact")
+    return by_way_of_a_file(compress, decompress)
 
 
 def coder(kind: str) -> Any:
@@ -113,16 +135,20 @@ def coder(kind: str) -> Any:
     return import_module("zipnn").ZipNN(bytearray_dtype=kind, threads=2)
 
 
-def packed(codec: str, entropy: str) -> Form:
-    """Ours."""
-    pack = partial(freebits.pack, codec=codec, entropy=entropy)
-    exact = codec == "none"
-    return Form(pack, freebits.unpack, "bit-exact" if exact else "function-preserving")
+def both(inner: Form, outer: Form) -> Form:
+    """One after the other."""
 
+    def compress(source: Path, out: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=out.parent) as directory:
+            inner.compress(source, Path(directory) / "inner")
+            outer.compress(Path(directory) / "inner", out)
 
-def plain() -> Form:
-    """Safetensors as it is."""
-    return Form(shutil.copytree, shutil.copytree)
+    def decompress(packed: Path, out: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=out.parent) as directory:
+            outer.decompress(packed, Path(directory) / "inner")
+            inner.decompress(Path(directory) / "inner", out)
+
+    return Form(compress, decompress, outer.load, inner.fidelity)
 
 
 def forms(sliced: bool) -> dict[str, Form]:
@@ -136,7 +162,7 @@ def forms(sliced: bool) -> dict[str, Form]:
     }
     ours = {
         "bits-back": packed("bits-back", "none"),
-        "bits-back + ZipNN": zipnn(packed("bits-back", "none")),
+        "bits-back + ZipNN": both(packed("bits-back", "none"), zipnn()),
         "bits-back + entropy": packed("bits-back", "auto"),
         "canonical": packed("canonical", "none"),
         "canonical + entropy": packed("canonical", "auto"),
@@ -144,23 +170,10 @@ def forms(sliced: bool) -> dict[str, Form]:
     return general | (ours if sliced else {})
 
 
-def size(folder: Path) -> int:
-    """Bytes that a form takes; of a folder of ours every file that it needs."""
-    if (folder / "config.json").exists():
-        return bytes_on_disk(folder)
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
-def load(form: str, folder: Path, source: Path, scratch: Path) -> None:
-    """To a model in memory: ours and safetensors directly, the others by way of a file."""
-    if (folder / "config.json").exists():
-        freebits.load(folder)
-        return
-    shutil.copytree(source, scratch, ignore=shutil.ignore_patterns("model.safetensors"))
-    forms(sliced=True)[form].decompress(folder, scratch / "weights")
-    shutil.move(scratch / "weights" / "model.safetensors", scratch / "model.safetensors")
-    if "bits-back" not in form:  # else the packed file, which bits-back would yet have to decode
-        freebits.load(scratch)
+def size(folder: Path, source: Path) -> int:
+    """Bytes of a form; everything counted but what the source has beside its weights and config: tokenizer and such."""
+    beside = {file.name for file in source.iterdir()} - {"config.json", "model.safetensors"}
+    return sum(file.stat().st_size for file in folder.iterdir() if file.name not in beside)
 
 
 def seconds(step: Callable[[], object], *leftovers: Path) -> float:
@@ -207,10 +220,8 @@ def race(name: str, source: Path, sliced: bool, scratch: Path) -> list[Row]:
                 continue  # a minute or more, which hardly varies
             times[label][0].append(seconds(partial(form.compress, source, packed_), packed_))
             times[label][1].append(seconds(partial(form.decompress, packed_, back), back))
-            times[label][2].append(
-                seconds(partial(load, label, packed_, source, scratch / "loaded"), scratch / "loaded")
-            )
-            sizes[label] = size(packed_)
+            times[label][2].append(seconds(partial(form.load, packed_, scratch / "loaded"), scratch / "loaded"))
+            sizes[label] = size(packed_, source)
     total = sizes["safetensors"] / 1e6
     rows: list[Row] = []
     for label, form in contenders.items():
@@ -224,10 +235,9 @@ def race(name: str, source: Path, sliced: bool, scratch: Path) -> list[Row]:
         elif form.fidelity != "bit-exact":
             ratio = "as without"
         speeds = (f"{total / compress:.0f}", f"{total / decompress:.0f}")
-        time_to_model = "" if label == "bits-back + ZipNN" else f"{to_model:.3f}"
         memory = f"{peak_memory(label, source, scratch):.0f}"
         share = f"{sizes[label] / sizes['safetensors']:.4f}"
-        rows.append((name, label, sizes[label], share, *speeds, time_to_model, memory, ratio, form.fidelity))
+        rows.append((name, label, sizes[label], share, *speeds, f"{to_model:.3f}", memory, ratio, form.fidelity))
         print(rows[-1], flush=True)
     return rows
 
@@ -236,7 +246,7 @@ def draw(rows: list[Row]) -> None:
     """Size against time to a loaded model, for the first case."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for model, form, n_bytes, _, _, _, to_model, *_ in rows:
-        if model == rows[0][0] and to_model:
+        if model == rows[0][0]:
             point = (float(str(to_model)), int(str(n_bytes)) / 1e6)
             axes.plot(*point, "o")
             axes.annotate(str(form), point, fontsize=8, xytext=(5, 3), textcoords="offset points")

@@ -43,9 +43,9 @@ def merge(planes: list[Bytes], code: str, out: Bytes) -> None:
     numbers = out.view(f"<u{width}")
     numbers[:] = planes[0]
     for plane in planes[1:]:
-        numbers <<= 8
+        numbers *= 256  # in NumPy faster than a shift to the left
         numbers |= plane
     if code in _ROTATED:
-        sign = numbers << (8 * width - 1)
+        sign = numbers * numbers.dtype.type(1 << (8 * width - 1))
         numbers >>= 1
         numbers |= sign

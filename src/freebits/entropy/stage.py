@@ -1,16 +1,21 @@
 """Entropy-code the planes that gain, chunk by chunk; store the others as they are.
 
-The coder is zstd with its search for matches all but switched off, which leaves its Huffman code for literals: weights
-repeat in how often an exponent occurs, not in sequences.
+The coder is zstd with its search for matches switched off, which leaves its Huffman code for literals: weights repeat
+in how often an exponent occurs, not in sequences.
 
 Layout, little-endian: numbers a chunk (u32); for each chunk and plane the bytes it takes (u32), as many as the plane
 has where it is stored as it is; then those planes, one after another.
 """
 
+import sys
 import threading
 
 import numpy as np
-import zstandard
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 from freebits.entropy.planes import Bytes, merge, n_planes, split
 
@@ -21,9 +26,9 @@ LEAST_GAIN = 0.02
 _SAMPLE = 1 << 16
 _BLOCK = 1 << 17  # zstd makes a new table for each
 _PADDING = 8
-_PARAMETERS = zstandard.ZstdCompressionParameters.from_level(
-    1, strategy=zstandard.STRATEGY_FAST, min_match=7, hash_log=6, window_log=17
-)
+_COMPRESS_LITERALS = 1002  # ZSTD_c_literalCompressionMode, which zstd.h has and Python does not name
+_OPTIONS: dict[int, int] = {zstd.CompressionParameter.compression_level: -_BLOCK, _COMPRESS_LITERALS: 1}
+"""The level of a number below zero is how far to step after a miss: here, over all of a block."""
 _local = threading.local()
 
 
@@ -83,16 +88,16 @@ def decompress(coded: Bytes, code: str, n_bytes: int) -> Bytes:
 def _chunk_size(data: Bytes, code: str) -> int:
     """Whether one table a block of zstd is enough, tried on the first."""
     first = split(data[: _BLOCK * n_planes(code)], code)[0]
-    parts = [len(_compressor().compress(first[at : at + FINE_CHUNK].data)) for at in range(0, len(first), FINE_CHUNK)]
-    return CHUNK if len(_compressor().compress(first.data)) <= 1.002 * sum(parts) else FINE_CHUNK
+    parts = [len(_coded(first[at : at + FINE_CHUNK])) for at in range(0, len(first), FINE_CHUNK)]
+    return CHUNK if len(_coded(first)) <= 1.002 * sum(parts) else FINE_CHUNK
 
 
 def _compress_plane(plane: Bytes) -> bytes:
     """The plane in fewer bytes, or as it is; whether it gains is tried on a part of it."""
     sample = plane[len(plane) // 2 :][:_SAMPLE]
-    if len(sample) == _SAMPLE and len(_compressor().compress(sample.data)) > (1 - LEAST_GAIN) * _SAMPLE:
+    if len(sample) == _SAMPLE and len(_coded(sample)) > (1 - LEAST_GAIN) * _SAMPLE:
         return plane.tobytes()
-    coded = _compressor().compress(plane.data)
+    coded = _coded(plane)
     return coded if len(coded) <= (1 - LEAST_GAIN) * len(plane) else plane.tobytes()
 
 
@@ -101,25 +106,19 @@ def _decompress_plane(coded: Bytes, size: int, length: int) -> Bytes:
         raise ValueError("a plane that is cut off")
     if size == length:
         return coded
+    decoder = zstd.ZstdDecompressor()
     try:
-        plane = _decompressor().decompress(coded.data, max_output_size=length)
-    except zstandard.ZstdError as error:
+        plane = decoder.decompress(coded.data, max_length=length)
+    except zstd.ZstdError as error:
         raise ValueError(str(error)) from None
-    if len(plane) != length:
-        raise ValueError(f"a plane of {len(plane)} numbers, not {length}")
+    if len(plane) != length or not decoder.eof or decoder.unused_data:
+        raise ValueError(f"not a plane of {length} numbers")
     return np.frombuffer(plane, np.uint8)
 
 
-def _compressor() -> zstandard.ZstdCompressor:
-    """One for each thread: they cannot be shared."""
+def _coded(plane: Bytes) -> bytes:
+    """As a frame; a thread keeps its compressor, which cannot be shared."""
     if not hasattr(_local, "compressor"):
-        _local.compressor = zstandard.ZstdCompressor(compression_params=_PARAMETERS)
-    compressor: zstandard.ZstdCompressor = _local.compressor
-    return compressor
-
-
-def _decompressor() -> zstandard.ZstdDecompressor:
-    if not hasattr(_local, "decompressor"):
-        _local.decompressor = zstandard.ZstdDecompressor()
-    decompressor: zstandard.ZstdDecompressor = _local.decompressor
-    return decompressor
+        _local.compressor = zstd.ZstdCompressor(options=_OPTIONS)
+    frame: bytes = _local.compressor.compress(plane.data, zstd.ZstdCompressor.FLUSH_FRAME)
+    return frame

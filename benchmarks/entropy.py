@@ -1,0 +1,148 @@
+"""The entropy stage beside other coders: the same tensors, in memory, one thread. Five minutes.
+
+pip install zipnn pcodec
+python -m benchmarks.entropy
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from backports import zstd
+
+import freebits
+from benchmarks.results import print_table, save_csv
+from freebits.checkpoint import Checkpoint
+from freebits.entropy import compress, decompress
+from freebits.entropy.planes import Bytes, merge, split
+from freebits.huggingface.demo_model import demo_model
+
+RUNS = 7
+HEADER = ("tensors", "coder", "bytes", "of the tensors", "of ZipNN", "compress, MB/s", "decompress, MB/s")
+CODES = {torch.float16: "F16", torch.bfloat16: "BF16"}
+KINDS = {"F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Coder:
+    """To bytes, or None if that is not worth it, and back. Both get the dtype and the number of bytes."""
+
+    compress: Callable[[Bytes, str], bytes | None]
+    decompress: Callable[[bytes, str, int], object]
+
+
+def freebits_() -> Coder:
+    """Ours."""
+    return Coder(compress, lambda coded, code, n: decompress(np.frombuffer(coded, np.uint8), code, n))
+
+
+def zipnn() -> Coder:
+    """ZipNN, which writes into what it reads: it gets a copy."""
+    coders = {code: import_module("zipnn").ZipNN(bytearray_dtype=kind, threads=1) for code, kind in KINDS.items()}
+    return Coder(
+        lambda data, code: bytes(coders[code].compress(bytearray(data.tobytes()))),
+        lambda coded, code, _: coders[code].decompress(coded),
+    )
+
+
+def zstd_file(level: int) -> Coder:
+    """Zstd on the numbers as they are."""
+    return Coder(lambda data, _: zstd.compress(data.data, level), lambda coded, *_: zstd.decompress(coded))
+
+
+def zstd_planes(level: int) -> Coder:
+    """Zstd on the exponents, with its search for matches on; the rest as it is."""
+
+    def pack(data: Bytes, code: str) -> bytes:
+        exponents, rest = split(data, code)
+        return zstd.compress(exponents.data, level) + rest.tobytes()
+
+    def unpack(coded: bytes, code: str, n_bytes: int) -> Bytes:
+        rest = np.frombuffer(coded, np.uint8)[len(coded) - n_bytes // 2 :]
+        exponents = zstd.decompress(memoryview(coded)[: len(coded) - n_bytes // 2])
+        data = np.empty(n_bytes, np.uint8)
+        merge([np.frombuffer(exponents, np.uint8), rest], code, data)
+        return data
+
+    return Coder(pack, unpack)
+
+
+def pcodec() -> Coder:
+    """Pcodec at its default level, of float16 as such, of bfloat16 as integers in the order of the numbers."""
+    pco = import_module("pcodec")
+    config = pco.ChunkConfig(compression_level=8)
+
+    def pack(data: Bytes, code: str) -> bytes:
+        numbers = data.view(np.float16 if code == "F16" else np.uint16)
+        coded: bytes = pco.standalone.simple_compress(numbers, config)
+        return coded
+
+    return Coder(pack, lambda coded, *_: pco.standalone.simple_decompress(coded))
+
+
+CODERS: dict[str, Callable[[], Coder]] = {
+    "freebits": freebits_,
+    "ZipNN": zipnn,
+    "zstd -3": partial(zstd_file, 3),
+    "planes, zstd -3": partial(zstd_planes, 3),
+    "pcodec": pcodec,
+}
+
+
+def race(name: str, source: Path) -> list[tuple[object, ...]]:
+    """Every coder on every tensor of a checkpoint, taking turns."""
+    found = [tensor for _, tensor in Checkpoint(source).items() if tensor.dtype in CODES]
+    tensors = [(tensor.reshape(-1).view(torch.uint8).numpy().copy(), CODES[tensor.dtype]) for tensor in found]
+    total = sum(len(data) for data, _ in tensors)
+    coders = {label: make() for label, make in CODERS.items()}
+    times: dict[str, tuple[list[float], list[float]]] = {label: ([], []) for label in coders}
+    sizes: dict[str, int] = {}
+    for run in range(RUNS):
+        for label, coder in coders.items():
+            start = time.perf_counter()
+            coded = [coder.compress(data, code) for data, code in tensors]
+            middle = time.perf_counter()
+            for content, (data, code) in zip(coded, tensors, strict=True):
+                back: Any = data if content is None else coder.decompress(content, code, len(data))
+                if not run:
+                    assert np.array_equal(np.frombuffer(memoryview(back).cast("B"), np.uint8), data), label
+            times[label][0].append(middle - start)
+            times[label][1].append(time.perf_counter() - middle)
+            pairs = zip(coded, tensors, strict=True)
+            sizes[label] = sum(
+                len(data) if content is None else min(len(content), len(data)) for content, (data, _) in pairs
+            )
+    rows: list[tuple[object, ...]] = []
+    for label in coders:
+        speeds = [f"{total / statistics.median(values) / 1e6:.0f}" for values in times[label]]
+        shares = (f"{sizes[label] / total:.4f}", f"{sizes[label] / sizes['ZipNN']:.5f}")
+        rows.append((name, label, sizes[label], *shares, *speeds))
+        print(rows[-1], flush=True)
+    return rows
+
+
+def main() -> None:
+    """Measure and save."""
+    rows: list[tuple[object, ...]] = []
+    with tempfile.TemporaryDirectory() as directory:
+        for dtype in (torch.float16, torch.bfloat16):
+            kind = KINDS[CODES[dtype]]
+            sliced, canonical = Path(directory) / f"sliced {kind}", Path(directory) / f"canonical {kind}"
+            freebits.slice_model(demo_model(), sliced, sparsity=0.2, dtype=dtype, samples=32)
+            freebits.pack(sliced, canonical, entropy="none")
+            rows += race(f"20%, {kind}, sliced", sliced) + race(f"20%, {kind}, canonical", canonical)
+        rows += race("dense, float16", demo_model())
+    save_csv("entropy", HEADER, rows)
+    print_table(HEADER, rows)
+
+
+if __name__ == "__main__":
+    main()
