@@ -15,7 +15,7 @@ from torch import Tensor
 import freebits
 from freebits.checkpoint import Checkpoint
 from freebits.coding import lower_matrix, lower_words, n_lower_words, symmetric_matrix
-from freebits.packed import PackedCheckpoint, unpacked_tensors
+from freebits.packed import PackedCheckpoint, open_packed
 from freebits.symmetry import (
     carried_rotation,
     decompose,
@@ -188,7 +188,7 @@ def test_a_site_that_cannot_be_rotated_is_stored_plain_with_the_reason(
         0: "model.embed_tokens.weight",
         3: "model.layers.1.self_attn.o_proj.weight",
     }
-    unpacked = dict(unpacked_tensors(tmp_path / "packed"))
+    unpacked = dict(open_packed(tmp_path / "packed").tensors())
     assert unpacked["model.layers.1.self_attn.o_proj.weight"].isnan().all()
     assert torch.equal(
         unpacked["model.embed_tokens.weight"], load_file(sliced / "model.safetensors")["model.embed_tokens.weight"]
@@ -248,7 +248,7 @@ def test_less_than_half_the_width_is_stored_symmetric(save_tiny: Make, slice_tin
 def test_one_site_can_be_read_alone(save_tiny: Make, slice_tiny: Make, tmp_path: Path) -> None:
     freebits.pack(slice_tiny(save_tiny()), tmp_path / "packed")
     packed = PackedCheckpoint(tmp_path / "packed")
-    everything = dict(unpacked_tensors(tmp_path / "packed"))
+    everything = dict(open_packed(tmp_path / "packed").tensors())
     for site in packed.manifest.sites:
         for name, tensor in packed.decode_site(site).items():
             assert torch.equal(tensor, everything[name])

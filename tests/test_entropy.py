@@ -17,7 +17,7 @@ from freebits.entropy import compress, decompress
 from freebits.entropy import stage as entropy_stage
 from freebits.entropy.planes import Bytes, merge, n_planes, split
 from freebits.errors import CheckpointError
-from freebits.packed import PackedCheckpoint, unpacked_tensors
+from freebits.packed import PackedCheckpoint, open_packed
 from tests.test_packed import redigest
 from tests.tiny import random_text
 
@@ -256,7 +256,7 @@ def test_a_kind_that_cannot_be_is_refused(kind: str, save_tiny: Make, slice_tiny
     freebits.pack(slice_tiny(save_tiny(hidden_size=64, intermediate_size=160)), tmp_path / "packed")
     redigest(tmp_path / "packed", lambda m: m["coded"].update(dict.fromkeys(m["coded"], kind)))
     with pytest.raises(CheckpointError) as caught:
-        dict(unpacked_tensors(tmp_path / "packed"))
+        dict(open_packed(tmp_path / "packed").tensors())
     assert "\n" not in str(caught.value)
 
 
@@ -265,7 +265,7 @@ def test_the_stage_changes_no_word_of_a_codec(codec: str, save_tiny: Make, slice
     sliced = slice_tiny(save_tiny(hidden_size=64, intermediate_size=160, vocab_size=96))
     sizes = [freebits.pack(sliced, tmp_path / e, codec=codec, entropy=e)["bytes"]["packed"] for e in ("auto", "none")]
     assert sizes[0] < sizes[1]
-    coded, plain = (dict(unpacked_tensors(tmp_path / entropy)) for entropy in ("auto", "none"))
+    coded, plain = (dict(open_packed(tmp_path / entropy).tensors()) for entropy in ("auto", "none"))
     assert coded.keys() == plain.keys()
     for name, tensor in coded.items():
         assert tensor.dtype == plain[name].dtype

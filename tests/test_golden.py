@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import freebits
 from freebits.checkpoint import Checkpoint
-from freebits.packed import PackedCheckpoint, unpacked_tensors
+from freebits.packed import PackedCheckpoint, open_packed
 from freebits.packed.format import FORMAT
 from tests.golden.make import THRESHOLDS
 
@@ -23,7 +23,7 @@ ULPS = 2
 def test_a_golden_file_decodes_to_its_golden_words(version: int, codec: str) -> None:
     folder = GOLDEN / f"v{version}"
     expected = load_file(folder / f"{codec}.safetensors")
-    decoded = dict(unpacked_tensors(folder / codec))
+    decoded = dict(open_packed(folder / codec).tensors())
     assert decoded.keys() == expected.keys()
     for name, tensor in decoded.items():
         steps = (tensor.view(torch.int16).int() - expected[name].view(torch.int16).int()).abs()

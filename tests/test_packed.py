@@ -21,7 +21,7 @@ from freebits.checkpoint import Checkpoint
 from freebits.coding.corrections import read_corrections
 from freebits.errors import CheckpointError, UsageError
 from freebits.huggingface.modeling import SlicedLlamaConfig, SlicedLlamaForCausalLM
-from freebits.packed import PackedCheckpoint, unpacked_tensors
+from freebits.packed import PackedCheckpoint, open_packed
 from freebits.packed.packing import CODECS
 from freebits.packed.storage import StoredTensors
 from tests.tiny import VARIANTS, tiny_config
@@ -78,7 +78,7 @@ def test_the_saving_is_the_papers_count_and_every_byte_is_counted(packed: Path, 
 
 
 def test_a_single_block_can_be_decoded_alone(packed: Path, tmp_path: Path) -> None:
-    everything = dict(unpacked_tensors(packed))
+    everything = dict(open_packed(packed).tensors())
     checkpoint = PackedCheckpoint(packed)
     site = checkpoint.manifest.sites[2]
     assert site.name == "model.layers.1.attention"
@@ -99,7 +99,7 @@ def test_corrected_words_come_back_exactly_and_the_others_within_the_threshold(s
     exact, coarse = tmp_path / "exact", tmp_path / "coarse"
     pack(sliced, exact, threshold=0.005)
     pack(sliced, coarse, threshold=1e9)
-    right, raw = dict(unpacked_tensors(exact)), dict(unpacked_tensors(coarse))
+    right, raw = dict(open_packed(exact).tensors()), dict(open_packed(coarse).tensors())
     errors = torch.cat([(right[name].double() - raw[name].double()).abs().flatten() for name in right])
     n_corrected = sum(site.get("corrections", 0) for site in freebits.inspect(exact)["sites"])
     assert n_corrected == (errors > 0).sum() > 0
@@ -129,7 +129,7 @@ def test_a_site_that_is_not_finite_is_stored_plain_bit_for_bit(sliced: Path, tmp
     plain = {site["site"]: site["reason"] for site in facts["sites"] if site["codec"] == "plain"}
     assert plain.keys() == {3, 5}
     assert name in plain[3]
-    unpacked = dict(unpacked_tensors(tmp_path / "packed"))
+    unpacked = dict(open_packed(tmp_path / "packed").tensors())
     assert torch.equal(unpacked[name].view(torch.int16), state[name].view(torch.int16))
 
 
@@ -173,21 +173,21 @@ def test_one_flipped_byte_anywhere_is_noticed(packed: Path) -> None:
         damaged[position % len(sound)] ^= 1
         (packed / name).write_bytes(damaged)
         with pytest.raises(CheckpointError):
-            dict(unpacked_tensors(packed))
+            dict(open_packed(packed).tensors())
         (packed / name).write_bytes(sound)
-    dict(unpacked_tensors(packed))
+    dict(open_packed(packed).tensors())
 
 
 def test_a_flipped_byte_in_the_header_is_noticed_or_harmless(packed: Path) -> None:
     sound = (packed / "model.safetensors").read_bytes()
-    expected = dict(unpacked_tensors(packed))
+    expected = dict(open_packed(packed).tensors())
     header = json.loads(sound[8 : 8 + int.from_bytes(sound[:8], "little")])
     for position in range(0, len(json.dumps(header)), 37):
         damaged = bytearray(sound)
         damaged[position] ^= 1
         (packed / "model.safetensors").write_bytes(damaged)
         try:
-            found = dict(unpacked_tensors(packed))
+            found = dict(open_packed(packed).tensors())
         except CheckpointError:
             continue
         assert found.keys() == expected.keys()
@@ -305,7 +305,7 @@ def redigest(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 def test_a_manifest_left_as_it_was_is_read(packed: Path) -> None:
     redigest(packed, dict.copy)
-    dict(unpacked_tensors(packed))
+    dict(open_packed(packed).tensors())
 
 
 @pytest.mark.parametrize(
@@ -347,5 +347,5 @@ def test_a_manifest_left_as_it_was_is_read(packed: Path) -> None:
 def test_a_manifest_that_cannot_be_is_refused(change: Callable[[dict[str, Any]], object], packed: Path) -> None:
     redigest(packed, change)
     with pytest.raises(CheckpointError) as caught:
-        dict(unpacked_tensors(packed))
+        dict(open_packed(packed).tensors())
     assert "\n" not in str(caught.value)

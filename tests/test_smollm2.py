@@ -14,9 +14,9 @@ from torch import Tensor
 import freebits
 from freebits.checkpoint import Checkpoint
 from freebits.demo import PROMPT, generate
-from freebits.packed import PackedCheckpoint, unpacked_tensors
-from freebits.packed.codecs import SITE_CODECS
+from freebits.packed import PackedCheckpoint, open_packed
 from freebits.packed.format import SiteRecord
+from freebits.packed.sites.codecs import SITE_CODECS
 from tests.conftest import DemoRun
 
 Report = Callable[[str], None]
@@ -118,7 +118,7 @@ def elsewhere(environment: dict[str, str], verb: str, source: Path, out: Path, *
 
 
 def test_other_threads_and_kernels_decode_the_same_words(demo_run: DemoRun, tmp_path: Path, report: Report) -> None:
-    reference = dict(unpacked_tensors(demo_run.bits_back))
+    reference = dict(open_packed(demo_run.bits_back).tensors())
     n_words = sum(tensor.numel() for tensor in reference.values())
     for number, (machine, environment) in enumerate(MACHINES.items()):
         decoded = elsewhere(environment, "unpack", demo_run.bits_back, tmp_path / str(number))

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import freebits
 from freebits.huggingface.modeling import SlicedLlamaConfig, SlicedLlamaForCausalLM
-from freebits.packed import unpacked_tensors
+from freebits.packed import open_packed
 from freebits.packed.format import FORMAT
 from freebits.symmetry import random_orthogonal
 from tests.tiny import tiny_config
@@ -39,7 +39,7 @@ def main() -> None:
     save_file(shortcuts, GOLDEN / "sliced" / "model.safetensors", metadata={"format": "pt"})
     for codec, threshold in THRESHOLDS.items():
         freebits.pack(GOLDEN / "sliced", GOLDEN / codec, codec=codec, entropy="none", threshold=threshold)
-        save_file(dict(unpacked_tensors(GOLDEN / codec)), GOLDEN / f"{codec}.safetensors")
+        save_file(dict(open_packed(GOLDEN / codec).tensors()), GOLDEN / f"{codec}.safetensors")
     freebits.pack(GOLDEN / "sliced", GOLDEN / "none", codec="none")  # entropy-coded where that gains
 
 

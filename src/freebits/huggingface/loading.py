@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 import freebits.huggingface.modeling  # noqa: F401  (registers the sliced models)
 from freebits.checkpoint import Checkpoint
 from freebits.errors import CheckpointError, FreebitsError, UsageError
-from freebits.packed import ExactCheckpoint, is_exact, is_packed
+from freebits.packed import is_exact, is_packed, open_packed
 
 
 def load(path: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto") -> Any:
@@ -43,7 +43,7 @@ def _load_exact(path: str | os.PathLike[str], options: dict[str, Any]) -> Any:
     config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
         kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
-    state = dict(ExactCheckpoint(path).tensors())
+    state = dict(open_packed(path).tensors())
     return kind.from_pretrained(None, config=config, state_dict=state, **options)
 
 

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from freebits.checkpoint import DTYPES, Checkpoint, SafetensorsFile, carry_over, new_directory
+from freebits.checkpoint import DTYPES, Checkpoint, SafetensorsFile, carry_over
 from freebits.coding.bits import as_tensor
 from freebits.entropy import compress, decompress
 from freebits.entropy.planes import Bytes
@@ -138,19 +139,6 @@ class ExactCheckpoint:
             raise CheckpointError(f"{self.path}: {entry.key} does not match its digest: download it again")
         return data
 
-    def check(self, jobs: int | None = None) -> Iterator[Bytes]:
-        """Decode everything and check its digest.
-
-        Raises:
-            CheckpointError: a tensor is damaged.
-        """
-        with workers(jobs) as executor:
-            yield from ordered_map(executor, self.read, self._entries)
-
-    @property
-    def _entries(self) -> list[Entry]:
-        return [entry for listed in self.contents.values() for entry in listed]
-
     def tensors(self, jobs: int | None = None) -> Iterator[tuple[str, Tensor]]:
         """Name and tensor of everything, decoded as it is asked for.
 
@@ -167,20 +155,41 @@ class ExactCheckpoint:
         with workers(jobs) as executor:
             yield from ordered_map(executor, tensor, self._entries)
 
+    def check(self, jobs: int | None = None) -> None:
+        """Decode everything, each digest checked.
 
-def unpack_exactly(packed: Path, out: str | os.PathLike[str], jobs: int | None, progress: Progress) -> None:
-    """Write the files that a folder packed with codec `none` was made from."""
-    source = ExactCheckpoint(packed)
-    total, done = len(source.manifest.tensors), 0
-    with new_directory(out) as directory, workers(jobs) as executor:
-        _copy_beside(packed, directory)
-        for file, listed in source.contents.items():
-            header = source.manifest.headers[file].encode()
-            with (directory / file).open("wb") as target:
-                target.write(len(header).to_bytes(_LENGTH, "little") + header)
-                for data in ordered_map(executor, source.read, listed):
-                    target.write(data.data)
-                    progress(done := done + 1, total)
+        Raises:
+            CheckpointError: a tensor is damaged.
+        """
+        with workers(jobs) as executor:
+            for _ in ordered_map(executor, self.read, self._entries):
+                pass
+
+    def unpack(self, directory: Path, jobs: int | None, progress: Progress) -> None:
+        """Write the original files and what lies beside them into a new folder.
+
+        Raises:
+            CheckpointError: a tensor is damaged.
+        """
+        _copy_beside(self.path, directory)
+        total, done = len(self._entries), 0
+        with workers(jobs) as executor:
+            for file, listed in self.contents.items():
+                header = self.manifest.headers[file].encode()
+                with (directory / file).open("wb") as target:
+                    target.write(len(header).to_bytes(_LENGTH, "little") + header)
+                    for data in ordered_map(executor, self.read, listed):
+                        target.write(data.data)
+                        progress(done := done + 1, total)
+
+    @property
+    def n_parameters(self) -> int:
+        """Numbers of the model."""
+        return sum(prod(entry.kind.shape) for entry in self._entries)
+
+    @property
+    def _entries(self) -> list[Entry]:
+        return [entry for listed in self.contents.values() for entry in listed]
 
 
 def _copy_beside(source: Path, target: Path) -> None:

@@ -33,7 +33,7 @@ class SiteRecord:
         site: its number.
         name: where its rotation went: the sublayer that leads to the site, `model.layers.0.attention`, or for site 0
             the layer that reads it.
-        codec: a key of `freebits.packed.codecs.SITE_CODECS`, or `plain`: stored as in the sliced model.
+        codec: a key of `freebits.packed.sites.codecs.SITE_CODECS`, or `plain`: stored as in the sliced model.
         tensors: names and shapes of what its parts decode to, in the order of their words.
         corrections: number of corrected words.
         reason: why a plain site is plain.

@@ -8,10 +8,9 @@ from typing import Any
 from freebits.architecture import Architecture
 from freebits.checkpoint import Checkpoint
 from freebits.errors import CheckpointError, UnsupportedModelError
-from freebits.packed.exact import ExactCheckpoint
-from freebits.packed.format import Manifest, is_exact, is_packed
+from freebits.packed.format import Manifest, is_packed
 from freebits.packed.size import bytes_on_disk, dense_bytes, recorded_baselines
-from freebits.packed.unpacking import PackedCheckpoint
+from freebits.packed.unpacking import open_packed
 
 
 def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -80,11 +79,6 @@ def _kinds(checkpoint: Checkpoint) -> dict[str, str]:
 
 def _n_parameters(checkpoint: Checkpoint) -> int:
     """Numbers of the model as it runs."""
-    if not is_packed(checkpoint.path):
-        shapes = checkpoint.shapes
-    elif is_exact(checkpoint.path):
-        contents = ExactCheckpoint(checkpoint.path).contents
-        shapes = {entry.key: entry.kind.shape for listed in contents.values() for entry in listed}
-    else:
-        shapes = PackedCheckpoint(checkpoint.path).shapes
-    return sum(map(prod, shapes.values()))
+    if is_packed(checkpoint.path):
+        return open_packed(checkpoint.path).n_parameters
+    return sum(map(prod, checkpoint.shapes.values()))

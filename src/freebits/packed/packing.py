@@ -1,20 +1,16 @@
 """Pack a checkpoint: choose the codec, write the files, and last the manifest."""
 
-import json
 import os
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from freebits.architecture import Architecture
-from freebits.checkpoint import Checkpoint, CheckpointWriter, carry_over, new_directory
+from freebits.checkpoint import Checkpoint, new_directory
 from freebits.errors import CheckpointError, UsageError
-from freebits.packed.bitsback import THRESHOLD, BitsBack
-from freebits.packed.canonical import Canonical
 from freebits.packed.exact import pack_exactly
-from freebits.packed.format import DTYPES, ENTROPIES, FORMAT, Manifest, SiteRecord, digest_of_file, is_packed
+from freebits.packed.format import DTYPES, ENTROPIES, Manifest, digest_of_file, is_packed
 from freebits.packed.inspection import inspect
-from freebits.packed.plan import Codec, Plan
-from freebits.packed.shortcuts import RANKS, SlicedModel, shortcut_ranks
+from freebits.packed.sites import THRESHOLD, BitsBack, Canonical, pack_sites
 from freebits.progress import Progress, silent
 
 CODECS = tuple(DTYPES)
@@ -59,18 +55,13 @@ def pack(
     for kind, value, known in (("codec", codec, CODECS), ("entropy stage", entropy, ENTROPIES)):
         if value not in known:
             raise UsageError(f"there is no {kind} {value!r}: choose one of {', '.join(known)}")
-    if threshold is not None and codec != "bits-back":
-        raise UsageError(f"a threshold is of codec bits-back: {codec} has nothing to correct")
-    chosen = BitsBack(THRESHOLD if threshold is None else threshold) if codec == "bits-back" else Canonical()
+    write = _writer(codec, threshold)
     source = Checkpoint(model)
     if is_packed(model):
         raise CheckpointError(f"{model} is packed already: unpack it first")
     sizes = inspect(model)["bytes"]
     with new_directory(out) as directory:
-        if codec == "none":
-            contents = pack_exactly(source, directory, entropy == "auto", jobs, progress)
-        else:
-            contents = _pack_sites(source, directory, chosen, codec, entropy == "auto", jobs, progress)
+        contents = write(source, directory, entropy == "auto", jobs, progress)
         Manifest(
             codec=codec,
             entropy=entropy,
@@ -81,46 +72,11 @@ def pack(
     return inspect(out)
 
 
-def _pack_sites(
-    source: Checkpoint,
-    directory: Path,
-    chosen: Codec,
-    codec: str,
-    entropy: bool,
-    jobs: int | None,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Write a sliced model with its sites encoded; returns what the manifest says of the contents."""
-    plan = _plan(source, DTYPES[codec])
-    sublayers = [sublayer for block in plan.architecture.blocks for sublayer in block]
-    names = [*plan.sliced.shapes, *(name for sublayer in sublayers for name in chosen.part_names(sublayer))]
-    carry_over(source.path, directory)
-    digests: dict[str, str] = {}
-    coded: dict[str, str] = {}
-    sites: list[SiteRecord] = []
-    with CheckpointWriter.like(source, directory, names) as writer:
-        for records, tensors in plan.run(chosen, entropy, jobs, progress):
-            sites += records
-            for name, stored in tensors.items():
-                writer.write(name, stored.tensor)
-                digests[name] = stored.digest
-                coded |= {name: str(stored.kind)} if stored.kind else {}
-    config = {key: value for key, value in source.config.items() if key != RANKS}
-    config |= shortcut_ranks(plan.architecture, sites) | {"packed": {"format": FORMAT, "codec": codec}}
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    dtype = str(plan.dtype).removeprefix("torch.")
-    return {"dtype": dtype, "threshold": chosen.threshold, "sites": sites, "tensors": digests, "coded": coded}
-
-
-def _plan(sliced: Checkpoint, dtypes: tuple[str, ...]) -> Plan:
-    architecture = Architecture.of(sliced.config)
-    if sliced.config["model_type"] != architecture.family.sliced_model_type:
-        raise CheckpointError(f"{sliced.path} is a dense model, whose shortcuts leave no rotation free: slice it first")
-    model = SlicedModel(sliced, architecture)
-    names = [str(dtype).removeprefix("torch.") for dtype in model.dtypes]
-    if len(names) != 1 or names[0] not in dtypes:
-        raise CheckpointError(
-            f"{sliced.path}: weights are {' and '.join(sorted(names))}; this codec needs them all in one dtype of "
-            f"{', '.join(dtypes)}: slice with --dtype"
-        )
-    return Plan.of(model, architecture, model.dtypes.pop())
+def _writer(codec: str, threshold: float | None) -> Callable[..., dict[str, Any]]:
+    """What writes a checkpoint's files with a codec, and returns what the manifest says of them."""
+    if threshold is not None and codec != "bits-back":
+        raise UsageError(f"a threshold is of codec bits-back: {codec} has nothing to correct")
+    if codec == "none":
+        return pack_exactly
+    chosen = BitsBack(THRESHOLD if threshold is None else threshold) if codec == "bits-back" else Canonical()
+    return partial(pack_sites, chosen)

@@ -1,167 +1,43 @@
-"""Read a packed checkpoint: validate, then decode site by site (paper, Algorithm 6)."""
+"""Read a packed folder, whatever its codec."""
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from freebits.architecture import Architecture
-from freebits.checkpoint import Checkpoint, CheckpointWriter, carry_over, new_directory
-from freebits.errors import CheckpointError
-from freebits.packed.codecs import SITE_CODECS
-from freebits.packed.exact import unpack_exactly
-from freebits.packed.format import MANIFEST, PLAIN, Manifest, SiteRecord, is_exact, is_packed
-from freebits.packed.parallel import ordered_map, workers
-from freebits.packed.shortcuts import RANKS, Shortcuts
-from freebits.packed.storage import Kind, StoredTensors, bytes_of, digest
+from freebits.checkpoint import new_directory
+from freebits.packed.exact import ExactCheckpoint
+from freebits.packed.format import is_exact, is_packed
+from freebits.packed.sites import PackedCheckpoint
 from freebits.progress import Progress, silent
 
 
-class PackedCheckpoint:
-    """A packed directory, validated as far as its headers go; tensors are checked as they are read.
+class Packed(Protocol):
+    """A packed folder. To open it checks its headers, to read a tensor its digest; both raise `CheckpointError`."""
+
+    @property
+    def n_parameters(self) -> int:
+        """Numbers of the model as it runs."""
+
+    def tensors(self, jobs: int | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Name and tensor of everything, decoded as it is asked for, `jobs` at once."""
+
+    def check(self, jobs: int | None = None) -> None:
+        """Decode everything."""
+
+    def unpack(self, directory: Path, jobs: int | None, progress: Progress) -> None:
+        """Write the plain checkpoint into a new folder."""
+
+
+def open_packed(path: str | os.PathLike[str]) -> Packed:
+    """The packed folder at `path`.
 
     Raises:
-        CheckpointError: the directory is not packed, or a file is missing, damaged or not what the manifest says.
+        CheckpointError: the folder is not packed, or a file is missing, damaged or not what the manifest says.
     """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        Checkpoint(path)
-        if not is_packed(path):
-            raise CheckpointError(f"{path} holds no {MANIFEST}: it is not a packed checkpoint")
-        self.manifest = Manifest.read(self.path)
-        if self.manifest.codec == "none":
-            raise CheckpointError(f"{path} was packed with codec none: unpack it first")
-        try:
-            kinds = {name: Kind.parse(kind) for name, kind in self.manifest.coded.items()}
-        except ValueError as error:
-            raise self._broken(MANIFEST, str(error)) from None
-        self.stored = StoredTensors(path, kinds)
-        for name in sorted(self.stored.files.keys() ^ self.manifest.tensors.keys()):
-            raise self._broken(name, "is in the manifest or in a file, but not in both")
-        self._sites = {site.name: site for site in self.manifest.sites if site.codec != PLAIN}
-        self._owner = self._owners()
-        for site in self._sites.values():
-            self._check(site)
-        architecture = Architecture.of(self.stored.config)
-        self.shortcuts = Shortcuts(self.stored.config, architecture)
-        architecture.check(self.shortcuts.dense_shapes(self.shapes), self.stored.config.get("site_sizes", ()))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the words."""
-        dtype: torch.dtype = getattr(torch, self.manifest.dtype)
-        return dtype
-
-    def read(self, name: str) -> Tensor:
-        """One stored tensor, its digest checked."""
-        try:
-            tensor = self.stored[name]
-        except ValueError as error:
-            raise self._broken(name, f"cannot be decoded ({error})") from None
-        if digest(Kind.of(tensor), bytes_of(tensor)) != self.manifest.tensors[name]:
-            raise self._broken(name, "does not match its digest")
-        return tensor
-
-    def parts(self, site: SiteRecord) -> dict[str, str]:
-        """Names under which an encoded site's parts are stored, those that it has."""
-        parts = SITE_CODECS[site.codec].parts(site)
-        return {part: name for part, name in parts.items() if name in self.stored.files}
-
-    def decode_site(self, site: SiteRecord) -> dict[str, Tensor]:
-        """The tensors of one encoded site, from this site's own parts alone."""
-        parts = {part: self.read(name) for part, name in self.parts(site).items()}
-        try:
-            return SITE_CODECS[site.codec].decode(site, parts)
-        except ValueError as error:
-            raise self._broken(site.name, f"cannot be decoded ({error})") from None
-
-    @property
-    def units(self) -> list[str]:
-        """What is decoded in one go: each encoded site, by its name, and each plain tensor."""
-        return list(dict.fromkeys(self._owner.get(name, name) for name in self.stored.files))
-
-    def mapped(self, jobs: int | None = None) -> Iterator[dict[str, Tensor]]:
-        """The model's tensors as it runs; what is stored as it is is mapped, not read, so its digest is not checked."""
-        mapped = {name for name in self.units if name not in self._sites and name not in self.stored.coded}
-        yield {name: self.stored[name] for name in mapped}
-        with workers(jobs) as executor:
-            yield from ordered_map(executor, self._decode_unit, [name for name in self.units if name not in mapped])
-
-    def decode(self, jobs: int | None = None, *, dense_shortcuts: bool = False) -> Iterator[dict[str, Tensor]]:
-        """The model's tensors, as it runs or with dense shortcuts: one plain tensor or one site at a time."""
-
-        def decoded(name: str) -> dict[str, Tensor]:
-            tensors = self._decode_unit(name)
-            if not dense_shortcuts:
-                return tensors
-            dense = ((self.shortcuts.dense_name(n), self.shortcuts.dense(n, t).to(t.dtype)) for n, t in tensors.items())
-            return dict(dense)
-
-        with workers(jobs) as executor:
-            yield from ordered_map(executor, decoded, self.units)
-
-    def _decode_unit(self, name: str) -> dict[str, Tensor]:
-        return self.decode_site(self._sites[name]) if name in self._sites else {name: self.read(name)}
-
-    def _owners(self) -> dict[str, str]:
-        """Stored tensor → the encoded site it is a part of."""
-        owners: dict[str, str] = {}
-        decoded: set[str] = set()
-        for site in self._sites.values():
-            if site.codec not in SITE_CODECS:
-                raise self._broken(site.name, f"has codec {site.codec!r}, which is not known")
-            parts = set(SITE_CODECS[site.codec].parts(site).values())
-            names = [name for name, _ in site.tensors]
-            others = {name for name in names if name not in parts} & self.stored.files.keys()
-            if parts & owners.keys() or others or len(names) != len(set(names)) or decoded & set(names):
-                raise self._broken(site.name, "has a tensor that is stored twice")
-            owners |= dict.fromkeys(parts, site.name)
-            decoded |= set(names)
-        return owners
-
-    def _check(self, site: SiteRecord) -> None:
-        """Whether an encoded site's parts have the sizes that its record implies."""
-        codec = SITE_CODECS[site.codec]
-        shapes, dtypes = self.stored.shapes, self.stored.dtypes
-        stored = self.parts(site)
-        for part, name in codec.parts(site).items():
-            if part not in stored and part not in codec.optional:
-                raise self._broken(name, "is missing")
-        try:
-            expected = codec.expected(site, {part: shapes[name] for part, name in stored.items()})
-        except (ValueError, IndexError) as error:
-            raise self._broken(site.name, f"cannot be as the manifest says ({error})") from None
-        for part, name in stored.items():
-            shape, of_words = expected[part]
-            if shapes[name] != shape or dtypes[name] != (self.dtype if of_words else torch.uint8):
-                raise self._broken(name, "has another size or dtype than the manifest implies")
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the tensors that are decoded."""
-        shapes = {name: shape for name, shape in self.stored.shapes.items() if name not in self._owner}
-        for site in self._sites.values():
-            shapes |= {name: tuple(shape) for name, shape in site.tensors}
-        return shapes
-
-    def _broken(self, name: str, finding: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: {name} {finding}: the file is damaged, download it again")
-
-
-def unpacked_tensors(path: str | os.PathLike[str], jobs: int | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of everything in a packed checkpoint, decoded as it is asked for, each digest checked.
-
-    Shortcuts that are stored as factors stay factors, as the model runs them.
-
-    Raises:
-        CheckpointError: see `PackedCheckpoint`.
-    """
-    for tensors in PackedCheckpoint(path).decode(jobs):
-        yield from tensors.items()
+    return ExactCheckpoint(path) if is_packed(path) and is_exact(path) else PackedCheckpoint(path)
 
 
 def unpack(
@@ -186,17 +62,6 @@ def unpack(
         CheckpointError: the folder is not packed or is damaged, or `out` exists.
         UsageError: `jobs` is less than one.
     """
-    if is_packed(packed) and is_exact(packed):
-        unpack_exactly(Path(packed), out, jobs, progress)
-        return
-    source = PackedCheckpoint(packed)
-    config = {key: value for key, value in source.stored.config.items() if key not in ("packed", RANKS)}
+    source = open_packed(packed)
     with new_directory(out) as directory:
-        carry_over(source.path, directory, but=[MANIFEST])
-        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        n_units = len(source.units)
-        with CheckpointWriter.like(source.stored, directory, map(source.shortcuts.dense_name, source.shapes)) as writer:
-            for done, tensors in enumerate(source.decode(jobs, dense_shortcuts=True), start=1):
-                for name, tensor in tensors.items():
-                    writer.write(name, tensor)
-                progress(done, n_units)
+        source.unpack(directory, jobs, progress)

@@ -5,9 +5,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from freebits.packed.bitsback import BitsBackSite
-from freebits.packed.canonical import LOWER, SYMMETRIC, SymmetricSite, TriangleSite
 from freebits.packed.format import SiteRecord
+from freebits.packed.sites.bitsback import BitsBackSite
+from freebits.packed.sites.canonical import LOWER, SYMMETRIC, SymmetricSite, TriangleSite
 
 
 class SiteCodec(Protocol):

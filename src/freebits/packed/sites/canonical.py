@@ -14,7 +14,7 @@ from freebits.architecture import Sublayer
 from freebits.coding import lower_matrix, lower_words, n_lower_words, symmetric_matrix
 from freebits.packed.format import SiteRecord
 from freebits.packed.parallel import ordered_map
-from freebits.packed.plan import Block, Factors, Plan, Rotations
+from freebits.packed.sites.plan import Block, Factors, Plan, Rotations
 from freebits.symmetry import Shortcut, carried_rotation, decompose, trapezoid, triangular_rotation
 
 LOWER, SYMMETRIC = "lower", "symmetric"
@@ -25,6 +25,7 @@ FINEST = 1e-10
 class Canonical:
     """The codec."""
 
+    name = "canonical"
     threshold = None
 
     def rotations(self, plan: Plan, executor: ThreadPoolExecutor) -> Iterator[tuple[Rotations, Factors]]:
@@ -101,7 +102,7 @@ def _obstacle(plan: Plan, sub: Sublayer) -> str:
 
 
 class TriangleSite:
-    """The reader's side of a matrix of which a triangle is stored: see `freebits.packed.codecs.SiteCodec`."""
+    """The reader's side of a matrix of which a triangle is stored: see `freebits.packed.sites.codecs.SiteCodec`."""
 
     optional = ()
 

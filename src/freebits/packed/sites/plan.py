@@ -13,7 +13,7 @@ from torch import Tensor
 from freebits.architecture import Architecture, Axis, Sublayer
 from freebits.packed.format import SiteRecord
 from freebits.packed.parallel import ordered_map, workers
-from freebits.packed.shortcuts import SlicedModel
+from freebits.packed.sites.shortcuts import SlicedModel
 from freebits.packed.storage import Stored, store
 from freebits.progress import Progress
 from freebits.symmetry import rotate
@@ -28,6 +28,10 @@ Axes = Mapping[str, tuple[Axis, ...]]
 
 class Codec(Protocol):
     """What a codec decides."""
+
+    @property
+    def name(self) -> str:
+        """By which users choose it."""
 
     @property
     def threshold(self) -> float | None:

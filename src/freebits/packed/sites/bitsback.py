@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from freebits.coding import Coded, Declined, canonical_direction, decode, encode
 from freebits.errors import UsageError
 from freebits.packed.format import SiteRecord
 from freebits.packed.parallel import ordered_map
-from freebits.packed.plan import Block, Factors, Plan, Rotations
+from freebits.packed.sites.plan import Block, Factors, Plan, Rotations
 
 THRESHOLD = 0.01
 CODEC = "bits-back"
@@ -26,6 +27,7 @@ class BitsBack:
     """The codec, with the largest error of a decoded word that is left without a correction."""
 
     threshold: float = THRESHOLD
+    name: ClassVar[str] = CODEC
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold < math.inf:
@@ -82,7 +84,7 @@ class BitsBack:
 
 
 class BitsBackSite:
-    """The reader's side: see `freebits.packed.codecs.SiteCodec`."""
+    """The reader's side: see `freebits.packed.sites.codecs.SiteCodec`."""
 
     optional = ("corrections",)
 
