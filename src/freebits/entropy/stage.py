@@ -7,17 +7,12 @@ Layout, little-endian: numbers a chunk (u32); for each chunk and plane the bytes
 has where it is stored as it is; then those planes, one after another.
 """
 
-import sys
 import threading
 
 import numpy as np
 
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
-
 from freebits.entropy.planes import Bytes, merge, n_planes, split
+from freebits.entropy.zstd import zstd
 
 CHUNK, FINE_CHUNK = 1 << 20, 1 << 15
 """Numbers a chunk: enough to forget the cost of tables; or few, for a tensor whose parts differ in scale."""
