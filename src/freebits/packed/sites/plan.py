@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import chain, islice, pairwise
 from typing import Protocol
 
 import torch
@@ -92,9 +92,12 @@ class Plan:
                 (axes, block, before | after, factors)
                 for axes, block, ((before, _), (after, factors)) in zip(parts, blocks, pairwise(found), strict=True)
             )
-            for done, result in enumerate(ordered_map(executor, encoded, work), start=1):
+            for done, result in enumerate(ordered_map(executor, encoded, islice(work, len(parts) - 1)), start=1):
                 yield result
                 progress(done, len(parts))
+        for head in work:  # when nothing else is left to do, it gets every processor
+            yield encoded(head)
+            progress(len(parts), len(parts))
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Those of the named tensors that the sliced model has."""
