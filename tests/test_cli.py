@@ -190,6 +190,8 @@ def assert_one_line(capsys: CaptureFixture, finding: str) -> None:
         (("eval", "dense", "--data-dir", "dense"), "--tasks"),
         (("slice", "dense", "out", "--sparsity", 0.2, "--seed", 2**64), "seed"),
         (("slice", "x" * 300, "out", "--sparsity", 0.2), "is not a folder"),
+        (("unpack", "x" * 300, "out"), "is not a folder"),
+        (("verify", "x" * 300), "is not a folder"),
         (("slice", "dense", "x" * 300, "--sparsity", 0.2, "--seq-len", 32), "cannot be created"),
         (("eval", "dense", "--device", "meta"), "'meta' cannot be used"),
     ],

@@ -11,8 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 import freebits
+from freebits.checkpoint import Checkpoint
 from freebits.entropy import compress, decompress
 from freebits.entropy import stage as entropy_stage
 from freebits.entropy.planes import Bytes, merge, n_planes, split
@@ -120,7 +123,7 @@ def tensors(draw: st.DrawFn) -> Tensors:
     """Tensors of any dtype and shape, of weights or of any bytes."""
     found: Tensors = {}
     for number in range(draw(st.integers(0, 4))):
-        code = draw(st.sampled_from(["F16", "BF16", "F32", "F64", "I8", "BOOL", "I64", "U16", "F8_E4M3"]))
+        code = draw(st.sampled_from(["F16", "BF16", "F32", "F64", "I8", "BOOL", "I64", "U16", "F8_E4M3", "F8_E8M0"]))
         shape = draw(st.lists(st.integers(0, 40), max_size=3))
         size = int(np.prod(shape, dtype=np.int64)) * n_planes(code)
         some = draw(st.binary(min_size=min(size, 50), max_size=min(size, 50)))
@@ -173,12 +176,27 @@ def test_a_dense_model_comes_back_and_runs_packed(
     assert (facts["kind"], facts["codec"], facts["entropy"]) == ("packed", "none", "auto")
     assert facts["bytes"]["packed"] < 0.9 * facts["bytes"]["dense"] + 20_000  # the manifest
     tokens = torch.arange(20)[None]
+    (tmp_path / "packed" / "generation_config.json").write_text('{"temperature": 0.25, "do_sample": true}')
+    model = freebits.load(tmp_path / "packed")
     with torch.no_grad():
-        outputs = [freebits.load(path)(tokens).logits for path in (dense, tmp_path / "packed")]
-    assert torch.equal(*outputs)
+        assert torch.equal(model(tokens).logits, freebits.load(dense)(tokens).logits)
+    assert model.generation_config.temperature == 0.25
+    assert model.name_or_path == model.config.name_or_path == str(tmp_path / "packed")
+    with pytest.raises(RuntimeError, match="mismatch"):  # not silently a model at random
+        AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
     text = random_text(200)
     measured = [freebits.evaluate(path, text=text, seq_len=32)["perplexity"] for path in (dense, tmp_path / "packed")]
     assert measured[0] == measured[1]
+
+
+def test_weights_beside_the_model_come_back_but_are_not_loaded(save_tiny: Make, tmp_path: Path) -> None:
+    dense = save_tiny()
+    names = list(Checkpoint(dense).files)
+    save_file({name: torch.zeros(3) for name in names}, dense / "model_ema.safetensors")
+    facts = assert_comes_back(dense, tmp_path)
+    assert all(tensor.any() for _, tensor in open_packed(tmp_path / "packed").tensors())
+    assert facts["bits_per_parameter"] > 8
+    freebits.load(tmp_path / "packed")
 
 
 def test_a_sliced_model_comes_back_and_runs_packed(save_tiny: Make, slice_tiny: Make, tmp_path: Path) -> None:
@@ -215,10 +233,18 @@ def test_damage_to_an_exactly_packed_model_is_noticed(save_tiny: Make, tmp_path:
                 harmless += 1
             (packed / name).write_bytes(sound)
     assert noticed > 10 * harmless
-    for kept in (0, 7, 100, sizes["model.safetensors"] // 2):
+    sound = (packed / "model.safetensors").read_bytes()
+    for kept in (0, 7, 100, len(sound) // 2, len(sound) - 1):
         (packed / "model.safetensors").write_bytes(sound[:kept])
-        with pytest.raises(CheckpointError):
+        with pytest.raises(CheckpointError, match="truncated"):
             freebits.unpack(packed, tmp_path / "out")
+
+
+def _edit_header(manifest: dict[str, Any], change: Callable[[dict[str, Any]], object]) -> None:
+    """Change what a header tells of its first tensor."""
+    header = json.loads(manifest["headers"]["model.safetensors"])
+    change(min((told for name, told in header.items() if name != "__metadata__"), key=lambda t: t["data_offsets"]))
+    manifest["headers"]["model.safetensors"] = json.dumps(header)
 
 
 @pytest.mark.parametrize(
@@ -234,6 +260,10 @@ def test_damage_to_an_exactly_packed_model_is_noticed(save_tiny: Make, tmp_path:
             {"model.safetensors": m["headers"]["model.safetensors"].replace("0,", '"0",', 1)}
         ),
         lambda m: m["headers"].update({file: text.replace(":[", ":[9", 9) for file, text in m["headers"].items()}),
+        lambda m: _edit_header(m, lambda told: told["data_offsets"].__setitem__(1, 10**30)),
+        lambda m: _edit_header(m, lambda told: told["data_offsets"].__setitem__(0, 0.0)),
+        lambda m: _edit_header(m, lambda told: told.update(shape=["x"])),
+        lambda m: m["headers"].update({"model.safetensors": m["headers"]["model.safetensors"].replace("pt", "\ud800")}),
         lambda m: m.update(headers={"../packed/model.safetensors": m["headers"]["model.safetensors"]}),
         lambda m: m.update(headers={"config.json": m["headers"]["model.safetensors"]}),
         lambda m: m["tensors"].popitem(),

@@ -16,6 +16,8 @@ from freebits.errors import CheckpointError
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+HEADER_LENGTH = 8
+"""Bytes of the number that a safetensors file begins with."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 DTYPES = {
@@ -130,6 +132,13 @@ class Checkpoint:
             dtypes[name] = DTYPES[code]
         return dtypes
 
+    @cached_property
+    def n_bytes(self) -> dict[str, int]:
+        """Bytes that every tensor takes in its file, whatever its dtype."""
+        told = {file: json.loads(header_of(self.path / file)) for file in self._handles}
+        offsets = {name: told[file][name]["data_offsets"] for name, file in self.files.items()}
+        return {name: end - begin for name, (begin, end) in offsets.items()}
+
     def __getitem__(self, name: str) -> Tensor:
         """The tensor called `name`, as stored."""
         if name not in self.files:
@@ -146,6 +155,21 @@ class Checkpoint:
 
     def _slice(self, name: str) -> Any:
         return self._handles[self.files[name]].get_slice(name)
+
+
+def header_of(file: Path) -> str:
+    """The text at the head of a safetensors file, which lists its tensors.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    try:
+        with safe_open(file, framework="pt"):  # which checks it
+            pass
+        with file.open("rb") as stream:
+            return stream.read(int.from_bytes(stream.read(HEADER_LENGTH), "little")).decode()
+    except (OSError, SafetensorError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file} is truncated or damaged ({error}): download it again") from None
 
 
 def _open(file: Path) -> Any:

@@ -26,11 +26,11 @@ def verify(
     limit: int = WINDOWS,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Check every digest of a packed checkpoint and, against the sliced model, how close the functions are.
+    """Check every digest of a packed checkpoint and, against the model it was made from, how close the functions are.
 
     Args:
         packed: folder of the packed checkpoint.
-        against: folder of the sliced model; without it only the digests are checked and every site is decoded.
+        against: folder of that model; without it only the digests are checked and every site is decoded.
         text: what to run both on; by default the embedded held-out text.
         seq_len: tokens a window.
         limit: use the first so many windows.
@@ -42,6 +42,7 @@ def verify(
 
     Raises:
         CheckpointError: a folder is no sound checkpoint, or a digest does not match.
+        UsageError: there are no windows of that length and number in the text.
     """
     open_packed(packed).check()
     if against is None:

@@ -3,14 +3,15 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-import freebits.huggingface.modeling  # noqa: F401  (registers the sliced models)
 from freebits.checkpoint import Checkpoint
 from freebits.errors import CheckpointError, FreebitsError, UsageError
+from freebits.huggingface.modeling import settle  # the import registers the sliced models
 from freebits.packed import is_exact, is_packed, open_packed
 
 
@@ -44,7 +45,9 @@ def _load_exact(path: str | os.PathLike[str], options: dict[str, Any]) -> Any:
     with torch.device("meta"):
         kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
     state = dict(open_packed(path).tensors())
-    return kind.from_pretrained(None, config=config, state_dict=state, **options)
+    model, found = kind.from_pretrained(None, config=config, state_dict=state, **options)
+    settle(model, path, Path(path))
+    return model, found
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:

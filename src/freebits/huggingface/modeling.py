@@ -62,10 +62,7 @@ class SlicedCausalLM(PreTrainedModel):
         parsed = copy.deepcopy(parsed)
         del parsed.packed  # the model in memory is a sliced one, and is saved as such
         loaded = super().from_pretrained(None, *args, config=parsed, state_dict=state, **rest)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
-        model.name_or_path = model.config.name_or_path = str(path)
-        if (folder / "generation_config.json").exists():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
+        settle(loaded[0] if isinstance(loaded, tuple) else loaded, path, folder)  # with output_loading_info=True
         return loaded
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
@@ -73,6 +70,13 @@ class SlicedCausalLM(PreTrainedModel):
         self.config.auto_map = auto_map(self.family)
         super().save_pretrained(save_directory, *args, **kwargs)
         write_remote_code(Path(save_directory), self.family)
+
+
+def settle(model: Any, path: str | os.PathLike[str], folder: Path) -> None:
+    """Do what transformers does for a model only where it reads the weights itself."""
+    model.name_or_path = model.config.name_or_path = str(path)
+    if (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
 def _local_folder(path: str | os.PathLike[str], source: Mapping[str, Any]) -> Path:

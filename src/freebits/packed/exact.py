@@ -19,17 +19,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from freebits.checkpoint import DTYPES, Checkpoint, SafetensorsFile, carry_over
+from freebits.checkpoint import DTYPES, HEADER_LENGTH, Checkpoint, SafetensorsFile, carry_over, header_of
 from freebits.coding.bits import as_tensor
 from freebits.entropy import compress, decompress
 from freebits.entropy.planes import Bytes
 from freebits.errors import CheckpointError
 from freebits.packed.format import MANIFEST, Manifest
 from freebits.packed.parallel import ordered_map, workers
-from freebits.packed.storage import Kind, bytes_of, digest
+from freebits.packed.storage import MOST, Kind, bytes_of, digest
 from freebits.progress import Progress
 
-_LENGTH = 8
 _BESIDE = ("config.json", "*.index.json", "*.py")
 """What is copied here though `carry_over` leaves it behind: it belongs to the model as it is."""
 
@@ -62,12 +61,15 @@ def entries(file: str, header: str) -> list[Entry]:
             for name, told in json.loads(header).items()
             if name != "__metadata__"
         ]
-        listed.sort(key=lambda entry: (entry.begin, entry.end))
-        ends = [0, *(entry.end for entry in listed)]
-        gaps = any(entry.begin != end or entry.end < end for entry, end in zip(listed, ends, strict=False))
+        header.encode()
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"the header of {file} is damaged ({error})") from None
-    if gaps or not all(type(end) is int for end in ends):
+    sizes = chain.from_iterable((entry.begin, entry.end, *entry.kind.shape) for entry in listed)
+    if not all(type(size) is int and 0 <= size < MOST for size in sizes):
+        raise ValueError(f"the header of {file} has a size that cannot be")
+    listed.sort(key=lambda entry: (entry.begin, entry.end))
+    ends = [0, *(entry.end for entry in listed)]
+    if any(entry.begin != end or entry.end < end for entry, end in zip(listed, ends, strict=False)):
         raise ValueError(f"the header of {file} leaves gaps")
     return listed
 
@@ -81,7 +83,7 @@ def pack_exactly(
         CheckpointError: a file is damaged.
     """
     _copy_beside(source.path, directory)
-    headers = {file.name: _header(file) for file in sorted(source.path.glob("*.safetensors"))}
+    headers = {file.name: header_of(file) for file in sorted(source.path.glob("*.safetensors"))}
     contents = {file: entries(file, header) for file, header in headers.items()}
     total, done, digests = sum(map(len, contents.values())), 0, {}
     with workers(jobs) as executor:
@@ -105,7 +107,7 @@ class ExactCheckpoint:
     """A folder packed with codec `none`; tensors are decoded and checked as they are read.
 
     Raises:
-        CheckpointError: a file is missing or damaged.
+        CheckpointError: a file is missing or damaged; of a tensor that is noticed when it is read.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -140,7 +142,7 @@ class ExactCheckpoint:
         return data
 
     def tensors(self, jobs: int | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Name and tensor of everything, decoded as it is asked for.
+        """Name and tensor of the model, decoded as it is asked for; other weights may lie beside it.
 
         Raises:
             CheckpointError: a tensor is damaged, or of a dtype that this version does not know.
@@ -153,7 +155,7 @@ class ExactCheckpoint:
             return entry.name, data.view(DTYPES[entry.kind.code]).reshape(entry.kind.shape)
 
         with workers(jobs) as executor:
-            yield from ordered_map(executor, tensor, self._entries)
+            yield from ordered_map(executor, tensor, self._model)
 
     def check(self, jobs: int | None = None) -> None:
         """Decode everything, each digest checked.
@@ -177,7 +179,7 @@ class ExactCheckpoint:
             for file, listed in self.contents.items():
                 header = self.manifest.headers[file].encode()
                 with (directory / file).open("wb") as target:
-                    target.write(len(header).to_bytes(_LENGTH, "little") + header)
+                    target.write(len(header).to_bytes(HEADER_LENGTH, "little") + header)
                     for data in ordered_map(executor, self.read, listed):
                         target.write(data.data)
                         progress(done := done + 1, total)
@@ -185,7 +187,13 @@ class ExactCheckpoint:
     @property
     def n_parameters(self) -> int:
         """Numbers of the model."""
-        return sum(prod(entry.kind.shape) for entry in self._entries)
+        return sum(prod(entry.kind.shape) for entry in self._model)
+
+    @property
+    def _model(self) -> list[Entry]:
+        """The tensors of the files that are loaded."""
+        files = {file.name for file in Checkpoint(self.path).weight_files}
+        return [entry for entry in self._entries if entry.file in files]
 
     @property
     def _entries(self) -> list[Entry]:
@@ -204,19 +212,9 @@ def _checked(file: str) -> str:
     return file
 
 
-def _header(file: Path) -> str:
-    try:
-        with safe_open(file, framework="pt"):  # which checks it
-            pass
-        with file.open("rb") as stream:
-            return stream.read(int.from_bytes(stream.read(_LENGTH), "little")).decode()
-    except (OSError, SafetensorError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file} is truncated or damaged ({error}): download it again") from None
-
-
 def _data(file: Path, header: str) -> Bytes:
     """The bytes of a file behind its header, mapped."""
-    start = _LENGTH + len(header.encode())
+    start = HEADER_LENGTH + len(header.encode())
     if file.stat().st_size == start:
         return np.empty(0, np.uint8)
     return np.memmap(file, np.uint8, "r", offset=start)

@@ -159,7 +159,11 @@ def is_packed(path: str | os.PathLike[str]) -> bool:
 
 
 def is_exact(path: str | os.PathLike[str]) -> bool:
-    """Whether a packed folder holds a checkpoint's files as they were, with codec `none`."""
+    """Whether a packed folder holds a checkpoint's files as they were, with codec `none`.
+
+    Raises:
+        CheckpointError: the manifest is damaged.
+    """
     return Manifest.read(Path(path)).codec == "none"
 
 

@@ -55,10 +55,10 @@ def _groups(checkpoint: Checkpoint, on_disk: int) -> dict[str, int]:
     """Bytes on disk by what they are for: a sort of layer, side data, or everything around the tensors."""
     groups: dict[str, int] = {}
     kinds = _kinds(checkpoint)
-    for name, shape in checkpoint.shapes.items():
+    for name, n_bytes in checkpoint.n_bytes.items():
         kind = next((kind for module, kind in kinds.items() if name.startswith(f"{module}.")), "other tensors")
         kind = "side data" if name.endswith((".signs", ".corrections")) else kind
-        groups[kind] = groups.get(kind, 0) + prod(shape) * checkpoint.dtypes[name].itemsize
+        groups[kind] = groups.get(kind, 0) + n_bytes
     return groups | {"headers, manifest, config": on_disk - sum(groups.values())}
 
 

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ def dense_bytes(dense: Checkpoint, architecture: Architecture) -> dict[str, int]
     """The two baselines: `dense`, the files as they are, and `dense_untied`, the paper's, with a head of its own."""
     on_disk = bytes_on_disk(dense.path)
     shared = architecture.tied and architecture.head not in dense.files and architecture.embedding in dense.files
-    return {"dense": on_disk, "dense_untied": on_disk + (_n_bytes(dense, architecture.embedding) if shared else 0)}
+    return {"dense": on_disk, "dense_untied": on_disk + (dense.n_bytes[architecture.embedding] if shared else 0)}
 
 
 def recorded_baselines(config: Mapping[str, Any]) -> dict[str, int | None]:
@@ -39,7 +38,3 @@ def recorded_baselines(config: Mapping[str, Any]) -> dict[str, int | None]:
 def change(n_bytes: int | None, baseline: int | None) -> float | None:
     """Percent by which `n_bytes` differs from `baseline`; negative is smaller."""
     return 100 * (n_bytes / baseline - 1) if n_bytes and baseline else None
-
-
-def _n_bytes(checkpoint: Checkpoint, name: str) -> int:
-    return prod(checkpoint.shapes[name]) * checkpoint.dtypes[name].itemsize

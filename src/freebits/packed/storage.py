@@ -15,7 +15,8 @@ from freebits.entropy import compress, decompress
 from freebits.entropy.planes import Bytes
 from freebits.errors import CheckpointError
 
-_MOST = 2**40
+MOST = 2**40
+"""More bytes or numbers than any tensor has."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Kind:
         """
         code, bracket, sizes = text.removesuffix("]").partition("[")
         shape = tuple(int(size) for size in sizes.split(",") if size)
-        if not (bracket and text.endswith("]") and all(0 <= size < _MOST for size in shape)):
+        if not (bracket and text.endswith("]") and all(0 <= size < MOST for size in shape)):
             raise ValueError(f"{text!r} is no dtype and shape")
         return cls(code, shape)
 

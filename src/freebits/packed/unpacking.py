@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from freebits.checkpoint import new_directory
+from freebits.checkpoint import Checkpoint, new_directory
 from freebits.packed.exact import ExactCheckpoint
 from freebits.packed.format import is_exact, is_packed
 from freebits.packed.sites import PackedCheckpoint
@@ -37,6 +37,7 @@ def open_packed(path: str | os.PathLike[str]) -> Packed:
     Raises:
         CheckpointError: the folder is not packed, or a file is missing, damaged or not what the manifest says.
     """
+    Checkpoint(path)  # which says why where it is none
     return ExactCheckpoint(path) if is_packed(path) and is_exact(path) else PackedCheckpoint(path)
 
 
@@ -54,8 +55,8 @@ def unpack(
     Args:
         packed: a packed folder.
         out: folder to create; it appears complete or not at all.
-        jobs: sites to decode at once, by default one a processor, at most four. Memory holds as many and one
-            embedding.
+        jobs: sites or tensors to decode at once, by default one a processor, at most four. Memory holds twice as many
+            and one embedding.
         progress: called after each site or plain tensor.
 
     Raises:

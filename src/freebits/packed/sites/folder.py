@@ -69,7 +69,8 @@ class PackedCheckpoint:
     """A packed directory, validated as far as its headers go; tensors are checked as they are read.
 
     Raises:
-        CheckpointError: the directory is not packed, or a file is missing, damaged or not what the manifest says.
+        CheckpointError: the directory is not packed, or a file is missing, damaged or not what the manifest says; of a
+            tensor that is noticed when it is read.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -164,11 +165,12 @@ class PackedCheckpoint:
         config = {key: value for key, value in self.stored.config.items() if key not in ("packed", RANKS)}
         carry_over(self.path, directory, but=[MANIFEST])
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        total = len(self.units)
         with CheckpointWriter.like(self.stored, directory, map(self.shortcuts.dense_name, self.shapes)) as writer:
             for done, tensors in enumerate(self.decode(jobs, dense_shortcuts=True), start=1):
                 for name, tensor in tensors.items():
                     writer.write(name, tensor)
-                progress(done, len(self.units))
+                progress(done, total)
 
     def _decode_unit(self, name: str) -> dict[str, Tensor]:
         return self.decode_site(self._sites[name]) if name in self._sites else {name: self.read(name)}
