@@ -39,10 +39,9 @@ WINDOWS = 8
 CASES = (
     ("float16", 0.2, True),
     ("bfloat16", 0.2, True),
+    ("float16", 0.0, False),
     ("float16", 0.3, True),
     ("bfloat16", 0.3, True),
-    ("float16", 0.2, False),
-    ("float16", 0.0, False),
 )
 """Dtype, sparsity (0 is the dense model), and whether the head is untied."""
 HEADER = (
@@ -177,7 +176,6 @@ def forms(sliced: bool) -> dict[str, Form]:
     ours = {
         "bits-back": packed("bits-back", "none"),
         "bits-back + ZipNN": both(packed("bits-back", "none"), zipnn()),
-        "bits-back + entropy": packed("bits-back", "auto"),
         "canonical": packed("canonical", "none"),
         "canonical + entropy": packed("canonical", "auto"),
     }
@@ -191,9 +189,10 @@ def size(folder: Path, source: Path) -> int:
 
 
 def seconds(step: Callable[[], object], *leftovers: Path) -> float:
-    """How long a step takes; what it wrote is removed."""
+    """How long a step takes; what it wrote before is removed."""
     for path in leftovers:
         shutil.rmtree(path, ignore_errors=True)
+    np.ones(1 << 30, np.uint8)  # that no step pays for memory that a virtual machine had given back
     start = time.perf_counter()
     step()
     return time.perf_counter() - start
