@@ -259,11 +259,11 @@ def race(name: str, source: Path, sliced: bool, scratch: Path) -> list[Row]:
 def draw(rows: list[Row]) -> None:
     """Size against time to a loaded model, for the first case."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for model, form, n_bytes, _, _, _, to_model, *_ in rows:
-        if model == rows[0][0]:
-            point = (float(str(to_model)), int(str(n_bytes)) / 1e6)
-            axes.plot(*point, "o")
-            axes.annotate(str(form), point, fontsize=8, xytext=(5, 3), textcoords="offset points")
+    shown = [(int(str(row[2])) / 1e6, float(str(row[6])), str(row[1])) for row in rows if row[0] == rows[0][0]]
+    for number, (megabytes, load, form) in enumerate(sorted(shown)):
+        axes.plot(load, megabytes, "o")
+        place = (5, 3 if number % 2 else -9)  # neighbours' names lie above and below
+        axes.annotate(form, (load, megabytes), fontsize=8, xytext=place, textcoords="offset points")
     title = f"SmolLM2-135M, {rows[0][0]}: better is to the lower left"
     axes.set(xscale="log", xlabel="seconds to a loaded model", ylabel="size, MB", title=title)
     figure.savefig(RESULTS / "size_and_speed.png", dpi=140)
