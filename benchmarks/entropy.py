@@ -98,17 +98,19 @@ def pcodec() -> Coder:
 
 
 def dfloat11() -> Coder:
-    """DFloat11, which is for bfloat16; with a table for each tensor. Its package cannot be imported without a GPU."""
+    """DFloat11's encoder, for the matrices, its tables not counted. Its package cannot be imported without a GPU."""
     package = find_spec("dfloat11")
     sys.path.extend((package and package.submodule_search_locations) or [])
     utils = import_module("dfloat11_utils")
 
-    def pack(data: Bytes, _: str) -> bytes:
+    def pack(data: Bytes, _: str) -> bytes | None:
+        if len(data) < 1 << 14:
+            return None
         weight = torch.from_numpy(data).view(torch.bfloat16)
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-            codec, _, table = utils.get_32bit_codec(utils.get_codec(weight)[1])
+            codec, *_ = utils.get_32bit_codec(utils.get_codec(weight)[1])
             *parts, _ = utils.encode_weights([weight], codec, bytes_per_thread=8, threads_per_block=512)
-            return b"".join(part.numpy().tobytes() for part in (utils.get_luts(table), *parts))
+            return b"".join(part.numpy().tobytes() for part in parts)
 
     return Coder(pack, None)
 

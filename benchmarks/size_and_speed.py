@@ -265,7 +265,7 @@ def draw(rows: list[Row]) -> None:
         place = (5, 3 if number % 2 else -9)  # neighbours' names lie above and below
         axes.annotate(form, (load, megabytes), fontsize=8, xytext=place, textcoords="offset points")
     title = f"SmolLM2-135M, {rows[0][0]}: better is to the lower left"
-    axes.set(xscale="log", xlabel="seconds to a loaded model", ylabel="size, MB", title=title)
+    axes.set(xscale="log", xlim=(0.05, 5), xlabel="seconds to a loaded model", ylabel="size, MB", title=title)
     figure.savefig(RESULTS / "size_and_speed.png", dpi=140)
 
 
