@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +232,19 @@ def test_the_model_makers_code_is_never_run(dense: Path, tmp_path: Path, capsys:
     assert not ran.exists()
 
 
+@pytest.fixture
+def in_the_foreground() -> Iterator[None]:
+    """As if a terminal had started the tests: what runs in the background or under nohup ignores some signals."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("in_the_foreground")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_leaves_nothing_behind(
     number: signal.Signals, dense: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -248,6 +261,13 @@ def test_a_signal_leaves_nothing_behind(
         code = int(stopped.code or 0)
     assert code == 128 + number
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.usefixtures("in_the_foreground")
+def test_nohup_is_heeded(dense: Path) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    assert run("inspect", dense) == 0
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 def test_not_a_number_is_null_in_json(dense: Path, text: Path, capsys: CaptureFixture) -> None:
