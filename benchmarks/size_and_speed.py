@@ -1,4 +1,4 @@
-"""The race: one model in every form that a user might choose, side by side, two threads each. Fifty minutes.
+"""The race: one model in every form that a user might choose, side by side, two threads each. Forty minutes.
 
     pip install zipnn
     python -m benchmarks.size_and_speed
