@@ -191,12 +191,15 @@ def test_a_dense_model_comes_back_and_runs_packed(
 
 def test_weights_beside_the_model_come_back_but_are_not_loaded(save_tiny: Make, tmp_path: Path) -> None:
     dense = save_tiny()
-    names = list(Checkpoint(dense).files)
-    save_file({name: torch.zeros(3) for name in names}, dense / "model_ema.safetensors")
-    facts = assert_comes_back(dense, tmp_path)
-    assert all(tensor.any() for _, tensor in open_packed(tmp_path / "packed").tensors())
-    assert facts["bits_per_parameter"] > 8
-    freebits.load(tmp_path / "packed")
+    model = dict(Checkpoint(dense).items())
+    save_file({name: torch.zeros_like(tensor) for name, tensor in model.items()}, dense / "model_ema.safetensors")
+    assert_comes_back(dense, tmp_path)
+    packed = open_packed(tmp_path / "packed")
+    assert packed.n_parameters == sum(tensor.numel() for tensor in model.values())
+    found = dict(packed.tensors())
+    assert found.keys() == model.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in model.items())
+    assert any(tensor.any() for tensor in freebits.load(tmp_path / "packed").parameters())
 
 
 def test_a_sliced_model_comes_back_and_runs_packed(save_tiny: Make, slice_tiny: Make, tmp_path: Path) -> None:
