@@ -3,11 +3,18 @@
 Importing freebits teaches transformers' Auto classes to load sliced and packed checkpoints.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from freebits.errors import CheckpointError, FreebitsError, UnsupportedModelError, UsageError
-from freebits.evaluation import evaluate, verify
-from freebits.huggingface import estimate, load, slice_model
-from freebits.packed import inspect, pack, unpack
+from freebits.registration import register_with_transformers
 from freebits.version import __version__
+
+if TYPE_CHECKING:
+    from freebits.evaluation import evaluate, verify
+    from freebits.huggingface import estimate, load, slice_model
+    from freebits.report import inspect
+    from freebits.verbs import pack, unpack
 
 __all__ = [
     "CheckpointError",
@@ -24,3 +31,24 @@ __all__ = [
     "unpack",
     "verify",
 ]
+
+_VERBS = {
+    "estimate": "huggingface",
+    "evaluate": "evaluation",
+    "inspect": "report",
+    "load": "huggingface",
+    "pack": "verbs",
+    "slice_model": "huggingface",
+    "unpack": "verbs",
+    "verify": "evaluation",
+}
+"""Function → module that is imported when it is first asked for: PyTorch and transformers take seconds."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _VERBS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_VERBS[name]}"), name)
+
+
+register_with_transformers()

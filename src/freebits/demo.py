@@ -12,9 +12,9 @@ from freebits.evaluation import evaluate
 from freebits.huggingface import load, slice_model
 from freebits.huggingface.demo_model import demo_model
 from freebits.huggingface.loading import load_tokenizer
-from freebits.packed import inspect, pack, unpack
-from freebits.packed.size import bytes_on_disk
-from freebits.progress import Progress
+from freebits.report import bytes_on_disk, inspect, opened
+from freebits.verbs import pack, unpack
+from freebits.work import Progress
 
 SPARSITY = 0.2
 PACKED = {
@@ -60,7 +60,7 @@ def run_demo(directory: Path, progress: Callable[[str], Progress]) -> dict[str, 
     stages = [
         {
             "name": name,
-            "bytes": bytes_on_disk(folder),
+            "bytes": bytes_on_disk(opened(folder)),
             "perplexity": evaluate(folder, limit=WINDOWS, progress=progress(f"measure {name}"))["perplexity"],
             "seconds": seconds[name],
         }

@@ -1,6 +1,38 @@
 """What a model is: its residual stream, the tensors on it, and the sites where a rotation is free."""
 
-from freebits.architecture.families import FAMILIES, Family, dense_family, family_of
-from freebits.architecture.sites import Architecture, Axis, Sublayer
+from freebits.architecture.families import FAMILIES, SLICED_PREFIX, Family, SublayerNames, dense_family, family_of
+from freebits.architecture.layout import RANKS, WIDTHS, Layout
+from freebits.architecture.table import (
+    EMBEDDINGS,
+    HEAD,
+    SHORTCUTS,
+    Architecture,
+    Axis,
+    Module,
+    Part,
+    Role,
+    Sublayer,
+    Weight,
+)
 
-__all__ = ["FAMILIES", "Architecture", "Axis", "Family", "Sublayer", "dense_family", "family_of"]
+__all__ = [
+    "EMBEDDINGS",
+    "FAMILIES",
+    "HEAD",
+    "RANKS",
+    "SHORTCUTS",
+    "SLICED_PREFIX",
+    "WIDTHS",
+    "Architecture",
+    "Axis",
+    "Family",
+    "Layout",
+    "Module",
+    "Part",
+    "Role",
+    "Sublayer",
+    "SublayerNames",
+    "Weight",
+    "dense_family",
+    "family_of",
+]

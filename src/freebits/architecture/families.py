@@ -22,10 +22,15 @@ class SublayerNames:
     attends: bool = False
     """Whether the branch is attention, which also takes mask, positions and cache."""
 
+    @property
+    def shortcut(self) -> str:
+        """The module that a sliced block has beside the branch, for `A`."""
+        return f"{self.name}_shortcut"
+
 
 @dataclass(frozen=True)
 class Requirement:
-    """A config value without which the family's symmetry does not hold; a missing key means it is there."""
+    """A config value without which the family's symmetry does not hold. A config without the key fulfils it."""
 
     key: str
     reason: str
@@ -73,6 +78,11 @@ class Family:
     def sliced_config(self) -> str:
         """Class name of the configuration of this family's sliced models."""
         return self.sliced_causal_lm.replace("ForCausalLM", "Config")
+
+    @property
+    def sliced_classes(self) -> dict[str, str]:
+        """Those classes, by the Auto classes that find them."""
+        return {"AutoConfig": self.sliced_config, "AutoModelForCausalLM": self.sliced_causal_lm}
 
 
 LLAMA = Family(
@@ -152,6 +162,8 @@ REFUSALS: Mapping[str, str] = {
     "gemma2": _NORMED_OUTPUT,
     "gemma3": _NORMED_OUTPUT,
     "gemma3_text": _NORMED_OUTPUT,
+    "olmo2": _NORMED_OUTPUT,
+    "olmo3": _NORMED_OUTPUT,
 }
 """Model types known to have no site, with the reason."""
 
@@ -164,11 +176,15 @@ def family_of(config: Mapping[str, Any]) -> Family:
     """
     model_type = str(config.get("model_type", "")).removeprefix(SLICED_PREFIX)
     if model_type in REFUSALS:
-        raise UnsupportedModelError(f"model type {model_type!r} has no free rotation: {REFUSALS[model_type]}")
+        raise UnsupportedModelError(
+            f"model type {model_type!r} has no free rotation: {REFUSALS[model_type]}; "
+            "freebits pack --codec none takes any model"
+        )
     if model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise UnsupportedModelError(
-            f"model type {model_type!r} has no entry in the architecture table (supported: {known})"
+            f"model type {model_type!r} has no entry in the architecture table (supported: {known}): "
+            "freebits pack --codec none takes any model"
         )
     family = FAMILIES[model_type]
     for need in family.requirements:

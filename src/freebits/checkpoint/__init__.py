@@ -1,18 +1,43 @@
-"""Hugging Face checkpoint directories in and out, one tensor at a time."""
+"""Hugging Face checkpoint folders in and out, one tensor at a time."""
 
-from freebits.checkpoint.reader import DTYPE_CODES, DTYPES, HEADER_LENGTH, Checkpoint, header_of, read_json
-from freebits.checkpoint.writer import REMOTE_CODE, CheckpointWriter, SafetensorsFile, carry_over, new_directory
+from freebits.checkpoint.beside import REMOTE_CODE, auto_map, carry_code, carry_over, copy, write_remote_code
+from freebits.checkpoint.draft import new_directory
+from freebits.checkpoint.folder import (
+    CONFIG,
+    INDEX,
+    Checkpoint,
+    Source,
+    existing_folder,
+    model_files,
+    read_json,
+    read_text,
+    write_json,
+)
+from freebits.checkpoint.weights import LENGTH, Entry, WeightsFile, WeightsWriter, parse_header
+from freebits.checkpoint.writer import CheckpointWriter, shard_bytes
 
 __all__ = [
-    "DTYPES",
-    "DTYPE_CODES",
-    "HEADER_LENGTH",
+    "CONFIG",
+    "INDEX",
+    "LENGTH",
     "REMOTE_CODE",
     "Checkpoint",
     "CheckpointWriter",
-    "SafetensorsFile",
+    "Entry",
+    "Source",
+    "WeightsFile",
+    "WeightsWriter",
+    "auto_map",
+    "carry_code",
     "carry_over",
-    "header_of",
+    "copy",
+    "existing_folder",
+    "model_files",
     "new_directory",
+    "parse_header",
     "read_json",
+    "read_text",
+    "shard_bytes",
+    "write_json",
+    "write_remote_code",
 ]

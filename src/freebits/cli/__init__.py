@@ -1,15 +1,14 @@
-"""The command line: parse, call, print."""
+"""The command line: parse, call, print. PyTorch and transformers are imported when a verb needs them."""
 
+import importlib
 import io
 import os
 import signal
 import sys
 from collections.abc import Sequence
 
-import transformers
-
 from freebits.cli.parser import BAD_INPUT, build_parser
-from freebits.errors import FreebitsError
+from freebits.errors import FreebitsError, one_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,20 +19,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that has no delta
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     arguments = build_parser().parse_args(argv)
     try:
-        code = int(arguments.run(arguments))
-        sys.stdout.flush()
+        run = getattr(importlib.import_module("freebits.cli.commands"), arguments.run)
+        code = int(run(arguments))
+        if sys.stdout is not None:  # closed by whoever started us
+            sys.stdout.flush()
     except FreebitsError as error:
-        print(f"freebits: error: {error}", file=sys.stderr)
-        return BAD_INPUT
+        return _refuse(error)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    except BrokenPipeError:
+        return _without_reader()
     except OSError as error:  # mostly of printing: what concerns a checkpoint has become a FreebitsError
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):
-            print(f"freebits: error: {error}", file=sys.stderr)
-        return BAD_INPUT
+        return _refuse(error) if error.filename is not None else _without_reader(error)
     return code
+
+
+def _refuse(error: Exception) -> int:
+    print(f"freebits: error: {one_line(error)}", file=sys.stderr)
+    return BAD_INPUT
+
+
+def _without_reader(error: Exception | None = None) -> int:
+    """What we print has nowhere to go; nor has what Python would still flush at exit."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return BAD_INPUT if error is None else _refuse(error)

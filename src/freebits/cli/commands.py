@@ -5,16 +5,20 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
+import transformers
 
 from freebits import demo
 from freebits.cli.output import Row, changes, print_facts, print_json, print_table, progress_bar
 from freebits.errors import CheckpointError, UsageError
 from freebits.evaluation import evaluate, verify
 from freebits.huggingface import estimate, slice_model
-from freebits.packed import inspect, pack, unpack
+from freebits.report import inspect
+from freebits.verbs import pack, unpack
 
 OK, FAILED = 0, 1
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
 
 
 def run_demo(arguments: Namespace) -> int:
@@ -42,11 +46,13 @@ def run_estimate(arguments: Namespace) -> int:
     result = estimate(arguments.config, arguments.sparsity)
     if arguments.json:
         return print_json(result)
-    print(f"hidden size {result['hidden_size']:,}, sliced to {result['sliced_size']:,}")
-    rows: list[Row] = [("form", "params", "vs dense", "vs dense untied")]
-    for form, count in result["params"].items():
-        if count is not None:
-            rows.append((form.replace("_", " "), f"{count:,}", *changes(count, result["params"])))
+    print(f"hidden size {result['hidden_size']:,}, sliced to {result['sliced_size']:,}; bytes in {result['dtype']}")
+    rows: list[Row] = [("form", "params", "bytes", "vs dense", "vs dense untied")]
+    for form, size in result["bytes"].items():
+        if size is not None:
+            count = result["params"].get(form)
+            name = "as written by default, about" if form == "default" else form.replace("_", " ")
+            rows.append((name, "" if count is None else f"{count:,}", f"{size:,}", *changes(size, result["bytes"])))
     print_table(rows)
     return OK
 
@@ -64,7 +70,8 @@ def run_slice(arguments: Namespace) -> int:
         seed=arguments.seed,
         random_orientation=arguments.random_orientation,
         device=arguments.device,
-        dtype=DTYPES[arguments.dtype] if arguments.dtype else None,
+        dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
+        force=arguments.force,
         progress=progress_bar("slice"),
     )
     return print_facts(facts, arguments.json)
@@ -86,8 +93,8 @@ def run_pack(arguments: Namespace) -> int:
 
 def run_unpack(arguments: Namespace) -> int:
     """Unpack a packed checkpoint."""
-    unpack(arguments.packed, arguments.out, jobs=arguments.jobs, progress=progress_bar("unpack"))
-    return OK
+    facts = unpack(arguments.packed, arguments.out, jobs=arguments.jobs, progress=progress_bar("unpack"))
+    return print_facts(facts, as_json=True) if arguments.json else OK
 
 
 def run_inspect(arguments: Namespace) -> int:
@@ -103,20 +110,27 @@ def run_verify(arguments: Namespace) -> int:
         text=_text(arguments.text),
         seq_len=arguments.seq_len,
         limit=arguments.limit,
+        kl=arguments.kl,
+        ratio=arguments.ratio,
         progress=progress_bar("verify"),
     )
+    code = OK if result["ok"] else FAILED
     if arguments.json:
         print_json(result)
-    else:
-        print("every digest matches, every site decodes")
-        if arguments.against:
-            perplexity = result["perplexity"]
-            ratio = perplexity["packed"] / perplexity["reference"]
-            print(f"perplexity        {perplexity['packed']:.4f} packed, {perplexity['reference']:.4f} reference")
-            print(f"perplexity ratio  {ratio:.5f} ({'within' if result['ok'] else 'ABOVE'} the tolerance)")
-            print(f"mean KL           {result['mean_kl']:.2e} nats per token")
-            print(f"max |Δlogit|      {result['max_abs_logit_diff']:.3g}")
-    return OK if result["ok"] else FAILED
+        return code
+    print("every digest matches, everything decodes")
+    if result["perplexity"]["packed"] is not None:
+        perplexity = result["perplexity"]
+        print(f"perplexity        {perplexity['packed']:.4f} packed, {perplexity['reference']:.4f} reference")
+        print(f"perplexity ratio  {result['ratio']:.5f}")
+        print(f"mean KL           {result['mean_kl']:.2e} nats per token")
+        print(f"max |Δlogit|      {result['max_abs_logit_diff']:.3g}")
+    if arguments.against:
+        verdict = (
+            "within the tolerance" if result["ok"] else f"NOT within the tolerance ({', '.join(result['failed'])})"
+        )
+        print(f"{verdict} of {result['fidelity']} moves")
+    return code
 
 
 def run_eval(arguments: Namespace) -> int:
@@ -128,12 +142,14 @@ def run_eval(arguments: Namespace) -> int:
         limit=arguments.limit,
         tasks=[name for name in arguments.tasks.split(",") if name],
         data_dir=arguments.data_dir,
+        perplexity=not arguments.no_perplexity,
         device=arguments.device,
         progress=progress_bar("measure"),
     )
     if arguments.json:
         return print_json(result)
-    print(f"perplexity {result['perplexity']:.4f} on {result['tokens']:,} tokens")
+    if result["perplexity"] is not None:
+        print(f"perplexity {result['perplexity']:.4f} on {result['tokens']:,} tokens")
     if result["tasks"]:
         rows: list[Row] = [("task", "metric", "value", "standard error")]
         for task, metrics in result["tasks"].items():
@@ -150,5 +166,5 @@ def _text(path: Path | None) -> str | None:
         return None
     try:
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as UTF-8 text ({error}): give a plain text file") from None

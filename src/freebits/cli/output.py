@@ -7,8 +7,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from freebits.packed.size import change
-from freebits.progress import Progress
+from freebits.errors import one_line
+from freebits.report import change
+from freebits.work import Progress
 
 Row = tuple[str, ...]
 
@@ -33,25 +34,37 @@ def print_facts(facts: dict[str, Any], as_json: bool) -> int:
     if as_json:
         return print_json(facts)
     codec = f", codec {facts['codec']}, entropy {facts['entropy']}" if facts["codec"] else ""
-    print(f"{facts['kind']} checkpoint{codec}")
+    print(one_line(f"{facts['kind']} checkpoint{codec}"))
     sizes = facts["bytes"]
     rows: list[Row] = [("size", "bytes", "vs dense", "vs dense untied")]
     for name, size in sizes.items():
         if size is not None and name != "corrections":
             rows.append((name.replace("_", " "), f"{size:,}", *changes(size, sizes)))
     print_table(rows)
-    print(f"\n{facts['bits_per_parameter']:.2f} bits per parameter")
+    print(f"\n{facts['parameters']:,} parameters as it runs")
     total = sum(facts["groups"].values())
     print_table([(group, f"{size:,}", f"{size / total:.1%}") for group, size in facts["groups"].items()])
-    coded = [site for site in facts["sites"] if site["codec"] != "plain"]
     if facts["sites"]:
+        coded = [site for site in facts["sites"] if "code" in site]
         n_corrections = sum(site.get("corrections", 0) for site in coded)
         corrected = f"; {n_corrections:,} corrected words" if n_corrections else ""
         print(f"{len(coded)} of {len(facts['sites'])} sites encoded{corrected}")
     for site in facts["sites"]:
-        if site["codec"] == "plain":
-            print(f"stored plain: {site['name']}: {site['reason']}")
+        if "code" not in site:
+            print(one_line(f"stored plain: {site.get('name')}: {site.get('reason')}"))
+    for move in facts["history"]:
+        print(one_line(f"{move.get('move')} ({move.get('fidelity')}), {move.get('producer')}"))
+    if perplexity := facts.get("perplexity"):
+        _print_cost(perplexity)
     return 0
+
+
+def _print_cost(perplexity: dict[str, float | None]) -> None:
+    """What slicing cost, where that could be measured."""
+    dense, sliced = perplexity["dense"], perplexity["sliced"]
+    if dense and sliced:
+        cost = f"perplexity {dense:.3f} dense, {sliced:.3f} sliced (x {sliced / dense:.3f})"
+        print(f"\n{cost} on held-out windows of the calibration text; other text may suffer more: freebits eval")
 
 
 def changes(size: int, baselines: dict[str, int | None]) -> Row:

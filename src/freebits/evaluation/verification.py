@@ -1,19 +1,27 @@
 """Check that a packed checkpoint is undamaged, and that it is the model it was made from."""
 
+import math
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
-from freebits.errors import CheckpointError
-from freebits.evaluation.perplexity import WINDOW, logits, loss, mean_perplexity
+from freebits.calibration import embedded_text, perplexity
+from freebits.checkpoint import Checkpoint
+from freebits.errors import CheckpointError, UsageError
+from freebits.evaluation.perplexity import WINDOW, logits, loss
 from freebits.huggingface import load, token_windows
-from freebits.packed import open_packed
-from freebits.progress import Progress, silent
-from freebits.text import embedded_text
+from freebits.kind import bytes_of
+from freebits.moves import BIT_EXACT, FUNCTION_PRESERVING, LOSSY
+from freebits.packed import PackedFolder, history_of
+from freebits.report import opened
+from freebits.work import Progress, silent
 
-PERPLEXITY_TOLERANCE = 1.01
+TOLERANCES = {FUNCTION_PRESERVING: (0.01, 1.01), LOSSY: (1.0, 1.5)}
+"""Fidelity of the moves between two models → largest mean KL, in nats per token, and largest ratio of perplexities."""
 WINDOWS = 8
 
 
@@ -24,49 +32,106 @@ def verify(
     text: str | None = None,
     seq_len: int = WINDOW,
     limit: int = WINDOWS,
+    kl: float | None = None,
+    ratio: float | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Check every digest of a packed checkpoint and, against the model it was made from, how close the functions are.
+    """Check every digest of a packed checkpoint and, against a model it was made from, how close the two are.
+
+    Against the model that codec `none` packed, the tensors are compared bit for bit and nothing is run. Against any
+    other model of the history both are run on a text. Three gates then say whether they are the same function: every
+    logit is finite; the mean KL divergence is small; the perplexities' ratio is near 1 on either side. What is small
+    enough depends on the moves in between: 0.01 nats and 1.01 where all of them keep the function, 1 and 1.5 where one
+    is lossy.
 
     Args:
         packed: folder of the packed checkpoint.
-        against: folder of that model; without it only the digests are checked and every site is decoded.
+        against: folder of the model it was made from, or of one before; without it only the digests are checked and
+            everything is decoded.
         text: what to run both on; by default the embedded held-out text.
         seq_len: tokens a window.
         limit: use the first so many windows.
+        kl: the largest mean KL divergence, where it is not to be as above.
+        ratio: the largest ratio of perplexities, in either direction, likewise.
         progress: called after each window.
 
     Returns:
-        `ok`: the packed perplexity is at most 1.01 times the reference; `max_abs_logit_diff`; `mean_kl` per token
-        in nats, KL(reference ‖ packed); `perplexity` {`reference`, `packed`}. None where nothing was compared.
+        `ok`; `failed`, the gates that do not hold, of `equal`, `finite`, `kl`, `ratio`; `fidelity` of the moves in
+        between; `max_abs_logit_diff`; `mean_kl` per token in nats, KL(reference ‖ packed); `ratio`, packed to
+        reference; `perplexity` {`reference`, `packed`}. None where nothing was compared.
 
     Raises:
         CheckpointError: a folder is no sound checkpoint, or a digest does not match.
-        UsageError: there are no windows of that length and number in the text.
+        UsageError: there are no windows of that length and number in the text, or a tolerance makes no sense.
     """
-    open_packed(packed).check()
+    for name, value, least in (("kl", kl, 0.0), ("ratio", ratio, 1.0)):
+        if value is not None and not least <= value < math.inf:
+            raise UsageError(f"--{name} {value}: give a number of at least {least:g}")
+    folder = PackedFolder(packed)
+    folder.check()
+    unknown = {"fidelity": None, "max_abs_logit_diff": None, "mean_kl": None, "ratio": None}
+    nothing: dict[str, Any] = {"ok": True, "failed": [], **unknown, "perplexity": {"reference": None, "packed": None}}
     if against is None:
-        unknown = {"reference": None, "packed": None}
-        return {"ok": True, "max_abs_logit_diff": None, "mean_kl": None, "perplexity": unknown}
+        return nothing
+    reference = opened(against)
+    fidelity = _fidelity(
+        folder, history_of(reference.config) if isinstance(reference, Checkpoint) else reference.manifest.history
+    )
+    if fidelity == BIT_EXACT:
+        equal = _equal(folder, reference)
+        return nothing | {"ok": equal, "failed": [] if equal else ["equal"], "fidelity": fidelity}
     windows = token_windows(packed, embedded_text()[1] if text is None else text, seq_len, limit)
-    models = [load(path, dtype=torch.float32).eval() for path in (against, packed)]
+    measured = _compare([load(path, dtype=torch.float32).eval() for path in (against, packed)], windows, progress)
+    most_kl, most_ratio = TOLERANCES[fidelity]
+    most_kl, most_ratio = most_kl if kl is None else kl, most_ratio if ratio is None else ratio
+    gates = {
+        "finite": all(map(math.isfinite, (*measured["perplexity"].values(), measured["max_abs_logit_diff"]))),
+        "kl": measured["mean_kl"] <= most_kl,
+        "ratio": 1 / most_ratio <= measured["ratio"] <= most_ratio,
+    }
+    failed = [name for name, holds in gates.items() if not holds]
+    return {"ok": not failed, "failed": failed, "fidelity": fidelity, **measured}
+
+
+def _fidelity(packed: PackedFolder, before: list[dict[str, Any]]) -> str:
+    """The worst of the moves that lead from the reference to the packed model, lossy where they are not known."""
+    moves = packed.manifest.history
+    between = moves[len(before) :] if moves[: len(before)] == before else [{"fidelity": LOSSY}]
+    told = {move.get("fidelity") for move in between}
+    if told <= {BIT_EXACT}:
+        return BIT_EXACT
+    return FUNCTION_PRESERVING if told <= {BIT_EXACT, FUNCTION_PRESERVING} else LOSSY
+
+
+def _equal(packed: PackedFolder, reference: Checkpoint | PackedFolder) -> bool:
+    """Whether two folders hold the same tensors, bit for bit."""
+    kinds = packed.model_kinds
+    theirs = reference.model_kinds if isinstance(reference, PackedFolder) else reference.kinds
+    if kinds != theirs:
+        return False
+    return all(bool((bytes_of(tensor) == bytes_of(reference[name])).all()) for name, tensor in packed.model_tensors())
+
+
+def _compare(models: Iterable[Any], windows: Tensor, progress: Progress) -> dict[str, Any]:
+    """What two models make of the same windows: the reference, then the packed one."""
+    models = list(models)
     losses: tuple[list[float], list[float]] = ([], [])
-    difference = torch.tensor(0.0)
-    divergence = 0.0
+    difference, divergence = torch.tensor(0.0), 0.0
     for done, window in enumerate(windows, start=1):
         reference, decoded = (logits(model, window) for model in models)
         if reference.shape != decoded.shape:
-            raise CheckpointError(f"{packed} and {against} have vocabularies of different sizes: not the same model")
+            raise CheckpointError("the two models have vocabularies of different sizes: they are not the same model")
         difference = torch.maximum(difference, (reference - decoded).abs().max())  # keeps a NaN
         log_p, log_q = log_softmax(reference, -1), log_softmax(decoded, -1)
         divergence += kl_div(log_q, log_p, log_target=True, reduction="batchmean").item() / len(windows)
         for values, output in zip(losses, (reference, decoded), strict=True):
             values.append(loss(output, window))
         progress(done, len(windows))
-    perplexity = dict(zip(("reference", "packed"), map(mean_perplexity, losses), strict=True))
+    perplexities = dict(zip(("reference", "packed"), map(perplexity, losses), strict=True))
+    finite = all(map(math.isfinite, perplexities.values()))
     return {
-        "ok": perplexity["packed"] <= PERPLEXITY_TOLERANCE * perplexity["reference"],
         "max_abs_logit_diff": difference.item(),
         "mean_kl": divergence,
-        "perplexity": perplexity,
+        "ratio": perplexities["packed"] / perplexities["reference"] if finite else math.nan,
+        "perplexity": perplexities,
     }

@@ -1,11 +1,12 @@
-"""The only place that imports transformers: sliced models, running a dense one block by block, loading.
+"""The only place that imports transformers: sliced and packed models, running a dense one block by block, loading.
 
-Importing it registers the sliced models with transformers' Auto classes.
+Importing it registers the models with transformers' Auto classes.
 """
 
-from freebits.huggingface.estimate import estimate
+from freebits.huggingface import factory, sliced
+from freebits.huggingface.estimating import estimate
 from freebits.huggingface.loading import load
-from freebits.huggingface.slicing import slice_model
+from freebits.huggingface.slicer import slice_model
 from freebits.huggingface.tokens import token_windows
 
-__all__ = ["estimate", "load", "slice_model", "token_windows"]
+__all__ = ["estimate", "factory", "load", "slice_model", "sliced", "token_windows"]

@@ -1,14 +1,15 @@
 """The modules a sliced model has and a dense one has not: bare norms, blocks with shortcuts, a factored embedding."""
 
-from functools import cache
+import sys
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from freebits.architecture.families import SublayerNames
+from freebits.architecture import FAMILIES, SublayerNames
 
 RESIDUAL = "Residual"
 """Prefix of the class name of a decoder layer turned residual block."""
@@ -92,20 +93,26 @@ class ResidualBlock(GradientCheckpointingLayer):
         for name in sublayer.modules:
             module = self.get_submodule(name)
             branch = module(hidden_states=branch, **context)[0] if sublayer.attends else module(branch)
-        shortcut: Tensor = self.get_submodule(f"{sublayer.name}_shortcut")(hidden_states)
+        shortcut: Tensor = self.get_submodule(sublayer.shortcut)(hidden_states)
         return shortcut + branch
-
-
-@cache
-def _residual_class(layer_class: Any) -> type[ResidualBlock]:
-    return type(f"{RESIDUAL}{layer_class.__name__}", (ResidualBlock, layer_class), {"__module__": __name__})
 
 
 def residual_block(layer: Any, sublayers: tuple[SublayerNames, ...]) -> ResidualBlock:
     """Turn a library's decoder layer into a residual block, in place."""
-    layer.__class__ = _residual_class(layer.__class__)
+    layer.__class__ = getattr(sys.modules[__name__], RESIDUAL + layer.__class__.__name__)
     layer.sublayers = sublayers
     for sublayer in sublayers:
-        layer.add_module(f"{sublayer.name}_shortcut", nn.Identity())
+        layer.add_module(sublayer.shortcut, nn.Identity())
     block: ResidualBlock = layer
     return block
+
+
+def __getattr__(name: str) -> Any:
+    """The residual blocks, by name: `ResidualLlamaDecoderLayer` and so on. Pickle finds them here, too."""
+    for family in FAMILIES.values() if name.startswith(RESIDUAL) else ():
+        module = sys.modules[getattr(transformers, family.causal_lm).__module__]
+        layer_class = getattr(module, name.removeprefix(RESIDUAL), None)
+        if isinstance(layer_class, type):
+            residual = type(name, (ResidualBlock, layer_class), {"__module__": __name__})
+            return globals().setdefault(name, residual)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -41,7 +41,12 @@ def demo_model() -> Path:
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if spec is None or spec.origin is None or missing:
         raise CheckpointError(f"the demo model is not installed ({', '.join(missing) or _PACKAGE}): {_HOW}")
-    [gguf] = Path(spec.origin).parent.glob("*.gguf")
+    ggufs = sorted(Path(spec.origin).parent.glob("*.gguf"))
+    if len(ggufs) != 1:
+        raise CheckpointError(
+            f"{Path(spec.origin).parent} holds {len(ggufs)} models, not one: install it again ({_HOW})"
+        )
+    [gguf] = ggufs
     with new_directory(target) as directory, _quiet_unless_watched():
         file = {"gguf_file": gguf.name}
         model = AutoModelForCausalLM.from_pretrained(

@@ -3,51 +3,43 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from freebits.checkpoint import Checkpoint
-from freebits.errors import CheckpointError, FreebitsError, UsageError
-from freebits.huggingface.modeling import settle  # the import registers the sliced models
-from freebits.packed import is_exact, is_packed, open_packed
+from freebits.checkpoint import Checkpoint, existing_folder
+from freebits.errors import CheckpointError, FreebitsError, UsageError, one_line
+from freebits.packed import PackedFolder, is_packed
 
 
-def load(path: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto") -> Any:
+def load(path: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto", verify: bool = True) -> Any:
     """The model in a dense, sliced or packed folder, ready to run; a packed one is decoded as it is read.
 
     Args:
         path: folder of the checkpoint.
         dtype: of the weights in memory; `auto` is the checkpoint's own.
+        verify: check the digest of every tensor of a packed folder.
 
     Raises:
-        CheckpointError: the folder is no sound checkpoint.
+        CheckpointError: the folder is no sound checkpoint, or a tensor is damaged.
     """
-    Checkpoint(path)
-    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
-    with understood(path, "model"):
-        if is_packed(path) and is_exact(path):
-            model, found = _load_exact(path, options)
-        else:
-            model, found = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
-                path, local_files_only=True, trust_remote_code=False, **options
-            )
+    packed = is_packed(existing_folder(path))
+    if not packed:
+        Checkpoint(path)  # says in one line what is wrong with it
+    with one_line_errors(path, "model"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **({"verify": verify} if packed else {}),
+        )
+    model, found = loaded
     if found["missing_keys"]:  # transformers fills them in at random
         raise CheckpointError(f"tensor {min(found['missing_keys'])} is missing in {path}: the checkpoint is incomplete")
     return model
-
-
-def _load_exact(path: str | os.PathLike[str], options: dict[str, Any]) -> Any:
-    """A model packed with codec `none`: its `config.json` is that of a model as any other, its weights are not."""
-    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    with torch.device("meta"):
-        kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
-    state = dict(open_packed(path).tensors())
-    model, found = kind.from_pretrained(None, config=config, state_dict=state, **options)
-    settle(model, path, Path(path))
-    return model, found
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
@@ -56,10 +48,15 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     Raises:
         CheckpointError: the folder is no sound checkpoint, or has no tokenizer that transformers can load.
     """
-    Checkpoint(path)
-    with understood(path, "tokenizer"):
+    folder = existing_folder(path)
+    options: dict[str, Any] = {}
+    if is_packed(folder):  # some tokenizers are known by their model's type
+        config = dict(PackedFolder(folder).config)
+        if config.get("model_type") in CONFIG_MAPPING:
+            options["config"] = CONFIG_MAPPING[config["model_type"]].from_dict(config)
+    with one_line_errors(path, "tokenizer"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            path, local_files_only=True, trust_remote_code=False
+            path, local_files_only=True, trust_remote_code=False, **options
         )
         return tokenizer
 
@@ -78,12 +75,12 @@ def device_of(name: str) -> torch.device:
 
 
 @contextmanager
-def understood(path: str | os.PathLike[str], what: str) -> Iterator[None]:
+def one_line_errors(path: str | os.PathLike[str], what: str) -> Iterator[None]:
     """Turn what transformers says of a folder it cannot load into one line."""
     try:
         yield
     except FreebitsError:
         raise
     except Exception as error:  # its kinds of error are many and change
-        finding = " ".join(str(error).split())[:200] or type(error).__name__
+        finding = one_line(" ".join(str(error).split()) or type(error).__name__, 200)
         raise CheckpointError(f"{path} holds no {what} that transformers can load ({finding})") from error

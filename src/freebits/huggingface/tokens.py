@@ -5,9 +5,9 @@ import os
 import torch
 from torch import Tensor
 
-from freebits.checkpoint import Checkpoint
 from freebits.errors import CheckpointError, UsageError
 from freebits.huggingface.loading import load_tokenizer
+from freebits.report import opened
 
 
 def token_windows(path: str | os.PathLike[str], text: str, seq_len: int, limit: int | None = None) -> Tensor:
@@ -20,18 +20,41 @@ def token_windows(path: str | os.PathLike[str], text: str, seq_len: int, limit: 
         limit: take the first so many windows only.
 
     Raises:
-        UsageError: `seq_len` is less than two, `limit` less than one, or the text does not fill one window.
+        UsageError: `seq_len` is less than two or more than the model has positions for, `limit` less than one, or the
+            text does not fill one window.
         CheckpointError: see `load_tokenizer`; or the tokenizer is another model's.
     """
     if seq_len < 2:
         raise UsageError(f"a window of {seq_len} tokens predicts nothing: give --seq-len of at least 2")
     if limit is not None and limit < 1:
         raise UsageError(f"{limit} windows measure nothing: give --limit of at least 1")
+    config = opened(path).config
+    n_positions, n_ids = config.get("max_position_embeddings"), config.get("vocab_size")
+    if isinstance(n_positions, int) and seq_len > n_positions:
+        raise UsageError(f"a window of {seq_len} tokens, where the model has {n_positions} positions: lower --seq-len")
     tokens = load_tokenizer(path)(text, verbose=False)["input_ids"]
     n_windows = len(tokens) // seq_len
     if not n_windows:
         raise UsageError(f"the text has {len(tokens)} tokens, less than one window of {seq_len}: lower --seq-len")
-    n_ids = Checkpoint(path).config.get("vocab_size")
     if isinstance(n_ids, int) and max(tokens) >= n_ids:
         raise CheckpointError(f"{path}: the tokenizer's token {max(tokens)} is not in a vocab_size of {n_ids}")
     return torch.tensor(tokens[: n_windows * seq_len]).reshape(n_windows, seq_len)[:limit]
+
+
+def drawn_windows(windows: Tensor, samples: int, held_out: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Windows to calibrate on, drawn without replacement, and others to measure on; see `token_windows`.
+
+    Where there are too few for both, an eighth of them, and if there is more than one at least one, is held out.
+
+    Raises:
+        UsageError: `samples` is less than one, or there is no such seed.
+    """
+    if samples < 1:
+        raise UsageError(f"samples {samples}: calibration needs at least one window")
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"seed {seed}: give one from 0 to 2^63 - 1")
+    n = len(windows)
+    spared = min(held_out, max(n - samples, n // 8, min(1, n - 1)))
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    samples = min(samples, n - spared)
+    return windows[order[:samples]], windows[order[samples : samples + spared]]

@@ -1,9 +1,24 @@
-"""The packed checkpoint: its format, packing and unpacking, and the sizes of everything."""
+"""The packed checkpoint: history and recipes, what reads it and what writes it. Knows no model by name."""
 
-from freebits.packed.format import is_exact, is_packed
-from freebits.packed.inspection import inspect
-from freebits.packed.packing import pack
-from freebits.packed.sites import PackedCheckpoint
-from freebits.packed.unpacking import open_packed, unpack
+from freebits.packed.manifest import MANIFEST, is_packed, sizes_before
+from freebits.packed.packing import HISTORY, history_of, pack_into
+from freebits.packed.piece import stage
+from freebits.packed.presets import bits_back, canonical, chosen
+from freebits.packed.reader import PackedFolder
+from freebits.packed.unpacking import SLICED_IN, unpack_into
 
-__all__ = ["PackedCheckpoint", "inspect", "is_exact", "is_packed", "open_packed", "pack", "unpack"]
+__all__ = [
+    "HISTORY",
+    "MANIFEST",
+    "SLICED_IN",
+    "PackedFolder",
+    "bits_back",
+    "canonical",
+    "chosen",
+    "history_of",
+    "is_packed",
+    "pack_into",
+    "sizes_before",
+    "stage",
+    "unpack_into",
+]

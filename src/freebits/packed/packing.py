@@ -1,82 +1,94 @@
-"""Pack a checkpoint: choose the codec, write the files, and last the manifest."""
+"""Write a packed folder: the tensors, what lies beside them, and last the manifest."""
 
-import os
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from freebits.checkpoint import Checkpoint, new_directory
-from freebits.errors import CheckpointError, UsageError
-from freebits.packed.exact import pack_exactly
-from freebits.packed.format import DTYPES, ENTROPIES, Manifest, digest_of_file, is_packed
-from freebits.packed.inspection import inspect
-from freebits.packed.sites import THRESHOLD, BitsBack, Canonical, pack_sites
-from freebits.progress import Progress, silent
+from freebits.checkpoint import CONFIG, Checkpoint, auto_map, carry_over, write_json, write_remote_code
+from freebits.moves import BIT_EXACT, FUNCTION_PRESERVING, Expanded
+from freebits.options import NONE
+from freebits.packed.files import pack_files
+from freebits.packed.manifest import FORMAT, Manifest, digest_of_file
+from freebits.packed.parts import pack_parts
+from freebits.packed.presets import Preset
+from freebits.packed.reader import MODEL
+from freebits.packed.recipe import made_of
+from freebits.version import __version__
+from freebits.work import Progress
 
-CODECS = tuple(DTYPES)
-DEFAULT = "canonical"
+HISTORY = "freebits"
+"""Key in a sliced model's `config.json` under which its history stands."""
+MODEL_TYPE = "freebits"
+CLASSES = {"AutoConfig": "PackedConfig", "AutoModelForCausalLM": "PackedForCausalLM"}
+CLASSES_IN = "freebits.huggingface.factory"
 
 
-def pack(
-    model: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    *,
-    codec: str = DEFAULT,
-    entropy: str = "auto",
-    threshold: float | None = None,
-    jobs: int | None = None,
-    progress: Progress = silent,
-) -> dict[str, Any]:
-    """Pack a checkpoint: a sliced one without the bits of its rotations, any other bit for bit.
-
-    The codecs of sliced models are function-preserving: the weights are those of a rotated model, rounded once to their
-    dtype. Codec `none` and the entropy stage are bit-exact.
+def pack_into(
+    directory: Path,
+    source: Checkpoint,
+    preset: Preset | None,
+    stage: tuple[str, str | None],
+    sizes: Mapping[str, int],
+    jobs: int | None,
+    progress: Progress,
+) -> None:
+    """Write the packed form of a checkpoint into a new folder.
 
     Args:
-        model: folder of a sliced checkpoint; with codec `none` of any.
-        out: folder to create; it appears complete or not at all.
-        codec: `canonical` fixes the rotations, so that nothing is left to decode; `bits-back` is the paper's code;
-            `none` keeps the files, which `unpack` gives back byte for byte.
-        entropy: `auto` entropy-codes what gains by it, bit for bit; `none` leaves it.
-        threshold: of bits-back, the largest error of a decoded word that is left without a correction, by default
-            0.01. The paper uses 0.01 for OPT and 0.005 for Llama 2.
-        jobs: blocks to work on at once, by default one a processor, at most four. Memory holds twice as many and one
-            embedding.
-        progress: called after each block, with codec `none` after each tensor.
-
-    Returns:
-        What `inspect(out)` says.
+        directory: an existing, empty folder.
+        source: what to pack; with a preset a sliced model.
+        preset: the codec; None keeps every byte.
+        stage: name and code of the entropy stage.
+        sizes: of the source, for the history.
+        jobs: pieces to work on at once.
+        progress: called after each part, without a preset after each tensor.
 
     Raises:
-        UsageError: there is no such codec, the threshold is negative or not the codec's, or `jobs` is less than one.
-        CheckpointError: the model is not a sound checkpoint, or not sliced, or not in a dtype that the codec knows; or
-            `out` exists.
+        CheckpointError: the source is damaged, or not of a kind that the codec takes.
     """
-    for kind, value, known in (("codec", codec, CODECS), ("entropy stage", entropy, ENTROPIES)):
-        if value not in known:
-            raise UsageError(f"there is no {kind} {value!r}: choose one of {', '.join(known)}")
-    write = _writer(codec, threshold)
-    source = Checkpoint(model)
-    if is_packed(model):
-        raise CheckpointError(f"{model} is packed already: unpack it first")
-    sizes = inspect(model)["bytes"]
-    with new_directory(out) as directory:
-        contents = write(source, directory, entropy == "auto", jobs, progress)
-        Manifest(
-            codec=codec,
-            entropy=entropy,
-            bytes={key: sizes[key] for key in ("dense", "dense_untied", "sliced")},
-            config=digest_of_file(directory / "config.json"),
-            **contents,
-        ).write(directory)
-    return inspect(out)
+    entropy, code = stage
+    model: Mapping[str, Any] = source.config
+    if preset is None:
+        contents = pack_files(source, directory, code, jobs, progress)
+    else:
+        contents, layout = pack_parts(source, directory, preset, code, jobs, progress)
+        model = {**Expanded.plain_config(source.config), **layout.to_config()}
+    made_of(contents.stored, contents.recipes)  # what could not be read again is not published
+    codec = preset.name if preset else NONE
+    move = {
+        "move": codec,
+        "fidelity": FUNCTION_PRESERVING if preset else BIT_EXACT,
+        **(preset.facts if preset else {}),
+        "bytes": dict(sizes),
+        "producer": f"freebits {__version__}",
+    }
+    carry_over(source.path, directory)
+    write_json(directory / CONFIG, _config(codec, model))
+    write_remote_code(directory, CLASSES_IN, CLASSES)
+    Manifest(
+        codec=codec,
+        entropy=entropy,
+        history=[*history_of(source.config), move],
+        notes=sorted(contents.notes, key=lambda note: int(note["site"])),
+        recipes=contents.recipes,
+        digests=contents.digests,
+        files=contents.files,
+        config=digest_of_file(directory / CONFIG),
+        originals=contents.originals,
+        beside=contents.beside,
+    ).write(directory)
 
 
-def _writer(codec: str, threshold: float | None) -> Callable[..., dict[str, Any]]:
-    """What writes a checkpoint's files with a codec, and returns what the manifest says of them."""
-    if threshold is not None and codec != "bits-back":
-        raise UsageError(f"a threshold is of codec bits-back: {codec} has nothing to correct")
-    if codec == "none":
-        return pack_exactly
-    chosen = BitsBack(THRESHOLD if threshold is None else threshold) if codec == "bits-back" else Canonical()
-    return partial(pack_sites, chosen)
+def history_of(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The moves that made a model, as its `config.json` tells them; none where it makes no sense."""
+    told = config.get(HISTORY)
+    history = told.get("history") if isinstance(told, dict) else None
+    return [move for move in history if isinstance(move, dict)] if isinstance(history, list) else []
+
+
+def _config(codec: str, model: Mapping[str, Any]) -> dict[str, Any]:
+    """The packed folder's `config.json`: of a model type that transformers knows from freebits alone."""
+    told = {key: model[key] for key in ("architectures", "dtype") if key in model}
+    about = {"format": FORMAT, "codec": codec}
+    config = {"model_type": MODEL_TYPE, **told, "auto_map": auto_map(CLASSES), HISTORY: about}
+    return config if codec == NONE else config | {MODEL: dict(model)}

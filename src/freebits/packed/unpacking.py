@@ -1,68 +1,59 @@
-"""Read a packed folder, whatever its codec."""
+"""Write the plain checkpoint that a packed folder holds."""
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
 
-from torch import Tensor
+from freebits.architecture import SLICED_PREFIX, Architecture, family_of
+from freebits.checkpoint import CONFIG, LENGTH, CheckpointWriter, carry_code, carry_over, write_json, write_remote_code
+from freebits.kind import bytes_of
+from freebits.moves import Expanded
+from freebits.packed.packing import HISTORY
+from freebits.packed.reader import PackedFolder
+from freebits.work import Progress
 
-from freebits.checkpoint import Checkpoint, new_directory
-from freebits.packed.exact import ExactCheckpoint
-from freebits.packed.format import is_exact, is_packed
-from freebits.packed.sites import PackedCheckpoint
-from freebits.progress import Progress, silent
-
-
-class Packed(Protocol):
-    """A packed folder. To open it checks its headers, to read a tensor its digest; both raise `CheckpointError`."""
-
-    @property
-    def n_parameters(self) -> int:
-        """Numbers of the model as it runs."""
-
-    def tensors(self, jobs: int | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Name and tensor of everything, decoded as it is asked for, `jobs` at once."""
-
-    def check(self, jobs: int | None = None) -> None:
-        """Decode everything."""
-
-    def unpack(self, directory: Path, jobs: int | None, progress: Progress) -> None:
-        """Write the plain checkpoint into a new folder."""
+SLICED_IN = "freebits.huggingface.sliced"
+"""The module that has the classes of sliced models."""
 
 
-def open_packed(path: str | os.PathLike[str]) -> Packed:
-    """The packed folder at `path`.
+def unpack_into(directory: Path, packed: PackedFolder, jobs: int | None, progress: Progress) -> None:
+    """Write a plain checkpoint into a new folder: the original files, or the sliced model with dense shortcuts.
 
     Raises:
-        CheckpointError: the folder is not packed, or a file is missing, damaged or not what the manifest says.
+        CheckpointError: a tensor is damaged.
     """
-    Checkpoint(path)  # which says why where it is none
-    return ExactCheckpoint(path) if is_packed(path) and is_exact(path) else PackedCheckpoint(path)
+    carry_over(packed.path, directory)
+    if packed.manifest.exact:
+        _write_files(directory, packed, jobs, progress)
+    else:
+        _write_sliced(directory, packed, jobs, progress)
+    model_type = str(packed.config.get("model_type", ""))
+    if model_type.startswith(SLICED_PREFIX):
+        write_remote_code(directory, SLICED_IN, family_of(packed.config).sliced_classes)
 
 
-def unpack(
-    packed: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    *,
-    jobs: int | None = None,
-    progress: Progress = silent,
-) -> None:
-    """Write the plain checkpoint that a packed one holds, for `transformers` and any other tool.
+def _write_sliced(directory: Path, packed: PackedFolder, jobs: int | None, progress: Progress) -> None:
+    model = Expanded(packed, Architecture.of(packed.config, len(packed.kinds)))
+    write_json(directory / CONFIG, {**model.config, HISTORY: {"history": packed.manifest.history}})
+    shard_bytes = max(file.n_bytes for file in packed.files) if len(packed.files) > 1 else None
+    total = len(packed.groups(packed.kinds))
+    announced = {name: kind.shape for name, kind in model.kinds.items()}
+    with CheckpointWriter(directory, announced, shard_bytes) as writer:
+        for done, tensors in enumerate(packed.decoded(packed.kinds, jobs), start=1):
+            for name, tensor in tensors.items():
+                writer.write(model.name(name), model.expand(name, tensor))
+            progress(done, total)
 
-    A sliced model comes back as SliceGPT's, with dense shortcuts; files packed with codec `none` byte for byte.
 
-    Args:
-        packed: a packed folder.
-        out: folder to create; it appears complete or not at all.
-        jobs: sites or tensors to decode at once, by default one a processor, at most four. Memory holds twice as many
-            and one embedding.
-        progress: called after each site or plain tensor.
-
-    Raises:
-        CheckpointError: the folder is not packed or is damaged, or `out` exists.
-        UsageError: `jobs` is less than one.
-    """
-    source = open_packed(packed)
-    with new_directory(out) as directory:
-        source.unpack(directory, jobs, progress)
+def _write_files(directory: Path, packed: PackedFolder, jobs: int | None, progress: Progress) -> None:
+    carry_code(packed.path, directory)
+    for file, text in packed.manifest.originals.items():
+        if file not in packed.originals:
+            (directory / file).write_bytes(text.encode())
+    total, done = len(packed.kinds), 0
+    for file, entries in packed.originals.items():
+        header = packed.manifest.originals[file].encode()
+        with (directory / file).open("wb") as target:
+            target.write(len(header).to_bytes(LENGTH, "little") + header)
+            for tensors in packed.decoded(entries, jobs):
+                for tensor in tensors.values():
+                    target.write(bytes_of(tensor).data)
+                progress(done := done + 1, total)

@@ -1,23 +1,23 @@
-"""Moves that keep the function: norm folding, rotation at the sites, and the canonical choice of the rotations."""
+"""What keeps the function: norm folding, rotation at the sites, and the canonical form of shortcuts."""
 
-from freebits.symmetry.canonical import (
-    Shortcut,
+from freebits.symmetry.folding import fold_embeddings, fold_head, fold_sublayers
+from freebits.symmetry.orthogonal import random_orthogonal, rotate
+from freebits.symmetry.polar import (
+    PolarForm,
     carried_rotation,
-    decompose,
+    polar_form,
     shortcut_from_factor,
     trapezoid,
     triangular_rotation,
 )
-from freebits.symmetry.folding import fold, fold_embeddings, fold_head
-from freebits.symmetry.rotation import random_orthogonal, rotate
 
 __all__ = [
-    "Shortcut",
+    "PolarForm",
     "carried_rotation",
-    "decompose",
-    "fold",
     "fold_embeddings",
     "fold_head",
+    "fold_sublayers",
+    "polar_form",
     "random_orthogonal",
     "rotate",
     "shortcut_from_factor",

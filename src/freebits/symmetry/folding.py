@@ -4,29 +4,31 @@ After folding, the norms of the residual stream are bare: `x / rms(x)`. A norm's
 matrices that read it. A LayerNorm's subtraction of the mean goes into the matrices that write the stream.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from freebits.architecture import Architecture, Axis, Sublayer
+from freebits.architecture import Architecture, Module, Role, Sublayer
+
+Tensors = Mapping[str, Tensor]
 
 
-def fold_embeddings(tensors: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
+def fold_embeddings(tensors: Tensors, architecture: Architecture) -> dict[str, Tensor]:
     """The embeddings, centred where the norms are LayerNorms; for a tied one its factor is centred instead."""
     folded = {}
-    for name, axes in architecture.embedding_axes.items():
-        if name == architecture.embedding_factor:
-            token = tensors[architecture.embedding]
+    for name, weight in architecture.parts[0].weights.items():
+        if weight.role is Role.FACTOR:
+            token = tensors[architecture.embedding.weight]
             folded[name] = torch.eye(token.shape[1], dtype=torch.float64, device=token.device)
         else:
             folded[name] = tensors[name]
-        if architecture.family.centred:
-            folded[name] = _centre(folded[name], axes)
+        if architecture.family.centred and weight.axes:
+            folded[name] = _centre(folded[name], weight.axes[0].dim)
     return folded
 
 
-def fold(tensors: Mapping[str, Tensor], sublayers: tuple[Sublayer, ...]) -> dict[str, Tensor]:
+def fold_sublayers(tensors: Tensors, sublayers: Iterable[Sublayer]) -> dict[str, Tensor]:
     """One block's tensors in float64, its norms folded in, with an identity for each shortcut.
 
     Args:
@@ -34,51 +36,54 @@ def fold(tensors: Mapping[str, Tensor], sublayers: tuple[Sublayer, ...]) -> dict
         sublayers: the block's sublayers.
 
     Returns:
-        The tensors in the order of the sublayers' axes, without the norms.
+        The tensors in the order of the table's rows, without the norms.
     """
-    folded = {}
+    folded: dict[str, Tensor] = {}
     for sub in sublayers:
-        scale = tensors[f"{sub.norm}.weight"].double()
-        shift = tensors.get(f"{sub.norm}.bias")
-        folded[f"{sub.shortcut}.weight"] = torch.eye(len(scale), dtype=torch.float64, device=scale.device)
-        for module in sub.reads:
-            folded |= _fold_into_reader(module, tensors, scale, shift)
-        for name in (f"{sub.write}.weight", f"{sub.write}.bias"):
+        scale, shift = _norm(tensors, sub.norm)
+        folded[sub.shortcut.weight] = torch.eye(len(scale), dtype=torch.float64, device=scale.device)
+        readers = [_fold_into_reader(tensors, read, scale, shift) for read in sub.reads]
+        folded |= {read.weight: weight for read, (weight, _) in zip(sub.reads, readers, strict=True)}
+        folded |= {read.bias: bias for read, (_, bias) in zip(sub.reads, readers, strict=True) if bias is not None}
+        for name in (sub.write.weight, sub.write.bias):
             if name in tensors:
-                folded[name] = tensors[name].double() if shift is None else _centre(tensors[name], sub.axes[name])
+                folded[name] = tensors[name].double() if shift is None else _centre(tensors[name], dim=0)
     return folded
 
 
-def fold_head(tensors: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
+def fold_head(tensors: Tensors, architecture: Architecture) -> dict[str, Tensor]:
     """The head in float64 with the final norm folded in; where the head stays tied, the final norm as it is.
 
     Args:
         tensors: the final norm and the head; where there is no head, it is the token embedding.
         architecture: the model they are to belong to.
     """
-    norm = {name: tensors[name] for name in architecture.norm_tensors(architecture.family.final_norm)}
+    norm, head = architecture.final_norm, architecture.head
     if architecture.tied:
-        return norm
-    scale, *shift = norm.values()
-    source = architecture.head if architecture.head in tensors else architecture.embedding
-    head = {architecture.head: tensors[source]}
-    return _fold_into_reader(architecture.family.head, head, scale.double(), shift[0] if shift else None)
+        return {name: tensors[name] for name in (norm.weight, norm.bias) if name in tensors}
+    source = head.weight if head.weight in tensors else architecture.embedding.weight
+    weight, bias = _fold_into_reader({head.weight: tensors[source]}, head, *_norm(tensors, norm))
+    return {head.weight: weight} | ({} if bias is None else {head.bias: bias})
+
+
+def _norm(tensors: Tensors, norm: Module) -> tuple[Tensor, Tensor | None]:
+    """Scale and, of a LayerNorm, bias."""
+    shift = tensors.get(norm.bias)
+    return tensors[norm.weight].double(), None if shift is None else shift.double()
 
 
 def _fold_into_reader(
-    module: str, tensors: Mapping[str, Tensor], scale: Tensor, shift: Tensor | None
-) -> dict[str, Tensor]:
+    tensors: Tensors, read: Module, scale: Tensor, shift: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of `y = norm(x) Wᵀ + b` for a bare norm."""
-    weight = tensors[f"{module}.weight"].double()
-    folded = {f"{module}.weight": weight * scale}
-    biases = [tensors[f"{module}.bias"].double()] if f"{module}.bias" in tensors else []
-    biases += [weight @ shift.double()] if shift is not None else []
-    return folded | ({f"{module}.bias": sum(biases[1:], biases[0])} if biases else {})
+    weight = tensors[read.weight].double()
+    bias = tensors[read.bias].double() if read.bias in tensors else None
+    if shift is not None:
+        moved = weight @ shift
+        bias = moved if bias is None else bias + moved
+    return weight * scale, bias
 
 
-def _centre(tensor: Tensor, axes: tuple[Axis, ...]) -> Tensor:
-    """`W (I - 1 1ᵀ / D)`: what the tensor writes into the stream, less its mean; other tensors as they are."""
-    for axis in axes:
-        if axis.writes:
-            tensor = tensor.double() - tensor.double().mean(axis.dim, keepdim=True)
-    return tensor
+def _centre(tensor: Tensor, dim: int) -> Tensor:
+    """`W (I - 1 1ᵀ / D)`: what a tensor writes into the stream along `dim`, less its mean."""
+    return tensor.double() - tensor.double().mean(dim, keepdim=True)

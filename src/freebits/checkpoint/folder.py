@@ -1,0 +1,184 @@
+"""A checkpoint folder: its config, and its tensors one by one."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from freebits.checkpoint.weights import WeightsFile, open_regular
+from freebits.errors import CheckpointError
+from freebits.kind import Bytes, Kind
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_MOST_JSON = 2**27
+
+
+def read_text(path: Path) -> str:
+    """The text of a JSON file.
+
+    Raises:
+        CheckpointError: the file is missing, or no text of a sensible size.
+    """
+    try:
+        with open_regular(path) as file:
+            content = file.read(_MOST_JSON + 1)
+            if len(content) > _MOST_JSON:
+                raise ValueError(f"more than {_MOST_JSON} bytes")  # noqa: TRY301  (told in one line with the others)
+            return content.decode()
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: this is not a complete checkpoint") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}): restore the file") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        CheckpointError: the file is missing or holds no JSON object.
+    """
+    try:
+        content = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}): restore the file") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no JSON object: restore the file")
+    return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write an object as transformers writes its own."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+class Source(Protocol):
+    """Where a model's tensors come from: a checkpoint, a packed folder, or another source seen in another form."""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """What `config.json` says of the model."""
+
+    @property
+    def kinds(self) -> Mapping[str, Kind]:
+        """The model's tensors, in the order in which they are stored."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor called `name`, read now.
+
+        Raises:
+            CheckpointError: it is damaged, or there is none.
+        """
+
+
+class Checkpoint:
+    """A folder with `config.json` and weights in safetensors, in one file or in shards. Implements `Source`.
+
+    Headers are read at once, tensors when asked for.
+
+    Raises:
+        CheckpointError: the folder is missing, is no checkpoint, holds only pickled weights, or a file
+            is truncated or not what the index promises.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = existing_folder(path)
+        self.config = read_json(self.path / CONFIG)
+        self.weights = {file.name: WeightsFile(file) for file in model_files(self.path, self.config)}
+        """File name → file, of those that are the model."""
+        self.files = {name: file for file, weights in self.weights.items() for name in weights.entries}
+        """Tensor name → file name, in the order of the files."""
+        if sum(len(weights.entries) for weights in self.weights.values()) > len(self.files):
+            raise CheckpointError(f"{self.path}: two of its files hold a tensor of one name: download it again")
+        for name, file in _weight_map(self.path).items() if SINGLE not in self.weights else ():
+            if name not in self.files:
+                raise CheckpointError(f"{self.path / file} lacks tensor {name}: download it again")
+
+    @property
+    def weight_files(self) -> tuple[Path, ...]:
+        """The files that hold the tensors, and the index where there is one."""
+        index = () if SINGLE in self.weights else (self.path / INDEX,)
+        return (*(file.path for file in self.weights.values()), *index)
+
+    @cached_property
+    def kinds(self) -> dict[str, Kind]:
+        """Dtype and shape of every tensor."""
+        return {name: self.weights[file].entries[name].kind for name, file in self.files.items()}
+
+    def read(self, name: str) -> Bytes:
+        """The bytes of a tensor."""
+        if name not in self.files:
+            raise CheckpointError(f"tensor {name} is missing in {self.path}: the checkpoint is incomplete")
+        return self.weights[self.files[name]].read(name)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor called `name`, as stored."""
+        data = self.read(name)
+        return self.kinds[name].view(data)
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor with its name, read one at a time."""
+        return ((name, self[name]) for name in self.files)
+
+
+def existing_folder(path: str | os.PathLike[str]) -> Path:
+    """The folder of a checkpoint.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    folder = Path(path)
+    try:
+        if not folder.is_dir():
+            raise CheckpointError(f"{path} is not a folder: give the folder of a downloaded checkpoint")
+        if not (folder / CONFIG).exists():
+            raise CheckpointError(f"{path} holds no {CONFIG}: it is not a Hugging Face checkpoint")
+    except (OSError, ValueError) as error:  # a name too long, for instance
+        raise CheckpointError(f"{path} is not a folder ({error}): give the folder of a downloaded checkpoint") from None
+    return folder
+
+
+def model_files(path: Path, config: dict[str, Any]) -> list[Path]:
+    """The weights files that transformers would load from a folder, in the order of their names.
+
+    Raises:
+        CheckpointError: there are none; or what would be loaded is more than such files, and freebits does not follow.
+    """
+    if config.get("transformers_weights") is not None:
+        raise CheckpointError(
+            f"{path / CONFIG} names other weights (transformers_weights), which freebits does not follow: "
+            f"load the model and save it again"
+        )
+    if (path / ADAPTER).exists():
+        raise CheckpointError(
+            f"{path} holds an adapter ({ADAPTER}), which transformers adds to the weights: "
+            "merge it into the model first"
+        )
+    if (path / SINGLE).exists():  # goes first, as in transformers
+        return [path / SINGLE]
+    if (path / INDEX).exists():
+        return [path / file for file in sorted(set(_weight_map(path).values()))]
+    pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
+    if pickles:
+        raise CheckpointError(
+            f"{path} holds only pickled weights ({pickles[0]}), which can run code when read: "
+            "save the model as safetensors first"
+        )
+    raise CheckpointError(f"{path} holds no {SINGLE} and no {INDEX}: it has no weights")
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    weight_map = read_json(path / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{path / INDEX} has no weight_map: restore the file")
+    for file in weight_map.values():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise CheckpointError(f"{path / INDEX} names {file!r}, which is no file beside it: restore the index")
+    return weight_map

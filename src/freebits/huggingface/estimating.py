@@ -1,0 +1,84 @@
+"""Estimate sizes from a config alone."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from freebits.architecture import Architecture, dense_family
+from freebits.checkpoint import CONFIG, read_json
+from freebits.errors import CheckpointError
+from freebits.huggingface.loading import one_line_errors
+from freebits.kind import DTYPE_CODES
+from freebits.moves import sliced_size
+from freebits.report import TYPICAL_ENTROPY, change, n_bytes, n_words, planned_forms
+
+MOST_BLOCKS = 4096
+"""More than any model has: a config alone, without weights, could ask for any number."""
+
+
+def estimate(config: str | os.PathLike[str], sparsity: float) -> dict[str, Any]:
+    """How large a model would become, from its `config.json` alone: nothing is downloaded or allocated.
+
+    Args:
+        config: a `config.json`, or a folder that has one.
+        sparsity: the part of the hidden size to remove, in [0, 1).
+
+    Returns:
+        `hidden_size`, `sliced_size`; `params` {`dense`, `dense_untied`, `sliced`, `bits_back`, `canonical`,
+        `canonical_tied`}, see `freebits.report.planned_forms`; and in percent, negative is smaller,
+        `change_vs_dense_untied` and `change_vs_dense` of `sliced`, `bits_back`, `canonical` and `canonical_tied`.
+        `dtype` and `bytes`: the same forms as tensors in the config's dtype, norms included, and `default`, about what
+        slicing and packing write by default: ties kept, canonical, entropy-coded as weights usually are.
+
+    Raises:
+        CheckpointError: there is no such file, or it describes no model.
+        UnsupportedModelError: no rotation of this model's stream is free; the message says why.
+        UsageError: the sparsity makes no sense.
+    """
+    path = Path(config)
+    path = path / CONFIG if path.is_dir() else path
+    content = read_json(path)
+    dense_family(content)
+    architecture = Architecture.of(content)
+    k = sliced_size(architecture.hidden_size, sparsity)
+    dtype = _dtype(content)
+    code = DTYPE_CODES[dtype]
+    planned = planned_forms(architecture, dense_shapes(content, path), k, code)
+    params = {form: None if kinds is None else n_words(architecture, kinds) for form, kinds in planned.items()}
+    sizes = {form: None if kinds is None else n_bytes(kinds.values()) for form, kinds in planned.items()}
+    packed = sizes["canonical_tied"] or sizes["canonical"] or 0
+    forms = ("sliced", "bits_back", "canonical", "canonical_tied")
+    return {
+        "hidden_size": architecture.hidden_size,
+        "sliced_size": k,
+        "dtype": str(dtype).removeprefix("torch."),
+        "params": params,
+        "bytes": sizes | {"default": round(TYPICAL_ENTROPY.get(code, 1.0) * packed)},
+        **{
+            f"change_vs_{base}": {form: change(params[form], params[base]) for form in forms}
+            for base in ("dense_untied", "dense")
+        },
+    }
+
+
+def dense_shapes(config: dict[str, Any], path: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter of the dense model that a config describes; a tied head is left out.
+
+    Raises:
+        CheckpointError: it describes no model, or one of more blocks than any has.
+    """
+    n_blocks = config.get("num_hidden_layers")
+    if isinstance(n_blocks, int) and n_blocks > MOST_BLOCKS:
+        raise CheckpointError(f"{path}: num_hidden_layers is {n_blocks}, more than any model has: restore the file")
+    with one_line_errors(path, "config"), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), trust_remote_code=False)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _dtype(config: dict[str, Any]) -> torch.dtype:
+    """Of the weights, as a config tells it; float16 where it does not."""
+    told = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
+    return told if isinstance(told, torch.dtype) and told in DTYPE_CODES else torch.float16

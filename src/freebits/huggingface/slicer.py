@@ -1,0 +1,206 @@
+"""Slice a checkpoint folder into another."""
+
+import logging
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from freebits.architecture import WIDTHS, Architecture, Layout, dense_family
+from freebits.calibration import embedded_text
+from freebits.checkpoint import (
+    CONFIG,
+    Checkpoint,
+    CheckpointWriter,
+    auto_map,
+    carry_over,
+    new_directory,
+    shard_bytes,
+    write_json,
+    write_remote_code,
+)
+from freebits.errors import CheckpointError, UsageError
+from freebits.huggingface.estimating import dense_shapes
+from freebits.huggingface.loading import device_of
+from freebits.huggingface.runner import BlockRunner
+from freebits.huggingface.tokens import drawn_windows, token_windows
+from freebits.moves import LOSSY, Slice, moved_parts, sliced_size
+from freebits.options import DTYPES
+from freebits.packed import HISTORY, SLICED_IN, history_of, is_packed
+from freebits.report import dense_bytes, inspect
+from freebits.version import __version__
+from freebits.work import Progress, silent, workers
+
+HELD_OUT = 4
+"""Windows on which the cost of slicing is measured."""
+WARN, REFUSE = 1.5, 5.0
+"""Growth of perplexity above which slicing warns, and above which it gives nothing without `force`."""
+_log = logging.getLogger(__name__)
+
+
+def slice_model(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    sparsity: float,
+    untie: bool = False,
+    calibration: str | None = None,
+    samples: int = 64,
+    seq_len: int = 512,
+    seed: int = 0,
+    random_orientation: bool = False,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    force: bool = False,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Slice a dense checkpoint (SliceGPT): lossy. Memory holds one block, one embedding and the activations.
+
+    Args:
+        model: folder of a dense checkpoint.
+        out: folder to create; it appears complete or not at all.
+        sparsity: the part of the hidden size to remove, in [0, 1).
+        untie: give a head that is tied to the token embedding a matrix of its own, as SliceGPT does. By default
+            that matrix is kept once, bit for bit (unless `dtype` is another), with a factor between it and the
+            sliced stream.
+        calibration: text to calibrate on; by default the embedded text.
+        samples: windows of calibration text, drawn without replacement; all but a few where the text has fewer.
+        seq_len: tokens a window.
+        seed: of that draw, and of the random orientation.
+        random_orientation: turn each kept subspace at random within itself.
+        device: where to calibrate, in float32.
+        dtype: of the sliced weights; by default each keeps its own, and a shortcut has that of the embedding.
+        force: write the model even if its perplexity is more than 5 times that of the dense one.
+        progress: called after each block.
+
+    Returns:
+        What `inspect(out)` says, and `perplexity` {`dense`, `sliced`} on other windows of the calibration text: how
+        much worse the model is on other text, only `evaluate` can tell. None where the text has no other window.
+
+    Raises:
+        UsageError: an argument makes no sense, or slicing ruins the model.
+        CheckpointError: `model` is no sound checkpoint, or `out` exists.
+        UnsupportedModelError: no rotation of this model's stream is free; the message says why.
+    """
+    if is_packed(model):
+        raise CheckpointError(f"{model} is packed already: slice the dense model it was made from")
+    dense = Checkpoint(model)
+    architecture = _checked_architecture(dense)
+    baselines = dense_bytes(dense, architecture)
+    architecture = architecture.with_tie(architecture.tied and not untie)
+    dtypes = _dtypes(dense, architecture, dtype)
+    size = sliced_size(architecture.hidden_size, sparsity)
+    windows = token_windows(dense.path, embedded_text()[0] if calibration is None else calibration, seq_len)
+    tokens, held_out = drawn_windows(windows, samples, HELD_OUT, seed)
+    torch_device = device_of(device)
+    move = {
+        "move": "slice",
+        "fidelity": LOSSY,
+        "sparsity": sparsity,
+        "samples": len(tokens),
+        "seq_len": seq_len,
+        "seed": seed,
+        "random_orientation": random_orientation,
+        "bytes": baselines,
+        "producer": f"freebits {__version__}",
+    }
+    with new_directory(out) as directory, workers(1) as executor:
+        carry_over(dense.path, directory)
+        write_remote_code(directory, SLICED_IN, architecture.family.sliced_classes)
+        runner = BlockRunner(dense.path, architecture, torch_device)
+        slicing = Slice(dense, architecture, runner, tokens, held_out, size, seed if random_orientation else None)
+        measured: dict[str, float] = {}
+        layout = Layout.sliced(architecture, size)
+        shapes = {name: kind.shape for name, kind in dense.kinds.items()}
+        with CheckpointWriter(directory, layout.shapes(architecture, shapes), shard_bytes(dense)) as writer:
+            parts = moved_parts(slicing, dense, architecture, lambda name: dtypes[name], executor)
+            for done, (_, turn, moved) in enumerate(parts, start=1):
+                for name, tensor in moved().items():
+                    writer.write(name, tensor)
+                measured |= turn.facts
+                progress(done, len(architecture.parts))
+        _judge(measured, sparsity, force)
+        told = {key: value if math.isfinite(value) else None for key, value in measured.items()}
+        perplexity = {"dense": None, "sliced": None} | told
+        history = [*history_of(dense.config), move | {"perplexity": perplexity}]
+        dtype = dtypes[architecture.sublayers[0].shortcut.weight]
+        _write_config(directory, dense.config, architecture, size, dtype, history)
+        return inspect(directory) | {"perplexity": perplexity}
+
+
+def _checked_architecture(dense: Checkpoint) -> Architecture:
+    """What is in a dense checkpoint, once every tensor is what its config says."""
+    dense_family(dense.config)
+    architecture = Architecture.of(dense.config, len(dense.kinds))
+    shapes = {name: kind.shape for name, kind in dense.kinds.items()}
+    Layout().check(shapes, architecture)
+    expected = dense_shapes(dense.config, dense.path)
+    head, embedding = architecture.head.weight, architecture.embedding.weight
+    for name in architecture.without_ignored(dense.kinds):
+        if shapes[name] != expected.get(name, expected[embedding] if name == head else None):
+            raise CheckpointError(f"tensor {name} has shape {list(shapes[name])}, which config.json contradicts")
+        if not dense.kinds[name].dtype.is_floating_point:
+            raise CheckpointError(f"tensor {name} is {dense.kinds[name].code}: slicing needs floating-point weights")
+    for name in expected.keys() - dense.kinds.keys() - {head}:
+        raise CheckpointError(f"tensor {name} is missing: the checkpoint is incomplete")
+    if architecture.tied and head in dense.kinds and not torch.equal(dense[head], dense[embedding]):
+        return architecture.with_tie(False)  # transformers, too, then takes the head that is there
+    return architecture
+
+
+def _dtypes(dense: Checkpoint, architecture: Architecture, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+    """What each tensor of the sliced model is rounded to."""
+    if dtype is not None and str(dtype).removeprefix("torch.") not in (*DTYPES, "float64"):
+        raise UsageError(f"dtype {dtype}: sliced weights are floats of 16 bits or more, {', '.join(DTYPES)}")
+    dtypes = {name: dtype or kind.dtype for name, kind in dense.kinds.items()}
+    general = dtypes[architecture.embedding.weight]
+    for part in architecture.parts:
+        for sub in part.sublayers:  # a bias that folding makes is as precise as the matrix beside it
+            dtypes |= {read.bias: dtypes[read.weight] for read in sub.reads if read.bias not in dtypes}
+    head = architecture.head
+    dtypes.setdefault(head.weight, general)
+    dtypes.setdefault(head.bias, dtypes[head.weight])
+    return {name: dtypes.get(name, general) for name in architecture.weights}
+
+
+def _judge(measured: dict[str, float], sparsity: float, force: bool) -> None:
+    """Warn of a slice that costs much, and refuse one that ruins the model.
+
+    Raises:
+        UsageError: perplexity grows more than `REFUSE` times, or is no number.
+    """
+    if not measured:
+        return
+    growth = measured["sliced"] / measured["dense"] if measured["dense"] else math.nan
+    cost = (
+        f"slicing by {sparsity} takes perplexity from {measured['dense']:.2f} to {measured['sliced']:.2f} on held-out "
+        "windows of the calibration text"
+    )
+    if not growth <= REFUSE and not force and math.isfinite(measured["dense"]):
+        raise UsageError(f"{cost}, which ruins the model: choose a smaller sparsity, or --force")
+    if not growth <= WARN:
+        _log.warning("freebits: %s: measure it on your own text with freebits eval", cost)
+
+
+def _write_config(
+    directory: Path,
+    config: dict[str, Any],
+    architecture: Architecture,
+    size: int,
+    dtype: torch.dtype,
+    history: list[dict[str, Any]],
+) -> None:
+    family = architecture.family
+    kept = {key: value for key, value in config.items() if key not in ("torch_dtype", WIDTHS)}
+    sliced = {
+        "model_type": family.sliced_model_type,
+        "architectures": [family.sliced_causal_lm],
+        "auto_map": auto_map(family.sliced_classes),
+        "dtype": str(dtype).removeprefix("torch."),
+        "tie_word_embeddings": architecture.tied,
+        **Layout.sliced(architecture, size).to_config(),
+        HISTORY: {"history": history},
+    }
+    write_json(directory / CONFIG, kept | sliced)

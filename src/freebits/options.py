@@ -1,0 +1,6 @@
+"""Names by which users choose; without imports, so that the command line can list them at once."""
+
+CANONICAL, BITS_BACK, NONE = "canonical", "bits-back", "none"
+CODECS = (CANONICAL, BITS_BACK, NONE)
+ENTROPIES = ("auto", "none")
+DTYPES = ("float16", "bfloat16", "float32")

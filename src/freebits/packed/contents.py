@@ -1,0 +1,42 @@
+"""What packing has written so far, as the manifest will tell it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from freebits.kind import Kind, bytes_of
+from freebits.packed.manifest import digest
+from freebits.packed.piece import Piece
+from freebits.packed.recipe import Recipe
+
+LONGEST_STAGE = ".entropy__"
+
+
+@dataclass
+class Contents:
+    """Files, recipes, notes, stored tensors and their digests; see `Manifest`. It grows piece by piece."""
+
+    files: list[str] = field(default_factory=list)
+    recipes: list[Recipe] = field(default_factory=list)
+    notes: list[dict[str, Any]] = field(default_factory=list)
+    stored: dict[str, Kind] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+    originals: dict[str, str] = field(default_factory=dict)
+    beside: list[str] = field(default_factory=list)
+
+    def add(self, piece: Piece, digests: Mapping[str, str]) -> None:
+        """Note a piece that was written."""
+        self.recipes += piece.recipes
+        self.notes += piece.notes
+        self.stored |= {name: kind for name, (kind, _) in piece.stored.items()}
+        self.digests |= digests
+
+
+def digests_of(piece: Piece) -> dict[str, str]:
+    """The digest of each stored tensor."""
+    return {name: digest(kind, bytes_of(tensor)) for name, (kind, tensor) in piece.stored.items()}
+
+
+def announced(kinds: Mapping[str, Kind]) -> dict[str, tuple[int, ...]]:
+    """What a writer is told may come: tensors by the names that they have at most, entropy-coded rows of bytes."""
+    return {name + LONGEST_STAGE: (*kind.shape, 10) for name, kind in kinds.items()}

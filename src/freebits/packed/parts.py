@@ -1,0 +1,101 @@
+"""The codecs of sliced models: moved and encoded part by part, with few blocks in memory."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from freebits.architecture import Architecture, Layout, Part
+from freebits.checkpoint import Checkpoint, CheckpointWriter, shard_bytes
+from freebits.errors import CheckpointError
+from freebits.kind import Kind, bytes_of
+from freebits.moves import Expanded, Turn, moved_parts
+from freebits.packed.contents import Contents, announced, digests_of
+from freebits.packed.piece import Piece, staged
+from freebits.packed.presets import Preset
+from freebits.work import Progress, ordered_map, workers
+
+Work = tuple[Part, Turn, Callable[[], dict[str, Tensor]]]
+
+
+def pack_parts(
+    source: Checkpoint, directory: Path, preset: Preset, stage: str | None, jobs: int | None, progress: Progress
+) -> tuple[Contents, Layout]:
+    """Write a sliced model with its sites encoded; also the layout in which it then runs.
+
+    Raises:
+        CheckpointError: the model is not sliced, or not in a dtype that the codec knows.
+    """
+    architecture = Architecture.of(source.config, len(source.kinds))
+    if source.config.get("model_type") != architecture.family.sliced_model_type:
+        raise CheckpointError(
+            f"{source.path} is a dense model, whose shortcuts leave no rotation free: slice it first, "
+            "or pack it byte for byte with --codec none"
+        )
+    model = Expanded(source, architecture)
+    _check_floats(model, architecture, preset)
+    contents = Contents()
+    ranks: dict[int, int] = {}
+    layout = Layout.of(model.config, architecture)
+    with CheckpointWriter(directory, _announced(preset, model, architecture, layout), shard_bytes(source)) as writer:
+        parts = _encoded_parts(preset, model, architecture, stage, jobs)
+        for done, (part, piece, digests) in enumerate(parts, start=1):
+            for name, (kind, tensor) in piece.stored.items():
+                writer.write_bytes(name, kind, bytes_of(tensor))
+            contents.add(piece, digests)
+            made = {name: kind for recipe in piece.recipes for name, kind in recipe.makes.items()}
+            ranks |= {s.site: made[s.shortcut.factor].shape[1] for s in part.sublayers if s.shortcut.factor in made}
+            progress(done, len(architecture.parts))
+    contents.files = sorted(file.name for file in directory.glob("*.safetensors"))
+    return contents, Layout(layout.widths, tuple(ranks.get(sub.site) for sub in architecture.sublayers))
+
+
+def _encoded_parts(
+    preset: Preset, model: Expanded, architecture: Architecture, stage: str | None, jobs: int | None
+) -> Iterator[tuple[Part, Piece, dict[str, str]]]:
+    """Each part of a sliced model, moved, encoded and digested; several at once."""
+    kinds = dict(model.kinds)
+    for sub in architecture.sublayers:  # a factor is as precise as the shortcut for which it stands
+        kinds[sub.shortcut.factor] = kinds[sub.shortcut.weight]
+
+    def encoded(work: Work) -> tuple[Part, Piece, dict[str, str]]:
+        part, turn, moved = work
+        tensors = moved()
+        here = {name: Kind(kinds[name].code, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        notes = tuple(
+            {"site": site, "name": _owner(architecture, site), "reason": why} for site, why in turn.reasons.items()
+        )
+        piece = staged(Piece(notes=notes) + preset.encode(part, turn, tensors, here), stage)
+        return part, piece, digests_of(piece)
+
+    with workers(jobs) as executor:
+        move = preset.move(model, architecture)
+        moved = moved_parts(move, model, architecture, lambda name: kinds[name].dtype, executor)
+        yield from ordered_map(executor, encoded, moved)
+
+
+def _owner(architecture: Architecture, site: int) -> str:
+    """Where a site's rotation goes: the sublayer that leads to it, or for site 0 the layer that reads it."""
+    return architecture.sublayers[site - 1].name if site else architecture.sublayers[0].reads[0].name
+
+
+def _announced(
+    preset: Preset, model: Expanded, architecture: Architecture, layout: Layout
+) -> dict[str, tuple[int, ...]]:
+    """Everything that may be stored: what is planned, and what it is made of, should a code decline it."""
+    shapes = {name: kind.shape for name, kind in model.kinds.items()}
+    moved = preset.layout(architecture, layout).shapes(architecture, shapes)
+    kinds = {name: Kind(model.kinds[architecture.embedding.weight].code, shape) for name, shape in moved.items()}
+    planned = dict(model.kinds)
+    for part in architecture.parts:
+        planned |= preset.plan(part, kinds, architecture.free_sites)
+    return announced(planned)
+
+
+def _check_floats(model: Expanded, architecture: Architecture, preset: Preset) -> None:
+    for name in architecture.weights.keys() & model.kinds.keys():
+        if model.kinds[name].code not in preset.floats:
+            raise CheckpointError(
+                f"tensor {name} is {model.kinds[name].code}; this codec needs {', '.join(preset.floats)}: "
+                "slice with --dtype"
+            )

@@ -1,0 +1,159 @@
+"""What `--codec` stands for: a move, and the codes that take what it leaves redundant."""
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from freebits.architecture import Architecture, Layout, Part
+from freebits.checkpoint import Source
+from freebits.codes import CODES, BitsBack, Code, Declined
+from freebits.codes.bitsback import THRESHOLD
+from freebits.errors import UsageError
+from freebits.kind import FLOATS, Kind
+from freebits.moves import Canonical, Diagonal, Move, Turn
+from freebits.options import BITS_BACK, CANONICAL, CODECS, NONE
+from freebits.packed.piece import Piece, encoded, plain
+from freebits.packed.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors that one code takes together.
+
+    Attributes:
+        site: whose rotation makes them redundant.
+        name: where that went: a sublayer, or for site 0 the layer that reads it.
+        code: a key of `freebits.codes.CODES`; empty where none takes them, for a `reason`.
+        tensors: their names, in the code's order.
+        label: begins the names of what is stored.
+        params: what the code's parameters are at most, where they have not been found yet.
+        reason: why no code takes them.
+    """
+
+    site: int
+    name: str
+    code: str
+    tensors: tuple[str, ...] = ()
+    label: str = ""
+    params: Mapping[str, Any] = field(default_factory=dict)
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A codec of sliced models.
+
+    Attributes:
+        name: by which users choose it.
+        move: from a sliced model with dense shortcuts.
+        groups: what of a part is encoded together, given the kinds of the tensors that the move leaves.
+        layout: what the move makes of a layout, for a model of that architecture.
+        codes: what encodes, where it is not what stands in `CODES`.
+        floats: dtypes of the tensors that it can encode.
+        facts: its parameters, for the history.
+    """
+
+    name: str
+    move: Callable[[Source, Architecture], Move[Any, Any]]
+    groups: Callable[[Part, Mapping[str, Kind]], Iterator[Group]]
+    layout: Callable[[Architecture, Layout], Layout]
+    codes: Mapping[str, Code]
+    floats: tuple[str, ...]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def encode(self, part: Part, turn: Turn, tensors: dict[str, Tensor], kinds: Mapping[str, Kind]) -> Piece:
+        """A part of the moved model, in the codes that take it; `kinds` are what its tensors are rounded to."""
+        piece = Piece()
+        left = dict(tensors)
+        for group in self.groups(part, kinds):
+            if group.site not in turn.rotations:
+                continue  # its reason is the move's to tell
+            note = {"site": group.site, "name": group.name}
+            if not group.code:
+                piece += Piece(notes=(note | {"reason": group.reason},))
+                continue
+            code = self.codes.get(group.code) or CODES[group.code]
+            makes = {name: kinds[name] for name in group.tensors}
+            try:
+                piece += encoded(group.code, code, group.label, {n: tensors[n] for n in makes}, makes, note)
+                left = {name: tensor for name, tensor in left.items() if name not in makes}
+            except Declined as reason:
+                piece += Piece(notes=(note | {"reason": str(reason)},))
+        return piece + plain({name: tensor.to(kinds[name].dtype) for name, tensor in left.items()})
+
+    def plan(self, part: Part, kinds: Mapping[str, Kind], free_sites: Collection[int]) -> dict[str, Kind]:
+        """What would be stored for a part, from kinds alone."""
+        stored = {name: kinds[name] for name in part.weights if name in kinds}
+        for group in self.groups(part, kinds):
+            if group.site in free_sites and group.code:
+                makes = {name: stored.pop(name) for name in group.tensors}
+                parts = Recipe(group.code, {}, makes, group.params).parts()
+                stored |= {f"{group.label}.{part}": kind for part, kind in parts.items()}
+        return stored
+
+
+def canonical() -> Preset:
+    """Choose the rotations so that shortcuts need few numbers."""
+    return Preset(CANONICAL, Canonical, _triangles, _projections, {}, FLOATS)
+
+
+def bits_back(threshold: float) -> Preset:
+    """The paper's code; `threshold` is the largest error of a decoded word that is left without a correction."""
+    codes = {BITS_BACK: BitsBack(threshold)}
+    facts = {"threshold": threshold}
+    return Preset(BITS_BACK, Diagonal, _messages, lambda _, layout: layout, codes, ("F16", "BF16"), facts)
+
+
+def chosen(codec: str, threshold: float | None = None) -> Preset | None:
+    """The preset of that name; None for codec `none`, which takes files as they are.
+
+    Raises:
+        UsageError: there is none, or the threshold is negative or not the codec's.
+    """
+    if codec not in CODECS:
+        raise UsageError(f"there is no codec {codec!r}: choose one of {', '.join(CODECS)}")
+    if threshold is not None and codec != BITS_BACK:
+        raise UsageError(f"a threshold is of codec bits-back: {codec} has nothing to correct")
+    if threshold is not None and not 0 <= threshold < math.inf:
+        raise UsageError(f"threshold {threshold}: give a number of 0 or more")
+    if codec == NONE:
+        return None
+    return canonical() if codec == CANONICAL else bits_back(THRESHOLD if threshold is None else threshold)
+
+
+def _triangles(part: Part, kinds: Mapping[str, Kind]) -> Iterator[Group]:
+    for sub in part.sublayers:
+        if sub.site == 1:
+            read = sub.reads[0]
+            yield Group(0, read.name, "lower", (read.weight,), read.weight)
+        factor, weight = sub.shortcut.factor, sub.shortcut.weight
+        if factor in kinds:
+            yield Group(sub.site, sub.name, "lower", (factor,), factor)
+        elif len(set(kinds[weight].shape)) == 1:
+            yield Group(sub.site, sub.name, "symmetric", (weight,), weight)
+        else:
+            yield Group(sub.site, sub.name, "", reason="too few singular values of its shortcut are 1")
+
+
+def _messages(part: Part, kinds: Mapping[str, Kind]) -> Iterator[Group]:
+    for sub in part.sublayers:
+        names = (sub.shortcut.weight, *(read.weight for read in sub.reads), sub.write.weight)
+        params = {"rank": kinds[sub.write.weight].shape[0], "corrections": 0}
+        if len({kinds[name].code for name in names}) == 1:
+            yield Group(sub.site, sub.name, BITS_BACK, names, sub.name, params)
+        else:
+            yield Group(sub.site, sub.name, "", reason="its words are of different dtypes")
+
+
+def _projections(architecture: Architecture, layout: Layout) -> Layout:
+    """Each free shortcut a factor of the rank that slicing leaves at most, as far as that is less than all."""
+    widths, D = layout.widths or (), architecture.hidden_size
+    ranks: list[int | None] = []
+    for sub in architecture.sublayers:
+        before, after = widths[sub.site - 1], widths[sub.site]
+        free = sub.site in architecture.free_sites and before <= after
+        ranks.append(D - after if free and D - after < before else None)
+    return Layout(layout.widths, tuple(ranks))

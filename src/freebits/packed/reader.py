@@ -1,0 +1,166 @@
+"""Read a packed folder: a model's tensors by name, each decoded when it is asked for."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from freebits.architecture import SLICED_PREFIX, Architecture, Layout
+from freebits.checkpoint import CONFIG, INDEX, Entry, WeightsFile, existing_folder, parse_header, read_json
+from freebits.codes import CODES
+from freebits.errors import CheckpointError
+from freebits.kind import Kind
+from freebits.packed.manifest import Manifest, digest
+from freebits.packed.recipe import Recipe, made_of
+from freebits.work import ordered_map, workers
+
+MODEL = "model"
+"""Key of the packed `config.json` under which the model's own config stands."""
+
+
+class PackedFolder:
+    """A packed folder, everything validated that its headers tell. Implements `Source`.
+
+    Attributes:
+        manifest: what the folder says of itself.
+        files: the weights files.
+        stored: the stored tensors, in the order of the files.
+        kinds: the tensors that it holds; with codec `none` those of other weights files, as `file/name`, too.
+        config: the model's.
+
+    Args:
+        path: the folder.
+        verify: check each stored tensor's digest when it is read.
+
+    Raises:
+        CheckpointError: the folder is not packed, or a file is missing, damaged or not what the manifest says; of a
+            tensor that is noticed when it is read.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, verify: bool = True) -> None:
+        self.path = existing_folder(path)
+        self.manifest = Manifest.read(self.path)
+        self._verify = verify
+        self.files = [WeightsFile(self.path / file) for file in self.manifest.files]
+        self._files = {name: file for file in self.files for name in file.entries}
+        self.stored = {name: file.entries[name].kind for name, file in self._files.items()}
+        if sum(len(file.entries) for file in self.files) > len(self.stored):
+            raise self._damaged("two of its files hold a tensor of one name")
+        for name in sorted(self.stored.keys() ^ self.manifest.digests.keys()):
+            raise self._damaged(f"tensor {name} is in the manifest or in a file, but not in both")
+        try:
+            self.kinds: Mapping[str, Kind] = made_of(self.stored, self.manifest.recipes)
+        except ValueError as error:
+            raise self._damaged(str(error)) from None
+        self._recipes = {name: recipe for recipe in self.manifest.recipes for name in recipe.makes}
+        self.config = self._config()
+        if str(self.config.get("model_type", "")).startswith(SLICED_PREFIX) and not self.manifest.exact:
+            architecture = Architecture.of(self.config, len(self.kinds))
+            layout = Layout.of(self.config, architecture)
+            layout.check({name: kind.shape for name, kind in self.kinds.items()}, architecture)
+        self.originals = {file: self._entries(file) for file in self.manifest.files if self.manifest.exact}
+        """With codec `none`, each original file's tensors by the names they have here."""
+
+    @property
+    def weight_files(self) -> tuple[Path, ...]:
+        """The files that hold the tensors, and the index where there is one."""
+        index = self.path / INDEX
+        return (*(file.path for file in self.files), *([index] if index.exists() else []))
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor called `name`, decoded from just what it takes."""
+        if name not in self.kinds:
+            raise CheckpointError(f"tensor {name} is missing in {self.path}: the checkpoint is incomplete")
+        return self._decoded(name, {})
+
+    def groups(self, names: Iterable[str]) -> list[list[str]]:
+        """Tensors that are decoded in one go, together."""
+        groups: dict[str, list[str]] = {}
+        for name in names:
+            recipe = self._recipes.get(name)
+            groups.setdefault(next(iter(recipe.makes)) if recipe else name, []).append(name)
+        return list(groups.values())
+
+    def decoded(self, names: Iterable[str], jobs: int | None = None) -> Iterator[dict[str, Tensor]]:
+        """The named tensors, several groups at once, in their order."""
+
+        def group(names: list[str]) -> dict[str, Tensor]:
+            made: dict[str, Tensor] = {}
+            return {name: self._decoded(name, made) for name in names}
+
+        with workers(jobs) as executor:
+            yield from ordered_map(executor, group, self.groups(names))
+
+    def model_tensors(self, jobs: int | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Name and tensor of the model; not of other weights beside it."""
+        for tensors in self.decoded(self.model_kinds, jobs):
+            yield from tensors.items()
+
+    @property
+    def model_kinds(self) -> dict[str, Kind]:
+        """The model's tensors; not those of other weights beside it."""
+        beside = {name for file in self.manifest.beside for name in self.originals.get(file, {})}
+        return {name: kind for name, kind in self.kinds.items() if name not in beside}
+
+    def check(self, jobs: int | None = None) -> None:
+        """Read and decode everything.
+
+        Raises:
+            CheckpointError: a tensor is damaged.
+        """
+        for _ in self.decoded(self.kinds, jobs):
+            pass
+
+    def _decoded(self, name: str, made: dict[str, Tensor]) -> Tensor:
+        """A tensor, stored or made; `made` keeps what a recipe makes besides."""
+        if name in made:
+            return made[name]
+        recipe = self._recipes.get(name)
+        if recipe is None:
+            return self._read(name)
+        made |= self._follow(recipe, made)
+        return made[name]
+
+    def _follow(self, recipe: Recipe, made: dict[str, Tensor]) -> dict[str, Tensor]:
+        parts = {part: self._decoded(name, made) for part, name in recipe.takes.items()}
+        try:
+            tensors = CODES[recipe.code].decode(parts, list(recipe.makes.values()), recipe.params)
+        except (ValueError, KeyError, TypeError, MemoryError) as error:
+            raise self._damaged(f"{next(iter(recipe.makes))} cannot be decoded ({error})") from None
+        return dict(zip(recipe.makes, tensors, strict=True))
+
+    def _read(self, name: str) -> Tensor:
+        data = self._files[name].read(name)
+        if self._verify and digest(self.stored[name], data) != self.manifest.digests[name]:
+            raise self._damaged(f"{name} does not match its digest")
+        return self.stored[name].view(data)
+
+    def _config(self) -> dict[str, Any]:
+        if not self.manifest.exact:
+            config = read_json(self.path / CONFIG).get(MODEL)
+        else:
+            try:
+                config = json.loads(self.manifest.originals[CONFIG])
+            except (ValueError, RecursionError) as error:
+                raise self._damaged(f"its {CONFIG} is no JSON ({error})") from None
+        if not isinstance(config, dict):
+            raise self._damaged(f"its {CONFIG} tells of no model")
+        return config
+
+    def _entries(self, file: str) -> dict[str, Entry]:
+        try:
+            entries = parse_header(self.manifest.originals[file])
+        except (KeyError, ValueError) as error:
+            raise self._damaged(f"the header of {file} ({error})") from None
+        prefix = f"{file}/" if file in self.manifest.beside else ""
+        named = {prefix + entry.name: entry for entry in entries}
+        for name, entry in named.items():
+            if self.kinds.get(name) != entry.kind:
+                raise self._damaged(f"{name} is not what the header of {file} says")
+        return named
+
+    def _damaged(self, finding: str) -> CheckpointError:
+        return CheckpointError(f"{self.path} is damaged: {finding}; download it again")

@@ -1,0 +1,93 @@
+"""Recipes: how stored tensors become the model's. The only truth for reading."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from freebits.codes import CODES
+from freebits.kind import Kind
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One step of decoding.
+
+    Attributes:
+        code: a key of `freebits.codes.CODES`.
+        takes: the code's part → the tensor it takes, stored or made by a recipe before.
+        makes: the tensors that it makes, in the code's order.
+        params: what the code needs besides.
+    """
+
+    code: str
+    takes: Mapping[str, str]
+    makes: Mapping[str, Kind]
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The recipe as JSON, which does not keep the order of an object's keys."""
+        makes = [[name, str(kind)] for name, kind in self.makes.items()]
+        told = {"code": self.code, "takes": dict(self.takes), "makes": makes}
+        return told | ({"params": dict(self.params)} if self.params else {})
+
+    @classmethod
+    def parse(cls, facts: Mapping[str, Any]) -> "Recipe":
+        """The inverse of `facts`.
+
+        Raises:
+            ValueError, TypeError, KeyError: it is none.
+        """
+        makes = {name: Kind.parse(kind) for name, kind in facts["makes"]}
+        names = (facts["code"], *facts["takes"].values(), *makes)
+        if not all(isinstance(name, str) for name in names) or len(makes) != len(facts["makes"]):
+            raise ValueError("names that are none, or one that is made twice")
+        return cls(facts["code"], dict(facts["takes"]), makes, dict(facts.get("params", {})))
+
+    def parts(self) -> dict[str, Kind]:
+        """The kinds of what it takes, by part.
+
+        Raises:
+            ValueError: its code is not known, or there are no such parts.
+        """
+        if self.code not in CODES:
+            raise ValueError(f"code {self.code!r} is not known")
+        try:
+            return CODES[self.code].parts(list(self.makes.values()), self.params)
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            raise ValueError(f"its parameters are not those of code {self.code} ({error!r})") from None
+
+
+def made_of(stored: Mapping[str, Kind], recipes: Iterable[Recipe]) -> dict[str, Kind]:
+    """The tensors that a folder holds, those without recipe as they are stored. Nothing is read or allocated.
+
+    Args:
+        stored: the stored tensors, in their order.
+        recipes: in written order: each takes what is stored or was made before it.
+
+    Returns:
+        The tensors that no recipe takes, in the order in which the first thing they are made of is stored.
+
+    Raises:
+        ValueError: a tensor is made twice, or taken twice, or not there to be taken; or it is not of the kind that
+            the recipe implies.
+    """
+    left = dict(stored)
+    place = {name: number for number, name in enumerate(stored)}
+    for recipe in recipes:
+        label = f"the recipe of {next(iter(recipe.makes), '?')}"
+        parts = recipe.parts()
+        if parts.keys() != recipe.takes.keys():
+            raise ValueError(f"{label} takes other parts than code {recipe.code} has")
+        first = len(place)
+        for part, kind in parts.items():
+            name = recipe.takes[part]
+            if left.pop(name, None) != kind:
+                raise ValueError(f"{label} takes {name}, which is missing, taken already, or not {kind}")
+            first = min(first, place[name])
+        for name, kind in recipe.makes.items():
+            if name in place:
+                raise ValueError(f"{label} makes {name}, which is there already")
+            left[name] = kind
+            place[name] = first
+    return dict(sorted(left.items(), key=lambda item: place[item[0]]))

@@ -1,0 +1,17 @@
+"""What a folder holds and how large everything is or would become."""
+
+from freebits.report.account import bytes_on_disk, change, dense_bytes, opened
+from freebits.report.estimation import TYPICAL_ENTROPY, n_bytes, n_words, planned_forms
+from freebits.report.inspection import inspect
+
+__all__ = [
+    "TYPICAL_ENTROPY",
+    "bytes_on_disk",
+    "change",
+    "dense_bytes",
+    "inspect",
+    "n_bytes",
+    "n_words",
+    "opened",
+    "planned_forms",
+]

@@ -1,0 +1,81 @@
+"""Count bytes. Everything that states a size asks here."""
+
+import os
+from collections.abc import Iterator
+
+from freebits.architecture import EMBEDDINGS, HEAD, Architecture
+from freebits.checkpoint import CONFIG, Checkpoint
+from freebits.errors import CheckpointError, UnsupportedModelError
+from freebits.kind import Kind
+from freebits.packed import MANIFEST, PackedFolder, is_packed
+
+SIDE_DATA, OTHER, AROUND = "side data", "other tensors", "headers, manifest, config"
+_SIDE_PARTS = ("signs", "corrections")
+
+
+def opened(path: str | os.PathLike[str]) -> Checkpoint | PackedFolder:
+    """The checkpoint in a folder, packed or not.
+
+    Raises:
+        CheckpointError: the folder is no sound checkpoint.
+    """
+    return PackedFolder(path) if is_packed(path) else Checkpoint(path)
+
+
+def bytes_on_disk(folder: Checkpoint | PackedFolder) -> int:
+    """What a model's folder needs to be loaded: weights, index, manifest, `config.json`.
+
+    The tokenizer and the model card are left out, as they are the same in every form of the model.
+    """
+    around = (folder.path / name for name in (CONFIG, MANIFEST))
+    return sum(file.stat().st_size for file in (*folder.weight_files, *around) if file.is_file())
+
+
+def dense_bytes(dense: Checkpoint, architecture: Architecture) -> dict[str, int]:
+    """The two baselines: `dense`, the files as they are, and `dense_untied`, the paper's, with a head of its own."""
+    on_disk = bytes_on_disk(dense)
+    head, embedding = architecture.head.weight, architecture.embedding.weight
+    shared = architecture.tied and head not in dense.kinds and embedding in dense.kinds
+    return {"dense": on_disk, "dense_untied": on_disk + (dense.kinds[embedding].n_bytes if shared else 0)}
+
+
+def groups(folder: Checkpoint | PackedFolder) -> dict[str, int]:
+    """Bytes on disk by what they are for: a group of the table, side data, or everything around the tensors."""
+    table = _table(folder)
+    sizes = dict.fromkeys((EMBEDDINGS, *dict.fromkeys(table.values()), HEAD, SIDE_DATA, OTHER), 0)
+    for kind, tensor, part in _uses(folder):
+        sizes[SIDE_DATA if part in _SIDE_PARTS else table.get(tensor, OTHER)] += kind.n_bytes
+    sizes[AROUND] = bytes_on_disk(folder) - sum(sizes.values())
+    return {group: size for group, size in sizes.items() if size}
+
+
+def side_bytes(folder: PackedFolder, part: str) -> int:
+    """Bytes of the stored tensors that are that part of a code, entropy-coded or not."""
+    return sum(kind.n_bytes for kind, _, of in _uses(folder) if of == part)
+
+
+def change(n_bytes: int | None, baseline: int | None) -> float | None:
+    """Percent by which `n_bytes` differs from `baseline`; negative is smaller."""
+    return 100 * (n_bytes / baseline - 1) if n_bytes and baseline else None
+
+
+def _table(folder: Checkpoint | PackedFolder) -> dict[str, str]:
+    """Tensor → group of the table; empty for an architecture that is not known."""
+    try:
+        architecture = Architecture.of(folder.config, len(folder.kinds))
+    except (UnsupportedModelError, CheckpointError):
+        return {}
+    return {name: weight.group for name, weight in architecture.weights.items()}
+
+
+def _uses(folder: Checkpoint | PackedFolder) -> Iterator[tuple[Kind, str, str]]:
+    """Of every stored tensor its kind, the last tensor that is made of it, and the part of a code that it is."""
+    stored, recipes = folder.kinds, []
+    if isinstance(folder, PackedFolder):
+        stored, recipes = folder.stored, folder.manifest.recipes
+    takers = {name: (list(recipe.makes)[-1], part) for recipe in recipes for part, name in recipe.takes.items()}
+    for name, kind in stored.items():
+        tensor, part = name, ""
+        while tensor in takers:
+            tensor, part = takers[tensor]
+        yield kind, tensor, part

@@ -1,0 +1,52 @@
+"""Say what a checkpoint folder holds and how large it is."""
+
+import os
+from typing import Any
+
+from freebits.architecture import Architecture
+from freebits.errors import CheckpointError, UnsupportedModelError
+from freebits.packed import PackedFolder, history_of, sizes_before
+from freebits.report.account import bytes_on_disk, dense_bytes, groups, opened, side_bytes
+
+
+def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a folder holds: dense, sliced or packed; its sizes in bytes on disk; its sites; how it was made.
+
+    Args:
+        path: folder of a checkpoint.
+
+    Returns:
+        `kind`, `codec`, `entropy`, `bytes` {`dense`, `dense_untied`, `sliced`, `packed`, `corrections`}, `sites`,
+        `history`; `groups`, bytes on disk by what they are for, which add up to all; `parameters` of the model as it
+        runs.
+        A size that the folder does not tell is None. `dense` is the file the model was made from, `dense_untied`
+        the same with a head of its own, as the paper counts.
+
+    Raises:
+        CheckpointError: the folder is no sound checkpoint. Headers are read, not the tensors: see `verify`.
+    """
+    folder = opened(path)
+    sizes: dict[str, int | None] = dict.fromkeys(("dense", "dense_untied", "sliced", "packed", "corrections"))
+    facts: dict[str, Any] = {"kind": "dense", "codec": None, "entropy": None, "bytes": sizes, "sites": []}
+    facts["groups"] = groups(folder)
+    facts["history"] = history_of(folder.config)
+    kinds = folder.kinds
+    if isinstance(folder, PackedFolder):
+        manifest, kinds = folder.manifest, folder.model_kinds
+        facts |= {"kind": "packed", "codec": manifest.codec, "entropy": manifest.entropy}
+        facts |= {"sites": manifest.notes, "history": manifest.history}
+        before = sizes_before(manifest.history)
+        sizes |= {key: before.get(key) for key in ("dense", "dense_untied", "sliced")}
+        sizes |= {"packed": bytes_on_disk(folder), "corrections": side_bytes(folder, "corrections")}
+    elif "site_sizes" in folder.config:
+        before = sizes_before(facts["history"])
+        sizes |= {key: before.get(key) for key in ("dense", "dense_untied")}
+        sizes["sliced"] = bytes_on_disk(folder)
+        facts["kind"] = "sliced"
+    else:
+        try:
+            sizes |= dense_bytes(folder, Architecture.of(folder.config, len(kinds)))
+        except (UnsupportedModelError, CheckpointError):  # whatever it is, this is its size
+            sizes["dense"] = bytes_on_disk(folder)
+    facts["parameters"] = sum(kind.numel for kind in kinds.values())
+    return facts

@@ -1,0 +1,87 @@
+"""Pack and unpack: what a user calls. Check the arguments, write in a draft, say what came of it."""
+
+import os
+from typing import Any
+
+from freebits.checkpoint import Checkpoint, new_directory
+from freebits.errors import CheckpointError
+from freebits.options import CANONICAL
+from freebits.packed import PackedFolder, chosen, is_packed, pack_into, stage, unpack_into
+from freebits.report import inspect
+from freebits.work import Progress, silent
+
+
+def pack(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    codec: str = CANONICAL,
+    entropy: str = "auto",
+    threshold: float | None = None,
+    jobs: int | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Pack a checkpoint: a sliced one without the bits of its rotations, any other bit for bit.
+
+    The codecs of sliced models are function-preserving: the weights are those of a rotated model, rounded once to their
+    dtypes. Codec `none` and the entropy stage are bit-exact.
+
+    Args:
+        model: folder of a sliced checkpoint; with codec `none` of any.
+        out: folder to create; it appears complete or not at all.
+        codec: `canonical` fixes the rotations, so that nothing is left to decode; `bits-back` is the paper's code;
+            `none` keeps the files, which `unpack` gives back byte for byte.
+        entropy: `auto` entropy-codes what gains by it, bit for bit; `none` leaves it.
+        threshold: of bits-back, the largest error of a decoded word that is left without a correction, by default
+            0.01. The paper uses 0.01 for OPT and 0.005 for Llama 2.
+        jobs: blocks to work on at once, by default one a thread of PyTorch's, at most four. Memory holds twice as many
+            and one embedding.
+        progress: called after each block, with codec `none` after each tensor.
+
+    Returns:
+        What `inspect(out)` says.
+
+    Raises:
+        UsageError: there is no such codec, the threshold is negative or not the codec's, or `jobs` is less than one.
+        CheckpointError: the model is not a sound checkpoint, or not sliced, or not in a dtype that the codec knows; or
+            `out` exists.
+    """
+    preset, code = chosen(codec, threshold), stage(entropy)
+    if is_packed(model):
+        raise CheckpointError(f"{model} is packed already: unpack it first")
+    source = Checkpoint(model)
+    sizes = {key: n for key, n in inspect(model)["bytes"].items() if n is not None}
+    with new_directory(out) as directory:
+        pack_into(directory, source, preset, (entropy, code), sizes, jobs, progress)
+        return inspect(directory)
+
+
+def unpack(
+    packed: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    jobs: int | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Write the plain checkpoint that a packed one holds, for `transformers` and any other tool.
+
+    A sliced model comes back as SliceGPT's, with dense shortcuts; files packed with codec `none` byte for byte.
+
+    Args:
+        packed: a packed folder.
+        out: folder to create; it appears complete or not at all.
+        jobs: sites or tensors to decode at once, by default one a thread of PyTorch's, at most four. Memory holds twice
+            as many and one embedding.
+        progress: called after each site or plain tensor.
+
+    Returns:
+        What `inspect(out)` says.
+
+    Raises:
+        CheckpointError: the folder is not packed or is damaged, or `out` exists.
+        UsageError: `jobs` is less than one.
+    """
+    source = PackedFolder(packed)
+    with new_directory(out) as directory:
+        unpack_into(directory, source, jobs, progress)
+        return inspect(directory)

@@ -1,0 +1,63 @@
+"""Work on several pieces at once, in order, with few of them in memory."""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+from freebits.errors import UsageError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@contextmanager
+def workers(jobs: int | None) -> Iterator[ThreadPoolExecutor]:
+    """A pool of `jobs` threads that share this process's threads of linear algebra; by default one each, at most four.
+
+    Those are as many as PyTorch was told to take (`OMP_NUM_THREADS`, `torch.set_num_threads`), by default one a core,
+    and no more than the processors that this process may run on.
+
+    Raises:
+        UsageError: `jobs` is less than one.
+    """
+    n_threads = torch.get_num_threads()
+    available = min(n_threads, _n_processors())
+    jobs = min(4, available) if jobs is None else jobs
+    if jobs < 1:
+        raise UsageError(f"jobs {jobs}: give at least one")
+    try:
+        per_job = max(1, available // jobs)
+        with ThreadPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(per_job,)) as executor:
+            yield executor
+    finally:
+        torch.set_num_threads(n_threads)  # new threads take over what was set last, in whichever thread
+
+
+def ordered_map(
+    executor: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item]
+) -> Iterator[Result]:
+    """`map(function, items)` with as many results under way as there are workers, and one waiting for each.
+
+    The last item is left to the calling thread, which has all of PyTorch's threads, once the others are done.
+    """
+    pending: deque[Future[Result]] = deque()
+    held: list[Item] = []
+    for item in items:
+        if len(pending) == 2 * executor._max_workers:
+            yield pending.popleft().result()
+        pending.extend(executor.submit(function, before) for before in held)
+        held = [item]
+    while pending:
+        yield pending.popleft().result()
+    yield from map(function, held)
+
+
+def _n_processors() -> int:
+    if hasattr(os, "sched_getaffinity"):  # where a process can be confined to some
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
