@@ -1,5 +1,7 @@
-"""Fixtures: tiny random models, and one sliced, packed and unpacked SmolLM2 for the whole run."""
+"""Fixtures: tiny random models, made once a run and copied; one sliced, packed and unpacked SmolLM2 a run."""
 
+import hashlib
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,37 +15,81 @@ from transformers import PreTrainedTokenizerFast
 
 import freebits
 from freebits.huggingface.demo_model import demo_model
-from tests.tiny import random_text, tiny_model
+from tests.tiny import Make, random_text, tiny_model
 
 transformers.logging.disable_progress_bar()
 
+Build = Callable[[Path], object]
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[object, Build], Path]:
+    """The folder for a key, built at the first call; whoever wants to change it takes a copy."""
+    shelf = tmp_path_factory.mktemp("made")
+    folders: dict[str, Path] = {}
+
+    def get(key: object, build: Build) -> Path:
+        if repr(key) not in folders:
+            folder = shelf / str(len(folders))
+            build(folder)
+            folders[repr(key)] = folder
+        return folders[repr(key)]
+
+    return get
+
+
+def content(folder: Path) -> str:
+    """A digest of what is in a folder."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return hashlib.sha256(b"".join(bytes(file.relative_to(folder)) + file.read_bytes() for file in files)).hexdigest()
+
 
 @pytest.fixture
-def save_tiny(tmp_path: Path) -> Callable[..., Path]:
+def save_tiny(tmp_path: Path, made: Callable[[object, Build], Path]) -> Make:
     """Save a tiny dense model with a tokenizer of words; returns its folder."""
 
     def save(name: str = "dense", dtype: torch.dtype = torch.float16, shard: str = "1GB", **changes: Any) -> Path:
-        folder = tmp_path / name
-        tiny_model(dtype=dtype, **changes).save_pretrained(folder, max_shard_size=shard)
-        words = {f"w{index}": index for index in range(96)}
-        tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", eos_token="w1").save_pretrained(folder)
-        return folder
+        def build(folder: Path) -> None:
+            tiny_model(dtype=dtype, **changes).save_pretrained(folder, max_shard_size=shard)
+            words = {f"w{index}": index for index in range(96)}
+            tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+            tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+            PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", eos_token="w1").save_pretrained(folder)
+
+        shutil.copytree(made(("dense", dtype, shard, sorted(changes.items())), build), tmp_path / name)
+        return tmp_path / name
 
     return save
 
 
 @pytest.fixture
-def slice_tiny(tmp_path: Path) -> Callable[..., Path]:
+def slice_tiny(tmp_path: Path, made: Callable[[object, Build], Path]) -> Make:
     """Slice a tiny dense model; returns the folder."""
 
     def slice_(dense: Path, name: str = "sliced", sparsity: float = 0.25, **changes: Any) -> Path:
         options: dict[str, Any] = {"calibration": random_text(600), "samples": 8, "seq_len": 32} | changes
-        freebits.slice_model(dense, tmp_path / name, sparsity=sparsity, **options)
+        sliced = made(
+            ("sliced", content(dense), sparsity, sorted(options.items())),
+            lambda folder: freebits.slice_model(dense, folder, sparsity=sparsity, **options),
+        )
+        shutil.copytree(sliced, tmp_path / name)
         return tmp_path / name
 
     return slice_
+
+
+@pytest.fixture
+def pack_tiny(tmp_path: Path, made: Callable[[object, Build], Path]) -> Make:
+    """Pack a tiny model; returns the folder."""
+
+    def pack(model: Path, name: str = "packed", **options: Any) -> Path:
+        packed = made(
+            ("packed", content(model), sorted(options.items())), lambda folder: freebits.pack(model, folder, **options)
+        )
+        shutil.copytree(packed, tmp_path / name)
+        return tmp_path / name
+
+    return pack
 
 
 _FIGURES = pytest.StashKey[list[str]]()

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from freebits.architecture import FAMILIES, Architecture, Axis, dense_family, family_of
+from freebits.architecture import FAMILIES, Architecture, Axis, Layout, Role, dense_family, family_of
 from freebits.errors import CheckpointError, UnsupportedModelError
 from tests.tiny import VARIANTS, tiny_config, tiny_model
 
@@ -14,11 +14,14 @@ CONFIG = tiny_config().to_dict()
 def test_a_model_of_l_blocks_has_two_l_plus_one_sites() -> None:
     architecture = Architecture.of(CONFIG)
     assert architecture.n_sites == 7
-    assert architecture.site_sizes(24) == (24, 24, 24, 24, 24, 24, 32)
+    assert Layout.sliced(architecture, 24).widths == (24, 24, 24, 24, 24, 24, 32)
 
 
 def test_the_table_names_each_site_on_both_sides() -> None:
-    axes = Architecture.of(CONFIG).axes
+    rows = Architecture.of(CONFIG).weights
+    axes = {name: row.axes for name, row in rows.items()}
+    assert rows["model.layers.0.self_attn.o_proj.bias"].optional
+    assert rows["model.layers.0.input_layernorm.weight"].role is Role.NORM
     assert axes["model.embed_tokens.weight"] == (Axis(1, 0, writes=True),)
     assert axes["model.layers.0.self_attn.q_proj.weight"] == (Axis(1, 0),)
     assert axes["model.layers.0.attention_shortcut.weight"] == (Axis(1, 0), Axis(0, 1, writes=True))
@@ -35,7 +38,7 @@ def test_the_table_names_each_site_on_both_sides() -> None:
 def test_a_real_checkpoint_holds_exactly_the_tables_tensors(variant: str) -> None:
     architecture = Architecture.of(tiny_config(**VARIANTS[variant]).to_dict())
     shapes = {name: tuple(t.shape) for name, t in tiny_model(**VARIANTS[variant]).state_dict().items()}
-    architecture.check(shapes)
+    Layout().check(shapes, architecture)
 
 
 @pytest.mark.parametrize(
@@ -51,12 +54,13 @@ def test_another_checkpoint_is_refused(changes: dict[str, Any], message: str) ->
     shapes = {name: tuple(t.shape) for name, t in tiny_model().state_dict().items()} | changes
     sound = {name: shape for name, shape in shapes.items() if shape is not None}
     with pytest.raises(CheckpointError, match=message):
-        Architecture.of(CONFIG).check(sound)
+        Layout().check(sound, Architecture.of(CONFIG))
 
 
 def test_tensors_that_no_model_reads_are_ignored() -> None:
     shapes = {name: tuple(t.shape) for name, t in tiny_model().state_dict().items()}
-    Architecture.of(CONFIG).check(shapes | {"model.layers.0.self_attn.rotary_emb.inv_freq": (4,)})
+    ignored = {"model.layers.0.self_attn.rotary_emb.inv_freq": (4,)}
+    Layout().check(shapes | ignored, Architecture.of(CONFIG))
 
 
 @pytest.mark.parametrize(
@@ -79,6 +83,11 @@ def test_a_model_without_a_free_rotation_is_refused_with_the_reason(config: dict
 def test_a_config_without_sizes_is_refused() -> None:
     with pytest.raises(CheckpointError, match="hidden_size"):
         Architecture.of({"model_type": "llama", "hidden_size": "wide", "num_hidden_layers": 3})
+
+
+def test_a_config_cannot_ask_for_more_blocks_than_there_are_tensors() -> None:
+    with pytest.raises(CheckpointError, match="num_hidden_layers is 1000000000, but there are 29 tensors"):
+        Architecture.of({**CONFIG, "num_hidden_layers": 10**9}, n_tensors=29)
 
 
 def test_dense_and_sliced_models_share_a_family() -> None:

@@ -9,12 +9,12 @@ import pytest
 from freebits.cli import main
 from freebits.demo import STAGES
 from freebits.huggingface import demo_model
-from freebits.packed.size import bytes_on_disk
+from freebits.report import bytes_on_disk, opened
 
 
 @pytest.fixture
 def tiny_demo(save_tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    dense = save_tiny(hidden_size=64, intermediate_size=160, tie_word_embeddings=True)
+    dense = save_tiny(hidden_size=64, intermediate_size=160, tie_word_embeddings=True, max_position_embeddings=512)
     monkeypatch.setattr("freebits.demo.demo_model", lambda: dense)
     monkeypatch.setattr("freebits.demo.SAMPLES", 2)
     monkeypatch.setattr("freebits.demo.WINDOWS", 1)
@@ -30,7 +30,7 @@ def test_the_demo_prints_one_object_and_keeps_its_stages(tmp_path: Path, capsys:
     for stage in result["stages"]:
         assert set(stage) == {"name", "bytes", "perplexity", "seconds"}
         if stage["name"] != "dense":
-            assert stage["bytes"] == bytes_on_disk(tmp_path / "kept" / stage["name"])
+            assert stage["bytes"] == bytes_on_disk(opened(tmp_path / "kept" / stage["name"]))
     assert result["bytes"]["dense"] == result["stages"][0]["bytes"]
 
 

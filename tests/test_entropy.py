@@ -1,6 +1,7 @@
 """The bit-exact stage, and any checkpoint's files packed and unpacked byte for byte."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,15 +17,15 @@ from transformers import AutoModelForCausalLM
 
 import freebits
 from freebits.checkpoint import Checkpoint
-from freebits.entropy import compress, decompress
-from freebits.entropy import stage as entropy_stage
-from freebits.entropy.planes import Bytes, merge, n_planes, split
+from freebits.codes import entropy as entropy_code
+from freebits.codes.entropy import compress, decompress
+from freebits.codes.planes import merge, n_planes, split
 from freebits.errors import CheckpointError
-from freebits.packed import PackedCheckpoint, open_packed
-from tests.test_packed import redigest
-from tests.tiny import random_text
+from freebits.kind import Bytes
+from freebits.options import CODECS, ENTROPIES
+from freebits.packed import PackedFolder
+from tests.tiny import Make, flip, random_text, redigest, tensors_of
 
-Make = Callable[..., Path]
 CODES = ("F16", "BF16", "F32", "F64", "I8", "U8", "BOOL", "I16", "I64", "U32", "F8_E4M3", "F4")
 seeds = st.integers(0, 2**32)
 
@@ -55,14 +56,14 @@ def test_planes_come_back(code: str, data: bytes) -> None:
 def test_what_is_compressed_comes_back(code: str, count: int, seed: int, chunk: int) -> None:
     data = weights(code, count, seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(entropy_stage, "_chunk_size", lambda *_: chunk)
+        patch.setattr(entropy_code, "_chunk_size", lambda *_: chunk)
         coded = compress(data, code)
     if coded is None:
         return
     assert len(coded) < len(data)
-    for padding in (0, 7):
-        padded = np.frombuffer(coded + bytes(padding), np.uint8)
-        assert np.array_equal(decompress(padded, code, len(data)), data)
+    assert np.array_equal(decompress(np.frombuffer(coded, np.uint8), code, len(data)), data)
+    with pytest.raises(ValueError, match="other sizes"):
+        decompress(np.frombuffer(coded + b"\0", np.uint8), code, len(data))
 
 
 @pytest.mark.parametrize(("code", "ratio"), [("F16", 0.87), ("BF16", 0.68), ("F32", 0.84)])
@@ -174,7 +175,7 @@ def test_a_dense_model_comes_back_and_runs_packed(
     (dense / "modeling_maker.py").write_text("import os")
     facts = assert_comes_back(dense, tmp_path)
     assert (facts["kind"], facts["codec"], facts["entropy"]) == ("packed", "none", "auto")
-    assert facts["bytes"]["packed"] < 0.9 * facts["bytes"]["dense"] + 20_000  # the manifest
+    assert facts["bytes"]["packed"] < 0.9 * facts["bytes"]["dense"] + 45_000  # the manifest
     tokens = torch.arange(20)[None]
     (tmp_path / "packed" / "generation_config.json").write_text('{"temperature": 0.25, "do_sample": true}')
     model = freebits.load(tmp_path / "packed")
@@ -182,8 +183,10 @@ def test_a_dense_model_comes_back_and_runs_packed(
         assert torch.equal(model(tokens).logits, freebits.load(dense)(tokens).logits)
     assert model.generation_config.temperature == 0.25
     assert model.name_or_path == model.config.name_or_path == str(tmp_path / "packed")
-    with pytest.raises(RuntimeError, match="mismatch"):  # not silently a model at random
-        AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    with torch.no_grad():
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+        assert type(again) is type(model)
+        assert torch.equal(again(tokens).logits, model(tokens).logits)
     text = random_text(200)
     measured = [freebits.evaluate(path, text=text, seq_len=32)["perplexity"] for path in (dense, tmp_path / "packed")]
     assert measured[0] == measured[1]
@@ -194,9 +197,8 @@ def test_weights_beside_the_model_come_back_but_are_not_loaded(save_tiny: Make, 
     model = dict(Checkpoint(dense).items())
     save_file({name: torch.zeros_like(tensor) for name, tensor in model.items()}, dense / "model_ema.safetensors")
     assert_comes_back(dense, tmp_path)
-    packed = open_packed(tmp_path / "packed")
-    assert packed.n_parameters == sum(tensor.numel() for tensor in model.values())
-    found = dict(packed.tensors())
+    assert freebits.inspect(tmp_path / "packed")["parameters"] == sum(tensor.numel() for tensor in model.values())
+    found = tensors_of(tmp_path / "packed")
     assert found.keys() == model.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in model.items())
     assert any(tensor.any() for tensor in freebits.load(tmp_path / "packed").parameters())
@@ -216,61 +218,57 @@ def test_damage_to_an_exactly_packed_model_is_noticed(save_tiny: Make, tmp_path:
     dense = save_tiny(hidden_size=64)
     freebits.pack(dense, packed, codec="none")
     original = (dense / "model.safetensors").read_bytes()
-    noticed = harmless = 0
-    sizes = {name: (packed / name).stat().st_size for name in ("model.safetensors", "freebits.json", "config.json")}
-    start = int.from_bytes((packed / "model.safetensors").read_bytes()[:8], "little") + 8
-    for name, size in sizes.items():
-        for position in range(start if name == "model.safetensors" else 0, size, size // 29):
+    for name in ("packed.safetensors", "freebits.json", "config.json"):
+        size = (packed / name).stat().st_size
+        start = int.from_bytes((packed / name).read_bytes()[:8], "little") + 8 if name == "packed.safetensors" else 0
+        for position in range(start, size, size // 29):
             sound = (packed / name).read_bytes()
-            damaged = bytearray(sound)
-            damaged[position] ^= 1
-            (packed / name).write_bytes(damaged)
-            try:
+            flip(packed / name, position)
+            with pytest.raises(CheckpointError):
                 freebits.unpack(packed, tmp_path / "out")
-            except CheckpointError:
-                assert not (tmp_path / "out").exists()
-                noticed += 1
-            else:  # a byte between two tensors
-                assert (tmp_path / "out" / "model.safetensors").read_bytes() == original
-                shutil.rmtree(tmp_path / "out")
-                harmless += 1
+            assert not (tmp_path / "out").exists()
             (packed / name).write_bytes(sound)
-    assert noticed > 10 * harmless
-    sound = (packed / "model.safetensors").read_bytes()
+    freebits.unpack(packed, tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == original
+    sound = (packed / "packed.safetensors").read_bytes()
     for kept in (0, 7, 100, len(sound) // 2, len(sound) - 1):
-        (packed / "model.safetensors").write_bytes(sound[:kept])
+        (packed / "packed.safetensors").write_bytes(sound[:kept])
         with pytest.raises(CheckpointError, match="truncated"):
-            freebits.unpack(packed, tmp_path / "out")
+            freebits.unpack(packed, tmp_path / "again")
 
 
 def _edit_header(manifest: dict[str, Any], change: Callable[[dict[str, Any]], object]) -> None:
     """Change what a header tells of its first tensor."""
-    header = json.loads(manifest["headers"]["model.safetensors"])
+    header = json.loads(manifest["originals"]["model.safetensors"])
     change(min((told for name, told in header.items() if name != "__metadata__"), key=lambda t: t["data_offsets"]))
-    manifest["headers"]["model.safetensors"] = json.dumps(header)
+    manifest["originals"]["model.safetensors"] = json.dumps(header)
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        lambda m: m.update(headers=5),
-        lambda m: m.update(headers={}),
-        lambda m: m["headers"].update({"model.safetensors": 5}),
-        lambda m: m["headers"].update({"model.safetensors": "no json"}),
-        lambda m: m["headers"].update({"model.safetensors": "[]"}),
-        lambda m: m["headers"].update({"model.safetensors": '{"a": {"dtype": "F16", "shape": []}}'}),
-        lambda m: m["headers"].update(
-            {"model.safetensors": m["headers"]["model.safetensors"].replace("0,", '"0",', 1)}
+        lambda m: m.update(originals=5),
+        lambda m: m.update(originals={}),
+        lambda m: m["originals"].update({"model.safetensors": 5}),
+        lambda m: m["originals"].update({"model.safetensors": "no json"}),
+        lambda m: m["originals"].update({"model.safetensors": "[]"}),
+        lambda m: m["originals"].update({"model.safetensors": '{"a": {"dtype": "F16", "shape": []}}'}),
+        lambda m: m["originals"].update(
+            {"model.safetensors": m["originals"]["model.safetensors"].replace("0,", '"0",', 1)}
         ),
-        lambda m: m["headers"].update({file: text.replace(":[", ":[9", 9) for file, text in m["headers"].items()}),
+        lambda m: m["originals"].update({file: text.replace(":[", ":[9", 9) for file, text in m["originals"].items()}),
         lambda m: _edit_header(m, lambda told: told["data_offsets"].__setitem__(1, 10**30)),
         lambda m: _edit_header(m, lambda told: told["data_offsets"].__setitem__(0, 0.0)),
         lambda m: _edit_header(m, lambda told: told.update(shape=["x"])),
-        lambda m: m["headers"].update({"model.safetensors": m["headers"]["model.safetensors"].replace("pt", "\ud800")}),
-        lambda m: m.update(headers={"../packed/model.safetensors": m["headers"]["model.safetensors"]}),
-        lambda m: m.update(headers={"config.json": m["headers"]["model.safetensors"]}),
-        lambda m: m["tensors"].popitem(),
-        lambda m: m.update(codec="canonical", dtype="float16"),
+        lambda m: m["originals"].update(
+            {"model.safetensors": m["originals"]["model.safetensors"].replace("pt", "\ud800")}
+        ),
+        lambda m: m.update(originals={"../packed/model.safetensors": m["originals"]["model.safetensors"]}),
+        lambda m: m["originals"].update({"/etc/x.index.json": "{}"}),
+        lambda m: m["digests"].popitem(),
+        lambda m: m["originals"].pop("config.json"),
+        lambda m: m["originals"].update({"config.json": "no json"}),
+        lambda m: m.update(beside=["model.safetensors"]),
     ],
 )
 def test_an_exact_manifest_that_cannot_be_is_refused(
@@ -285,11 +283,16 @@ def test_an_exact_manifest_that_cannot_be_is_refused(
 
 
 @pytest.mark.parametrize("kind", ["F16[10000000000000]", "F16[-1]", "F16", "[2]", "F99[4]", "F16[x]", "F16[3]"])
-def test_a_kind_that_cannot_be_is_refused(kind: str, save_tiny: Make, slice_tiny: Make, tmp_path: Path) -> None:
-    freebits.pack(slice_tiny(save_tiny(hidden_size=64, intermediate_size=160)), tmp_path / "packed")
-    redigest(tmp_path / "packed", lambda m: m["coded"].update(dict.fromkeys(m["coded"], kind)))
+def test_a_kind_that_makes_no_sense_is_refused(kind: str, save_tiny: Make, slice_tiny: Make, pack_tiny: Make) -> None:
+    packed = pack_tiny(slice_tiny(save_tiny(hidden_size=64, intermediate_size=160)))
+
+    def spoil(manifest: dict[str, Any]) -> None:
+        [made] = next(recipe["makes"] for recipe in manifest["recipes"] if recipe["code"] == "entropy")
+        made[1] = kind
+
+    redigest(packed, spoil)
     with pytest.raises(CheckpointError) as caught:
-        dict(open_packed(tmp_path / "packed").tensors())
+        tensors_of(packed)
     assert "\n" not in str(caught.value)
 
 
@@ -298,22 +301,60 @@ def test_the_stage_changes_no_word_of_a_codec(codec: str, save_tiny: Make, slice
     sliced = slice_tiny(save_tiny(hidden_size=64, intermediate_size=160, vocab_size=96))
     sizes = [freebits.pack(sliced, tmp_path / e, codec=codec, entropy=e)["bytes"]["packed"] for e in ("auto", "none")]
     assert sizes[0] < sizes[1]
-    coded, plain = (dict(open_packed(tmp_path / entropy).tensors()) for entropy in ("auto", "none"))
+    coded, plain = (tensors_of(tmp_path / entropy) for entropy in ("auto", "none"))
     assert coded.keys() == plain.keys()
     for name, tensor in coded.items():
         assert tensor.dtype == plain[name].dtype
         assert torch.equal(tensor, plain[name])
-    packed = PackedCheckpoint(tmp_path / "auto")
-    assert packed.stored.coded
-    name = max(packed.stored.coded, key=lambda name: packed.stored[name].numel())
-    assert torch.equal(packed.read(name), PackedCheckpoint(tmp_path / "none").read(name))  # one tensor alone
+    codes = [recipe.code for recipe in PackedFolder(tmp_path / "auto").manifest.recipes]
+    assert "entropy" in codes
+    assert [code for code in codes if code != "entropy"] == [
+        recipe.code for recipe in PackedFolder(tmp_path / "none").manifest.recipes
+    ]
 
 
-def test_what_is_coded_is_checked_when_it_is_loaded(save_tiny: Make, slice_tiny: Make, tmp_path: Path) -> None:
-    packed = tmp_path / "packed"
-    freebits.pack(slice_tiny(save_tiny(hidden_size=64, intermediate_size=160)), packed)
-    content = bytearray((packed / "model.safetensors").read_bytes())
-    content[len(content) * 2 // 3] ^= 1
-    (packed / "model.safetensors").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"digest|decoded"):
-        freebits.load(packed)
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("entropy", ENTROPIES)
+def test_damage_is_noticed_when_a_model_is_loaded(
+    codec: str, entropy: str, save_tiny: Make, slice_tiny: Make, pack_tiny: Make
+) -> None:
+    # Tensors stored as they are were mapped and not checked: 74 % of single-bit flips of such a folder loaded.
+    packed = pack_tiny(slice_tiny(save_tiny(hidden_size=64, intermediate_size=160)), codec=codec, entropy=entropy)
+    sound = (packed / "packed.safetensors").read_bytes()
+    start = int.from_bytes(sound[:8], "little") + 8
+    for position in range(start, len(sound), (len(sound) - start) // 17):
+        flip(packed / "packed.safetensors", position, bit=1 << position % 8)
+        for load in (freebits.load, AutoModelForCausalLM.from_pretrained):
+            with pytest.raises(CheckpointError, match=r"digest"):
+                load(packed)
+        (packed / "packed.safetensors").write_bytes(sound)
+    flip(packed / "packed.safetensors", len(sound) - 20)
+    if entropy == "none" and codec != "bits-back":
+        freebits.load(packed, verify=False)  # for those who know
+
+
+def test_what_is_mapped_elsewhere_cannot_be_cut_under_us(save_tiny: Make, tmp_path: Path) -> None:
+    # A source that was overwritten or truncated while it was read gave exit 0 with other weights, or SIGBUS.
+    dense = save_tiny(hidden_size=64)
+    file, sound = dense / "model.safetensors", (dense / "model.safetensors").read_bytes()
+
+    def overwrite() -> None:
+        flip(file, len(sound) - 9)
+
+    def truncate() -> None:
+        os.truncate(file, len(sound) // 2)
+
+    def replace() -> None:
+        file.unlink()
+        file.write_bytes(sound)
+
+    for name, spoil in (("overwritten", overwrite), ("truncated", truncate), ("replaced", replace)):
+
+        def progress(done: int, _total: int, spoil: Callable[[], None] = spoil) -> None:
+            if done == 1:
+                spoil()
+
+        with pytest.raises(CheckpointError, match=r"was changed while it was read|cannot be read"):
+            freebits.pack(dense, tmp_path / name, codec="none", jobs=1, progress=progress)
+        assert not (tmp_path / name).exists()
+        file.write_bytes(sound)

@@ -1,7 +1,7 @@
 """Sizes from a config alone, and the paper's Table 1."""
 
 import json
-from collections.abc import Callable
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,10 +9,10 @@ import pytest
 import freebits
 from freebits.checkpoint import Checkpoint
 from freebits.cli import main
-from freebits.coding import n_lower_words
+from freebits.codes.triangles import n_lower_words
 from freebits.errors import CheckpointError, UnsupportedModelError
-from freebits.packed import PackedCheckpoint
-from tests.tiny import VARIANTS
+from freebits.packed import PackedFolder
+from tests.tiny import VARIANTS, Make, change_config
 
 CONFIGS = Path(__file__).parent.parent / "benchmarks" / "configs"
 SPARSITIES = (0.20, 0.25, 0.30)
@@ -43,23 +43,23 @@ def test_table_one(model: str) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_estimate_is_what_the_files_hold(
-    variant: str, save_tiny: Callable[..., Path], slice_tiny: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_the_estimate_is_what_the_files_hold(variant: str, save_tiny: Make, slice_tiny: Make, tmp_path: Path) -> None:
     dense = save_tiny(hidden_size=64, intermediate_size=160, **VARIANTS[variant])
     estimate = freebits.estimate(dense, 0.25)
     sliced = slice_tiny(dense, untie=True)
     freebits.pack(sliced, tmp_path / "packed", codec="bits-back", entropy="none", threshold=1e9)
-    norms = {name for name in Checkpoint(dense).files if "norm" in name}
+    norms = {name for name in Checkpoint(dense).kinds if "norm" in name}
     head_bias = 96 if "opt" in variant else 0  # the final norm's, which the paper's count leaves out
     counts = {
-        "dense": sum(tensor.numel() for name, tensor in Checkpoint(dense).items() if name not in norms),
-        "sliced": sum(tensor.numel() for _, tensor in Checkpoint(sliced).items()) - head_bias,
+        "dense": sum(kind.numel for name, kind in Checkpoint(dense).kinds.items() if name not in norms),
+        "sliced": sum(kind.numel for kind in Checkpoint(sliced).kinds.values()) - head_bias,
     }
     assert counts == {form: estimate["params"][form] for form in counts}
-    stored = {n: t for n, t in PackedCheckpoint(tmp_path / "packed").stored.items() if not n.endswith(".signs")}
-    words = sum(tensor.numel() for tensor in stored.values()) - head_bias
-    n_signs = sum(-(-size // 16) for size in (48, 48, 48, 48, 48, 64))
+    assert estimate["bytes"]["dense"] == sum(kind.n_bytes for kind in Checkpoint(dense).kinds.values())
+    assert estimate["bytes"]["sliced"] == sum(kind.n_bytes for kind in Checkpoint(sliced).kinds.values())
+    stored = {n: k for n, k in PackedFolder(tmp_path / "packed").stored.items() if not n.endswith(".signs")}
+    words = sum(kind.numel for kind in stored.values()) - head_bias
+    n_signs = 6 * 8 // 2  # for each site 8 bytes, in words
     if "narrow" not in variant:  # a matrix of less than full rank has fewer words than the estimate promises
         assert words + n_signs == estimate["params"]["bits_back"]
 
@@ -68,9 +68,9 @@ def test_the_estimate_is_what_the_files_hold(
         forms["canonical_tied"] = slice_tiny(dense, "tied")
     for form, folder in forms.items():
         freebits.pack(folder, tmp_path / form, entropy="none")
-        packed = PackedCheckpoint(tmp_path / form)
-        words = sum(tensor.numel() for name, tensor in packed.stored.items() if name not in norms)
-        ranks = [rank for rank in packed.stored.config["shortcut_ranks"] if rank]
+        packed = PackedFolder(tmp_path / form)
+        words = sum(kind.numel for name, kind in packed.stored.items() if name not in norms)
+        ranks = [rank for rank in packed.config["shortcut_ranks"] if rank]
         spared = sum(n_lower_words(48, 16) - n_lower_words(48, rank) for rank in ranks)  # the estimate takes them full
         assert words - (head_bias if form == "canonical" else 0) + spared == estimate["params"][form]
 
@@ -91,6 +91,8 @@ def test_estimate_prints_a_table_or_one_object(capsys: pytest.CaptureFixture[str
     result = json.loads(capsys.readouterr().out)
     assert (result["hidden_size"], result["sliced_size"]) == (4096, 3272)
     assert list(result["params"]) == ["dense", "dense_untied", "sliced", "bits_back", "canonical", "canonical_tied"]
+    assert list(result["bytes"]) == [*result["params"], "default"]
+    assert result["bytes"]["default"] == round(0.85 * result["bytes"]["canonical_tied"])
     for base in ("change_vs_dense", "change_vs_dense_untied"):
         assert list(result[base]) == ["sliced", "bits_back", "canonical", "canonical_tied"]
 
@@ -98,7 +100,10 @@ def test_estimate_prints_a_table_or_one_object(capsys: pytest.CaptureFixture[str
 def test_what_cannot_be_estimated_is_refused_with_the_reason(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is missing"):
         freebits.estimate(tmp_path, 0.2)
-    config = json.loads((CONFIGS / "opt-1.3b.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"word_embed_proj_dim": 512}))
+    shutil.copy(CONFIGS / "opt-1.3b.json", tmp_path / "config.json")
+    change_config(tmp_path, num_hidden_layers=10**9)
+    with pytest.raises(CheckpointError, match="num_hidden_layers is 1000000000, more than any model has"):
+        freebits.estimate(tmp_path, 0.2)
+    change_config(tmp_path, num_hidden_layers=24, word_embed_proj_dim=512)
     with pytest.raises(UnsupportedModelError, match="embeddings have another width"):
         freebits.estimate(tmp_path, 0.2)

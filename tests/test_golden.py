@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 import freebits
-from freebits.checkpoint import Checkpoint
-from freebits.packed import PackedCheckpoint, open_packed
-from freebits.packed.format import FORMAT
+from freebits.packed import PackedFolder
+from freebits.packed.manifest import FORMAT
 from tests.golden.make import THRESHOLDS
+from tests.tiny import tensors_of
 
 GOLDEN = Path(__file__).parent / "golden"
 ULPS = 2
@@ -23,7 +23,7 @@ ULPS = 2
 def test_a_golden_file_decodes_to_its_golden_words(version: int, codec: str) -> None:
     folder = GOLDEN / f"v{version}"
     expected = load_file(folder / f"{codec}.safetensors")
-    decoded = dict(open_packed(folder / codec).tensors())
+    decoded = tensors_of(folder / codec)
     assert decoded.keys() == expected.keys()
     for name, tensor in decoded.items():
         steps = (tensor.view(torch.int16).int() - expected[name].view(torch.int16).int()).abs()
@@ -34,23 +34,25 @@ def test_a_golden_file_decodes_to_its_golden_words(version: int, codec: str) -> 
 def test_a_golden_file_of_codec_none_comes_back_byte_for_byte(tmp_path: Path) -> None:
     for version in range(1, FORMAT + 1):
         golden = GOLDEN / f"v{version}"
-        stored = Checkpoint(golden / "none").shapes
-        assert stored["model.layers.0.mlp.up_proj.weight"][0] < 64 * 24 * 2 == 3072  # an entropy code
-        assert stored["model.layers.0.mlp.up_proj.bias"] == (64 * 2,)  # its own bytes
+        stored = PackedFolder(golden / "none").stored
+        assert stored["model.layers.0.mlp.up_proj.weight.entropy"].n_bytes < 64 * 24 * 2  # an entropy code
+        assert str(stored["model.layers.0.mlp.up_proj.bias"]) == "F16[64]"  # its own bytes
         freebits.unpack(golden / "none", tmp_path / str(version))
         files = [folder / "model.safetensors" for folder in (golden / "sliced", tmp_path / str(version))]
         assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def layout(folder: Path) -> dict[str, Any]:
-    """What must not change without a new format version: names, shapes, dtypes, and the manifest's fields."""
-    checkpoint = Checkpoint(folder)
+    """What must not change without a new format version: names, kinds, recipes, and the manifest's fields."""
     manifest = json.loads((folder / "freebits.json").read_text())
-    chance = {"tensors", "config", "digest", "producer", "bytes"}  # of the machine or of the version
-    sites = [{k: v for k, v in site.items() if k != "corrections"} for site in manifest["sites"]]
-    stored = {n: (s, checkpoint.dtypes[n]) for n, s in checkpoint.shapes.items() if not n.endswith("corrections")}
+    chance = {"digests", "config", "digest", "producer", "history"}  # of the machine or of the version
+    for recipe in manifest["recipes"]:
+        recipe.get("params", {}).pop("sums", None)
+        recipe.get("params", {}).pop("corrections", None)
+    notes = [{key: value for key, value in note.items() if key != "corrections"} for note in manifest["notes"]]
+    stored = {n: str(k) for n, k in PackedFolder(folder).stored.items() if not n.endswith("corrections")}
     kept = {key: value for key, value in manifest.items() if key not in chance}
-    return {"keys": sorted(manifest), "stored": stored, "manifest": kept | {"sites": sites}}
+    return {"keys": sorted(manifest), "stored": stored, "manifest": kept | {"notes": notes}}
 
 
 @pytest.mark.parametrize("codec", THRESHOLDS)
@@ -61,7 +63,7 @@ def test_packing_writes_the_layout_of_the_golden_file(codec: str, tmp_path: Path
 
 
 def test_the_golden_file_shows_corrections_and_signs() -> None:
-    packed = PackedCheckpoint(GOLDEN / f"v{FORMAT}" / "bits-back")
-    assert [site.codec for site in packed.manifest.sites] == ["bits-back", "bits-back"]
-    assert any(site.corrections for site in packed.manifest.sites)
-    assert packed.read("model.layers.0.attention.signs").shape == (8,)
+    packed = PackedFolder(GOLDEN / f"v{FORMAT}" / "bits-back")
+    assert [note.get("code") for note in packed.manifest.notes] == [None, "bits-back", "bits-back"]
+    assert any(note.get("corrections") for note in packed.manifest.notes)
+    assert str(packed.stored["model.layers.0.attention.signs"]) == "U8[8]"

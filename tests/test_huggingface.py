@@ -1,9 +1,9 @@
 """At home in transformers: Auto classes, generation, saving, and no import needed with trusted code."""
 
+import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -11,23 +11,23 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, pipeline
 
 import freebits
 from freebits.errors import CheckpointError
-from tests.tiny import VARIANTS
-
-Make = Callable[..., Path]
+from tests.tiny import VARIANTS, Make
 
 
-@pytest.fixture(params=["sliced", "bits-back", "canonical", "canonical tied"])
-def folder(request: pytest.FixtureRequest, save_tiny: Make, slice_tiny: Make, tmp_path: Path) -> Path:
+@pytest.fixture(params=["sliced", "bits-back", "canonical", "canonical tied", "none"])
+def folder(request: pytest.FixtureRequest, save_tiny: Make, slice_tiny: Make, pack_tiny: Make, tmp_path: Path) -> Path:
     """A sliced model and a packed one are loaded alike."""
     form, _, tied = str(request.param).partition(" ")
     dense = save_tiny(hidden_size=64, intermediate_size=160, num_key_value_heads=2, tie_word_embeddings=bool(tied))
+    if form == "dense":
+        return pack_tiny(dense.rename(tmp_path / "original"), "dense", codec="none")
     sliced = slice_tiny(dense)
     if form != "sliced":
-        freebits.pack(sliced, tmp_path / form, codec=form)
+        pack_tiny(sliced, form, codec=form)
     return tmp_path / form
 
 
@@ -54,7 +54,7 @@ def test_saved_and_loaded_again_it_is_the_same(folder: Path, tmp_path: Path) -> 
     model.save_pretrained(tmp_path / "again")
     assert [file.name for file in (tmp_path / "again").glob("*.*s")] == ["model.safetensors"]
     assert (tmp_path / "again" / "modeling_freebits.py").exists()
-    assert not hasattr(AutoConfig.from_pretrained(tmp_path / "again"), "packed")
+    assert AutoConfig.from_pretrained(tmp_path / "again").model_type == "sliced_llama"
     again = from_pretrained(tmp_path / "again")
     assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
     trusted = from_pretrained(tmp_path / "again", trust_remote_code=True)
@@ -125,15 +125,73 @@ def test_every_variant_generates_after_the_round_trip(
         assert torch.equal(*outputs)
 
 
-def test_with_trusted_code_no_import_is_needed(folder: Path) -> None:
+WAYS = {
+    "trusted": ("", "trust_remote_code=True"),
+    "imported": ("import freebits", ""),
+    "imported after": ("import transformers.models.auto.modeling_auto, freebits", ""),
+    "imported, a config read before": ("import freebits, transformers; transformers.AutoConfig", ""),
+    "imported, a model's class before": ("import freebits, transformers; transformers.LlamaForCausalLM", ""),
+    "neither": ("", ""),
+}
+"""What a program says before it loads, and how."""
+PROGRAM = """
+import sys
+{before}
+from transformers import AutoModelForCausalLM
+
+for folder in sys.argv[1:]:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, {how})
+    except ValueError as error:
+        print("trust_remote_code=True" in str(error))
+    else:
+        model.save_pretrained(folder + " saved")
+        print(type(model).__module__, type(model).__name__)
+"""
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_folder_is_loaded_with_an_import_or_with_trusted_code_and_else_not_at_all(
+    way: str, save_tiny: Make, slice_tiny: Make, pack_tiny: Make
+) -> None:
+    sliced = slice_tiny(save_tiny())
+    exact = pack_tiny(save_tiny("original"), "exact", codec="none", entropy="none")
+    folders = [sliced, pack_tiny(sliced, "canonical"), pack_tiny(sliced, "bits-back", codec="bits-back"), exact]
+    before, how = WAYS[way]
+    program = PROGRAM.format(before=before, how=how)
+    command = [sys.executable, "-W", "error", "-c", program, *map(str, folders)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    if way == "neither":
+        assert done.stdout.count("True\n") == 4, done.stdout
+        return
+    ours, theirs = "freebits.huggingface.sliced SlicedLlama", "transformers.models.llama.modeling_llama Llama"
+    assert done.stdout.splitlines() == [f"{kind}ForCausalLM" for kind in (ours, ours, ours, theirs)], done.stderr
+    for folder in folders:
+        saved = folder.with_name(f"{folder.name} saved")
+        code = {file.name: file.read_text().count("\n") for file in saved.glob("*.py")}
+        named = json.loads((saved / "config.json").read_text()).get("auto_map", {}).values()
+        assert code == ({} if folder == exact else {"modeling_freebits.py": 3})
+        assert {name.partition(".")[0] for name in named} == {name.removesuffix(".py") for name in code}
+
+
+def test_the_librarys_own_class_does_not_fill_a_packed_folder_in_at_random(save_tiny: Make, tmp_path: Path) -> None:
+    freebits.pack(save_tiny(), tmp_path / "packed", codec="none", entropy="none")
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+        LlamaForCausalLM.from_pretrained(tmp_path / "packed")
+
+
+@pytest.mark.parametrize("folder", ["canonical tied"], indirect=True)
+def test_a_model_can_be_pickled(folder: Path, tmp_path: Path) -> None:
+    # torch.save(model) failed: the derived layer class is not bound in its module.
+    model = from_pretrained(folder)
+    torch.save(model, tmp_path / "model.pt")
     program = (
-        "import sys, transformers as t;"
-        "model = t.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True);"
-        "print(type(model).__name__, model.config.site_sizes[0])"
+        "import sys, torch; model = torch.load(sys.argv[1], weights_only=False);"
+        "print(type(model.model.layers[0]).__name__)"
     )
-    command = [sys.executable, "-W", "error", "-c", program, str(folder)]
+    command = [sys.executable, "-c", program, str(tmp_path / "model.pt")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.stdout.split() == ["SlicedLlamaForCausalLM", "48"], done.stderr
+    assert done.stdout.strip() == "ResidualLlamaDecoderLayer", done.stderr
 
 
 def test_a_sliced_model_that_lacks_a_tensor_is_not_filled_in_at_random(save_tiny: Make, slice_tiny: Make) -> None:
@@ -153,7 +211,7 @@ def test_a_folder_transformers_cannot_load_is_one_line(save_tiny: Make) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("folder", ["bits-back", "canonical"], indirect=True)
+@pytest.mark.parametrize("folder", ["bits-back", "canonical", "none"], indirect=True)
 def test_a_packed_folder_without_its_manifest_is_not_loaded_at_random(folder: Path) -> None:
     (folder / "freebits.json").unlink()
     with pytest.raises(CheckpointError, match=r"holds no freebits\.json"):
@@ -174,8 +232,9 @@ def test_odd_ways_to_load_lead_to_the_same_model(folder: Path, tmp_path: Path) -
     ]
     kind = type(from_pretrained(folder))
     for way in ways:
-        for loader in (AutoModelForCausalLM, kind):
+        for loader in (AutoModelForCausalLM, kind) if folder.name == "sliced" else (AutoModelForCausalLM,):
             model: Any = loader.from_pretrained(**way, dtype=torch.float32)
+            assert type(model).__name__ == "SlicedLlamaForCausalLM"
             assert torch.equal(model.eval()(TOKENS).logits, expected), way
             assert model.name_or_path == str(way["pretrained_model_name_or_path"])
     threads = []

@@ -2,8 +2,7 @@
 
 import json
 import re
-import shutil
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +10,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import freebits
+from freebits.architecture import FAMILIES, Architecture
+from freebits.calibration import perplexity, principal_axes
 from freebits.checkpoint import Checkpoint
 from freebits.errors import CheckpointError, UsageError
-from freebits.huggingface import load, token_windows
-from freebits.slicing import principal_axes, sliced_size
-from freebits.symmetry import random_orthogonal
-from tests.tiny import VARIANTS, random_text
-
-Save = Callable[..., Path]
+from freebits.huggingface import load, slicer, token_windows
+from freebits.huggingface.runner import BlockRunner
+from freebits.huggingface.slicer import HELD_OUT
+from freebits.huggingface.tokens import drawn_windows
+from freebits.moves import sliced_size
+from freebits.symmetry import fold_embeddings, fold_sublayers, random_orthogonal
+from tests.tiny import VARIANTS, Make, change_config, random_text
 
 
 @pytest.mark.parametrize(
@@ -68,7 +71,7 @@ def confine(folder: Path, size: int) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("options", [{}, {"random_orientation": True}, {"untie": True}])
 def test_slicing_away_what_is_empty_changes_nothing(
-    variant: str, options: dict[str, bool], save_tiny: Save, slice_tiny: Save
+    variant: str, options: dict[str, bool], save_tiny: Make, slice_tiny: Make
 ) -> None:
     dense = save_tiny(dtype=torch.float64, **VARIANTS[variant])
     confine(dense, size=24)
@@ -78,14 +81,14 @@ def test_slicing_away_what_is_empty_changes_nothing(
     assert difference < 1e-3 * expected.std()  # the calibration runs in float32, the dense norm too
 
 
-def test_sparsity_zero_keeps_the_function(save_tiny: Save, slice_tiny: Save) -> None:
+def test_sparsity_zero_keeps_the_function(save_tiny: Make, slice_tiny: Make) -> None:
     dense = save_tiny(dtype=torch.float64)
     sliced = slice_tiny(dense, sparsity=0.0)
     expected = logits(dense, random_text(64, seed=3))
     assert (logits(sliced, random_text(64, seed=3)) - expected).abs().max() < 1e-4  # float32 in the dense norm
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(save_tiny: Save, slice_tiny: Save) -> None:
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(save_tiny: Make, slice_tiny: Make) -> None:
     dense = save_tiny()
     options: dict[str, Any] = {"random_orientation": True, "samples": 4}
     files = [
@@ -95,7 +98,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(save_tiny: S
     assert files[0] == files[1] != files[2]
 
 
-def test_config_and_shapes_of_a_sliced_checkpoint(save_tiny: Save, slice_tiny: Save) -> None:
+def test_config_and_shapes_of_a_sliced_checkpoint(save_tiny: Make, slice_tiny: Make) -> None:
     dense = save_tiny(tie_word_embeddings=True, dtype=torch.bfloat16)
     sliced = slice_tiny(dense, untie=True)
     config = json.loads((sliced / "config.json").read_text())
@@ -108,12 +111,14 @@ def test_config_and_shapes_of_a_sliced_checkpoint(save_tiny: Save, slice_tiny: S
     assert state["model.layers.2.mlp_shortcut.weight"].shape == (32, 24)
     assert state["lm_head.weight"].shape == (96, 32)
     assert not [name for name in state if "norm" in name]
-    untied = config["slicing"]["bytes"]["dense_untied"] - config["slicing"]["bytes"]["dense"]
+    [move] = config["freebits"]["history"]
+    assert (move["move"], move["fidelity"], move["sparsity"]) == ("slice", "lossy", 0.25)
+    untied = move["bytes"]["dense_untied"] - move["bytes"]["dense"]
     assert untied == 96 * 32 * 2
 
 
 @pytest.mark.parametrize("model_type", ["llama", "opt"])
-def test_a_tie_is_kept_bit_for_bit(model_type: str, save_tiny: Save, slice_tiny: Save) -> None:
+def test_a_tie_is_kept_bit_for_bit(model_type: str, save_tiny: Make, slice_tiny: Make) -> None:
     dense = save_tiny(model_type=model_type, tie_word_embeddings=True)
     sliced = slice_tiny(dense)
     embedding = "model.decoder.embed_tokens" if model_type == "opt" else "model.embed_tokens"
@@ -126,7 +131,7 @@ def test_a_tie_is_kept_bit_for_bit(model_type: str, save_tiny: Save, slice_tiny:
     assert model.lm_head.weight is model.get_input_embeddings().weight
 
 
-def test_shards_stay_shards(save_tiny: Save, slice_tiny: Save, tmp_path: Path) -> None:
+def test_shards_stay_shards(save_tiny: Make, slice_tiny: Make, tmp_path: Path) -> None:
     whole = save_tiny("whole")
     sharded = save_tiny("sharded", shard="20KB")
     assert len(list(sharded.glob("*.safetensors"))) > 2
@@ -140,15 +145,15 @@ def test_shards_stay_shards(save_tiny: Save, slice_tiny: Save, tmp_path: Path) -
     assert torch.equal(logits(tmp_path / "packed", text), logits(tmp_path / "unpacked", text))
 
 
-def test_too_little_text_is_refused(save_tiny: Save, tmp_path: Path) -> None:
+def test_too_little_text_is_refused(save_tiny: Make, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="less than one window"):
         freebits.slice_model(save_tiny(), tmp_path / "out", sparsity=0.2, calibration="w1 w2", seq_len=32)
     with pytest.raises(UsageError, match="at least one window"):
-        freebits.slice_model(save_tiny("again"), tmp_path / "out", sparsity=0.2, samples=0)
+        freebits.slice_model(save_tiny("again"), tmp_path / "out", sparsity=0.2, samples=0, seq_len=32)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_head_that_differs_from_the_tied_embedding_is_the_head(save_tiny: Save, slice_tiny: Save) -> None:
+def test_a_head_that_differs_from_the_tied_embedding_is_the_head(save_tiny: Make, slice_tiny: Make) -> None:
     dense = save_tiny(tie_word_embeddings=True, dtype=torch.float64)
     state = load_file(dense / "model.safetensors")
     state["lm_head.weight"] = state["model.embed_tokens.weight"].flip(0).clone()
@@ -158,13 +163,101 @@ def test_a_head_that_differs_from_the_tied_embedding_is_the_head(save_tiny: Save
     assert (logits(sliced, text) - logits(dense, text)).abs().max() < 1e-4
 
 
-def test_the_dtype_is_wide_enough_for_every_weight(save_tiny: Save, slice_tiny: Save) -> None:
-    dense = save_tiny()
+def test_every_tensor_keeps_its_own_dtype(save_tiny: Make, slice_tiny: Make) -> None:
+    # One float32 norm made slice write everything in float32, twice the size, without a word.
+    dense = save_tiny(tie_word_embeddings=True)
     state = load_file(dense / "model.safetensors")
     state["model.layers.1.mlp.up_proj.weight"] = state["model.layers.1.mlp.up_proj.weight"].float()
-    state["model.norm.weight"] = state["model.norm.weight"].double()  # a norm is folded, not stored
+    state["model.layers.0.input_layernorm.weight"] = state["model.layers.0.input_layernorm.weight"].float()
     save_file(state, dense / "model.safetensors", metadata={"format": "pt"})
-    assert json.loads((slice_tiny(dense) / "config.json").read_text())["dtype"] == "float32"
+    sliced = slice_tiny(dense)
+    assert json.loads((sliced / "config.json").read_text())["dtype"] == "float16"
+    wide = {name for name, tensor in load_file(sliced / "model.safetensors").items() if tensor.dtype == torch.float32}
+    assert wide == {"model.layers.1.mlp.up_proj.weight"}
+    asked = slice_tiny(dense, "asked", dtype=torch.bfloat16)
+    assert {tensor.dtype for tensor in load_file(asked / "model.safetensors").values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.complex64])
+def test_weights_are_sliced_to_floats(dtype: torch.dtype, save_tiny: Make, slice_tiny: Make) -> None:
+    with pytest.raises(UsageError, match="sliced weights are floats"):
+        slice_tiny(save_tiny(), dtype=dtype)
+
+
+def test_slicing_says_what_it_cost(save_tiny: Make, caplog: pytest.LogCaptureFixture) -> None:
+    dense = save_tiny()
+    facts = freebits.slice_model(
+        dense, dense.with_name("out"), sparsity=0.25, calibration=random_text(600), samples=8, seq_len=32
+    )
+    held_out = drawn_windows(token_windows(dense, random_text(600), 32), 8, HELD_OUT, 0)[1]
+    for name, folder in (("dense", dense), ("sliced", dense.with_name("out"))):
+        with torch.no_grad():
+            model = load(folder, dtype=torch.float32)
+            losses = [model(window[None], labels=window[None]).loss.item() for window in held_out]
+        assert facts["perplexity"][name] == pytest.approx(perplexity(losses), rel=2e-3)
+    assert freebits.inspect(dense.with_name("out"))["history"][0]["perplexity"] == facts["perplexity"]
+    assert not caplog.records
+
+
+def test_a_slice_that_ruins_the_model_is_refused(
+    save_tiny: Make, slice_tiny: Make, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = save_tiny()
+    monkeypatch.setattr(slicer, "WARN", 0.01)
+    slice_tiny(dense, "warned", seed=11)
+    assert "takes perplexity from" in caplog.text
+    monkeypatch.setattr(slicer, "REFUSE", 0.01)
+    with pytest.raises(UsageError, match="ruins the model: choose a smaller sparsity, or --force"):
+        slice_tiny(dense, "refused", seed=12)
+    assert not dense.with_name("refused").exists()
+    slice_tiny(dense, "forced", seed=12, force=True)
+
+
+@pytest.mark.parametrize(("n", "samples", "calibrated", "held_out"), [(18, 8, 8, 4), (10, 64, 9, 1), (1, 64, 1, 0)])
+def test_windows_to_measure_on_are_not_calibrated_on(n: int, samples: int, calibrated: int, held_out: int) -> None:
+    windows = torch.arange(2 * n).reshape(n, 2)
+    drawn = drawn_windows(windows, samples, HELD_OUT, seed=0)
+    assert [len(part) for part in drawn] == [calibrated, held_out]
+    assert len({*drawn[0][:, 0].tolist(), *drawn[1][:, 0].tolist()}) == calibrated + held_out
+
+
+def test_longer_windows_than_the_model_has_positions_for_are_refused(save_tiny: Make, slice_tiny: Make) -> None:
+    with pytest.raises(UsageError, match="a window of 65 tokens, where the model has 64 positions"):
+        slice_tiny(save_tiny(model_type="opt"), seq_len=65)
+
+
+def test_every_block_runs_as_itself(save_tiny: Make) -> None:
+    # Every block ran as layer 0 with layer 0's mask: wrong where layers differ.
+    dense = save_tiny(dtype=torch.float32)
+    change_config(
+        dense,
+        model_type="qwen2",
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+        sliding_window=4,
+        use_sliding_window=True,
+        max_window_layers=0,
+        architectures=["Qwen2ForCausalLM"],
+    )
+    family = replace(FAMILIES["llama"], model_type="qwen2", causal_lm="Qwen2ForCausalLM")
+    architecture = Architecture(family, 32, 3, tied=False)
+    tensors = dict(Checkpoint(dense).items())
+    biases = {
+        f"{read.name}.bias": torch.zeros(len(tensors[read.weight])) for s in architecture.sublayers for read in s.reads
+    }
+    config = AutoConfig.from_pretrained(dense)
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(tensors | {name: bias for name, bias in biases.items() if name in model.state_dict()})
+    tokens = torch.randint(96, (2, 32), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model.eval()(tokens, output_hidden_states=True).hidden_states
+    runner = BlockRunner(dense, architecture, torch.device("cpu"))
+    x = runner.embed(fold_embeddings(tensors, architecture), tokens)
+    for block, part in enumerate(architecture.parts[1:-1]):
+        runner.load(block, fold_sublayers(tensors, part.sublayers))
+        for index in range(2):
+            x = torch.cat([runner.run(index, window) for window in x.split(1)])
+        if block < 2:  # the last one is given after the final norm
+            assert (x - expected[block + 1]).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -179,28 +272,10 @@ def test_the_dtype_is_wide_enough_for_every_weight(save_tiny: Save, slice_tiny: 
     ],
 )
 def test_a_tensor_that_the_config_contradicts_is_refused(
-    name: str, tensor: Tensor, save_tiny: Save, slice_tiny: Save
+    name: str, tensor: Tensor, save_tiny: Make, slice_tiny: Make
 ) -> None:
     dense = save_tiny()
     state = load_file(dense / "model.safetensors") | {name: tensor}
     save_file(state, dense / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=f"tensor {re.escape(name)} "):
         slice_tiny(dense, dtype=torch.float16)
-
-
-def test_an_index_cannot_lead_out_of_the_folder(save_tiny: Save, slice_tiny: Save) -> None:
-    dense = save_tiny(shard="20KB")
-    index = json.loads((dense / "model.safetensors.index.json").read_text())
-    for file in ("../outside.safetensors", str(dense / "model.safetensors"), 5):
-        changed = index | {"weight_map": index["weight_map"] | {"model.norm.weight": file}}
-        (dense / "model.safetensors.index.json").write_text(json.dumps(changed))
-        with pytest.raises(CheckpointError, match="no file beside it"):
-            slice_tiny(dense)
-
-
-def test_a_single_file_goes_before_an_index_as_in_transformers(save_tiny: Save) -> None:
-    whole, sharded = save_tiny("whole", seed=1), save_tiny("sharded", shard="20KB", seed=2)
-    for file in sharded.glob("model*"):
-        shutil.copy(file, whole)
-    name = "model.layers.0.mlp.up_proj.weight"
-    assert torch.equal(Checkpoint(whole)[name], load(whole).state_dict()[name])

@@ -1,35 +1,24 @@
 """The first promise: what is folded and rotated at every site is the same function."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import freebits  # noqa: F401  (registers the sliced models)
 from freebits.architecture import Architecture, Axis
-from freebits.symmetry import fold, fold_embeddings, fold_head, random_orthogonal, rotate
-from tests.tiny import VARIANTS, tiny_config, tiny_model
-
-
-def in_float64(model: Any) -> Any:
-    """The library's norm computes in float32 whatever it is given; torch's does not."""
-    for name, module in list(model.named_modules()):
-        if type(module).__name__ == "LlamaRMSNorm":
-            norm = nn.RMSNorm(len(module.weight), eps=module.variance_epsilon, dtype=torch.float64)
-            norm.weight = module.weight
-            model.set_submodule(name, norm)
-    return model
+from freebits.symmetry import fold_embeddings, fold_head, fold_sublayers, random_orthogonal, rotate
+from tests.tiny import VARIANTS, in_float64, tiny_config, tiny_model
 
 
 def folded_state(model: Any, architecture: Architecture) -> dict[str, Tensor]:
     state = model.state_dict()
     embeddings = fold_embeddings(state, architecture)
-    blocks = [fold(state, block) for block in architecture.blocks]
+    blocks = [fold_sublayers(state, part.sublayers) for part in architecture.parts[1:-1]]
     merged = {name: tensor for part in (embeddings, *blocks) for name, tensor in part.items()}
     return merged | fold_head(state, architecture)
 
@@ -41,7 +30,7 @@ def unsliced(config: Any, architecture: Architecture, state: dict[str, Tensor]) 
     sliced_config = AutoConfig.for_model(architecture.family.sliced_model_type, **values)
     model: Any = AutoModelForCausalLM.from_config(sliced_config, dtype=torch.float64)
     missing, unexpected = model.load_state_dict(state, strict=False)
-    assert missing == ([architecture.head] if architecture.tied else [])
+    assert missing == ([architecture.head.weight] if architecture.tied else [])
     assert not unexpected
     model.tie_weights()
     return in_float64(model).eval()
@@ -54,11 +43,11 @@ def test_folded_and_randomly_rotated_equals_the_original(variant: str, untie: bo
     config = tiny_config(**VARIANTS[variant])
     original = tiny_model(**VARIANTS[variant])
     architecture = Architecture.of(config.to_dict())
-    architecture = replace(architecture, tied=architecture.tied and not untie)
+    architecture = architecture.with_tie(architecture.tied and not untie)
     generator = torch.Generator().manual_seed(1)
     rotations = {site: random_orthogonal(config.hidden_size, generator) for site in architecture.free_sites}
     folded = folded_state(original, architecture)
-    state = {name: rotate(tensor, architecture.axes[name], rotations) for name, tensor in folded.items()}
+    state = {name: rotate(tensor, architecture.weights[name].axes, rotations) for name, tensor in folded.items()}
     rotated = unsliced(config, architecture, state)
     tokens = torch.randint(config.vocab_size, (2, 40), generator=generator)
     expected = in_float64(original)(tokens).logits
@@ -73,8 +62,8 @@ def test_a_site_missed_by_the_rotation_is_noticed() -> None:
     architecture = Architecture.of(config.to_dict())
     state = folded_state(original, architecture)
     Q = random_orthogonal(config.hidden_size, torch.Generator().manual_seed(1))
-    name = architecture.blocks[1][0].write + ".weight"
-    state[name] = rotate(state[name], architecture.axes[name], {3: Q})
+    name = architecture.sublayers[2].write.weight
+    state[name] = rotate(state[name], architecture.weights[name].axes, {3: Q})
     tokens = torch.arange(40)[None]
     difference = unsliced(config, architecture, state)(tokens).logits - in_float64(original)(tokens).logits
     assert difference.abs().max() > 1e-3

@@ -3,7 +3,6 @@
 import bz2
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,8 @@ import torch
 import freebits
 from freebits.cli import main
 from freebits.huggingface.loading import load_tokenizer
-from tests.tiny import random_text
+from tests.tiny import Make, random_text
 
-Make = Callable[..., Path]
 Choices = list[tuple[str, str]]
 """Pairs of a context and what may follow it."""
 

@@ -1,9 +1,20 @@
-"""Tiny random models and text for them."""
+"""Tiny random models and text for them, and what tests do to models and folders."""
 
+import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from freebits.packed import PackedFolder
+
+Make = Callable[..., Path]
+"""What makes a folder: the fixtures `save_tiny`, `slice_tiny` and `pack_tiny`."""
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama tied": {"tie_word_embeddings": True},
@@ -50,3 +61,49 @@ def random_text(n_words: int, seed: int = 0) -> str:
     """Text for the tiny models' tokenizer."""
     numbers = torch.randint(96, (n_words,), generator=torch.Generator().manual_seed(seed))
     return " ".join(f"w{number}" for number in numbers.tolist())
+
+
+def in_float64(model: Any) -> Any:
+    """The library's norm computes in float32 whatever it is given; torch's does not."""
+    for name, module in list(model.named_modules()):
+        if type(module).__name__ == "LlamaRMSNorm":
+            norm = nn.RMSNorm(len(module.weight), eps=module.variance_epsilon, dtype=torch.float64)
+            norm.weight = module.weight
+            model.set_submodule(name, norm)
+    return model
+
+
+def tensors_of(packed: Path) -> dict[str, Tensor]:
+    """Everything that a packed folder holds of a model, decoded."""
+    return dict(PackedFolder(packed).model_tensors())
+
+
+def change_tensors(folder: Path, **changes: Callable[[Tensor], Tensor]) -> None:
+    """Change tensors of a checkpoint of one file; dots of their names are written `__`."""
+    state = load_file(folder / "model.safetensors")
+    for name, change in changes.items():
+        state[name.replace("__", ".")] = change(state[name.replace("__", ".")]).contiguous()
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    """Change keys of a `config.json`."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def flip(file: Path, position: int, bit: int = 1) -> None:
+    """Flip a bit of a file."""
+    content = bytearray(file.read_bytes())
+    content[position % len(content)] ^= bit
+    file.write_bytes(content)
+
+
+def redigest(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a manifest and make its digest right again, as damage would not but a foe might."""
+    manifest = json.loads((folder / "freebits.json").read_text())
+    manifest.pop("digest")
+    change(manifest)
+    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
+    digest = xxhash.xxh3_128_hexdigest(text.encode())
+    (folder / "freebits.json").write_text(json.dumps(manifest | {"digest": digest}))

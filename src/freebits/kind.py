@@ -30,7 +30,8 @@ DTYPES = {
 }
 """The safetensors names of the dtypes that PyTorch computes with."""
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
-FLOATS = ("F16", "BF16", "F32", "F64")
+HALVES = ("F16", "BF16")
+FLOATS = (*HALVES, "F32", "F64")
 _BITS = {code: 8 * dtype.itemsize for code, dtype in DTYPES.items()} | {
     "F8_E8M0": 8,
     "F8_E4M3FNUZ": 8,
@@ -102,6 +103,8 @@ class Kind:
 
     def view(self, data: Bytes) -> Tensor:
         """The tensor that has these bytes, not copied; flat bytes for a dtype that PyTorch does not compute with."""
+        if self.code in DTYPES and not len(data):
+            return torch.empty(self.shape, dtype=self.dtype)
         flat = torch.from_numpy(np.require(data, requirements="W"))
         return flat.view(self.dtype).reshape(self.shape) if self.code in DTYPES else flat
 

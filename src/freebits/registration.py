@@ -1,42 +1,38 @@
 """Teach transformers' Auto classes our models when they are imported, without importing transformers for that.
 
 `import freebits` is then quick for those who do not run models, and enough for those who do. The way is the import
-system's own: a finder that steps aside once the module it waits for has been executed.
+system's own: until our models are registered, a finder has us told whenever a module of transformers has been executed.
 """
 
 import importlib
-import importlib.util
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
 _OURS = "freebits.huggingface"
-_EARLY, _LATE = "transformers.models.auto.configuration_auto", "transformers.models.auto.modeling_auto"
-"""Who asks for a configuration alone imports the first, who asks for a model both, the second being last to finish."""
+_AUTO = "transformers.models.auto.configuration_auto"
+"""What everyone imports who looks a model up by its type."""
 
 
 def register_with_transformers() -> None:
     """Register our models now if the Auto classes are there, else as soon as they are."""
-    if _LATE in sys.modules:
+    if _AUTO in sys.modules and not _is_busy(""):
         importlib.import_module(_OURS)
     else:
         sys.meta_path.insert(0, _Finder())
 
 
 class _Finder(MetaPathFinder):
+    """Finds transformers' modules as everyone does, and has their loader tell when they have been executed."""
+
     def find_spec(
-        self,
-        fullname: str,
-        path: Sequence[str] | None,  # noqa: ARG002
-        target: ModuleType | None = None,  # noqa: ARG002
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in (_EARLY, _LATE):
+        if not fullname.startswith("transformers."):
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
             spec.loader = _Loader(spec.loader, self)
         return spec
@@ -51,12 +47,16 @@ class _Loader(Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        early = module.__name__ == _EARLY
-        if early:
-            sys.meta_path.insert(0, self._finder)  # for the second
         self._loader.exec_module(module)
-        if not early:
+        if self._finder in sys.meta_path and _AUTO in sys.modules and not _is_busy(module.__name__):
+            sys.meta_path.remove(self._finder)
             importlib.import_module(_OURS)
-        elif _LATE not in sys.modules:
-            with suppress(ImportError):  # where transformers itself is in the middle of something: then the second
-                importlib.import_module(_OURS)
+
+    def __getattr__(self, name: str) -> object:  # what else a loader can do, such as read its module's source
+        return getattr(self._loader, name)
+
+
+def _is_busy(finished: str) -> bool:
+    """Whether transformers is in the middle of importing something else, which ours would then find half done."""
+    modules = [(name, module) for name, module in sys.modules.items() if name.startswith("transformers.")]
+    return any(getattr(module.__spec__, "_initializing", False) for name, module in modules if name != finished)

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import freebits
-from freebits.huggingface.modeling import SlicedLlamaConfig, SlicedLlamaForCausalLM
-from freebits.packed import open_packed
-from freebits.packed.format import FORMAT
+from freebits.huggingface.sliced import SlicedLlamaConfig, SlicedLlamaForCausalLM
+from freebits.packed import PackedFolder
+from freebits.packed.manifest import FORMAT
 from freebits.symmetry import random_orthogonal
 from tests.tiny import tiny_config
 
@@ -39,8 +39,10 @@ def main() -> None:
     save_file(shortcuts, GOLDEN / "sliced" / "model.safetensors", metadata={"format": "pt"})
     for codec, threshold in THRESHOLDS.items():
         freebits.pack(GOLDEN / "sliced", GOLDEN / codec, codec=codec, entropy="none", threshold=threshold)
-        save_file(dict(open_packed(GOLDEN / codec).tensors()), GOLDEN / f"{codec}.safetensors")
+        (GOLDEN / codec / "modeling_freebits.py").unlink()
+        save_file(dict(PackedFolder(GOLDEN / codec).model_tensors()), GOLDEN / f"{codec}.safetensors")
     freebits.pack(GOLDEN / "sliced", GOLDEN / "none", codec="none")  # entropy-coded where that gains
+    (GOLDEN / "none" / "modeling_freebits.py").unlink()
 
 
 def corners() -> dict[str, torch.Tensor]:

@@ -1,13 +1,16 @@
-"""Write a checkpoint's weights, a tensor at a time, in as many files as it takes."""
+"""Write weights, a tensor at a time, in as many files as it takes."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 
-from freebits.checkpoint.folder import INDEX, SINGLE, Checkpoint, write_json
+from freebits.checkpoint.folder import INDEX, Checkpoint, write_json
 from freebits.checkpoint.weights import WeightsWriter
 from freebits.kind import Bytes, Kind, bytes_of
+
+MODEL = "model"
+"""How the files of a checkpoint begin that transformers looks for; it wants an index of them."""
 
 
 def shard_bytes(source: Checkpoint) -> int | None:
@@ -22,14 +25,20 @@ class CheckpointWriter:
         directory: where to write.
         announced: every tensor that may come, by its name and a shape that is no shorter to write.
         shard_bytes: see above; None makes one file.
+        stem: with which the names of the files begin.
     """
 
     def __init__(
-        self, directory: Path, announced: Mapping[str, tuple[int, ...]], shard_bytes: int | None = None
+        self,
+        directory: Path,
+        announced: Mapping[str, tuple[int, ...]],
+        shard_bytes: int | None = None,
+        stem: str = MODEL,
     ) -> None:
         self._directory = directory
         self._announced = announced
         self._shard_bytes = shard_bytes
+        self._stem = stem
         self._shards: list[WeightsWriter] = []
 
     def __enter__(self) -> "CheckpointWriter":
@@ -43,25 +52,29 @@ class CheckpointWriter:
         """Append one tensor, given its bytes."""
         full = self._shards and self._shard_bytes and self._shards[-1].size + kind.n_bytes > self._shard_bytes
         if full or not self._shards:
-            if self._shards:
-                self._shards[-1].close()
-            self._shards.append(WeightsWriter(self._directory / f"{len(self._shards)}.part", self._announced))
+            self._next_shard()
         self._shards[-1].write(name, kind, data)
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        if self._shards:
-            self._shards[-1].__exit__(kind, *error)
         if kind is None:
+            if not self._shards:  # a file without tensors is a file
+                self._next_shard()
+            self._shards[-1].close()
             self._name_shards()
+        elif self._shards:
+            self._shards[-1].__exit__(kind, *error)
+
+    def _next_shard(self) -> None:
+        if self._shards:
+            self._shards[-1].close()
+        self._shards.append(WeightsWriter(self._directory / f"{len(self._shards)}.part", self._announced))
 
     def _name_shards(self) -> None:
-        if len(self._shards) == 1:
-            self._shards[0].path.rename(self._directory / SINGLE)
-            return
-        weight_map: dict[str, str] = {}
-        for number, shard in enumerate(self._shards, start=1):
-            file = f"model-{number:05}-of-{len(self._shards):05}.safetensors"
+        files = [f"{self._stem}-{number:05}-of-{len(self._shards):05}" for number in range(1, len(self._shards) + 1)]
+        files = [f"{file}.safetensors" for file in (files if len(files) > 1 else [self._stem])]
+        for shard, file in zip(self._shards, files, strict=True):
             shard.path.rename(self._directory / file)
-            weight_map |= dict.fromkeys(shard.header, file)
-        total = sum(shard.size for shard in self._shards)
-        write_json(self._directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        if len(files) > 1 and self._stem == MODEL:
+            weight_map = {name: file for shard, file in zip(self._shards, files, strict=True) for name in shard.header}
+            total = sum(shard.size for shard in self._shards)
+            write_json(self._directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})

@@ -23,11 +23,10 @@ from freebits.codes.rotation import (
     rotation_signs,
     words_from_rotation,
 )
-from freebits.kind import Kind
+from freebits.kind import HALVES, Kind
 
 THRESHOLD = 0.01
 MESSAGE, MATRIX, SIGNS, CORRECTIONS = "message", "matrix", "signs", "corrections"
-_WORDS = ("F16", "BF16")
 _N_SUMS = 4
 _TOLERANCE = 2.0**-10
 _ROW = 4096
@@ -110,7 +109,7 @@ class BitsBack:
         *taken, output = makes
         (k, m), rank = output.shape, params["rank"]
         n_words = sum(kind.numel for kind in taken)
-        if {kind.code for kind in makes} != {output.code} or output.code not in _WORDS:
+        if {kind.code for kind in makes} != {output.code} or output.code not in HALVES:
             raise ValueError("words of different dtypes, or none of 16 bits")
         if type(rank) is not int or not (0 < rank <= k and n_words >= n_words_taken(rank)):
             raise ValueError(f"a rotation of size {rank!r} for {output} and a message of {n_words} words")

@@ -19,6 +19,7 @@ from freebits.codes.planes import merge, n_planes, split
 from freebits.codes.zstd import zstd
 from freebits.kind import Bytes, Kind, bytes_of
 
+PART = "entropy"
 CHUNK, FINE_CHUNK = 1 << 20, 1 << 15
 """Numbers a chunk: so many that tables cost next to nothing; or few, for a tensor whose parts differ in scale."""
 LEAST_GAIN = 0.02
@@ -42,12 +43,12 @@ class Entropy:
         coded = compress(bytes_of(tensor), kind.code)
         if coded is None:
             raise Declined("its numbers are spread too evenly")
-        return Coded({"code": as_tensor(coded)}, {"bytes": len(coded)})
+        return Coded({PART: as_tensor(coded)}, {"bytes": len(coded)})
 
     def decode(self, parts: Mapping[str, Tensor], makes: Sequence[Kind], params: Params) -> list[Tensor]:
         """The tensor."""
         [kind] = makes
-        return [kind.view(decompress(bytes_from(parts["code"], params["bytes"]), kind.code, kind.n_bytes))]
+        return [kind.view(decompress(bytes_from(parts[PART], params["bytes"]), kind.code, kind.n_bytes))]
 
     def parts(self, makes: Sequence[Kind], params: Params) -> dict[str, Kind]:
         """Bytes, as many as coding found it to take; fewer than of the tensor."""
@@ -55,7 +56,7 @@ class Entropy:
         stored = bytes_kind(n_bytes)
         if not n_bytes < kind.n_bytes:
             raise ValueError(f"{n_bytes} bytes for {kind}")
-        return {"code": stored}
+        return {PART: stored}
 
 
 def compress(data: Bytes, code: str) -> bytes | None:

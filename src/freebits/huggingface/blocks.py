@@ -99,7 +99,7 @@ class ResidualBlock(GradientCheckpointingLayer):
 
 def residual_block(layer: Any, sublayers: tuple[SublayerNames, ...]) -> ResidualBlock:
     """Turn a library's decoder layer into a residual block, in place."""
-    layer.__class__ = getattr(sys.modules[__name__], RESIDUAL + layer.__class__.__name__)
+    layer.__class__ = _residual_class(layer.__class__)
     layer.sublayers = sublayers
     for sublayer in sublayers:
         layer.add_module(sublayer.shortcut, nn.Identity())
@@ -107,12 +107,17 @@ def residual_block(layer: Any, sublayers: tuple[SublayerNames, ...]) -> Residual
     return block
 
 
+def _residual_class(layer_class: type) -> Any:
+    """The class of such blocks, kept in this module, where pickle looks for it."""
+    name = RESIDUAL + layer_class.__name__
+    return globals().setdefault(name, type(name, (ResidualBlock, layer_class), {"__module__": __name__}))
+
+
 def __getattr__(name: str) -> Any:
-    """The residual blocks, by name: `ResidualLlamaDecoderLayer` and so on. Pickle finds them here, too."""
+    """The residual blocks of all families, by name: `ResidualLlamaDecoderLayer` and so on."""
     for family in FAMILIES.values() if name.startswith(RESIDUAL) else ():
         module = sys.modules[getattr(transformers, family.causal_lm).__module__]
         layer_class = getattr(module, name.removeprefix(RESIDUAL), None)
         if isinstance(layer_class, type):
-            residual = type(name, (ResidualBlock, layer_class), {"__module__": __name__})
-            return globals().setdefault(name, residual)
+            return _residual_class(layer_class)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -68,6 +68,7 @@ class PackedForCausalLM:
         del config
         folder = _local_folder(path, kwargs)
         packed = PackedFolder(folder, verify=verify)
+        kept = {key: kwargs.pop(key) for key in ("dtype", "torch_dtype", "quantization_config") if key in kwargs}
         inner, rest = _inner_config(packed.config).from_dict(dict(packed.config), return_unused_kwargs=True, **kwargs)
         for name, of in packed.model_kinds.items():
             if of.code not in DTYPES:
@@ -76,7 +77,7 @@ class PackedForCausalLM:
         with_info = rest.pop("output_loading_info", False)
         kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(inner)]
         model, found = kind.from_pretrained(
-            None, *args, config=inner, state_dict=state, output_loading_info=True, **rest
+            None, *args, config=inner, state_dict=state, output_loading_info=True, **rest, **kept
         )
         if found["missing_keys"]:  # transformers fills them in at random
             raise CheckpointError(f"tensor {min(found['missing_keys'])} is missing in {path}: the model is incomplete")

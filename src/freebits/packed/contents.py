@@ -4,19 +4,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from freebits.checkpoint import CheckpointWriter
 from freebits.kind import Kind, bytes_of
 from freebits.packed.manifest import digest
 from freebits.packed.piece import Piece
 from freebits.packed.recipe import Recipe
 
+STEM = "packed"
+"""With which the weights files' names begin: not `model`, so that nothing takes them for a model's as they are."""
 LONGEST_STAGE = ".entropy__"
 
 
 @dataclass
 class Contents:
-    """Files, recipes, notes, stored tensors and their digests; see `Manifest`. It grows piece by piece."""
+    """Recipes, notes, stored tensors and their digests; see `Manifest`. It grows piece by piece."""
 
-    files: list[str] = field(default_factory=list)
     recipes: list[Recipe] = field(default_factory=list)
     notes: list[dict[str, Any]] = field(default_factory=list)
     stored: dict[str, Kind] = field(default_factory=dict)
@@ -24,8 +26,10 @@ class Contents:
     originals: dict[str, str] = field(default_factory=dict)
     beside: list[str] = field(default_factory=list)
 
-    def add(self, piece: Piece, digests: Mapping[str, str]) -> None:
-        """Note a piece that was written."""
+    def write(self, writer: CheckpointWriter, piece: Piece, digests: Mapping[str, str]) -> None:
+        """Write a piece, and note it."""
+        for name, (kind, tensor) in piece.stored.items():
+            writer.write_bytes(name, kind, bytes_of(tensor))
         self.recipes += piece.recipes
         self.notes += piece.notes
         self.stored |= {name: kind for name, (kind, _) in piece.stored.items()}

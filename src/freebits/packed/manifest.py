@@ -32,8 +32,9 @@ class Manifest:
         digests: of every stored tensor.
         files: the weights files.
         config: digest of `config.json`.
-        originals: with codec `none` the text of `config.json`, of an index, and the header of each weights file.
-        beside: with codec `none` the weights files that are not the model.
+        originals: with codec `none` what is needed to write the original files again: the text of `config.json` and of
+            an index, the header of each weights file.
+        beside: of those weights files, the ones that are not the model.
     """
 
     codec: str
@@ -106,7 +107,7 @@ class Manifest:
             if Path(file).name != file or not file.endswith(".safetensors") or self.files.count(file) > 1:
                 raise ValueError(f"{file!r} is no weights file beside the manifest")
         for file in self.originals:
-            if not (file in self.files or file == CONFIG or (Path(file).name == file and file.endswith(".index.json"))):
+            if Path(file).name != file or not (file == CONFIG or file.endswith((".safetensors", ".index.json"))):
                 raise ValueError(f"{file!r} is no file of a checkpoint")
 
     @property

@@ -7,6 +7,7 @@ from typing import Any
 from freebits.checkpoint import CONFIG, Checkpoint, auto_map, carry_over, write_json, write_remote_code
 from freebits.moves import BIT_EXACT, FUNCTION_PRESERVING, Expanded
 from freebits.options import NONE
+from freebits.packed.contents import STEM
 from freebits.packed.files import pack_files
 from freebits.packed.manifest import FORMAT, Manifest, digest_of_file
 from freebits.packed.parts import pack_parts
@@ -72,7 +73,7 @@ def pack_into(
         notes=sorted(contents.notes, key=lambda note: int(note["site"])),
         recipes=contents.recipes,
         digests=contents.digests,
-        files=contents.files,
+        files=sorted(file.name for file in directory.glob(f"{STEM}*.safetensors")),
         config=digest_of_file(directory / CONFIG),
         originals=contents.originals,
         beside=contents.beside,

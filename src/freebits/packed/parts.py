@@ -8,9 +8,9 @@ from torch import Tensor
 from freebits.architecture import Architecture, Layout, Part
 from freebits.checkpoint import Checkpoint, CheckpointWriter, shard_bytes
 from freebits.errors import CheckpointError
-from freebits.kind import Kind, bytes_of
+from freebits.kind import FLOATS, Kind
 from freebits.moves import Expanded, Turn, moved_parts
-from freebits.packed.contents import Contents, announced, digests_of
+from freebits.packed.contents import STEM, Contents, announced, digests_of
 from freebits.packed.piece import Piece, staged
 from freebits.packed.presets import Preset
 from freebits.work import Progress, ordered_map, workers
@@ -37,16 +37,15 @@ def pack_parts(
     contents = Contents()
     ranks: dict[int, int] = {}
     layout = Layout.of(model.config, architecture)
-    with CheckpointWriter(directory, _announced(preset, model, architecture, layout), shard_bytes(source)) as writer:
+    with CheckpointWriter(
+        directory, _announced(preset, model, architecture, layout), shard_bytes(source), STEM
+    ) as writer:
         parts = _encoded_parts(preset, model, architecture, stage, jobs)
         for done, (part, piece, digests) in enumerate(parts, start=1):
-            for name, (kind, tensor) in piece.stored.items():
-                writer.write_bytes(name, kind, bytes_of(tensor))
-            contents.add(piece, digests)
+            contents.write(writer, piece, digests)
             made = {name: kind for recipe in piece.recipes for name, kind in recipe.makes.items()}
             ranks |= {s.site: made[s.shortcut.factor].shape[1] for s in part.sublayers if s.shortcut.factor in made}
             progress(done, len(architecture.parts))
-    contents.files = sorted(file.name for file in directory.glob("*.safetensors"))
     return contents, Layout(layout.widths, tuple(ranks.get(sub.site) for sub in architecture.sublayers))
 
 
@@ -93,9 +92,12 @@ def _announced(
 
 
 def _check_floats(model: Expanded, architecture: Architecture, preset: Preset) -> None:
-    for name in architecture.weights.keys() & model.kinds.keys():
-        if model.kinds[name].code not in preset.floats:
-            raise CheckpointError(
-                f"tensor {name} is {model.kinds[name].code}; this codec needs {', '.join(preset.floats)}: "
-                "slice with --dtype"
-            )
+    codes = {name: model.kinds[name].code for name in architecture.weights if name in model.kinds}
+    for name, code in codes.items():
+        if code not in FLOATS:
+            raise CheckpointError(f"tensor {name} is {code}, which cannot be rotated: slice the dense model again")
+    if not {*codes.values()} & {*preset.floats}:
+        found, needed = " and ".join(sorted({*codes.values()})), " or ".join(preset.floats)
+        raise CheckpointError(
+            f"{model.config.get('model_type')} model of {found}; this codec needs {needed}: slice with --dtype"
+        )

@@ -12,7 +12,7 @@ from freebits.checkpoint import Source
 from freebits.codes import CODES, BitsBack, Code, Declined
 from freebits.codes.bitsback import THRESHOLD
 from freebits.errors import UsageError
-from freebits.kind import FLOATS, Kind
+from freebits.kind import FLOATS, HALVES, Kind
 from freebits.moves import Canonical, Diagonal, Move, Turn
 from freebits.options import BITS_BACK, CANONICAL, CODECS, NONE
 from freebits.packed.piece import Piece, encoded, plain
@@ -104,7 +104,7 @@ def bits_back(threshold: float) -> Preset:
     """The paper's code; `threshold` is the largest error of a decoded word that is left without a correction."""
     codes = {BITS_BACK: BitsBack(threshold)}
     facts = {"threshold": threshold}
-    return Preset(BITS_BACK, Diagonal, _messages, lambda _, layout: layout, codes, ("F16", "BF16"), facts)
+    return Preset(BITS_BACK, Diagonal, _messages, lambda _, layout: layout, codes, HALVES, facts)
 
 
 def chosen(codec: str, threshold: float | None = None) -> Preset | None:
@@ -142,10 +142,11 @@ def _messages(part: Part, kinds: Mapping[str, Kind]) -> Iterator[Group]:
     for sub in part.sublayers:
         names = (sub.shortcut.weight, *(read.weight for read in sub.reads), sub.write.weight)
         params = {"rank": kinds[sub.write.weight].shape[0], "corrections": 0}
-        if len({kinds[name].code for name in names}) == 1:
+        codes = {kinds[name].code for name in names}
+        if len(codes) == 1 and codes <= {*HALVES}:
             yield Group(sub.site, sub.name, BITS_BACK, names, sub.name, params)
         else:
-            yield Group(sub.site, sub.name, "", reason="its words are of different dtypes")
+            yield Group(sub.site, sub.name, "", reason="its words are of different dtypes, or not of 16 bits")
 
 
 def _projections(architecture: Architecture, layout: Layout) -> Layout:

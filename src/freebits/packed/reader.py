@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from freebits.architecture import SLICED_PREFIX, Architecture, Layout
-from freebits.checkpoint import CONFIG, INDEX, Entry, WeightsFile, existing_folder, parse_header, read_json
+from freebits.checkpoint import CONFIG, Entry, WeightsFile, existing_folder, parse_header, read_json
 from freebits.codes import CODES
 from freebits.errors import CheckpointError
 from freebits.kind import Kind
@@ -61,14 +61,14 @@ class PackedFolder:
             architecture = Architecture.of(self.config, len(self.kinds))
             layout = Layout.of(self.config, architecture)
             layout.check({name: kind.shape for name, kind in self.kinds.items()}, architecture)
-        self.originals = {file: self._entries(file) for file in self.manifest.files if self.manifest.exact}
+        headers = (file for file in self.manifest.originals if file.endswith(".safetensors"))
+        self.originals = {file: self._entries(file) for file in headers}
         """With codec `none`, each original file's tensors by the names they have here."""
 
     @property
     def weight_files(self) -> tuple[Path, ...]:
-        """The files that hold the tensors, and the index where there is one."""
-        index = self.path / INDEX
-        return (*(file.path for file in self.files), *([index] if index.exists() else []))
+        """The files that hold the tensors."""
+        return tuple(file.path for file in self.files)
 
     def __getitem__(self, name: str) -> Tensor:
         """The tensor called `name`, decoded from just what it takes."""

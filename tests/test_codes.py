@@ -1,4 +1,4 @@
-"""The bits-back code of one site: every word comes back."""
+"""Every code gives back what it took: one helper for all, and what is particular to each."""
 
 from typing import Any
 
@@ -9,16 +9,18 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from freebits.coding import Declined, canonical_direction, decode, encode, message_length
-from freebits.coding.bits import pack_bits, unpack_bits
-from freebits.coding.corrections import apply_corrections, encode_corrections, read_corrections
-from freebits.coding.rotation import (
+from freebits.codes import CODES, BitsBack, Code, Coded, Declined, Lower, Symmetric, canonical_direction
+from freebits.codes.bits import as_tensor, bytes_from, pack_bits, unpack_bits
+from freebits.codes.corrections import apply_corrections, encode_corrections, read_corrections
+from freebits.codes.rotation import (
     n_words_taken,
     recovered_rotation,
     rotation_from_words,
     rotation_signs,
     words_from_rotation,
 )
+from freebits.codes.triangles import n_lower_words
+from freebits.kind import Kind, bytes_of
 
 DTYPES = (torch.float16, torch.bfloat16)
 seeds = st.integers(0, 2**32)
@@ -32,6 +34,22 @@ def site(seed: int, dtype: torch.dtype, rows: int, size: int, spare: int = 40) -
     return message, W @ canonical_direction(W)
 
 
+def round_trip(code: Code, tensors: list[Tensor], makes: list[Kind]) -> tuple[Coded, list[Tensor]]:
+    """Encode, check that the parts are what the code plans, decode."""
+    coded = code.encode(tensors, makes)
+    assert {part: Kind.of(tensor) for part, tensor in coded.parts.items()} == code.parts(makes, coded.params)
+    decoded = code.decode(coded.parts, makes, coded.params)
+    assert [Kind.of(tensor) for tensor in decoded] == makes
+    return coded, decoded
+
+
+def coded_site(message: Tensor, W: Tensor, threshold: float) -> tuple[Coded, Tensor, Tensor]:
+    """A site encoded and decoded: its code, the words and the matrix that come back."""
+    makes = [Kind.of(message), Kind.of(W.T.to(message.dtype))]
+    coded, (words, matrix) = round_trip(BitsBack(threshold), [message, W.T], makes)
+    return coded, words, matrix.T
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     seed=seeds,
@@ -43,17 +61,17 @@ def site(seed: int, dtype: torch.dtype, rows: int, size: int, spare: int = 40) -
 def test_decoding_returns_every_word(seed: int, dtype: torch.dtype, size: int, ratio: float, threshold: float) -> None:
     message, W = site(seed, dtype, int(ratio * size), size)
     try:
-        coded = encode(message, W, threshold)
+        coded, words, matrix = coded_site(message, W, threshold)
     except Declined:  # the corrections outweigh the gain; see test_a_costly_site_is_declined
         assume(False)
-    rank = coded.matrix.shape[1]
-    words, matrix = decode(coded, size)
-    assert len(coded.message) == message_length(len(message), rank) == len(message) - rank * (rank - 1) // 2
+    rank = coded.params["rank"]
+    assert len(coded.parts["message"]) == len(message) - rank * (rank - 1) // 2
     kept = len(message) - n_words_taken(rank)
     assert torch.equal(words[:kept], message[:kept])
     true = torch.cat([message[kept:], W[:, size - rank :].to(dtype).flatten()])
     decoded = torch.cat([words[kept:], matrix[:, size - rank :].flatten()])
-    corrected, _ = read_corrections(coded.corrections, dtype)
+    corrected, _ = read_corrections(coded.parts.get("corrections", torch.empty(0, dtype=torch.uint8)), dtype)
+    assert len(corrected) == coded.corrected
     assert torch.equal(decoded[corrected], true[corrected])
     assert ((decoded.double() - true.double()).abs() <= threshold).all()
     assert not matrix[:, : size - rank].any()
@@ -61,17 +79,16 @@ def test_decoding_returns_every_word(seed: int, dtype: torch.dtype, size: int, r
 
 def test_a_site_saves_what_the_formula_says() -> None:
     message, W = site(0, torch.float16, 256, 64)
-    coded = encode(message, W, threshold=0.1)
+    coded, _, _ = coded_site(message, W, threshold=0.1)
     before = message.nbytes + W.numel() * 2
-    after = sum(part.nbytes for part in (coded.message, coded.matrix, coded.signs, coded.corrections))
-    assert before - after == 64 * 63 // 2 * 2 - 8 - coded.corrections.nbytes
+    after = sum(part.nbytes for part in coded.parts.values())
+    assert before - after == 64 * 63 // 2 * 2 - 8 - coded.params["corrections"]
 
 
 def test_a_matrix_of_less_than_full_rank_stores_no_zero_columns() -> None:
     message, W = site(0, torch.float16, rows=40, size=64)
-    coded = encode(message, W, threshold=0.05)
-    assert coded.matrix.shape == (40, 40)
-    _, matrix = decode(coded, n_columns=64)
+    coded, _, matrix = coded_site(message, W, threshold=0.05)
+    assert coded.parts["matrix"].shape == (40, 40)
     assert (matrix.double() - W).abs().max() < 0.05 + 0.01
 
 
@@ -89,13 +106,13 @@ def test_a_matrix_of_less_than_full_rank_stores_no_zero_columns() -> None:
 def test_a_site_whose_numbers_fail_is_declined(spoil: Any, reason: str) -> None:
     message, W = spoil(*site(0, torch.float16, 128, 32))
     with pytest.raises(Declined, match=reason):
-        encode(message, W, threshold=0.01)
+        coded_site(message, W, threshold=0.01)
 
 
 def test_a_costly_site_is_declined() -> None:
     message, W = site(0, torch.bfloat16, 32, 32)
     with pytest.raises(Declined, match="more than the"):
-        encode(message, W, threshold=0.0)
+        coded_site(message, W, threshold=0.0)
 
 
 @settings(max_examples=40, deadline=None)
@@ -144,3 +161,66 @@ def test_bits_round_trip(values: list[int]) -> None:
     n_bits = max(values, default=0).bit_length()
     content = pack_bits(np.array(values, dtype=np.int64), n_bits)
     assert unpack_bits(content, len(values), n_bits).tolist() == values
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.integers(1, 9), columns=st.integers(0, 9), seed=seeds)
+def test_triangles_come_back(rows: int, columns: int, seed: int) -> None:
+    matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).half()
+    coded, [lower] = round_trip(Lower(), [matrix], [Kind.of(matrix)])
+    assert torch.equal(lower, matrix.tril())
+    assert coded.parts["words"].numel() == n_lower_words(rows, columns)
+    symmetric = matrix @ matrix.T
+    _, [square] = round_trip(Symmetric(), [symmetric], [Kind.of(symmetric)])
+    assert torch.equal(square, symmetric)
+
+
+def test_a_symmetric_matrix_is_square() -> None:
+    with pytest.raises(ValueError, match="symmetric matrix"):
+        Symmetric().parts([Kind("F16", (3, 4))], {})
+
+
+def test_a_rotation_that_this_machine_does_not_find_is_noticed() -> None:
+    message, W = site(0, torch.float16, 128, 32)
+    makes = [Kind.of(message), Kind.of(W.T.half())]
+    code = BitsBack(0.05)
+    coded = code.encode([message, W.T], makes)
+    words, _ = code.decode(coded.parts, makes, coded.params)
+    last_bit = words.clone()
+    last_bit[len(message) // 2] *= 1 + 2**-10  # what another machine may round otherwise
+    sums = [value + float(last_bit.double().sum() - words.double().sum()) for value in coded.params["sums"]]
+    code.decode(coded.parts, makes, {**coded.params, "sums": sums})
+    signs = coded.parts["signs"].clone()
+    signs[0] ^= 0x10  # one row of the rotation, which is what another order of close eigenvalues would do, at least
+    with pytest.raises(ValueError, match="do not add up"):
+        code.decode(coded.parts | {"signs": signs}, makes, coded.params)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rank": 0},
+        {"rank": 33},
+        {"rank": 12.0},
+        {"rank": "12"},
+        {"corrections": -8},
+        {"corrections": 2.5},
+        {"sums": [1.0]},
+        {"sums": [1.0, 2.0, 3.0, float("nan")]},
+        {"sums": ["1", "2", "3", "4"]},
+    ],
+)
+def test_parameters_that_make_no_sense_are_refused(change: dict[str, Any]) -> None:
+    makes = [Kind("F16", (600,)), Kind("F16", (32, 128))]
+    sound = {"rank": 32, "corrections": 0, "sums": [0.0] * 4}
+    assert CODES["bits-back"].parts(makes, sound).keys() == {"message", "matrix", "signs"}
+    with pytest.raises(ValueError, match=r"rotation|bytes|sums|kind"):
+        CODES["bits-back"].parts(makes, sound | change)
+
+
+@given(data=st.binary(max_size=40))
+def test_bytes_come_back_from_tensors(data: bytes) -> None:
+    tensor = as_tensor(data)
+    assert len(tensor) % 8 == 0
+    assert bytes_from(tensor, len(data)).tobytes() == data
+    assert bytes_of(tensor).tobytes().startswith(data)
