@@ -12,8 +12,7 @@ import torch
 import freebits
 from benchmarks.results import print_table, save_csv
 from freebits.huggingface.demo_model import demo_model
-from freebits.packed.format import DTYPES
-from freebits.packed.size import change
+from freebits.report import change
 
 SAMPLES = 32
 WINDOWS = 16
@@ -40,7 +39,7 @@ def fidelity(scratch: Path) -> list[tuple[object, ...]]:
         source = sliced(scratch / name, 0.2, untie=untie, dtype=getattr(torch, dtype))
         sizes = freebits.inspect(source)["bytes"]
         head = "own" if untie else "tied"
-        codecs = [codec for codec, dtypes in DTYPES.items() if dtype in dtypes]
+        codecs = ("canonical",) if dtype == "float32" else ("bits-back", "canonical")
         measured = []
         for codec in codecs:
             packed = scratch / f"{name} {codec}"

@@ -17,9 +17,10 @@ import torch
 
 import freebits
 from benchmarks.results import print_table, save_csv
-from freebits.architecture import Architecture
+from freebits.architecture import Architecture, Layout
 from freebits.checkpoint import CheckpointWriter
-from freebits.slicing import sliced_size
+from freebits.huggingface.estimating import dense_shapes
+from freebits.moves import sliced_size
 
 CONFIG = Path(__file__).parent / "configs" / "opt-1.3b.json"
 PAPER_MINUTES = {0.2: (3.9, 1.5), 0.3: (3.5, 1.5)}
@@ -29,23 +30,18 @@ HEADER = ("sparsity", "step", "minutes", "paper, minutes", "ratio", "share in ei
 def random_sliced(folder: Path, sparsity: float) -> None:
     """Write a sliced checkpoint of random weights, whose energy decays along the stream as slicing leaves it."""
     config = json.loads(CONFIG.read_text())
+    config |= {"tie_word_embeddings": False}
     architecture = Architecture.of(config)
-    sizes = architecture.site_sizes(sliced_size(architecture.hidden_size, sparsity))
-    config |= {"model_type": "sliced_opt", "dtype": "float16", "site_sizes": list(sizes), "tie_word_embeddings": False}
-    inner = {"fc1": config["ffn_dim"], "fc2": config["ffn_dim"]}
-    rows = {"embed_tokens": config["vocab_size"], "embed_positions": 2050, "lm_head": config["vocab_size"]}
+    layout = Layout.sliced(architecture, sliced_size(architecture.hidden_size, sparsity))
+    shapes = layout.shapes(architecture, dense_shapes(config, CONFIG))
+    config |= {"model_type": "sliced_opt", "dtype": "float16", "tie_word_embeddings": False, **layout.to_config()}
     generator = torch.Generator().manual_seed(0)
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    with CheckpointWriter(folder, architecture.axes) as writer:
-        for name, axes in architecture.axes.items():
-            module = name.split(".")[-2]
-            free = rows.get(module, inner.get(module, architecture.hidden_size))
-            shape = [free] * (2 if name.endswith("weight") else 1)
-            for axis in axes:
-                shape[axis.dim] = sizes[axis.site]
+    with CheckpointWriter(folder, shapes) as writer:
+        for name, shape in shapes.items():
             tensor = 0.03 * torch.randn(shape, generator=generator)
-            for axis in axes:
+            for axis in architecture.weights[name].axes:
                 decay = torch.linspace(0, -1, shape[axis.dim]).exp2()
                 tensor = (tensor.movedim(axis.dim, -1) * decay).movedim(-1, axis.dim)
             writer.write(name, tensor.half())
@@ -60,14 +56,13 @@ def step(verb: str, source: Path, out: Path) -> dict[str, float]:
 
 def measured_step(verb: str, source: str, out: str) -> None:
     """The other side of `step`."""
-    spent = 0.0
+    spent: list[float] = []  # appending is safe from any thread
     eigh = torch.linalg.eigh
 
     def timed(matrix: torch.Tensor) -> object:
-        nonlocal spent
         start = time.thread_time()
         result = eigh(matrix)
-        spent += time.thread_time() - start
+        spent.append(time.thread_time() - start)
         return result
 
     torch.linalg.eigh = timed
@@ -75,7 +70,7 @@ def measured_step(verb: str, source: str, out: str) -> None:
     freebits.pack(source, out, codec="bits-back", entropy="none") if verb == "pack" else freebits.unpack(source, out)
     seconds, processor = time.perf_counter() - start, time.process_time() - before
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": seconds, "share": spent / processor, "peak": peak}))
+    print(json.dumps({"seconds": seconds, "share": sum(spent) / processor, "peak": peak}))
 
 
 def main() -> None:

@@ -24,12 +24,13 @@ import numpy as np
 import torch
 
 import freebits
+from benchmarks.folders import stored_tensors
 from benchmarks.results import print_table, save_csv
-from freebits.checkpoint import Checkpoint
-from freebits.entropy import compress, decompress
-from freebits.entropy.planes import Bytes, merge, split
-from freebits.entropy.zstd import zstd
+from freebits.codes.entropy import compress, decompress
+from freebits.codes.planes import merge, split
+from freebits.codes.zstd import zstd
 from freebits.huggingface.demo_model import demo_model
+from freebits.kind import Bytes
 
 RUNS = 7
 HEADER = ("tensors", "coder", "bytes", "of the tensors", "of ZipNN", "compress, MB/s", "decompress, MB/s")
@@ -127,7 +128,7 @@ CODERS: dict[str, Callable[[], Coder]] = {
 
 def race(name: str, source: Path) -> list[tuple[object, ...]]:
     """Every coder on every tensor of a checkpoint, taking turns."""
-    found = [tensor for _, tensor in Checkpoint(source).items() if tensor.dtype in CODES]
+    found = [tensor for tensor in stored_tensors(source).values() if tensor.dtype in CODES]
     tensors = [(tensor.reshape(-1).view(torch.uint8).numpy().copy(), CODES[tensor.dtype]) for tensor in found]
     total = sum(len(data) for data, _ in tensors)
     half = {code for _, code in tensors} == {"F16"}

@@ -13,10 +13,9 @@ import torch
 
 import freebits
 from benchmarks.results import RESULTS, save_csv
-from freebits.checkpoint import Checkpoint
-from freebits.coding.rotation import n_words_taken
+from freebits.codes.rotation import n_words_taken
 from freebits.huggingface.demo_model import demo_model
-from freebits.packed import PackedCheckpoint
+from freebits.packed import PackedFolder
 
 QUANTILES = (0.5, 0.9, 0.99, 0.999, 0.9999, 1.0)
 
@@ -27,13 +26,13 @@ def errors(sliced: Path, folder: Path) -> dict[str, torch.Tensor]:
         sliced, folder / "true", codec="bits-back", entropy="none", threshold=0
     )  # nothing gains: every site is rotated and stored plain
     freebits.pack(sliced, folder / "raw", codec="bits-back", entropy="none", threshold=1e9)  # nothing is corrected
-    true, raw = Checkpoint(folder / "true"), PackedCheckpoint(folder / "raw")
-    site = raw.manifest.sites[-2]
-    decoded = raw.decode_site(site)
+    true, raw = (PackedFolder(folder / name) for name in ("true", "raw"))
+    recipe = raw.manifest.recipes[-2]
+    [decoded] = raw.decoded(recipe.makes)
     wrong = {name: (tensor.double() - true[name].double()).abs().flatten() for name, tensor in decoded.items()}
-    *message, (output, (size, _)) = site.tensors
-    words = torch.cat([wrong[name] for name, _ in message])[-n_words_taken(size) :]
-    return {f"W_o of {site.name}": wrong[output], "words borrowed by its site": words}
+    *message, output = recipe.makes
+    words = torch.cat([wrong[name] for name in message])[-n_words_taken(recipe.params["rank"]) :]
+    return {f"W_o of {output}": wrong[output], "words borrowed by its site": words}
 
 
 def main() -> None:

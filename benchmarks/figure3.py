@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import freebits
 from benchmarks.results import RESULTS, print_table, save_csv
 from freebits.huggingface.demo_model import demo_model
-from freebits.packed.size import change
+from freebits.report import change
 
 THRESHOLDS = (0.05, 0.02, 0.01, 0.005, 0.002, 0.001)
 WINDOWS = 16

@@ -13,7 +13,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -24,15 +23,16 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import freebits
+from benchmarks.folders import stored_tensors, weights_file
 from benchmarks.results import RESULTS, print_table, save_csv
-from freebits.checkpoint import Checkpoint, SafetensorsFile
-from freebits.entropy.zstd import zstd
+from benchmarks.timing import timed
+from freebits.checkpoint import WeightsWriter
+from freebits.codes.zstd import zstd
 from freebits.huggingface.demo_model import demo_model
-from freebits.packed.storage import bytes_of
+from freebits.kind import Kind, bytes_of
 
 RUNS = 5
 WINDOWS = 8
@@ -76,7 +76,7 @@ def packed(codec: str, entropy: str) -> Form:
 
 def copy_beside(source: Path, out: Path) -> None:
     """What lies beside the weights."""
-    shutil.copytree(source, out, ignore=shutil.ignore_patterns("model.*"))
+    shutil.copytree(source, out, ignore=shutil.ignore_patterns("model.*", "packed.*"))
 
 
 def zstd_file(level: int) -> Form:
@@ -87,7 +87,7 @@ def zstd_file(level: int) -> Form:
     def compress(source: Path, out: Path) -> None:
         copy_beside(source, out)
         with (
-            (source / "model.safetensors").open("rb") as file,
+            weights_file(source).open("rb") as file,
             zstd.ZstdFile(out / "model.zst", "wb", options=options) as target,
         ):
             shutil.copyfileobj(file, target, 1 << 20)
@@ -112,27 +112,30 @@ def zipnn() -> Form:
     def compress(source: Path, out: Path) -> None:
         copy_beside(source, out)
         index = []
-        for number, (name, tensor) in enumerate(Checkpoint(source).items()):
+        for number, (name, tensor) in enumerate(stored_tensors(source).items()):
             raw, kind = bytes_of(tensor), KINDS.get(tensor.dtype, "")
             copy = bytearray(raw.data)  # which ZipNN writes into
             coded: Any = coder(kind).compress(copy) if kind and copy else raw
             smaller = len(coded) < len(raw)
             (out / f"model.{number}").write_bytes(coded if smaller else raw.data)
             index.append((name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), kind if smaller else ""))
-        (out / "model.json").write_text(json.dumps(index))
+        (out / "model.json").write_text(json.dumps({"file": weights_file(source).name, "tensors": index}))
+
+    def told(packed: Path) -> Any:
+        return json.loads((packed / "model.json").read_text())
 
     def tensors(packed: Path) -> Iterator[tuple[str, torch.Tensor]]:
-        for number, (name, dtype, shape, kind) in enumerate(json.loads((packed / "model.json").read_text())):
+        for number, (name, dtype, shape, kind) in enumerate(told(packed)["tensors"]):
             content = (packed / f"model.{number}").read_bytes()
             data = np.frombuffer(coder(kind).decompress(content) if kind else content, np.uint8)
             yield name, torch.from_numpy(np.require(data, requirements="W")).view(getattr(torch, dtype)).reshape(shape)
 
     def decompress(packed: Path, out: Path) -> None:
         copy_beside(packed, out)
-        names = [name for name, *_ in json.loads((packed / "model.json").read_text())]
-        with SafetensorsFile(out / "model.safetensors", names) as file:
+        shapes = {name: tuple(shape) for name, _, shape, _ in told(packed)["tensors"]}
+        with WeightsWriter(out / told(packed)["file"], shapes) as file:
             for name, tensor in tensors(packed):
-                file.write(name, tensor)
+                file.write(name, Kind.of(tensor), bytes_of(tensor))
 
     def load(packed: Path, _: Path) -> object:
         config = AutoConfig.from_pretrained(packed)
@@ -193,9 +196,7 @@ def seconds(step: Callable[[], object], *leftovers: Path) -> float:
     for path in leftovers:
         shutil.rmtree(path, ignore_errors=True)
     np.ones(1 << 30, np.uint8)  # that no step pays for memory that a virtual machine had given back
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
+    return timed(step)
 
 
 def peak_memory(form: str, source: Path, scratch: Path) -> float:
@@ -281,7 +282,7 @@ def main() -> None:
                 source, name = scratch / "sliced", f"{sparsity:.0%}, {dtype}, {'untied' if untie else 'tied'}"
                 options: dict[str, Any] = {"untie": untie, "dtype": getattr(torch, dtype), "samples": 32}
                 freebits.slice_model(demo_model(), source, sparsity=sparsity, **options)
-            load_file(source / "model.safetensors")  # into the page cache
+            stored_tensors(source)  # into the page cache
             rows += race(name, source, bool(sparsity), scratch)
             save_csv("size_and_speed", HEADER, rows)
             shutil.rmtree(scratch)

@@ -7,7 +7,6 @@ import json
 import shutil
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -17,9 +16,10 @@ import torch
 
 import freebits
 from benchmarks.results import print_table, save_csv
-from freebits.architecture import Architecture
+from benchmarks.timing import interleaved
+from freebits.architecture import Architecture, Layout
 from freebits.checkpoint import Checkpoint
-from freebits.huggingface import modeling
+from freebits.huggingface import sliced as modeling
 from freebits.huggingface.demo_model import demo_model
 from freebits.symmetry import random_orthogonal
 
@@ -32,20 +32,9 @@ HEADER = ("model", "what", "form", "median", "fastest", "beside", "ratio of medi
 Row = tuple[object, ...]
 
 
-def medians(steps: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
-    """Seconds of each step, the steps taking turns; a first round is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(RUNS + 1):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: values[1:] for name, values in seconds.items()}
-
-
 def compared(model: str, what: str, steps: Mapping[str, Callable[[], object]], work: float | None = None) -> list[Row]:
     """Rows of a comparison; the last step is what the others are set beside. With `work`, per second instead."""
-    seconds = medians(steps)
+    seconds = interleaved(steps, RUNS)
     *_, reference = seconds
     rows: list[Row] = []
     for form, values in seconds.items():
@@ -96,15 +85,15 @@ def random_opt(folder: Path, n_blocks: int = 4, sparsity: float = 0.2) -> Path:
     config = json.loads(CONFIG.read_text()) | {"num_hidden_layers": n_blocks, "tie_word_embeddings": False}
     architecture = Architecture.of(config)
     k = freebits.estimate(CONFIG, sparsity)["sliced_size"]
-    sizes = architecture.site_sizes(k)
+    sizes = Layout.sliced(architecture, k).widths or ()
     values = {key: value for key, value in config.items() if key != "model_type"} | {"site_sizes": list(sizes)}
     model = modeling.SlicedOPTForCausalLM(modeling.SlicedOPTConfig(**values))
     generator = torch.Generator().manual_seed(0)
     rotation = random_orthogonal(architecture.hidden_size, generator)
-    for sublayer in (sublayer for block in architecture.blocks for sublayer in block):
+    for sublayer in architecture.sublayers:
         following = random_orthogonal(architecture.hidden_size, generator)
         corner = (rotation[:, :k].T @ following)[:, : sizes[sublayer.site]]
-        model.get_parameter(f"{sublayer.shortcut}.weight").data.copy_(corner.T)
+        model.get_parameter(sublayer.shortcut.weight).data.copy_(corner.T)
         rotation = following
     model.half().save_pretrained(folder)
     return folder
@@ -126,9 +115,9 @@ def main() -> None:
         unpacks = {codec: fresh(partial(freebits.unpack, folder), scratch / "out") for codec, folder in packed.items()}
         rows += compared("SmolLM2-135M", "unpack, s", unpacks)
         folders = {"canonical": packed["canonical"], "sliced": sliced}
-        rows += compared(
-            "SmolLM2-135M", "load, s", {name: partial(freebits.load, path) for name, path in folders.items()}
-        )
+        unchecked = {"canonical, verify=False": partial(freebits.load, packed["canonical"], verify=False)}
+        loads = {name: partial(freebits.load, path) for name, path in folders.items()}
+        rows += compared("SmolLM2-135M", "load, s", unchecked | loads)
         tokens = {name: partial(first_token, path) for name, path in folders.items()}
         rows += compared("SmolLM2-135M", "load and first token, s", tokens)
         assert Checkpoint(sliced).config["tie_word_embeddings"]

@@ -50,3 +50,34 @@ def test_local_links_lead_somewhere() -> None:
     for document in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\((?!http)([^)#]+)", document.read_text(encoding="utf-8")):
             assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_the_walk_passes_what_is_there_in_at_most_fifteen_lines() -> None:
+    walk = (ROOT / "docs" / "walk.md").read_text(encoding="utf-8")
+    lines = walk[walk.index("1. ") :].splitlines()
+    assert len(lines) <= 15
+    source = "\n".join(file.read_text(encoding="utf-8") for file in (ROOT / "src").rglob("*.py"))
+    names = [name for name in re.findall(r"`([A-Za-z_.]+)`", "\n".join(lines)) if name != "canonical"]
+    assert len(names) > 20
+    for name in names:
+        assert all(
+            re.search(rf"(def|class) {part}\b|^    {part} = ", source, re.MULTILINE) for part in name.split(".")
+        ), name
+
+
+def csv(name: str) -> str:
+    """Every number in a table of results."""
+    return (ROOT / "benchmarks" / "results" / f"{name}.csv").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("section", "name"), [("The race", "size_and_speed"), ("The entropy stage", "entropy")])
+def test_the_tables_of_the_measurements_are_the_results(section: str, name: str) -> None:
+    text = (ROOT / "docs" / "measurements.md").read_text(encoding="utf-8")
+    table = text[text.index(f"## {section}") :].partition("\n\n")[2]
+    rows = [line for line in table.partition("\n## ")[0].splitlines() if line.startswith("|")][2:]
+    assert len(rows) > 20
+    written = {field.replace(",", "") for line in csv(name).splitlines() for field in line.split(",")}
+    for row in rows:
+        for cell in row.strip("|").split("|")[2:]:
+            number = cell.strip().replace(",", "")
+            assert not re.fullmatch(r"[\d.]+", number) or number in written, row

@@ -241,12 +241,10 @@ def test_every_block_runs_as_itself(save_tiny: Make) -> None:
     family = replace(FAMILIES["llama"], model_type="qwen2", causal_lm="Qwen2ForCausalLM")
     architecture = Architecture(family, 32, 3, tied=False)
     tensors = dict(Checkpoint(dense).items())
-    biases = {
-        f"{read.name}.bias": torch.zeros(len(tensors[read.weight])) for s in architecture.sublayers for read in s.reads
-    }
-    config = AutoConfig.from_pretrained(dense)
-    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(tensors | {name: bias for name, bias in biases.items() if name in model.state_dict()})
+    attention = [read for sub in architecture.sublayers if sub.group == "attention" for read in sub.reads]
+    tensors |= {read.bias: torch.zeros(len(tensors[read.weight])) for read in attention}
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(dense), dtype=torch.float32)
+    model.load_state_dict(tensors)
     tokens = torch.randint(96, (2, 32), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = model.eval()(tokens, output_hidden_states=True).hidden_states

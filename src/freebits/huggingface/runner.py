@@ -57,7 +57,7 @@ class BlockRunner:
     def load(self, block: int, tensors: Mapping[str, Tensor]) -> None:
         """Take over the folded tensors of block number `block`; its shortcuts stay identities."""
         if self._kind(block) != self._kind(self._number):
-            layer: Any = self._layer_class(self._config, layer_idx=block)
+            layer: Any = self._layer_class(self._model.config, layer_idx=block)
             self._block = residual_block(layer.float().to(self.device).eval(), self._family.sublayers)
         self._number = block
         prefix = f"{self._family.blocks}.{block}."

@@ -28,11 +28,11 @@ def token_windows(path: str | os.PathLike[str], text: str, seq_len: int, limit: 
         raise UsageError(f"a window of {seq_len} tokens predicts nothing: give --seq-len of at least 2")
     if limit is not None and limit < 1:
         raise UsageError(f"{limit} windows measure nothing: give --limit of at least 1")
-    config = opened(path).config
+    tokenizer, config = load_tokenizer(path), opened(path).config
     n_positions, n_ids = config.get("max_position_embeddings"), config.get("vocab_size")
     if isinstance(n_positions, int) and seq_len > n_positions:
         raise UsageError(f"a window of {seq_len} tokens, where the model has {n_positions} positions: lower --seq-len")
-    tokens = load_tokenizer(path)(text, verbose=False)["input_ids"]
+    tokens = tokenizer(text, verbose=False)["input_ids"]
     n_windows = len(tokens) // seq_len
     if not n_windows:
         raise UsageError(f"the text has {len(tokens)} tokens, less than one window of {seq_len}: lower --seq-len")

@@ -118,7 +118,10 @@ class Manifest:
 
 def is_packed(path: str | os.PathLike[str]) -> bool:
     """Whether a folder holds a packed checkpoint."""
-    return (Path(path) / MANIFEST).is_file()
+    try:
+        return (Path(path) / MANIFEST).is_file()
+    except (OSError, ValueError):  # a name too long, for instance
+        return False
 
 
 def sizes_before(history: object) -> dict[str, int]:
