@@ -315,7 +315,7 @@ def test_the_model_makers_code_is_never_run(dense: Path, tmp_path: Path, capsys:
     config = json.loads((dense / "config.json").read_text())
     config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}}
     (dense / "config.json").write_text(json.dumps(config))
-    for arguments in (("eval", dense), ("slice", dense, tmp_path / "out", "--sparsity", 0.2)):
+    for arguments in (("eval", dense, "--seq-len", 32), ("slice", dense, tmp_path / "out", "--sparsity", 0.2)):
         assert run(*arguments) == 2
         assert_one_line(capsys, "custom code" if arguments[0] == "eval" else "'evil' has no entry")
     assert not ran.exists()

@@ -36,7 +36,7 @@ def saved(packed: Path) -> float:
 
 
 def test_slicing_costs_what_it_should(demo_run: DemoRun, report: Report) -> None:
-    perplexity = freebits.evaluate(demo_run.sliced, limit=8)["perplexity"]
+    perplexity = freebits.evaluate(demo_run.sliced, limit=4)["perplexity"]
     [move] = freebits.inspect(demo_run.sliced)["history"]
     measured = move["perplexity"]
     report(f"sliced: perplexity {perplexity:.3f} on held-out topics; {measured} on held-out windows")
@@ -60,7 +60,7 @@ def test_canonical_saves_more_and_is_smaller_than_the_file_one_had(demo_run: Dem
 
 
 def test_the_bits_back_model_is_as_good_as_the_sliced_one(demo_run: DemoRun, report: Report) -> None:
-    verdict = freebits.verify(demo_run.bits_back, against=demo_run.sliced)
+    verdict = freebits.verify(demo_run.bits_back, against=demo_run.sliced, limit=4)
     ratio = verdict["perplexity"]["packed"] / verdict["perplexity"]["reference"]
     report(f"bits-back: perplexity ratio {ratio:.5f}, mean KL {verdict['mean_kl']:.2e} nats per token")
     assert verdict["ok"]
@@ -69,7 +69,7 @@ def test_the_bits_back_model_is_as_good_as_the_sliced_one(demo_run: DemoRun, rep
 
 
 def test_the_canonical_model_is_the_sliced_one(demo_run: DemoRun, report: Report) -> None:
-    verdict = freebits.verify(demo_run.canonical, against=demo_run.sliced)
+    verdict = freebits.verify(demo_run.canonical, against=demo_run.sliced, limit=4)
     ratio = verdict["perplexity"]["packed"] / verdict["perplexity"]["reference"]
     difference = verdict["max_abs_logit_diff"]
     report(f"canonical: perplexity ratio {ratio:.5f}, mean KL {verdict['mean_kl']:.2e}, max |Δlogit| {difference:.3f}")
@@ -123,8 +123,7 @@ def _without_corrections(packed: PackedFolder, recipe: Recipe) -> dict[str, Tens
 MACHINES = {
     "one thread": {"OMP_NUM_THREADS": "1"},
     "two threads": {"OMP_NUM_THREADS": "2"},
-    "default kernels": {"OMP_NUM_THREADS": "2", "ATEN_CPU_CAPABILITY": "default"},
-    "compatible kernels": {"OMP_NUM_THREADS": "2", "MKL_CBWR": "COMPATIBLE"},
+    "other kernels": {"OMP_NUM_THREADS": "2", "ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"},
 }
 THREADS = """
 import sys, torch, freebits

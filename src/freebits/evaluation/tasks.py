@@ -7,12 +7,13 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from lm_eval import simple_evaluate
+from lm_eval import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
@@ -83,8 +84,7 @@ def prepare(names: Sequence[str], data_dir: Path | None = None) -> list[Task]:
         UsageError: there is no such task, or a file below `data_dir` cannot be read.
         CheckpointError: a file below `data_dir` is damaged.
     """
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    known = TaskManager()
+    known = _known_tasks()
     for name in names:
         if name not in (*known.all_subtasks, *known.all_groups):
             raise UsageError(f"lm-eval knows no task {name!r}: lm-eval ls tasks lists them")
@@ -112,14 +112,22 @@ def zero_shot(
     """
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bars, which would show in pipes, too
         try:
-            results = simple_evaluate(
-                _Reporting(model, tokenizer, progress), tasks=list(tasks), num_fewshot=0, limit=limit, log_samples=False
-            )
+            loaded = _known_tasks().load(list(tasks))
+            for task in loaded["tasks"].values():
+                task.set_config(key="num_fewshot", value=0)
+            results = evaluate(_Reporting(model, tokenizer, progress), loaded, limit=limit, log_samples=False)
         except Exception as error:  # its kinds of error, and the hub's, are many and change
             finding = " ".join(str(error).split())[:200] or type(error).__name__
             hint = ": offline, give --data-dir" if any(isinstance(task, str) for task in tasks) else ""
             raise UsageError(f"lm-eval cannot measure the tasks ({finding}){hint}") from error
     return {name: _metrics(metrics) for name, metrics in results["results"].items() if not name.startswith(_LOCAL)}
+
+
+@cache
+def _known_tasks() -> TaskManager:
+    """All of lm-eval's tasks, which take it seconds to find."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return TaskManager()
 
 
 def _metrics(measured: Mapping[str, Any]) -> dict[str, float | None]:

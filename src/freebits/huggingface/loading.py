@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from freebits.checkpoint import Checkpoint, existing_folder
 from freebits.errors import CheckpointError, FreebitsError, UsageError, one_line
-from freebits.packed import PackedFolder, is_packed
+from freebits.packed import PackedFolder
+from freebits.report import opened
 
 
 def load(path: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto", verify: bool = True) -> Any:
@@ -24,9 +24,7 @@ def load(path: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto", ver
     Raises:
         CheckpointError: the folder is no sound checkpoint, or a tensor is damaged.
     """
-    packed = is_packed(existing_folder(path))
-    if not packed:
-        Checkpoint(path)  # says in one line what is wrong with it
+    packed = isinstance(opened(path), PackedFolder)  # which says in one line what is wrong with it
     with one_line_errors(path, "model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
@@ -48,12 +46,11 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     Raises:
         CheckpointError: the folder is no sound checkpoint, or has no tokenizer that transformers can load.
     """
-    folder = existing_folder(path)
+    folder = opened(path)
     options: dict[str, Any] = {}
-    if is_packed(folder):  # some tokenizers are known by their model's type
-        config = dict(PackedFolder(folder).config)
-        if config.get("model_type") in CONFIG_MAPPING:
-            options["config"] = CONFIG_MAPPING[config["model_type"]].from_dict(config)
+    if isinstance(folder, PackedFolder) and folder.config.get("model_type") in CONFIG_MAPPING:
+        # some tokenizers are known by their model's type
+        options["config"] = CONFIG_MAPPING[folder.config["model_type"]].from_dict(dict(folder.config))
     with one_line_errors(path, "tokenizer"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             path, local_files_only=True, trust_remote_code=False, **options

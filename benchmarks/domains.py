@@ -1,0 +1,45 @@
+"""What slicing costs on text that it was not calibrated on: the demo model at 20 %, defaults of the demo. Five minutes.
+
+    python -m benchmarks.domains DATA_DIR
+
+DATA_DIR has wikitext-2-raw with wikitext2_train.txt (its last line is taken to be cut off) and wiki.valid.raw.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import freebits
+from benchmarks.results import print_table, save_csv
+from freebits.calibration import embedded_text
+from freebits.huggingface.demo_model import demo_model
+
+SAMPLES = 32
+WINDOWS = 16
+HEADER = ("calibrated on", "perplexity, held-out topics of the documentation", "perplexity, WikiText-2 validation")
+
+
+def main() -> None:
+    """Measure, print and save."""
+    folder = Path(sys.argv[1]) / "wikitext-2-raw"
+    train, valid = ((folder / name).read_text(encoding="utf-8") for name in ("wikitext2_train.txt", "wiki.valid.raw"))
+    documentation, held_out = embedded_text()
+    texts = {"Python's documentation": documentation, "WikiText-2, training": train[: train.rindex("\n")]}
+    rows: list[tuple[str, ...]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        models = {"dense": demo_model()}
+        for number, (name, text) in enumerate(texts.items()):
+            models[name] = Path(scratch) / str(number)
+            freebits.slice_model(
+                demo_model(), models[name], sparsity=0.2, calibration=text, samples=SAMPLES, force=True
+            )
+        for name, path in models.items():
+            measured = [freebits.evaluate(path, text=text, limit=WINDOWS)["perplexity"] for text in (held_out, valid)]
+            rows.append((name, *(f"{perplexity:.2f}" for perplexity in measured)))
+            print(rows[-1], flush=True)
+    print_table(HEADER, rows)
+    save_csv("domains", HEADER, rows)
+
+
+if __name__ == "__main__":
+    main()
