@@ -19,7 +19,7 @@ import freebits
 from benchmarks.results import print_table, save_csv
 from freebits.architecture import Architecture, Layout
 from freebits.checkpoint import CheckpointWriter
-from freebits.huggingface.estimating import dense_shapes
+from freebits.huggingface.config_estimate import dense_shapes
 from freebits.moves import sliced_size
 
 CONFIG = Path(__file__).parent / "configs" / "opt-1.3b.json"

@@ -13,7 +13,7 @@ import torch
 
 import freebits
 from benchmarks.results import RESULTS, save_csv
-from freebits.codes.rotation import n_words_taken
+from freebits.codes.rotation_words import n_words_taken
 from freebits.huggingface.demo_model import demo_model
 from freebits.packed import PackedFolder
 

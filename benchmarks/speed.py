@@ -19,7 +19,7 @@ from benchmarks.results import print_table, save_csv
 from benchmarks.timing import interleaved
 from freebits.architecture import Architecture, Layout
 from freebits.checkpoint import Checkpoint
-from freebits.huggingface import sliced as modeling
+from freebits.huggingface import sliced_models as modeling
 from freebits.huggingface.demo_model import demo_model
 from freebits.symmetry import random_orthogonal
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from freebits.codes import CODES, BitsBack, Code, Coded, Declined, Lower, Symmetric, canonical_direction
 from freebits.codes.bits import as_tensor, bytes_from, pack_bits, unpack_bits
 from freebits.codes.corrections import apply_corrections, encode_corrections, read_corrections
-from freebits.codes.rotation import (
+from freebits.codes.rotation_words import (
     n_words_taken,
     recovered_rotation,
     rotation_from_words,

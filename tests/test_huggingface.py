@@ -164,7 +164,7 @@ def test_a_folder_is_loaded_with_an_import_or_with_trusted_code_and_else_not_at_
     if way == "neither":
         assert done.stdout.count("True\n") == 4, done.stdout
         return
-    ours, theirs = "freebits.huggingface.sliced SlicedLlama", "transformers.models.llama.modeling_llama Llama"
+    ours, theirs = "freebits.huggingface.sliced_models SlicedLlama", "transformers.models.llama.modeling_llama Llama"
     assert done.stdout.splitlines() == [f"{kind}ForCausalLM" for kind in (ours, ours, ours, theirs)], done.stderr
     for folder in folders:
         saved = folder.with_name(f"{folder.name} saved")

@@ -19,7 +19,7 @@ from freebits.checkpoint import Checkpoint
 from freebits.codes import CODES, Coded
 from freebits.codes.corrections import read_corrections
 from freebits.errors import CheckpointError, UsageError
-from freebits.huggingface.sliced import SlicedLlamaConfig, SlicedLlamaForCausalLM
+from freebits.huggingface.sliced_models import SlicedLlamaConfig, SlicedLlamaForCausalLM
 from freebits.kind import Kind, bytes_of
 from freebits.options import CODECS
 from freebits.packed import PackedFolder

@@ -17,9 +17,9 @@ from freebits.architecture import FAMILIES, Architecture
 from freebits.calibration import perplexity, principal_axes
 from freebits.checkpoint import Checkpoint
 from freebits.errors import CheckpointError, UsageError
-from freebits.huggingface import load, slicer, token_windows
+from freebits.huggingface import load, slice_checkpoint, token_windows
 from freebits.huggingface.runner import BlockRunner
-from freebits.huggingface.slicer import HELD_OUT
+from freebits.huggingface.slice_checkpoint import HELD_OUT
 from freebits.huggingface.tokens import drawn_windows
 from freebits.moves import sliced_size
 from freebits.symmetry import fold_embeddings, fold_sublayers, random_orthogonal
@@ -203,10 +203,10 @@ def test_a_slice_that_ruins_the_model_is_refused(
     save_tiny: Make, slice_tiny: Make, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dense = save_tiny()
-    monkeypatch.setattr(slicer, "WARN", 0.01)
+    monkeypatch.setattr(slice_checkpoint, "WARN", 0.01)
     slice_tiny(dense, "warned", seed=11)
     assert "takes perplexity from" in caplog.text
-    monkeypatch.setattr(slicer, "REFUSE", 0.01)
+    monkeypatch.setattr(slice_checkpoint, "REFUSE", 0.01)
     with pytest.raises(UsageError, match="ruins the model: choose a smaller sparsity, or --force"):
         slice_tiny(dense, "refused", seed=12)
     assert not dense.with_name("refused").exists()

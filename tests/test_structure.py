@@ -13,7 +13,7 @@ FLOORS = {
     "options": set(),
     "version": set(),
     "kind": set(),
-    "registration": set(),
+    "import_hook": set(),
     "work": {"errors"},
     "architecture": {"errors"},
     "checkpoint": {"errors", "kind"},
@@ -33,7 +33,7 @@ FLOORS = {
     },
     "demo": {"evaluation", "huggingface", "report", "verbs", "work"},
     "cli": {"demo", "errors", "evaluation", "huggingface", "options", "report", "verbs", "version", "work"},
-    "__init__": {"errors", "evaluation", "huggingface", "registration", "report", "verbs", "version"},
+    "__init__": {"errors", "evaluation", "huggingface", "import_hook", "report", "verbs", "version"},
 }
 """What each module or package may import of the others: what stands above it."""
 

@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from freebits.errors import CheckpointError, FreebitsError, UnsupportedModelError, UsageError
-from freebits.registration import register_with_transformers
+from freebits.import_hook import register_with_transformers
 from freebits.version import __version__
 
 if TYPE_CHECKING:

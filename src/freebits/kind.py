@@ -56,8 +56,8 @@ class Kind:
     shape: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        sizes = all(type(size) is int and 0 <= size < MOST for size in self.shape)
-        if self.code not in _BITS or not sizes or prod(self.shape) >= MOST or prod(self.shape) * self.bits % 8:
+        sizes = all(type(size) is int and 0 <= size <= MOST for size in self.shape)
+        if self.code not in _BITS or not sizes or prod(self.shape) > MOST or prod(self.shape) * self.bits % 8:
             raise ValueError(f"no tensor is of the kind {self}")
 
     @classmethod

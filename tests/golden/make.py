@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import freebits
-from freebits.huggingface.sliced import SlicedLlamaConfig, SlicedLlamaForCausalLM
+from freebits.huggingface.sliced_models import SlicedLlamaConfig, SlicedLlamaForCausalLM
 from freebits.packed import PackedFolder
 from freebits.packed.manifest import FORMAT
 from freebits.symmetry import random_orthogonal

@@ -42,7 +42,7 @@ class Layout:
             return cls()
         n_sites, n_shortcuts = architecture.n_sites, architecture.n_sites - 1
         widths = _sizes(config.get(WIDTHS), n_sites)
-        if widths is None:
+        if widths is None or 0 in widths:
             raise CheckpointError(f"config.json: {WIDTHS} is not a list of the widths of {n_sites} sites")
         ranks = config.get(RANKS)
         ranks = [None] * n_shortcuts if ranks is None else ranks
@@ -115,6 +115,8 @@ class Layout:
             kind = architecture.family.sliced_model_type if self.widths else architecture.family.model_type
             raise CheckpointError(f"tensor {name} is not part of a {kind} model as freebits knows it")
         for name in rows.keys() & shapes.keys():
+            if len(shapes[name]) != (2 if rows[name].is_matrix else 1):
+                raise CheckpointError(f"tensor {name} has shape {list(shapes[name])}, another number of dimensions")
             for axis in rows[name].axes:
                 if axis.dim >= len(shapes[name]) or shapes[name][axis.dim] != widths[axis.site]:
                     raise CheckpointError(

@@ -60,6 +60,8 @@ class Weight:
     axes: tuple[Axis, ...] = ()
     optional: bool = False
     """Whether a model may do without it."""
+    is_matrix: bool = True
+    """Or else a vector: a bias, a norm's scale."""
 
 
 @dataclass(frozen=True)
@@ -117,9 +119,9 @@ class Sublayer:
         yield Weight(self.shortcut.weight, Role.SHORTCUT, SHORTCUTS, (before, after))
         yield Weight(self.shortcut.factor, Role.FACTOR, SHORTCUTS, (Axis(0, self.site - 1),))
         yield from (Weight(read.weight, Role.READ, self.group, (before,)) for read in self.reads)
-        yield from (Weight(read.bias, Role.READ, self.group, optional=True) for read in self.reads)
+        yield from (Weight(read.bias, Role.READ, self.group, optional=True, is_matrix=False) for read in self.reads)
         yield Weight(self.write.weight, Role.WRITE, self.group, (after,))
-        yield Weight(self.write.bias, Role.WRITE, self.group, (after,), optional=True)
+        yield Weight(self.write.bias, Role.WRITE, self.group, (after,), optional=True, is_matrix=False)
 
 
 @dataclass(frozen=True)
@@ -246,7 +248,7 @@ class Architecture:
         axes = () if self.tied else (Axis(1, self.n_sites - 1),)
         yield Weight(self.head.weight, Role.HEAD, HEAD, axes, optional=self.tied)
         if self.family.centred and not self.tied:  # what becomes of the norm's bias
-            yield Weight(self.head.bias, Role.HEAD, HEAD, optional=True)
+            yield Weight(self.head.bias, Role.HEAD, HEAD, optional=True, is_matrix=False)
 
 
 _MOST = 2**31
@@ -254,7 +256,7 @@ _MOST = 2**31
 
 def _norm(module: Module, group: str, centred: bool) -> Iterator[Weight]:
     for name in (module.weight, module.bias) if centred else (module.weight,):
-        yield Weight(name, Role.NORM, group)
+        yield Weight(name, Role.NORM, group, is_matrix=False)
 
 
 def _by_name(weights: Iterable[Weight]) -> dict[str, Weight]:

@@ -1,7 +1,15 @@
 """Hugging Face checkpoint folders in and out, one tensor at a time."""
 
-from freebits.checkpoint.beside import REMOTE_CODE, auto_map, carry_code, carry_over, copy, write_remote_code
-from freebits.checkpoint.draft import new_directory
+from freebits.checkpoint.atomic import new_directory
+from freebits.checkpoint.beside import (
+    REMOTE_CODE,
+    auto_map,
+    carry_code,
+    carry_over,
+    copy,
+    stays_inside,
+    write_remote_code,
+)
 from freebits.checkpoint.folder import (
     CONFIG,
     INDEX,
@@ -38,6 +46,7 @@ __all__ = [
     "read_json",
     "read_text",
     "shard_bytes",
+    "stays_inside",
     "write_json",
     "write_remote_code",
 ]

@@ -36,7 +36,7 @@ def carry_over(source: Path, target: Path) -> None:
     left = []
     for file in _beside(source):
         name = file.relative_to(source)
-        if _is_known(file) and _stays_inside(file, source):
+        if _is_known(file) and stays_inside(file):
             (target / name).parent.mkdir(exist_ok=True)
             copy(file, target / name)
         elif not any(_matches(file, pattern) for pattern in (*_NEVER, *_WEIGHTS, CONFIG, ADAPTER, "freebits.json")):
@@ -49,7 +49,7 @@ def carry_over(source: Path, target: Path) -> None:
 def carry_code(source: Path, target: Path) -> None:
     """Copy the model maker's own code, which nothing of ours runs; ours is not theirs to write."""
     for file in sorted(source.glob("*.py")):
-        if file.name != REMOTE_CODE and file.is_file() and _stays_inside(file, source):
+        if file.name != REMOTE_CODE and file.is_file() and stays_inside(file):
             copy(file, target / file.name)
 
 
@@ -78,6 +78,7 @@ def write_remote_code(directory: Path, module: str, classes: Mapping[str, str]) 
         '"""A model of freebits: pip install freebits."""\n\n'
         f"from {module} import {', '.join(sorted(classes.values()))}  # noqa: F401\n",
         encoding="utf-8",
+        newline="\n",
     )
 
 
@@ -87,14 +88,18 @@ def _beside(source: Path) -> Iterator[Path]:
 
 
 def _is_known(file: Path) -> bool:
-    return any(_matches(file, pattern) for pattern in _KNOWN) and not any(_matches(file, name) for name in _NEVER)
+    return any(_matches(file, pattern) for pattern in _KNOWN) and not any(
+        _matches(file, name) for name in (*_NEVER, *_WEIGHTS)
+    )
 
 
 def _matches(file: Path, pattern: str) -> bool:
     return Path(file.name.lower()).match(pattern.lower())
 
 
-def _stays_inside(file: Path, source: Path) -> bool:
-    folder, real = source.resolve(), file.resolve()
+def stays_inside(file: Path) -> bool:
+    """Whether a file of a folder is no link that leads out of it, except into the blobs of a Hugging Face cache."""
+    top = file.parent.parent if file.parent.name in _FOLDERS else file.parent
+    folder, real = top.resolve(), file.resolve()
     cached = folder.parent.name == "snapshots" and real.parent == folder.parent.parent / "blobs"
     return real.is_relative_to(folder) or cached

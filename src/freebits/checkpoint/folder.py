@@ -19,6 +19,7 @@ INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _MOST_JSON = 2**27
+_MOST_DEPTH = 100
 
 
 def read_text(path: Path) -> str:
@@ -47,6 +48,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(read_text(path))
+        if _depth(content) > _MOST_DEPTH:
+            raise ValueError(f"nested more than {_MOST_DEPTH} deep")  # noqa: TRY301
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}): restore the file") from None
     if not isinstance(content, dict):
@@ -54,9 +57,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def _depth(content: object) -> int:
+    """How deep a JSON value nests."""
+    depth, level = 0, [content]
+    while level:
+        inner = [
+            value.values() if isinstance(value, dict) else value for value in level if isinstance(value, (dict, list))
+        ]
+        level = [value for values in inner for value in values]
+        depth += bool(inner)
+    return depth
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write an object as transformers writes its own."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8", newline="\n")
 
 
 class Source(Protocol):

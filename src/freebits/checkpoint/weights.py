@@ -117,8 +117,8 @@ class WeightsFile:
 class WeightsWriter:
     """A safetensors file, written a tensor at a time: header length, header, tensors without gaps.
 
-    Room for the header is left in front and filled with spaces, as the format allows, so every tensor that may come
-    must be announced, by its name and a shape that is no shorter to write.
+    The header is written last, into room reserved for the announced names and shapes; a longer name or shape does not
+    fit. What is left of the room is filled with spaces, as the format allows.
     """
 
     def __init__(self, path: Path, announced: Mapping[str, tuple[int, ...]]) -> None:

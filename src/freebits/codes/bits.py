@@ -41,7 +41,7 @@ def bytes_kind(n_bytes: int) -> Kind:
     Raises:
         ValueError: that is no number of bytes.
     """
-    if type(n_bytes) is not int:
+    if type(n_bytes) is not int or n_bytes < 0:
         raise ValueError(f"{n_bytes!r} is no number of bytes")
     return Kind("U8", (-(-n_bytes // _ALIGNMENT) * _ALIGNMENT,))
 

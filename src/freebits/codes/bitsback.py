@@ -16,7 +16,7 @@ from torch import Tensor
 from freebits.codes.bits import as_tensor, bytes_from, bytes_kind, pack_bits, unpack_bits
 from freebits.codes.code import Coded, Declined, Params
 from freebits.codes.corrections import apply_corrections, encode_corrections, read_corrections
-from freebits.codes.rotation import (
+from freebits.codes.rotation_words import (
     n_words_taken,
     recovered_rotation,
     rotation_from_words,
@@ -113,7 +113,7 @@ class BitsBack:
             raise ValueError("words of different dtypes, or none of 16 bits")
         if type(rank) is not int or not (0 < rank <= k and n_words >= n_words_taken(rank)):
             raise ValueError(f"a rotation of size {rank!r} for {output} and a message of {n_words} words")
-        sums = params.get("sums", [0.0] * _N_SUMS)
+        sums = params["sums"]
         if len(sums) != _N_SUMS or not all(isinstance(value, float) and math.isfinite(value) for value in sums):
             raise ValueError("sums that are none")
         parts = {

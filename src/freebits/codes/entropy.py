@@ -113,7 +113,7 @@ def decompress(coded: Bytes, code: str, n_bytes: int) -> Bytes:
 
 
 def _chunk_size(data: Bytes, code: str) -> int:
-    """Whether one table a block of zstd is enough, tried on the first."""
+    """`CHUNK` if the first block codes as well whole as in pieces, else `FINE_CHUNK`."""
     first = split(data[: _BLOCK * n_planes(code)], code)[0]
     parts = [len(_coded(first[at : at + FINE_CHUNK])) for at in range(0, len(first), FINE_CHUNK)]
     return CHUNK if len(_coded(first)) <= 1.002 * sum(parts) else FINE_CHUNK

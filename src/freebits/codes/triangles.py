@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from freebits.codes.code import Coded, Params
-from freebits.kind import Kind
+from freebits.kind import FLOATS, Kind
 
 WORDS = "words"
 
@@ -30,6 +30,8 @@ class Lower:
         """A row of words as long as the trapezoid is large."""
         [kind] = makes
         rows, columns = kind.shape
+        if kind.code not in FLOATS:
+            raise ValueError(f"a triangle of {kind}")
         return {WORDS: Kind(kind.code, (n_lower_words(rows, columns),))}
 
 

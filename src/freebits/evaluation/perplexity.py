@@ -60,9 +60,7 @@ def evaluate(
     if not (perplexity or tasks):
         raise UsageError("there is nothing to measure: name --tasks, or leave --no-perplexity")
     heldout = embedded_text()[1] if text is None else text
-    windows = (
-        token_windows(model, heldout, seq_len, limit) if perplexity else torch.empty(0, seq_len, dtype=torch.int64)
-    )
+    windows = token_windows(model, heldout, seq_len, limit) if perplexity else torch.empty(0, 1, dtype=torch.int64)
     running = load(model, dtype=torch.float32).to(device_of(device)).eval()
     losses = []
     for done, window in enumerate(windows, start=1):

@@ -97,8 +97,8 @@ def _fidelity(packed: PackedFolder, before: list[dict[str, Any]]) -> str:
     """The worst of the moves that lead from the reference to the packed model, lossy where they are not known."""
     moves = packed.manifest.history
     between = moves[len(before) :] if moves[: len(before)] == before else [{"fidelity": LOSSY}]
-    told = {move.get("fidelity") for move in between}
-    if told <= {BIT_EXACT}:
+    told = {str(move.get("fidelity")) for move in between}
+    if packed.manifest.exact and told == {BIT_EXACT}:
         return BIT_EXACT
     return FUNCTION_PRESERVING if told <= {BIT_EXACT, FUNCTION_PRESERVING} else LOSSY
 

@@ -3,10 +3,10 @@
 Importing it registers the models with transformers' Auto classes.
 """
 
-from freebits.huggingface import factory, sliced
-from freebits.huggingface.estimating import estimate
+from freebits.huggingface import packed_models, sliced_models
+from freebits.huggingface.config_estimate import estimate
 from freebits.huggingface.loading import load
-from freebits.huggingface.slicer import slice_model
+from freebits.huggingface.slice_checkpoint import slice_model
 from freebits.huggingface.tokens import token_windows
 
-__all__ = ["estimate", "factory", "load", "slice_model", "sliced", "token_windows"]
+__all__ = ["estimate", "load", "packed_models", "slice_model", "sliced_models", "token_windows"]

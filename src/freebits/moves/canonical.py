@@ -35,7 +35,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Chain:
-    """How far the rotations have come: that of the site reached, and whether the site is turned by it."""
+    """The rotation of the last site reached; `turned` is false where that site had to stay."""
 
     rotation: Tensor
     turned: bool

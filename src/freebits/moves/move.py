@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from freebits.architecture import Architecture, Part, Role
+from freebits.architecture import Architecture, Part
 from freebits.checkpoint import Source
 from freebits.symmetry import rotate
 from freebits.work import ordered_map
@@ -48,7 +48,7 @@ class Turn:
 
 
 class Move(Protocol[State, Seen]):
-    """One move, bound to a source. `begin`, `look` and `step` change nothing."""
+    """One move, bound to a source and to what it needs. `begin`, `look` and `step` return what they found."""
 
     def begin(self) -> State:
         """The state before the first part."""
@@ -105,7 +105,7 @@ def unsound_sites(source: Source, part: Part) -> dict[int, str]:
     """The sites at which nothing can be rotated, as a tensor of this part is not finite or might overflow; and why."""
     unsound: dict[int, str] = {}
     for name, weight in part.weights.items():
-        if name not in source.kinds or not weight.axes or weight.role is Role.FACTOR:
+        if name not in source.kinds or not weight.axes or not source.kinds[name].numel:
             continue
         tensor = source[name]
         most, dims = torch.finfo(tensor.dtype).max, [axis.dim for axis in weight.axes]

@@ -54,7 +54,7 @@ class Manifest:
         """Write the manifest into a packed folder, with the digest of itself."""
         content = vars(self) | {"recipes": [recipe.facts for recipe in self.recipes]}
         text = _compact(content | {"digest": _digest_of_json(content)})
-        (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        (directory / MANIFEST).write_text(text + "\n", encoding="utf-8", newline="\n")
 
     @classmethod
     def read(cls, directory: Path) -> "Manifest":
@@ -103,6 +103,12 @@ class Manifest:
             isinstance(e, dict) for e in lists[0] + lists[1]
         ):
             raise ValueError("a text or an entry that is none")
+        if any("\0" in text or (not text.isascii() and _unwritable(text)) for text in texts):
+            raise ValueError("a text that no file can hold")
+        if (self.beside and not self.exact) or bool(self.originals) != self.exact:
+            raise ValueError("original files without a config")
+        if not all(type(note.get("site")) is type(note.get("corrections", 0)) is int for note in self.notes):
+            raise ValueError("a note without its site")
         for file in self.files:
             if Path(file).name != file or not file.endswith(".safetensors") or self.files.count(file) > 1:
                 raise ValueError(f"{file!r} is no weights file beside the manifest")
@@ -114,6 +120,10 @@ class Manifest:
     def exact(self) -> bool:
         """Whether it holds files that come back byte for byte."""
         return CONFIG in self.originals
+
+
+def _unwritable(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def is_packed(path: str | os.PathLike[str]) -> bool:

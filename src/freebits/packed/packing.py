@@ -8,9 +8,9 @@ from freebits.checkpoint import CONFIG, Checkpoint, auto_map, carry_over, write_
 from freebits.moves import BIT_EXACT, FUNCTION_PRESERVING, Expanded
 from freebits.options import NONE
 from freebits.packed.contents import STEM
-from freebits.packed.files import pack_files
 from freebits.packed.manifest import FORMAT, Manifest, digest_of_file
-from freebits.packed.parts import pack_parts
+from freebits.packed.pack_files import pack_files
+from freebits.packed.pack_parts import pack_parts
 from freebits.packed.presets import Preset
 from freebits.packed.reader import MODEL
 from freebits.packed.recipe import made_of
@@ -21,7 +21,7 @@ HISTORY = "freebits"
 """Key in a sliced model's `config.json` under which its history stands."""
 MODEL_TYPE = "freebits"
 CLASSES = {"AutoConfig": "PackedConfig", "AutoModelForCausalLM": "PackedForCausalLM"}
-CLASSES_IN = "freebits.huggingface.factory"
+CLASSES_IN = "freebits.huggingface.packed_models"
 
 
 def pack_into(
@@ -54,6 +54,7 @@ def pack_into(
     else:
         contents, layout = pack_parts(source, directory, preset, code, jobs, progress)
         model = {**Expanded.plain_config(source.config), **layout.to_config()}
+    history = history_of(source.config)
     made_of(contents.stored, contents.recipes)  # what could not be read again is not published
     codec = preset.name if preset else NONE
     move = {
@@ -63,13 +64,14 @@ def pack_into(
         "bytes": dict(sizes),
         "producer": f"freebits {__version__}",
     }
+    history.append(move)
     carry_over(source.path, directory)
-    write_json(directory / CONFIG, _config(codec, model))
+    write_json(directory / CONFIG, _config(codec, {**model, HISTORY: {"history": history}}))
     write_remote_code(directory, CLASSES_IN, CLASSES)
     Manifest(
         codec=codec,
         entropy=entropy,
-        history=[*history_of(source.config), move],
+        history=history,
         notes=sorted(contents.notes, key=lambda note: int(note["site"])),
         recipes=contents.recipes,
         digests=contents.digests,

@@ -29,7 +29,7 @@ class Group:
         code: a key of `freebits.codes.CODES`; empty where none takes them, for a `reason`.
         tensors: their names, in the code's order.
         label: begins the names of what is stored.
-        params: what the code's parameters are at most, where they have not been found yet.
+        params: parameters to plan sizes with, before encoding.
         reason: why no code takes them.
     """
 
@@ -51,7 +51,7 @@ class Preset:
         move: from a sliced model with dense shortcuts.
         groups: what of a part is encoded together, given the kinds of the tensors that the move leaves.
         layout: what the move makes of a layout, for a model of that architecture.
-        codes: what encodes, where it is not what stands in `CODES`.
+        codes: encoders that replace those of `CODES`.
         floats: dtypes of the tensors that it can encode.
         facts: its parameters, for the history.
     """
@@ -89,8 +89,12 @@ class Preset:
         stored = {name: kinds[name] for name in part.weights if name in kinds}
         for group in self.groups(part, kinds):
             if group.site in free_sites and group.code:
-                makes = {name: stored.pop(name) for name in group.tensors}
-                parts = Recipe(group.code, {}, makes, group.params).parts()
+                makes = {name: stored[name] for name in group.tensors}
+                try:
+                    parts = Recipe(group.code, {}, makes, group.params).parts()
+                except ValueError:  # where the code will decline
+                    continue
+                stored = {name: kind for name, kind in stored.items() if name not in makes}
                 stored |= {f"{group.label}.{part}": kind for part, kind in parts.items()}
         return stored
 
@@ -141,7 +145,7 @@ def _triangles(part: Part, kinds: Mapping[str, Kind]) -> Iterator[Group]:
 def _messages(part: Part, kinds: Mapping[str, Kind]) -> Iterator[Group]:
     for sub in part.sublayers:
         names = (sub.shortcut.weight, *(read.weight for read in sub.reads), sub.write.weight)
-        params = {"rank": kinds[sub.write.weight].shape[0], "corrections": 0}
+        params = {"rank": min(kinds[sub.write.weight].shape), "corrections": 0, "sums": [0.0] * 4}
         codes = {kinds[name].code for name in names}
         if len(codes) == 1 and codes <= {*HALVES}:
             yield Group(sub.site, sub.name, BITS_BACK, names, sub.name, params)

@@ -63,6 +63,9 @@ class PackedFolder:
             layout.check({name: kind.shape for name, kind in self.kinds.items()}, architecture)
         headers = (file for file in self.manifest.originals if file.endswith(".safetensors"))
         self.originals = {file: self._entries(file) for file in headers}
+        listed = {name for entries in self.originals.values() for name in entries}
+        if self.manifest.exact and listed != self.kinds.keys():
+            raise self._damaged(f"{min(self.kinds.keys() ^ listed)} is in no header of an original file")
         """With codec `none`, each original file's tensors by the names they have here."""
 
     @property
@@ -128,7 +131,7 @@ class PackedFolder:
         parts = {part: self._decoded(name, made) for part, name in recipe.takes.items()}
         try:
             tensors = CODES[recipe.code].decode(parts, list(recipe.makes.values()), recipe.params)
-        except (ValueError, KeyError, TypeError, MemoryError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, RuntimeError, MemoryError) as error:
             raise self._damaged(f"{next(iter(recipe.makes))} cannot be decoded ({error})") from None
         return dict(zip(recipe.makes, tensors, strict=True))
 

@@ -7,6 +7,9 @@ from typing import Any
 from freebits.codes import CODES
 from freebits.kind import Kind
 
+MOST_STEPS = 16
+"""From what is stored to what the model has."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -39,8 +42,9 @@ class Recipe:
             ValueError, TypeError, KeyError: it is none.
         """
         makes = {name: Kind.parse(kind) for name, kind in facts["makes"]}
+        objects = isinstance(facts["takes"], dict) and isinstance(facts.get("params", {}), dict)
         names = (facts["code"], *facts["takes"].values(), *makes)
-        if not all(isinstance(name, str) for name in names) or len(makes) != len(facts["makes"]):
+        if not objects or not all(isinstance(name, str) for name in names) or len(makes) != len(facts["makes"]):
             raise ValueError("names that are none, or one that is made twice")
         return cls(facts["code"], dict(facts["takes"]), makes, dict(facts.get("params", {})))
 
@@ -73,21 +77,24 @@ def made_of(stored: Mapping[str, Kind], recipes: Iterable[Recipe]) -> dict[str, 
             the recipe implies.
     """
     left = dict(stored)
+    depth = dict.fromkeys(stored, 0)
     place = {name: number for number, name in enumerate(stored)}
     for recipe in recipes:
         label = f"the recipe of {next(iter(recipe.makes), '?')}"
         parts = recipe.parts()
         if parts.keys() != recipe.takes.keys():
             raise ValueError(f"{label} takes other parts than code {recipe.code} has")
-        first = len(place)
+        first, deepest = len(place), 0
         for part, kind in parts.items():
             name = recipe.takes[part]
             if left.pop(name, None) != kind:
                 raise ValueError(f"{label} takes {name}, which is missing, taken already, or not {kind}")
-            first = min(first, place[name])
+            first, deepest = min(first, place[name]), max(deepest, depth[name])
+        if deepest >= MOST_STEPS:
+            raise ValueError(f"{label} is one of more than {MOST_STEPS} steps")
         for name, kind in recipe.makes.items():
             if name in place:
                 raise ValueError(f"{label} makes {name}, which is there already")
             left[name] = kind
-            place[name] = first
+            place[name], depth[name] = first, deepest + 1
     return dict(sorted(left.items(), key=lambda item: place[item[0]]))

@@ -2,15 +2,24 @@
 
 from pathlib import Path
 
-from freebits.architecture import SLICED_PREFIX, Architecture, family_of
-from freebits.checkpoint import CONFIG, LENGTH, CheckpointWriter, carry_code, carry_over, write_json, write_remote_code
+from freebits.architecture import FAMILIES, SLICED_PREFIX, Architecture
+from freebits.checkpoint import (
+    CONFIG,
+    LENGTH,
+    CheckpointWriter,
+    auto_map,
+    carry_code,
+    carry_over,
+    write_json,
+    write_remote_code,
+)
 from freebits.kind import bytes_of
 from freebits.moves import Expanded
 from freebits.packed.packing import HISTORY
 from freebits.packed.reader import PackedFolder
 from freebits.work import Progress
 
-SLICED_IN = "freebits.huggingface.sliced"
+SLICED_IN = "freebits.huggingface.sliced_models"
 """The module that has the classes of sliced models."""
 
 
@@ -25,14 +34,16 @@ def unpack_into(directory: Path, packed: PackedFolder, jobs: int | None, progres
         _write_files(directory, packed, jobs, progress)
     else:
         _write_sliced(directory, packed, jobs, progress)
-    model_type = str(packed.config.get("model_type", ""))
-    if model_type.startswith(SLICED_PREFIX):
-        write_remote_code(directory, SLICED_IN, family_of(packed.config).sliced_classes)
+    family = FAMILIES.get(str(packed.config.get("model_type", "")).removeprefix(SLICED_PREFIX))
+    if family and packed.config["model_type"] == family.sliced_model_type:
+        write_remote_code(directory, SLICED_IN, family.sliced_classes)
 
 
 def _write_sliced(directory: Path, packed: PackedFolder, jobs: int | None, progress: Progress) -> None:
-    model = Expanded(packed, Architecture.of(packed.config, len(packed.kinds)))
-    write_json(directory / CONFIG, {**model.config, HISTORY: {"history": packed.manifest.history}})
+    architecture = Architecture.of(packed.config, len(packed.kinds))
+    model = Expanded(packed, architecture)
+    ours = {"auto_map": auto_map(architecture.family.sliced_classes), HISTORY: {"history": packed.manifest.history}}
+    write_json(directory / CONFIG, {**model.config, **ours})
     shard_bytes = max(file.n_bytes for file in packed.files) if len(packed.files) > 1 else None
     total = len(packed.groups(packed.kinds))
     announced = {name: kind.shape for name, kind in model.kinds.items()}

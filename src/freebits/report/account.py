@@ -69,7 +69,7 @@ def _table(folder: Checkpoint | PackedFolder) -> dict[str, str]:
 
 
 def _uses(folder: Checkpoint | PackedFolder) -> Iterator[tuple[Kind, str, str]]:
-    """Of every stored tensor its kind, the last tensor that is made of it, and the part of a code that it is."""
+    """For each stored tensor its kind, the model's tensor in which it ends up, and which part of its code it is."""
     stored, recipes = folder.kinds, []
     if isinstance(folder, PackedFolder):
         stored, recipes = folder.stored, folder.manifest.recipes

@@ -17,10 +17,10 @@ Result = TypeVar("Result")
 
 @contextmanager
 def workers(jobs: int | None) -> Iterator[ThreadPoolExecutor]:
-    """A pool of `jobs` threads that share this process's threads of linear algebra; by default one each, at most four.
+    """A pool of `jobs` threads, by default one for each of PyTorch's threads, at most four; those are divided among them.
 
-    Those are as many as PyTorch was told to take (`OMP_NUM_THREADS`, `torch.set_num_threads`), by default one a core,
-    and no more than the processors that this process may run on.
+    PyTorch has as many as it was told (`OMP_NUM_THREADS`, `torch.set_num_threads`), by default one a core; they count
+    only as far as this process may run on so many processors.
 
     Raises:
         UsageError: `jobs` is less than one.

@@ -2,7 +2,7 @@
 
 Without freebits that model type is unknown to transformers, which then says so, instead of filling a model with random
 weights. With it `AutoModelForCausalLM.from_pretrained` decodes the folder and hands the tensors to the class of the
-model that is in it: an ordinary model, of which nothing reminds of the folder.
+model that is in it: an ordinary model.
 """
 
 import os
@@ -88,7 +88,7 @@ class PackedForCausalLM:
     @classmethod
     def _from_config(cls, config: Any, **kwargs: Any) -> Any:
         """A model with random weights, as `from_config` makes it."""
-        told = getattr(config, "model", None) or PackedFolder(config.name_or_path).config
+        told = getattr(config, "model", None) or PackedFolder(_local_folder(config.name_or_path, {})).config
         return AutoModelForCausalLM.from_config(_inner_config(told).from_dict(dict(told)), **kwargs)
 
     @classmethod
@@ -97,7 +97,7 @@ class PackedForCausalLM:
 
 
 def adopt_generation_settings(model: Any, folder: Path) -> None:
-    """Do what transformers does only where it reads the weights itself."""
+    """Read `generation_config.json`, which `from_pretrained` skips where it is given the weights."""
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
 
@@ -119,7 +119,11 @@ def _inner_config(config: Mapping[str, Any]) -> type[PreTrainedConfig]:
 
 def _local_folder(path: str | os.PathLike[str], source: Mapping[str, Any]) -> Path:
     """Where a packed folder lies on this machine; one on the hub is downloaded as transformers would."""
-    options = {key: source[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in source}
+    options = {
+        key: source[key]
+        for key in ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
+        if key in source
+    }
     folder = Path(path) if Path(path).is_dir() else Path(snapshot_download(str(path), **options))
     return folder / (source.get("subfolder") or "")
 

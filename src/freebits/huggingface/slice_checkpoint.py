@@ -22,10 +22,11 @@ from freebits.checkpoint import (
     write_remote_code,
 )
 from freebits.errors import CheckpointError, UsageError
-from freebits.huggingface.estimating import dense_shapes
+from freebits.huggingface.config_estimate import dense_shapes
 from freebits.huggingface.loading import device_of
 from freebits.huggingface.runner import BlockRunner
 from freebits.huggingface.tokens import drawn_windows, token_windows
+from freebits.kind import FLOATS
 from freebits.moves import LOSSY, Slice, moved_parts, sliced_size
 from freebits.options import DTYPES
 from freebits.packed import HISTORY, SLICED_IN, history_of, is_packed
@@ -95,6 +96,8 @@ def slice_model(
     windows = token_windows(dense.path, embedded_text()[0] if calibration is None else calibration, seq_len)
     tokens, held_out = drawn_windows(windows, samples, HELD_OUT, seed)
     torch_device = device_of(device)
+    if torch_device.type == "mps":
+        raise UsageError("device 'mps' has no float64, in which slicing computes: leave out --device")
     move = {
         "move": "slice",
         "fidelity": LOSSY,
@@ -120,6 +123,7 @@ def slice_model(
                 for name, tensor in moved().items():
                     writer.write(name, tensor)
                 measured |= turn.facts
+                del turn, moved  # before the next part is folded
                 progress(done, len(architecture.parts))
         _judge(measured, sparsity, force)
         told = {key: value if math.isfinite(value) else None for key, value in measured.items()}
@@ -141,7 +145,7 @@ def _checked_architecture(dense: Checkpoint) -> Architecture:
     for name in architecture.without_ignored(dense.kinds):
         if shapes[name] != expected.get(name, expected[embedding] if name == head else None):
             raise CheckpointError(f"tensor {name} has shape {list(shapes[name])}, which config.json contradicts")
-        if not dense.kinds[name].dtype.is_floating_point:
+        if dense.kinds[name].code not in FLOATS:
             raise CheckpointError(f"tensor {name} is {dense.kinds[name].code}: slicing needs floating-point weights")
     for name in expected.keys() - dense.kinds.keys() - {head}:
         raise CheckpointError(f"tensor {name} is missing: the checkpoint is incomplete")

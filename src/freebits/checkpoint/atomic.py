@@ -49,8 +49,6 @@ def new_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield draft
         _publish(draft, target)
         published = True
-    except FileExistsError:  # of the renaming: another run was faster
-        raise CheckpointError(f"{path} exists already: another run wrote it meanwhile") from None
     except OSError as error:
         if error.filename is not None and not str(error.filename).startswith(str(draft)):
             raise  # it is not the output that failed
@@ -80,7 +78,7 @@ def _publish(draft: Path, target: Path) -> None:
         draft.rename(target)
     except OSError:
         if target.exists():
-            raise FileExistsError from None
+            raise CheckpointError(f"{target} exists already: another run wrote it meanwhile") from None
         raise
     _sync(target.parent)
 

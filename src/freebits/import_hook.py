@@ -7,6 +7,7 @@ system's own: until our models are registered, a finder has us told whenever a m
 import importlib
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
@@ -49,7 +50,8 @@ class _Loader(Loader):
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
         if self._finder in sys.meta_path and _AUTO in sys.modules and not _is_busy(module.__name__):
-            sys.meta_path.remove(self._finder)
+            with suppress(ValueError):  # another thread was faster
+                sys.meta_path.remove(self._finder)
             importlib.import_module(_OURS)
 
     def __getattr__(self, name: str) -> object:  # what else a loader can do, such as read its module's source
@@ -58,5 +60,6 @@ class _Loader(Loader):
 
 def _is_busy(finished: str) -> bool:
     """Whether transformers is in the middle of importing something else, which ours would then find half done."""
-    modules = [(name, module) for name, module in sys.modules.items() if name.startswith("transformers.")]
-    return any(getattr(module.__spec__, "_initializing", False) for name, module in modules if name != finished)
+    theirs = [(name, module) for name, module in list(sys.modules.items()) if name.startswith("transformers.")]
+    specs = [getattr(module, "__spec__", None) for name, module in theirs if name != finished]
+    return any(getattr(spec, "_initializing", False) for spec in specs)

@@ -46,7 +46,10 @@ def estimate(config: str | os.PathLike[str], sparsity: float) -> dict[str, Any]:
     k = sliced_size(architecture.hidden_size, sparsity)
     dtype = _dtype(content)
     code = DTYPE_CODES[dtype]
-    planned = planned_forms(architecture, dense_shapes(content, path), k, code)
+    try:
+        planned = planned_forms(architecture, dense_shapes(content, path), k, code)
+    except ValueError as error:
+        raise CheckpointError(f"{path} describes a model too large for any machine ({error})") from None
     params = {form: None if kinds is None else n_words(architecture, kinds) for form, kinds in planned.items()}
     sizes = {form: None if kinds is None else n_bytes(kinds.values()) for form, kinds in planned.items()}
     packed = sizes["canonical_tied"] or sizes["canonical"] or 0

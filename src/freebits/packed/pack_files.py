@@ -11,8 +11,10 @@ from freebits.checkpoint import (
     Entry,
     WeightsFile,
     carry_code,
+    read_json,
     read_text,
     shard_bytes,
+    stays_inside,
 )
 from freebits.packed.contents import STEM, Contents, announced, digests_of
 from freebits.packed.piece import Piece, staged
@@ -27,10 +29,11 @@ def pack_files(
     Raises:
         CheckpointError: a file is damaged.
     """
-    files = {file.name: WeightsFile(file) for file in sorted(source.path.glob("*.safetensors"))}
+    found = (file for file in sorted(source.path.glob("*.safetensors")))
+    files = {file.name: WeightsFile(file) for file in found if file.name in source.weights or stays_inside(file)}
     contents = Contents(beside=[name for name in files if name not in source.weights])
-    texts = [CONFIG, *(file.name for file in sorted(source.path.glob("*.index.json")))]
-    contents.originals = {file: read_text(source.path / file) for file in texts}
+    indices = [file for file in sorted(source.path.glob("*.index.json")) if stays_inside(file) and read_json(file)]
+    contents.originals = {file.name: read_text(file) for file in (source.path / CONFIG, *indices)}
     contents.originals |= {name: file.header for name, file in files.items()}
     prefixes = {name: f"{name}/" if name in contents.beside else "" for name in files}
     kinds = {prefixes[name] + tensor: e.kind for name, file in files.items() for tensor, e in file.entries.items()}

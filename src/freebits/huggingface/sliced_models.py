@@ -99,7 +99,7 @@ def _register(family: Family) -> tuple[type[PreTrainedConfig], type[SlicedCausal
         (dense.config_class,),
         {
             "model_type": family.sliced_model_type,
-            "register_for_auto_class": classmethod(lambda _cls, _auto_class=None: None),
+            "register_for_auto_class": SlicedCausalLM.__dict__["register_for_auto_class"],
             "__doc__": f"Configuration of a sliced {family.model_type} model: `site_sizes` holds the width of "
             "the residual stream at each site, `hidden_size` the dense width.",
             **here,

@@ -1,6 +1,7 @@
 """The codecs of sliced models: moved and encoded part by part, with few blocks in memory."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing
 from pathlib import Path
 
 from torch import Tensor
@@ -37,10 +38,11 @@ def pack_parts(
     contents = Contents()
     ranks: dict[int, int] = {}
     layout = Layout.of(model.config, architecture)
-    with CheckpointWriter(
-        directory, _announced(preset, model, architecture, layout), shard_bytes(source), STEM
-    ) as writer:
-        parts = _encoded_parts(preset, model, architecture, stage, jobs)
+    names = _announced(preset, model, architecture, layout)
+    with (
+        CheckpointWriter(directory, names, shard_bytes(source), STEM) as writer,
+        closing(_encoded_parts(preset, model, architecture, stage, jobs)) as parts,
+    ):
         for done, (part, piece, digests) in enumerate(parts, start=1):
             contents.write(writer, piece, digests)
             made = {name: kind for recipe in piece.recipes for name, kind in recipe.makes.items()}
@@ -51,7 +53,7 @@ def pack_parts(
 
 def _encoded_parts(
     preset: Preset, model: Expanded, architecture: Architecture, stage: str | None, jobs: int | None
-) -> Iterator[tuple[Part, Piece, dict[str, str]]]:
+) -> Generator[tuple[Part, Piece, dict[str, str]], None, None]:
     """Each part of a sliced model, moved, encoded and digested; several at once."""
     kinds = dict(model.kinds)
     for sub in architecture.sublayers:  # a factor is as precise as the shortcut for which it stands
