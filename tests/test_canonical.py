@@ -229,3 +229,16 @@ def test_every_tensor_can_be_read_alone(save_tiny: Make, slice_tiny: Make, tmp_p
     packed, everything = PackedFolder(tmp_path / "packed"), tensors_of(tmp_path / "packed")
     assert packed.kinds.keys() == everything.keys()
     assert all(torch.equal(packed[name], tensor) for name, tensor in everything.items())
+
+
+def test_a_factor_of_the_embedding_that_could_overflow_is_not_rotated(
+    save_tiny: Make, slice_tiny: Make, tmp_path: Path
+) -> None:
+    sliced = slice_tiny(save_tiny(tie_word_embeddings=True))
+    change_tensors(sliced, model__embed_tokens__factor=lambda F: F.index_fill(0, torch.tensor([3]), 65504))
+    facts = freebits.pack(sliced, tmp_path / "packed")
+    assert facts["sites"][0]["reason"].startswith("model.embed_tokens.factor is not finite or could overflow")
+    assert torch.equal(
+        tensors_of(tmp_path / "packed")["model.embed_tokens.factor"],
+        load_file(sliced / "model.safetensors")["model.embed_tokens.factor"],
+    )

@@ -73,6 +73,8 @@ def test_what_belongs_to_a_model_is_carried_over_and_nothing_else(
     secret.write_text("secret")
     (dense / "NOTICE").symlink_to(secret)
     (dense / "COPYING").symlink_to("LICENSE")
+    (dense / "secret.index.json").symlink_to(secret)
+    (dense / "tokenizer.safetensors").write_text("weights")
     sliced = slice_tiny(dense)
     (sliced / "modeling_freebits.py").write_text("raise SystemExit('run')")
     freebits.pack(sliced, tmp_path / "packed")
@@ -89,6 +91,9 @@ def test_what_belongs_to_a_model_is_carried_over_and_nothing_else(
         assert folder == sliced or (folder / "modeling_freebits.py").read_text().count("import") == 1
         assert not list(folder.rglob("*.json.tmp"))
     assert not (tmp_path / "unpacked" / "freebits.json").exists()
+    (dense / "tokenizer.safetensors").unlink()
+    freebits.pack(dense, tmp_path / "of dense", codec="none")
+    assert "secret" not in (tmp_path / "of dense" / "freebits.json").read_text()
 
 
 def test_the_files_of_a_cached_model_are_links_and_carried_over(tmp_path: Path) -> None:

@@ -107,3 +107,17 @@ def test_what_cannot_be_estimated_is_refused_with_the_reason(tmp_path: Path) -> 
     change_config(tmp_path, num_hidden_layers=24, word_embed_proj_dim=512)
     with pytest.raises(UnsupportedModelError, match="embeddings have another width"):
         freebits.estimate(tmp_path, 0.2)
+
+
+@pytest.mark.parametrize("sparsity", [0.9, 0.92, 0.99])
+@pytest.mark.parametrize("model", ["opt-1.3b", "llama-2-7b"])
+def test_a_message_too_short_for_its_rotation_is_planned_as_it_is_packed(model: str, sparsity: float) -> None:
+    params = freebits.estimate(CONFIGS / f"{model}.json", sparsity)["params"]
+    assert max(params["canonical"], params["bits_back"]) <= params["sliced"]
+
+
+def test_a_config_too_large_for_any_machine_is_refused(tmp_path: Path) -> None:
+    shutil.copy(CONFIGS / "llama-2-7b.json", tmp_path / "config.json")
+    change_config(tmp_path, intermediate_size=2**40, num_hidden_layers=1)
+    with pytest.raises(CheckpointError, match="too large for any machine"):
+        freebits.estimate(tmp_path, 0.2)

@@ -23,7 +23,8 @@ from freebits.huggingface.sliced_models import SlicedLlamaConfig, SlicedLlamaFor
 from freebits.kind import Kind, bytes_of
 from freebits.options import CODECS
 from freebits.packed import PackedFolder
-from tests.tiny import VARIANTS, Make, change_config, flip, redigest, tensors_of, tiny_config
+from freebits.work import workers
+from tests.tiny import VARIANTS, Make, change_config, flip, random_text, redigest, tensors_of, tiny_config
 
 THRESHOLD = 0.005
 SITES = 6
@@ -350,6 +351,70 @@ def test_a_config_that_changed_since_is_noticed(packed: Path) -> None:
     change_config(packed, dtype="float32")
     with pytest.raises(CheckpointError, match="changed since packing"):
         PackedFolder(packed)
+
+
+def test_a_model_and_its_own_unpacking_are_the_same(packed: Path, sliced: Path, tmp_path: Path) -> None:
+    freebits.unpack(packed, tmp_path / "unpacked")
+    text = random_text(300)
+    found = freebits.verify(packed, against=tmp_path / "unpacked", text=text, seq_len=32)
+    assert (found["ok"], found["fidelity"]) == (True, "function-preserving")
+    histories = [freebits.inspect(folder)["history"] for folder in (sliced, packed, tmp_path / "unpacked")]
+    freebits.load(packed).save_pretrained(tmp_path / "saved")
+    histories.append(freebits.inspect(tmp_path / "saved")["history"])
+    assert [[move["move"] for move in history] for history in histories] == [["slice"], *[["slice", "bits-back"]] * 3]
+
+
+def test_the_code_that_a_foe_names_is_not_named_again(sliced: Path, tmp_path: Path) -> None:
+    change_config(sliced, auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"})
+    freebits.pack(sliced, tmp_path / "packed")
+    freebits.unpack(tmp_path / "packed", tmp_path / "unpacked")
+    for folder in (tmp_path / "packed", tmp_path / "unpacked"):
+        named = json.loads((folder / "config.json").read_text())["auto_map"].values()
+        assert all(name.startswith("modeling_freebits.") for name in named)
+
+
+def test_a_tensor_that_no_original_file_has_is_noticed(sliced: Path, tmp_path: Path) -> None:
+    freebits.pack(sliced, tmp_path / "packed", codec="none", entropy="none")
+
+    def forget(manifest: dict[str, Any]) -> None:
+        header = json.loads(manifest["originals"]["model.safetensors"])
+        last = max(header, key=lambda name: header[name].get("data_offsets", [0])[0])
+        del header[last]
+        manifest["originals"]["model.safetensors"] = json.dumps(header)
+
+    redigest(tmp_path / "packed", forget)
+    with pytest.raises(CheckpointError, match="is in no header of an original file"):
+        PackedFolder(tmp_path / "packed")
+
+
+def test_an_unknown_sliced_model_packed_byte_for_byte_can_be_unpacked(sliced: Path, tmp_path: Path) -> None:
+    change_config(sliced, model_type="sliced_unheard_of")
+    freebits.pack(sliced, tmp_path / "packed", codec="none")
+    freebits.unpack(tmp_path / "packed", tmp_path / "unpacked")
+    assert (tmp_path / "unpacked" / "config.json").read_bytes() == (sliced / "config.json").read_bytes()
+
+
+def test_a_chain_without_end_is_refused(packed: Path) -> None:
+    def chain(manifest: dict[str, Any]) -> None:
+        kind = "U8[64]"
+        for number in range(40):
+            takes = {"entropy": f"x{number - 1}" if number else "model.layers.0.attention.signs"}
+            made = [[f"x{number}", kind.replace("64", str(64 + 8 * number))]]
+            params = {"bytes": 8 if not number else 56 + 8 * number}
+            manifest["recipes"].insert(number, {"code": "entropy", "takes": takes, "makes": made, "params": params})
+
+    redigest(packed, chain)
+    with pytest.raises(CheckpointError, match="steps"):
+        PackedFolder(packed)
+
+
+def test_pools_open_at_once_give_their_threads_back() -> None:
+    before = torch.get_num_threads()
+    with workers(2), workers(2), workers(None):
+        pass
+    assert torch.get_num_threads() == before
+    with workers(1) as executor:
+        assert executor.submit(torch.get_num_threads).result() == min(before, len(os.sched_getaffinity(0)))
 
 
 WATCH = """

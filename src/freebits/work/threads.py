@@ -1,6 +1,7 @@
 """Work on several pieces at once, in order, with few of them in memory."""
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,13 +12,17 @@ import torch
 
 from freebits.errors import UsageError
 
+_lock = threading.Lock()
+_open_pools: list[int] = []
+"""PyTorch's threads before any pool was open, and once more for each that is."""
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 @contextmanager
 def workers(jobs: int | None) -> Iterator[ThreadPoolExecutor]:
-    """A pool of `jobs` threads, by default one for each of PyTorch's threads, at most four; those are divided among them.
+    """A pool of `jobs` threads, by default one for each of PyTorch's, at most four, which are divided among them.
 
     PyTorch has as many as it was told (`OMP_NUM_THREADS`, `torch.set_num_threads`), by default one a core; they count
     only as far as this process may run on so many processors.
@@ -25,17 +30,24 @@ def workers(jobs: int | None) -> Iterator[ThreadPoolExecutor]:
     Raises:
         UsageError: `jobs` is less than one.
     """
-    n_threads = torch.get_num_threads()
-    available = min(n_threads, _n_processors())
-    jobs = min(4, available) if jobs is None else jobs
-    if jobs < 1:
+    if jobs is not None and jobs < 1:
         raise UsageError(f"jobs {jobs}: give at least one")
+    with _lock:
+        if not _open_pools:
+            _open_pools.append(torch.get_num_threads())
+        _open_pools.append(_open_pools[0])
+        n_threads = _open_pools[0]
+    available = min(n_threads, _n_processors())
+    jobs = jobs or min(4, available)
     try:
         per_job = max(1, available // jobs)
         with ThreadPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(per_job,)) as executor:
             yield executor
     finally:
-        torch.set_num_threads(n_threads)  # new threads take over what was set last, in whichever thread
+        with _lock:
+            _open_pools.pop()
+            if len(_open_pools) == 1:  # new threads take over what was set last, in whichever thread
+                torch.set_num_threads(_open_pools.pop())
 
 
 def ordered_map(
