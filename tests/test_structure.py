@@ -82,8 +82,8 @@ def test_no_two_modules_share_a_name_and_no_function_is_long() -> None:
     assert len({file.stem for file in modules}) == len(modules)
     for file in modules:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.FunctionDef) and node.name not in ("build_parser", "slice_model"):
-                assert (node.end_lineno or 0) - node.lineno < 70, f"{file}: {node.name}"
+            if isinstance(node, ast.FunctionDef) and node.name not in ("build_parser", "slice_model"):  # its arguments
+                assert (node.end_lineno or 0) - node.lineno < 60, f"{file}: {node.name}"
 
 
 def test_importing_and_asking_for_help_needs_neither_torch_nor_transformers() -> None:

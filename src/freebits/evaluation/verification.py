@@ -83,14 +83,18 @@ def verify(
     windows = token_windows(packed, embedded_text()[1] if text is None else text, seq_len, limit)
     measured = _compare([load(path, dtype=torch.float32).eval() for path in (against, packed)], windows, progress)
     most_kl, most_ratio = TOLERANCES[fidelity]
-    most_kl, most_ratio = most_kl if kl is None else kl, most_ratio if ratio is None else ratio
+    failed = _failed(measured, most_kl if kl is None else kl, most_ratio if ratio is None else ratio)
+    return {"ok": not failed, "failed": failed, "fidelity": fidelity, **measured}
+
+
+def _failed(measured: dict[str, Any], most_kl: float, most_ratio: float) -> list[str]:
+    """The gates that do not hold."""
     gates = {
         "finite": all(map(math.isfinite, (*measured["perplexity"].values(), measured["max_abs_logit_diff"]))),
         "kl": measured["mean_kl"] <= most_kl,
         "ratio": 1 / most_ratio <= measured["ratio"] <= most_ratio,
     }
-    failed = [name for name, holds in gates.items() if not holds]
-    return {"ok": not failed, "failed": failed, "fidelity": fidelity, **measured}
+    return [name for name, holds in gates.items() if not holds]
 
 
 def _fidelity(packed: PackedFolder, before: list[dict[str, Any]]) -> str:

@@ -95,9 +95,8 @@ def slice_model(
     size = sliced_size(architecture.hidden_size, sparsity)
     windows = token_windows(dense.path, embedded_text()[0] if calibration is None else calibration, seq_len)
     tokens, held_out = drawn_windows(windows, samples, HELD_OUT, seed)
-    torch_device = device_of(device)
-    if torch_device.type == "mps":
-        raise UsageError("device 'mps' has no float64, in which slicing computes: leave out --device")
+    runner = BlockRunner(dense.path, architecture, _device(device))
+    slicing = Slice(dense, architecture, runner, tokens, held_out, size, seed if random_orientation else None)
     move = {
         "move": "slice",
         "fidelity": LOSSY,
@@ -109,29 +108,40 @@ def slice_model(
         "bytes": baselines,
         "producer": f"freebits {__version__}",
     }
-    with new_directory(out) as directory, workers(1) as executor:
+    with new_directory(out) as directory:
         carry_over(dense.path, directory)
         write_remote_code(directory, SLICED_IN, architecture.family.sliced_classes)
-        runner = BlockRunner(dense.path, architecture, torch_device)
-        slicing = Slice(dense, architecture, runner, tokens, held_out, size, seed if random_orientation else None)
-        measured: dict[str, float] = {}
-        layout = Layout.sliced(architecture, size)
-        shapes = {name: kind.shape for name, kind in dense.kinds.items()}
-        with CheckpointWriter(directory, layout.shapes(architecture, shapes), shard_bytes(dense)) as writer:
-            parts = moved_parts(slicing, dense, architecture, lambda name: dtypes[name], executor)
-            for done, (_, turn, moved) in enumerate(parts, start=1):
-                for name, tensor in moved().items():
-                    writer.write(name, tensor)
-                measured |= turn.facts
-                del turn, moved  # before the next part is folded
-                progress(done, len(architecture.parts))
-        _judge(measured, sparsity, force)
-        told = {key: value if math.isfinite(value) else None for key, value in measured.items()}
-        perplexity = {"dense": None, "sliced": None} | told
+        perplexity = _judge(_write_parts(directory, dense, slicing, dtypes, progress), sparsity, force)
         history = [*history_of(dense.config), move | {"perplexity": perplexity}]
         dtype = dtypes[architecture.sublayers[0].shortcut.weight]
         _write_config(directory, dense.config, architecture, size, dtype, history)
         return inspect(directory) | {"perplexity": perplexity}
+
+
+def _write_parts(
+    directory: Path, dense: Checkpoint, slicing: Slice, dtypes: dict[str, torch.dtype], progress: Progress
+) -> dict[str, float]:
+    """Write the sliced tensors, part by part; what was measured on the way."""
+    architecture = slicing.architecture
+    shapes = {name: kind.shape for name, kind in dense.kinds.items()}
+    announced = Layout.sliced(architecture, slicing.size).shapes(architecture, shapes)
+    measured: dict[str, float] = {}
+    with workers(1) as executor, CheckpointWriter(directory, announced, shard_bytes(dense)) as writer:
+        parts = moved_parts(slicing, dense, architecture, lambda name: dtypes[name], executor)
+        for done, (_, turn, moved) in enumerate(parts, start=1):
+            for name, tensor in moved().items():
+                writer.write(name, tensor)
+            measured |= turn.facts
+            del turn, moved  # before the next part is folded
+            progress(done, len(architecture.parts))
+    return measured
+
+
+def _device(name: str) -> torch.device:
+    device = device_of(name)
+    if device.type == "mps":
+        raise UsageError("device 'mps' has no float64, in which slicing computes: leave out --device")
+    return device
 
 
 def _checked_architecture(dense: Checkpoint) -> Architecture:
@@ -169,14 +179,14 @@ def _dtypes(dense: Checkpoint, architecture: Architecture, dtype: torch.dtype | 
     return {name: dtypes.get(name, general) for name in architecture.weights}
 
 
-def _judge(measured: dict[str, float], sparsity: float, force: bool) -> None:
-    """Warn of a slice that costs much, and refuse one that ruins the model.
+def _judge(measured: dict[str, float], sparsity: float, force: bool) -> dict[str, float | None]:
+    """Warn of a slice that costs much, and refuse one that ruins the model; the perplexities, None for no number.
 
     Raises:
         UsageError: perplexity grows more than `REFUSE` times, or is no number.
     """
     if not measured:
-        return
+        return {"dense": None, "sliced": None}
     growth = measured["sliced"] / measured["dense"] if measured["dense"] else math.nan
     cost = (
         f"slicing by {sparsity} takes perplexity from {measured['dense']:.2f} to {measured['sliced']:.2f} on held-out "
@@ -186,6 +196,7 @@ def _judge(measured: dict[str, float], sparsity: float, force: bool) -> None:
         raise UsageError(f"{cost}, which ruins the model: choose a smaller sparsity, or --force")
     if not growth <= WARN:
         _log.warning("freebits: %s: measure it on your own text with freebits eval", cost)
+    return {name: value if math.isfinite(value) else None for name, value in measured.items()}
 
 
 def _write_config(
