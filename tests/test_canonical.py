@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import freebits
-from freebits.architecture import Architecture
+from freebits.architecture import Architecture, Layout
 from freebits.checkpoint import Checkpoint
+from freebits.moves import Expanded
 from freebits.packed import PackedFolder
 from freebits.symmetry import (
     carried_rotation,
@@ -24,7 +25,7 @@ from freebits.symmetry import (
     triangular_rotation,
 )
 from tests.test_packed import without_history
-from tests.tiny import VARIANTS, Make, change_config, change_tensors, in_float64, tensors_of
+from tests.tiny import VARIANTS, Make, change_config, change_tensors, in_float64, tensors_of, tiny_config
 
 TOKENS = torch.randint(96, (2, 30), generator=torch.Generator().manual_seed(0))
 sizes = st.integers(1, 12)
@@ -242,3 +243,19 @@ def test_a_factor_of_the_embedding_that_could_overflow_is_not_rotated(
         tensors_of(tmp_path / "packed")["model.embed_tokens.factor"],
         load_file(sliced / "model.safetensors")["model.embed_tokens.factor"],
     )
+
+
+def test_a_shortcut_forged_larger_than_any_memory_is_one_line(save_tiny: Make, slice_tiny: Make) -> None:
+    # A rank of 0 takes no bytes and stands for a matrix of any size: RuntimeError from the allocator.
+    sliced = slice_tiny(save_tiny())
+    change_config(sliced, site_sizes=[24] * 6 + [2**30], shortcut_ranks=[None] * 5 + [0])
+    state = load_file(sliced / "model.safetensors")
+    del state["model.layers.2.mlp_shortcut.weight"]
+    save_file(state, sliced / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(freebits.CheckpointError, match=r"the width of site 6"):
+        freebits.pack(sliced, sliced.with_name("packed"))
+    forged = Expanded.__new__(Expanded)
+    forged._dense, forged._factors = {"f": "w"}, {"w": Architecture.of(tiny_config().to_dict()).sublayers[0]}
+    forged._layout = Layout((2**20, 2**20), (0,))
+    with pytest.raises(freebits.CheckpointError, match="does not fit in memory"):
+        forged.expand("f", torch.empty(2**20, 0))

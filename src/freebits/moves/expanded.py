@@ -9,6 +9,7 @@ from torch import Tensor
 
 from freebits.architecture import RANKS, Architecture, Layout
 from freebits.checkpoint import Source
+from freebits.errors import CheckpointError
 from freebits.kind import Kind
 from freebits.symmetry import shortcut_from_factor
 
@@ -62,11 +63,20 @@ class Expanded:
         return self._dense.get(name, name)
 
     def expand(self, name: str, tensor: Tensor) -> Tensor:
-        """A tensor of the source, as it is here."""
+        """A tensor of the source, as it is here.
+
+        Raises:
+            CheckpointError: it does not fit in memory.
+        """
         if name not in self._dense:
             return tensor
         after = self._widths[self._factors[self._dense[name]].site]
-        return shortcut_from_factor(tensor, after).to(tensor.dtype)
+        try:
+            return shortcut_from_factor(tensor, after).to(tensor.dtype)
+        except (RuntimeError, MemoryError) as error:  # of the allocator
+            raise CheckpointError(
+                f"tensor {name} stands for a shortcut that does not fit in memory ({error})"
+            ) from None
 
     @property
     def _widths(self) -> tuple[int, ...]:
