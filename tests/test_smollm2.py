@@ -40,7 +40,7 @@ def test_slicing_costs_what_it_should(demo_run: DemoRun, report: Report) -> None
     [move] = freebits.inspect(demo_run.sliced)["history"]
     measured = move["perplexity"]
     report(f"sliced: perplexity {perplexity:.3f} on held-out topics; {measured} on held-out windows")
-    assert perplexity < 24.5
+    assert perplexity < 26
     assert 1 < measured["sliced"] / measured["dense"] < 1.5
 
 
