@@ -27,18 +27,15 @@ def main() -> None:
     texts = {"Python's documentation": documentation, "WikiText-2, training": train[: train.rindex("\n")]}
     rows: list[tuple[str, ...]] = []
     with tempfile.TemporaryDirectory() as scratch:
-        models = {"dense": demo_model()}
-        for number, (name, text) in enumerate(texts.items()):
-            models[name] = Path(scratch) / str(number)
-            freebits.slice_model(
-                demo_model(), models[name], sparsity=0.2, calibration=text, samples=SAMPLES, force=True
-            )
-        for name, path in models.items():
-            measured = [freebits.evaluate(path, text=text, limit=WINDOWS)["perplexity"] for text in (held_out, valid)]
+        for name, text in {"dense": None, **texts}.items():
+            path = demo_model() if text is None else Path(scratch) / name
+            if text is not None:
+                freebits.slice_model(demo_model(), path, sparsity=0.2, calibration=text, samples=SAMPLES, force=True)
+            measured = [freebits.evaluate(path, text=t, limit=WINDOWS)["perplexity"] for t in (held_out, valid)]
             rows.append((name, *(f"{perplexity:.2f}" for perplexity in measured)))
             print(rows[-1], flush=True)
+            save_csv("domains", HEADER, rows)
     print_table(HEADER, rows)
-    save_csv("domains", HEADER, rows)
 
 
 if __name__ == "__main__":
