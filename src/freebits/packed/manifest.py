@@ -103,7 +103,7 @@ class Manifest:
             isinstance(e, dict) for e in lists[0] + lists[1]
         ):
             raise ValueError("a text or an entry that is none")
-        if any("\0" in text or (not text.isascii() and _unwritable(text)) for text in texts):
+        if any("\0" in file for file in (*self.files, *self.originals, *self.beside)) or any(map(_unwritable, texts)):
             raise ValueError("a text that no file can hold")
         if (self.beside and not self.exact) or bool(self.originals) != self.exact:
             raise ValueError("original files without a config")
@@ -123,7 +123,11 @@ class Manifest:
 
 
 def _unwritable(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a lone surrogate
+        return True
+    return False
 
 
 def is_packed(path: str | os.PathLike[str]) -> bool:
