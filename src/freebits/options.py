@@ -4,3 +4,6 @@ CANONICAL, BITS_BACK, NONE = "canonical", "bits-back", "none"
 CODECS = (CANONICAL, BITS_BACK, NONE)
 ENTROPIES = ("auto", "none")
 DTYPES = ("float16", "bfloat16", "float32")
+INTEGERS, PYRAMID, GPTQ, RTN = "integers", "pyramid", "gptq", "rtn"
+METHODS = (INTEGERS, PYRAMID, GPTQ, RTN)
+ROTATIONS = ("none", "hadamard")

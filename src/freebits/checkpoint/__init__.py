@@ -21,10 +21,11 @@ from freebits.checkpoint.folder import (
     read_text,
     write_json,
 )
-from freebits.checkpoint.weights import LENGTH, Entry, WeightsFile, WeightsWriter, parse_header
+from freebits.checkpoint.weights import ENTRY, LENGTH, Entry, WeightsFile, WeightsWriter, parse_header
 from freebits.checkpoint.writer import CheckpointWriter, shard_bytes
 
 __all__ = [
+    "ENTRY",
     "CONFIG",
     "INDEX",
     "LENGTH",

@@ -24,7 +24,7 @@ LENGTH = 8
 METADATA = "__metadata__"
 _MOST_HEADER = 100_000_000  # the library's own limit
 _FREE = '{"__metadata__":{"format":"pt"}}'
-_ENTRY = len('"":{"dtype":"F8_E4M3FNUZ","shape":,"data_offsets":[,]},') + 2 * len(str(MOST))
+ENTRY = len('"":{"dtype":"F8_E4M3FNUZ","shape":,"data_offsets":[,]},') + 2 * len(str(MOST))
 """An upper bound on the bytes of one header entry, less its name and shape."""
 
 
@@ -125,7 +125,7 @@ class WeightsWriter:
         self.path = path
         self.size = 0
         self.header: dict[str, Any] = {}
-        room = len(_FREE) + sum(len(json.dumps(n)) + len(str(list(s))) + _ENTRY for n, s in announced.items())
+        room = len(_FREE) + sum(len(json.dumps(n)) + len(str(list(s))) + ENTRY for n, s in announced.items())
         self._room = -(-room // LENGTH) * LENGTH
         self._file = path.open("wb")
         self._file.seek(LENGTH + self._room)

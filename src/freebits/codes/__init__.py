@@ -3,6 +3,7 @@
 from freebits.codes.bitsback import BitsBack, canonical_direction
 from freebits.codes.code import Code, Coded, Declined, Params
 from freebits.codes.entropy import Entropy
+from freebits.codes.integers import Integers
 from freebits.codes.triangles import Lower, Symmetric
 
 CODES: dict[str, Code] = {
@@ -10,6 +11,7 @@ CODES: dict[str, Code] = {
     "symmetric": Symmetric(),
     "bits-back": BitsBack(),
     "entropy": Entropy(),
+    "integers": Integers(),
 }
 """Name in a recipe → code."""
 
@@ -20,6 +22,7 @@ __all__ = [
     "Coded",
     "Declined",
     "Entropy",
+    "Integers",
     "Lower",
     "Params",
     "Symmetric",

@@ -69,7 +69,7 @@ class PackedForCausalLM:
         folder = _local_folder(path, kwargs)
         packed = PackedFolder(folder, verify=verify)
         kept = {key: kwargs.pop(key) for key in ("dtype", "torch_dtype", "quantization_config") if key in kwargs}
-        inner, rest = _inner_config(packed.config).from_dict(dict(packed.config), return_unused_kwargs=True, **kwargs)
+        inner, rest = inner_config(packed.config).from_dict(dict(packed.config), return_unused_kwargs=True, **kwargs)
         for name, of in packed.model_kinds.items():
             if of.code not in DTYPES:
                 raise CheckpointError(f"tensor {name} has dtype {of.code}: unpack it, then load")
@@ -89,7 +89,7 @@ class PackedForCausalLM:
     def _from_config(cls, config: Any, **kwargs: Any) -> Any:
         """A model with random weights, as `from_config` makes it."""
         told = getattr(config, "model", None) or PackedFolder(_local_folder(config.name_or_path, {})).config
-        return AutoModelForCausalLM.from_config(_inner_config(told).from_dict(dict(told)), **kwargs)
+        return AutoModelForCausalLM.from_config(inner_config(told).from_dict(dict(told)), **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
@@ -102,7 +102,7 @@ def adopt_generation_settings(model: Any, folder: Path) -> None:
         model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
-def _inner_config(config: Mapping[str, Any]) -> type[PreTrainedConfig]:
+def inner_config(config: Mapping[str, Any]) -> type[PreTrainedConfig]:
     """The class of a model's own config.
 
     Raises:

@@ -1,24 +1,36 @@
 """The packed checkpoint: history and recipes, what reads it and what writes it. Knows no model by name."""
 
+from freebits.packed.contents import STEM, Contents, announced, digests_of
 from freebits.packed.manifest import MANIFEST, is_packed, sizes_before
-from freebits.packed.packing import HISTORY, history_of, pack_into
-from freebits.packed.piece import stage
+from freebits.packed.packing import HISTORY, history_of, pack_into, publish
+from freebits.packed.piece import Piece, encoded, plain, stage, staged
 from freebits.packed.presets import bits_back, canonical, chosen
 from freebits.packed.reader import PackedFolder
+from freebits.packed.recipe import Recipe
 from freebits.packed.unpacking import SLICED_IN, unpack_into
 
 __all__ = [
     "HISTORY",
     "MANIFEST",
     "SLICED_IN",
+    "STEM",
+    "Contents",
     "PackedFolder",
+    "Piece",
+    "Recipe",
+    "announced",
     "bits_back",
     "canonical",
     "chosen",
+    "digests_of",
+    "encoded",
     "history_of",
     "is_packed",
     "pack_into",
+    "plain",
+    "publish",
     "sizes_before",
     "stage",
+    "staged",
     "unpack_into",
 ]

@@ -7,12 +7,12 @@ from typing import Any
 from freebits.checkpoint import CONFIG, Checkpoint, auto_map, carry_over, write_json, write_remote_code
 from freebits.moves import BIT_EXACT, FUNCTION_PRESERVING, Expanded
 from freebits.options import NONE
-from freebits.packed.contents import STEM
+from freebits.packed.contents import STEM, Contents
 from freebits.packed.manifest import FORMAT, Manifest, digest_of_file
 from freebits.packed.pack_files import pack_files
 from freebits.packed.pack_parts import pack_parts
 from freebits.packed.presets import Preset
-from freebits.packed.reader import MODEL
+from freebits.packed.reader import MODEL, PackedFolder
 from freebits.packed.recipe import made_of
 from freebits.version import __version__
 from freebits.work import Progress
@@ -54,17 +54,36 @@ def pack_into(
     else:
         contents, layout = pack_parts(source, directory, preset, code, jobs, progress)
         model = {**Expanded.plain_config(source.config), **layout.to_config()}
-    history = history_of(source.config)
-    made_of(contents.stored, contents.recipes)  # what could not be read again is not published
-    codec = preset.name if preset else NONE
     move = {
-        "move": codec,
+        "move": preset.name if preset else NONE,
         "fidelity": FUNCTION_PRESERVING if preset else BIT_EXACT,
         **(preset.facts if preset else {}),
         "bytes": dict(sizes),
         "producer": f"freebits {__version__}",
     }
-    history.append(move)
+    publish(directory, source, contents, model, entropy, [*history_of(source.config), move])
+
+
+def publish(
+    directory: Path,
+    source: Checkpoint | PackedFolder,
+    contents: Contents,
+    model: Mapping[str, Any],
+    entropy: str,
+    history: list[dict[str, Any]],
+) -> None:
+    """Write what makes a packed folder of weights files: what lies beside the source, `config.json`, the manifest.
+
+    Args:
+        directory: the folder, with the weights files.
+        source: what was packed.
+        contents: what was written.
+        model: the `config.json` of the model that comes out.
+        entropy: name of the entropy stage.
+        history: the moves that made the model; the last says what it is packed with.
+    """
+    made_of(contents.stored, contents.recipes)  # what could not be read again is not published
+    codec = history[-1]["move"]
     carry_over(source.path, directory)
     write_json(directory / CONFIG, _config(codec, {**model, HISTORY: {"history": history}}))
     write_remote_code(directory, CLASSES_IN, CLASSES)

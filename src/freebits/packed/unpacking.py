@@ -1,6 +1,7 @@
 """Write the plain checkpoint that a packed folder holds."""
 
 from pathlib import Path
+from typing import Any
 
 from freebits.architecture import FAMILIES, SLICED_PREFIX, Architecture
 from freebits.checkpoint import (
@@ -32,8 +33,11 @@ def unpack_into(directory: Path, packed: PackedFolder, jobs: int | None, progres
     carry_over(packed.path, directory)
     if packed.manifest.exact:
         _write_files(directory, packed, jobs, progress)
-    else:
+    elif str(packed.config.get("model_type", "")).startswith(SLICED_PREFIX):
         _write_sliced(directory, packed, jobs, progress)
+    else:
+        ours = {HISTORY: {"history": packed.manifest.history}}
+        _write_tensors(directory, packed, packed, {**packed.config, **ours}, jobs, progress)
     family = FAMILIES.get(str(packed.config.get("model_type", "")).removeprefix(SLICED_PREFIX))
     if family and packed.config["model_type"] == family.sliced_model_type:
         write_remote_code(directory, SLICED_IN, family.sliced_classes)
@@ -43,14 +47,28 @@ def _write_sliced(directory: Path, packed: PackedFolder, jobs: int | None, progr
     architecture = Architecture.of(packed.config, len(packed.kinds))
     model = Expanded(packed, architecture)
     ours = {"auto_map": auto_map(architecture.family.sliced_classes), HISTORY: {"history": packed.manifest.history}}
-    write_json(directory / CONFIG, {**model.config, **ours})
+    _write_tensors(directory, packed, model, {**model.config, **ours}, jobs, progress)
+
+
+def _write_tensors(
+    directory: Path,
+    packed: PackedFolder,
+    model: Expanded | PackedFolder,
+    config: dict[str, Any],
+    jobs: int | None,
+    progress: Progress,
+) -> None:
+    write_json(directory / CONFIG, config)
     shard_bytes = max(file.n_bytes for file in packed.files) if len(packed.files) > 1 else None
     total = len(packed.groups(packed.kinds))
     announced = {name: kind.shape for name, kind in model.kinds.items()}
     with CheckpointWriter(directory, announced, shard_bytes) as writer:
         for done, tensors in enumerate(packed.decoded(packed.kinds, jobs), start=1):
             for name, tensor in tensors.items():
-                writer.write(model.name(name), model.expand(name, tensor))
+                if isinstance(model, Expanded):
+                    writer.write(model.name(name), model.expand(name, tensor))
+                else:
+                    writer.write(name, tensor)
             progress(done, total)
 
 

@@ -1,0 +1,191 @@
+"""Matrices of integers times a step for each row and each column, at as many bits as the integers are improbable."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import sqrt
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from freebits.codes import ans
+from freebits.codes.bits import as_tensor, bytes_from, bytes_kind
+from freebits.codes.code import Coded, Params
+from freebits.codes.zstd import zstd
+from freebits.kind import FLOATS, Kind
+
+MESSAGE = "message"
+FINENESS = 16
+"""Steps are `2^(e / FINENESS)` for whole `e`."""
+_ROOT = sqrt(sqrt(sqrt(sqrt(2.0))))  # IEEE rounds square roots and products alike everywhere
+_POWERS = np.array([np.prod([1.0] + [_ROOT] * power) for power in range(FINENESS)])
+_HEAD = 4 * 2
+_SIDE_LEVEL = 19
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """A matrix `integers * 2^(rows / 16) * 2^(columns / 16)`.
+
+    Attributes:
+        integers: (n, m), int32.
+        rows: (n,), int16.
+        columns: (m,), int16.
+    """
+
+    integers: Tensor
+    rows: Tensor
+    columns: Tensor
+
+    def floats(self, dtype: torch.dtype) -> Tensor:
+        """The matrix, (n, m), in float32 and then rounded to `dtype`."""
+        return (self.integers.float() * steps(self.columns) * steps(self.rows)[:, None]).to(dtype)
+
+
+def steps(exponents: Tensor) -> Tensor:
+    """`2^(e / 16)` in float32, the same on all machines."""
+    octaves, parts = np.divmod(exponents.numpy().astype(np.int32), FINENESS)
+    return torch.from_numpy(np.ldexp(_POWERS[parts], octaves).astype(np.float32))
+
+
+def exponents(steps: Tensor) -> Tensor:
+    """The inverse of `steps` for any positive numbers, to the nearest step; int16."""
+    return (steps.double().log2() * FINENESS).round().to(torch.int16)
+
+
+class Integers:
+    """Matrices, together: for each the integers, the exponents of its rows' steps and those of its columns'.
+
+    The integers of a row and of a column have about one scale. What is told of both, to a quarter of an octave, says in
+    which table of `freebits.codes.ans` an integer is coded.
+
+    Message, little-endian: bytes of the side data, how many integers are in no table (u32 each); side data (zstd); those
+    integers (i32); words (u16). Side data: for each matrix the exponents of its rows and of its columns (i16), then the
+    levels of both (i8).
+    """
+
+    exact = False
+
+    def encode(self, tensors: Sequence[Tensor], makes: Sequence[Kind]) -> Coded:  # noqa: ARG002
+        """Three tensors for each matrix, see `Stepped`."""
+        matrices = [Stepped(*tensors[at : at + 3]) for at in range(0, len(tensors), 3)]
+        levels = [_levels(matrix.integers) for matrix in matrices]
+        numbers = [matrix.integers.numpy()[np.ix_(*map(_order, told))] for matrix, told in zip(matrices, levels, strict=True)]
+        segments: dict[int, list[NDArray[np.int32]]] = {}
+        for level, matrix, rows, columns in _blocks(levels):
+            segments.setdefault(level, []).append(numbers[matrix][rows, columns].reshape(-1))
+        words, escaped = ans.encode([(level, np.concatenate(parts)) for level, parts in segments.items()])
+        side = b"".join(
+            part.tobytes()
+            for matrix, told in zip(matrices, levels, strict=True)
+            for part in (*(e.numpy().astype("<i2") for e in (matrix.rows, matrix.columns)), *told)
+        )
+        side = zstd.compress(side, _SIDE_LEVEL)
+        head = np.array([len(side), len(escaped)], "<u4").tobytes()
+        message = b"".join([head, side, escaped.astype("<i4").tobytes(), words.astype("<u2").tobytes()])
+        return Coded({MESSAGE: as_tensor(message)}, {"bytes": len(message)})
+
+    def decode(self, parts: Mapping[str, Tensor], makes: Sequence[Kind], params: Params) -> list[Tensor]:
+        """The matrices, in floats."""
+        return [m.floats(kind.dtype) for m, kind in zip(self.stepped(parts, makes, params), makes, strict=True)]
+
+    def parts(self, makes: Sequence[Kind], params: Params) -> dict[str, Kind]:
+        """Bytes, as many as coding found it to take."""
+        for kind in makes:
+            if kind.code not in FLOATS or len(kind.shape) != 2:
+                raise ValueError(f"a matrix of steps {kind}")
+        return {MESSAGE: bytes_kind(params["bytes"])}
+
+    def stepped(self, parts: Mapping[str, Tensor], makes: Sequence[Kind], params: Params) -> Iterator[Stepped]:
+        """The matrices as integers and exponents.
+
+        Raises:
+            ValueError: the message is damaged.
+        """
+        message = bytes_from(parts[MESSAGE], params["bytes"])
+        if len(message) < _HEAD:
+            raise ValueError("a message that is cut off")
+        n_side, n_escaped = (int(n) for n in message[:_HEAD].view("<u4"))
+        at = _HEAD + n_side
+        rest = message[at + 4 * n_escaped :].tobytes()
+        if at + 4 * n_escaped > len(message) or len(rest) % 2:
+            raise ValueError("a message that is cut off")
+        escaped = np.frombuffer(message[at : at + 4 * n_escaped].tobytes(), "<i4").astype(np.int32)
+        shapes = [kind.shape for kind in makes]
+        told = list(_side(message[_HEAD:at].tobytes(), shapes))
+        levels = [side[2:] for side in told]
+        blocks = list(_blocks(levels))
+        lengths: dict[int, int] = {}
+        for level, _, rows, columns in blocks:
+            lengths[level] = lengths.get(level, 0) + (rows.stop - rows.start) * (columns.stop - columns.start)
+        numbers = [np.empty(shape, np.int32) for shape in shapes]
+        decoded = ans.decode(np.frombuffer(rest, "<u2"), list(lengths.items()), escaped)
+        at, now = 0, None
+        for level, matrix, rows, columns in blocks:
+            if level != now:
+                segment, now, at = next(decoded), level, 0
+            into = numbers[matrix][rows, columns]
+            into[:] = segment[at : at + into.size].reshape(into.shape)
+            at += into.size
+        for _ in decoded:  # what it has to say against its end
+            pass
+        for ordered, (rows_, columns_, *levels_) in zip(numbers, told, strict=True):
+            back = [np.argsort(_order(of)) for of in levels_]
+            integers = torch.from_numpy(ordered)[torch.from_numpy(back[0])][:, torch.from_numpy(back[1])]
+            yield Stepped(integers, torch.from_numpy(rows_), torch.from_numpy(columns_))
+
+
+def _levels(integers: Tensor) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
+    """How large the integers of a row are, and those of a column, in levels; the sum of both is that of a number."""
+    squares = integers.double().square_()
+    columns = squares.mean(0).clamp_min_(_LEAST)
+    rows = (squares / columns).mean(1).clamp_min_(_LEAST)
+    columns = (squares / rows[:, None]).mean(0)
+    typical = rows.log().mean().exp()
+    told = (rows / typical, (columns * typical - 1 / 12).clamp_min_(_LEAST))
+    logs = [(of.log2() * ans.PER_OCTAVE / 2).round().clamp(-64, 63) for of in told]
+    return logs[0].numpy().astype(np.int8), logs[1].numpy().astype(np.int8)
+
+
+_LEAST = 1e-3
+
+
+def _order(levels: NDArray[np.int8]) -> NDArray[np.int64]:
+    return np.argsort(levels, kind="stable")
+
+
+def _blocks(levels: Sequence[tuple[NDArray[np.int8], NDArray[np.int8]]]) -> list[tuple[int, int, slice, slice]]:
+    """Where all matrices, rows and columns in the order of their levels, have one level: it, matrix, rows, columns."""
+    blocks = []
+    for matrix, told in enumerate(levels):
+        rows, columns = (_runs(of) for of in told)
+        for of_row, row_slice in rows:
+            for of_column, column_slice in columns:
+                level = min(max(of_row + of_column, ans.LEVELS[0]), ans.LEVELS[-1])
+                blocks.append((level, matrix, row_slice, column_slice))
+    return sorted(blocks, key=lambda block: block[:2])
+
+
+def _runs(levels: NDArray[np.int8]) -> list[tuple[int, slice]]:
+    values, counts = np.unique(levels, return_counts=True)
+    ends = np.cumsum(counts)
+    return [(int(v), slice(int(end - n), int(end))) for v, n, end in zip(values, counts, ends, strict=True)]
+
+
+def _side(data: bytes, shapes: Sequence[tuple[int, ...]]) -> Iterator[tuple[NDArray[np.int16], NDArray[np.int16], NDArray[np.int8], NDArray[np.int8]]]:
+    n_bytes = sum(3 * (rows + columns) for rows, columns in shapes)
+    decoder = zstd.ZstdDecompressor()
+    try:
+        side = decoder.decompress(data, max_length=n_bytes)
+    except zstd.ZstdError as error:
+        raise ValueError(str(error)) from None
+    if len(side) != n_bytes or not decoder.eof or decoder.unused_data:
+        raise ValueError("side data of another size than the matrices have")
+    at = 0
+    for rows, columns in shapes:
+        told = []
+        for size, dtype in ((rows, "<i2"), (columns, "<i2"), (rows, "<i1"), (columns, "<i1")):
+            told.append(np.frombuffer(side, dtype, size, at).astype(dtype[1:]))
+            at += told[-1].nbytes
+        yield tuple(told)

@@ -1,0 +1,172 @@
+"""Run any causal language model of transformers with one block in memory, forwards and backwards."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from freebits.checkpoint import Source
+from freebits.errors import UnsupportedModelError
+
+Run = Callable[[Tensor], Tensor]
+"""A block: the stream before it, (1, T, D), to the stream after it."""
+
+
+class BlockwiseModel:
+    """A causal language model whose blocks are read when they are wanted. In float32, without gradients of weights.
+
+    Attributes:
+        device: where it runs.
+        blocks: names of its blocks.
+        embedding: name of the token embedding.
+        head: name of the output head; that of the embedding where they are one.
+
+    Args:
+        source: its tensors.
+        config: what transformers makes of its config.
+        device: where to run.
+
+    Raises:
+        UnsupportedModelError: there is no stack of blocks in it, or its tensors have other names than in transformers.
+    """
+
+    def __init__(self, source: Source, config: PreTrainedConfig, device: torch.device) -> None:
+        self.device = device
+        self._source = source
+        with _parameters_on_meta():
+            self._model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).to(torch.float32).eval()
+        stacks = [
+            (name, module)
+            for name, module in self._model.named_modules()
+            if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers
+        ]
+        if not stacks:
+            raise UnsupportedModelError(f"a model of type {config.model_type!r} has no stack of blocks to work through")
+        stack, layers = stacks[0]
+        self.blocks = tuple(f"{stack}.{number}" for number in range(len(layers)))
+        self._blocks = list(layers)
+        names = {id(module): name for name, module in self._model.named_modules()}
+        embedding, head = self._model.get_input_embeddings(), self._model.get_output_embeddings()
+        self.embedding = f"{names[id(embedding)]}.weight"
+        tied = head.weight is embedding.weight
+        self.head = self.embedding if tied else f"{names[id(head)]}.weight"
+        self._model.set_submodule(stack, nn.ModuleList(_Recorder(layer) for layer in layers))
+        self._recorders: list[_Recorder] = list(self._model.get_submodule(stack))
+        if tied:
+            head._parameters["weight"] = None
+        self._fill(self._model, "")
+        if tied:
+            head.weight = embedding.weight
+
+    def matrices(self, block: int) -> dict[str, nn.Module]:
+        """The weights of the linear layers of a block, by name, with their modules."""
+        layers = self._blocks[block].named_modules()
+        return {
+            f"{self.blocks[block]}.{name}.weight": module
+            for name, module in layers
+            if isinstance(module, (nn.Linear, Conv1D))
+        }
+
+    @torch.no_grad()
+    def embed(self, tokens: Tensor) -> Iterator[Tensor]:
+        """The stream before the first block, (1, T, D), of each window of tokens, (windows, T)."""
+        with self.block(0) as run:
+            self._model.base_model(input_ids=tokens[:1].to(self.device), use_cache=False)
+            run(self._recorders[0].stream)
+            for window in tokens.to(self.device).split(1):
+                self._model.base_model(input_ids=window, use_cache=False)
+                yield self._recorders[0].stream
+
+    @contextmanager
+    def block(self, number: int) -> Iterator[Run]:
+        """A block, in memory as long as this lasts, in the context of the windows embedded last."""
+        block, recorder = self._blocks[number], self._recorders[number]
+        self._fill(block, self.blocks[number])
+
+        def run(x: Tensor) -> Tensor:
+            result = block(x, *recorder.args, **recorder.kwargs)
+            for other in self._recorders:
+                other.as_tuple = isinstance(result, tuple)
+            stream: Tensor = result[0] if isinstance(result, tuple) else result
+            return stream
+
+        try:
+            yield run
+        finally:
+            block.to("meta")
+
+    def logits(self, x: Tensor, window: Tensor) -> Tensor:
+        """(T, V), for the stream after the last block, (1, T, D), of a window (T,)."""
+        self._recorders[-1].substitute = x
+        result: Tensor = self._model(input_ids=window[None].to(self.device), use_cache=False).logits[0]
+        self._recorders[-1].substitute = None
+        return result
+
+    @property
+    def head_module(self) -> nn.Module:
+        """Whose inputs are the final hidden states."""
+        module: nn.Module = self._model.get_output_embeddings()
+        return module
+
+    def _fill(self, module: nn.Module, prefix: str) -> None:
+        """Read the tensors of a module that are on no device yet, and buffers that are stored."""
+        for path, inner in module.named_modules():
+            for key, tensor in (*inner._parameters.items(), *inner._buffers.items()):
+                name = ".".join(part for part in (prefix, path, key) if part)
+                if isinstance(tensor, nn.Parameter):
+                    if name not in self._source.kinds:
+                        raise UnsupportedModelError(f"its tensors have other names than in transformers: no {name}")
+                    read = self._source[name].to(self.device, torch.float32)
+                    inner._parameters[key] = nn.Parameter(read.reshape(tensor.shape), requires_grad=False)
+                elif tensor is not None and name in self._source.kinds:
+                    inner._buffers[key] = self._source[name].to(self.device)
+
+
+class _Recorder(nn.Module):
+    """Stands where a block was: keeps the stream and the context it is given, and hands on that stream or another."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self._theirs = [block]  # in a list, so that it is no child
+        self.stream = torch.empty(0)
+        self.substitute: Tensor | None = None
+        self.as_tuple = False
+        """Whether the block gives its stream in a tuple."""
+        self.args: tuple[Any, ...] = ()
+        self.kwargs: dict[str, Any] = {}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if args:
+            self.stream, self.args = args[0], args[1:]
+        else:
+            self.stream, self.args = kwargs.pop("hidden_states"), ()
+        self.kwargs = kwargs
+        stream = self.stream if self.substitute is None else self.substitute
+        return (stream,) if self.as_tuple else stream
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # what a model asks of its blocks, such as the kind of their attention
+            return getattr(self.__dict__["_theirs"][0], name)
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules made here have parameters without memory, but their buffers are real."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:  # one that is tied is there already
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]

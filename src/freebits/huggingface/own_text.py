@@ -1,0 +1,62 @@
+"""Text that a model writes itself: what it has to say is what quantising must not change, whatever its domain."""
+
+import inspect
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freebits.errors import UsageError
+from freebits.huggingface.loading import load
+from freebits.work import Progress, silent
+
+
+@torch.no_grad()
+def own_windows(
+    path: str | os.PathLike[str],
+    samples: int,
+    seq_len: int,
+    seed: int,
+    device: torch.device,
+    progress: Progress = silent,
+) -> Tensor:
+    """Tokens drawn from the model's own predictions at temperature 1, after the token that begins a text.
+
+    The whole model is in memory for that, in its own dtype.
+
+    Args:
+        path: folder of the model.
+        samples: texts to write, side by side.
+        seq_len: tokens of each.
+        seed: of the draw.
+        device: where to run.
+        progress: called after each token.
+
+    Returns:
+        (samples, seq_len), int64.
+
+    Raises:
+        UsageError: the model has no token to begin with.
+    """
+    model = load(path).to(device).eval()
+    first = model.config.bos_token_id
+    first = model.config.eos_token_id if first is None else first
+    first = first[0] if isinstance(first, list) else first
+    if first is None:
+        raise UsageError(f"{path} has no token that begins a text: give a text with --calibration")
+    generator = torch.Generator(device).manual_seed(seed)
+    tokens = torch.full((samples, 1), first, device=device)
+    cache = {_cache_name(model): None}
+    for done in range(1, seq_len):
+        output = model(input_ids=tokens[:, -1:], use_cache=True, **cache)
+        cache = dict.fromkeys(cache, output.past_key_values)
+        chances = output.logits[:, -1].float().softmax(-1)
+        tokens = torch.cat([tokens, torch.multinomial(chances, 1, generator=generator)], dim=1)
+        progress(done, seq_len - 1)
+    return tokens.cpu()
+
+
+def _cache_name(model: Any) -> str:
+    """What `forward` calls it: transformers 5.24 renamed it."""
+    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"

@@ -1,0 +1,148 @@
+"""Measure how much a model's output depends on each of its matrices: one pass forwards, one backwards."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers.pytorch_utils import Conv1D
+
+from freebits.huggingface.blockwise import BlockwiseModel
+from freebits.quantization import Sensitivity
+from freebits.work import Progress
+
+_TEMPER = 0.25
+"""Power with which a token's frequency counts: a text tells which tokens are rare, not how rare they are elsewhere."""
+
+
+def measure_sensitivities(
+    model: BlockwiseModel, tokens: Tensor, scratch: Path, seed: int, progress: Progress
+) -> Iterator[dict[str, Sensitivity]]:
+    """How much the output depends on the matrices of each block, from the last on, and then on embedding and head.
+
+    Labels are drawn from the model's own predictions, so that squared gradients are its Fisher information.
+
+    Args:
+        model: the model.
+        tokens: (windows, T), calibration text.
+        scratch: a folder for the stream between the blocks.
+        seed: of the draw.
+        progress: called after each block, forwards and backwards.
+    """
+    n_blocks = len(model.blocks)
+    first = torch.cat(list(model.embed(tokens)))
+    streams = [_in_file(scratch / f"stream-{number}", first) for number in range(n_blocks + 1)]
+    for number in range(n_blocks):
+        with model.block(number) as run, torch.no_grad():
+            for before, after in zip(streams[number].split(1), streams[number + 1].split(1), strict=True):
+                after.copy_(run(before.to(model.device)))
+        progress(number + 1, 2 * n_blocks)
+    gradient = streams.pop()
+    hidden, likely = _head(model, tokens, gradient, seed)
+    for number in reversed(range(n_blocks)):
+        yield _block(model, number, streams.pop(), gradient)
+        (scratch / f"stream-{number}").unlink()
+        progress(2 * n_blocks - number, 2 * n_blocks)
+    yield _embeddings(model, hidden, likely, gradient)
+
+
+def _in_file(path: Path, like: Tensor) -> Tensor:
+    """A tensor of that shape in a file: there is a stream for each block. `like` is what the first begins as."""
+    flat = torch.from_file(str(path), shared=True, size=like.numel(), dtype=like.dtype)
+    return flat.view(like.shape).copy_(like)
+
+
+def _head(model: BlockwiseModel, tokens: Tensor, stream: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Replace the stream by the gradient at it; mean `x xᵀ` over the head's inputs; how likely each token is."""
+    generator = torch.Generator(model.device).manual_seed(seed)
+    inputs: list[Tensor] = []
+    gram: Any = 0
+    likely: Any = 0
+    handle = model.head_module.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
+    for window, x in zip(tokens, stream.split(1), strict=True):
+        leaf = x.to(model.device).clone().requires_grad_()
+        logits = model.logits(leaf, window)[:-1]
+        chances = logits.detach().softmax(-1)
+        labels = torch.multinomial(chances, 1, generator=generator)[:, 0]
+        x.copy_(torch.autograd.grad(cross_entropy(logits, labels, reduction="sum"), leaf)[0])
+        likely = likely + (chances * (1 - chances)).sum(0)
+        rows = inputs.pop().flatten(0, -2)
+        gram = gram + rows.T @ rows
+    handle.remove()
+    n_tokens = tokens.numel()
+    return gram / n_tokens, likely / n_tokens
+
+
+def _block(model: BlockwiseModel, number: int, stream: Tensor, gradient: Tensor) -> dict[str, Sensitivity]:
+    """What its matrices' inputs and gradients are; `gradient`, at its output, becomes that at its input."""
+    modules = model.matrices(number)
+    watches = {name: _Watch(module) for name, module in modules.items()}
+    with model.block(number) as run, ExitStack() as hooks:
+        for name, module in modules.items():
+            hooks.callback(module.register_forward_hook(watches[name].saw).remove)
+        for x, g in zip(stream.split(1), gradient.split(1), strict=True):
+            leaf = x.to(model.device).clone().requires_grad_()
+            g.copy_(torch.autograd.grad(run(leaf), leaf, g.to(model.device))[0])
+            _sum_up(watches.values())
+    n_tokens = stream.shape[0] * stream.shape[1]
+    return {name: watch.sensitivity(n_tokens) for name, watch in watches.items() if watch.n_inputs}
+
+
+class _Watch:
+    """Sums over what goes into a linear layer and over the gradients at what comes out."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.n_inputs = 0
+        self.gram: Tensor | None = None
+        self._squares = torch.zeros(module.nf if isinstance(module, Conv1D) else module.out_features)  # type: ignore[arg-type]
+        self.inputs: list[Tensor] = []
+
+    def saw(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG002
+        """One call of the layer."""
+        self.inputs.append(args[0].detach())
+        self.n_inputs += args[0].numel() // args[0].shape[-1]
+        output.register_hook(self._felt)
+
+    def _felt(self, gradient: Tensor) -> None:
+        self._squares += gradient.flatten(0, -2).square().sum(0).cpu()
+
+    def sensitivity(self, n_tokens: int) -> Sensitivity:
+        """Means: of the inputs over those that came, of the gradients over all tokens."""
+        assert self.gram is not None
+        return Sensitivity(self.gram / self.n_inputs, self._squares / n_tokens)
+
+
+def _sum_up(watches: Any) -> None:
+    """Take in what the layers saw; layers with one input, as queries and keys, share its Gram matrix."""
+    grams: dict[tuple[int, ...], Tensor] = {}
+    for watch in watches:
+        key = tuple(x.data_ptr() for x in watch.inputs)
+        if key not in grams and key:
+            rows = torch.cat([x.flatten(0, -2) for x in watch.inputs])
+            grams[key] = (rows.T @ rows).cpu()
+        if key:
+            watch.gram = grams[key] if watch.gram is None else watch.gram + grams[key]
+    for watch in watches:
+        watch.inputs.clear()
+
+
+def _embeddings(model: BlockwiseModel, hidden: Tensor, likely: Tensor, gradient: Tensor) -> dict[str, Sensitivity]:
+    """Of the head, and of the embedding, by row; where they are one matrix, of both together.
+
+    A token's row counts as often as the token occurs, tempered so that the mean cost stays what it is.
+    """
+    likely = likely.double().cpu().clamp_min(torch.finfo(torch.float32).tiny)
+    rows = gradient.flatten(0, 1)
+    backwards = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+    for window in gradient:
+        backwards += (window.T @ window).double()
+    per_row = {model.embedding: backwards / len(rows) / len(likely)}
+    of_head = hidden.double().cpu() * likely.mean()
+    per_row[model.head] = of_head + per_row[model.embedding] if model.head == model.embedding else of_head
+    tempered = likely**_TEMPER
+    tempered *= (likely / tempered).mean()
+    return {name: Sensitivity(gram / likely.mean(), tempered) for name, gram in per_row.items()}
