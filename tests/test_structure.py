@@ -17,16 +17,17 @@ FLOORS = {
     "work": {"errors"},
     "architecture": {"errors"},
     "checkpoint": {"errors", "kind"},
-    "codes": {"kind"},
     "symmetry": {"architecture"},
+    "codes": {"kind", "symmetry"},
+    "quantization": {"codes"},
     "calibration": set(),
     "moves": {"architecture", "calibration", "checkpoint", "codes", "errors", "kind", "symmetry", "work"},
     "packed": {"architecture", "checkpoint", "codes", "errors", "kind", "moves", "options", "version", "work"},
     "report": {"architecture", "checkpoint", "errors", "kind", "packed"},
     "verbs": {"checkpoint", "errors", "options", "packed", "report", "work"},
     "huggingface": {
-        *("architecture", "calibration", "checkpoint", "errors", "kind", "moves", "options", "packed", "report"),
-        *("version", "work"),
+        *("architecture", "calibration", "checkpoint", "codes", "errors", "kind", "moves", "options", "packed"),
+        *("quantization", "report", "version", "work"),
     },
     "evaluation": {
         *("calibration", "checkpoint", "errors", "huggingface", "kind", "moves", "packed", "report", "work")

@@ -12,7 +12,7 @@ from freebits.version import __version__
 
 if TYPE_CHECKING:
     from freebits.evaluation import evaluate, verify
-    from freebits.huggingface import estimate, load, slice_model
+    from freebits.huggingface import estimate, load, quantize, slice_model
     from freebits.report import inspect
     from freebits.verbs import pack, unpack
 
@@ -27,6 +27,7 @@ __all__ = [
     "inspect",
     "load",
     "pack",
+    "quantize",
     "slice_model",
     "unpack",
     "verify",
@@ -38,6 +39,7 @@ _VERBS = {
     "inspect": "report",
     "load": "huggingface",
     "pack": "verbs",
+    "quantize": "huggingface",
     "slice_model": "huggingface",
     "unpack": "verbs",
     "verify": "evaluation",

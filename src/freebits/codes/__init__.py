@@ -3,7 +3,11 @@
 from freebits.codes.bitsback import BitsBack, canonical_direction
 from freebits.codes.code import Code, Coded, Declined, Params
 from freebits.codes.entropy import Entropy
+from freebits.codes.grid import Grid
+from freebits.codes.hadamard import Hadamard
 from freebits.codes.integers import Integers
+from freebits.codes.pyramid import Pyramid
+from freebits.codes.transposed import Transposed
 from freebits.codes.triangles import Lower, Symmetric
 
 CODES: dict[str, Code] = {
@@ -11,7 +15,11 @@ CODES: dict[str, Code] = {
     "symmetric": Symmetric(),
     "bits-back": BitsBack(),
     "entropy": Entropy(),
+    "grid": Grid(),
+    "hadamard": Hadamard(),
     "integers": Integers(),
+    "pyramid": Pyramid(),
+    "transposed": Transposed(),
 }
 """Name in a recipe → code."""
 
@@ -22,9 +30,13 @@ __all__ = [
     "Coded",
     "Declined",
     "Entropy",
+    "Grid",
+    "Hadamard",
     "Integers",
     "Lower",
     "Params",
+    "Pyramid",
     "Symmetric",
+    "Transposed",
     "canonical_direction",
 ]

@@ -94,10 +94,9 @@ def encode(segments: Sequence[tuple[int, Numbers]]) -> tuple[NDArray[np.uint16],
     symbols, escaped = [], []
     for level, numbers in segments:
         radius = table(level).radius
-        symbol = numbers + radius
-        symbol[np.abs(numbers) > radius] = 2 * radius + 1
-        symbols.append(symbol.astype(np.uint16))
-        escaped.append(numbers[np.abs(numbers) > radius])
+        large = (numbers > radius) | (numbers < -radius)
+        symbols.append(np.where(large, 2 * radius + 1, numbers + radius).astype(np.uint16))
+        escaped.append(numbers[large])
     words = np.empty(0, np.uint16)
     for steps, n_lanes in reversed(_pieces([(level, len(numbers)) for level, numbers in segments])):
         states = np.full(n_lanes, 1 << _WORD, np.uint64)

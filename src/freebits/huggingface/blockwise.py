@@ -71,6 +71,12 @@ class BlockwiseModel:
             if isinstance(module, (nn.Linear, Conv1D))
         }
 
+    @property
+    def transposed(self) -> set[str]:
+        """The matrices that are stored as (inputs, outputs), as GPT-2 has them."""
+        every = (self.matrices(number) for number in range(len(self.blocks)))
+        return {name for of in every for name, module in of.items() if isinstance(module, Conv1D)}
+
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> Iterator[Tensor]:
         """The stream before the first block, (1, T, D), of each window of tokens, (windows, T)."""

@@ -1,9 +1,12 @@
 """Quantise a checkpoint folder into a packed one."""
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from torch import Tensor
 
 from freebits.checkpoint import ENTRY, Checkpoint, CheckpointWriter, Source, new_directory, shard_bytes
 from freebits.codes import CODES
+from freebits.codes.hadamard import rotated
 from freebits.errors import CheckpointError, UsageError
 from freebits.huggingface.blockwise import BlockwiseModel
 from freebits.huggingface.loading import device_of, one_line_errors
@@ -23,7 +27,7 @@ from freebits.huggingface.sensitivities import measure_sensitivities
 from freebits.huggingface.tokens import drawn_windows, token_windows
 from freebits.kind import FLOATS, Kind
 from freebits.moves import LOSSY
-from freebits.options import INTEGERS
+from freebits.options import EMBEDDINGS, GPTQ, HADAMARD, INTEGERS, METHODS, PARTS, PYRAMID, ROTATIONS, RTN
 from freebits.packed import (
     STEM,
     Contents,
@@ -38,15 +42,35 @@ from freebits.packed import (
     stage,
     staged,
 )
-from freebits.quantization import DAMPING, Budget, Rolling, Sensitivity, row_steps, stepped, whitener
+from freebits.quantization import (
+    DAMPING,
+    GROUP,
+    Budget,
+    Fixed,
+    Rolling,
+    Sensitivity,
+    gridded,
+    pyramids,
+    row_steps,
+    stepped,
+    whitener,
+)
 from freebits.report import inspect, opened
 from freebits.version import __version__
 from freebits.work import Progress, ordered_map, silent, workers
 
-BITS = 4.0
+BITS, MOST_BITS = 4.0, 12
 SAMPLES, WINDOW = 32, 256
 _TOGETHER = 1 << 22
 """Numbers that are coded together at least, where a block has as many."""
+TRANSPOSED = "transposed"
+_CODE_OF = {GPTQ: "grid", RTN: "grid"}
+_PARTS_OF = {
+    INTEGERS: ("message",),
+    PYRAMID: ("points", "scales", "norms", "levels"),
+    GPTQ: ("words", "scales", "zeros"),
+    RTN: ("words", "scales", "zeros"),
+}
 _AROUND = 2048
 """Bytes for the history and what else the manifest and `config.json` say once."""
 
@@ -57,6 +81,10 @@ def quantize(
     *,
     bits: float | None = None,
     target_size: int | None = None,
+    target_kl: float | None = None,
+    method: str = INTEGERS,
+    rotate: str = "none",
+    only: str | None = None,
     calibration: str | None = None,
     samples: int = SAMPLES,
     seq_len: int = WINDOW,
@@ -73,6 +101,12 @@ def quantize(
         out: folder to create; it appears complete or not at all.
         bits: for each number of a matrix on average, everything counted that the matrices take; by default 4.
         target_size: instead, bytes that the finished folder takes at most, as `inspect` counts them.
+        target_kl: instead, KL divergence in nats a token that is to be expected on text as the model writes it.
+        method: `integers` of any size, at steps worth the same everywhere, entropy-coded; `pyramid` vectors; or, to
+            compare with, `gptq` and `rtn`: whole bits in groups of 64, with feedback and to the nearest.
+        rotate: `hadamard` rounds each matrix rotated on both sides and turns it back when it is decoded: integers gain
+            nothing by that, the other methods much.
+        only: quantise only the matrices of the blocks (`linear`), or those of embedding and head (`embeddings`).
         calibration: text; by default the model writes its own.
         samples: windows of calibration text.
         seq_len: tokens a window.
@@ -90,10 +124,9 @@ def quantize(
         CheckpointError: `model` is no sound checkpoint, or `out` exists.
         UnsupportedModelError: transformers does not run it, or not block by block.
     """
-    if bits is not None and target_size is not None:
-        raise UsageError("--bits and --target-size are two targets: give one")
-    if bits is not None and not 1 <= bits <= 12:
-        raise UsageError(f"bits {bits}: give a number from 1 to 12")
+    goal = Goal(bits, target_size, target_kl, method)
+    if rotate not in ROTATIONS or only not in (None, *PARTS):
+        raise UsageError(f"there is no rotation {rotate!r} or no part {only!r}: see freebits quantize --help")
     code = stage(entropy)
     source = opened(model)
     with one_line_errors(model, "model"):
@@ -103,14 +136,18 @@ def quantize(
         scratch = directory / "scratch"
         scratch.mkdir()
         tokens = _tokens(source.path, calibration, samples, seq_len, seed, blockwise.device, progress)
-        shelf = Shelf(scratch)
+        shelf = Shelf(scratch, seed if rotate == HADAMARD else None)
+        embeddings = {blockwise.embedding, blockwise.head}
         for part in measure_sensitivities(blockwise, tokens, scratch, seed, progress):
-            shelf.add(part, source)
-        contents = _write(directory, source, shelf, BITS if bits is None else bits, target_size, code, jobs, progress)
+            chosen = {n: s for n, s in part.items() if only is None or (n in embeddings) == (only == EMBEDDINGS)}
+            shelf.add(chosen, source, blockwise.transposed)
+        contents = write_rounded(directory, source, shelf, goal, code, jobs, progress)
         shutil.rmtree(scratch)
         move = {
-            "move": INTEGERS,
+            "move": method,
             "fidelity": LOSSY,
+            **goal.facts,
+            "rotate": rotate,
             "text": "its own" if calibration is None else "given",
             "samples": len(tokens),
             "seq_len": seq_len,
@@ -132,92 +169,181 @@ def _tokens(
     return drawn_windows(token_windows(path, text, seq_len), samples, 0, seed)[0]
 
 
+@dataclass(frozen=True)
+class Goal:
+    """How the matrices are to be rounded, and how finely."""
+
+    bits: float | None = None
+    size: int | None = None
+    kl: float | None = None
+    method: str = INTEGERS
+
+    def __post_init__(self) -> None:
+        given = [value for value in (self.bits, self.size, self.kl) if value is not None]
+        if self.method not in METHODS:
+            raise UsageError(f"there is no method {self.method!r}: choose one of {', '.join(METHODS)}")
+        if len(given) > 1:
+            raise UsageError("--bits, --target-size and --target-kl are each a target: give one")
+        if given and not 0 < given[0] < math.inf or not 1 <= self.wanted_bits <= MOST_BITS:
+            raise UsageError(f"a target of {given[0]}: give bits from 1 to {MOST_BITS}, or bytes or nats above 0")
+        if self.method != INTEGERS and (self.size or self.kl):
+            raise UsageError(f"method {self.method} has so many bits a number: give --bits")
+        if self.method in (GPTQ, RTN) and self.wanted_bits not in range(2, 9):
+            raise UsageError(f"method {self.method} has 2 to 8 whole bits a number, not {self.bits}")
+
+    @property
+    def wanted_bits(self) -> float:
+        """For a number, where nothing else is said."""
+        return BITS if self.bits is None else self.bits
+
+    @property
+    def facts(self) -> dict[str, float]:
+        """The target, for the history."""
+        told = {"bits": self.bits, "target_size": self.size, "target_kl": self.kl}
+        return {key: value for key, value in told.items() if value is not None} or {"bits": BITS}
+
+    def tensors(self, W: Tensor, U: Tensor, rows: Tensor, amount: float) -> tuple[Tensor, ...]:
+        """A matrix as its code takes it; `amount` is the `c` of integers, else bits."""
+        if self.method == INTEGERS:
+            matrix = stepped(W, U, rows, amount)
+            return matrix.integers, matrix.rows, matrix.columns
+        if self.method == PYRAMID:
+            return pyramids(W, U, amount)
+        return *gridded(W, U if self.method == GPTQ else None, int(amount)), torch.tensor([int(amount), GROUP])
+
+
 class Shelf:
     """What is known of each matrix, in files until it is rounded.
 
     Attributes:
         budgets: of each matrix.
+        seed: of the rotation in which matrices are rounded; None for none.
+        transposed: names of the matrices that are stored as (inputs, outputs).
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, seed: int | None) -> None:
         self._directory = directory
         self._places: dict[str, tuple[Path, Tensor]] = {}
         self.budgets: dict[str, Budget] = {}
+        self.seed = seed
+        self.transposed: set[str] = set()
 
     def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
         """Of a matrix `U` and its rows' steps."""
         path, rows = self._places[name]
         return torch.from_numpy(np.load(path)), rows
 
-    def add(self, part: Mapping[str, Sensitivity], source: Source) -> None:
+    def add(self, part: Mapping[str, Sensitivity], source: Source, transposed: Collection[str]) -> None:
         """Take in a part of the model; matrices with one Gram matrix share what is made of it."""
+        self.transposed |= part.keys() & {*transposed}
         made: dict[int, Path] = {}
         for name, sensitivity in part.items():
-            key = id(sensitivity.gram)
+            key, gram, information = id(sensitivity.gram), sensitivity.gram, sensitivity.information
+            if self.seed is not None:  # a rotation spreads over all rows what is known of each
+                gram, information = rotated(gram, self.seed), information.mean().expand(len(information))
             if key not in made:
                 made[key] = self._directory / f"{len(self._places)}.npy"
-                np.save(made[key], whitener(sensitivity.gram, DAMPING).float().numpy())
-            self._places[name] = (made[key], row_steps(sensitivity.information))
+                np.save(made[key], whitener(gram, DAMPING).float().numpy())
+            self._places[name] = (made[key], row_steps(information))
             U, rows = self[name]
-            self.budgets[name] = Budget.of(source[name], rows, U.diagonal())
+            self.budgets[name] = Budget.of(self.matrix(source, name), rows, U.diagonal())
+
+    def only(self, names: Collection[str]) -> "Shelf":
+        """The same for some of the matrices."""
+        some = copy(self)
+        some.budgets = {name: budget for name, budget in self.budgets.items() if name in names}
+        return some
+
+    def matrix(self, source: Source, name: str) -> Tensor:
+        """A matrix as it is rounded."""
+        W = source[name].T if name in self.transposed else source[name]
+        return W if self.seed is None else rotated(W, self.seed)
+
+    def recipes(self, makes: Mapping[str, Kind]) -> tuple[dict[str, Kind], tuple[Recipe, ...]]:
+        """What is rounded in the place of some matrices, and how they are made of it."""
+        recipes: list[Recipe] = []
+        rounded: dict[str, Kind] = {}
+        for name, kind in makes.items():
+            now, of = name, kind
+            if name in self.transposed:
+                now, of = f"{name}.transposed", Kind(kind.code, kind.shape[::-1])
+                recipes.append(Recipe(TRANSPOSED, {TRANSPOSED: now}, {name: kind}))
+            if self.seed is not None:
+                turned = Kind("F32", of.shape)
+                recipes.append(Recipe(HADAMARD, {"rotated": f"{now}.rotated"}, {now: of}, {"seed": self.seed}))
+                now, of = f"{now}.rotated", turned
+            rounded[now] = of
+        return rounded, tuple(reversed(recipes))
 
 
-def _write(
+def write_rounded(
     directory: Path,
     source: Checkpoint | PackedFolder,
     shelf: Shelf,
-    bits: float,
-    size: int | None,
+    goal: Goal,
     stage: str | None,
     jobs: int | None,
     progress: Progress,
 ) -> Contents:
     """Round and write everything."""
-    contents, groups = Contents(), _groups(source, shelf)
+    contents, groups = Contents(), _groups(source, shelf, _TOGETHER if goal.method == INTEGERS else 0)
     rest = [name for name in source.kinds if name not in shelf.budgets]
-    longest = {f"{group[0]}.message": Kind("U8", (1 << 39,)) for group in groups}
-    names = announced({name: source.kinds[name] for name in rest} | longest)
+    longest = {f"{group[0]}.{part}": Kind("U8", (1 << 39,)) for group in groups for part in _PARTS_OF[goal.method]}
+    names = announced({name: source.kinds[name] for name in rest}) | {n: kind.shape for n, kind in longest.items()}
     shards = shard_bytes(source) if isinstance(source, Checkpoint) else None
     with workers(jobs) as executor, CheckpointWriter(directory, names, shards, STEM) as writer:
         for name in rest:
             piece = staged(plain({name: source[name]}), stage)
             contents.write(writer, piece, digests_of(piece))
-        wanted = bits * sum(source.kinds[name].numel for name in shelf.budgets)
-        if size is not None:
-            wanted = 8.0 * (size - _bytes_around(source, contents, groups, names))
-        rolling = Rolling([Budget.sum(shelf.budgets[name] for name in group) for group in groups], wanted)
+        rolling = _rolling(source, shelf, goal, groups, partial(_bytes_around, source, shelf, contents, groups, names))
         for done, group in enumerate(groups, start=1):
-            c = rolling.next()
+            amount = rolling.next()
             while True:
-                rounded = ordered_map(executor, partial(_rounded, source, shelf, c), group)
-                piece = _piece(source, group, [tensor for tensors in rounded for tensor in tensors])
-                if rolling.spend(c, 8.0 * sum(kind.n_bytes for kind, _ in piece.stored.values())):
+                rounded = ordered_map(executor, partial(_rounded, source, shelf, goal, amount), group)
+                piece = _piece(source, shelf, goal, group, [tensor for tensors in rounded for tensor in tensors])
+                if rolling.spend(amount, 8.0 * sum(kind.n_bytes for kind, _ in piece.stored.values())):
                     break
-                c *= 1.002
+                amount *= 1.002
             contents.write(writer, piece, digests_of(piece))
             progress(done, len(groups))
     return contents
 
 
-def _rounded(source: Source, shelf: Shelf, c: float, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    result = stepped(source[name], *shelf[name], c)
-    return result.integers, result.rows, result.columns
+def _rolling(
+    source: Source, shelf: Shelf, goal: Goal, groups: list[list[str]], around: Callable[[], int]
+) -> Rolling | Fixed:
+    """What says how finely each group is rounded."""
+    n_numbers = sum(source.kinds[name].numel for name in shelf.budgets)
+    if goal.method != INTEGERS:
+        return Fixed(goal.wanted_bits)
+    if goal.kl is not None:
+        return Fixed(math.sqrt(24 * goal.kl / n_numbers))
+    bits = goal.wanted_bits * n_numbers if goal.size is None else 8.0 * (goal.size - around())
+    if bits < n_numbers / 4:
+        raise UsageError(f"a target of {goal.size} bytes leaves {max(bits, 0) / n_numbers:.2f} bits a number: give more")
+    return Rolling([Budget.sum(shelf.budgets[name] for name in group) for group in groups], bits)
 
 
-def _piece(source: Source, group: Sequence[str], tensors: list[Tensor]) -> Piece:
-    makes = {name: source.kinds[name] for name in group}
-    coded = CODES[INTEGERS].encode(tensors, list(makes.values()))
+def _rounded(source: Source, shelf: Shelf, goal: Goal, amount: float, name: str) -> tuple[Tensor, ...]:
+    return goal.tensors(shelf.matrix(source, name), *shelf[name], amount)
+
+
+def _piece(source: Source, shelf: Shelf, goal: Goal, group: Sequence[str], tensors: list[Tensor]) -> Piece:
+    """A group of matrices, coded, and turned back where they were rotated."""
+    makes, recipes = shelf.recipes({name: source.kinds[name] for name in group})
+    code = _CODE_OF.get(goal.method, goal.method)
+    coded = CODES[code].encode(tensors, list(makes.values()))
     takes = {part: f"{group[0]}.{part}" for part in coded.parts}
     stored = {takes[part]: (Kind.of(tensor), tensor) for part, tensor in coded.parts.items()}
-    return Piece(stored, (Recipe(INTEGERS, takes, makes, coded.params),))
+    return Piece(stored, (Recipe(code, takes, makes, coded.params), *recipes))
 
 
-def _groups(source: Source, shelf: Shelf) -> list[list[str]]:
-    """Matrices that are coded together: as many as follow each other in a block and are small."""
+def _groups(source: Source, shelf: Shelf, together: int) -> list[list[str]]:
+    """Matrices that are coded together: as many as follow each other in a block and have so many numbers."""
     groups: list[list[str]] = []
-    size = _TOGETHER
+    size = together
     for name in sorted(shelf.budgets, key=lambda name: (_is_in_block(name), _numbers(name))):
-        if size >= _TOGETHER or not groups or _numbers(name)[:1] != _numbers(groups[-1][0])[:1]:
+        if size >= together or not groups or _numbers(name)[:1] != _numbers(groups[-1][0])[:1]:
             groups.append([])
             size = 0
         groups[-1].append(name)
@@ -234,15 +360,15 @@ def _numbers(name: str) -> list[int]:
 
 
 def _bytes_around(
-    source: Source, contents: Contents, groups: Sequence[Sequence[str]], names: Mapping[str, tuple[int, ...]]
+    source: Source, shelf: Shelf, contents: Contents, groups: Sequence[Sequence[str]], names: Mapping[str, tuple[int, ...]]
 ) -> int:
     """At most what the finished folder has besides the messages: other tensors, headers, manifest, config."""
     tensors = sum(kind.n_bytes for kind in contents.stored.values())
     header = sum(len(name) + len(str(list(shape))) + ENTRY for name, shape in names.items())
-    planned = [
-        Recipe(INTEGERS, {"message": f"{group[0]}.message"}, {n: source.kinds[n] for n in group}, {"bytes": 10**12})
-        for group in groups
-    ]
+    planned = []
+    for group in groups:
+        makes, after = shelf.recipes({name: source.kinds[name] for name in group})
+        planned += [Recipe(INTEGERS, {"message": f"{group[0]}.message"}, makes, {"bytes": 10**12}), *after]
     recipes = sum(len(json.dumps(recipe.facts)) + 1 for recipe in (*contents.recipes, *planned))
     digests = sum(len(name) + 40 for name in (*contents.stored, *(f"{group[0]}.message" for group in groups)))
     return tensors + header + recipes + digests + 3 * len(json.dumps(dict(source.config), indent=4)) + _AROUND

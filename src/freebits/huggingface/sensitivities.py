@@ -34,51 +34,53 @@ def measure_sensitivities(
         progress: called after each block, forwards and backwards.
     """
     n_blocks = len(model.blocks)
-    first = torch.cat(list(model.embed(tokens)))
-    streams = [_in_file(scratch / f"stream-{number}", first) for number in range(n_blocks + 1)]
+    streams = [_in_file(scratch / "stream-0", torch.cat(list(model.embed(tokens))))]
     for number in range(n_blocks):
         with model.block(number) as run, torch.no_grad():
-            for before, after in zip(streams[number].split(1), streams[number + 1].split(1), strict=True):
-                after.copy_(run(before.to(model.device)))
+            after = torch.cat([run(window.to(model.device)).cpu() for window in streams[-1].split(1)])
+        streams.append(_in_file(scratch / f"stream-{number + 1}", after))
         progress(number + 1, 2 * n_blocks)
-    gradient = streams.pop()
-    hidden, likely = _head(model, tokens, gradient, seed)
+    hidden, likely, gradient = _head(model, tokens, streams.pop(), seed)
     for number in reversed(range(n_blocks)):
-        yield _block(model, number, streams.pop(), gradient)
-        (scratch / f"stream-{number}").unlink()
+        found, gradient = _block(model, number, streams.pop(), gradient)
+        yield found
         progress(2 * n_blocks - number, 2 * n_blocks)
     yield _embeddings(model, hidden, likely, gradient)
 
 
-def _in_file(path: Path, like: Tensor) -> Tensor:
-    """A tensor of that shape in a file: there is a stream for each block. `like` is what the first begins as."""
-    flat = torch.from_file(str(path), shared=True, size=like.numel(), dtype=like.dtype)
-    return flat.view(like.shape).copy_(like)
+def _in_file(path: Path, stream: Tensor) -> Tensor:
+    """The same in a file: there is a stream for each block."""
+    flat = torch.from_file(str(path), shared=True, size=stream.numel(), dtype=stream.dtype)
+    return flat.view(stream.shape).copy_(stream)
 
 
-def _head(model: BlockwiseModel, tokens: Tensor, stream: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Replace the stream by the gradient at it; mean `x xᵀ` over the head's inputs; how likely each token is."""
+def _head(model: BlockwiseModel, tokens: Tensor, stream: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean `x xᵀ` over the head's inputs; how likely each token is; the gradient at the stream."""
     generator = torch.Generator(model.device).manual_seed(seed)
     inputs: list[Tensor] = []
     gram: Any = 0
     likely: Any = 0
     handle = model.head_module.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
+    gradients = []
     for window, x in zip(tokens, stream.split(1), strict=True):
         leaf = x.to(model.device).clone().requires_grad_()
         logits = model.logits(leaf, window)[:-1]
         chances = logits.detach().softmax(-1)
         labels = torch.multinomial(chances, 1, generator=generator)[:, 0]
-        x.copy_(torch.autograd.grad(cross_entropy(logits, labels, reduction="sum"), leaf)[0])
+        gradients.append(torch.autograd.grad(cross_entropy(logits, labels, reduction="sum"), leaf)[0].cpu())
         likely = likely + (chances * (1 - chances)).sum(0)
         rows = inputs.pop().flatten(0, -2)
         gram = gram + rows.T @ rows
     handle.remove()
     n_tokens = tokens.numel()
-    return gram / n_tokens, likely / n_tokens
+    return gram / n_tokens, likely / n_tokens, torch.cat(gradients)
 
 
-def _block(model: BlockwiseModel, number: int, stream: Tensor, gradient: Tensor) -> dict[str, Sensitivity]:
-    """What its matrices' inputs and gradients are; `gradient`, at its output, becomes that at its input."""
+def _block(
+    model: BlockwiseModel, number: int, stream: Tensor, gradient: Tensor
+) -> tuple[dict[str, Sensitivity], Tensor]:
+    """Of its matrices, and the gradient at its input, from that at its output."""
+    gradients = []
     modules = model.matrices(number)
     watches = {name: _Watch(module) for name, module in modules.items()}
     with model.block(number) as run, ExitStack() as hooks:
@@ -86,10 +88,11 @@ def _block(model: BlockwiseModel, number: int, stream: Tensor, gradient: Tensor)
             hooks.callback(module.register_forward_hook(watches[name].saw).remove)
         for x, g in zip(stream.split(1), gradient.split(1), strict=True):
             leaf = x.to(model.device).clone().requires_grad_()
-            g.copy_(torch.autograd.grad(run(leaf), leaf, g.to(model.device))[0])
+            gradients.append(torch.autograd.grad(run(leaf), leaf, g.to(model.device))[0].cpu())
             _sum_up(watches.values())
     n_tokens = stream.shape[0] * stream.shape[1]
-    return {name: watch.sensitivity(n_tokens) for name, watch in watches.items() if watch.n_inputs}
+    found = {name: watch.sensitivity(n_tokens) for name, watch in watches.items() if watch.n_inputs}
+    return found, torch.cat(gradients)
 
 
 class _Watch:

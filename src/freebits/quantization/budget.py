@@ -95,3 +95,18 @@ class Rolling:
         self._taken += bits
         self._left -= bits
         return True
+
+
+class Fixed:
+    """The same for all matrices, whatever they take."""
+
+    def __init__(self, amount: float) -> None:
+        self._amount = amount
+
+    def next(self) -> float:
+        """The amount."""
+        return self._amount
+
+    def spend(self, amount: float, bits: float) -> bool:  # noqa: ARG002
+        """They may."""
+        return True

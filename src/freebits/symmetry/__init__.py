@@ -1,6 +1,7 @@
 """What keeps the function: norm folding, rotation at the sites, and the canonical form of shortcuts."""
 
 from freebits.symmetry.folding import fold_embeddings, fold_head, fold_sublayers
+from freebits.symmetry.hadamard import hadamard, hadamard_inverse
 from freebits.symmetry.orthogonal import random_orthogonal, rotate
 from freebits.symmetry.polar import (
     PolarForm,
@@ -17,6 +18,8 @@ __all__ = [
     "fold_embeddings",
     "fold_head",
     "fold_sublayers",
+    "hadamard",
+    "hadamard_inverse",
     "polar_form",
     "random_orthogonal",
     "rotate",

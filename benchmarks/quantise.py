@@ -1,0 +1,130 @@
+"""Bytes and bits against perplexity and KL divergence: every way to quantise, on the off-grid demo model.
+
+    python -m benchmarks.quantise --data DATA [--only NAME,…]
+
+DATA is a folder with `wikitext-2-raw/wiki.valid.raw`. Everything is calibrated on text that the model writes itself,
+and measured on the first 16 windows of 1024 tokens of WikiText-2's validation text. Bits are those of everything that
+the quantised matrices take on disk; bytes are of the finished folder.
+"""
+
+import argparse
+import csv
+import math
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import kl_div, log_softmax
+from tqdm import tqdm
+
+from benchmarks.off_grid import off_grid
+from freebits.calibration import perplexity
+from freebits.checkpoint import Checkpoint, new_directory
+from freebits.evaluation.perplexity import logits, loss
+from freebits.huggingface import load, token_windows
+from freebits.huggingface.blockwise import BlockwiseModel
+from freebits.huggingface.own_text import own_windows
+from freebits.huggingface.packed_models import inner_config
+from freebits.huggingface.quantize_checkpoint import SAMPLES, WINDOW, Goal, Shelf, write_rounded
+from freebits.huggingface.sensitivities import measure_sensitivities
+from freebits.packed import PackedFolder, publish
+from freebits.report import bytes_on_disk
+
+RESULTS = Path(__file__).parent / "results" / "quantise.csv"
+WINDOWS = 16
+MB = 1_000_000
+ROWS: dict[str, tuple[str, str, Goal]] = {
+    # name: (which matrices, rotation, how)
+    "whole, 102 MB": ("all", "none", Goal(size=102 * MB)),
+    "whole, 90 MB": ("all", "none", Goal(size=90 * MB)),
+    "whole, 78 MB": ("all", "none", Goal(size=78 * MB)),
+    "whole, 68 MB": ("all", "none", Goal(size=68 * MB)),
+    "whole, 60 MB": ("all", "none", Goal(size=60 * MB)),
+    "whole, 52 MB": ("all", "none", Goal(size=52 * MB)),
+    "linear, integers 3.80": ("linear", "none", Goal(bits=3.80)),
+    "linear, integers 3.05": ("linear", "none", Goal(bits=3.05)),
+    "linear, integers 2.40": ("linear", "none", Goal(bits=2.40)),
+    "linear, gptq 4, rotated": ("linear", "hadamard", Goal(bits=4, method="gptq")),
+    "linear, gptq 4": ("linear", "none", Goal(bits=4, method="gptq")),
+    "linear, rtn 4": ("linear", "none", Goal(bits=4, method="rtn")),
+    "linear, rtn 4, rotated": ("linear", "hadamard", Goal(bits=4, method="rtn")),
+    "linear, pyramid 3.6, rotated": ("linear", "hadamard", Goal(bits=3.6, method="pyramid")),
+    "linear, pyramid 3.6": ("linear", "none", Goal(bits=3.6, method="pyramid")),
+    "embedding, integers 3.60": ("embeddings", "none", Goal(bits=3.60)),
+}
+
+
+def main() -> None:
+    """Measure each row that is not measured yet."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--only", default="", help="rows, by parts of their names")
+    parser.add_argument("--scratch", type=Path, help="keep what was made here")
+    arguments = parser.parse_args()
+    wanted = [name for name in ROWS if any(part in name for part in arguments.only.split(","))]
+    with tempfile.TemporaryDirectory() as made:
+        scratch = arguments.scratch or Path(made)
+        dense = scratch / "off-grid"
+        if not dense.is_dir():
+            off_grid(dense)
+        text = (arguments.data / "wikitext-2-raw" / "wiki.valid.raw").read_text(encoding="utf-8")
+        windows = token_windows(dense, text, 1024, WINDOWS)
+        shelves, source = calibrated(dense, scratch)
+        reference = load(dense, dtype=torch.float32).eval()
+        for name in wanted:
+            which, rotation, goal = ROWS[name]
+            shelf = shelves[rotation]
+            embedding = "model.embed_tokens.weight"
+            chosen = {n for n in shelf.budgets if which == "all" or (n == embedding) == (which == "embeddings")}
+            out = scratch / name.replace(" ", "-").replace(",", "")
+            shutil.rmtree(out, ignore_errors=True)
+            with new_directory(out) as directory:
+                contents = write_rounded(directory, source, shelf.only(chosen), goal, "entropy", None, lambda *_: None)
+                history: list[dict[str, Any]] = [{"move": goal.method, "fidelity": "lossy"}]
+                publish(directory, source, contents, source.config, "auto", history)
+            folder = PackedFolder(out)
+            n_numbers = sum(source.kinds[n].numel for n in chosen)
+            coded = sum(kind.n_bytes for n, kind in folder.stored.items() if n.partition(".weight.")[0] + ".weight" in chosen)
+            result = compared(reference, load(out, dtype=torch.float32).eval(), windows)
+            row = {"row": name, "bits": f"{8 * coded / n_numbers:.3f}", "bytes": bytes_on_disk(folder), **result}
+            print(row, flush=True)
+            fresh = not RESULTS.exists()
+            with RESULTS.open("a", newline="") as file:
+                writer = csv.DictWriter(file, list(row))
+                writer.writeheader() if fresh else None
+                writer.writerow(row)
+
+
+def calibrated(dense: Path, scratch: Path) -> tuple[dict[str, Shelf], Checkpoint]:
+    """What is known of each matrix, as it is and rotated."""
+    source = Checkpoint(dense)
+    model = BlockwiseModel(source, inner_config(source.config).from_dict(dict(source.config)), torch.device("cpu"))
+    tokens = own_windows(dense, SAMPLES, WINDOW, 0, torch.device("cpu"), lambda *_: None)
+    shelves = {"none": Shelf(scratch / "plain", None), "hadamard": Shelf(scratch / "rotated", 0)}
+    for folder in ("plain", "rotated", "streams"):
+        (scratch / folder).mkdir(exist_ok=True)
+    for part in measure_sensitivities(model, tokens, scratch / "streams", 0, lambda *_: None):
+        for shelf in shelves.values():
+            shelf.add(part, source, ())
+    return shelves, source
+
+
+@torch.no_grad()
+def compared(reference: Any, model: Any, windows: torch.Tensor) -> dict[str, str]:
+    """Perplexity against the reference's, and mean KL divergence from it."""
+    losses: list[tuple[float, float]] = []
+    divergence = 0.0
+    for window in tqdm(windows, disable=None):
+        theirs, ours = logits(reference, window), logits(model, window)
+        losses.append((loss(theirs, window), loss(ours, window)))
+        log_p, log_q = log_softmax(theirs, -1), log_softmax(ours, -1)
+        divergence += kl_div(log_q, log_p, log_target=True, reduction="batchmean").item() / len(windows)
+    dense, ours = (perplexity(of) for of in zip(*losses, strict=True))
+    return {"perplexity": f"{ours:.4f}", "ratio": f"{ours / dense:.4f}", "mean_kl": f"{divergence:.4f}"}
+
+
+if __name__ == "__main__":
+    math.inf
+    main()

@@ -1,0 +1,254 @@
+"""Quantisation: the codes, the rounding, and the verb."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import freebits
+from freebits.codes import CODES, ans, enumeration
+from freebits.codes.integers import Stepped, exponents, steps
+from freebits.errors import UsageError
+from freebits.kind import Kind
+from freebits.quantization import GROUP, feedback, gridded, pyramids, stepped, whitener
+from freebits.quantization.pyramids import nearest_points
+from freebits.symmetry import hadamard, hadamard_inverse
+from tests.tiny import Make, random_text
+
+numbers = st.lists(st.tuples(st.sampled_from(list(ans.LEVELS)), st.lists(st.integers(-(2**31), 2**31 - 1))), max_size=5)
+
+
+@given(numbers)
+def test_numbers_of_any_size_survive_the_coder(parts: list[tuple[int, list[int]]]) -> None:
+    segments = [(level, np.array(values, np.int32)) for level, values in parts]
+    words, escaped = ans.encode(segments)
+    decoded = list(ans.decode(words, [(level, len(values)) for level, values in segments], escaped))
+    assert all(np.array_equal(values, got) for (_, values), got in zip(segments, decoded, strict=True))
+
+
+def drawn(n: int, level: int, seed: int = 0) -> Any:
+    return np.round(np.random.default_rng(seed).normal(size=n) * 2 ** (level / 4)).astype(np.int32)
+
+
+@pytest.mark.parametrize("n", [1 << 17, 1 << 20])
+def test_the_coder_takes_the_entropy_and_hardly_more(n: int) -> None:
+    segments = [(level, drawn(n // 4, level)) for level in (2, 6, 9, 14)]
+    words, escaped = ans.encode(segments)
+    masses = [np.unique(values, return_counts=True)[1] / (n // 4) for _, values in segments]
+    entropy = sum(-(mass * np.log2(mass)).sum() * n / 4 for mass in masses)
+    assert len(escaped) < 10
+    assert 0.999 < 16 * len(words) / entropy < (1.006 if n < 1 << 18 else 1.003)
+
+
+def test_the_tables_are_the_same_on_all_machines() -> None:
+    digests = [int((ans.table(level).frequencies * np.arange(1, 2 * ans.table(level).radius + 3, dtype=np.uint64)).sum())
+               for level in (-12, 0, 5, 18, 32)]
+    assert all(int(ans.table(level).frequencies.sum()) == 1 << ans.PRECISION for level in ans.LEVELS)
+    assert digests == TABLES
+
+
+TABLES = [49155, 114695, 213005, 1704040, 7913955]
+
+
+def test_a_damaged_message_is_no_crash() -> None:
+    words, escaped = ans.encode([(4, drawn(5000, 4))])
+    for broken in (words[:-1], words[:10], words ^ np.uint16(5)):
+        with pytest.raises(ValueError, match=r"message|escapes"):
+            list(ans.decode(broken, [(4, 5000)], escaped))
+
+
+@settings(max_examples=20)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 5))
+def test_matrices_of_integers_come_back(n: int, m: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    matrix = (torch.randn(n, m, generator=generator) * 10 ** torch.rand(n, 1, generator=generator) * 3).round()
+    other = torch.zeros(m, n)
+    tensors, kinds = [], []
+    for integers in (matrix, other):
+        rows, columns = (torch.randint(-200, 200, (size,), generator=generator).short() for size in integers.shape)
+        tensors += [integers.int(), rows, columns]
+        kinds.append(Kind("F32", tuple(integers.shape)))
+    coded = CODES["integers"].encode(tensors, kinds)
+    decoded = CODES["integers"].decode(coded.parts, kinds, coded.params)
+    assert torch.equal(decoded[0], Stepped(*tensors[:3]).floats(torch.float32))
+    assert torch.equal(decoded[1], other)
+
+
+def test_steps_are_powers_of_two() -> None:
+    wanted = torch.tensor([1e-6, 0.5, 1.0, 3.0, 1e4])
+    assert torch.allclose(steps(exponents(wanted)), wanted, rtol=2 ** (1 / 32) - 1 + 1e-6)
+    assert torch.equal(steps(torch.tensor([0, 16, -32]).short()), torch.tensor([1.0, 2.0, 0.25]))
+
+
+def every_point(size: int, pulses: int) -> list[tuple[int, ...]]:
+    values = range(-pulses, pulses + 1)
+    return [y for y in itertools.product(values, repeat=size) if sum(map(abs, y)) == pulses]
+
+
+@pytest.mark.parametrize(("size", "pulses"), [(1, 1), (1, 4), (2, 3), (3, 2), (4, 3), (3, 5)])
+def test_points_are_numbered_without_gaps(size: int, pulses: int) -> None:
+    points = np.array(every_point(size, pulses))
+    assert sorted(enumeration.rank(points).tolist()) == list(range(len(points)))
+    assert np.array_equal(enumeration.unrank(enumeration.rank(points), size, pulses), points)
+    assert enumeration.n_bits(size, pulses) == (len(points) - 1).bit_length()
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.sampled_from([(16, 12), (16, 48), (16, 58), (64, 40), (128, 84)]), st.integers(0, 100))
+def test_large_pyramids_are_numbered_exactly(shape: tuple[int, int], seed: int) -> None:
+    points = nearest_points(torch.randn(20, shape[0], generator=torch.Generator().manual_seed(seed)), shape[1])
+    points = points.long().numpy()
+    assert np.array_equal(np.abs(points).sum(1), np.full(20, shape[1]))
+    assert np.array_equal(enumeration.unrank(enumeration.rank(points), *shape), points)
+
+
+def test_the_search_finds_nearly_the_nearest_point() -> None:
+    x = torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
+    every = torch.tensor(every_point(4, 3)).float()
+    best = (x @ every.T / every.norm(dim=1)).amax(1)
+    found = nearest_points(x, 3)
+    assert ((x * found).sum(1) / found.norm(dim=1) / best).mean() > 0.995
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 12, 36, 96, 100, 172, 576, 1536])
+def test_a_hadamard_rotation_is_orthogonal_and_goes_back(n: int) -> None:
+    Q = hadamard(torch.eye(n, dtype=torch.float64), seed=3)
+    assert torch.allclose(Q @ Q.T, torch.eye(n, dtype=torch.float64), atol=1e-12)
+    x = torch.randn(2, 3, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(hadamard_inverse(hadamard(x, 3), 3), x, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [4, 12, 36, 576, 1536])
+def test_it_spreads_every_number_evenly(n: int) -> None:
+    Q = hadamard(torch.eye(n, dtype=torch.float64), seed=1)
+    assert torch.allclose(Q.abs(), torch.full_like(Q, n**-0.5), atol=1e-12)
+
+
+def problem(n: int = 24, m: int = 32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4 * m, m, generator=generator) @ torch.randn(m, m, generator=generator)
+    return torch.randn(n, m, generator=generator), (x.T @ x / len(x)).double()
+
+
+def loss(W: Tensor, rounded: Tensor, gram: Tensor) -> float:
+    error = (W - rounded).double()
+    return torch.trace(error @ gram @ error.T).item()
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_feedback_costs_what_theory_says_and_less_than_rounding(group: int) -> None:
+    W, gram = problem()
+    U = whitener(gram, 0.0)
+    made: dict[int, Tensor] = {}
+
+    def to(w: Tensor, at: int) -> Tensor:
+        made[at] = w.clone()
+        return w.round()
+
+    rounded = feedback(W, U, to, group)
+    inverses = [torch.linalg.inv(U[at : at + group, at : at + group]) for at in made]
+    told = sum(((w - w.round()).double() @ of).square().sum().item() for w, of in zip(made.values(), inverses, strict=True))
+    assert math.isclose(loss(W, rounded, gram), told, rel_tol=1e-3)
+    assert loss(W, rounded, gram) < 0.7 * loss(W, W.round(), gram)
+
+
+def test_every_number_costs_the_same() -> None:
+    W, gram = problem(400, 32)
+    U, rows, c = whitener(gram, 0.0), torch.linspace(0.5, 2, 400), 0.3
+    error = (W - stepped(W, U, rows, c).floats(torch.float32)).double()
+    per_row = torch.einsum("ri,ij,rj->r", error, gram, error) / rows.square()
+    assert math.isclose(per_row.mean().item(), 32 * c * c / 12, rel_tol=0.05)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_grids_and_pyramids_come_back_and_get_finer(bits: int) -> None:
+    W, gram = problem(24, 96)
+    U = whitener(gram, 0.01)
+    kind = [Kind("F32", tuple(W.shape))]
+    fed, nearest = gridded(W, U, bits), gridded(W, None, bits)
+    losses = []
+    for tensors, code in (((*fed, torch.tensor([bits, GROUP])), "grid"), ((*nearest, torch.tensor([bits, GROUP])), "grid"),
+                          (pyramids(W, U, min(bits, 4)), "pyramid")):
+        coded = CODES[code].encode(tensors, kind)
+        assert {name: Kind.of(part) for name, part in coded.parts.items()} == CODES[code].parts(kind, coded.params)
+        [decoded] = CODES[code].decode(coded.parts, kind, coded.params)
+        losses.append(loss(W, decoded, gram) / loss(W, torch.zeros_like(W), gram))
+    assert losses[0] < losses[1] < 8 * 4.0**-bits
+    assert losses[2] < 2 * 4.0 ** -min(bits, 4)
+
+
+def quantised(model: Path, out: Path, **options: Any) -> dict[str, Any]:
+    defaults: dict[str, Any] = {"calibration": random_text(600), "samples": 8, "seq_len": 32}
+    return freebits.quantize(model, out, **(defaults | options))
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"model_type": "opt"}, {"model_type": "gpt2"}], ids=str)
+def test_a_model_is_quantised_loaded_and_unpacked(changes: dict[str, Any], save_tiny: Make, tmp_path: Path) -> None:
+    dense = save_tiny(**changes)
+    facts = quantised(dense, tmp_path / "out", bits=8)
+    assert facts["bytes"]["packed"] < 0.95 * facts["bytes"]["dense"]
+    result = freebits.verify(tmp_path / "out", against=dense, text=random_text(200), seq_len=32, limit=4)
+    assert result["mean_kl"] < 0.02
+    freebits.unpack(tmp_path / "out", tmp_path / "plain")
+    plain, packed = (freebits.load(tmp_path / name).state_dict() for name in ("plain", "out"))
+    assert plain.keys() == packed.keys()
+    assert all(torch.equal(plain[name], packed[name]) for name in plain)
+
+
+@pytest.mark.parametrize("method", ["pyramid", "gptq", "rtn"])
+@pytest.mark.parametrize("rotate", ["none", "hadamard"])
+def test_other_methods_and_rotations_load_too(method: str, rotate: str, save_tiny: Make, tmp_path: Path) -> None:
+    dense = save_tiny()
+    quantised(dense, tmp_path / "out", bits=4, method=method, rotate=rotate, only="linear")
+    result = freebits.verify(tmp_path / "out", against=dense, text=random_text(200), seq_len=32, limit=4)
+    assert result["mean_kl"] < 0.6  # 4 bits a number are few for a model of noise
+    history = freebits.inspect(tmp_path / "out")["history"]
+    assert (history[-1]["move"], history[-1]["rotate"], history[-1]["fidelity"]) == (method, rotate, "lossy")
+
+
+def test_a_target_size_is_met_and_never_passed(save_tiny: Make, tmp_path: Path) -> None:
+    dense = save_tiny(hidden_size=64, intermediate_size=256)
+    target = 190_000
+    facts = quantised(dense, tmp_path / "out", target_size=target)
+    assert 0.97 * target < facts["bytes"]["packed"] <= target
+
+
+def test_sliced_and_canonical_models_are_quantised(save_tiny: Make, slice_tiny: Make, pack_tiny: Make, tmp_path: Path) -> None:
+    sliced = slice_tiny(save_tiny())
+    for name, model in (("sliced", sliced), ("canonical", pack_tiny(sliced))):
+        quantised(model, tmp_path / f"{name}-4", bits=8)
+        result = freebits.verify(tmp_path / f"{name}-4", against=model, text=random_text(200), seq_len=32, limit=4)
+        assert result["ok"], result
+        assert result["mean_kl"] < 0.02
+        freebits.unpack(tmp_path / f"{name}-4", tmp_path / f"{name}-plain")
+
+
+def test_a_model_writes_the_text_that_it_is_calibrated_on(save_tiny: Make, tmp_path: Path) -> None:
+    dense = save_tiny()
+    facts = freebits.quantize(dense, tmp_path / "out", samples=4, seq_len=16, bits=6)
+    assert facts["history"][-1]["text"] == "its own"
+    again = freebits.quantize(dense, tmp_path / "again", samples=4, seq_len=16, bits=6)
+    assert (tmp_path / "again/freebits.json").read_bytes() == (tmp_path / "out/freebits.json").read_bytes()
+    assert again == facts
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"bits": 4, "target_size": 10**6}, {"bits": 0.5}, {"bits": float("nan")}, {"target_size": 3000},
+     {"method": "gptq", "bits": 4.5}, {"method": "rtn", "target_size": 10**6}, {"method": "magic"}, {"rotate": "left"},
+     {"only": "norms"}, {"target_kl": -1.0}],
+    ids=str,
+)  # fmt: skip
+def test_targets_that_make_no_sense_are_refused(options: dict[str, Any], save_tiny: Make, tmp_path: Path) -> None:
+    with pytest.raises(UsageError):
+        quantised(save_tiny(), tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+    json.dumps(options)
