@@ -11,6 +11,7 @@ import torch
 
 import freebits
 from benchmarks.results import print_table, save_csv
+from freebits.calibration import embedded_text
 from freebits.huggingface.demo_model import demo_model
 from freebits.report import change
 
@@ -27,7 +28,9 @@ EQUAL_HEADER = ("form", "sparsity", "width", "bytes", "perplexity")
 
 def sliced(folder: Path, sparsity: float, **options: Any) -> Path:
     """Slice the demo model."""
-    freebits.slice_model(demo_model(), folder, sparsity=sparsity, samples=SAMPLES, **options)
+    freebits.slice_model(
+        demo_model(), folder, sparsity=sparsity, calibration=embedded_text()[0], samples=SAMPLES, **options
+    )
     return folder
 
 

@@ -26,6 +26,7 @@ import torch
 import freebits
 from benchmarks.folders import stored_tensors
 from benchmarks.results import print_table, save_csv
+from freebits.calibration import embedded_text
 from freebits.codes.entropy import compress, decompress
 from freebits.codes.planes import merge, split
 from freebits.codes.zstd import zstd
@@ -177,7 +178,9 @@ def main() -> None:
         for dtype in (torch.float16, torch.bfloat16):
             kind = KINDS[CODES[dtype]]
             sliced, canonical = Path(directory) / f"sliced {kind}", Path(directory) / f"canonical {kind}"
-            freebits.slice_model(demo_model(), sliced, sparsity=0.2, dtype=dtype, samples=32)
+            freebits.slice_model(
+                demo_model(), sliced, sparsity=0.2, calibration=embedded_text()[0], dtype=dtype, samples=32
+            )
             freebits.pack(sliced, canonical, entropy="none")
             rows += race(f"20%, {kind}, sliced", sliced) + race(f"20%, {kind}, canonical", canonical)
         rows += race("dense (was 4 bits), float16", demo_model())

@@ -13,6 +13,7 @@ import torch
 
 import freebits
 from benchmarks.results import RESULTS, save_csv
+from freebits.calibration import embedded_text
 from freebits.codes.rotation_words import n_words_taken
 from freebits.huggingface.demo_model import demo_model
 from freebits.packed import PackedFolder
@@ -39,7 +40,7 @@ def main() -> None:
     """Draw the figure and save its quantiles."""
     with tempfile.TemporaryDirectory() as scratch:
         sliced = Path(scratch) / "sliced"
-        freebits.slice_model(demo_model(), sliced, sparsity=0.2, untie=True, samples=32)
+        freebits.slice_model(demo_model(), sliced, sparsity=0.2, calibration=embedded_text()[0], untie=True, samples=32)
         measured = errors(sliced, Path(scratch))
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for name, values in measured.items():

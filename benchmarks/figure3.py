@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 
 import freebits
 from benchmarks.results import RESULTS, print_table, save_csv
+from freebits.calibration import embedded_text
 from freebits.huggingface.demo_model import demo_model
 from freebits.report import change
 
@@ -22,7 +23,9 @@ def main() -> None:
     """Measure, draw and save."""
     with tempfile.TemporaryDirectory() as scratch:
         sliced = Path(scratch) / "sliced"
-        sizes = freebits.slice_model(demo_model(), sliced, sparsity=0.2, untie=True, samples=32)["bytes"]
+        sizes = freebits.slice_model(
+            demo_model(), sliced, sparsity=0.2, calibration=embedded_text()[0], untie=True, samples=32
+        )["bytes"]
         measured = [("sliced", sizes["sliced"], 0, freebits.evaluate(sliced, limit=WINDOWS)["perplexity"])]
         for threshold in THRESHOLDS:
             packed = Path(scratch) / f"packed {threshold}"

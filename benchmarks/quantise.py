@@ -9,7 +9,6 @@ the quantised matrices take on disk; bytes are of the finished folder.
 
 import argparse
 import csv
-import math
 import shutil
 import tempfile
 from pathlib import Path
@@ -86,7 +85,9 @@ def main() -> None:
                 publish(directory, source, contents, source.config, "auto", history)
             folder = PackedFolder(out)
             n_numbers = sum(source.kinds[n].numel for n in chosen)
-            coded = sum(kind.n_bytes for n, kind in folder.stored.items() if n.partition(".weight.")[0] + ".weight" in chosen)
+            coded = sum(
+                kind.n_bytes for n, kind in folder.stored.items() if n.partition(".weight.")[0] + ".weight" in chosen
+            )
             result = compared(reference, load(out, dtype=torch.float32).eval(), windows)
             row = {"row": name, "bits": f"{8 * coded / n_numbers:.3f}", "bytes": bytes_on_disk(folder), **result}
             print(row, flush=True)
@@ -121,10 +122,9 @@ def compared(reference: Any, model: Any, windows: torch.Tensor) -> dict[str, str
         losses.append((loss(theirs, window), loss(ours, window)))
         log_p, log_q = log_softmax(theirs, -1), log_softmax(ours, -1)
         divergence += kl_div(log_q, log_p, log_target=True, reduction="batchmean").item() / len(windows)
-    dense, ours = (perplexity(of) for of in zip(*losses, strict=True))
-    return {"perplexity": f"{ours:.4f}", "ratio": f"{ours / dense:.4f}", "mean_kl": f"{divergence:.4f}"}
+    before, after = (perplexity(of) for of in zip(*losses, strict=True))
+    return {"perplexity": f"{after:.4f}", "ratio": f"{after / before:.4f}", "mean_kl": f"{divergence:.4f}"}
 
 
 if __name__ == "__main__":
-    math.inf
     main()

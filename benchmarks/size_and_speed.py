@@ -29,6 +29,7 @@ import freebits
 from benchmarks.folders import stored_tensors, weights_file
 from benchmarks.results import RESULTS, print_table, save_csv
 from benchmarks.timing import timed
+from freebits.calibration import embedded_text
 from freebits.checkpoint import WeightsWriter
 from freebits.codes.zstd import zstd
 from freebits.huggingface.demo_model import demo_model
@@ -281,7 +282,7 @@ def main() -> None:
             if sparsity:
                 source, name = scratch / "sliced", f"{sparsity:.0%}, {dtype}, {'untied' if untie else 'tied'}"
                 options: dict[str, Any] = {"untie": untie, "dtype": getattr(torch, dtype), "samples": 32}
-                freebits.slice_model(demo_model(), source, sparsity=sparsity, **options)
+                freebits.slice_model(demo_model(), source, sparsity=sparsity, calibration=embedded_text()[0], **options)
             stored_tensors(source)  # into the page cache
             rows += race(name, source, bool(sparsity), scratch)
             save_csv("size_and_speed", HEADER, rows)

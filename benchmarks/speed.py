@@ -18,6 +18,7 @@ import freebits
 from benchmarks.results import print_table, save_csv
 from benchmarks.timing import interleaved
 from freebits.architecture import Architecture, Layout
+from freebits.calibration import embedded_text
 from freebits.checkpoint import Checkpoint
 from freebits.huggingface import sliced_models as modeling
 from freebits.huggingface.demo_model import demo_model
@@ -105,7 +106,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         scratch = Path(directory)
         sliced = scratch / "sliced"
-        freebits.slice_model(demo_model(), sliced, sparsity=0.2, samples=8)
+        freebits.slice_model(demo_model(), sliced, sparsity=0.2, calibration=embedded_text()[0], samples=8)
         packed = {codec: scratch / codec for codec in CODECS}
         for codec, folder in packed.items():
             freebits.pack(sliced, folder, codec=codec, entropy="none")

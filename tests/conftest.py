@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import freebits
+from freebits.calibration import embedded_text
 from freebits.huggingface.demo_model import demo_model
 from tests.tiny import Make, random_text, tiny_model
 
@@ -122,7 +123,7 @@ def demo_run(tmp_path_factory: pytest.TempPathFactory) -> DemoRun:
     """The main job on the real model, once a run."""
     folder = tmp_path_factory.mktemp("demo")
     run = DemoRun(demo_model(), *(folder / name for name in ("sliced", "bits-back", "canonical", "unpacked")))
-    freebits.slice_model(run.dense, run.sliced, sparsity=0.2, samples=32)
+    freebits.slice_model(run.dense, run.sliced, sparsity=0.2, calibration=embedded_text()[0], samples=32)
     freebits.pack(run.sliced, run.bits_back, codec="bits-back", entropy="none", threshold=0.01)
     freebits.pack(run.sliced, run.canonical, entropy="none")
     freebits.unpack(run.canonical, run.unpacked)

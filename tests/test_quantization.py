@@ -1,7 +1,6 @@
 """Quantisation: the codes, the rounding, and the verb."""
 
 import itertools
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import freebits
 from freebits.codes import CODES, ans, enumeration
 from freebits.codes.integers import Stepped, exponents, steps
 from freebits.errors import UsageError
+from freebits.huggingface.simulation import asymmetric, symmetric
 from freebits.kind import Kind
 from freebits.quantization import GROUP, feedback, gridded, pyramids, stepped, whitener
 from freebits.quantization.pyramids import nearest_points
@@ -49,8 +49,8 @@ def test_the_coder_takes_the_entropy_and_hardly_more(n: int) -> None:
 
 
 def test_the_tables_are_the_same_on_all_machines() -> None:
-    digests = [int((ans.table(level).frequencies * np.arange(1, 2 * ans.table(level).radius + 3, dtype=np.uint64)).sum())
-               for level in (-12, 0, 5, 18, 32)]
+    frequencies = [ans.table(level).frequencies.tolist() for level in (-12, 0, 5, 18, 32)]
+    digests = [sum(number * frequency for number, frequency in enumerate(of, start=1)) for of in frequencies]
     assert all(int(ans.table(level).frequencies.sum()) == 1 << ans.PRECISION for level in ans.LEVELS)
     assert digests == TABLES
 
@@ -105,9 +105,9 @@ def test_points_are_numbered_without_gaps(size: int, pulses: int) -> None:
 @given(st.sampled_from([(16, 12), (16, 48), (16, 58), (64, 40), (128, 84)]), st.integers(0, 100))
 def test_large_pyramids_are_numbered_exactly(shape: tuple[int, int], seed: int) -> None:
     points = nearest_points(torch.randn(20, shape[0], generator=torch.Generator().manual_seed(seed)), shape[1])
-    points = points.long().numpy()
-    assert np.array_equal(np.abs(points).sum(1), np.full(20, shape[1]))
-    assert np.array_equal(enumeration.unrank(enumeration.rank(points), *shape), points)
+    whole = points.long().numpy()
+    assert np.array_equal(np.abs(whole).sum(1), np.full(20, shape[1]))
+    assert np.array_equal(enumeration.unrank(enumeration.rank(whole), *shape), whole)
 
 
 def test_the_search_finds_nearly_the_nearest_point() -> None:
@@ -155,7 +155,9 @@ def test_feedback_costs_what_theory_says_and_less_than_rounding(group: int) -> N
 
     rounded = feedback(W, U, to, group)
     inverses = [torch.linalg.inv(U[at : at + group, at : at + group]) for at in made]
-    told = sum(((w - w.round()).double() @ of).square().sum().item() for w, of in zip(made.values(), inverses, strict=True))
+    told = sum(
+        ((w - w.round()).double() @ of).square().sum().item() for w, of in zip(made.values(), inverses, strict=True)
+    )
     assert math.isclose(loss(W, rounded, gram), told, rel_tol=1e-3)
     assert loss(W, rounded, gram) < 0.7 * loss(W, W.round(), gram)
 
@@ -175,8 +177,11 @@ def test_grids_and_pyramids_come_back_and_get_finer(bits: int) -> None:
     kind = [Kind("F32", tuple(W.shape))]
     fed, nearest = gridded(W, U, bits), gridded(W, None, bits)
     losses = []
-    for tensors, code in (((*fed, torch.tensor([bits, GROUP])), "grid"), ((*nearest, torch.tensor([bits, GROUP])), "grid"),
-                          (pyramids(W, U, min(bits, 4)), "pyramid")):
+    for tensors, code in (
+        ((*fed, torch.tensor([bits, GROUP])), "grid"),
+        ((*nearest, torch.tensor([bits, GROUP])), "grid"),
+        (pyramids(W, U, min(bits, 4)), "pyramid"),
+    ):
         coded = CODES[code].encode(tensors, kind)
         assert {name: Kind.of(part) for name, part in coded.parts.items()} == CODES[code].parts(kind, coded.params)
         [decoded] = CODES[code].decode(coded.parts, kind, coded.params)
@@ -190,7 +195,9 @@ def quantised(model: Path, out: Path, **options: Any) -> dict[str, Any]:
     return freebits.quantize(model, out, **(defaults | options))
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"model_type": "opt"}, {"model_type": "gpt2"}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_word_embeddings": True}, {"model_type": "opt"}, {"model_type": "gpt2"}], ids=str
+)
 def test_a_model_is_quantised_loaded_and_unpacked(changes: dict[str, Any], save_tiny: Make, tmp_path: Path) -> None:
     dense = save_tiny(**changes)
     facts = quantised(dense, tmp_path / "out", bits=8)
@@ -221,7 +228,9 @@ def test_a_target_size_is_met_and_never_passed(save_tiny: Make, tmp_path: Path) 
     assert 0.97 * target < facts["bytes"]["packed"] <= target
 
 
-def test_sliced_and_canonical_models_are_quantised(save_tiny: Make, slice_tiny: Make, pack_tiny: Make, tmp_path: Path) -> None:
+def test_sliced_and_canonical_models_are_quantised(
+    save_tiny: Make, slice_tiny: Make, pack_tiny: Make, tmp_path: Path
+) -> None:
     sliced = slice_tiny(save_tiny())
     for name, model in (("sliced", sliced), ("canonical", pack_tiny(sliced))):
         quantised(model, tmp_path / f"{name}-4", bits=8)
@@ -251,4 +260,29 @@ def test_targets_that_make_no_sense_are_refused(options: dict[str, Any], save_ti
     with pytest.raises(UsageError):
         quantised(save_tiny(), tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
-    json.dumps(options)
+
+
+def test_coarse_numbers_are_as_many_as_their_bits_and_less_wrong_when_rotated() -> None:
+    x = torch.randn(50, 96, generator=torch.Generator().manual_seed(0))
+    x[:, 7] *= 40
+    for function, most in ((symmetric, 15), (asymmetric, 16)):
+        assert all(len(row.unique()) <= most for row in function(x, 4))
+        turned = hadamard_inverse(function(hadamard(x, 0), 4), 0)
+        assert (turned - x)[:, :7].norm() < 0.7 * (function(x, 4) - x)[:, :7].norm()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "opt"])
+def test_activations_and_cache_are_simulated(model_type: str, save_tiny: Make) -> None:
+    dense, text = save_tiny(model_type=model_type), random_text(300)
+
+    def perplexity(**options: Any) -> float:
+        measured: float = freebits.evaluate(dense, text=text, seq_len=32, limit=4, **options)["perplexity"]
+        return measured
+
+    exact = perplexity()
+    for what in ("activations", "kv"):
+        assert math.isclose(perplexity(**{what: 16}), exact, rel_tol=0.08)  # the largest numbers are clipped
+        assert math.isclose(perplexity(**{what: 16}, rotate="hadamard"), exact, rel_tol=0.08)
+        assert not math.isclose(perplexity(**{what: 2}), perplexity(**{what: 16}), rel_tol=1e-3)
+    with pytest.raises(UsageError, match="bits"):
+        perplexity(activations=1)

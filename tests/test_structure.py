@@ -27,12 +27,13 @@ FLOORS = {
     "verbs": {"checkpoint", "errors", "options", "packed", "report", "work"},
     "huggingface": {
         *("architecture", "calibration", "checkpoint", "codes", "errors", "kind", "moves", "options", "packed"),
-        *("quantization", "report", "version", "work"),
+        *("quantization", "report", "symmetry", "version", "work"),
     },
     "evaluation": {
-        *("calibration", "checkpoint", "errors", "huggingface", "kind", "moves", "packed", "report", "work")
+        *("calibration", "checkpoint", "errors", "huggingface", "kind", "moves", "options", "packed", "report"),
+        "work",
     },
-    "demo": {"evaluation", "huggingface", "report", "verbs", "work"},
+    "demo": {"calibration", "evaluation", "huggingface", "report", "verbs", "work"},
     "cli": {"demo", "errors", "evaluation", "huggingface", "options", "report", "verbs", "version", "work"},
     "__init__": {"errors", "evaluation", "huggingface", "import_hook", "report", "verbs", "version"},
 }
@@ -109,6 +110,7 @@ def test_public_names() -> None:
         "inspect",
         "load",
         "pack",
+        "quantize",
         "slice_model",
         "unpack",
         "verify",

@@ -25,8 +25,8 @@ from freebits.checkpoint.weights import ENTRY, LENGTH, Entry, WeightsFile, Weigh
 from freebits.checkpoint.writer import CheckpointWriter, shard_bytes
 
 __all__ = [
-    "ENTRY",
     "CONFIG",
+    "ENTRY",
     "INDEX",
     "LENGTH",
     "REMOTE_CODE",

@@ -11,7 +11,7 @@ from freebits import demo
 from freebits.cli.output import Row, changes, print_facts, print_json, print_table, progress_bar
 from freebits.errors import CheckpointError, UsageError
 from freebits.evaluation import evaluate, verify
-from freebits.huggingface import estimate, slice_model
+from freebits.huggingface import estimate, quantize, slice_model
 from freebits.report import inspect
 from freebits.verbs import pack, unpack
 
@@ -91,6 +91,28 @@ def run_pack(arguments: Namespace) -> int:
     return print_facts(facts, arguments.json)
 
 
+def run_quantize(arguments: Namespace) -> int:
+    """Quantise a checkpoint."""
+    facts = quantize(
+        arguments.model,
+        arguments.out,
+        bits=arguments.bits,
+        target_size=arguments.target_size,
+        target_kl=arguments.target_kl,
+        method=arguments.method,
+        rotate=arguments.rotate,
+        only=arguments.only,
+        calibration=_text(arguments.calibration),
+        samples=arguments.samples,
+        seq_len=arguments.seq_len,
+        seed=arguments.seed,
+        device=arguments.device,
+        jobs=arguments.jobs,
+        progress=progress_bar("quantize"),
+    )
+    return print_facts(facts, arguments.json)
+
+
 def run_unpack(arguments: Namespace) -> int:
     """Unpack a packed checkpoint."""
     facts = unpack(arguments.packed, arguments.out, jobs=arguments.jobs, progress=progress_bar("unpack"))
@@ -143,6 +165,9 @@ def run_eval(arguments: Namespace) -> int:
         tasks=[name for name in arguments.tasks.split(",") if name],
         data_dir=arguments.data_dir,
         perplexity=not arguments.no_perplexity,
+        activations=arguments.activations,
+        kv=arguments.kv,
+        rotate=arguments.rotate,
         device=arguments.device,
         progress=progress_bar("measure"),
     )

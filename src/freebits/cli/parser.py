@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from freebits.errors import one_line
-from freebits.options import CANONICAL, CODECS, DTYPES, ENTROPIES
+from freebits.options import CANONICAL, CODECS, DTYPES, ENTROPIES, INTEGERS, METHODS, PARTS, ROTATIONS
 from freebits.version import __version__
 
 BAD_INPUT = 2
@@ -14,6 +14,13 @@ BAD_INPUT = 2
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(BAD_INPUT, f"freebits: error: {one_line(message)} (see {self.prog} --help)\n")
+
+
+def _size(text: str) -> int:
+    """Bytes, or with a unit of powers of ten."""
+    number = text.upper().removesuffix("B")
+    unit = {"K": 10**3, "M": 10**6, "G": 10**9}.get(number[-1:], 1)
+    return round(float(number.rstrip("KMG")) * unit)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -62,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     for added in (estimate_, slice_):
         added.add_argument("--sparsity", type=float, required=True, help="part of the hidden size to remove, [0, 1)")
     slice_.add_argument("--untie", action="store_true", help="give a tied head its own matrix, as SliceGPT does")
-    slice_.add_argument("--calibration", metavar="TEXT", type=Path, help="text file (default: embedded text)")
+    slice_.add_argument("--calibration", metavar="TEXT", type=Path, help="text file (default: the model writes)")
     slice_.add_argument("--samples", type=int, default=64, help="windows of text (default: %(default)s)")
     slice_.add_argument("--seq-len", type=int, default=512, help="tokens a window (default: %(default)s)")
     slice_.add_argument("--seed", type=int, default=0, help="of the draw of windows (default: %(default)s)")
@@ -98,6 +105,38 @@ def build_parser() -> argparse.ArgumentParser:
         help="of bits-back: largest error of a decoded word left as it is (default: 0.01; the paper: 0.005 for Llama)",
     )
 
+    quantize_ = command(
+        "quantize",
+        "run_quantize",
+        "quantise any causal language model (lossy) into a folder that loads like any other",
+        "Rounds every matrix to integers whose steps are worth the same everywhere, and stores each at as many bits as "
+        "it is improbable. Calibrated on text that the model writes itself, unless a text is given. Runs the model "
+        "block by block. Memory: one block and the embedding, the whole model while it writes; Gram matrices and the "
+        "stream lie in a scratch folder beside OUT. Then: freebits verify OUT --against MODEL.",
+    )
+    quantize_.add_argument(
+        "model", metavar="MODEL", type=Path, help="folder of a dense, sliced or canonical checkpoint"
+    )
+    quantize_.add_argument("out", metavar="OUT", type=Path, help="folder to create")
+    quantize_.add_argument("--bits", type=float, help="for each number, everything counted (default: 4)")
+    quantize_.add_argument("--target-size", metavar="BYTES", type=_size, help="of OUT at most: 66000000, 66MB, 1.2GB")
+    quantize_.add_argument("--target-kl", metavar="NATS", type=float, help="expected KL divergence a token")
+    quantize_.add_argument(
+        "--method",
+        choices=METHODS,
+        default=INTEGERS,
+        help="gptq and rtn, in groups of 64, are there to compare with (default: %(default)s)",
+    )
+    quantize_.add_argument(
+        "--rotate", choices=ROTATIONS, default="none", help="round in a rotated basis; integers gain nothing by it"
+    )
+    quantize_.add_argument("--only", choices=PARTS, help="leave the other matrices as they are")
+    quantize_.add_argument("--calibration", metavar="TEXT", type=Path, help="text file (default: the model writes)")
+    quantize_.add_argument("--samples", type=int, default=32, help="windows of text (default: %(default)s)")
+    quantize_.add_argument("--seq-len", type=int, default=256, help="tokens a window (default: %(default)s)")
+    quantize_.add_argument("--seed", type=int, default=0, help="of what is drawn (default: %(default)s)")
+    quantize_.add_argument("--device", default="cpu", help="where to run the model (default: %(default)s)")
+
     unpack_ = command(
         "unpack",
         "run_unpack",
@@ -106,7 +145,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     unpack_.add_argument("packed", metavar="PACKED", type=Path, help="folder of a packed checkpoint")
     unpack_.add_argument("out", metavar="OUT", type=Path, help="folder to create")
-    for added in (pack_, unpack_):
+    for added in (pack_, quantize_, unpack_):
         added.add_argument("--jobs", type=int, help="blocks at once (default: one a thread of PyTorch, at most four)")
 
     inspect_ = command(
@@ -138,6 +177,11 @@ def build_parser() -> argparse.ArgumentParser:
     eval_.add_argument("model", metavar="MODEL", type=Path, help="folder of a dense, sliced or packed checkpoint")
     eval_.add_argument("--tasks", default="", metavar="NAME,…", help="of lm-eval, such as piqa,winogrande,hellaswag")
     eval_.add_argument("--no-perplexity", action="store_true", help="measure the tasks alone")
+    eval_.add_argument(
+        "--activations", metavar="BITS", type=int, help="simulate the inputs of linear layers at so many"
+    )
+    eval_.add_argument("--kv", metavar="BITS", type=int, help="simulate keys and values at so many")
+    eval_.add_argument("--rotate", choices=ROTATIONS, default="none", help="simulate both in a rotated basis (QuaRot)")
     eval_.add_argument("--data-dir", metavar="DIR", type=Path, help="read the tasks' documents here (default: the hub)")
     eval_.add_argument("--device", default="cpu", help="where to run (default: %(default)s)")
     for added, limit, what in ((verify_, 8, "windows"), (eval_, None, "windows, and items of a task")):
@@ -147,6 +191,6 @@ def build_parser() -> argparse.ArgumentParser:
             "--limit", type=int, default=limit, help=f"use the first so many {what} (default: %(default)s)"
         )
 
-    for added in (demo, estimate_, slice_, pack_, unpack_, inspect_, verify_, eval_):
+    for added in (demo, estimate_, slice_, pack_, quantize_, unpack_, inspect_, verify_, eval_):
         added.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     return root

@@ -4,9 +4,9 @@ from freebits.codes.bitsback import BitsBack, canonical_direction
 from freebits.codes.code import Code, Coded, Declined, Params
 from freebits.codes.entropy import Entropy
 from freebits.codes.grid import Grid
-from freebits.codes.hadamard import Hadamard
 from freebits.codes.integers import Integers
 from freebits.codes.pyramid import Pyramid
+from freebits.codes.rotated import Hadamard
 from freebits.codes.transposed import Transposed
 from freebits.codes.triangles import Lower, Symmetric
 

@@ -1,7 +1,7 @@
 """Asymmetric numeral systems (rANS, Duda 2013) over many lanes at once, with tables that both sides compute.
 
-A lane is a state of 32 bits; a step of coding takes a symbol to each lane, so that NumPy does thousands at once. A state
-must start somewhere, which wastes its first 16 bits. Here they are not: symbols are coded in pieces, each over
+A lane is a state of 32 bits; a step of coding takes a symbol to each lane, so that NumPy does thousands at once. A
+state must start somewhere, which wastes its first 16 bits. Here they are not: symbols are coded in pieces, each over
 more lanes than the one before, and the lanes of a piece start with the words in which the piece before it ended (which
 is bits-back coding). Only the few lanes of the first piece start empty.
 
@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Numbers = NDArray[np.int32]
+Words = NDArray[np.uint16]
+States = NDArray[np.uint64]
 LEVELS = range(-12, 33)
 """Standard deviations from 1/8 to 256."""
 PER_OCTAVE = 4
@@ -112,7 +114,9 @@ def encode(segments: Sequence[tuple[int, Numbers]]) -> tuple[NDArray[np.uint16],
     return words, np.concatenate([np.empty(0, np.int32), *escaped])
 
 
-def _push(states: NDArray[np.uint64], frequencies: NDArray[np.uint64], starts: NDArray[np.uint64]) -> NDArray[np.uint16]:
+def _push(
+    states: NDArray[np.uint64], frequencies: NDArray[np.uint64], starts: NDArray[np.uint64]
+) -> NDArray[np.uint16]:
     """Take a symbol to each state, in place; the words for which there was no room."""
     full = states >= frequencies << np.uint64(2 * _WORD - PRECISION)
     words = states[full].astype(np.uint16)
@@ -122,7 +126,9 @@ def _push(states: NDArray[np.uint64], frequencies: NDArray[np.uint64], starts: N
     return words
 
 
-def decode(words: NDArray[np.uint16], segments: Sequence[tuple[int, int]], escaped: Numbers) -> Iterator[NDArray[np.int32]]:
+def decode(
+    words: NDArray[np.uint16], segments: Sequence[tuple[int, int]], escaped: Numbers
+) -> Iterator[NDArray[np.int32]]:
     """The numbers of each segment, inverse of `encode`.
 
     Args:
@@ -163,7 +169,9 @@ def _pop(states: NDArray[np.uint32], of: Table, words: NDArray[np.uint32], at: i
     return at + len(low)
 
 
-def _numbers(segments: Sequence[tuple[int, int]], symbols: list[NDArray[np.uint16]], escaped: Numbers) -> Iterator[Numbers]:
+def _numbers(
+    segments: Sequence[tuple[int, int]], symbols: list[NDArray[np.uint16]], escaped: Numbers
+) -> Iterator[Numbers]:
     at = 0
     for (level, _), symbol in zip(segments, symbols, strict=True):
         radius = table(level).radius

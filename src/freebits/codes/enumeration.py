@@ -6,18 +6,20 @@ coordinates after it number `V(n, k) + 2 (S(n, k - 1) - S(n, k - a))`, and anoth
 """
 
 from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Whole = NDArray[np.int64] | NDArray[np.object_]
+Whole = NDArray[Any]
+"""Of int64, or of Python's integers."""
 
 
 def rank(vectors: NDArray[np.int64]) -> Whole:
     """The number of each vector (n, N) among those of its pyramid, (n,); Python's integers where 63 bits do not do."""
     pulses = int(np.abs(vectors[:1]).sum())
     points, sums = _tables(vectors.shape[1], pulses)
-    numbers = np.zeros(len(vectors), points.dtype)
+    numbers: Whole = np.zeros(len(vectors), points.dtype)
     left = np.full(len(vectors), pulses)
     for place, value in enumerate(vectors.T):
         n, size = vectors.shape[1] - 1 - place, np.abs(value)
@@ -36,7 +38,7 @@ def unrank(numbers: Whole, size: int, pulses: int) -> NDArray[np.int64]:
     """
     points, sums = _tables(size, pulses)
     numbers = numbers.astype(points.dtype)
-    if len(numbers) and not (0 <= numbers.min() and numbers.max() < points[size, pulses]):
+    if len(numbers) and not (numbers.min() >= 0 and numbers.max() < points[size, pulses]):
         raise ValueError(f"no point on the pyramid of {pulses} in {size} dimensions")
     vectors = np.zeros((len(numbers), size), np.int64)
     left = np.full(len(numbers), pulses)

@@ -19,7 +19,7 @@ class Grid:
     exact = False
 
     def encode(self, tensors: Sequence[Tensor], makes: Sequence[Kind]) -> Coded:  # noqa: ARG002
-        """Integers (n, m) and zeros (n, groups), both uint8 below `2^bits`; scales (n, groups), float16; `bits, group` (2,)."""
+        """Integers and zeros, uint8 below `2^bits`; scales, float16, for each group; and `bits, group`."""
         integers, scales, zeros, form = tensors
         bits, group = form.tolist()
         words, packed = (as_tensor(pack_bits(of.flatten().long().numpy(), bits)) for of in (integers, zeros))

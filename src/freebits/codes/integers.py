@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,9 +61,9 @@ class Integers:
     The integers of a row and of a column have about one scale. What is told of both, to a quarter of an octave, says in
     which table of `freebits.codes.ans` an integer is coded.
 
-    Message, little-endian: bytes of the side data, how many integers are in no table (u32 each); side data (zstd); those
-    integers (i32); words (u16). Side data: for each matrix the exponents of its rows and of its columns (i16), then the
-    levels of both (i8).
+    Message, little-endian: bytes of the side data, how many integers are in no table (u32 each); side data (zstd);
+    those integers (i32); words (u16). Side data: for each matrix the exponents of its rows and of its columns (i16),
+    then the levels of both (i8).
     """
 
     exact = False
@@ -71,7 +72,9 @@ class Integers:
         """Three tensors for each matrix, see `Stepped`."""
         matrices = [Stepped(*tensors[at : at + 3]) for at in range(0, len(tensors), 3)]
         levels = [_levels(matrix.integers) for matrix in matrices]
-        numbers = [matrix.integers.numpy()[np.ix_(*map(_order, told))] for matrix, told in zip(matrices, levels, strict=True)]
+        numbers = [
+            matrix.integers.numpy()[np.ix_(*map(_order, told))] for matrix, told in zip(matrices, levels, strict=True)
+        ]
         segments: dict[int, list[NDArray[np.int32]]] = {}
         for level, matrix, rows, columns in _blocks(levels):
             segments.setdefault(level, []).append(numbers[matrix][rows, columns].reshape(-1))
@@ -155,7 +158,7 @@ def _order(levels: NDArray[np.int8]) -> NDArray[np.int64]:
     return np.argsort(levels, kind="stable")
 
 
-def _blocks(levels: Sequence[tuple[NDArray[np.int8], NDArray[np.int8]]]) -> list[tuple[int, int, slice, slice]]:
+def _blocks(levels: Sequence[tuple[NDArray[np.int8], ...]]) -> list[tuple[int, int, slice, slice]]:
     """Where all matrices, rows and columns in the order of their levels, have one level: it, matrix, rows, columns."""
     blocks = []
     for matrix, told in enumerate(levels):
@@ -173,7 +176,7 @@ def _runs(levels: NDArray[np.int8]) -> list[tuple[int, slice]]:
     return [(int(v), slice(int(end - n), int(end))) for v, n, end in zip(values, counts, ends, strict=True)]
 
 
-def _side(data: bytes, shapes: Sequence[tuple[int, ...]]) -> Iterator[tuple[NDArray[np.int16], NDArray[np.int16], NDArray[np.int8], NDArray[np.int8]]]:
+def _side(data: bytes, shapes: Sequence[tuple[int, ...]]) -> Iterator[tuple[NDArray[Any], ...]]:
     n_bytes = sum(3 * (rows + columns) for rows, columns in shapes)
     decoder = zstd.ZstdDecompressor()
     try:

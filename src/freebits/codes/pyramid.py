@@ -37,7 +37,9 @@ class Pyramid:
             for part, bits in ((POINTS, enumeration.n_bits(size, pulses)), (SCALES, params["scale_bits"]))
         ]
         points = torch.from_numpy(enumeration.unrank(read[0], size, pulses)).float()
-        lengths = parts[LEVELS].float()[torch.from_numpy(read[1])].view(kind.shape[0], -1) * parts[NORMS].float()[:, None]
+        lengths = (
+            parts[LEVELS].float()[torch.from_numpy(read[1])].view(kind.shape[0], -1) * parts[NORMS].float()[:, None]
+        )
         directions = points / points.norm(dim=1, keepdim=True)
         return [(directions * lengths.view(-1, 1)).view(kind.shape).to(kind.dtype)]
 

@@ -15,6 +15,8 @@ from freebits.calibration import perplexity as perplexity_of
 from freebits.errors import UsageError
 from freebits.huggingface import load, token_windows
 from freebits.huggingface.loading import device_of, load_tokenizer
+from freebits.huggingface.own_text import cache_name
+from freebits.huggingface.simulation import Simulation
 from freebits.work import Progress, silent
 
 WINDOW = 512
@@ -29,6 +31,9 @@ def evaluate(
     tasks: Sequence[str] = (),
     data_dir: str | os.PathLike[str] | None = None,
     perplexity: bool = True,
+    activations: int | None = None,
+    kv: int | None = None,
+    rotate: str = "none",
     device: str = "cpu",
     progress: Progress = silent,
 ) -> dict[str, Any]:
@@ -42,6 +47,9 @@ def evaluate(
         tasks: names that lm-eval knows; needs the extra `eval`.
         data_dir: folder with the tasks' documents (see `evaluation.tasks.LOCAL_TASKS`); by default the hub's are taken.
         perplexity: measure it; without it only the tasks.
+        activations: bits at which the inputs of linear layers are simulated; None for floats. Perplexity only.
+        kv: bits at which keys and values are simulated, likewise.
+        rotate: `hadamard` simulates both in a rotated basis, as QuaRot.
         device: where to run.
         progress: called after each window, then after each batch of a task.
 
@@ -57,15 +65,19 @@ def evaluate(
         raise UsageError("--data-dir holds the documents of tasks: name them with --tasks")
     lm_eval = _lm_eval() if tasks else None
     prepared = lm_eval.prepare(tasks, data_dir and Path(data_dir)) if lm_eval else []
+    simulated = Simulation(activations, kv, rotate)
+    if tasks and simulated != Simulation():
+        raise UsageError("activations and cache are simulated for perplexity alone: leave --tasks out")
     if not (perplexity or tasks):
         raise UsageError("there is nothing to measure: name --tasks, or leave --no-perplexity")
     heldout = embedded_text()[1] if text is None else text
     windows = token_windows(model, heldout, seq_len, limit) if perplexity else torch.empty(0, 1, dtype=torch.int64)
     running = load(model, dtype=torch.float32).to(device_of(device)).eval()
     losses = []
-    for done, window in enumerate(windows, start=1):
-        losses.append(loss(logits(running, window), window))
-        progress(done, len(windows))
+    with simulated.activations_of(running):
+        for done, window in enumerate(windows, start=1):
+            losses.append(loss(logits(running, window, simulated.cache()), window))
+            progress(done, len(windows))
     answers = {}
     if lm_eval:
         answers = lm_eval.zero_shot(running, load_tokenizer(model), prepared, limit=limit, progress=progress)
@@ -80,9 +92,11 @@ def _lm_eval() -> Any:
 
 
 @torch.no_grad()
-def logits(model: Any, window: Tensor) -> Tensor:
-    """The model's logits for the tokens after the first, (T - 1, V)."""
-    result: Tensor = model(input_ids=window[None].to(model.device), use_cache=False).logits[0, :-1].float()
+def logits(model: Any, window: Tensor, cache: Any = None) -> Tensor:
+    """The model's logits for the tokens after the first, (T - 1, V); keys and values pass through a cache, if given."""
+    through = {} if cache is None else {cache_name(model): cache}
+    output = model(input_ids=window[None].to(model.device), use_cache=cache is not None, **through)
+    result: Tensor = output.logits[0, :-1].float()
     return result
 
 

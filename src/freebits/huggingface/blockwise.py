@@ -38,7 +38,8 @@ class BlockwiseModel:
         self.device = device
         self._source = source
         with _parameters_on_meta():
-            self._model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).to(torch.float32).eval()
+            kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            self._model = kind(config).to(torch.float32).eval()
         stacks = [
             (name, module)
             for name, module in self._model.named_modules()
@@ -171,7 +172,7 @@ def _parameters_on_meta() -> Iterator[None]:
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

@@ -37,8 +37,10 @@ def own_windows(
         (samples, seq_len), int64.
 
     Raises:
-        UsageError: the model has no token to begin with.
+        UsageError: the model has no token to begin with, or an argument makes no sense.
     """
+    if samples < 1 or seq_len < 2 or not 0 <= seed < 2**63:
+        raise UsageError(f"samples {samples}, windows of {seq_len} tokens, seed {seed}: give 1, 2 and 0 at least")
     model = load(path).to(device).eval()
     first = model.config.bos_token_id
     first = model.config.eos_token_id if first is None else first
@@ -47,16 +49,16 @@ def own_windows(
         raise UsageError(f"{path} has no token that begins a text: give a text with --calibration")
     generator = torch.Generator(device).manual_seed(seed)
     tokens = torch.full((samples, 1), first, device=device)
-    cache = {_cache_name(model): None}
+    cache: dict[str, Any] = {cache_name(model): None}
     for done in range(1, seq_len):
         output = model(input_ids=tokens[:, -1:], use_cache=True, **cache)
-        cache = dict.fromkeys(cache, output.past_key_values)
+        cache = {name: getattr(output, name) for name in cache}
         chances = output.logits[:, -1].float().softmax(-1)
         tokens = torch.cat([tokens, torch.multinomial(chances, 1, generator=generator)], dim=1)
         progress(done, seq_len - 1)
     return tokens.cpu()
 
 
-def _cache_name(model: Any) -> str:
+def cache_name(model: Any) -> str:
     """What `forward` calls it: transformers 5.24 renamed it."""
     return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"

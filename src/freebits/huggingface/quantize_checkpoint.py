@@ -17,15 +17,15 @@ from torch import Tensor
 
 from freebits.checkpoint import ENTRY, Checkpoint, CheckpointWriter, Source, new_directory, shard_bytes
 from freebits.codes import CODES
-from freebits.codes.hadamard import rotated
-from freebits.errors import CheckpointError, UsageError
+from freebits.codes.rotated import rotated
+from freebits.errors import UsageError
 from freebits.huggingface.blockwise import BlockwiseModel
 from freebits.huggingface.loading import device_of, one_line_errors
 from freebits.huggingface.own_text import own_windows
 from freebits.huggingface.packed_models import inner_config
 from freebits.huggingface.sensitivities import measure_sensitivities
 from freebits.huggingface.tokens import drawn_windows, token_windows
-from freebits.kind import FLOATS, Kind
+from freebits.kind import Kind
 from freebits.moves import LOSSY
 from freebits.options import EMBEDDINGS, GPTQ, HADAMARD, INTEGERS, METHODS, PARTS, PYRAMID, ROTATIONS, RTN
 from freebits.packed import (
@@ -184,7 +184,7 @@ class Goal:
             raise UsageError(f"there is no method {self.method!r}: choose one of {', '.join(METHODS)}")
         if len(given) > 1:
             raise UsageError("--bits, --target-size and --target-kl are each a target: give one")
-        if given and not 0 < given[0] < math.inf or not 1 <= self.wanted_bits <= MOST_BITS:
+        if (given and not 0 < given[0] < math.inf) or not 1 <= self.wanted_bits <= MOST_BITS:
             raise UsageError(f"a target of {given[0]}: give bits from 1 to {MOST_BITS}, or bytes or nats above 0")
         if self.method != INTEGERS and (self.size or self.kl):
             raise UsageError(f"method {self.method} has so many bits a number: give --bits")
@@ -320,7 +320,9 @@ def _rolling(
         return Fixed(math.sqrt(24 * goal.kl / n_numbers))
     bits = goal.wanted_bits * n_numbers if goal.size is None else 8.0 * (goal.size - around())
     if bits < n_numbers / 4:
-        raise UsageError(f"a target of {goal.size} bytes leaves {max(bits, 0) / n_numbers:.2f} bits a number: give more")
+        raise UsageError(
+            f"a target of {goal.size} bytes leaves {max(bits, 0) / n_numbers:.2f} bits a number: give more"
+        )
     return Rolling([Budget.sum(shelf.budgets[name] for name in group) for group in groups], bits)
 
 
@@ -360,7 +362,11 @@ def _numbers(name: str) -> list[int]:
 
 
 def _bytes_around(
-    source: Source, shelf: Shelf, contents: Contents, groups: Sequence[Sequence[str]], names: Mapping[str, tuple[int, ...]]
+    source: Source,
+    shelf: Shelf,
+    contents: Contents,
+    groups: Sequence[Sequence[str]],
+    names: Mapping[str, tuple[int, ...]],
 ) -> int:
     """At most what the finished folder has besides the messages: other tensors, headers, manifest, config."""
     tensors = sum(kind.n_bytes for kind in contents.stored.values())

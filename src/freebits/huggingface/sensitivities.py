@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +99,7 @@ class _Watch:
 
     def __init__(self, module: nn.Module) -> None:
         self.n_inputs = 0
-        self.gram: Tensor | None = None
+        self.gram = torch.zeros(())
         self._squares = torch.zeros(module.nf if isinstance(module, Conv1D) else module.out_features)  # type: ignore[arg-type]
         self.inputs: list[Tensor] = []
 
@@ -115,7 +114,6 @@ class _Watch:
 
     def sensitivity(self, n_tokens: int) -> Sensitivity:
         """Means: of the inputs over those that came, of the gradients over all tokens."""
-        assert self.gram is not None
         return Sensitivity(self.gram / self.n_inputs, self._squares / n_tokens)
 
 
@@ -128,7 +126,7 @@ def _sum_up(watches: Any) -> None:
             rows = torch.cat([x.flatten(0, -2) for x in watch.inputs])
             grams[key] = (rows.T @ rows).cpu()
         if key:
-            watch.gram = grams[key] if watch.gram is None else watch.gram + grams[key]
+            watch.gram = watch.gram + grams[key]
     for watch in watches:
         watch.inputs.clear()
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from freebits.architecture import WIDTHS, Architecture, Layout, dense_family
-from freebits.calibration import embedded_text
 from freebits.checkpoint import (
     CONFIG,
     Checkpoint,
@@ -24,6 +23,7 @@ from freebits.checkpoint import (
 from freebits.errors import CheckpointError, UsageError
 from freebits.huggingface.config_estimate import dense_shapes
 from freebits.huggingface.loading import device_of
+from freebits.huggingface.own_text import own_windows
 from freebits.huggingface.runner import BlockRunner
 from freebits.huggingface.tokens import drawn_windows, token_windows
 from freebits.kind import FLOATS
@@ -66,7 +66,7 @@ def slice_model(
         untie: give a head that is tied to the token embedding a matrix of its own, as SliceGPT does. By default
             that matrix is kept once, bit for bit (unless `dtype` is another), with a factor between it and the
             sliced stream.
-        calibration: text to calibrate on; by default the embedded text.
+        calibration: text to calibrate on; by default the model writes its own, see `own_windows`.
         samples: windows of calibration text, drawn without replacement; all but a few where the text has fewer.
         seq_len: tokens a window.
         seed: of that draw, and of the random orientation.
@@ -93,14 +93,19 @@ def slice_model(
     architecture = architecture.with_tie(architecture.tied and not untie)
     dtypes = _dtypes(dense, architecture, dtype)
     size = sliced_size(architecture.hidden_size, sparsity)
-    windows = token_windows(dense.path, embedded_text()[0] if calibration is None else calibration, seq_len)
+    where = _device(device)
+    if calibration is None:
+        windows = own_windows(dense.path, samples + HELD_OUT, seq_len, seed, where, progress)
+    else:
+        windows = token_windows(dense.path, calibration, seq_len)
     tokens, held_out = drawn_windows(windows, samples, HELD_OUT, seed)
-    runner = BlockRunner(dense.path, architecture, _device(device))
+    runner = BlockRunner(dense.path, architecture, where)
     slicing = Slice(dense, architecture, runner, tokens, held_out, size, seed if random_orientation else None)
     move = {
         "move": "slice",
         "fidelity": LOSSY,
         "sparsity": sparsity,
+        "text": "its own" if calibration is None else "given",
         "samples": len(tokens),
         "seq_len": seq_len,
         "seed": seed,

@@ -6,4 +6,17 @@ from freebits.quantization.grids import GROUP, gridded
 from freebits.quantization.pyramids import pyramids
 from freebits.quantization.stepping import DAMPING, Sensitivity, row_steps, stepped
 
-__all__ = ["DAMPING", "GROUP", "Budget", "Fixed", "Rolling", "Sensitivity", "feedback", "gridded", "pyramids", "row_steps", "stepped", "whitener"]
+__all__ = [
+    "DAMPING",
+    "GROUP",
+    "Budget",
+    "Fixed",
+    "Rolling",
+    "Sensitivity",
+    "feedback",
+    "gridded",
+    "pyramids",
+    "row_steps",
+    "stepped",
+    "whitener",
+]

@@ -16,7 +16,7 @@ _OCTAVES = range(-40, 41)
 class Budget:
     """How the size of some matrices depends on `c`: their numbers, counted by how large they are in steps of `c = 1`.
 
-    Numbers of standard deviation `σ` steps are taken to be normal; the rounding errors fed back are counted in.
+    Numbers of one size are taken to be normal; the rounding errors fed back are counted in.
     """
 
     def __init__(self, counts: NDArray[np.float64] | None = None) -> None:

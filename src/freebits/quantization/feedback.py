@@ -1,7 +1,7 @@
 """Round a matrix column by column, and let the columns to come make up for each error.
 
-The loss is `tr((W - Ŵ) H (W - Ŵ)ᵀ)` for the Gram matrix `H` of the matrix's inputs. GPTQ, LDLQ and Babai's nearest plane
-are three names of this algorithm; whatever it rounds to, the loss comes to `Σ_i |w_i - q_i|² / U_ii²`.
+The loss is `tr((W - Ŵ) H (W - Ŵ)ᵀ)` for the Gram matrix `H` of the matrix's inputs. GPTQ, LDLQ and Babai's nearest
+plane are three names of this algorithm; whatever it rounds to, the loss comes to `Σ_i |w_i - q_i|² / U_ii²`.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ def whitener(gram: Tensor, damping: float) -> Tensor:
 
     Args:
         gram: (m, m), positive semi-definite.
-        damping: part of its mean diagonal that is added to it: inputs that the calibration text hardly has are not free.
+        damping: part of its mean diagonal that is added to it: inputs that the text hardly has are not free.
     """
     H = gram.double()
     mean = H.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)

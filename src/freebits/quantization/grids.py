@@ -1,4 +1,4 @@
-"""Round to a fixed grid in groups of a row: to the nearest point (RTN), or with feedback (GPTQ, Frantar et al. 2022)."""
+"""Round to a fixed grid in groups of a row: to the nearest point, or with feedback (GPTQ, Frantar et al. 2022)."""
 
 import torch
 from torch import Tensor

@@ -1,10 +1,11 @@
 """Integers of any size at steps that are worth the same everywhere: most fidelity for their entropy.
 
-To second order the model's output moves by `KL = ½ Σ_r f_r Δ_r H Δ_rᵀ` nats a token where a matrix moves by `Δ`, with the
-Gram matrix `H` of its inputs and the mean square `f_r` of the gradient at its output `r` (its Fisher information). After
-feedback an error in column `i` counts `1 / U_ii²`, and a step `α` makes one of `α² / 12`. At a high rate the integers'
-entropy falls by a bit for each doubling of any step, so the best steps are `c U_ii / √f_r`, with one `c` for the whole
-model: every number of it then costs the same `c² / 24` nats. (WaterSIC, arXiv 2603.04956, has the columns' part.)
+To second order the model's output moves by `KL = ½ Σ_r f_r Δ_r H Δ_rᵀ` nats a token where a matrix moves by `Δ`, with
+the Gram matrix `H` of its inputs and the mean square `f_r` of the gradient at its output `r` (its Fisher information).
+After feedback an error in column `i` counts `1 / U_ii²`, and a step `s` makes one of `s² / 12`. At a high rate the
+integers' entropy falls by a bit for each doubling of any step, so the best steps are `c U_ii / √f_r`, with one `c` for
+the whole model: every number of it then costs the same `c² / 24` nats. (WaterSIC, arXiv 2603.04956, has the part of
+the columns.)
 """
 
 from dataclasses import dataclass

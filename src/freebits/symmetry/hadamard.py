@@ -1,6 +1,6 @@
 """Randomised Hadamard rotations: they spread each number over all, so that none stands out (QuaRot, section 3.1).
 
-For a size `n = m 2^t` with odd `m` or a Hadamard matrix of order `m`: that matrix, or an orthogonal one drawn at random,
+For a size `n = m 2^t` with odd `m` or a Hadamard matrix of order `m`: that, or an orthogonal matrix drawn at random,
 times Sylvester's of order `2^t`, after signs drawn at random.
 """
 
@@ -15,7 +15,7 @@ _LARGEST = 512
 
 
 def hadamard(x: Tensor, seed: int) -> Tensor:
-    """`x Q` for the rotation of a seed, along the last dimension; in float64 or the dtype of `x`, if that is a float."""
+    """`x Q` for the rotation of a seed, along the last dimension, in the dtype of `x`."""
     n = x.shape[-1]
     core = _core(n)
     return _sylvester((x * _signs(n, seed).to(x)).unflatten(-1, (len(core), -1)), core.to(x))
