@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,6 +18,12 @@ from tests.tiny import tiny_config
 GOLDEN = Path(__file__).parent / f"v{FORMAT}"
 THRESHOLDS = {"bits-back": 0.001, "canonical": None}
 """With so small a one a few words are corrected."""
+METHODS: dict[str, dict[str, Any]] = {
+    "integers": {},
+    "pyramid": {"rotate": "hadamard", "only": "linear"},
+    "gptq": {"only": "linear"},
+}
+"""How matrices are quantised."""
 
 
 def main() -> None:
@@ -43,6 +50,16 @@ def main() -> None:
         save_file(dict(PackedFolder(GOLDEN / codec).model_tensors()), GOLDEN / f"{codec}.safetensors")
     freebits.pack(GOLDEN / "sliced", GOLDEN / "none", codec="none")  # entropy-coded where that gains
     (GOLDEN / "none" / "modeling_freebits.py").unlink()
+    quantised()
+
+
+def quantised() -> None:
+    """The same model with its matrices in integers, and in rotated pyramids and grids."""
+    for method, options in METHODS.items():
+        out = GOLDEN / method
+        freebits.quantize(GOLDEN / "sliced", out, method=method, bits=4, samples=2, seq_len=16, **options)
+        (out / "modeling_freebits.py").unlink()
+        save_file(dict(PackedFolder(out).model_tensors()), GOLDEN / f"{method}.safetensors")
 
 
 def corners() -> dict[str, torch.Tensor]:

@@ -26,11 +26,11 @@ PER_OCTAVE = 4
 PRECISION = 14
 """Bits of a probability."""
 _WORD = 16
-_FEWEST, _MOST, _GROWTH = 64, 16384, 4
+_FEWEST, _MOST, _GROWTH = 128, 8192, 4
 """Lanes of the first piece, of the last, and by how much they grow."""
 _STEPS = 16
 """Symbols for each lane of the next piece, so that they leave it enough words."""
-_WORTH = 2048
+_WORTH = 1536
 """Symbols that a lane takes at least; its last state wastes about eight bits."""
 _ROOTS = (1.0, 1.189207115002721, 1.4142135623730951, 1.681792830507429)
 """Of two, by quarters."""
@@ -162,10 +162,10 @@ def _pop(states: NDArray[np.uint32], of: Table, words: NDArray[np.uint32], at: i
     states >>= np.uint32(PRECISION)
     states *= steps >> np.uint32(_WORD)
     states += steps & np.uint32((1 << _WORD) - 1)
-    low = np.flatnonzero(states < np.uint32(1 << _WORD))
+    low = (states < np.uint32(1 << _WORD)).nonzero()[0]
     if at + len(low) > len(words):
         raise ValueError("a message that is cut off")
-    states[low] = states[low] << np.uint32(_WORD) | words[at : at + len(low)]
+    states[low] = states.take(low) << np.uint32(_WORD) | words[at : at + len(low)]
     return at + len(low)
 
 
