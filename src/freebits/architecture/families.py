@@ -21,6 +21,8 @@ class SublayerNames:
     """Children of the block that compute the branch, applied in this order."""
     attends: bool = False
     """Whether the branch is attention, which also takes mask, positions and cache."""
+    value: str = ""
+    """Of attention the one of `reads` that makes the values, which `write` reads again, head by head."""
 
     @property
     def shortcut(self) -> str:
@@ -98,6 +100,7 @@ LLAMA = Family(
             write="self_attn.o_proj",
             modules=("self_attn",),
             attends=True,
+            value="self_attn.v_proj",
         ),
         SublayerNames(
             name="mlp",
@@ -125,6 +128,7 @@ OPT = Family(
             write="self_attn.out_proj",
             modules=("self_attn",),
             attends=True,
+            value="self_attn.v_proj",
         ),
         SublayerNames(
             name="mlp",

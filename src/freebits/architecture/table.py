@@ -98,6 +98,8 @@ class Sublayer:
     reads: tuple[Module, ...]
     write: Module
     shortcut: Module
+    value: Module | None = None
+    """Of attention what makes the values."""
 
     @classmethod
     def bind(cls, names: SublayerNames, block: str, site: int) -> "Sublayer":
@@ -110,6 +112,7 @@ class Sublayer:
             reads=tuple(Module(f"{block}.{read}") for read in names.reads),
             write=Module(f"{block}.{names.write}"),
             shortcut=Module(f"{block}.{names.shortcut}"),
+            value=Module(f"{block}.{names.value}") if names.value else None,
         )
 
     def weights(self, centred: bool) -> Iterator[Weight]:

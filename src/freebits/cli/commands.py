@@ -11,7 +11,7 @@ from freebits import demo
 from freebits.cli.output import Row, changes, print_facts, print_json, print_table, progress_bar
 from freebits.errors import CheckpointError, UsageError
 from freebits.evaluation import evaluate, verify
-from freebits.huggingface import estimate, quantize, slice_model
+from freebits.huggingface import estimate, quantize, rotate_model, slice_model
 from freebits.report import inspect
 from freebits.verbs import pack, unpack
 
@@ -110,6 +110,12 @@ def run_quantize(arguments: Namespace) -> int:
         jobs=arguments.jobs,
         progress=progress_bar("quantize"),
     )
+    return print_facts(facts, arguments.json)
+
+
+def run_rotate(arguments: Namespace) -> int:
+    """Rotate a checkpoint."""
+    facts = rotate_model(arguments.model, arguments.out, seed=arguments.seed, progress=progress_bar("rotate"))
     return print_facts(facts, arguments.json)
 
 

@@ -137,6 +137,17 @@ def build_parser() -> argparse.ArgumentParser:
     quantize_.add_argument("--seed", type=int, default=0, help="of what is drawn (default: %(default)s)")
     quantize_.add_argument("--device", default="cpu", help="where to run the model (default: %(default)s)")
 
+    rotate_ = command(
+        "rotate",
+        "run_rotate",
+        "rotate a dense checkpoint for other quantisers (keeps the function)",
+        "Norms are folded away, and randomised Hadamard matrices turn the residual stream and the heads' values, so "
+        "that no number stands out. The result is an ordinary checkpoint; a tied head becomes a matrix of its own.",
+    )
+    rotate_.add_argument("model", metavar="MODEL", type=Path, help="folder of a dense checkpoint")
+    rotate_.add_argument("out", metavar="OUT", type=Path, help="folder to create")
+    rotate_.add_argument("--seed", type=int, default=0, help="of the signs (default: %(default)s)")
+
     unpack_ = command(
         "unpack",
         "run_unpack",
@@ -191,6 +202,6 @@ def build_parser() -> argparse.ArgumentParser:
             "--limit", type=int, default=limit, help=f"use the first so many {what} (default: %(default)s)"
         )
 
-    for added in (demo, estimate_, slice_, pack_, quantize_, unpack_, inspect_, verify_, eval_):
+    for added in (demo, estimate_, slice_, pack_, quantize_, rotate_, unpack_, inspect_, verify_, eval_):
         added.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     return root

@@ -7,7 +7,17 @@ from freebits.huggingface import packed_models, sliced_models
 from freebits.huggingface.config_estimate import estimate
 from freebits.huggingface.loading import load
 from freebits.huggingface.quantize_checkpoint import quantize
+from freebits.huggingface.rotate_checkpoint import rotate_model
 from freebits.huggingface.slice_checkpoint import slice_model
 from freebits.huggingface.tokens import token_windows
 
-__all__ = ["estimate", "load", "packed_models", "quantize", "slice_model", "sliced_models", "token_windows"]
+__all__ = [
+    "estimate",
+    "load",
+    "packed_models",
+    "quantize",
+    "rotate_model",
+    "slice_model",
+    "sliced_models",
+    "token_windows",
+]

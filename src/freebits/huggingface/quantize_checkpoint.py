@@ -143,21 +143,23 @@ def quantize(
             shelf.add(chosen, source, blockwise.transposed)
         contents = write_rounded(directory, source, shelf, goal, code, jobs, progress)
         shutil.rmtree(scratch)
+        text = "its own" if calibration is None else "given"
+        facts = goal.facts | {"rotate": rotate, "text": text, "samples": len(tokens), "seq_len": seq_len, "seed": seed}
         move = {
             "move": method,
             "fidelity": LOSSY,
-            **goal.facts,
-            "rotate": rotate,
-            "text": "its own" if calibration is None else "given",
-            "samples": len(tokens),
-            "seq_len": seq_len,
-            "seed": seed,
-            "bytes": {key: n for key, n in inspect(model)["bytes"].items() if n is not None},
+            **facts,
+            "bytes": _sizes(model),
             "producer": f"freebits {__version__}",
         }
         before = source.manifest.history if isinstance(source, PackedFolder) else history_of(source.config)
         publish(directory, source, contents, source.config, entropy, [*before, move])
         return inspect(directory)
+
+
+def _sizes(model: str | os.PathLike[str]) -> dict[str, int]:
+    """What `inspect` says of them, as far as it does."""
+    return {key: n for key, n in inspect(model)["bytes"].items() if n is not None}
 
 
 def _tokens(

@@ -1,0 +1,48 @@
+"""Perplexity with simulated activations and KV cache (QuaRot's setting), rotated and not. About twelve minutes.
+
+    python -m benchmarks.coarse DATA [QUANTISED]
+
+DATA has wikitext-2-raw/wiki.valid.raw: its first 6 windows of 1024 tokens. The model is the off-grid demo model, and, if
+given, a folder that was quantised from it to 4 bits.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import freebits
+from benchmarks.off_grid import off_grid
+from benchmarks.results import print_table, save_csv
+
+HEADER = ("weights", "activations", "KV cache", "not rotated", "rotated")
+SETTINGS = ((None, None), (8, None), (6, None), (4, None), (None, 4), (4, 4))
+
+
+def main() -> None:
+    """Measure, print and save the ratios to the dense model's perplexity."""
+    text = (Path(sys.argv[1]) / "wikitext-2-raw" / "wiki.valid.raw").read_text(encoding="utf-8")
+    rows: list[tuple[str, ...]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        dense = off_grid(Path(scratch) / "off-grid")
+        models = {"16 bits": dense} | {"4 bits": Path(path) for path in sys.argv[2:]}
+
+        def perplexity(model: Path, activations: int | None, kv: int | None, rotate: str) -> float:
+            options = {"activations": activations, "kv": kv, "rotate": rotate}
+            measured: float = freebits.evaluate(model, text=text, seq_len=1024, limit=6, **options)["perplexity"]
+            return measured
+
+        exact = perplexity(dense, None, None, "none")
+        for name, model in models.items():
+            for activations, kv in SETTINGS:
+                if (activations, kv) != (None, None) or model is not dense:
+                    ways = ("none", "hadamard") if activations or kv else ("none",)
+                    ratios = [f"{perplexity(model, activations, kv, way) / exact:.3f}" for way in ways]
+                    bits = (str(of) if of else "floats" for of in (activations, kv))
+                    rows.append((name, *bits, *ratios, *[""] * (2 - len(ratios))))
+                    print(rows[-1], flush=True)
+                    save_csv("coarse", HEADER, rows)
+    print_table(HEADER, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Rotate a dense checkpoint into another that computes the same, without outliers for a quantiser to stumble over."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freebits.architecture import Architecture, Part, dense_family
+from freebits.checkpoint import CONFIG, Checkpoint, CheckpointWriter, carry_over, new_directory, shard_bytes, write_json
+from freebits.errors import UnsupportedModelError, UsageError
+from freebits.huggingface.packed_models import inner_config
+from freebits.moves import FUNCTION_PRESERVING
+from freebits.packed import HISTORY, history_of
+from freebits.report import dense_bytes, inspect
+from freebits.symmetry import fold_embeddings, fold_head, fold_sublayers, hadamard, rotate
+from freebits.version import __version__
+from freebits.work import Progress, silent
+
+
+def rotate_model(
+    model: str | os.PathLike[str], out: str | os.PathLike[str], *, seed: int = 0, progress: Progress = silent
+) -> dict[str, Any]:
+    """Rotate the residual stream, and each head between values and output: function-preserving, rounded once.
+
+    Norms are folded into what reads them, then one randomised Hadamard matrix rotates the stream, another each head
+    (QuaRot, sections 3.1 and 4, as far as it needs no transform while the model runs). The result is an ordinary
+    checkpoint for any quantiser. A tied head becomes a matrix of its own, as the final norm goes into it.
+
+    Args:
+        model: folder of a dense checkpoint.
+        out: folder to create; it appears complete or not at all.
+        seed: of both rotations.
+        progress: called after each block.
+
+    Returns:
+        What `inspect(out)` says.
+
+    Raises:
+        UsageError: there is no such seed.
+        CheckpointError: `model` is no sound checkpoint, or `out` exists.
+        UnsupportedModelError: the stream cannot be rotated while norms stay the library's; the message says why.
+    """
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"seed {seed}: give one from 0 to 2^63 - 1")
+    dense = Checkpoint(model)
+    if dense_family(dense.config).centred:
+        raise UnsupportedModelError(
+            "its norms subtract a mean, which a rotated stream would not forgive: slice takes it"
+        )
+    architecture = Architecture.of(dense.config, len(dense.kinds))
+    baselines = dense_bytes(dense, architecture)
+    untied = architecture.with_tie(False)
+    head_dim = _head_dim(dense.config)
+    general = dense.kinds[architecture.embedding.weight].dtype
+    shapes = {name: kind.shape for name, kind in dense.kinds.items()}
+    names = shapes | {untied.head.weight: shapes[untied.embedding.weight]}
+    with new_directory(out) as directory:
+        carry_over(dense.path, directory)
+        with CheckpointWriter(directory, names, shard_bytes(dense)) as writer:
+            for done, part in enumerate(untied.parts, start=1):
+                for name, tensor in rotated_part(dense, untied, part, head_dim, seed).items():
+                    writer.write(name, tensor.to(dense.kinds[name].dtype if name in dense.kinds else general))
+                progress(done, len(untied.parts))
+        move = {
+            "move": "rotate",
+            "fidelity": FUNCTION_PRESERVING,
+            "seed": seed,
+            "bytes": baselines,
+            "producer": f"freebits {__version__}",
+        }
+        history = {"history": [*history_of(dense.config), move]}
+        write_json(directory / CONFIG, {**dense.config, "tie_word_embeddings": False, HISTORY: history})
+        return inspect(directory)
+
+
+def rotated_part(
+    dense: Checkpoint, architecture: Architecture, part: Part, head_dim: int, seed: int
+) -> dict[str, Tensor]:
+    """A part's tensors, rotated, in float64; its norms have scale 1."""
+    tensors = {name: dense[name] for name in part.weights if name in dense.kinds}
+    norms = [sub.norm.weight for sub in part.sublayers]
+    if part.sublayers:
+        folded = _turn_heads(fold_sublayers(tensors, part.sublayers), part, head_dim, seed)
+    elif part is architecture.parts[0]:
+        folded = fold_embeddings(tensors, architecture)
+    else:
+        norms = [architecture.final_norm.weight]
+        tensors.setdefault(architecture.head.weight, dense[architecture.embedding.weight])
+        folded = fold_head(tensors, architecture)
+    Q = hadamard(torch.eye(architecture.hidden_size, dtype=torch.float64), seed)
+    rotations = dict.fromkeys(range(architecture.n_sites), Q)
+    shortcuts = {sub.shortcut.weight for sub in part.sublayers}
+    rotated = {n: rotate(t, part.weights[n].axes, rotations) for n, t in folded.items() if n not in shortcuts}
+    return rotated | {name: torch.ones(architecture.hidden_size, dtype=torch.float64) for name in norms}
+
+
+def _turn_heads(folded: Mapping[str, Tensor], part: Part, head_dim: int, seed: int) -> dict[str, Tensor]:
+    """Values rotated in each head, and turned back by what reads them."""
+    turned = dict(folded)
+    for sub in part.sublayers:
+        if sub.value is not None:
+            for name in {sub.value.weight, sub.value.bias} & turned.keys():
+                heads = turned[name].movedim(0, -1).unflatten(-1, (-1, head_dim))
+                turned[name] = hadamard(heads, seed).flatten(-2).movedim(-1, 0)
+            write = turned[sub.write.weight].unflatten(-1, (-1, head_dim))
+            turned[sub.write.weight] = hadamard(write, seed).flatten(-2)
+    return turned
+
+
+def _head_dim(config: Mapping[str, Any]) -> int:
+    told: Any = inner_config(config).from_dict(dict(config))
+    size: int = getattr(told, "head_dim", None) or told.hidden_size // told.num_attention_heads
+    return size
