@@ -2,13 +2,14 @@
 
     python -m benchmarks.coarse DATA [QUANTISED]
 
-DATA has wikitext-2-raw/wiki.valid.raw: its first 6 windows of 1024 tokens. The model is the off-grid demo model, and, if
-given, a folder that was quantised from it to 4 bits.
+DATA has wikitext-2-raw/wiki.valid.raw: its first 6 windows of 1024 tokens. The model is the off-grid demo model, and,
+if given, a folder that was quantised from it to 4 bits.
 """
 
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import freebits
 from benchmarks.off_grid import off_grid
@@ -24,10 +25,10 @@ def main() -> None:
     rows: list[tuple[str, ...]] = []
     with tempfile.TemporaryDirectory() as scratch:
         dense = off_grid(Path(scratch) / "off-grid")
-        models = {"16 bits": dense} | {"4 bits": Path(path) for path in sys.argv[2:]}
+        models = {"16 bits": dense, **({"4 bits": Path(sys.argv[2])} if len(sys.argv) > 2 else {})}
 
         def perplexity(model: Path, activations: int | None, kv: int | None, rotate: str) -> float:
-            options = {"activations": activations, "kv": kv, "rotate": rotate}
+            options: dict[str, Any] = {"activations": activations, "kv": kv, "rotate": rotate}
             measured: float = freebits.evaluate(model, text=text, seq_len=1024, limit=6, **options)["perplexity"]
             return measured
 

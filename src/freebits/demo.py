@@ -1,4 +1,4 @@
-"""The main job on the demo model, end to end: dense, sliced, packed with either codec, and a sentence."""
+"""The main job on the demo model, end to end: quantised; sliced, packed with either codec; and a sentence."""
 
 import time
 from collections.abc import Callable
@@ -10,27 +10,28 @@ import torch
 
 from freebits.calibration import embedded_text
 from freebits.evaluation import evaluate
-from freebits.huggingface import load, slice_model
+from freebits.huggingface import load, quantize, slice_model
 from freebits.huggingface.demo_model import demo_model
 from freebits.huggingface.loading import load_tokenizer
 from freebits.report import bytes_on_disk, inspect, opened
 from freebits.verbs import pack, unpack
 from freebits.work import Progress
 
-SPARSITY, SAMPLES = 0.2, 32
+BITS, SPARSITY, SAMPLES = 4.0, 0.2, 32
 PACKED = {
     "bits-back": ("bits-back", "none"),
     "canonical": ("canonical", "none"),
     "canonical+entropy": ("canonical", "auto"),
 }
 """Ways to pack, by codec and entropy stage, the default last."""
-STAGES = ("sliced", *PACKED, "unpacked")
+STAGES = ("quantised", "sliced", *PACKED, "unpacked")
+OWN_SAMPLES = 16
 WINDOWS = 16
 PROMPT = "In Python, a dictionary is"
 
 
 def run_demo(directory: Path, progress: Callable[[str], Progress]) -> dict[str, Any]:
-    """Slice SmolLM2-135M, pack it with both codecs and unpack it in `directory`, and measure each stage.
+    """Quantise SmolLM2-135M; slice it, pack it with both codecs and unpack it; measure each stage, in `directory`.
 
     Args:
         directory: an existing folder; the stages become folders in it.
@@ -43,9 +44,10 @@ def run_demo(directory: Path, progress: Callable[[str], Progress]) -> dict[str, 
     start = time.perf_counter()
     dense, (text, _) = demo_model(), embedded_text()
     folders = {"dense": dense} | {name: directory / name for name in STAGES}
-    sliced, *packed, unpacked = (folders[name] for name in STAGES)
+    quantised, sliced, *packed, unpacked = (folders[name] for name in STAGES)
     seconds = {"dense": time.perf_counter() - start}
     steps: dict[str, Callable[..., object]] = {
+        "quantised": partial(quantize, dense, quantised, bits=BITS, samples=OWN_SAMPLES),
         "sliced": partial(slice_model, dense, sliced, sparsity=SPARSITY, calibration=text, samples=SAMPLES),
         **{
             name: partial(pack, sliced, folders[name], codec=codec, entropy=entropy)

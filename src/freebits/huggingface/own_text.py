@@ -42,6 +42,9 @@ def own_windows(
     if samples < 1 or seq_len < 2 or not 0 <= seed < 2**63:
         raise UsageError(f"samples {samples}, windows of {seq_len} tokens, seed {seed}: give 1, 2 and 0 at least")
     model = load(path).to(device).eval()
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(positions, int) and seq_len > positions:
+        raise UsageError(f"texts of {seq_len} tokens, where the model has {positions} positions: lower --seq-len")
     first = model.config.bos_token_id
     first = model.config.eos_token_id if first is None else first
     first = first[0] if isinstance(first, list) else first

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from freebits.architecture import EMBEDDINGS, HEAD, Architecture
 from freebits.checkpoint import CONFIG, Checkpoint
 from freebits.errors import CheckpointError, UnsupportedModelError
-from freebits.kind import Kind
 from freebits.packed import MANIFEST, PackedFolder, is_packed
 
 SIDE_DATA, OTHER, AROUND = "side data", "other tensors", "headers, manifest, config"
@@ -43,15 +42,15 @@ def groups(folder: Checkpoint | PackedFolder) -> dict[str, int]:
     """Bytes on disk by what they are for: a group of the table, side data, or everything around the tensors."""
     table = _table(folder)
     sizes = dict.fromkeys((EMBEDDINGS, *dict.fromkeys(table.values()), HEAD, SIDE_DATA, OTHER), 0)
-    for kind, tensor, part in _uses(folder):
-        sizes[SIDE_DATA if part in _SIDE_PARTS else table.get(tensor, OTHER)] += kind.n_bytes
+    for size, tensor, part in _uses(folder):
+        sizes[SIDE_DATA if part in _SIDE_PARTS else table.get(tensor, OTHER)] += size
     sizes[AROUND] = bytes_on_disk(folder) - sum(sizes.values())
     return {group: size for group, size in sizes.items() if size}
 
 
 def side_bytes(folder: PackedFolder, part: str) -> int:
     """Bytes of the stored tensors that are that part of a code, entropy-coded or not."""
-    return sum(kind.n_bytes for kind, _, of in _uses(folder) if of == part)
+    return sum(size for size, _, of in _uses(folder) if of == part)
 
 
 def change(n_bytes: int | None, baseline: int | None) -> float | None:
@@ -68,14 +67,21 @@ def _table(folder: Checkpoint | PackedFolder) -> dict[str, str]:
     return {name: weight.group for name, weight in architecture.weights.items()}
 
 
-def _uses(folder: Checkpoint | PackedFolder) -> Iterator[tuple[Kind, str, str]]:
-    """For each stored tensor its kind, the model's tensor in which it ends up, and which part of its code it is."""
+def _uses(folder: Checkpoint | PackedFolder) -> Iterator[tuple[int, str, str]]:
+    """For each stored tensor bytes, a tensor of the model in which they end up, and which part of its code they are."""
     stored, recipes = folder.kinds, []
     if isinstance(folder, PackedFolder):
         stored, recipes = folder.stored, folder.manifest.recipes
-    takers = {name: (list(recipe.makes)[-1], part) for recipe in recipes for part, name in recipe.takes.items()}
-    for name, kind in stored.items():
-        tensor, part = name, ""
-        while tensor in takers:
-            tensor, part = takers[tensor]
-        yield kind, tensor, part
+    takers = {name: (recipe, part) for recipe in recipes for part, name in recipe.takes.items()}
+    left = [(kind.n_bytes, name, "") for name, kind in reversed(stored.items())]
+    while left:
+        size, name, part = left.pop()
+        if name not in takers:
+            yield size, name, part
+            continue
+        recipe, part = takers[name]
+        total, shared = sum(kind.numel for kind in recipe.makes.values()), 0
+        for number, (made, kind) in enumerate(recipe.makes.items(), start=1):  # each by how many numbers it has
+            share = size - shared if number == len(recipe.makes) else size * kind.numel // (total or 1)
+            shared += share
+            left.append((share, made, part))
