@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import freebits
+from freebits.calibration import embedded_text
+from freebits.checkpoint import Checkpoint
 from freebits.codes import CODES, bitsback
 from freebits.demo import PROMPT, generate
 from freebits.packed import PackedFolder
@@ -75,6 +77,16 @@ def test_the_canonical_model_is_the_sliced_one(demo_run: DemoRun, report: Report
     report(f"canonical: perplexity ratio {ratio:.5f}, mean KL {verdict['mean_kl']:.2e}, max |Δlogit| {difference:.3f}")
     assert abs(ratio - 1) <= 1e-3
     assert verdict["mean_kl"] < 1e-4
+
+
+def test_four_bits_a_number_are_four_bits_and_cost_little(demo_run: DemoRun, tmp_path: Path, report: Report) -> None:
+    text = embedded_text()[0]
+    facts = freebits.quantize(demo_run.dense, tmp_path / "four", bits=4, calibration=text, samples=8)
+    n_numbers = sum(kind.numel for kind in Checkpoint(demo_run.dense).kinds.values() if len(kind.shape) == 2)
+    assert 0.995 < 2 * facts["bytes"]["packed"] / n_numbers < 1.004  # half a byte each, headers and manifest included
+    result = freebits.verify(tmp_path / "four", against=demo_run.dense, limit=4)
+    report(f"4 bits: {facts['bytes']['packed']:,} bytes, mean KL {result['mean_kl']:.4f}, ratio {result['ratio']:.4f}")
+    assert result["mean_kl"] < 0.15
 
 
 def test_it_writes_a_sentence(demo_run: DemoRun) -> None:

@@ -73,7 +73,7 @@ def _uses(folder: Checkpoint | PackedFolder) -> Iterator[tuple[int, str, str]]:
     if isinstance(folder, PackedFolder):
         stored, recipes = folder.stored, folder.manifest.recipes
     takers = {name: (recipe, part) for recipe in recipes for part, name in recipe.takes.items()}
-    left = [(kind.n_bytes, name, "") for name, kind in reversed(stored.items())]
+    left = [(kind.n_bytes, name, "") for name, kind in stored.items()]
     while left:
         size, name, part = left.pop()
         if name not in takers:
