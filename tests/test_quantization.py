@@ -16,6 +16,7 @@ import freebits
 from freebits.codes import CODES, ans, enumeration
 from freebits.codes.integers import Stepped, exponents, steps
 from freebits.errors import UsageError
+from freebits.huggingface.integer_layers import IntegerLinear
 from freebits.huggingface.simulation import asymmetric, symmetric
 from freebits.kind import Kind
 from freebits.quantization import GROUP, feedback, gridded, pyramids, stepped, whitener
@@ -305,3 +306,17 @@ def test_a_rotated_model_computes_the_same(variant: str, save_tiny: Make, tmp_pa
 def test_what_rotation_would_break_is_refused(save_tiny: Make, tmp_path: Path) -> None:
     with pytest.raises(freebits.UnsupportedModelError, match="mean"):
         freebits.rotate_model(save_tiny(model_type="opt"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_integers_can_be_kept_in_memory(dtype: torch.dtype, save_tiny: Make, tmp_path: Path) -> None:
+    quantised(save_tiny(attention_bias=True, mlp_bias=True, hidden_size=64), tmp_path / "out", bits=4)
+    tokens = torch.randint(0, 96, (2, 20), generator=torch.Generator().manual_seed(0))
+    kept = freebits.load(tmp_path / "out", dtype=dtype, keep_integers=True)
+    layers = [module for module in kept.modules() if isinstance(module, IntegerLinear)]
+    assert len(layers) > 15
+    assert {layer.integers.dtype for layer in layers} == {torch.int8}
+    with torch.no_grad():
+        floats = freebits.load(tmp_path / "out", dtype=dtype)(input_ids=tokens).logits
+        integers = kept(input_ids=tokens).logits
+    assert (floats - integers).abs().max() < (0.01 if dtype == torch.float32 else 0.3) * floats.abs().max()

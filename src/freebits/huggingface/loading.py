@@ -9,22 +9,32 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from freebits.errors import CheckpointError, FreebitsError, UsageError, one_line
+from freebits.huggingface.integer_layers import with_integers
 from freebits.packed import PackedFolder
 from freebits.report import opened
 
 
-def load(path: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto", verify: bool = True) -> Any:
+def load(
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str = "auto",
+    verify: bool = True,
+    keep_integers: bool = False,
+) -> Any:
     """The model in a dense, sliced or packed folder, ready to run; a packed one is decoded as it is read.
 
     Args:
         path: folder of the checkpoint.
         dtype: of the weights in memory; `auto` is the checkpoint's own.
         verify: check the digest of every tensor of a packed folder.
+        keep_integers: of a quantised folder, leave the blocks' linear layers as integers of a byte each. They take half
+            the memory of 16 bits, once loaded; in bfloat16 PyTorch multiplies from there.
 
     Raises:
         CheckpointError: the folder is no sound checkpoint, or a tensor is damaged.
     """
-    packed = isinstance(opened(path), PackedFolder)  # which says in one line what is wrong with it
+    folder = opened(path)  # which says in one line what is wrong with it
+    packed = isinstance(folder, PackedFolder)
     with one_line_errors(path, "model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
@@ -37,6 +47,8 @@ def load(path: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto", ver
     model, found = loaded
     if found["missing_keys"]:  # transformers fills them in at random
         raise CheckpointError(f"tensor {min(found['missing_keys'])} is missing in {path}: the checkpoint is incomplete")
+    if keep_integers and isinstance(folder, PackedFolder):
+        return with_integers(model, folder)
     return model
 
 

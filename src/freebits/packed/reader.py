@@ -10,7 +10,8 @@ from torch import Tensor
 
 from freebits.architecture import SLICED_PREFIX, Architecture, Layout
 from freebits.checkpoint import CONFIG, Entry, WeightsFile, existing_folder, parse_header, read_json
-from freebits.codes import CODES
+from freebits.codes import CODES, Integers
+from freebits.codes.integers import Stepped
 from freebits.errors import CheckpointError
 from freebits.kind import Kind
 from freebits.packed.manifest import Manifest, digest
@@ -134,6 +135,14 @@ class PackedFolder:
         except (ValueError, KeyError, TypeError, IndexError, RuntimeError, MemoryError) as error:
             raise self._damaged(f"{next(iter(recipe.makes))} cannot be decoded ({error})") from None
         return dict(zip(recipe.makes, tensors, strict=True))
+
+    def matrices(self, recipe: Recipe, code: Integers) -> list[Stepped]:
+        """What a recipe of code `integers` makes, still as integers."""
+        parts = {part: self._decoded(name, {}) for part, name in recipe.takes.items()}
+        try:
+            return list(code.stepped(parts, list(recipe.makes.values()), recipe.params))
+        except (ValueError, KeyError) as error:
+            raise self._damaged(f"{next(iter(recipe.makes))} cannot be decoded ({error})") from None
 
     def _read(self, name: str) -> Tensor:
         data = self._files[name].read(name)

@@ -1,0 +1,85 @@
+"""How fast quantised matrices are decoded, and with how much memory. Two minutes.
+
+    python -m benchmarks.decoding
+
+Two blocks of the shapes of Llama-2-7B, of random integers of 3.5 bits, in bfloat16: bytes of output a second by one
+thread and by two, and the memory of a process that decodes them all, in blocks of bfloat16 beyond what it had.
+"""
+
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.results import print_table, save_csv
+from freebits.checkpoint import CheckpointWriter
+from freebits.codes import CODES
+from freebits.kind import Kind
+from freebits.packed import STEM, Contents, Piece, Recipe, digests_of, publish
+from freebits.packed.reader import PackedFolder
+
+SHAPES = {"q_proj": (4096, 4096), "k_proj": (4096, 4096), "v_proj": (4096, 4096), "o_proj": (4096, 4096)} | {
+    "gate_proj": (11008, 4096),
+    "up_proj": (11008, 4096),
+    "down_proj": (4096, 11008),
+}
+N_BLOCKS = 2
+BLOCK = 2 * sum(rows * columns for rows, columns in SHAPES.values())
+HEADER = ("threads", "MB of bfloat16 a second", "peak memory, blocks")
+
+
+def write(directory: Path) -> None:
+    """The folder; its config is of a model that nobody runs."""
+    generator = torch.Generator().manual_seed(0)
+    contents = Contents()
+    names = {f"{block}.{name}.weight" for block in range(N_BLOCKS) for name in SHAPES}
+    with CheckpointWriter(directory, {f"{name}.message": (10**12,) for name in names}, None, STEM) as writer:
+        for name in sorted(names):
+            rows, columns = SHAPES[name.split(".")[1]]
+            integers = (torch.randn(rows, columns, generator=generator) * 2.7).round().int()
+            steps = (torch.zeros(size, dtype=torch.int16) for size in (rows, columns))
+            makes = {name: Kind("BF16", (rows, columns))}
+            coded = CODES["integers"].encode([integers, *steps], list(makes.values()))
+            message = coded.parts["message"]
+            stored = {f"{name}.message": (Kind.of(message), message)}
+            piece = Piece(stored, (Recipe("integers", {"message": f"{name}.message"}, makes, coded.params),))
+            contents.write(writer, piece, digests_of(piece))
+    source = PackedFolder.__new__(PackedFolder)
+    source.path = directory
+    publish(directory, source, contents, {"model_type": "none"}, "none", [{"move": "integers", "fidelity": "lossy"}])
+
+
+def decode(directory: Path, jobs: int) -> None:
+    """Print seconds and peak memory of decoding everything."""
+    torch.set_num_threads(jobs)
+    packed = PackedFolder(directory)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    packed.check(jobs)
+    seconds = time.perf_counter() - start
+    print(seconds, 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+
+
+def main() -> None:
+    """Measure, print and save."""
+    if len(sys.argv) == 3:
+        decode(Path(sys.argv[1]), int(sys.argv[2]))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        write(Path(scratch))
+        rows = []
+        for jobs in (1, 2):
+            command = [sys.executable, "-m", "benchmarks.decoding", scratch, str(jobs)]
+            runs = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(3)]
+            seconds, memory = sorted(tuple(map(float, run.split())) for run in runs)[1]
+            rows.append((jobs, f"{N_BLOCKS * BLOCK / seconds / 1e6:.0f}", f"{memory / BLOCK:.2f}"))
+    print_table(HEADER, rows)
+    save_csv("decoding", HEADER, rows)
+
+
+if __name__ == "__main__":
+    main()
