@@ -16,11 +16,18 @@ class _Parser(argparse.ArgumentParser):
         self.exit(BAD_INPUT, f"freebits: error: {one_line(message)} (see {self.prog} --help)\n")
 
 
-def _size(text: str) -> int:
-    """Bytes, or with a unit of powers of ten."""
+def size(text: str) -> int:
+    """Bytes, or with a unit of powers of ten.
+
+    Raises:
+        ValueError: it is none.
+    """
     number = text.upper().removesuffix("B")
     unit = {"K": 10**3, "M": 10**6, "G": 10**9}.get(number[-1:], 1)
-    return round(float(number.rstrip("KMG")) * unit)
+    value = float(number.rstrip("KMG")) * unit
+    if not 0 < value < 2**62:
+        raise ValueError(text)
+    return round(value)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -119,7 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     quantize_.add_argument("out", metavar="OUT", type=Path, help="folder to create")
     quantize_.add_argument("--bits", type=float, help="for each number, everything counted (default: 4)")
-    quantize_.add_argument("--target-size", metavar="BYTES", type=_size, help="of OUT at most: 66000000, 66MB, 1.2GB")
+    quantize_.add_argument("--target-size", metavar="BYTES", type=size, help="of OUT at most: 66000000, 66MB, 1.2GB")
     quantize_.add_argument("--target-kl", metavar="NATS", type=float, help="expected KL divergence a token")
     quantize_.add_argument(
         "--method",

@@ -18,7 +18,7 @@ from torch import Tensor
 from freebits.checkpoint import ENTRY, Checkpoint, CheckpointWriter, Source, new_directory, shard_bytes
 from freebits.codes import CODES
 from freebits.codes.rotated import rotated
-from freebits.errors import UsageError
+from freebits.errors import CheckpointError, UsageError
 from freebits.huggingface.blockwise import BlockwiseModel
 from freebits.huggingface.loading import device_of, one_line_errors
 from freebits.huggingface.own_text import own_windows
@@ -125,6 +125,8 @@ def quantize(
         UnsupportedModelError: transformers does not run it, or not block by block.
     """
     goal = Goal(bits, target_size, target_kl, method)
+    if jobs is not None and jobs < 1:
+        raise UsageError(f"jobs {jobs}: give at least one")
     if rotate not in ROTATIONS or only not in (None, *PARTS):
         raise UsageError(f"there is no rotation {rotate!r} or no part {only!r}: see freebits quantize --help")
     code = stage(entropy)
@@ -240,6 +242,8 @@ class Shelf:
         self.transposed |= part.keys() & {*transposed}
         made: dict[int, Path] = {}
         for name, sensitivity in part.items():
+            if not (sensitivity.gram.isfinite().all() and sensitivity.information.isfinite().all()):
+                raise CheckpointError(f"what {name} reads or leads to is not finite: the model overflows or is damaged")
             key, gram, information = id(sensitivity.gram), sensitivity.gram, sensitivity.information
             if self.seed is not None:  # a rotation spreads over all rows what is known of each
                 gram, information = rotated(gram, self.seed), information.mean().expand(len(information))

@@ -1,7 +1,8 @@
 """Measure how much a model's output depends on each of its matrices: one pass forwards, one backwards."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +96,18 @@ def _block(
 
 
 class _Watch:
-    """Sums over what goes into a linear layer and over the gradients at what comes out."""
+    """Sums over what goes into a linear layer and over the gradients at what comes out.
+
+    Attributes:
+        leader: the first of those that read the same, as queries, keys and values do, which has their Gram matrix.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.n_inputs = 0
-        self.gram = torch.zeros(())
-        self._squares = torch.zeros(module.nf if isinstance(module, Conv1D) else module.out_features)  # type: ignore[arg-type]
+        self.leader = self
         self.inputs: list[Tensor] = []
+        self._gram = torch.zeros(())
+        self._squares = torch.zeros(module.nf if isinstance(module, Conv1D) else module.out_features)  # type: ignore[arg-type]
 
     def saw(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG002
         """One call of the layer."""
@@ -112,21 +118,29 @@ class _Watch:
     def _felt(self, gradient: Tensor) -> None:
         self._squares += gradient.flatten(0, -2).square().sum(0).cpu()
 
+    def sum_up(self) -> None:
+        """Take in the inputs."""
+        rows = torch.cat([x.flatten(0, -2) for x in self.inputs])
+        self._gram = self._gram + (rows.T @ rows).cpu()
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """Mean over the inputs that came."""
+        return self._gram / self.n_inputs
+
     def sensitivity(self, n_tokens: int) -> Sensitivity:
-        """Means: of the inputs over those that came, of the gradients over all tokens."""
-        return Sensitivity(self.gram / self.n_inputs, self._squares / n_tokens)
+        """The information is a mean over all tokens."""
+        return Sensitivity(self.leader.gram, self._squares / n_tokens)
 
 
-def _sum_up(watches: Any) -> None:
-    """Take in what the layers saw; layers with one input, as queries and keys, share its Gram matrix."""
-    grams: dict[tuple[int, ...], Tensor] = {}
+def _sum_up(watches: Collection[_Watch]) -> None:
+    """Take in what the layers saw, of those that read the same once."""
+    leaders: dict[tuple[int, ...], _Watch] = {}
     for watch in watches:
-        key = tuple(x.data_ptr() for x in watch.inputs)
-        if key not in grams and key:
-            rows = torch.cat([x.flatten(0, -2) for x in watch.inputs])
-            grams[key] = (rows.T @ rows).cpu()
-        if key:
-            watch.gram = watch.gram + grams[key]
+        if watch.inputs:
+            watch.leader = leaders.setdefault(tuple(x.data_ptr() for x in watch.inputs), watch)
+            if watch.leader is watch:
+                watch.sum_up()
     for watch in watches:
         watch.inputs.clear()
 

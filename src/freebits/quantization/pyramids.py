@@ -1,7 +1,7 @@
 """Round groups of a row to points on a pyramid, with scales apart.
 
-Of a normal row of `m` numbers a group of `N` has the share `Beta(N / 2, (m - N) / 2)` of its squared length: scales are
-the roots of that distribution's quantiles.
+Of a normal row of `m` numbers a group of `N` has the share `Beta(N / 2, (m - N) / 2)` of its squared length; scales are
+the best for the roots of such numbers. Measured at 3.6 bits in all: of 3 to 6 bits for the scale 3 are best.
 """
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor
 from freebits.codes import enumeration
 from freebits.quantization.feedback import feedback
 
-SCALE_BITS = 6
+SCALE_BITS = 3
+_ROUNDS = 30
 _SIZE = 16
 
 
@@ -77,11 +78,16 @@ def nearest_points(x: Tensor, pulses: int) -> Tensor:
 
 
 def _levels(size: int, n_columns: int) -> Tensor:
-    """Roots of the quantiles in the middle of each of `2^SCALE_BITS` equal shares."""
+    """The best `2^SCALE_BITS` lengths (Lloyd 1982), from the roots of the quantiles in the middle of equal shares on."""
     if size == n_columns:
         return torch.ones(2**SCALE_BITS)
-    t = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
-    log = (size / 2 - 1) * t.log() + ((n_columns - size) / 2 - 1) * torch.log1p(-t)
-    mass = (log - log.max()).exp().cumsum(0)
-    shares = (torch.arange(2**SCALE_BITS, dtype=torch.float64) + 0.5) / 2**SCALE_BITS
-    return t[torch.searchsorted(mass / mass[-1], shares).clamp_max(len(t) - 1)].sqrt().float()
+    shares = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
+    log = (size / 2 - 1) * shares.log() + ((n_columns - size) / 2 - 1) * torch.log1p(-shares)
+    mass, lengths = (log - log.max()).exp(), shares.sqrt()
+    equal = (torch.arange(2**SCALE_BITS, dtype=torch.float64) + 0.5) / 2**SCALE_BITS
+    levels = lengths[torch.searchsorted(mass.cumsum(0) / mass.sum(), equal).clamp_max(len(shares) - 1)]
+    for _ in range(_ROUNDS):
+        cells = torch.bucketize(lengths, (levels[1:] + levels[:-1]) / 2)
+        sums = [torch.zeros_like(levels).index_add_(0, cells, of) for of in (mass * lengths, mass)]
+        levels = torch.where(sums[1] > 0, sums[0] / sums[1], levels)
+    return levels.float()

@@ -17,6 +17,7 @@ from freebits.codes.integers import Stepped, exponents, steps
 from freebits.quantization.feedback import feedback
 
 DAMPING = 0.03
+_MOST = 2**30
 _LEAST_INFORMATION = 1e-4
 """Of a row, in means of all rows."""
 
@@ -53,4 +54,4 @@ def stepped(W: Tensor, U: Tensor, rows: Tensor, c: float) -> Stepped:
     row_exponents, column_exponents = exponents(rows), exponents(c * U.diagonal())
     row, column = steps(row_exponents)[:, None], steps(column_exponents)
     scaled = feedback(W.float() / row, U, lambda w, at: (w / column[at]).round() * column[at])
-    return Stepped((scaled / column).round().to(torch.int32), row_exponents, column_exponents)
+    return Stepped((scaled / column).round().clamp(-_MOST, _MOST).to(torch.int32), row_exponents, column_exponents)
