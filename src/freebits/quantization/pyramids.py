@@ -78,7 +78,7 @@ def nearest_points(x: Tensor, pulses: int) -> Tensor:
 
 
 def _levels(size: int, n_columns: int) -> Tensor:
-    """The best `2^SCALE_BITS` lengths (Lloyd 1982), from the roots of the quantiles in the middle of equal shares on."""
+    """The best `2^SCALE_BITS` lengths (Lloyd 1982), starting with the roots of evenly spaced quantiles."""
     if size == n_columns:
         return torch.ones(2**SCALE_BITS)
     shares = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
