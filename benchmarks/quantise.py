@@ -19,6 +19,7 @@ from torch.nn.functional import kl_div, log_softmax
 from tqdm import tqdm
 
 from benchmarks.off_grid import off_grid
+from benchmarks.results import save_csv
 from freebits.calibration import perplexity
 from freebits.checkpoint import Checkpoint, new_directory
 from freebits.evaluation.perplexity import logits, loss
@@ -32,6 +33,7 @@ from freebits.packed import PackedFolder, publish
 from freebits.report import bytes_on_disk
 
 RESULTS = Path(__file__).parent / "results" / "quantise.csv"
+HEADER = ("row", "bits", "bytes", "perplexity", "ratio", "mean_kl")
 WINDOWS = 16
 MB = 1_000_000
 ROWS: dict[str, tuple[str, str, Goal]] = {
@@ -91,11 +93,15 @@ def main() -> None:
             result = compared(reference, load(out, dtype=torch.float32).eval(), windows)
             row = {"row": name, "bits": f"{8 * coded / n_numbers:.3f}", "bytes": bytes_on_disk(folder), **result}
             print(row, flush=True)
-            fresh = not RESULTS.exists()
-            with RESULTS.open("a", newline="") as file:
-                writer = csv.DictWriter(file, list(row))
-                writer.writeheader() if fresh else None
-                writer.writerow(row)
+            rows = {of[0]: of for of in saved()} | {name: tuple(map(str, row.values()))}
+            save_csv("quantise", HEADER, [rows[of] for of in ROWS if of in rows])
+
+
+def saved() -> list[tuple[str, ...]]:
+    """The rows that were measured before."""
+    if not RESULTS.exists():
+        return []
+    return [tuple(row) for row in csv.reader(RESULTS.open(newline="")) if row[0] in ROWS]
 
 
 def calibrated(dense: Path, scratch: Path) -> tuple[dict[str, Shelf], Checkpoint]:
