@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import torch
 from torch.nn.functional import kl_div, log_softmax
 from tqdm import tqdm
@@ -95,6 +96,7 @@ def main() -> None:
             print(row, flush=True)
             rows = {of[0]: of for of in saved()} | {name: tuple(map(str, row.values()))}
             save_csv("quantise", HEADER, [rows[of] for of in ROWS if of in rows])
+            plot()
 
 
 def saved() -> list[tuple[str, ...]]:
@@ -102,6 +104,27 @@ def saved() -> list[tuple[str, ...]]:
     if not RESULTS.exists():
         return []
     return [tuple(row) for row in csv.reader(RESULTS.open(newline="")) if row[0] in ROWS]
+
+
+def plot() -> None:
+    """Bytes against perplexity: whole models in integers, and linear layers in every way."""
+    rows = [(name, int(size), float(ratio)) for name, _, size, _, ratio, _ in saved()]
+    figure, axes = plt.subplots(figsize=(7, 4))
+    lines = {"everything in integers": "whole", "linear layers in integers": "linear, integers"}
+    for label, start in lines.items():
+        points = sorted((size / MB, ratio) for name, size, ratio in rows if name.startswith(start))
+        axes.plot(*zip(*points, strict=True), "o-", label=label)
+    for name, size, ratio in rows:
+        if name.startswith("linear") and "integers" not in name:
+            axes.plot(size / MB, ratio, "x", color="black")
+            axes.annotate(
+                name.removeprefix("linear, "), (size / MB, ratio), fontsize=7, xytext=(4, 4), textcoords="offset points"
+            )
+    axes.set(
+        xlabel="MB of the finished folder", ylabel="perplexity / dense, WikiText-2", xlim=(48, 118), ylim=(0.98, 2)
+    )
+    axes.legend()
+    figure.savefig(RESULTS.with_suffix(".png"), dpi=120, bbox_inches="tight")
 
 
 def calibrated(dense: Path, scratch: Path) -> tuple[dict[str, Shelf], Checkpoint]:
