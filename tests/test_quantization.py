@@ -22,7 +22,7 @@ from freebits.kind import Kind
 from freebits.quantization import GROUP, feedback, gridded, pyramids, stepped, whitener
 from freebits.quantization.pyramids import nearest_points
 from freebits.symmetry import hadamard, hadamard_inverse
-from tests.tiny import VARIANTS, Make, in_float64, random_text
+from tests.tiny import VARIANTS, Make, change_tensors, in_float64, random_text
 
 numbers = st.lists(st.tuples(st.sampled_from(list(ans.LEVELS)), st.lists(st.integers(-(2**31), 2**31 - 1))), max_size=5)
 
@@ -227,6 +227,22 @@ def test_a_target_size_is_met_and_never_passed(save_tiny: Make, tmp_path: Path) 
     target = 190_000
     facts = quantised(dense, tmp_path / "out", target_size=target)
     assert 0.97 * target < facts["bytes"]["packed"] <= target
+
+
+def test_a_target_divergence_is_about_what_comes_out(save_tiny: Make, tmp_path: Path) -> None:
+    dense = save_tiny()
+    for target in (0.003, 0.03):
+        quantised(dense, tmp_path / str(target), target_kl=target)
+        result = freebits.verify(tmp_path / str(target), against=dense, text=random_text(300), seq_len=32, limit=8)
+        assert target / 4 < result["mean_kl"] < 4 * target
+
+
+def test_a_model_that_overflows_is_refused(save_tiny: Make, tmp_path: Path) -> None:
+    dense = save_tiny()
+    change_tensors(dense, model__layers__1__mlp__up_proj__weight=lambda weight: weight.fill_(torch.inf))
+    with pytest.raises(freebits.CheckpointError, match="not finite"):
+        quantised(dense, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_sliced_and_canonical_models_are_quantised(
