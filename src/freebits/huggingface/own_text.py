@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freebits.errors import UsageError
+from freebits.errors import CheckpointError, UsageError
 from freebits.huggingface.loading import load
 from freebits.work import Progress, silent
 
@@ -57,9 +57,20 @@ def own_windows(
         output = model(input_ids=tokens[:, -1:], use_cache=True, **cache)
         cache = {name: getattr(output, name) for name in cache}
         chances = output.logits[:, -1].float().softmax(-1)
-        tokens = torch.cat([tokens, torch.multinomial(chances, 1, generator=generator)], dim=1)
+        tokens = torch.cat([tokens, drawn(chances, generator)], dim=1)
         progress(done, seq_len - 1)
     return tokens.cpu()
+
+
+def drawn(chances: Tensor, generator: torch.Generator) -> Tensor:
+    """A token for each row of chances, (n, 1).
+
+    Raises:
+        CheckpointError: a chance is no number.
+    """
+    if not chances.isfinite().all():
+        raise CheckpointError("the model's predictions are not finite: its weights overflow, or are damaged")
+    return torch.multinomial(chances, 1, generator=generator)
 
 
 def cache_name(model: Any) -> str:

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers.pytorch_utils import Conv1D
 
 from freebits.huggingface.blockwise import BlockwiseModel
+from freebits.huggingface.own_text import drawn
 from freebits.quantization import Sensitivity
 from freebits.work import Progress
 
@@ -66,7 +67,7 @@ def _head(model: BlockwiseModel, tokens: Tensor, stream: Tensor, seed: int) -> t
         leaf = x.to(model.device).clone().requires_grad_()
         logits = model.logits(leaf, window)[:-1]
         chances = logits.detach().softmax(-1)
-        labels = torch.multinomial(chances, 1, generator=generator)[:, 0]
+        labels = drawn(chances, generator)[:, 0]
         gradients.append(torch.autograd.grad(cross_entropy(logits, labels, reduction="sum"), leaf)[0].cpu())
         likely = likely + (chances * (1 - chances)).sum(0)
         rows = inputs.pop().flatten(0, -2)
