@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 Numbers = NDArray[np.int32]
 Words = NDArray[np.uint16]
+Decoded = NDArray[np.int16] | NDArray[np.int32]
 States = NDArray[np.uint64]
 LEVELS = range(-12, 33)
 """Standard deviations from 1/8 to 256."""
@@ -126,9 +127,7 @@ def _push(
     return words
 
 
-def decode(
-    words: NDArray[np.uint16], segments: Sequence[tuple[int, int]], escaped: Numbers
-) -> Iterator[NDArray[np.int32]]:
+def decode(words: NDArray[np.uint16], segments: Sequence[tuple[int, int]], escaped: Numbers) -> Iterator[Decoded]:
     """The numbers of each segment, inverse of `encode`.
 
     Args:
@@ -171,15 +170,18 @@ def _pop(states: NDArray[np.uint32], of: Table, words: NDArray[np.uint32], at: i
 
 def _numbers(
     segments: Sequence[tuple[int, int]], symbols: list[NDArray[np.uint16]], escaped: Numbers
-) -> Iterator[Numbers]:
+) -> Iterator[Decoded]:
     at = 0
     for (level, _), symbol in zip(segments, symbols, strict=True):
         radius = table(level).radius
-        numbers = symbol.astype(np.int32) - radius
-        large = np.flatnonzero(symbol == 2 * radius + 1)
+        large = (symbol == 2 * radius + 1).nonzero()[0]
         if at + len(large) > len(escaped):
             raise ValueError("fewer large numbers than there are escapes")
-        numbers[large] = escaped[at : at + len(large)]
+        numbers: Decoded = symbol.view(np.int16)
+        numbers -= np.int16(radius)
+        if len(large):
+            numbers = numbers.astype(np.int32)
+            numbers[large] = escaped[at : at + len(large)]
         at += len(large)
         yield numbers
     if at != len(escaped):

@@ -23,6 +23,7 @@ _ROOT = sqrt(sqrt(sqrt(sqrt(2.0))))  # IEEE rounds square roots and products ali
 _POWERS = np.array([np.prod([1.0] + [_ROOT] * power) for power in range(FINENESS)])
 _HEAD = 4 * 2
 _SIDE_LEVEL = 19
+_CHUNK = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,18 @@ class Integers:
         return Coded({MESSAGE: as_tensor(message)}, {"bytes": len(message)})
 
     def decode(self, parts: Mapping[str, Tensor], makes: Sequence[Kind], params: Params) -> list[Tensor]:
-        """The matrices, in floats."""
-        return [m.floats(kind.dtype) for m, kind in zip(self.stepped(parts, makes, params), makes, strict=True)]
+        """The matrices, in floats; a few rows at a time, which stay near the processor."""
+        decoded = []
+        for kind, (ordered, rows, columns, of_rows, of_columns) in zip(makes, _read(parts, makes, params), strict=True):
+            matrix = torch.empty(kind.shape, dtype=kind.dtype)
+            column, row = steps(of_columns), steps(of_rows)[:, None]
+            chunk = max(1, _CHUNK // max(1, kind.shape[1]))
+            for start in range(0, kind.shape[0], chunk):
+                here = slice(start, start + chunk)
+                integers = ordered.index_select(0, rows[here]).index_select(1, columns)
+                matrix[here] = integers.float().mul_(column).mul_(row[here])
+            decoded.append(matrix)
+        return decoded
 
     def parts(self, makes: Sequence[Kind], params: Params) -> dict[str, Kind]:
         """Bytes, as many as coding found it to take."""
@@ -106,37 +117,44 @@ class Integers:
         Raises:
             ValueError: the message is damaged.
         """
-        message = bytes_from(parts[MESSAGE], params["bytes"])
-        if len(message) < _HEAD:
-            raise ValueError("a message that is cut off")
-        n_side, n_escaped = (int(n) for n in message[:_HEAD].view("<u4"))
-        at = _HEAD + n_side
-        rest = message[at + 4 * n_escaped :].tobytes()
-        if at + 4 * n_escaped > len(message) or len(rest) % 2:
-            raise ValueError("a message that is cut off")
-        escaped = np.frombuffer(message[at : at + 4 * n_escaped].tobytes(), "<i4").astype(np.int32)
-        shapes = [kind.shape for kind in makes]
-        told = list(_side(message[_HEAD:at].tobytes(), shapes))
-        levels = [side[2:] for side in told]
-        blocks = list(_blocks(levels))
-        lengths: dict[int, int] = {}
-        for level, _, rows, columns in blocks:
-            lengths[level] = lengths.get(level, 0) + (rows.stop - rows.start) * (columns.stop - columns.start)
-        numbers = [np.empty(shape, np.int32) for shape in shapes]
-        decoded = ans.decode(np.frombuffer(rest, "<u2"), list(lengths.items()), escaped)
-        at, now = 0, None
-        for level, matrix, rows, columns in blocks:
-            if level != now:
-                segment, now, at = next(decoded), level, 0
-            into = numbers[matrix][rows, columns]
-            into[:] = segment[at : at + into.size].reshape(into.shape)
-            at += into.size
-        for _ in decoded:  # what it has to say against its end
-            pass
-        for ordered, (rows_, columns_, *levels_) in zip(numbers, told, strict=True):
-            back = [np.argsort(_order(of)) for of in levels_]
-            integers = torch.from_numpy(ordered)[torch.from_numpy(back[0])][:, torch.from_numpy(back[1])]
-            yield Stepped(integers, torch.from_numpy(rows_), torch.from_numpy(columns_))
+        for ordered, rows, columns, of_rows, of_columns in _read(parts, makes, params):
+            yield Stepped(ordered[rows][:, columns].int(), of_rows, of_columns)
+
+
+def _read(
+    parts: Mapping[str, Tensor], makes: Sequence[Kind], params: Params
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """Of each matrix the integers by level, where its rows and its columns are among them, and their exponents."""
+    message = bytes_from(parts[MESSAGE], params["bytes"])
+    if len(message) < _HEAD:
+        raise ValueError("a message that is cut off")
+    n_side, n_escaped = (int(n) for n in message[:_HEAD].view("<u4"))
+    at = _HEAD + n_side
+    rest = message[at + 4 * n_escaped :].tobytes()
+    if at + 4 * n_escaped > len(message) or len(rest) % 2:
+        raise ValueError("a message that is cut off")
+    escaped = np.frombuffer(message[at : at + 4 * n_escaped].tobytes(), "<i4").astype(np.int32)
+    shapes = [kind.shape for kind in makes]
+    told = list(_side(message[_HEAD:at].tobytes(), shapes))
+    blocks = _blocks([side[2:] for side in told])
+    lengths: dict[int, int] = {}
+    for level, _, rows, columns in blocks:
+        lengths[level] = lengths.get(level, 0) + (rows.stop - rows.start) * (columns.stop - columns.start)
+    small = not len(escaped) or -(2**15) <= escaped.min() <= escaped.max() < 2**15
+    numbers = [np.empty(shape, np.int16 if small else np.int32) for shape in shapes]
+    decoded = ans.decode(np.frombuffer(rest, "<u2"), list(lengths.items()), escaped)
+    at, now = 0, None
+    for level, matrix, rows, columns in blocks:
+        if level != now:
+            segment, now, at = next(decoded), level, 0
+        into = numbers[matrix][rows, columns]
+        into[:] = segment[at : at + into.size].reshape(into.shape)
+        at += into.size
+    for _ in decoded:  # what it has to say against its end
+        pass
+    for ordered, (of_rows, of_columns, *levels) in zip(numbers, told, strict=True):
+        rows_, columns_ = (torch.from_numpy(np.argsort(_order(of))) for of in levels)
+        yield torch.from_numpy(ordered), rows_, columns_, torch.from_numpy(of_rows), torch.from_numpy(of_columns)
 
 
 def _levels(integers: Tensor) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
