@@ -227,16 +227,23 @@ def spoil_tokenizer(folder: Path) -> None:
         (spoil_tokenizer, "no tokenizer"),
     ],
 )
-@pytest.mark.parametrize("verb", ["slice", "eval"])
+@pytest.mark.parametrize("verb", ["slice", "quantize", "eval"])
 def test_a_broken_checkpoint_is_one_line_and_exit_code_two(
-    verb: str, spoil: Callable[[Path], None], finding: str, dense: Path, tmp_path: Path, capsys: CaptureFixture
+    verb: str,
+    spoil: Callable[[Path], None],
+    finding: str,
+    dense: Path,
+    text: Path,
+    tmp_path: Path,
+    capsys: CaptureFixture,
 ) -> None:
-    if (verb, spoil) == ("eval", spoil_type):
-        finding = "is missing"  # transformers knows gpt2, but these are not its weights
+    if spoil is spoil_type and verb != "slice":  # transformers knows gpt2, but these are not its weights
+        finding = {"eval": "is missing", "quantize": "other names"}[verb]
     spoil(dense)
     before = sorted(tmp_path.iterdir())
-    arguments = (dense, tmp_path / "out", "--sparsity", 0.2) if verb == "slice" else (dense,)
-    assert run(verb, *arguments) == 2
+    made = (tmp_path / "out", "--calibration", text)
+    options = {"slice": (*made, "--sparsity", 0.2), "quantize": made, "eval": ()}
+    assert run(verb, dense, *options[verb]) == 2
     assert_one_line(capsys, finding)
     assert sorted(tmp_path.iterdir()) == before
 
