@@ -1,6 +1,6 @@
 """Bytes and bits against perplexity and KL divergence: every way to quantise, on the off-grid demo model.
 
-    python -m benchmarks.quantise --data DATA [--only NAME,…]
+    python -m benchmarks.quantise --data DATA [--only "NAME; …"]
 
 DATA is a folder with `wikitext-2-raw/wiki.valid.raw`. Everything is calibrated on text that the model writes itself,
 and measured on the first 16 windows of 1024 tokens of WikiText-2's validation text. Bits are those of everything that
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="rows, by parts of their names")
     parser.add_argument("--scratch", type=Path, help="keep what was made here")
     arguments = parser.parse_args()
-    wanted = [name for name in ROWS if any(part in name for part in arguments.only.split(","))]
+    wanted = [name for name in ROWS if any(part in name for part in arguments.only.split(";"))]
     with tempfile.TemporaryDirectory() as made:
         scratch = arguments.scratch or Path(made)
         dense = scratch / "off-grid"

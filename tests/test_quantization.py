@@ -218,6 +218,11 @@ def test_other_methods_and_rotations_load_too(method: str, rotate: str, save_tin
     quantised(dense, tmp_path / "out", bits=4, method=method, rotate=rotate, only="linear")
     result = freebits.verify(tmp_path / "out", against=dense, text=random_text(200), seq_len=32, limit=4)
     assert result["mean_kl"] < 0.6  # 4 bits a number are few for a model of noise
+    weights = [dict(freebits.load(path).named_parameters()) for path in (dense, tmp_path / "out")]
+    for name, weight in weights[0].items():
+        assert (weights[1][name] - weight).norm() < 0.4 * weight.norm(), (
+            name
+        )  # feedback moves weights more than rounding
     history = freebits.inspect(tmp_path / "out")["history"]
     assert (history[-1]["move"], history[-1]["rotate"], history[-1]["fidelity"]) == (method, rotate, "lossy")
 
