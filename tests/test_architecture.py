@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from freebits.architecture import FAMILIES, Architecture, Axis, Layout, Role, dense_family, family_of
+from freebits.architecture import MODEL_TYPES, Architecture, Axis, Layout, Role, dense_family, family_of
 from freebits.errors import CheckpointError, UnsupportedModelError
 from tests.tiny import VARIANTS, tiny_config, tiny_model
 
@@ -91,4 +91,4 @@ def test_a_config_cannot_ask_for_more_blocks_than_there_are_tensors() -> None:
 
 
 def test_dense_and_sliced_models_share_a_family() -> None:
-    assert family_of({"model_type": "sliced_llama"}) is family_of({"model_type": "llama"}) is FAMILIES["llama"]
+    assert family_of({"model_type": "sliced_llama"}) is family_of({"model_type": "llama"}) is MODEL_TYPES["llama"]

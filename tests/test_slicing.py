@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import freebits
-from freebits.architecture import FAMILIES, Architecture
+from freebits.architecture import MODEL_TYPES, Architecture
 from freebits.calibration import perplexity, principal_axes
 from freebits.checkpoint import Checkpoint
 from freebits.errors import CheckpointError, UsageError
@@ -238,8 +238,7 @@ def test_every_block_runs_as_itself(save_tiny: Make) -> None:
         max_window_layers=0,
         architectures=["Qwen2ForCausalLM"],
     )
-    family = replace(FAMILIES["llama"], model_type="qwen2", causal_lm="Qwen2ForCausalLM")
-    architecture = Architecture(family, 32, 3, tied=False)
+    architecture = Architecture(MODEL_TYPES["qwen2"], 32, 3, tied=False)
     tensors = dict(Checkpoint(dense).items())
     attention = [read for sub in architecture.sublayers if sub.group == "attention" for read in sub.reads]
     tensors |= {read.bias: torch.zeros(len(tensors[read.weight])) for read in attention}
@@ -248,10 +247,10 @@ def test_every_block_runs_as_itself(save_tiny: Make) -> None:
     tokens = torch.randint(96, (2, 32), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = model.eval()(tokens, output_hidden_states=True).hidden_states
-    runner = BlockRunner(dense, architecture, torch.device("cpu"))
+    runner = BlockRunner(AutoConfig.from_pretrained(dense), architecture, torch.device("cpu"))
     x = runner.embed(fold_embeddings(tensors, architecture), tokens)
     for block, part in enumerate(architecture.parts[1:-1]):
-        runner.load(block, fold_sublayers(tensors, part.sublayers))
+        runner.load(block, fold_sublayers(tensors, architecture, part.sublayers))
         for index in range(2):
             x = torch.cat([runner.run(index, window) for window in x.split(1)])
         if block < 2:  # the last one is given after the final norm

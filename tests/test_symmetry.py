@@ -18,7 +18,7 @@ from tests.tiny import VARIANTS, in_float64, tiny_config, tiny_model
 def folded_state(model: Any, architecture: Architecture) -> dict[str, Tensor]:
     state = model.state_dict()
     embeddings = fold_embeddings(state, architecture)
-    blocks = [fold_sublayers(state, part.sublayers) for part in architecture.parts[1:-1]]
+    blocks = [fold_sublayers(state, architecture, part.sublayers) for part in architecture.parts[1:-1]]
     merged = {name: tensor for part in (embeddings, *blocks) for name, tensor in part.items()}
     return merged | fold_head(state, architecture)
 

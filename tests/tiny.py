@@ -28,6 +28,65 @@ VARIANTS: dict[str, dict[str, Any]] = {
 """What distinguishes the tiny models."""
 
 
+_MIXTURE = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_HEADS = {"num_key_value_heads": 2, "head_dim": 8}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Llama 3": {"num_key_value_heads": 2},
+    "Mistral": {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 16},
+    "Qwen2": {
+        "model_type": "qwen2",
+        "num_key_value_heads": 2,
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    },
+    "Qwen3": {"model_type": "qwen3", **_HEADS, "tie_word_embeddings": True},
+    "SmolLM3": {"model_type": "smollm3", "num_key_value_heads": 2, "no_rope_layers": [1, 1, 0]},
+    "Granite": {
+        "model_type": "granite",
+        "num_key_value_heads": 2,
+        "residual_multiplier": 0.22,
+        "embedding_multiplier": 12.0,
+        "logits_scaling": 4.0,
+        "tie_word_embeddings": True,
+    },
+    "Phi-3": {"model_type": "phi3", "num_key_value_heads": 2},
+    "Mixtral": {"model_type": "mixtral", "num_key_value_heads": 2, "num_local_experts": 4},
+    "Qwen3-MoE": {"model_type": "qwen3_moe", **_HEADS, **_MIXTURE, "num_experts": 4, "mlp_only_layers": [1]},
+    "DeepSeek V3": {
+        "model_type": "deepseek_v3",
+        **_MIXTURE,
+        "n_routed_experts": 8,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "kv_lora_rank": 16,
+        "q_lora_rank": 12,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 4,
+        "v_head_dim": 8,
+    },
+    "StableLM": {"model_type": "stablelm", "num_key_value_heads": 2, "use_qkv_bias": True},
+    "StableLM, parallel": {"model_type": "stablelm", "num_key_value_heads": 4, "use_parallel_residual": True},
+    "Phi-2": {"model_type": "phi"},
+    "Pythia": {"model_type": "gpt_neox"},
+    "GPT-NeoX, sequential": {"model_type": "gpt_neox", "use_parallel_residual": False},
+    "Falcon": {"model_type": "falcon"},
+    "Falcon 40B": {"model_type": "falcon", "new_decoder_architecture": True, "num_kv_heads": 2},
+    "Falcon 2": {
+        "model_type": "falcon",
+        "new_decoder_architecture": True,
+        "num_kv_heads": 2,
+        "num_ln_in_parallel_attn": 1,
+    },
+    "Falcon RW": {"model_type": "falcon", "parallel_attn": False, "bias": True, "alibi": True, "multi_query": False},
+    "GPT-2": {"model_type": "gpt2"},
+    "OPT": {"model_type": "opt"},
+    "OPT without biases": {"model_type": "opt", "enable_bias": False},
+}
+"""A tiny model of every row of the architecture table."""
+
+
 def tiny_config(model_type: str = "llama", **changes: Any) -> PreTrainedConfig:
     sizes = {
         "vocab_size": 96,
@@ -44,6 +103,8 @@ def tiny_config(model_type: str = "llama", **changes: Any) -> PreTrainedConfig:
     if model_type == "opt":
         sizes |= {"ffn_dim": sizes.pop("intermediate_size"), "word_embed_proj_dim": sizes["hidden_size"]}
         sizes.pop("rms_norm_eps")
+    if model_type == "falcon":
+        sizes["ffn_hidden_size"] = sizes.pop("intermediate_size")
     return AutoConfig.for_model(model_type, **sizes)
 
 
@@ -53,7 +114,8 @@ def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float64, **changes: Any
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         random = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        parameter.data.copy_(1 + 0.3 * random if "norm.weight" in name else 0.3 * random)
+        is_norm = name.endswith(".weight") and parameter.ndim == 1
+        parameter.data.copy_(1 + 0.3 * random if is_norm else 0.3 * random)
     return model.eval()
 
 
@@ -64,9 +126,10 @@ def random_text(n_words: int, seed: int = 0) -> str:
 
 
 def in_float64(model: Any) -> Any:
-    """The library's norm computes in float32 whatever it is given; torch's does not."""
+    """The library's norm computes in float32 whatever it is given; torch's does not. Nor do all its experts take it."""
+    model.config._experts_implementation = "eager"
     for name, module in list(model.named_modules()):
-        if type(module).__name__ == "LlamaRMSNorm":
+        if type(module).__name__.endswith("RMSNorm") and type(module).__name__ != "BareRMSNorm":
             norm = nn.RMSNorm(len(module.weight), eps=module.variance_epsilon, dtype=torch.float64)
             norm.weight = module.weight
             model.set_submodule(name, norm)

@@ -1,6 +1,15 @@
 """What a model is: its residual stream, the tensors on it, and the sites where a rotation is free."""
 
-from freebits.architecture.families import FAMILIES, SLICED_PREFIX, Family, SublayerNames, dense_family, family_of
+from freebits.architecture.families import (
+    FAMILIES,
+    MODEL_TYPES,
+    SLICED_PREFIX,
+    Branch,
+    Family,
+    SublayerNames,
+    dense_family,
+    family_of,
+)
 from freebits.architecture.layout import RANKS, WIDTHS, Layout
 from freebits.architecture.table import (
     EMBEDDINGS,
@@ -8,6 +17,7 @@ from freebits.architecture.table import (
     SHORTCUTS,
     Architecture,
     Axis,
+    BoundBranch,
     Module,
     Part,
     Role,
@@ -18,6 +28,7 @@ from freebits.architecture.table import (
 __all__ = [
     "EMBEDDINGS",
     "FAMILIES",
+    "MODEL_TYPES",
     "HEAD",
     "RANKS",
     "SHORTCUTS",
@@ -25,6 +36,8 @@ __all__ = [
     "WIDTHS",
     "Architecture",
     "Axis",
+    "BoundBranch",
+    "Branch",
     "Family",
     "Layout",
     "Module",

@@ -27,8 +27,11 @@ class Layout:
 
     @classmethod
     def sliced(cls, architecture: Architecture, size: int) -> "Layout":
-        """Of a sliced model: `size` everywhere, but the head's site keeps `D`."""
-        widths = (*[size] * (architecture.n_sites - 1), architecture.hidden_size)
+        """Of a sliced model: `size` everywhere, but the head's site keeps `D`, and what has to be as wide as that."""
+        last = architecture.n_sites - 1
+        wide = {last} | ({0} if architecture.family.as_wide else set())
+        wide |= {last - 1} if any(branch.names.as_wide for branch in architecture.sublayers[-1].branches) else set()
+        widths = tuple(architecture.hidden_size if site in wide else size for site in range(architecture.n_sites))
         return cls(widths, (None,) * len(architecture.sublayers))
 
     @classmethod
@@ -68,7 +71,8 @@ class Layout:
         """The rows of the table that a model of this layout has."""
         if self.widths is None:
             rows = architecture.with_tie(False).weights.values()
-            ours = {row.name: row for row in rows if row.role not in _SLICED and row.name != architecture.head.bias}
+            made = () if architecture.family.head_bias else (architecture.head.bias,)
+            ours = {row.name: _as_stored(row) for row in rows if row.role not in _SLICED and row.name not in made}
             head = ours[architecture.head.weight]
             return ours | {head.name: replace(head, optional=architecture.tied)}
         folded = {name for norm in architecture.folded_norms for name in (norm.weight, norm.bias)}
@@ -92,10 +96,12 @@ class Layout:
         for sub in architecture.sublayers:
             made |= {sub.shortcut.weight: (D, D), sub.shortcut.factor: (D, self.rank(sub.site) or 0)}
         shapes = {}
+        made |= _biases(architecture, dense)
         for name, weight in self.weights(architecture).items():
             if name in dense or name in made:
                 at_site = {axis.dim: widths[axis.site] for axis in weight.axes}
                 shape = dense.get(name) or made[name]
+                shape = shape[::-1] if weight.transposed else shape
                 shapes[name] = tuple(at_site.get(dim, size) for dim, size in enumerate(shape))
         return shapes
 
@@ -115,7 +121,7 @@ class Layout:
             kind = architecture.family.sliced_model_type if self.widths else architecture.family.model_type
             raise CheckpointError(f"tensor {name} is not part of a {kind} model as freebits knows it")
         for name in rows.keys() & shapes.keys():
-            if len(shapes[name]) != (2 if rows[name].is_matrix else 1):
+            if rows[name].ndim not in (None, len(shapes[name])):
                 raise CheckpointError(f"tensor {name} has shape {list(shapes[name])}, another number of dimensions")
             for axis in rows[name].axes:
                 if axis.dim >= len(shapes[name]) or shapes[name][axis.dim] != widths[axis.site]:
@@ -127,6 +133,20 @@ class Layout:
             rank, name = self.rank(sub.site), sub.shortcut.factor
             if rank is not None and shapes.get(name, (widths[sub.site - 1], 0)) != (widths[sub.site - 1], rank):
                 raise CheckpointError(f"tensor {name} is not of the shape {[widths[sub.site - 1], rank]}")
+
+
+def _as_stored(row: Weight) -> Weight:
+    """A row as the dense model stores its matrix."""
+    return replace(row, axes=tuple(replace(axis, dim=1 - axis.dim) for axis in row.axes)) if row.transposed else row
+
+
+def _biases(architecture: Architecture, dense: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The biases that become of LayerNorms' biases, where the dense model's matrices have none."""
+    if not architecture.family.centred:
+        return {}
+    outputs = 1 if architecture.family.transposed else 0
+    reads = (read for sub in architecture.sublayers for read in sub.reads)
+    return {read.bias: (dense[read.weight][outputs],) for read in reads if read.weight in dense}
 
 
 def _sizes(sizes: object, count: int) -> tuple[int, ...] | None:

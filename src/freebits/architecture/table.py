@@ -5,7 +5,8 @@ A *site* is a stretch of the stream between two shortcuts. There an orthogonal `
 free: every tensor with an axis at the site, producer or consumer, is multiplied by `Q` along that axis
 (paper, Remark 3.1, in the layout `(d_out, d_in)` in which `nn.Linear` stores its weights).
 
-A model with `L` blocks of two sublayers has `2L + 1` sites. Site 0 lies before the first sublayer and
+A model with `L` blocks of two sublayers has `2L + 1` sites; where attention and MLP run side by side, they are the
+two branches of one sublayer, and there are `L + 1`. Site 0 lies before the first sublayer and
 site `s` after sublayer `s`; its shortcut joins sites `s - 1` and `s`.
 
 Where the head is tied to the token embedding, that matrix cannot be rotated at one site and not at the other. It
@@ -13,13 +14,14 @@ stays as it is, and so do the final norm and the head, which pins the last site;
 embedding leads to site 0.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
 from typing import Any
 
-from freebits.architecture.families import Family, SublayerNames, family_of
+from freebits.architecture.families import Branch, Family, Stack, SublayerNames, family_of
 from freebits.errors import CheckpointError
 
 EMBEDDINGS, SHORTCUTS, HEAD = "embeddings", "shortcuts", "head"
@@ -34,6 +36,8 @@ class Role(Enum):
     READ = "read"
     WRITE = "write"
     SHORTCUT = "shortcut"
+    INNER = "inner"
+    """Inside a branch, where the stream never comes."""
     FACTOR = "factor"
     """Of a shortcut `[I - M Mᵀ, 0]` the `M`, of a tied embedding what leads from it to the stream."""
     HEAD = "head"
@@ -60,8 +64,10 @@ class Weight:
     axes: tuple[Axis, ...] = ()
     optional: bool = False
     """Whether a model may do without it."""
-    is_matrix: bool = True
-    """Or else a vector: a bias, a norm's scale."""
+    ndim: int | None = 2
+    """How many dimensions it has: one of a bias or a norm's scale, three of a stack of experts; None for any."""
+    transposed: bool = False
+    """Whether the dense model stores it as (inputs, outputs)."""
 
 
 @dataclass(frozen=True)
@@ -69,21 +75,65 @@ class Module:
     """A module's tensors by their names: the only place that spells them."""
 
     name: str
+    stacked: bool = False
+    """Whether it is a stack of experts' matrices."""
 
     @property
     def weight(self) -> str:
         """Its matrix, or a norm's scale."""
-        return f"{self.name}.weight"
+        return self.name if self.stacked else f"{self.name}.weight"
 
     @property
     def bias(self) -> str:
         """Its bias."""
-        return f"{self.name}.bias"
+        return f"{self.name}_bias" if self.stacked else f"{self.name}.bias"
 
     @property
     def factor(self) -> str:
         """What stands for its matrix, or follows it."""
         return f"{self.name}.factor"
+
+
+@dataclass(frozen=True)
+class BoundBranch:
+    """A branch of a sublayer, with the names of its tensors in the model."""
+
+    names: Branch
+    norm: Module
+    reads: tuple[Module, ...]
+    writes: tuple[Module, ...]
+    value: Module | None
+    """Of attention what makes the values."""
+    inner: tuple[str, ...]
+
+    @classmethod
+    def bind(cls, names: Branch, block: str) -> "BoundBranch":
+        """The branch `names` of the block called `block`."""
+        return cls(
+            names=names,
+            norm=Module(f"{block}.{names.norm}"),
+            reads=tuple(Module(f"{block}.{name}", isinstance(name, Stack)) for name in names.reads),
+            writes=tuple(Module(f"{block}.{name}", isinstance(name, Stack)) for name in names.writes),
+            value=Module(f"{block}.{names.value}") if names.value else None,
+            inner=tuple(f"{block}.{name}" for name in names.inner),
+        )
+
+    def weights(self, group: str, site: int, transposed: bool) -> Iterator[Weight]:
+        """The rows of its matrices and biases, for a branch that reads at `site - 1` and writes at `site`."""
+        varies = self.names.varies
+        for read in self.reads:
+            axis, ndim = (Axis(2, site - 1), 3) if read.stacked else (Axis(1, site - 1), 2)
+            yield Weight(read.weight, Role.READ, group, (axis,), varies, ndim, transposed)
+        for read in self.reads:
+            if not read.stacked:
+                yield Weight(read.bias, Role.READ, group, optional=True, ndim=1)
+        for name in self.inner:
+            yield Weight(name, Role.INNER, group, optional=True, ndim=None)
+        for write in self.writes:
+            axis, ndim = (Axis(1, site, writes=True), 3) if write.stacked else (Axis(0, site, writes=True), 2)
+            yield Weight(write.weight, Role.WRITE, group, (axis,), varies, ndim, transposed)
+            if not write.stacked:
+                yield Weight(write.bias, Role.WRITE, group, (Axis(0, site, writes=True),), optional=True, ndim=1)
 
 
 @dataclass(frozen=True)
@@ -94,12 +144,8 @@ class Sublayer:
     name: str
     """Under which it is filed, such as `model.layers.0.attention`."""
     group: str
-    norm: Module
-    reads: tuple[Module, ...]
-    write: Module
+    branches: tuple[BoundBranch, ...]
     shortcut: Module
-    value: Module | None = None
-    """Of attention what makes the values."""
 
     @classmethod
     def bind(cls, names: SublayerNames, block: str, site: int) -> "Sublayer":
@@ -108,23 +154,38 @@ class Sublayer:
             site=site,
             name=f"{block}.{names.name}",
             group=names.name,
-            norm=Module(f"{block}.{names.norm}"),
-            reads=tuple(Module(f"{block}.{read}") for read in names.reads),
-            write=Module(f"{block}.{names.write}"),
+            branches=tuple(BoundBranch.bind(branch, block) for branch in names.branches),
             shortcut=Module(f"{block}.{names.shortcut}"),
-            value=Module(f"{block}.{names.value}") if names.value else None,
         )
 
-    def weights(self, centred: bool) -> Iterator[Weight]:
-        """Its rows, in the order in which a message holds them; `centred` norms have a bias."""
+    @property
+    def norms(self) -> tuple[Module, ...]:
+        """Of its branches, which may share one."""
+        return tuple(dict.fromkeys(branch.norm for branch in self.branches))
+
+    @property
+    def reads(self) -> tuple[Module, ...]:
+        """The matrices that read the stream; a model may lack some of them."""
+        return tuple(read for branch in self.branches for read in branch.reads)
+
+    def first_read(self, names: Container[str]) -> Module:
+        """The first of the matrices that read the stream, of a model with tensors of these names."""
+        return next(read for read in self.reads if read.weight in names and not read.stacked)
+
+    @property
+    def write(self) -> Module:
+        """The first of the matrices that write the stream."""
+        return self.branches[0].writes[0]
+
+    def weights(self, family: Family) -> Iterator[Weight]:
+        """Its rows, in the order in which a message holds them."""
         before, after = Axis(1, self.site - 1), Axis(0, self.site, writes=True)
-        yield from _norm(self.norm, self.group, centred)
+        for norm in self.norms:
+            yield from _norm(norm, self.group, family.centred)
         yield Weight(self.shortcut.weight, Role.SHORTCUT, SHORTCUTS, (before, after))
         yield Weight(self.shortcut.factor, Role.FACTOR, SHORTCUTS, (Axis(0, self.site - 1),))
-        yield from (Weight(read.weight, Role.READ, self.group, (before,)) for read in self.reads)
-        yield from (Weight(read.bias, Role.READ, self.group, optional=True, is_matrix=False) for read in self.reads)
-        yield Weight(self.write.weight, Role.WRITE, self.group, (after,))
-        yield Weight(self.write.bias, Role.WRITE, self.group, (after,), optional=True, is_matrix=False)
+        for branch in self.branches:
+            yield from branch.weights(self.group, self.site, family.transposed)
 
 
 @dataclass(frozen=True)
@@ -145,6 +206,8 @@ class Architecture:
     n_blocks: int
     tied: bool
     """Whether the head is the token embedding, and stays it."""
+    branch_scale: float = 1.0
+    """What the dense blocks multiply each branch's result by."""
 
     @classmethod
     def of(cls, config: Mapping[str, Any], n_tensors: int | None = None) -> "Architecture":
@@ -159,16 +222,19 @@ class Architecture:
             CheckpointError: a size is missing or senseless.
         """
         family = family_of(config)
-        sizes = [config.get(key) for key in ("hidden_size", "num_hidden_layers")]
+        sizes = [config.get(key) for key in (family.width, family.depth)]
         if not all(type(size) is int and 0 < size < _MOST for size in sizes):
-            raise CheckpointError(f"config.json: hidden_size, num_hidden_layers are {sizes}, not two sizes")
-        if n_tensors is not None and config["num_hidden_layers"] > n_tensors:
+            raise CheckpointError(f"config.json: {family.width}, {family.depth} are {sizes}, not two sizes")
+        width, depth = config[family.width], config[family.depth]
+        if n_tensors is not None and depth > n_tensors:
             raise CheckpointError(
-                f"config.json: num_hidden_layers is {config['num_hidden_layers']}, but there are {n_tensors} tensors: "
-                "the checkpoint is incomplete"
+                f"config.json: {family.depth} is {depth}, but there are {n_tensors} tensors: the checkpoint is incomplete"
             )
+        scale = config.get(family.branch_scale, 1.0)
+        if not isinstance(scale, (int, float)) or not math.isfinite(scale):
+            raise CheckpointError(f"config.json: {family.branch_scale} is {scale!r}, not a number")
         tied = config.get("tie_word_embeddings", family.tied_by_default)
-        return cls(family, config["hidden_size"], config["num_hidden_layers"], tied=bool(tied))
+        return cls(family, width, depth, tied=bool(tied), branch_scale=scale)
 
     def with_tie(self, tied: bool) -> "Architecture":
         """The same with its head tied or not."""
@@ -176,7 +242,7 @@ class Architecture:
 
     @property
     def n_sites(self) -> int:
-        """`2L + 1` for blocks of two sublayers."""
+        """`2L + 1` for blocks of two sublayers, `L + 1` for parallel ones."""
         return self.n_blocks * len(self.family.sublayers) + 1
 
     @property
@@ -216,10 +282,7 @@ class Architecture:
         blocks = [self.sublayers[at : at + per_block] for at in range(0, len(self.sublayers), per_block)]
         return (
             Part(_by_name(self._embeddings())),
-            *(
-                Part(_by_name(row for sub in block for row in sub.weights(self.family.centred)), block)
-                for block in blocks
-            ),
+            *(Part(_by_name(row for sub in block for row in sub.weights(self.family)), block) for block in blocks),
             Part(_by_name(self._head())),
         )
 
@@ -231,7 +294,7 @@ class Architecture:
     @property
     def folded_norms(self) -> tuple[Module, ...]:
         """The norms of the residual stream that folding empties, in order: all, but a tied head's keeps its scale."""
-        norms = tuple(sublayer.norm for sublayer in self.sublayers)
+        norms = tuple(norm for sublayer in self.sublayers for norm in sublayer.norms)
         return norms if self.tied else (*norms, self.final_norm)
 
     def without_ignored(self, names: Iterable[str]) -> list[str]:
@@ -250,8 +313,8 @@ class Architecture:
         yield from _norm(self.final_norm, HEAD, self.family.centred)
         axes = () if self.tied else (Axis(1, self.n_sites - 1),)
         yield Weight(self.head.weight, Role.HEAD, HEAD, axes, optional=self.tied)
-        if self.family.centred and not self.tied:  # what becomes of the norm's bias
-            yield Weight(self.head.bias, Role.HEAD, HEAD, optional=True, is_matrix=False)
+        if self.family.head_bias or (self.family.centred and not self.tied):  # what becomes of the norm's bias
+            yield Weight(self.head.bias, Role.HEAD, HEAD, optional=True, ndim=1)
 
 
 _MOST = 2**31
@@ -259,7 +322,7 @@ _MOST = 2**31
 
 def _norm(module: Module, group: str, centred: bool) -> Iterator[Weight]:
     for name in (module.weight, module.bias) if centred else (module.weight,):
-        yield Weight(name, Role.NORM, group, is_matrix=False)
+        yield Weight(name, Role.NORM, group, ndim=1)
 
 
 def _by_name(weights: Iterable[Weight]) -> dict[str, Weight]:

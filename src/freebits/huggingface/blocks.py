@@ -1,6 +1,7 @@
 """The modules a sliced model has and a dense one has not: bare norms, blocks with shortcuts, a factored embedding."""
 
 import sys
+from inspect import signature, unwrap
 from typing import Any
 
 import torch
@@ -8,8 +9,9 @@ import transformers
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
 
-from freebits.architecture import FAMILIES, SublayerNames
+from freebits.architecture import FAMILIES, Family
 
 RESIDUAL = "Residual"
 """Prefix of the class name of a decoder layer turned residual block."""
@@ -73,38 +75,67 @@ class FactoredEmbedding(nn.Embedding):
 
 
 class ResidualBlock(GradientCheckpointingLayer):
-    """A library's pre-norm decoder layer that computes `x ← x A + branch(norm(x))` for each of its sublayers.
+    """A library's pre-norm decoder layer that computes `x ← x A + Σ branch(norm(x))` for each of its sublayers.
 
     It is still an instance of the library's class, with the same children. Its shortcuts are identities until set.
     """
 
-    sublayers: tuple[SublayerNames, ...]
+    family: Family
 
-    def forward(self, hidden_states: Tensor, **context: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **context: Any) -> Any:
         """The stream after the block; `context` (mask, positions, cache) goes to the attention."""
-        for index in range(len(self.sublayers)):
+        context.update(zip(self.arguments, args, strict=False))
+        for index in range(len(self.family.sublayers)):
             hidden_states = self.run(index, hidden_states, **context)
-        return hidden_states
+        return (hidden_states,) if self.family.in_tuple else hidden_states
 
     def run(self, index: int, hidden_states: Tensor, **context: Any) -> Tensor:
         """The stream after sublayer `index`."""
-        sublayer = self.sublayers[index]
-        branch = self.get_submodule(sublayer.norm)(hidden_states)
-        for name in sublayer.modules:
-            module = self.get_submodule(name)
-            branch = module(hidden_states=branch, **context)[0] if sublayer.attends else module(branch)
-        shortcut: Tensor = self.get_submodule(sublayer.shortcut)(hidden_states)
-        return shortcut + branch
+        sublayer = self.family.sublayers[index]
+        after: Tensor = self.get_submodule(sublayer.shortcut)(hidden_states)
+        for branch in sublayer.branches:
+            result = self.get_submodule(branch.norm)(hidden_states)
+            for name in branch.modules:
+                module = self.get_submodule(name)
+                result = module(hidden_states=result, **context)[0] if branch.attends else module(result)
+            after = after + result
+        return after
+
+    @property
+    def arguments(self) -> list[str]:
+        """What the library's blocks call their arguments after the stream."""
+        theirs: Any = type(self).__mro__[2]
+        return list(signature(unwrap(theirs.forward)).parameters)[2:]
 
 
-def residual_block(layer: Any, sublayers: tuple[SublayerNames, ...]) -> ResidualBlock:
-    """Turn a library's decoder layer into a residual block, in place."""
+def residual_block(layer: Any, family: Family) -> ResidualBlock:
+    """Turn a library's decoder layer into a residual block, in place.
+
+    Its matrices become those of folded models: (outputs, inputs), with a bias where a norm's bias has to go.
+    """
     layer.__class__ = _residual_class(layer.__class__)
-    layer.sublayers = sublayers
-    for sublayer in sublayers:
+    layer.family = family
+    for sublayer in family.sublayers:
         layer.add_module(sublayer.shortcut, nn.Identity())
+        for branch in sublayer.branches:
+            for name in (*branch.reads, *branch.writes):
+                module = _submodule(layer, name)
+                if isinstance(module, Conv1D):
+                    inputs, outputs = module.weight.shape
+                    module = nn.Linear(inputs, outputs, dtype=module.weight.dtype, device=module.weight.device)
+                    layer.set_submodule(name, module)
+                if family.centred and name in branch.reads and isinstance(module, nn.Linear) and module.bias is None:
+                    module.bias = nn.Parameter(torch.zeros_like(module.weight[:, 0]))
     block: ResidualBlock = layer
     return block
+
+
+def _submodule(layer: nn.Module, name: str) -> nn.Module | None:
+    """The module of that name; None where this block has none."""
+    try:
+        return layer.get_submodule(name)
+    except AttributeError:
+        return None
 
 
 def _residual_class(layer_class: type) -> Any:
@@ -115,7 +146,7 @@ def _residual_class(layer_class: type) -> Any:
 
 def __getattr__(name: str) -> Any:
     """The residual blocks of all families, by name: `ResidualLlamaDecoderLayer` and so on."""
-    for family in FAMILIES.values() if name.startswith(RESIDUAL) else ():
+    for family in FAMILIES if name.startswith(RESIDUAL) else ():
         module = sys.modules[getattr(transformers, family.causal_lm).__module__]
         layer_class = getattr(module, name.removeprefix(RESIDUAL), None)
         if isinstance(layer_class, type):

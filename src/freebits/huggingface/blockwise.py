@@ -37,9 +37,7 @@ class BlockwiseModel:
     def __init__(self, source: Source, config: PreTrainedConfig, device: torch.device) -> None:
         self.device = device
         self._source = source
-        with _parameters_on_meta():
-            kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-            self._model = kind(config).to(torch.float32).eval()
+        self._model = dense_model(config)
         stacks = [
             (name, module)
             for name, module in self._model.named_modules()
@@ -55,8 +53,8 @@ class BlockwiseModel:
         self.embedding = f"{names[id(embedding)]}.weight"
         tied = head.weight is embedding.weight
         self.head = self.embedding if tied else f"{names[id(head)]}.weight"
-        self._model.set_submodule(stack, nn.ModuleList(_Recorder(layer) for layer in layers))
-        self._recorders: list[_Recorder] = list(self._model.get_submodule(stack))
+        self._model.set_submodule(stack, nn.ModuleList(Recorder(layer) for layer in layers))
+        self._recorders: list[Recorder] = list(self._model.get_submodule(stack))
         if tied:
             head._parameters["weight"] = None
         self._fill(self._model, "")
@@ -133,7 +131,14 @@ class BlockwiseModel:
                     inner._buffers[key] = self._source[name].to(self.device)
 
 
-class _Recorder(nn.Module):
+def dense_model(config: PreTrainedConfig) -> Any:
+    """The library's model, to run in float32, its parameters without memory."""
+    with _parameters_on_meta():
+        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        return kind(config).to(torch.float32).eval()
+
+
+class Recorder(nn.Module):
     """Stands where a block was: keeps the stream and the context it is given, and hands on that stream or another."""
 
     def __init__(self, block: nn.Module) -> None:
@@ -146,7 +151,14 @@ class _Recorder(nn.Module):
         self.args: tuple[Any, ...] = ()
         self.kwargs: dict[str, Any] = {}
 
+    @property
+    def context(self) -> dict[str, Any]:
+        """What the block was given beside the stream, by the names it has for it."""
+        theirs: Any = self._theirs[0]
+        return {**self.kwargs, **dict(zip(theirs.arguments, self.args, strict=False))}
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Keep what is given."""
         if args:
             self.stream, self.args = args[0], args[1:]
         else:

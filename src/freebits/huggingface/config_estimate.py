@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from freebits.architecture import Architecture, dense_family
+from freebits.architecture import FAMILIES, Architecture, dense_family
 from freebits.checkpoint import CONFIG, read_json
 from freebits.errors import CheckpointError
 from freebits.huggingface.loading import one_line_errors
@@ -73,12 +73,14 @@ def dense_shapes(config: dict[str, Any], path: Path) -> dict[str, tuple[int, ...
     Raises:
         CheckpointError: it describes no model, or one of more blocks than any has.
     """
-    n_blocks = config.get("num_hidden_layers")
-    if isinstance(n_blocks, int) and n_blocks > MOST_BLOCKS:
-        raise CheckpointError(f"{path}: num_hidden_layers is {n_blocks}, more than any model has: restore the file")
+    for key in {family.depth for family in FAMILIES} & config.keys():
+        if isinstance(config[key], int) and config[key] > MOST_BLOCKS:
+            raise CheckpointError(f"{path}: {key} is {config[key]}, more than any model has: restore the file")
     with one_line_errors(path, "config"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), trust_remote_code=False)
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    tensors = dict(model.named_parameters())
+    tensors |= {name: of for name, of in model.state_dict().items() if name in dict(model.named_buffers())}
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _dtype(config: dict[str, Any]) -> torch.dtype:

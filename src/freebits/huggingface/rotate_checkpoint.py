@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -80,9 +81,11 @@ def rotated_part(
 ) -> dict[str, Tensor]:
     """A part's tensors, rotated, in float64; its norms have scale 1."""
     tensors = {name: dense[name] for name in part.weights if name in dense.kinds}
-    norms = [sub.norm.weight for sub in part.sublayers]
+    norms = [norm.weight for sub in part.sublayers for norm in sub.norms]
     if part.sublayers:
-        folded = _turn_heads(fold_sublayers(tensors, part.sublayers), part, head_dim, seed)
+        folded = _turn_heads(
+            fold_sublayers(tensors, replace(architecture, branch_scale=1.0), part.sublayers), part, head_dim, seed
+        )
     elif part is architecture.parts[0]:
         folded = fold_embeddings(tensors, architecture)
     else:
@@ -99,13 +102,13 @@ def rotated_part(
 def _turn_heads(folded: Mapping[str, Tensor], part: Part, head_dim: int, seed: int) -> dict[str, Tensor]:
     """Values rotated in each head, and turned back by what reads them."""
     turned = dict(folded)
-    for sub in part.sublayers:
-        if sub.value is not None:
-            for name in {sub.value.weight, sub.value.bias} & turned.keys():
+    for branch in (branch for sub in part.sublayers for branch in sub.branches):
+        if branch.value is not None:
+            for name in {branch.value.weight, branch.value.bias} & turned.keys():
                 heads = turned[name].movedim(0, -1).unflatten(-1, (-1, head_dim))
                 turned[name] = hadamard(heads, seed).flatten(-2).movedim(-1, 0)
-            write = turned[sub.write.weight].unflatten(-1, (-1, head_dim))
-            turned[sub.write.weight] = hadamard(write, seed).flatten(-2)
+            [output] = branch.writes
+            turned[output.weight] = hadamard(turned[output.weight].unflatten(-1, (-1, head_dim)), seed).flatten(-2)
     return turned
 
 

@@ -1,50 +1,45 @@
 """Run a dense model for calibration with the library's own modules, one block in memory."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, linear
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedConfig
 
 from freebits.architecture import Architecture
 from freebits.huggingface.blocks import residual_block
-from freebits.huggingface.loading import one_line_errors
+from freebits.huggingface.blockwise import Recorder, dense_model
 
 
 class BlockRunner:
-    """A dense model of one block, whose weights are exchanged. Implements `freebits.calibration.Runner`.
+    """A dense model whose blocks are folded and lie in memory one at a time. Implements `freebits.calibration.Runner`.
 
     Args:
-        path: the dense checkpoint's folder.
+        config: what transformers makes of the dense model's.
         architecture: what is in it.
         device: where to run, in float32.
     """
 
-    def __init__(self, path: Path, architecture: Architecture, device: torch.device) -> None:
+    def __init__(self, config: PreTrainedConfig, architecture: Architecture, device: torch.device) -> None:
         self.device = device
         self._architecture = architecture
-        self._family = architecture.family
-        with one_line_errors(path, "model"):
-            self._config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-            self._config.num_hidden_layers = 1
-            model: Any = AutoModelForCausalLM.from_config(self._config, dtype=torch.float32, trust_remote_code=False)
-        self._model = model.to(device).eval()
-        self._model.set_submodule(self._family.head, nn.Identity())
-        layers: Any = self._model.get_submodule(self._family.blocks)
-        self._layer_class = type(layers[0])
-        self._block, self._number = residual_block(layers[0], self._family.sublayers), 0
-        self._recorders = [_Recorder() for _ in range(architecture.n_blocks)]
-        self._model.set_submodule(self._family.blocks, nn.ModuleList(self._recorders))
-        self._config.num_hidden_layers = self._model.config.num_hidden_layers = architecture.n_blocks
+        self._model = dense_model(config)
+        layers: Any = self._model.get_submodule(architecture.family.blocks)
+        self._blocks = [residual_block(layer, architecture.family) for layer in layers]
+        self._recorders = [Recorder(block) for block in self._blocks]
+        self._model.set_submodule(architecture.family.blocks, nn.ModuleList(self._recorders))
+        for recorder in self._recorders:
+            recorder.as_tuple = architecture.family.in_tuple
+        self._number = 0
 
     @torch.no_grad()
     def embed(self, tensors: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
         """The stream before the first block, (windows, T, D), float32, for tokens (windows, T)."""
-        for name, tensor in tensors.items():
-            self._model.get_parameter(name).copy_(tensor)
+        self._fill(tensors)
+        norm = self._architecture.final_norm
+        self._fill({norm.weight: torch.ones(()), norm.bias: torch.zeros(())})  # whose result nobody sees
         streams = []
         for window in tokens.to(self.device).split(1):
             self._model.base_model(input_ids=window, use_cache=False)
@@ -56,21 +51,17 @@ class BlockRunner:
     @torch.no_grad()
     def load(self, block: int, tensors: Mapping[str, Tensor]) -> None:
         """Take over the folded tensors of block number `block`; its shortcuts stay identities."""
-        if self._kind(block) != self._kind(self._number):
-            layer: Any = self._layer_class(self._model.config, layer_idx=block)
-            self._block = residual_block(layer.float().to(self.device).eval(), self._family.sublayers)
+        self._blocks[self._number].to("meta")
         self._number = block
-        prefix = f"{self._family.blocks}.{block}."
         shortcuts = {sub.shortcut.weight for sub in self._architecture.sublayers}
-        for name, tensor in tensors.items():
-            if name not in shortcuts:
-                module, _, parameter = name.removeprefix(prefix).rpartition(".")
-                getattr(self._block.get_submodule(module), parameter).copy_(tensor)
+        norms = [norm for sub in self._architecture.parts[1 + block].sublayers for norm in sub.norms]
+        bare = {norm.weight: torch.ones(()) for norm in norms} | {norm.bias: torch.zeros(()) for norm in norms}
+        self._fill(bare | {name: tensor for name, tensor in tensors.items() if name not in shortcuts})
 
     @torch.no_grad()
     def run(self, sublayer: int, x: Tensor) -> Tensor:
         """The stream after the loaded block's `sublayer`, (1, T, D)."""
-        return self._block.run(sublayer, x, **self._recorders[self._number].context)
+        return self._blocks[self._number].run(sublayer, x, **self._recorders[self._number].context)
 
     @torch.no_grad()
     def losses(self, tensors: Mapping[str, Tensor], x: Tensor, tokens: Tensor) -> list[float]:
@@ -81,32 +72,29 @@ class BlockRunner:
             x: the stream after the last block, (windows, T, D).
             tokens: (windows, T).
         """
-        norm, head = self._architecture.final_norm, self._architecture.head
-        for name in {norm.weight, norm.bias} & tensors.keys():
-            self._model.get_parameter(name).copy_(tensors[name])
-        weight = tensors[head.weight if head.weight in tensors else self._architecture.embedding.weight].float()
+        norm, head, embedding = (getattr(self._architecture, name) for name in ("final_norm", "head", "embedding"))
+        weight = tensors[head.weight if head.weight in tensors else embedding.weight]
+        self._fill({name: tensors[name] for name in (norm.weight, norm.bias, head.bias) if name in tensors})
+        self._fill({head.weight: weight})
         losses = []
         for stream, window in zip(x, tokens.to(self.device), strict=True):
-            logits = linear(self._model.get_submodule(norm.name)(stream[:-1]), weight)
+            self._recorders[-1].substitute = stream[None]
+            logits = self._model(input_ids=window[None], use_cache=False).logits[0, :-1]
             losses.append(cross_entropy(logits, window[1:]).item())
+        self._recorders[-1].substitute = None
         return losses
 
-    def _kind(self, block: int) -> tuple[str, ...]:
-        """What the config says of a block alone: where blocks differ, it has lists with an entry for each."""
-        n_blocks = self._architecture.n_blocks
-        lists = (v for v in self._config.to_dict().values() if isinstance(v, list) and len(v) == n_blocks)
-        return tuple(str(values[block]) for values in lists)
-
-
-class _Recorder(nn.Module):
-    """Stands where a block was and keeps what it is given: the stream, and the attention's context."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stream = torch.empty(0)
-        self.context: dict[str, Any] = {}
-
-    def forward(self, hidden_states: Tensor, **context: Any) -> Tensor:
-        self.stream = hidden_states
-        self.context = context
-        return hidden_states
+    def _fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Give modules of the model, or of the block that is loaded, their tensors."""
+        prefix = f"{self._architecture.family.blocks}.{self._number}."
+        for name, tensor in tensors.items():
+            inside = name.startswith(prefix)
+            path, _, key = name.removeprefix(prefix if inside else "").rpartition(".")
+            module = (self._blocks[self._number] if inside else self._model).get_submodule(path)
+            wide = tensor.to(self.device, torch.float32)
+            empty = module._parameters.get(key)
+            if key in module._buffers:
+                module._buffers[key] = wide
+            elif empty is not None:
+                shape = empty.shape if wide.ndim == 0 else wide.shape
+                module._parameters[key] = nn.Parameter(wide.expand(shape).contiguous(), requires_grad=False)

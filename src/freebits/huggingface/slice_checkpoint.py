@@ -13,6 +13,7 @@ from freebits.checkpoint import (
     CONFIG,
     Checkpoint,
     CheckpointWriter,
+    Source,
     auto_map,
     carry_over,
     new_directory,
@@ -23,6 +24,7 @@ from freebits.checkpoint import (
 from freebits.errors import CheckpointError, UsageError
 from freebits.huggingface.config_estimate import dense_shapes
 from freebits.huggingface.loading import device_of
+from freebits.huggingface.naming import InMemory, known_config
 from freebits.huggingface.own_text import own_windows
 from freebits.huggingface.runner import BlockRunner
 from freebits.huggingface.tokens import drawn_windows, token_windows
@@ -87,19 +89,22 @@ def slice_model(
     """
     if is_packed(model):
         raise CheckpointError(f"{model} is packed already: slice the dense model it was made from")
-    dense = Checkpoint(model)
-    architecture = _checked_architecture(dense)
-    baselines = dense_bytes(dense, architecture)
+    checkpoint = Checkpoint(model)
+    dense_family(checkpoint.config)
+    config = known_config(checkpoint, model)
+    dense = InMemory(checkpoint, config)
+    architecture = _checked_architecture(dense, checkpoint.path)
+    baselines = dense_bytes(checkpoint, architecture)
     architecture = architecture.with_tie(architecture.tied and not untie)
     dtypes = _dtypes(dense, architecture, dtype)
     size = sliced_size(architecture.hidden_size, sparsity)
     where = _device(device)
     if calibration is None:
-        windows = own_windows(dense.path, samples + HELD_OUT, seq_len, seed, where, progress)
+        windows = own_windows(checkpoint.path, samples + HELD_OUT, seq_len, seed, where, progress)
     else:
-        windows = token_windows(dense.path, calibration, seq_len)
+        windows = token_windows(checkpoint.path, calibration, seq_len)
     tokens, held_out = drawn_windows(windows, samples, HELD_OUT, seed)
-    runner = BlockRunner(dense.path, architecture, where)
+    runner = BlockRunner(config, architecture, where)
     slicing = Slice(dense, architecture, runner, tokens, held_out, size, seed if random_orientation else None)
     move = {
         "move": "slice",
@@ -114,24 +119,24 @@ def slice_model(
         "producer": f"freebits {__version__}",
     }
     with new_directory(out) as directory:
-        carry_over(dense.path, directory)
+        carry_over(checkpoint.path, directory)
         write_remote_code(directory, SLICED_IN, architecture.family.sliced_classes)
-        perplexity = _judge(_write_parts(directory, dense, slicing, dtypes, progress), sparsity, force)
+        perplexity = _judge(_write_parts(directory, checkpoint, slicing, dtypes, progress), sparsity, force)
         history = [*history_of(dense.config), move | {"perplexity": perplexity}]
         dtype = dtypes[architecture.sublayers[0].shortcut.weight]
-        _write_config(directory, dense.config, architecture, size, dtype, history)
+        _write_config(directory, checkpoint.config, architecture, size, dtype, history)
         return inspect(directory) | {"perplexity": perplexity}
 
 
 def _write_parts(
-    directory: Path, dense: Checkpoint, slicing: Slice, dtypes: dict[str, torch.dtype], progress: Progress
+    directory: Path, checkpoint: Checkpoint, slicing: Slice, dtypes: dict[str, torch.dtype], progress: Progress
 ) -> dict[str, float]:
     """Write the sliced tensors, part by part; what was measured on the way."""
-    architecture = slicing.architecture
+    architecture, dense = slicing.architecture, slicing.source
     shapes = {name: kind.shape for name, kind in dense.kinds.items()}
     announced = Layout.sliced(architecture, slicing.size).shapes(architecture, shapes)
     measured: dict[str, float] = {}
-    with workers(1) as executor, CheckpointWriter(directory, announced, shard_bytes(dense)) as writer:
+    with workers(1) as executor, CheckpointWriter(directory, announced, shard_bytes(checkpoint)) as writer:
         parts = moved_parts(slicing, dense, architecture, lambda name: dtypes[name], executor)
         for done, (_, turn, moved) in enumerate(parts, start=1):
             for name, tensor in moved().items():
@@ -149,13 +154,12 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _checked_architecture(dense: Checkpoint) -> Architecture:
+def _checked_architecture(dense: Source, path: Path) -> Architecture:
     """What is in a dense checkpoint, once every tensor is what its config says."""
-    dense_family(dense.config)
     architecture = Architecture.of(dense.config, len(dense.kinds))
     shapes = {name: kind.shape for name, kind in dense.kinds.items()}
     Layout().check(shapes, architecture)
-    expected = dense_shapes(dense.config, dense.path)
+    expected = dense_shapes(dict(dense.config), path)
     head, embedding = architecture.head.weight, architecture.embedding.weight
     for name in architecture.without_ignored(dense.kinds):
         if shapes[name] != expected.get(name, expected[embedding] if name == head else None):
@@ -169,7 +173,7 @@ def _checked_architecture(dense: Checkpoint) -> Architecture:
     return architecture
 
 
-def _dtypes(dense: Checkpoint, architecture: Architecture, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+def _dtypes(dense: Source, architecture: Architecture, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
     """What each tensor of the sliced model is rounded to."""
     if dtype is not None and str(dtype).removeprefix("torch.") not in (*DTYPES, "float64"):
         raise UsageError(f"dtype {dtype}: sliced weights are floats of 16 bits or more, {', '.join(DTYPES)}")
@@ -177,7 +181,8 @@ def _dtypes(dense: Checkpoint, architecture: Architecture, dtype: torch.dtype | 
     general = dtypes[architecture.embedding.weight]
     for part in architecture.parts:
         for sub in part.sublayers:  # a bias that folding makes is as precise as the matrix beside it
-            dtypes |= {read.bias: dtypes[read.weight] for read in sub.reads if read.bias not in dtypes}
+            reads = [read for read in sub.reads if read.weight in dtypes and read.bias not in dtypes]
+            dtypes |= {read.bias: dtypes[read.weight] for read in reads}
     head = architecture.head
     dtypes.setdefault(head.weight, general)
     dtypes.setdefault(head.bias, dtypes[head.weight])

@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from freebits.architecture import FAMILIES, Architecture, Axis, Family, Layout, Role
+from freebits.architecture import MODEL_TYPES, Architecture, Axis, Family, Layout, Role
 from freebits.checkpoint import auto_map, write_remote_code
 from freebits.huggingface.blocks import RESIDUAL, BareRMSNorm, FactoredEmbedding, ProjectedShortcut, residual_block
 
@@ -26,7 +26,7 @@ class SlicedCausalLM(PreTrainedModel):
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        _slice_modules(self, self.family, config)
+        _slice_modules(self, config)
         self.post_init()  # type: ignore[no-untyped-call]
 
     @classmethod
@@ -40,14 +40,14 @@ class SlicedCausalLM(PreTrainedModel):
         write_remote_code(Path(save_directory), __name__, self.family.sliced_classes)
 
 
-def _slice_modules(model: PreTrainedModel, family: Family, config: PreTrainedConfig) -> None:
+def _slice_modules(model: PreTrainedModel, config: PreTrainedConfig) -> None:
     """Crop every matrix of a dense model to the widths of its sites, bare its norms, add its shortcuts."""
     told = config.to_dict()
     architecture = Architecture.of(told)
     layout = Layout.of(told, architecture)
     widths = layout.widths or ()
-    for layer in model.get_submodule(family.blocks).children():
-        residual_block(layer, family.sublayers)
+    for layer in model.get_submodule(architecture.family.blocks).children():
+        residual_block(layer, architecture.family)
     for sub in architecture.sublayers:
         shortcut = _shortcut(widths[sub.site - 1], widths[sub.site], layout.rank(sub.site))
         model.set_submodule(sub.shortcut.name, shortcut)
@@ -57,8 +57,8 @@ def _slice_modules(model: PreTrainedModel, family: Family, config: PreTrainedCon
     shortcuts = {name for sub in architecture.sublayers for name in (sub.shortcut.weight, sub.shortcut.factor)}
     for name, weight in layout.weights(architecture).items():
         module_name, _, parameter = name.rpartition(".")
-        module: Any = model.get_submodule(module_name)
-        if name == architecture.head.bias:
+        module: Any = _found(model, module_name)
+        if name == architecture.head.bias and module.bias is None:
             module.bias = nn.Parameter(torch.zeros(len(module.weight), dtype=module.weight.dtype))
         elif name not in shortcuts and weight.role is not Role.NORM and getattr(module, parameter, None) is not None:
             for axis in weight.axes:
@@ -67,6 +67,14 @@ def _slice_modules(model: PreTrainedModel, family: Family, config: PreTrainedCon
         norm: Any = model.get_submodule(norm_.name)
         eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
         model.set_submodule(norm_.name, BareRMSNorm(architecture.hidden_size, eps))
+
+
+def _found(model: nn.Module, name: str) -> nn.Module | None:
+    """The module of that name; None where this model has none."""
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
 
 
 def _shortcut(before: int, after: int, rank: int | None) -> nn.Module:
@@ -82,6 +90,8 @@ def _crop(module: nn.Module, parameter: str, axis: Axis, widths: tuple[int, ...]
         for kind, features in _FEATURES.items():
             if isinstance(module, kind) and parameter == "weight":
                 setattr(module, features[axis.dim], size)
+    if hasattr(module, "hidden_dim") and not axis.writes:  # a router's, an expert's
+        setattr(module, "hidden_dim", size)  # noqa: B010  (mypy takes it for a parameter)
 
 
 _FEATURES: dict[type[nn.Module], tuple[str, str]] = {
@@ -111,7 +121,7 @@ def _register(family: Family) -> tuple[type[PreTrainedConfig], type[SlicedCausal
         {
             "family": family,
             "config_class": config_class,
-            "_no_split_modules": [f"{RESIDUAL}{name}" for name in dense._no_split_modules],
+            "_no_split_modules": [f"{RESIDUAL}{name}" for name in dense._no_split_modules or ()],
             "__doc__": f"A sliced {dense.__name__}.",
             **here,
         },
@@ -121,7 +131,7 @@ def _register(family: Family) -> tuple[type[PreTrainedConfig], type[SlicedCausal
     return config_class, model_class
 
 
-_CLASSES = {kind.__name__: kind for family in FAMILIES.values() for kind in _register(family)}
+_CLASSES = {kind.__name__: kind for family in MODEL_TYPES.values() for kind in _register(family)}
 
 
 def __getattr__(name: str) -> Any:

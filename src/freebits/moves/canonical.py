@@ -57,7 +57,9 @@ class Canonical:
         unsound = unsound_sites(self.source, part)
         free = [sub for sub in part.sublayers if not self._obstacle(sub) and sub.site not in unsound]
         forms = {sub.site: self._form(sub.shortcut.weight) for sub in free}
-        readers = [sub.reads[0].weight for sub in part.sublayers if sub.site == 1 and 0 not in unsound]
+        readers = [
+            sub.first_read(self.source.kinds).weight for sub in part.sublayers if sub.site == 1 and 0 not in unsound
+        ]
         first = triangular_rotation(self.source[readers[0]].double()) if readers else None
         return Seen(unsound, forms, first)
 

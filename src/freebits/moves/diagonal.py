@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from freebits.architecture import Architecture, Part
+from freebits.architecture import Architecture, Part, Sublayer
 from freebits.checkpoint import Source
 from freebits.codes import canonical_direction
 from freebits.moves.move import Dtypes, Rotations, Turn, unsound_sites
@@ -32,6 +32,9 @@ class Diagonal:
     def look(self, part: Part) -> Seen:
         """The directions, which do not depend on each other."""
         unsound = unsound_sites(self.source, part)
+        unsound |= {
+            sub.site: "its output matrix varies from block to block" for sub in part.sublayers if not self._fits(sub)
+        }
         free = [s for s in part.sublayers if s.site in self.architecture.free_sites and s.site not in unsound]
         directions = {sub.site: canonical_direction(self.source[sub.write.weight].double().T) for sub in free}
         return Seen(unsound, directions)
@@ -49,6 +52,9 @@ class Diagonal:
         return {s: Q for s, Q in after.items() if s == last}, Turn(
             {**state, **after}, unrounded=unrounded, reasons=plain
         )
+
+    def _fits(self, sub: Sublayer) -> bool:
+        return sub.write.weight in self.source.kinds and not sub.write.stacked
 
     def finish(self, part: Part, tensors: dict[str, Tensor], dtype: Dtypes) -> None:
         """Nothing: the code rotates the output matrices once more before they are rounded."""

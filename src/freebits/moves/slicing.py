@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from freebits.architecture import Architecture, Part
+from freebits.architecture import Architecture, Layout, Part
 from freebits.calibration import Runner, perplexity, principal_axes
 from freebits.checkpoint import Source
 from freebits.errors import CheckpointError, UsageError
@@ -120,7 +120,7 @@ class Slice:
         if part is self.architecture.parts[0]:
             return fold_embeddings(tensors, self.architecture)
         if part.sublayers:
-            return fold_sublayers(tensors, part.sublayers)
+            return fold_sublayers(tensors, self.architecture, part.sublayers)
         head, embedding = self.architecture.head.weight, self.architecture.embedding.weight
         if not self.architecture.tied and head not in tensors:
             tensors[embedding] = self.source[embedding].to(self.runner.device)
@@ -145,7 +145,7 @@ class Slice:
     def _stream(self, site: int, x: Tensor, dense: Tensor) -> Stream:
         """The stream with the rotation of its site. An unsliced site has nothing to choose: it stays."""
         D = x.shape[-1]
-        width = D if site == self.architecture.n_sites - 1 else self.size
+        width = (Layout.sliced(self.architecture, self.size).widths or ())[site]
         if width == D:
             return Stream(x, dense, torch.eye(D, dtype=torch.float64, device=x.device))
         kept = principal_axes(x[: len(self.tokens)].flatten(0, 1), width)

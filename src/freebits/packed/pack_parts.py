@@ -1,6 +1,6 @@
 """The codecs of sliced models: moved and encoded part by part, with few blocks in memory."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from pathlib import Path
 
@@ -64,7 +64,8 @@ def _encoded_parts(
         tensors = moved()
         here = {name: Kind(kinds[name].code, tuple(tensor.shape)) for name, tensor in tensors.items()}
         notes = tuple(
-            {"site": site, "name": _owner(architecture, site), "reason": why} for site, why in turn.reasons.items()
+            {"site": site, "name": _owner(architecture, site, kinds), "reason": why}
+            for site, why in turn.reasons.items()
         )
         piece = staged(Piece(notes=notes) + preset.encode(part, turn, tensors, here), stage)
         return part, piece, digests_of(piece)
@@ -75,9 +76,9 @@ def _encoded_parts(
         yield from ordered_map(executor, encoded, moved)
 
 
-def _owner(architecture: Architecture, site: int) -> str:
+def _owner(architecture: Architecture, site: int, kinds: Mapping[str, Kind]) -> str:
     """Where a site's rotation goes: the sublayer that leads to it, or for site 0 the layer that reads it."""
-    return architecture.sublayers[site - 1].name if site else architecture.sublayers[0].reads[0].name
+    return architecture.sublayers[site - 1].name if site else architecture.sublayers[0].first_read(kinds).name
 
 
 def _announced(

@@ -131,7 +131,7 @@ def chosen(codec: str, threshold: float | None = None) -> Preset | None:
 def _triangles(part: Part, kinds: Mapping[str, Kind]) -> Iterator[Group]:
     for sub in part.sublayers:
         if sub.site == 1:
-            read = sub.reads[0]
+            read = sub.first_read(kinds)
             yield Group(0, read.name, "lower", (read.weight,), read.weight)
         factor, weight = sub.shortcut.factor, sub.shortcut.weight
         if factor in kinds:
@@ -144,7 +144,10 @@ def _triangles(part: Part, kinds: Mapping[str, Kind]) -> Iterator[Group]:
 
 def _messages(part: Part, kinds: Mapping[str, Kind]) -> Iterator[Group]:
     for sub in part.sublayers:
-        names = (sub.shortcut.weight, *(read.weight for read in sub.reads), sub.write.weight)
+        if sub.write.weight not in kinds:
+            continue  # the move has told why
+        reads = (read.weight for read in sub.reads if read.weight in kinds)
+        names = (sub.shortcut.weight, *reads, sub.write.weight)
         params = {"rank": min(kinds[sub.write.weight].shape), "corrections": 0, "sums": [0.0] * 4}
         codes = {kinds[name].code for name in names}
         if len(codes) == 1 and codes <= {*HALVES}:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from freebits.architecture import FAMILIES, SLICED_PREFIX, Architecture
+from freebits.architecture import MODEL_TYPES, SLICED_PREFIX, Architecture
 from freebits.checkpoint import (
     CONFIG,
     LENGTH,
@@ -38,7 +38,7 @@ def unpack_into(directory: Path, packed: PackedFolder, jobs: int | None, progres
     else:
         ours = {HISTORY: {"history": packed.manifest.history}}
         _write_tensors(directory, packed, packed, {**packed.config, **ours}, jobs, progress)
-    family = FAMILIES.get(str(packed.config.get("model_type", "")).removeprefix(SLICED_PREFIX))
+    family = MODEL_TYPES.get(str(packed.config.get("model_type", "")).removeprefix(SLICED_PREFIX))
     if family and packed.config["model_type"] == family.sliced_model_type:
         write_remote_code(directory, SLICED_IN, family.sliced_classes)
 

@@ -28,27 +28,38 @@ def fold_embeddings(tensors: Tensors, architecture: Architecture) -> dict[str, T
     return folded
 
 
-def fold_sublayers(tensors: Tensors, sublayers: Iterable[Sublayer]) -> dict[str, Tensor]:
+def fold_sublayers(tensors: Tensors, architecture: Architecture, sublayers: Iterable[Sublayer]) -> dict[str, Tensor]:
     """One block's tensors in float64, its norms folded in, with an identity for each shortcut.
 
+    Matrices come out as (outputs, inputs), and a number by which a block multiplies its branches goes into the matrices
+    that write them.
+
     Args:
-        tensors: the dense block, by full names, norms included; norms with a bias are LayerNorms.
+        tensors: the dense block, by full names, norms included.
+        architecture: the model they belong to.
         sublayers: the block's sublayers.
 
     Returns:
         The tensors in the order of the table's rows, without the norms.
     """
-    folded: dict[str, Tensor] = {}
+    centred, folded = architecture.family.centred, dict[str, Tensor]()
     for sub in sublayers:
-        scale, shift = _norm(tensors, sub.norm)
-        folded[sub.shortcut.weight] = torch.eye(len(scale), dtype=torch.float64, device=scale.device)
-        readers = [_fold_into_reader(tensors, read, scale, shift) for read in sub.reads]
-        folded |= {read.weight: weight for read, (weight, _) in zip(sub.reads, readers, strict=True)}
-        folded |= {read.bias: bias for read, (_, bias) in zip(sub.reads, readers, strict=True) if bias is not None}
-        for name in (sub.write.weight, sub.write.bias):
-            if name in tensors:
-                folded[name] = tensors[name].double() if shift is None else _centre(tensors[name], dim=0)
-    return folded
+        rows = {row.name: row for row in sub.weights(architecture.family)}
+        ours = {
+            name: tensors[name].T if row.transposed else tensors[name] for name, row in rows.items() if name in tensors
+        }
+        folded[sub.shortcut.weight] = torch.eye(architecture.hidden_size, dtype=torch.float64, device=_device(tensors))
+        for branch in sub.branches:
+            scale, shift = _norm(ours, branch.norm)
+            for read in branch.reads:
+                folded |= _fold_into_reader(ours, read, scale, shift)
+            for write in branch.writes:
+                for name in {write.weight, write.bias} & ours.keys():
+                    written = ours[name].double() * architecture.branch_scale
+                    folded[name] = _centre(written, rows[name].axes[0].dim) if centred else written
+            folded |= {name: ours[name].double() for name in branch.inner if name in ours}
+    order = (row.name for sub in sublayers for row in sub.weights(architecture.family))
+    return {name: folded[name] for name in order if name in folded}
 
 
 def fold_head(tensors: Tensors, architecture: Architecture) -> dict[str, Tensor]:
@@ -60,10 +71,9 @@ def fold_head(tensors: Tensors, architecture: Architecture) -> dict[str, Tensor]
     """
     norm, head = architecture.final_norm, architecture.head
     if architecture.tied:
-        return {name: tensors[name] for name in (norm.weight, norm.bias) if name in tensors}
+        return {name: tensors[name] for name in (norm.weight, norm.bias, head.bias) if name in tensors}
     source = head.weight if head.weight in tensors else architecture.embedding.weight
-    weight, bias = _fold_into_reader({head.weight: tensors[source]}, head, *_norm(tensors, norm))
-    return {head.weight: weight} | ({} if bias is None else {head.bias: bias})
+    return _fold_into_reader({**tensors, head.weight: tensors[source]}, head, *_norm(tensors, norm))
 
 
 def _norm(tensors: Tensors, norm: Module) -> tuple[Tensor, Tensor | None]:
@@ -72,16 +82,19 @@ def _norm(tensors: Tensors, norm: Module) -> tuple[Tensor, Tensor | None]:
     return tensors[norm.weight].double(), None if shift is None else shift.double()
 
 
-def _fold_into_reader(
-    tensors: Tensors, read: Module, scale: Tensor, shift: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of `y = norm(x) Wᵀ + b` for a bare norm."""
+def _fold_into_reader(tensors: Tensors, read: Module, scale: Tensor, shift: Tensor | None) -> dict[str, Tensor]:
+    """Weight and bias of `y = norm(x) Wᵀ + b` for a bare norm; nothing where there is no such matrix."""
+    if read.weight not in tensors:
+        return {}
     weight = tensors[read.weight].double()
-    bias = tensors[read.bias].double() if read.bias in tensors else None
+    bias = {read.bias: tensors[read.bias].double()} if read.bias in tensors else {}
     if shift is not None:
-        moved = weight @ shift
-        bias = moved if bias is None else bias + moved
-    return weight * scale, bias
+        bias = {read.bias: weight @ shift + bias.get(read.bias, 0)}
+    return {read.weight: weight * scale} | bias
+
+
+def _device(tensors: Tensors) -> torch.device:
+    return next(iter(tensors.values())).device
 
 
 def _centre(tensor: Tensor, dim: int) -> Tensor:

@@ -1,0 +1,74 @@
+"""Every row of the architecture table: the symmetry holds, and a model of it goes all the way."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import freebits
+from freebits.architecture import FAMILIES as ROWS
+from freebits.architecture import Architecture
+from freebits.symmetry import random_orthogonal, rotate
+from tests.test_symmetry import folded_state, unsliced
+from tests.tiny import FAMILIES, Make, in_float64, tiny_config, tiny_model
+
+MOST = 0.02
+ROUTED = 1e-5
+"""Routers compute in float32 whatever they are given."""
+
+
+def test_every_row_has_a_tiny_model() -> None:
+    assert {Architecture.of(tiny_config(**changes).to_dict()).family for changes in FAMILIES.values()} == {*ROWS}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_folded_and_randomly_rotated_equals_the_original(name: str, report: Callable[[str], None]) -> None:
+    config = tiny_config(**FAMILIES[name])
+    architecture = Architecture.of(config.to_dict())
+    original = tiny_model(**FAMILIES[name])
+    generator = torch.Generator().manual_seed(1)
+    rotations = {site: random_orthogonal(config.hidden_size, generator) for site in architecture.free_sites}
+    folded = folded_state(original, architecture)
+    state = {n: rotate(tensor, architecture.weights[n].axes, rotations) for n, tensor in folded.items()}
+    rotated = unsliced(config, architecture, state)
+    tokens = torch.randint(config.vocab_size, (2, 40), generator=generator)
+    expected = in_float64(original)(tokens).logits
+    difference = (rotated(tokens).logits - expected).abs().max().item()
+    report(f"{name}: folded and rotated differs by {difference:.1e}")
+    is_routed = any(weight.ndim == 3 for weight in architecture.weights.values())
+    assert difference < (ROUTED if is_routed else 1e-9) < expected.std()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_model_goes_all_the_way(name: str, save_tiny: Make, slice_tiny: Make, pack_tiny: Make) -> None:
+    dense = save_tiny(**FAMILIES[name], dtype=torch.float16)
+    sliced = slice_tiny(dense, force=True)
+    expected = logits_of(sliced)
+    for codec in freebits.options.CODECS:
+        packed = pack_tiny(sliced, name=codec, codec=codec)
+        assert differs(logits_of(packed), expected) < MOST, codec
+        unpacked = packed.parent / f"unpacked from {codec}"
+        freebits.unpack(packed, unpacked)
+        assert differs(logits_of(unpacked), expected) < MOST, codec
+
+
+def differs(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    """By how much on average: a token whose experts are nearly equally good may find others."""
+    return ((logits - expected).abs().mean() / expected.std()).item()
+
+
+@torch.no_grad()
+def logits_of(folder: Any) -> torch.Tensor:
+    model: Any = freebits.load(folder, dtype=torch.float32)
+    tokens = torch.randint(96, (1, 24), generator=torch.Generator().manual_seed(3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generated = model.generate(tokens, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert generated.shape[1] == 28
+    logits: torch.Tensor = model(tokens).logits
+    assert logits.isfinite().all()
+    return logits
