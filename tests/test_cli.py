@@ -199,7 +199,7 @@ def spoil_config(folder: Path) -> None:
 
 
 def spoil_type(folder: Path) -> None:
-    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    (folder / "config.json").write_text('{"model_type": "bloom"}')
 
 
 def spoil_truncate(folder: Path) -> None:
@@ -221,7 +221,7 @@ def spoil_tokenizer(folder: Path) -> None:
     [
         (spoil_missing, "has no weights"),
         (spoil_config, "cannot be read as JSON"),
-        (spoil_type, "'gpt2' has no entry"),
+        (spoil_type, "'bloom' has no entry"),
         (spoil_truncate, "truncated or damaged"),
         (spoil_pickle, "only pickled weights"),
         (spoil_tokenizer, "no tokenizer"),
@@ -237,7 +237,7 @@ def test_a_broken_checkpoint_is_one_line_and_exit_code_two(
     tmp_path: Path,
     capsys: CaptureFixture,
 ) -> None:
-    if spoil is spoil_type and verb != "slice":  # transformers knows gpt2, but these are not its weights
+    if spoil is spoil_type and verb != "slice":  # transformers knows bloom, but these are not its weights
         finding = {"eval": "is missing", "quantize": "other names"}[verb]
     spoil(dense)
     before = sorted(tmp_path.iterdir())
@@ -412,7 +412,7 @@ def test_a_config_of_a_billion_blocks_is_refused_at_once(dense: Path, tmp_path: 
     capsys.readouterr()
     for verb in (("slice", dense, tmp_path / "out", "--sparsity", 0.2), ("estimate", dense, "--sparsity", 0.2)):
         assert run(*verb) == 2
-        assert_one_line(capsys, "num_hidden_layers is 1000000000")
+        assert_one_line(capsys, "config.json asks for 1000000000 blocks")
 
 
 def test_a_closed_stdout_is_no_traceback(dense: Path) -> None:

@@ -6,14 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import freebits
 from freebits.architecture import FAMILIES as ROWS
 from freebits.architecture import Architecture
+from freebits.checkpoint import Checkpoint
+from freebits.packed import PackedFolder
 from freebits.symmetry import random_orthogonal, rotate
 from tests.test_symmetry import folded_state, unsliced
-from tests.tiny import FAMILIES, Make, in_float64, tiny_config, tiny_model
+from tests.tiny import FAMILIES, Make, in_float64, random_text, tiny_config, tiny_model
 
 MOST = 0.1
 ROUTED = 1e-5
@@ -54,6 +55,23 @@ def test_a_model_goes_all_the_way(name: str, save_tiny: Make, slice_tiny: Make, 
         unpacked = packed.parent / f"unpacked from {codec}"
         freebits.unpack(packed, unpacked)
         assert differs(logits_of(unpacked), expected) < MOST, codec
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_matrix_of_a_model_is_quantised(name: str, save_tiny: Make) -> None:
+    dense = save_tiny(**FAMILIES[name], dtype=torch.float16)
+    expected = logits_of(dense)
+    for rotate in freebits.options.ROTATIONS:
+        out = dense.parent / rotate
+        text = random_text(600)
+        freebits.quantize(dense, out, target_kl=1e-6, calibration=text, samples=8, seq_len=32, rotate=rotate)
+        assert differs(logits_of(out), expected) < MOST
+        freebits.unpack(out, dense.parent / f"unpacked from {rotate}")
+        assert differs(logits_of(dense.parent / f"unpacked from {rotate}"), expected) < MOST
+    folder = PackedFolder(out)
+    left = [kind for name, kind in Checkpoint(dense).kinds.items() if len(kind.shape) > 1 and name in folder.stored]
+    routers_and_positions = 4
+    assert len(left) <= routers_and_positions
 
 
 def differs(logits: torch.Tensor, expected: torch.Tensor) -> float:

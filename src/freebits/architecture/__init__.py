@@ -28,8 +28,8 @@ from freebits.architecture.table import (
 __all__ = [
     "EMBEDDINGS",
     "FAMILIES",
-    "MODEL_TYPES",
     "HEAD",
+    "MODEL_TYPES",
     "RANKS",
     "SHORTCUTS",
     "SLICED_PREFIX",

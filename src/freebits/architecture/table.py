@@ -228,7 +228,8 @@ class Architecture:
         width, depth = config[family.width], config[family.depth]
         if n_tensors is not None and depth > n_tensors:
             raise CheckpointError(
-                f"config.json: {family.depth} is {depth}, but there are {n_tensors} tensors: the checkpoint is incomplete"
+                f"config.json: {family.depth} is {depth}, but there are {n_tensors} tensors: the checkpoint is "
+                "incomplete"
             )
         scale = config.get(family.branch_scale, 1.0)
         if not isinstance(scale, (int, float)) or not math.isfinite(scale):

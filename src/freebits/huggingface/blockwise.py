@@ -1,7 +1,7 @@
 """Run any causal language model of transformers with one block in memory, forwards and backwards."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -61,26 +61,36 @@ class BlockwiseModel:
         if tied:
             head.weight = embedding.weight
 
-    def matrices(self, block: int) -> dict[str, nn.Module]:
-        """The weights of the linear layers of a block, by name, with their modules."""
-        layers = self._blocks[block].named_modules()
-        return {
-            f"{self.blocks[block]}.{name}.weight": module
-            for name, module in layers
-            if isinstance(module, (nn.Linear, Conv1D))
-        }
+    def matrices(self, block: int) -> dict[str, Tensor]:
+        """What a block multiplies by, by name: the weights of its linear layers, and `name[3]` of a stack of experts."""
+        found: dict[str, Tensor] = {}
+        for name, module in self._blocks[block].named_modules():
+            for key, tensor in module._parameters.items():
+                full = f"{self.blocks[block]}.{name}.{key}"
+                if tensor is not None and tensor.ndim == 3:
+                    found |= {f"{full}[{number}]": matrix for number, matrix in enumerate(tensor)}
+                elif tensor is not None and key == "weight" and isinstance(module, (nn.Linear, Conv1D)):
+                    found[full] = tensor
+        return found
 
     @property
     def transposed(self) -> set[str]:
         """The matrices that are stored as (inputs, outputs), as GPT-2 has them."""
-        every = (self.matrices(number) for number in range(len(self.blocks)))
-        return {name for of in every for name, module in of.items() if isinstance(module, Conv1D)}
+        layers = (
+            (stack, layer)
+            for stack, block in zip(self.blocks, self._blocks, strict=True)
+            for layer in block.named_modules()
+        )
+        return {f"{stack}.{name}.weight" for stack, (name, module) in layers if isinstance(module, Conv1D)}
 
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> Iterator[Tensor]:
         """The stream before the first block, (1, T, D), of each window of tokens, (windows, T)."""
         with self.block(0) as run:
-            self._model.base_model(input_ids=tokens[:1].to(self.device), use_cache=False)
+            self._recorders[0].stops = True  # how its result is to be given, it knows after it has run
+            with suppress(_Stopped):
+                self._model.base_model(input_ids=tokens[:1].to(self.device), use_cache=False)
+            self._recorders[0].stops = False
             run(self._recorders[0].stream)
             for window in tokens.to(self.device).split(1):
                 self._model.base_model(input_ids=window, use_cache=False)
@@ -135,7 +145,12 @@ def dense_model(config: PreTrainedConfig) -> Any:
     """The library's model, to run in float32, its parameters without memory."""
     with _parameters_on_meta():
         kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        config._experts_implementation = "eager"  # one after another, so that each can be watched
         return kind(config).to(torch.float32).eval()
+
+
+class _Stopped(Exception):  # noqa: N818  (no error)
+    pass
 
 
 class Recorder(nn.Module):
@@ -148,6 +163,8 @@ class Recorder(nn.Module):
         self.substitute: Tensor | None = None
         self.as_tuple = False
         """Whether the block gives its stream in a tuple."""
+        self.stops = False
+        """Whether the model runs no further than here."""
         self.args: tuple[Any, ...] = ()
         self.kwargs: dict[str, Any] = {}
 
@@ -164,6 +181,8 @@ class Recorder(nn.Module):
         else:
             self.stream, self.args = kwargs.pop("hidden_states"), ()
         self.kwargs = kwargs
+        if self.stops:
+            raise _Stopped
         stream = self.stream if self.substitute is None else self.substitute
         return (stream,) if self.as_tuple else stream
 

@@ -6,7 +6,7 @@ some; its own tables say how.
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from typing import Any
 
@@ -56,13 +56,13 @@ class InMemory:
         renamings = [of for of in transforms if isinstance(of, WeightRenaming)]
         converters = [of for of in transforms if isinstance(of, WeightConverter)]
         patterns = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-        self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        theirs = model.state_dict()
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in theirs.items()}
+        self._places: dict[str, Tensor] = {}
         self._made_of: dict[str, list[str]] = {}
         self._converters: dict[str, tuple[WeightConverter, dict[str, str]]] = {}
         for name in source.kinds:
-            renamed, pattern = rename_source_key(
-                name, renamings, converters, model.base_model_prefix, model.state_dict()
-            )
+            renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, theirs)
             if renamed not in self._shapes:
                 renamed, pattern = name, None
             self._made_of.setdefault(renamed, []).append(name)
@@ -82,10 +82,36 @@ class InMemory:
         """The tensor called `name`, read and merged now."""
         if name not in self._converters:
             return self._source[self._made_of.get(name, [name])[0]]
+        return self._merged(name, self._source.__getitem__)
+
+    def origins(self, matrix: str) -> dict[str, slice]:
+        """Where a matrix is in the checkpoint: names of tensors, with the rows that each has of it.
+
+        Args:
+            matrix: a tensor's name here, or `name[3]` for the fourth of a stack.
+        """
+        name, _, number = matrix.removesuffix("]").partition("[")
+        if not number:
+            return {self._made_of[name][0]: slice(None)} if name in self._made_of else {}
+        if name not in self._converters:
+            return {}
+        if name not in self._places:
+            parts = self._made_of[name]
+            rows = {part: self._source.kinds[part].shape[0] for part in parts}
+            index = {part: torch.full((rows[part], 1), number) for number, part in enumerate(parts)}
+            self._places[name] = self._merged(name, index.__getitem__)[..., 0]
+        place = self._places[name][int(number)]
+        counts = place.unique_consecutive(return_counts=True)[1]
+        ends = counts.cumsum(0).tolist()
+        starts = [0, *ends[:-1]]
+        return {self._made_of[name][place[at]]: slice(at, end) for at, end in zip(starts, ends, strict=True)}
+
+    def _merged(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
+        """What becomes of the tensors that make one, as transformers merges them."""
         converter, patterns = self._converters[name]
         merging: Any = copy.deepcopy(converter)
         for part in self._made_of[name]:
-            merging.add_tensor(name, part, patterns[part], partial(self._source.__getitem__, part))
+            merging.add_tensor(name, part, patterns[part], partial(read, part))
         made = merging.convert(name, model=self._model, config=self._model.config)
         tensor: Tensor = made[name]
         return tensor if isinstance(tensor, torch.Tensor) else tensor[0]

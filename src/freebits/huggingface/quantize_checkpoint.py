@@ -20,9 +20,9 @@ from freebits.codes import CODES
 from freebits.codes.rotated import rotated
 from freebits.errors import CheckpointError, UsageError
 from freebits.huggingface.blockwise import BlockwiseModel
-from freebits.huggingface.loading import device_of, one_line_errors
+from freebits.huggingface.loading import device_of
+from freebits.huggingface.naming import InMemory, known_config
 from freebits.huggingface.own_text import own_windows
-from freebits.huggingface.packed_models import inner_config
 from freebits.huggingface.sensitivities import measure_sensitivities
 from freebits.huggingface.tokens import drawn_windows, token_windows
 from freebits.kind import Kind
@@ -131,9 +131,10 @@ def quantize(
         raise UsageError(f"there is no rotation {rotate!r} or no part {only!r}: see freebits quantize --help")
     code = stage(entropy)
     source = opened(model)
-    with one_line_errors(model, "model"):
-        config = inner_config(source.config).from_dict(dict(source.config))
-    blockwise = BlockwiseModel(source, config, device_of(device))
+    config = known_config(source, model)
+    named = InMemory(source, config)
+    blockwise = BlockwiseModel(named, config, device_of(device))
+    transposed = {name for of in blockwise.transposed for name in named.origins(of)}
     with new_directory(out) as directory:
         scratch = directory / "scratch"
         scratch.mkdir()
@@ -142,7 +143,7 @@ def quantize(
         embeddings = {blockwise.embedding, blockwise.head}
         for part in measure_sensitivities(blockwise, tokens, scratch, seed, progress):
             chosen = {n: s for n, s in part.items() if only is None or (n in embeddings) == (only == EMBEDDINGS)}
-            shelf.add(chosen, source, blockwise.transposed)
+            shelf.add(_as_stored(chosen, named), source, transposed)
         contents = write_rounded(directory, source, shelf, goal, code, jobs, progress)
         shutil.rmtree(scratch)
         text = "its own" if calibration is None else "given"
@@ -157,6 +158,15 @@ def quantize(
         before = source.manifest.history if isinstance(source, PackedFolder) else history_of(source.config)
         publish(directory, source, contents, source.config, entropy, [*before, move])
         return inspect(directory)
+
+
+def _as_stored(part: Mapping[str, Sensitivity], named: InMemory) -> dict[str, Sensitivity]:
+    """The same by the names of the checkpoint, where what is one matrix in memory may be several."""
+    return {
+        name: Sensitivity(sensitivity.gram, sensitivity.information[rows])
+        for matrix, sensitivity in part.items()
+        for name, rows in named.origins(matrix).items()
+    }
 
 
 def _sizes(model: str | os.PathLike[str]) -> dict[str, int]:

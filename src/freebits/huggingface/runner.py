@@ -91,10 +91,10 @@ class BlockRunner:
             inside = name.startswith(prefix)
             path, _, key = name.removeprefix(prefix if inside else "").rpartition(".")
             module = (self._blocks[self._number] if inside else self._model).get_submodule(path)
-            wide = tensor.to(self.device, torch.float32)
             empty = module._parameters.get(key)
             if key in module._buffers:
-                module._buffers[key] = wide
+                module._buffers[key] = tensor.to(self.device, torch.float32)
             elif empty is not None:
-                shape = empty.shape if wide.ndim == 0 else wide.shape
-                module._parameters[key] = nn.Parameter(wide.expand(shape).contiguous(), requires_grad=False)
+                shape = empty.shape if tensor.ndim == 0 else tensor.shape
+                wide = torch.empty(shape, device=self.device).copy_(tensor)
+                module._parameters[key] = nn.Parameter(wide, requires_grad=False)

@@ -1,15 +1,14 @@
 """Measure how much a model's output depends on each of its matrices: one pass forwards, one backwards."""
 
-from collections.abc import Collection, Iterator
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
+from torch.nn.functional import cross_entropy, linear
+from torch.overrides import TorchFunctionMode
 
 from freebits.huggingface.blockwise import BlockwiseModel
 from freebits.huggingface.own_text import drawn
@@ -82,18 +81,44 @@ def _block(
 ) -> tuple[dict[str, Sensitivity], Tensor]:
     """Of its matrices, and the gradient at its input, from that at its output."""
     gradients = []
-    modules = model.matrices(number)
-    watches = {name: _Watch(module) for name, module in modules.items()}
-    with model.block(number) as run, ExitStack() as hooks:
-        for name, module in modules.items():
-            hooks.callback(module.register_forward_hook(watches[name].saw).remove)
+    with model.block(number) as run, _Linears(model.matrices(number)) as linears:
+        watches = linears.watches
         for x, g in zip(stream.split(1), gradient.split(1), strict=True):
             leaf = x.to(model.device).clone().requires_grad_()
             gradients.append(torch.autograd.grad(run(leaf), leaf, g.to(model.device))[0].cpu())
             _sum_up(watches.values())
     n_tokens = stream.shape[0] * stream.shape[1]
     found = {name: watch.sensitivity(n_tokens) for name, watch in watches.items() if watch.n_inputs}
+    for name in watches.keys() - found.keys():  # an expert to whom no token came: as another of its stack
+        others = [other for other in found if other.rpartition("[")[0] == name.rpartition("[")[0] != ""]
+        if others:
+            least = min(others, key=lambda other: found[other].information.sum().item())
+            found[name] = found[least]
     return found, torch.cat(gradients)
+
+
+class _Linears(TorchFunctionMode):
+    """Watches every multiplication by one of some matrices, whichever module does it.
+
+    Attributes:
+        watches: by the matrices' names.
+    """
+
+    def __init__(self, matrices: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.watches = {name: _Watch() for name in matrices}
+        self._places = {(matrix.data_ptr(), matrix.shape): self.watches[name] for name, matrix in matrices.items()}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """One call of any function of torch's."""
+        result = func(*args, **(kwargs or {}))
+        if func in (linear, torch.addmm, torch.matmul, Tensor.matmul, Tensor.__matmul__):
+            first = 1 if func is torch.addmm else 0  # GPT-2's layers: bias, inputs, matrix
+            x, matrix = args[first], args[first + 1]
+            watch = self._places.get((matrix.data_ptr(), matrix.shape))
+            if watch:
+                watch.saw(x, result)
+        return result
 
 
 class _Watch:
@@ -103,21 +128,22 @@ class _Watch:
         leader: the first of those that read the same, as queries, keys and values do, which has their Gram matrix.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self) -> None:
         self.n_inputs = 0
         self.leader = self
         self.inputs: list[Tensor] = []
         self._gram = torch.zeros(())
-        self._squares = torch.zeros(module.nf if isinstance(module, Conv1D) else module.out_features)  # type: ignore[arg-type]
+        self._squares = torch.zeros(())
 
-    def saw(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG002
-        """One call of the layer."""
-        self.inputs.append(args[0].detach())
-        self.n_inputs += args[0].numel() // args[0].shape[-1]
-        output.register_hook(self._felt)
+    def saw(self, x: Tensor, output: Tensor) -> None:
+        """One multiplication."""
+        self.inputs.append(x.detach())
+        self.n_inputs += x.numel() // x.shape[-1]
+        if output.requires_grad:
+            output.register_hook(self._felt)
 
     def _felt(self, gradient: Tensor) -> None:
-        self._squares += gradient.flatten(0, -2).square().sum(0).cpu()
+        self._squares = self._squares + gradient.flatten(0, -2).square().sum(0).cpu()
 
     def sum_up(self) -> None:
         """Take in the inputs."""
