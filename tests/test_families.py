@@ -61,13 +61,13 @@ def test_a_model_goes_all_the_way(name: str, save_tiny: Make, slice_tiny: Make, 
 def test_every_matrix_of_a_model_is_quantised(name: str, save_tiny: Make) -> None:
     dense = save_tiny(**FAMILIES[name], dtype=torch.float16)
     expected = logits_of(dense)
-    for rotate in freebits.options.ROTATIONS:
-        out = dense.parent / rotate
+    for rotation in freebits.options.ROTATIONS:
+        out = dense.parent / rotation
         text = random_text(600)
-        freebits.quantize(dense, out, target_kl=1e-6, calibration=text, samples=8, seq_len=32, rotate=rotate)
+        freebits.quantize(dense, out, target_kl=1e-6, calibration=text, samples=8, seq_len=32, rotate=rotation)
         assert differs(logits_of(out), expected) < MOST
-        freebits.unpack(out, dense.parent / f"unpacked from {rotate}")
-        assert differs(logits_of(dense.parent / f"unpacked from {rotate}"), expected) < MOST
+        freebits.unpack(out, dense.parent / f"unpacked from {rotation}")
+        assert differs(logits_of(dense.parent / f"unpacked from {rotation}"), expected) < MOST
     folder = PackedFolder(out)
     left = [kind for name, kind in Checkpoint(dense).kinds.items() if len(kind.shape) > 1 and name in folder.stored]
     routers_and_positions = 4

@@ -62,7 +62,7 @@ class BlockwiseModel:
             head.weight = embedding.weight
 
     def matrices(self, block: int) -> dict[str, Tensor]:
-        """What a block multiplies by, by name: the weights of its linear layers, and `name[3]` of a stack of experts."""
+        """What a block multiplies by, by name: weights of linear layers, and `name[3]` of a stack of experts."""
         found: dict[str, Tensor] = {}
         for name, module in self._blocks[block].named_modules():
             for key, tensor in module._parameters.items():
