@@ -28,7 +28,8 @@ from freebits.huggingface import load, token_windows
 from freebits.huggingface.blockwise import BlockwiseModel
 from freebits.huggingface.own_text import own_windows
 from freebits.huggingface.packed_models import inner_config
-from freebits.huggingface.quantize_checkpoint import SAMPLES, WINDOW, Goal, Shelf, write_rounded
+from freebits.huggingface.quantize_checkpoint import SAMPLES, WINDOW
+from freebits.huggingface.rounding import Goal, Shelf, write_rounded
 from freebits.huggingface.sensitivities import measure_sensitivities
 from freebits.packed import PackedFolder, publish
 from freebits.report import bytes_on_disk

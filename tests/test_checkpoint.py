@@ -85,7 +85,7 @@ def test_what_belongs_to_a_model_is_carried_over_and_nothing_else(
         freebits.unpack(tmp_path / name, tmp_path / f"un{name}")
     for folder in (sliced, *(tmp_path / name for name in ("packed", "exact", "unpacked", "unexact"))):
         for name, text in {**kept, "COPYING": "free"}.items():
-            assert (folder / name).read_text() == text
+            assert text in (folder / name).read_text()  # the card below ours
         assert json.loads((folder / "tokenizer.json").read_text())
         assert not [name for name in (*left, "NOTICE") if (folder / name).exists()]
         assert folder == sliced or (folder / "modeling_freebits.py").read_text().count("import") == 1

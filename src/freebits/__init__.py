@@ -11,6 +11,7 @@ from freebits.import_hook import register_with_transformers
 from freebits.version import __version__
 
 if TYPE_CHECKING:
+    from freebits.compression import compress
     from freebits.evaluation import evaluate, verify
     from freebits.huggingface import estimate, load, quantize, rotate_model, slice_model
     from freebits.report import inspect
@@ -22,6 +23,7 @@ __all__ = [
     "UnsupportedModelError",
     "UsageError",
     "__version__",
+    "compress",
     "estimate",
     "evaluate",
     "inspect",
@@ -35,6 +37,7 @@ __all__ = [
 ]
 
 _VERBS = {
+    "compress": "compression",
     "estimate": "huggingface",
     "evaluate": "evaluation",
     "inspect": "report",

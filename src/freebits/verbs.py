@@ -3,11 +3,11 @@
 import os
 from typing import Any
 
-from freebits.checkpoint import Checkpoint, new_directory
+from freebits.checkpoint import Checkpoint, located, new_directory
 from freebits.errors import CheckpointError
 from freebits.options import CANONICAL
 from freebits.packed import PackedFolder, chosen, is_packed, pack_into, stage, unpack_into
-from freebits.report import inspect
+from freebits.report import inspect, write_card
 from freebits.work import Progress, silent
 
 
@@ -47,12 +47,14 @@ def pack(
             `out` exists.
     """
     preset, code = chosen(codec, threshold), stage(entropy)
+    model = located(model)
     if is_packed(model):
         raise CheckpointError(f"{model} is packed already: unpack it first")
     source = Checkpoint(model)
     sizes = {key: n for key, n in inspect(model)["bytes"].items() if n is not None}
     with new_directory(out) as directory:
         pack_into(directory, source, preset, (entropy, code), sizes, jobs, progress)
+        write_card(directory, source.path)
         return inspect(directory)
 
 
@@ -81,7 +83,7 @@ def unpack(
         CheckpointError: the folder is not packed or is damaged, or `out` exists.
         UsageError: `jobs` is less than one.
     """
-    source = PackedFolder(packed)
+    source = PackedFolder(located(packed))
     with new_directory(out) as directory:
         unpack_into(directory, source, jobs, progress)
         return inspect(directory)

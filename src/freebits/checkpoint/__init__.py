@@ -2,11 +2,15 @@
 
 from freebits.checkpoint.atomic import new_directory
 from freebits.checkpoint.beside import (
+    CARD,
+    CARD_MARK,
     REMOTE_CODE,
     auto_map,
     carry_code,
     carry_over,
     copy,
+    kept_cards,
+    restore_card,
     stays_inside,
     write_remote_code,
 )
@@ -21,10 +25,13 @@ from freebits.checkpoint.folder import (
     read_text,
     write_json,
 )
+from freebits.checkpoint.hub import located, push
 from freebits.checkpoint.weights import ENTRY, LENGTH, Entry, WeightsFile, WeightsWriter, parse_header
 from freebits.checkpoint.writer import CheckpointWriter, shard_bytes
 
 __all__ = [
+    "CARD",
+    "CARD_MARK",
     "CONFIG",
     "ENTRY",
     "INDEX",
@@ -41,11 +48,15 @@ __all__ = [
     "carry_over",
     "copy",
     "existing_folder",
+    "kept_cards",
+    "located",
     "model_files",
     "new_directory",
     "parse_header",
+    "push",
     "read_json",
     "read_text",
+    "restore_card",
     "shard_bytes",
     "stays_inside",
     "write_json",

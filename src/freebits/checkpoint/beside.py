@@ -20,6 +20,9 @@ _NEVER = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib", "
 _FOLDERS = ("additional_chat_templates",)
 """The folders in which transformers keeps a tokenizer's files."""
 _WEIGHTS = ("*.safetensors", "*.index.json", "*.gguf", "*.h5", "*.msgpack", "*.onnx*")
+CARD, _KEPT = "README.md", "README.before.md"
+"""The card of a folder, and what becomes of the one that it had before."""
+CARD_MARK = "<!-- written by freebits -->"
 REMOTE_CODE = "modeling_freebits.py"
 """The only code in a folder of ours; it imports freebits."""
 
@@ -44,6 +47,24 @@ def carry_over(source: Path, target: Path) -> None:
     if left:
         more = f" and {len(left) - 5} more" if len(left) > 5 else ""
         _log.warning("freebits: not carried over from %s: %s%s", one_line(source), ", ".join(left[:5]), more)
+
+
+def kept_cards(directory: Path) -> list[Path]:
+    """Where cards are kept that lie below another: those that are there, and the next."""
+    kept = [Path(_KEPT)]
+    while (directory / kept[-1]).exists():
+        kept.append(Path(_KEPT.replace(".md", f".{len(kept) + 1}.md")))
+    return kept
+
+
+def restore_card(directory: Path) -> None:
+    """Put the card back that was there before the last of ours."""
+    card, kept = directory / CARD, kept_cards(directory)
+    if not card.exists() or CARD_MARK not in card.read_text(encoding="utf-8", errors="replace"):
+        return
+    card.unlink()
+    if len(kept) > 1:
+        (directory / kept[-2]).rename(card)
 
 
 def carry_code(source: Path, target: Path) -> None:

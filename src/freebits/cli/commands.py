@@ -8,7 +8,19 @@ import torch
 import transformers
 
 from freebits import demo
-from freebits.cli.output import Row, changes, print_facts, print_json, print_table, progress_bar
+from freebits.checkpoint import CARD, push
+from freebits.cli.output import (
+    Row,
+    changes,
+    print_facts,
+    print_fidelity,
+    print_json,
+    print_ladder,
+    print_plan,
+    print_table,
+    progress_bar,
+)
+from freebits.compression import compress
 from freebits.errors import CheckpointError, UsageError
 from freebits.evaluation import evaluate, verify
 from freebits.huggingface import estimate, quantize, rotate_model, slice_model
@@ -41,11 +53,46 @@ def run_demo(arguments: Namespace) -> int:
     return OK
 
 
-def run_estimate(arguments: Namespace) -> int:
-    """Sizes from a config."""
-    result = estimate(arguments.config, arguments.sparsity)
+def run_compress(arguments: Namespace) -> int:
+    """Make a model smaller."""
+    result = compress(
+        arguments.model,
+        arguments.out,
+        target_size=arguments.target_size,
+        target_ratio=arguments.target_ratio,
+        bits=arguments.bits,
+        lossless=arguments.lossless,
+        most_kl=arguments.most_kl,
+        calibration=_text(arguments.calibration),
+        text=_text(arguments.text),
+        revision=arguments.revision,
+        device=arguments.device,
+        jobs=arguments.jobs,
+        force=arguments.force,
+        dry_run=arguments.dry_run,
+        progress=progress_bar("compress"),
+    )
+    if arguments.push_to and not arguments.dry_run:
+        result["pushed"] = push(arguments.out, arguments.push_to)
     if arguments.json:
         return print_json(result)
+    print_plan(result["plan"])
+    if arguments.dry_run:
+        return OK
+    print_facts(result, as_json=False)
+    print_fidelity(result["fidelity"])
+    print(f"{result['seconds']:.0f} s; load it with transformers after `import freebits`; see {arguments.out / CARD}")
+    return OK
+
+
+def run_estimate(arguments: Namespace) -> int:
+    """Sizes from a config."""
+    result = estimate(arguments.config, arguments.sparsity, arguments.revision)
+    if arguments.json:
+        return print_json(result)
+    if arguments.sparsity is None:
+        print_ladder(result)
+        return OK
     print(f"hidden size {result['hidden_size']:,}, sliced to {result['sliced_size']:,}; bytes in {result['dtype']}")
     rows: list[Row] = [("form", "params", "bytes", "vs dense", "vs dense untied")]
     for form, size in result["bytes"].items():

@@ -59,6 +59,40 @@ def print_facts(facts: dict[str, Any], as_json: bool) -> int:
     return 0
 
 
+def print_plan(plan: dict[str, Any]) -> None:
+    """Print what `compress` does."""
+    size, most = plan["about"], plan["at_most"]
+    if plan["way"] == "lossless":
+        what = f"every bit kept, about {size:,} bytes"
+    elif plan["bits"] is not None:
+        what = f"integers of {plan['bits']:g} bits on average, about {size:,} bytes"
+    elif most is not None:
+        what = f"integers, as fine as {most:,} bytes allow"
+    else:
+        what = f"integers, as coarse as a mean KL divergence of {plan['most_kl']:g} nats a token allows"
+    print(one_line(f"plan: {plan['model']}, {plan['bytes']:,} bytes: {what}"))
+
+
+def print_fidelity(measured: dict[str, Any]) -> None:
+    """Print how near a model is to what it was made of."""
+    if measured["mean_kl"] is None:
+        print("\nbit-exact: every tensor equals the original's")
+        return
+    perplexity = measured["perplexity"]
+    print(
+        f"\non {measured['text']}: perplexity {perplexity['reference']:.3f} before, {perplexity['packed']:.3f} after "
+        f"(x {measured['ratio']:.4f}); mean KL {measured['mean_kl']:.4f} nats a token"
+    )
+
+
+def print_ladder(result: dict[str, Any]) -> None:
+    """Print about what freebits makes of a model."""
+    dense = result["bytes"]["dense"]
+    print(f"about what freebits makes of it, from {result['dtype']}")
+    rows: list[Row] = [("", "bytes", "of dense")]
+    print_table(rows + [(name, f"{size:,}", f"{size / dense:.0%}") for name, size in result["bytes"].items()])
+
+
 def _print_cost(perplexity: dict[str, float | None]) -> None:
     """What slicing cost, where that could be measured."""
     dense, sliced = perplexity["dense"], perplexity["sliced"]

@@ -35,8 +35,8 @@ def build_parser() -> argparse.ArgumentParser:
     root = _Parser(
         prog="freebits",
         description="Make LLM checkpoints smaller by the bits their symmetries waste.",
-        epilog="A first round: freebits demo. With a model of yours: freebits slice MODEL sliced --sparsity 0.2, "
-        "then freebits pack sliced packed, then freebits verify packed --against sliced.",
+        epilog="With a model of yours, a folder or an id on the hub: freebits estimate MODEL, then freebits compress "
+        "MODEL OUT. What comes out loads as before, after `import freebits`. A first round: freebits demo.",
     )
     root.add_argument("--version", action="version", version=f"freebits {__version__}")
     verbs = root.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -54,15 +54,40 @@ def build_parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--out", type=Path, help="keep the stages' folders here (default: a temporary folder)")
 
+    compress_ = command(
+        "compress",
+        "run_compress",
+        "make a model smaller, by one command: plan, do it, check it against the model, write its card",
+        "Without a target: the smallest folder whose mean KL divergence from the model stays under 0.05 nats a token, "
+        "on text that it was not calibrated on. Lossy, unless --lossless or a size that needs no loss. See also "
+        "quantize, slice and pack, whose options are more.",
+    )
+    compress_.add_argument("model", metavar="MODEL", type=Path, help="folder of a checkpoint, or an id on the hub")
+    compress_.add_argument("out", metavar="OUT", type=Path, help="folder to create")
+    compress_.add_argument("--target-size", metavar="BYTES", type=size, help="of OUT at most: 80MB, 1.2GB, 66000000")
+    compress_.add_argument("--target-ratio", metavar="PART", type=float, help="of MODEL's bytes at most, such as 0.4")
+    compress_.add_argument("--bits", type=float, help="for each number, everything counted")
+    compress_.add_argument("--most-kl", metavar="NATS", type=float, help="mean KL divergence a token at most")
+    compress_.add_argument("--lossless", action="store_true", help="keep every bit; unpack gives the same files back")
+    compress_.add_argument("--calibration", metavar="TEXT", type=Path, help="text file (default: the model writes)")
+    compress_.add_argument("--text", metavar="FILE", type=Path, help="text to measure on (default: embedded text)")
+    compress_.add_argument("--device", default="cpu", help="where to run the model (default: %(default)s)")
+    compress_.add_argument("--force", action="store_true", help="write it even if the target ruins the model")
+    compress_.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+    compress_.add_argument("--push-to", metavar="ID", help="upload OUT to the hub, once it is done")
+
     estimate_ = command(
         "estimate",
         "run_estimate",
         "say how large a model would become, before any download",
-        "Reads the config alone. Params without norms, headers and corrections, as the paper counts; bytes of all "
-        "tensors in the config's dtype. Sliced, bits-back and canonical have a head of their own, canonical tied keeps "
-        "the tie; the last row is what slice and pack write by default, entropy-coded as weights usually are.",
+        "Reads the config alone. Without --sparsity: a ladder of sizes, each as freebits writes it by default. With "
+        "it: every form of the sliced model. Params without norms, headers and corrections, as the paper counts; bytes "
+        "of all tensors in the config's dtype. Sliced, bits-back and canonical have a head of their own, canonical "
+        "tied keeps the tie; the last row is what slice and pack write by default, entropy-coded as weights mostly are.",
     )
-    estimate_.add_argument("config", metavar="CONFIG_OR_DIR", type=Path, help="config.json, or a folder that has one")
+    estimate_.add_argument(
+        "config", metavar="MODEL", type=Path, help="config.json, a folder that has one, or an id on the hub"
+    )
 
     slice_ = command(
         "slice",
@@ -74,7 +99,9 @@ def build_parser() -> argparse.ArgumentParser:
     slice_.add_argument("model", metavar="MODEL", type=Path, help="folder of a dense checkpoint")
     slice_.add_argument("out", metavar="OUT", type=Path, help="folder to create")
     for added in (estimate_, slice_):
-        added.add_argument("--sparsity", type=float, required=True, help="part of the hidden size to remove, [0, 1)")
+        added.add_argument(
+            "--sparsity", type=float, required=added is slice_, help="part of the hidden size to remove, [0, 1)"
+        )
     slice_.add_argument("--untie", action="store_true", help="give a tied head its own matrix, as SliceGPT does")
     slice_.add_argument("--calibration", metavar="TEXT", type=Path, help="text file (default: the model writes)")
     slice_.add_argument("--samples", type=int, default=64, help="windows of text (default: %(default)s)")
@@ -163,7 +190,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     unpack_.add_argument("packed", metavar="PACKED", type=Path, help="folder of a packed checkpoint")
     unpack_.add_argument("out", metavar="OUT", type=Path, help="folder to create")
-    for added in (pack_, quantize_, unpack_):
+    for added in (compress_, pack_, quantize_, unpack_):
         added.add_argument("--jobs", type=int, help="blocks at once (default: one a thread of PyTorch, at most four)")
 
     inspect_ = command(
@@ -209,6 +236,8 @@ def build_parser() -> argparse.ArgumentParser:
             "--limit", type=int, default=limit, help=f"use the first so many {what} (default: %(default)s)"
         )
 
-    for added in (demo, estimate_, slice_, pack_, quantize_, rotate_, unpack_, inspect_, verify_, eval_):
+    for added in (compress_, estimate_):
+        added.add_argument("--revision", help="of a model on the hub: branch, tag or commit (default: main)")
+    for added in (demo, compress_, estimate_, slice_, pack_, quantize_, rotate_, unpack_, inspect_, verify_, eval_):
         added.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     return root

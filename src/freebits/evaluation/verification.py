@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
 from freebits.calibration import embedded_text, perplexity
-from freebits.checkpoint import Checkpoint
+from freebits.checkpoint import Checkpoint, located
 from freebits.errors import CheckpointError, UsageError
 from freebits.evaluation.perplexity import WINDOW, logits, loss
 from freebits.huggingface import load, token_windows
@@ -67,12 +67,14 @@ def verify(
     for name, value, least in (("kl", kl, 0.0), ("ratio", ratio, 1.0)):
         if value is not None and not least <= value < math.inf:
             raise UsageError(f"--{name} {value}: give a number of at least {least:g}")
+    packed = located(packed)
     folder = PackedFolder(packed)
     folder.check()
     unknown = {"fidelity": None, "max_abs_logit_diff": None, "mean_kl": None, "ratio": None}
     nothing: dict[str, Any] = {"ok": True, "failed": [], **unknown, "perplexity": {"reference": None, "packed": None}}
     if against is None:
         return nothing
+    against = located(against)
     reference = opened(against)
     fidelity = _fidelity(
         folder, history_of(reference.config) if isinstance(reference, Checkpoint) else reference.manifest.history

@@ -6,15 +6,19 @@ Importing it registers the models with transformers' Auto classes.
 from freebits.huggingface import packed_models, sliced_models
 from freebits.huggingface.config_estimate import estimate
 from freebits.huggingface.loading import load
-from freebits.huggingface.quantize_checkpoint import quantize
+from freebits.huggingface.quantize_checkpoint import WINDOW, prepare, quantize
 from freebits.huggingface.rotate_checkpoint import rotate_model
+from freebits.huggingface.rounding import Goal
 from freebits.huggingface.slice_checkpoint import slice_model
 from freebits.huggingface.tokens import token_windows
 
 __all__ = [
+    "WINDOW",
+    "Goal",
     "estimate",
     "load",
     "packed_models",
+    "prepare",
     "quantize",
     "rotate_model",
     "slice_model",

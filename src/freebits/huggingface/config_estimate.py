@@ -1,6 +1,8 @@
 """Estimate sizes from a config alone."""
 
+import math
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from freebits.architecture import FAMILIES, Architecture, dense_family
-from freebits.checkpoint import CONFIG, read_json
-from freebits.errors import CheckpointError
+from freebits.checkpoint import CONFIG, located, read_json
+from freebits.errors import CheckpointError, UnsupportedModelError
 from freebits.huggingface.loading import one_line_errors
 from freebits.kind import DTYPE_CODES
 from freebits.moves import sliced_size
@@ -19,15 +21,20 @@ MOST_BLOCKS = 4096
 """More than any model has: a config alone, without weights, could ask for any number."""
 
 
-def estimate(config: str | os.PathLike[str], sparsity: float) -> dict[str, Any]:
-    """How large a model would become, from its `config.json` alone: nothing is downloaded or allocated.
+def estimate(
+    config: str | os.PathLike[str], sparsity: float | None = None, revision: str | None = None
+) -> dict[str, Any]:
+    """How large a model would become, from its `config.json` alone: no weights are downloaded or allocated.
 
     Args:
-        config: a `config.json`, or a folder that has one.
-        sparsity: the part of the hidden size to remove, in [0, 1).
+        config: a `config.json`, a folder that has one, or a model's id on the hub.
+        sparsity: the part of the hidden size to remove, in [0, 1); None for the ladder.
+        revision: of a model on the hub.
 
     Returns:
-        `hidden_size`, `sliced_size`; `params` {`dense`, `dense_untied`, `sliced`, `bits_back`, `canonical`,
+        Without sparsity `dtype` and `bytes` of each step of the ladder: `dense`, `lossless`, `8 bits` … `3 bits`, and,
+        where the stream can be sliced, `sliced 10 %` … `sliced 30 %`, each about as freebits writes it by default.
+        Else `hidden_size`, `sliced_size`; `params` {`dense`, `dense_untied`, `sliced`, `bits_back`, `canonical`,
         `canonical_tied`}, see `freebits.report.planned_forms`; and in percent, negative is smaller,
         `change_vs_dense_untied` and `change_vs_dense` of `sliced`, `bits_back`, `canonical` and `canonical_tied`.
         `dtype` and `bytes`: the same forms as tensors in the config's dtype, norms included, and `default`, about what
@@ -38,9 +45,11 @@ def estimate(config: str | os.PathLike[str], sparsity: float) -> dict[str, Any]:
         UnsupportedModelError: no rotation of this model's stream is free; the message says why.
         UsageError: the sparsity makes no sense.
     """
-    path = Path(config)
+    path = located(config, revision, config_only=True)
     path = path / CONFIG if path.is_dir() else path
     content = read_json(path)
+    if sparsity is None:
+        return _ladder(content, path)
     dense_family(content)
     architecture = Architecture.of(content)
     k = sliced_size(architecture.hidden_size, sparsity)
@@ -65,6 +74,22 @@ def estimate(config: str | os.PathLike[str], sparsity: float) -> dict[str, Any]:
             for base in ("dense_untied", "dense")
         },
     }
+
+
+def _ladder(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """About what the default ways make of a model."""
+    dtype = _dtype(content)
+    code = DTYPE_CODES[dtype]
+    shapes = dense_shapes(content, path).values()
+    numbers = sum(math.prod(shape) for shape in shapes if len(shape) > 1)
+    rest = sum(math.prod(shape) for shape in shapes if len(shape) < 2) * dtype.itemsize
+    dense = numbers * dtype.itemsize + rest
+    ladder = {"dense": dense, "lossless": round(TYPICAL_ENTROPY.get(code, 1.0) * dense)}
+    ladder |= {f"{bits} bits": numbers * bits // 8 + rest for bits in (8, 6, 5, 4, 3)}
+    with suppress(UnsupportedModelError):
+        dense_family(content)
+        ladder |= {f"sliced {part} %": estimate(path, part / 100)["bytes"]["default"] for part in (10, 20, 30)}
+    return {"dtype": str(dtype).removeprefix("torch."), "bytes": ladder}
 
 
 def dense_shapes(config: dict[str, Any], path: Path) -> dict[str, tuple[int, ...]]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from freebits.checkpoint import located
 from freebits.errors import CheckpointError, FreebitsError, UsageError, one_line
 from freebits.huggingface.integer_layers import with_integers
 from freebits.packed import PackedFolder
@@ -33,6 +34,7 @@ def load(
     Raises:
         CheckpointError: the folder is no sound checkpoint, or a tensor is damaged.
     """
+    path = located(path)
     folder = opened(path)  # which says in one line what is wrong with it
     packed = isinstance(folder, PackedFolder)
     with one_line_errors(path, "model"):

@@ -9,12 +9,21 @@ import torch
 from torch import Tensor
 
 from freebits.architecture import Architecture, Part, dense_family
-from freebits.checkpoint import CONFIG, Checkpoint, CheckpointWriter, carry_over, new_directory, shard_bytes, write_json
+from freebits.checkpoint import (
+    CONFIG,
+    Checkpoint,
+    CheckpointWriter,
+    carry_over,
+    located,
+    new_directory,
+    shard_bytes,
+    write_json,
+)
 from freebits.errors import UnsupportedModelError, UsageError
 from freebits.huggingface.packed_models import inner_config
 from freebits.moves import FUNCTION_PRESERVING
 from freebits.packed import HISTORY, history_of
-from freebits.report import dense_bytes, inspect
+from freebits.report import dense_bytes, inspect, write_card
 from freebits.symmetry import fold_embeddings, fold_head, fold_sublayers, hadamard, rotate
 from freebits.version import __version__
 from freebits.work import Progress, silent
@@ -45,7 +54,7 @@ def rotate_model(
     """
     if not 0 <= seed < 2**63:
         raise UsageError(f"seed {seed}: give one from 0 to 2^63 - 1")
-    dense = Checkpoint(model)
+    dense = Checkpoint(located(model))
     if dense_family(dense.config).centred:
         raise UnsupportedModelError(
             "its norms subtract a mean, which a rotated stream would not forgive: slice takes it"
@@ -73,6 +82,7 @@ def rotate_model(
         }
         history = {"history": [*history_of(dense.config), move]}
         write_json(directory / CONFIG, {**dense.config, "tie_word_embeddings": False, HISTORY: history})
+        write_card(directory, dense.path)
         return inspect(directory)
 
 

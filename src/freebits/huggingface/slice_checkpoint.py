@@ -16,6 +16,7 @@ from freebits.checkpoint import (
     Source,
     auto_map,
     carry_over,
+    located,
     new_directory,
     shard_bytes,
     write_json,
@@ -32,7 +33,7 @@ from freebits.kind import FLOATS
 from freebits.moves import LOSSY, Slice, moved_parts, sliced_size
 from freebits.options import DTYPES
 from freebits.packed import HISTORY, SLICED_IN, history_of, is_packed
-from freebits.report import dense_bytes, inspect
+from freebits.report import dense_bytes, inspect, write_card
 from freebits.version import __version__
 from freebits.work import Progress, silent, workers
 
@@ -87,6 +88,7 @@ def slice_model(
         CheckpointError: `model` is no sound checkpoint, or `out` exists.
         UnsupportedModelError: no rotation of this model's stream is free; the message says why.
     """
+    model = located(model)
     if is_packed(model):
         raise CheckpointError(f"{model} is packed already: slice the dense model it was made from")
     checkpoint = Checkpoint(model)
@@ -125,6 +127,7 @@ def slice_model(
         history = [*history_of(dense.config), move | {"perplexity": perplexity}]
         dtype = dtypes[architecture.sublayers[0].shortcut.weight]
         _write_config(directory, checkpoint.config, architecture, size, dtype, history)
+        write_card(directory, checkpoint.path)
         return inspect(directory) | {"perplexity": perplexity}
 
 

@@ -11,6 +11,7 @@ from freebits.checkpoint import (
     auto_map,
     carry_code,
     carry_over,
+    restore_card,
     write_json,
     write_remote_code,
 )
@@ -31,6 +32,7 @@ def unpack_into(directory: Path, packed: PackedFolder, jobs: int | None, progres
         CheckpointError: a tensor is damaged.
     """
     carry_over(packed.path, directory)
+    restore_card(directory)
     if packed.manifest.exact:
         _write_files(directory, packed, jobs, progress)
     elif str(packed.config.get("model_type", "")).startswith(SLICED_PREFIX):

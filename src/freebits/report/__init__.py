@@ -1,11 +1,13 @@
 """What a folder holds and how large everything is or would become."""
 
 from freebits.report.account import bytes_on_disk, change, dense_bytes, opened
+from freebits.report.card import base_model, write_card
 from freebits.report.estimation import TYPICAL_ENTROPY, n_bytes, n_words, planned_forms
 from freebits.report.inspection import inspect
 
 __all__ = [
     "TYPICAL_ENTROPY",
+    "base_model",
     "bytes_on_disk",
     "change",
     "dense_bytes",
@@ -14,4 +16,5 @@ __all__ = [
     "n_words",
     "opened",
     "planned_forms",
+    "write_card",
 ]

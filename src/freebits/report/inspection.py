@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 from freebits.architecture import Architecture
+from freebits.checkpoint import located
 from freebits.errors import CheckpointError, UnsupportedModelError
 from freebits.packed import PackedFolder, history_of, sizes_before
 from freebits.report.account import bytes_on_disk, dense_bytes, groups, opened, side_bytes
@@ -25,7 +26,7 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         CheckpointError: the folder is no sound checkpoint. Headers are read, not the tensors: see `verify`.
     """
-    folder = opened(path)
+    folder = opened(located(path))
     sizes: dict[str, int | None] = dict.fromkeys(("dense", "dense_untied", "sliced", "packed", "corrections"))
     facts: dict[str, Any] = {"kind": "dense", "codec": None, "entropy": None, "bytes": sizes, "sites": []}
     facts["groups"] = groups(folder)

@@ -1,0 +1,62 @@
+"""Models on the hub: what is needed of one is downloaded into the hub's own cache."""
+
+import os
+from pathlib import Path
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from freebits.errors import CheckpointError, one_line
+
+_WANTED = ("*.json", "*.safetensors", "*.md", "*.model", "*.tiktoken", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
+"""Of a model's files: weights in safetensors, tokenizer, card, licence."""
+_CONFIG_ONLY = ("config.json",)
+
+
+def located(model: str | os.PathLike[str], revision: str | None = None, *, config_only: bool = False) -> Path:
+    """The folder of a model, downloaded first where it is an id on the hub.
+
+    Args:
+        model: a folder, or an id such as `Qwen/Qwen3-0.6B`. Endpoint, token and cache are huggingface_hub's.
+        revision: branch, tag or commit on the hub.
+        config_only: download `config.json` alone.
+
+    Raises:
+        CheckpointError: there is neither, or the hub cannot be reached.
+    """
+    path = Path(model)
+    if not is_id(path):
+        return path
+    try:
+        wanted = _CONFIG_ONLY if config_only else _WANTED
+        return Path(snapshot_download(str(model), revision=revision, allow_patterns=list(wanted)))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        finding = one_line(" ".join(str(error).split()), 160)
+        raise CheckpointError(
+            f"{model} is no folder, and could not be had from the hub ({finding}): check the name, the connection and "
+            "HF_TOKEN"
+        ) from None
+
+
+def push(folder: Path, repo: str) -> str:
+    """Upload a folder to the hub, to a repository that is created if need be; the address of the commit.
+
+    Raises:
+        CheckpointError: the hub does not take it.
+    """
+    try:
+        api = HfApi()
+        api.create_repo(repo, exist_ok=True)
+        return str(api.upload_folder(folder_path=folder, repo_id=repo, commit_message="Made by freebits").commit_url)
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        finding = one_line(" ".join(str(error).split()), 160)
+        raise CheckpointError(f"{folder} is done, but the hub does not take it as {repo} ({finding})") from None
+
+
+def is_id(path: Path) -> bool:
+    """Whether this, which is no folder here, can be a model's id on the hub: two names with a slash between them."""
+    two_names = len(path.parts) == 2 and not any(part.startswith((".", "~")) for part in path.parts)
+    try:
+        return two_names and not path.exists() and not path.is_absolute() and not path.parent.exists()
+    except OSError:
+        return False

@@ -1,0 +1,233 @@
+"""One command: look at a model, plan, make it smaller, check it against what it was, write down what came of it."""
+
+import math
+import os
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from freebits.calibration import embedded_text
+from freebits.checkpoint import Checkpoint, located, new_directory
+from freebits.errors import CheckpointError, UsageError
+from freebits.evaluation import verify
+from freebits.huggingface import WINDOW, Goal, prepare
+from freebits.packed import PackedFolder, pack_into, stage
+from freebits.report import TYPICAL_ENTROPY, bytes_on_disk, inspect, opened, write_card
+from freebits.work import Progress, silent
+
+MOST_KL = 0.05
+"""Without a target: the largest mean KL divergence, in nats a token."""
+RUIN = 0.5
+"""Mean KL divergence above which a model is not written without `force`."""
+_TRIES = 3
+_NEAR = 0.9
+"""A mean KL divergence this near to its bound is near enough."""
+_HELD_OUT = "pages of Python's documentation"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `compress` is going to do.
+
+    Attributes:
+        model: the folder.
+        bytes: what it takes now.
+        way: `lossless` or `integers`.
+        at_most: bytes that the finished folder takes at most, if they are the target.
+        about: bytes that it will take, as far as that is known without measuring.
+        bits: for each number of a matrix, if they are the target.
+        most_kl: the bound on the mean KL divergence, if that is the target.
+    """
+
+    model: str
+    bytes: int
+    way: str
+    at_most: int | None = None
+    about: int | None = None
+    bits: float | None = None
+    most_kl: float | None = None
+
+
+def compress(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    target_size: int | None = None,
+    target_ratio: float | None = None,
+    bits: float | None = None,
+    lossless: bool = False,
+    most_kl: float | None = None,
+    calibration: str | None = None,
+    text: str | None = None,
+    revision: str | None = None,
+    device: str = "cpu",
+    jobs: int | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Make a model smaller, to a size, to a number of bits, to a bound on what it costs, or without any loss.
+
+    Args:
+        model: folder of a checkpoint, or a model's id on the hub.
+        out: folder to create; it appears complete or not at all.
+        target_size: bytes that the finished folder takes at most, as `inspect` counts them.
+        target_ratio: the same as a part of what the model takes now, in (0, 1).
+        bits: for each number of a matrix on average.
+        lossless: keep every bit: `unpack` gives the files back byte for byte.
+        most_kl: the mean KL divergence from the model, in nats a token, that the result has at most on `text`; without
+            any target 0.05.
+        calibration: text; by default the model writes its own.
+        text: to measure on; by default pages of Python's documentation, on which nothing is calibrated.
+        revision: of a model on the hub.
+        device: where to run the model.
+        jobs: matrices to round at once.
+        force: write the model even if its mean KL divergence is more than 0.5.
+        dry_run: say what would be done, and do nothing.
+        progress: called after each step.
+
+    Returns:
+        `plan`; and but for `dry_run` what `inspect(out)` says, `fidelity`, which is what `verify` found, and `seconds`.
+
+    Raises:
+        UsageError: the arguments contradict each other, or the target ruins the model.
+        CheckpointError: `model` is no sound checkpoint, or `out` exists.
+        UnsupportedModelError: transformers does not run it, or not block by block.
+    """
+    folder = located(model, revision)
+    plan = planned(folder, target_size, target_ratio, bits, lossless, most_kl)
+    if dry_run:
+        return {"plan": asdict(plan)}
+    started = time.perf_counter()
+    with new_directory(out) as directory:
+        measured = _made(plan, folder, directory, (calibration, text), device, jobs, force, progress)
+        write_card(directory, folder, measured)
+        facts = inspect(directory)
+    return {**facts, "plan": asdict(plan), "fidelity": measured, "seconds": time.perf_counter() - started}
+
+
+def planned(
+    folder: Path,
+    target_size: int | None,
+    target_ratio: float | None,
+    bits: float | None,
+    lossless: bool,
+    most_kl: float | None,
+) -> Plan:
+    """What to do for a target, of which there is one at most; nothing is read but headers."""
+    source = opened(folder)
+    now = bytes_on_disk(source)
+    if sum(target is not None for target in (target_size, target_ratio, bits, most_kl, lossless or None)) > 1:
+        raise UsageError("--target-size, --target-ratio, --bits, --most-kl and --lossless are each a target: give one")
+    if target_ratio is not None and not 0 < target_ratio < 1:
+        raise UsageError(f"--target-ratio {target_ratio}: give a part of the model's size, such as 0.4")
+    if most_kl is not None and not 0 < most_kl < math.inf:
+        raise UsageError(f"--most-kl {most_kl}: give nats a token, such as 0.05")
+    size = target_size if target_ratio is None else math.floor(target_ratio * now)
+    kinds = source.kinds.values()
+    without_loss = round(sum(TYPICAL_ENTROPY.get(kind.code, 1.0) * kind.n_bytes for kind in kinds))
+    if lossless or (size is not None and 1.05 * without_loss < size and not isinstance(source, PackedFolder)):
+        if isinstance(source, PackedFolder):
+            raise CheckpointError(f"{folder} is packed already: it has no bits to lose")
+        return Plan(str(folder), now, "lossless", at_most=size, about=without_loss)
+    if size is not None:
+        return Plan(str(folder), now, "integers", at_most=size, about=size)
+    if bits is not None:
+        numbers = sum(kind.numel for kind in kinds if len(kind.shape) > 1)
+        rest = sum(kind.n_bytes for kind in kinds if len(kind.shape) < 2)
+        return Plan(str(folder), now, "integers", about=round(bits * numbers / 8) + rest, bits=bits)
+    return Plan(str(folder), now, "integers", most_kl=MOST_KL if most_kl is None else most_kl)
+
+
+def _made(
+    plan: Plan,
+    folder: Path,
+    directory: Path,
+    texts: tuple[str | None, str | None],
+    device: str,
+    jobs: int | None,
+    force: bool,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Do what is planned; what `verify` finds."""
+    scratch = directory / "scratch"
+    scratch.mkdir()
+    if plan.way == "lossless":
+        measured = _without_loss(plan, folder, scratch / "made", jobs, progress)
+    else:
+        measured = _rounded(plan, folder, scratch, texts, device, jobs, force, progress)
+    for file in (scratch / "made").iterdir():
+        file.rename(directory / file.name)
+    shutil.rmtree(scratch)
+    return measured
+
+
+def _without_loss(plan: Plan, folder: Path, made: Path, jobs: int | None, progress: Progress) -> dict[str, Any]:
+    """Keep every bit, and look whether it is so."""
+    source = Checkpoint(folder)
+    made.mkdir()
+    sizes = {key: size for key, size in inspect(folder)["bytes"].items() if size is not None}
+    pack_into(made, source, None, ("auto", stage("auto")), sizes, jobs, progress)
+    size = bytes_on_disk(PackedFolder(made))
+    if plan.at_most is not None and size > plan.at_most:
+        raise UsageError(f"without loss {folder} takes {size:,} bytes, more than {plan.at_most:,}: give --bits or less")
+    measured = verify(made, against=folder)
+    if not measured["ok"]:
+        raise CheckpointError(f"what was packed differs from {folder}: this machine cannot be trusted")
+    return measured
+
+
+def _rounded(
+    plan: Plan,
+    folder: Path,
+    scratch: Path,
+    texts: tuple[str | None, str | None],
+    device: str,
+    jobs: int | None,
+    force: bool,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Round to the plan's target, in several tries where that is found by measuring."""
+    calibration, text = texts
+    seq_len = min(WINDOW, _positions(folder))
+    prepared = prepare(folder, scratch, calibration=calibration, seq_len=seq_len, device=device, progress=progress)
+    wanted = None if plan.most_kl is None else plan.most_kl / 2
+    tried: list[tuple[float, float]] = []
+    while True:
+        shutil.rmtree(scratch / "made", ignore_errors=True)
+        (scratch / "made").mkdir()
+        goal = Goal(plan.bits, plan.at_most, wanted)
+        prepared.write(scratch / "made", goal, "auto", stage("auto"), jobs, progress)
+        measured = _compared(scratch / "made", folder, text, progress)
+        kl = measured["mean_kl"]
+        if not kl <= RUIN and not force:
+            raise UsageError(
+                f"this target ruins the model: mean KL {kl:.2f} nats a token, perplexity x {measured['ratio']:.2f} on "
+                f"{measured['text']}; give it more bytes, or --force"
+            )
+        if wanted is None or plan.most_kl is None:
+            return measured
+        tried.append((wanted, kl))
+        if _NEAR * plan.most_kl <= kl <= plan.most_kl:
+            return measured
+        if len(tried) >= _TRIES and kl <= plan.most_kl:
+            return measured
+        if len(tried) >= 2 * _TRIES:
+            raise UsageError(f"a mean KL of {plan.most_kl} was not reached: {kl:.3g} at the finest steps; give more")
+        wanted *= 0.95 * plan.most_kl / kl
+
+
+def _compared(made: Path, folder: Path, text: str | None, progress: Progress) -> dict[str, Any]:
+    """What `verify` finds, and on which text."""
+    held_out = embedded_text()[1] if text is None else text
+    seq_len = min(512, _positions(folder))
+    measured = verify(made, against=folder, text=held_out, seq_len=seq_len, progress=progress)
+    return measured | {"text": _HELD_OUT if text is None else "the text that was given"}
+
+
+def _positions(folder: Path) -> int:
+    told = opened(folder).config
+    sizes = [told[key] for key in ("max_position_embeddings", "n_positions") if isinstance(told.get(key), int)]
+    return min(sizes, default=512)

@@ -1,0 +1,262 @@
+"""Round matrices to a goal, from what is known of each, and write them."""
+
+import json
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from freebits.checkpoint import ENTRY, Checkpoint, CheckpointWriter, Source, shard_bytes
+from freebits.codes import CODES
+from freebits.codes.rotated import rotated
+from freebits.errors import CheckpointError, UsageError
+from freebits.kind import Kind
+from freebits.options import GPTQ, HADAMARD, INTEGERS, METHODS, PYRAMID, RTN
+from freebits.packed import STEM, Contents, PackedFolder, Piece, Recipe, announced, digests_of, plain, staged
+from freebits.quantization import (
+    DAMPING,
+    GROUP,
+    Budget,
+    Fixed,
+    Rolling,
+    Sensitivity,
+    gridded,
+    pyramids,
+    row_steps,
+    stepped,
+    whitener,
+)
+from freebits.work import Progress, ordered_map, workers
+
+BITS, MOST_BITS = 4.0, 12
+_TOGETHER = 1 << 22
+"""Numbers that are coded together at least, where a block has as many."""
+TRANSPOSED = "transposed"
+_CODE_OF = {GPTQ: "grid", RTN: "grid"}
+_PARTS_OF = {
+    INTEGERS: ("message",),
+    PYRAMID: ("points", "scales", "norms", "levels"),
+    GPTQ: ("words", "scales", "zeros"),
+    RTN: ("words", "scales", "zeros"),
+}
+_AROUND = 2048
+"""Bytes for the history and what else the manifest and `config.json` say once."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """How the matrices are to be rounded, and how finely."""
+
+    bits: float | None = None
+    size: int | None = None
+    kl: float | None = None
+    method: str = INTEGERS
+
+    def __post_init__(self) -> None:
+        given = [value for value in (self.bits, self.size, self.kl) if value is not None]
+        if self.method not in METHODS:
+            raise UsageError(f"there is no method {self.method!r}: choose one of {', '.join(METHODS)}")
+        if len(given) > 1:
+            raise UsageError("--bits, --target-size and --target-kl are each a target: give one")
+        if (given and not 0 < given[0] < math.inf) or not 1 <= self.wanted_bits <= MOST_BITS:
+            raise UsageError(f"a target of {given[0]}: give bits from 1 to {MOST_BITS}, or bytes or nats above 0")
+        if self.method != INTEGERS and (self.size or self.kl):
+            raise UsageError(f"method {self.method} has so many bits a number: give --bits")
+        if self.method in (GPTQ, RTN) and self.wanted_bits not in range(2, 9):
+            raise UsageError(f"method {self.method} has 2 to 8 whole bits a number, not {self.bits}")
+
+    @property
+    def wanted_bits(self) -> float:
+        """For a number, where nothing else is said."""
+        return BITS if self.bits is None else self.bits
+
+    @property
+    def facts(self) -> dict[str, float]:
+        """The target, for the history."""
+        told = {"bits": self.bits, "target_size": self.size, "target_kl": self.kl}
+        return {key: value for key, value in told.items() if value is not None} or {"bits": BITS}
+
+    def tensors(self, W: Tensor, U: Tensor, rows: Tensor, amount: float) -> tuple[Tensor, ...]:
+        """A matrix as its code takes it; `amount` is the `c` of integers, else bits."""
+        if self.method == INTEGERS:
+            matrix = stepped(W, U, rows, amount)
+            return matrix.integers, matrix.rows, matrix.columns
+        if self.method == PYRAMID:
+            return pyramids(W, U, amount)
+        return *gridded(W, U if self.method == GPTQ else None, int(amount)), torch.tensor([int(amount), GROUP])
+
+
+class Shelf:
+    """What is known of each matrix, in files until it is rounded.
+
+    Attributes:
+        budgets: of each matrix.
+        seed: of the rotation in which matrices are rounded; None for none.
+        transposed: names of the matrices that are stored as (inputs, outputs).
+    """
+
+    def __init__(self, directory: Path, seed: int | None) -> None:
+        self._directory = directory
+        self._places: dict[str, tuple[Path, Tensor]] = {}
+        self.budgets: dict[str, Budget] = {}
+        self.seed = seed
+        self.transposed: set[str] = set()
+
+    def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
+        """Of a matrix `U` and its rows' steps."""
+        path, rows = self._places[name]
+        return torch.from_numpy(np.load(path)), rows
+
+    def add(self, part: Mapping[str, Sensitivity], source: Source, transposed: Collection[str]) -> None:
+        """Take in a part of the model; matrices with one Gram matrix share what is made of it."""
+        self.transposed |= part.keys() & {*transposed}
+        made: dict[int, Path] = {}
+        for name, sensitivity in part.items():
+            if not (sensitivity.gram.isfinite().all() and sensitivity.information.isfinite().all()):
+                raise CheckpointError(f"what {name} reads or leads to is not finite: the model overflows or is damaged")
+            key, gram, information = id(sensitivity.gram), sensitivity.gram, sensitivity.information
+            if self.seed is not None:  # a rotation spreads over all rows what is known of each
+                gram, information = rotated(gram, self.seed), information.mean().expand(len(information))
+            if key not in made:
+                made[key] = self._directory / f"{len(self._places)}.npy"
+                np.save(made[key], whitener(gram, DAMPING).float().numpy())
+            self._places[name] = (made[key], row_steps(information))
+            U, rows = self[name]
+            self.budgets[name] = Budget.of(self.matrix(source, name), rows, U.diagonal())
+
+    def only(self, names: Collection[str]) -> "Shelf":
+        """The same for some of the matrices."""
+        some = copy(self)
+        some.budgets = {name: budget for name, budget in self.budgets.items() if name in names}
+        return some
+
+    def matrix(self, source: Source, name: str) -> Tensor:
+        """A matrix as it is rounded."""
+        W = source[name].T if name in self.transposed else source[name]
+        return W if self.seed is None else rotated(W, self.seed)
+
+    def recipes(self, makes: Mapping[str, Kind]) -> tuple[dict[str, Kind], tuple[Recipe, ...]]:
+        """What is rounded in the place of some matrices, and how they are made of it."""
+        recipes: list[Recipe] = []
+        rounded: dict[str, Kind] = {}
+        for name, kind in makes.items():
+            now, of = name, kind
+            if name in self.transposed:
+                now, of = f"{name}.transposed", Kind(kind.code, kind.shape[::-1])
+                recipes.append(Recipe(TRANSPOSED, {TRANSPOSED: now}, {name: kind}))
+            if self.seed is not None:
+                turned = Kind("F32", of.shape)
+                recipes.append(Recipe(HADAMARD, {"rotated": f"{now}.rotated"}, {now: of}, {"seed": self.seed}))
+                now, of = f"{now}.rotated", turned
+            rounded[now] = of
+        return rounded, tuple(reversed(recipes))
+
+
+def write_rounded(
+    directory: Path,
+    source: Checkpoint | PackedFolder,
+    shelf: Shelf,
+    goal: Goal,
+    stage: str | None,
+    jobs: int | None,
+    progress: Progress,
+) -> Contents:
+    """Round and write everything."""
+    contents, groups = Contents(), _groups(source, shelf, _TOGETHER if goal.method == INTEGERS else 0)
+    rest = [name for name in source.kinds if name not in shelf.budgets]
+    longest = {f"{group[0]}.{part}": Kind("U8", (1 << 39,)) for group in groups for part in _PARTS_OF[goal.method]}
+    names = announced({name: source.kinds[name] for name in rest}) | {n: kind.shape for n, kind in longest.items()}
+    shards = shard_bytes(source) if isinstance(source, Checkpoint) else None
+    with workers(jobs) as executor, CheckpointWriter(directory, names, shards, STEM) as writer:
+        for name in rest:
+            piece = staged(plain({name: source[name]}), stage)
+            contents.write(writer, piece, digests_of(piece))
+        rolling = _rolling(source, shelf, goal, groups, partial(_bytes_around, source, shelf, contents, groups, names))
+        for done, group in enumerate(groups, start=1):
+            amount = rolling.next()
+            while True:
+                rounded = ordered_map(executor, partial(_rounded, source, shelf, goal, amount), group)
+                piece = _piece(source, shelf, goal, group, [tensor for tensors in rounded for tensor in tensors])
+                if rolling.spend(amount, 8.0 * sum(kind.n_bytes for kind, _ in piece.stored.values())):
+                    break
+                amount *= 1.002
+            contents.write(writer, piece, digests_of(piece))
+            progress(done, len(groups))
+    return contents
+
+
+def _rolling(
+    source: Source, shelf: Shelf, goal: Goal, groups: list[list[str]], around: Callable[[], int]
+) -> Rolling | Fixed:
+    """What says how finely each group is rounded."""
+    n_numbers = sum(source.kinds[name].numel for name in shelf.budgets)
+    if goal.method != INTEGERS:
+        return Fixed(goal.wanted_bits)
+    if goal.kl is not None:
+        return Fixed(math.sqrt(24 * goal.kl / n_numbers))
+    bits = goal.wanted_bits * n_numbers if goal.size is None else 8.0 * (goal.size - around())
+    if bits < n_numbers / 4:
+        raise UsageError(
+            f"a target of {goal.size} bytes leaves {max(bits, 0) / n_numbers:.2f} bits a number: give more"
+        )
+    return Rolling([Budget.sum(shelf.budgets[name] for name in group) for group in groups], bits)
+
+
+def _rounded(source: Source, shelf: Shelf, goal: Goal, amount: float, name: str) -> tuple[Tensor, ...]:
+    return goal.tensors(shelf.matrix(source, name), *shelf[name], amount)
+
+
+def _piece(source: Source, shelf: Shelf, goal: Goal, group: Sequence[str], tensors: list[Tensor]) -> Piece:
+    """A group of matrices, coded, and turned back where they were rotated."""
+    makes, recipes = shelf.recipes({name: source.kinds[name] for name in group})
+    code = _CODE_OF.get(goal.method, goal.method)
+    coded = CODES[code].encode(tensors, list(makes.values()))
+    takes = {part: f"{group[0]}.{part}" for part in coded.parts}
+    stored = {takes[part]: (Kind.of(tensor), tensor) for part, tensor in coded.parts.items()}
+    return Piece(stored, (Recipe(code, takes, makes, coded.params), *recipes))
+
+
+def _groups(source: Source, shelf: Shelf, together: int) -> list[list[str]]:
+    """Matrices that are coded together: as many as follow each other in a block and have so many numbers."""
+    groups: list[list[str]] = []
+    size = together
+    for name in sorted(shelf.budgets, key=lambda name: (_is_in_block(name), _numbers(name))):
+        if size >= together or not groups or _numbers(name)[:1] != _numbers(groups[-1][0])[:1]:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += source.kinds[name].numel
+    return groups
+
+
+def _is_in_block(name: str) -> bool:
+    return any(part.isdigit() for part in name.split("."))
+
+
+def _numbers(name: str) -> list[int]:
+    return [int(part) for part in name.split(".") if part.isdigit()]
+
+
+def _bytes_around(
+    source: Source,
+    shelf: Shelf,
+    contents: Contents,
+    groups: Sequence[Sequence[str]],
+    names: Mapping[str, tuple[int, ...]],
+) -> int:
+    """At most what the finished folder has besides the messages: other tensors, headers, manifest, config."""
+    tensors = sum(kind.n_bytes for kind in contents.stored.values())
+    header = sum(len(name) + len(str(list(shape))) + ENTRY for name, shape in names.items())
+    planned = []
+    for group in groups:
+        makes, after = shelf.recipes({name: source.kinds[name] for name in group})
+        planned += [Recipe(INTEGERS, {"message": f"{group[0]}.message"}, makes, {"bytes": 10**12}), *after]
+    recipes = sum(len(json.dumps(recipe.facts)) + 1 for recipe in (*contents.recipes, *planned))
+    digests = sum(len(name) + 40 for name in (*contents.stored, *(f"{group[0]}.message" for group in groups)))
+    return tensors + header + recipes + digests + 3 * len(json.dumps(dict(source.config), indent=4)) + _AROUND

@@ -1,0 +1,117 @@
+"""The model card of a folder: what the hub and a reader need to know of it. The model's own card is kept below."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData, metadata_load
+from yaml import YAMLError  # type: ignore[import-untyped]
+
+from freebits.checkpoint import CARD, CARD_MARK, kept_cards
+from freebits.errors import one_line
+from freebits.report.account import change
+from freebits.report.inspection import inspect
+
+_CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag", "datasets")
+"""What of a model's own front matter holds for what is made of it, too."""
+_NAMED = ("move", "fidelity", "producer")
+_FRONT = re.compile(r"\A\ufeff?---\s*\n.*?\n---[ \t]*\n", re.DOTALL)
+_BELOW = "*The card of the model it was made of:*"
+_LOADS = """import freebits  # pip install freebits
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("THIS FOLDER", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")"""
+
+
+def write_card(directory: Path, source: Path, measured: Mapping[str, Any] | None = None) -> None:
+    """Write a folder's `README.md`, above the one that was carried over from what it was made of.
+
+    Args:
+        directory: the folder, finished but for this.
+        source: the folder that it was made of.
+        measured: what `verify` found, and `text`, on what.
+    """
+    facts, base = inspect(directory), base_model(source)
+    told, theirs = _card(source / CARD)
+    data = {key: told[key] for key in _CARRIED if key in told} | {
+        "library_name": "transformers",
+        "tags": sorted({*(told.get("tags") or []), "freebits", *(move["move"] for move in facts["history"])}),
+        **({"base_model": base, "base_model_relation": "quantized"} if base else {}),
+    }
+    parts = (_history(facts), _sizes(facts), _fidelity(measured), _use(facts))
+    text = "\n\n".join([f"# {one_line(base or source.name)}, smaller", *(line for part in parts for line in part)])
+    if (directory / CARD).exists():
+        (directory / CARD).rename(directory / kept_cards(directory)[-1])
+    if below := _own_text(theirs):
+        text += f"\n\n---\n\n{_BELOW}\n\n{below}"
+    front = ModelCardData(**data).to_yaml()
+    (directory / CARD).write_text(f"---\n{front}\n---\n\n{CARD_MARK}\n\n{text}\n", encoding="utf-8", newline="\n")
+
+
+def base_model(source: Path) -> str | None:
+    """The id on the hub of the model in a folder, where its place in the hub's cache tells it."""
+    snapshots = source.absolute().parent
+    if snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--"):
+        return snapshots.parent.name.removeprefix("models--").replace("--", "/")
+    return None
+
+
+def _card(path: Path) -> tuple[dict[str, Any], str]:
+    """Front matter and text of a card; nothing where there is none that can be read."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        front: dict[str, Any] = metadata_load(path) or {}
+    except (OSError, ValueError, YAMLError):  # it is kept as it is
+        return {}, ""
+    return front, _FRONT.sub("", text)
+
+
+def _own_text(text: str) -> str:
+    """A card's text, less what we wrote above it."""
+    return text.partition(_BELOW)[2].strip() if CARD_MARK in text else text.strip()
+
+
+def _history(facts: Mapping[str, Any]) -> list[str]:
+    """What was done."""
+    rows = []
+    for move in facts["history"]:
+        options = {key: value for key, value in move.items() if isinstance(value, (int, float, str))}
+        told = ", ".join(
+            f"{key} {value}" for key, value in options.items() if key not in ("move", "fidelity", "producer")
+        )
+        told = f"**{move.get('move')}** ({move.get('fidelity')}; {move.get('producer')}): {told}"
+        rows.append(f"1. {one_line(told, 400)}")
+    return ["## What was done", "\n".join(rows)] if rows else []
+
+
+def _sizes(facts: Mapping[str, Any]) -> list[str]:
+    """Bytes on disk."""
+    sizes = {name: size for name, size in facts["bytes"].items() if size is not None and name != "corrections"}
+    rows = ["| | bytes | against the dense model |", "|---|---:|---:|"]
+    for name, size in sizes.items():
+        percent = change(size, sizes.get("dense"))
+        rows.append(f"| {name.replace('_', ' ')} | {size:,} | {'' if percent is None else f'{percent:+.1f} %'} |")
+    return ["## Size", "\n".join(rows)]
+
+
+def _fidelity(measured: Mapping[str, Any] | None) -> list[str]:
+    """What was measured, and on which text."""
+    if measured is None:
+        return []
+    if measured.get("mean_kl") is None:
+        return ["## Fidelity", "Bit-exact: every tensor equals the original's."]
+    return [
+        "## Fidelity",
+        f"Measured on {measured['text']}: perplexity {measured['perplexity']['packed']:.3f}, "
+        f"{measured['perplexity']['reference']:.3f} before (x {measured['ratio']:.4f}); mean KL divergence "
+        f"{measured['mean_kl']:.4f} nats a token. Other text may suffer more or less.",
+    ]
+
+
+def _use(facts: Mapping[str, Any]) -> list[str]:
+    """How to load it, and how to get rid of it."""
+    back = "```bash\nfreebits unpack THIS-FOLDER plain\n```"
+    plain = ["A plain checkpoint, for any other tool:", back] if facts["kind"] == "packed" else []
+    return ["## Use", f"```python\n{_LOADS}\n```", *plain]

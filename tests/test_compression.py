@@ -1,0 +1,106 @@
+"""One command: the plan, the target, the check, the card."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import metadata_load
+
+import freebits
+from freebits.checkpoint import Checkpoint
+from freebits.cli import main
+from freebits.report import bytes_on_disk
+from tests.tiny import Make, random_text
+
+SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "head_dim": 32}
+AROUND = 8192
+"""Bytes by which headers may turn out smaller than allowed for: nothing for a model, a percent of a tiny one."""
+TEXT = random_text(2000)
+
+
+@pytest.fixture
+def dense(save_tiny: Make) -> Path:
+    folder = save_tiny(**SIZES)
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\ntags: [tiny]\n---\n\n# A tiny model\n")
+    return folder
+
+
+def compress(dense: Path, out: Path, **target: Any) -> dict[str, Any]:
+    result: dict[str, Any] = freebits.compress(dense, out, calibration=TEXT, text=TEXT, **target)
+    return result
+
+
+@pytest.mark.parametrize("ratio", [0.6, 0.4])
+def test_a_target_size_is_met_within_a_percent_and_never_passed(ratio: float, dense: Path, tmp_path: Path) -> None:
+    now = bytes_on_disk(Checkpoint(dense))
+    result = compress(dense, tmp_path / "out", target_ratio=ratio, force=True)
+    assert 0.99 * ratio * now - AROUND <= result["bytes"]["packed"] <= ratio * now
+
+
+def test_without_a_target_the_divergence_stays_below_its_bound(dense: Path, tmp_path: Path) -> None:
+    result = compress(dense, tmp_path / "out")
+    assert result["plan"]["most_kl"] == 0.05
+    assert 0.02 < result["fidelity"]["mean_kl"] <= 0.05
+    finer = compress(dense, tmp_path / "finer", most_kl=0.005)
+    assert finer["fidelity"]["mean_kl"] <= 0.005
+    assert finer["bytes"]["packed"] > result["bytes"]["packed"]
+
+
+def test_lossless_gives_the_same_files_back(dense: Path, tmp_path: Path) -> None:
+    result = compress(dense, tmp_path / "out", lossless=True)
+    assert result["fidelity"]["ok"]
+    assert result["bytes"]["packed"] < result["plan"]["bytes"]
+    freebits.unpack(tmp_path / "out", tmp_path / "back")
+    for file in dense.iterdir():
+        assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes()
+    assert {file.name for file in dense.iterdir()} == {file.name for file in (tmp_path / "back").iterdir()}
+
+
+def test_what_needs_no_loss_has_none(dense: Path, tmp_path: Path) -> None:
+    assert compress(dense, tmp_path / "out", target_ratio=0.95)["plan"]["way"] == "lossless"
+
+
+def test_a_target_that_ruins_the_model_is_refused(dense: Path, tmp_path: Path) -> None:
+    with pytest.raises(freebits.UsageError, match=r"ruins the model: mean KL \d.*--force"):
+        compress(dense, tmp_path / "out", bits=1.2)
+    assert not (tmp_path / "out").exists()
+    assert compress(dense, tmp_path / "out", bits=1.2, force=True)["fidelity"]["mean_kl"] > 0.5
+
+
+def test_a_dry_run_writes_nothing(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compress", str(dense), str(tmp_path / "out"), "--bits", "4", "--dry-run"]) == 0
+    assert "integers of 4 bits" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_targets_exclude_each_other(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compress", str(dense), str(tmp_path / "out"), "--bits", "4", "--lossless"]) == 2
+    assert "give one" in capsys.readouterr().err
+
+
+def test_the_card_tells_what_was_done_and_keeps_the_models_own(dense: Path, tmp_path: Path) -> None:
+    result = compress(dense, tmp_path / "out", bits=6)
+    card = (tmp_path / "out" / "README.md").read_text()
+    front = metadata_load(tmp_path / "out" / "README.md")
+    assert front is not None
+    assert front["license"] == "apache-2.0"
+    assert {"tiny", "freebits", "integers"} <= {*front["tags"]}
+    assert f"{result['bytes']['packed']:,}" in card
+    assert f"{result['fidelity']['mean_kl']:.4f} nats" in card
+    assert card.index("freebits unpack") < card.index("# A tiny model")
+    freebits.unpack(tmp_path / "out", tmp_path / "back")
+    assert (tmp_path / "back" / "README.md").read_text() == (dense / "README.md").read_text()
+
+
+def test_the_command_says_what_it_did(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text").write_text(TEXT)
+    texts = ["--calibration", str(tmp_path / "text"), "--text", str(tmp_path / "text")]
+    assert main(["compress", str(dense), str(tmp_path / "out"), "--target-ratio", "0.6", *texts]) == 0
+    out = capsys.readouterr().out
+    assert "plan: " in out
+    assert "mean KL" in out
+    assert main(["estimate", str(dense), "--json"]) == 0
+    ladder = json.loads(capsys.readouterr().out)["bytes"]
+    assert ladder["dense"] > ladder["lossless"] > ladder["8 bits"] > ladder["3 bits"]
+    assert {"sliced 10 %", "sliced 20 %", "sliced 30 %"} <= ladder.keys()
