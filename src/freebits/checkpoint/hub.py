@@ -25,7 +25,7 @@ def located(model: str | os.PathLike[str], revision: str | None = None, *, confi
         CheckpointError: there is neither, or the hub cannot be reached.
     """
     path = Path(model)
-    if not is_id(path):
+    if os.fspath(model).startswith(".") or not is_id(path):
         return path
     try:
         wanted = _CONFIG_ONLY if config_only else _WANTED

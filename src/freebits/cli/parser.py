@@ -83,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
         "Reads the config alone. Without --sparsity: a ladder of sizes, each as freebits writes it by default. With "
         "it: every form of the sliced model. Params without norms, headers and corrections, as the paper counts; bytes "
         "of all tensors in the config's dtype. Sliced, bits-back and canonical have a head of their own, canonical "
-        "tied keeps the tie; the last row is what slice and pack write by default, entropy-coded as weights mostly are.",
+        "tied keeps the tie; the last row is what slice and pack write by default, entropy-coded as weights often are.",
     )
     estimate_.add_argument(
         "config", metavar="MODEL", type=Path, help="config.json, a folder that has one, or an id on the hub"

@@ -38,16 +38,14 @@ def verify(
 ) -> dict[str, Any]:
     """Check every digest of a packed checkpoint and, against a model it was made from, how close the two are.
 
-    Against the model that codec `none` packed, the tensors are compared bit for bit and nothing is run. Against any
-    other model of the history both are run on a text. Three gates then say whether they are the same function: every
-    logit is finite; the mean KL divergence is small; the perplexities' ratio is near 1 on either side. What is small
-    enough depends on the moves in between: 0.01 nats and 1.01 where all of them keep the function, 1 and 1.5 where one
-    is lossy.
+    Against the model that codec `none` packed, tensors are compared bit for bit and nothing is run. Against any other
+    model of the history both are run on a text. Three gates say whether they are the same function: every logit is
+    finite; the mean KL divergence is small; the perplexities' ratio is near 1 on either side. What is small enough
+    depends on the moves between: 0.01 nats and 1.01 where all keep the function, 1 and 1.5 where one is lossy.
 
     Args:
         packed: folder of the packed checkpoint.
-        against: folder of the model it was made from, or of one before; without it only the digests are checked and
-            everything is decoded.
+        against: folder of the model it was made from, or of one before; without it everything is decoded and checked.
         text: what to run both on; by default the embedded held-out text.
         seq_len: tokens a window.
         limit: use the first so many windows.
@@ -67,23 +65,23 @@ def verify(
     for name, value, least in (("kl", kl, 0.0), ("ratio", ratio, 1.0)):
         if value is not None and not least <= value < math.inf:
             raise UsageError(f"--{name} {value}: give a number of at least {least:g}")
-    packed = located(packed)
-    folder = PackedFolder(packed)
+    folder = PackedFolder(located(packed))
     folder.check()
     unknown = {"fidelity": None, "max_abs_logit_diff": None, "mean_kl": None, "ratio": None}
     nothing: dict[str, Any] = {"ok": True, "failed": [], **unknown, "perplexity": {"reference": None, "packed": None}}
     if against is None:
         return nothing
-    against = located(against)
-    reference = opened(against)
+    reference = opened(located(against))
     fidelity = _fidelity(
         folder, history_of(reference.config) if isinstance(reference, Checkpoint) else reference.manifest.history
     )
     if fidelity == BIT_EXACT:
         equal = _equal(folder, reference)
         return nothing | {"ok": equal, "failed": [] if equal else ["equal"], "fidelity": fidelity}
-    windows = token_windows(packed, embedded_text()[1] if text is None else text, seq_len, limit)
-    measured = _compare([load(path, dtype=torch.float32).eval() for path in (against, packed)], windows, progress)
+    windows = token_windows(folder.path, embedded_text()[1] if text is None else text, seq_len, limit)
+    measured = _compare(
+        [load(path, dtype=torch.float32).eval() for path in (reference.path, folder.path)], windows, progress
+    )
     most_kl, most_ratio = TOLERANCES[fidelity]
     failed = _failed(measured, most_kl if kl is None else kl, most_ratio if ratio is None else ratio)
     return {"ok": not failed, "failed": failed, "fidelity": fidelity, **measured}

@@ -1,0 +1,142 @@
+"""Models by their ids: a server on this machine speaks the hub's paths."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from freebits import CheckpointError
+from freebits.checkpoint import hub as hub_module
+from freebits.checkpoint import located
+from tests.tiny import Make
+
+ID, COMMIT = "makers/tiny", "0123456789abcdef0123456789abcdef01234567"
+
+
+@dataclass
+class Hub:
+    """A folder, served as the hub serves a model."""
+
+    address: str
+    asked: list[str] = field(default_factory=list)
+    """Files that were read."""
+
+
+@pytest.fixture
+def hub(save_tiny: Make) -> Iterator[Hub]:
+    folder = save_tiny()
+    found = Hub("")
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+        def do_HEAD(self) -> None:
+            self.answer(with_body=False)
+
+        def do_GET(self) -> None:
+            self.answer(with_body=True)
+
+        def answer(self, with_body: bool) -> None:
+            path, headers = self.path.partition("?")[0], {}
+            if path.startswith(f"/api/models/{ID}"):
+                names = [file.name for file in folder.iterdir()]
+                told = {"id": ID, "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}
+                if "/tree/" in path:
+                    told = [{"type": "file", "path": n, "size": (folder / n).stat().st_size, "oid": "0"} for n in names]  # type: ignore[assignment]
+                body = json.dumps(told).encode()
+            elif path.startswith(f"/{ID}/resolve/") and (folder / Path(path).name).is_file():
+                body = (folder / Path(path).name).read_bytes()
+                headers = {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": COMMIT}
+                if with_body:
+                    found.asked.append(Path(path).name)
+            else:
+                self.send_response(404)
+                self.send_header("X-Error-Code", "RepoNotFound")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            self.send_response(200)
+            for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if with_body:
+                self.wfile.write(body)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    found.address = f"http://127.0.0.1:{server.server_port}"
+    yield found
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def freebits(hub: Hub, home: Path, *arguments: object, **settings: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"HF_ENDPOINT": hub.address, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", **settings}
+    command = [sys.executable, "-m", "freebits.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=home)
+
+
+def test_a_models_id_stands_for_its_folder(hub: Hub, tmp_path: Path) -> None:
+    done = freebits(hub, tmp_path, "estimate", ID, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["bytes"]["dense"] > 0
+    assert hub.asked == ["config.json"]  # and no weights
+    done = freebits(hub, tmp_path, "compress", ID, tmp_path / "out", "--lossless")
+    assert done.returncode == 0, done.stderr
+    assert "bit-exact" in done.stdout
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"base_model: {ID}" in card
+    assert "base_model_relation: quantized" in card
+    offline = freebits(hub, tmp_path, "inspect", ID, HF_HUB_OFFLINE="1")
+    assert offline.returncode == 0, offline.stderr  # it is in the cache
+
+
+def test_what_cannot_be_had_is_one_line(hub: Hub, tmp_path: Path) -> None:
+    for model, settings in (("makers/none", {}), (ID, {"HF_HUB_OFFLINE": "1"})):
+        done = freebits(hub, tmp_path, "compress", model, tmp_path / "out", "--lossless", **settings)
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1
+        assert "could not be had from the hub" in done.stderr
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_is_no_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    for path in ("a", "a/b", "./x/y", "/x/y", "~/x", "x"):
+        assert located(path) == Path(path)
+
+
+def test_pushing_uploads_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+
+    class Api:
+        def create_repo(self, repo: str, exist_ok: bool) -> None:
+            calls.append((repo, exist_ok))
+
+        def upload_folder(self, folder_path: Path, repo_id: str, commit_message: str) -> Any:
+            calls.append((folder_path, repo_id, commit_message))
+            return type("Commit", (), {"commit_url": "address"})
+
+    monkeypatch.setattr(hub_module, "HfApi", Api)
+    assert hub_module.push(tmp_path, "me/small") == "address"
+    assert calls == [("me/small", True), (tmp_path, "me/small", "Made by freebits")]
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError("no way")
+
+    monkeypatch.setattr(Api, "create_repo", refuse)
+    with pytest.raises(CheckpointError, match=r"is done, but the hub does not take it as me/small \(no way\)"):
+        hub_module.push(tmp_path, "me/small")
