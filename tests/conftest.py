@@ -10,13 +10,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 import freebits
 from freebits.calibration import embedded_text
 from freebits.huggingface.demo_model import demo_model
-from tests.tiny import Make, random_text, tiny_model
+from tests.tiny import Make, random_text, tiny_model, tiny_tokenizer
 
 transformers.logging.disable_progress_bar()
 
@@ -52,10 +50,7 @@ def save_tiny(tmp_path: Path, made: Callable[[object, Build], Path]) -> Make:
     def save(name: str = "dense", dtype: torch.dtype = torch.float16, shard: str = "1GB", **changes: Any) -> Path:
         def build(folder: Path) -> None:
             tiny_model(dtype=dtype, **changes).save_pretrained(folder, max_shard_size=shard)
-            words = {f"w{index}": index for index in range(96)}
-            tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-            tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-            PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", eos_token="w1").save_pretrained(folder)
+            tiny_tokenizer().save_pretrained(folder)
 
         shutil.copytree(made(("dense", dtype, shard, sorted(changes.items())), build), tmp_path / name)
         return tmp_path / name

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from freebits.architecture import FAMILIES as ROWS
 from freebits.architecture import Architecture
 from freebits.checkpoint import Checkpoint
 from freebits.packed import PackedFolder
+from freebits.report.families import families_page
 from freebits.symmetry import random_orthogonal, rotate
 from tests.test_symmetry import folded_state, unsliced
 from tests.tiny import FAMILIES, Make, in_float64, random_text, tiny_config, tiny_model
@@ -23,6 +25,11 @@ ROUTED = 1e-5
 
 def test_every_row_has_a_tiny_model() -> None:
     assert {Architecture.of(tiny_config(**changes).to_dict()).family for changes in FAMILIES.values()} == {*ROWS}
+
+
+def test_the_page_of_families_is_that_of_the_table() -> None:
+    page = Path(__file__).parent.parent / "docs" / "families.md"
+    assert page.read_text(encoding="utf-8") == families_page()  # else: python -m benchmarks.families
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -72,6 +79,15 @@ def test_every_matrix_of_a_model_is_quantised(name: str, save_tiny: Make) -> Non
     left = [kind for name, kind in Checkpoint(dense).kinds.items() if len(kind.shape) > 1 and name in folder.stored]
     routers_and_positions = 4
     assert len(left) <= routers_and_positions
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "olmo2", "olmo3", "cohere"])
+def test_what_cannot_be_sliced_can_be_quantised(model_type: str, save_tiny: Make, tmp_path: Path) -> None:
+    dense = save_tiny(model_type=model_type, num_key_value_heads=2, dtype=torch.float16)
+    with pytest.raises(freebits.UnsupportedModelError, match="freebits quantize any that transformers runs"):
+        freebits.slice_model(dense, tmp_path / "sliced", sparsity=0.2)
+    freebits.quantize(dense, tmp_path / "out", target_kl=1e-6, calibration=random_text(600), samples=8, seq_len=32)
+    assert differs(logits_of(tmp_path / "out"), logits_of(dense)) < MOST
 
 
 def differs(logits: torch.Tensor, expected: torch.Tensor) -> float:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 import xxhash
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
 
 from freebits.packed import PackedFolder
 
@@ -117,6 +118,14 @@ def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float64, **changes: Any
         is_norm = name.endswith(".weight") and parameter.ndim == 1
         parameter.data.copy_(1 + 0.3 * random if is_norm else 0.3 * random)
     return model.eval()
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Of words: `w0` to `w95`."""
+    words = {f"w{index}": index for index in range(96)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", eos_token="w1")
 
 
 def random_text(n_words: int, seed: int = 0) -> str:
