@@ -81,6 +81,13 @@ def test_every_matrix_of_a_model_is_quantised(name: str, save_tiny: Make) -> Non
     assert len(left) <= routers_and_positions
 
 
+@pytest.mark.parametrize("name", ["Granite", "Phi-3", "Qwen3", "Mixtral", "Qwen3-MoE", "DeepSeek V3"])
+def test_a_rotated_model_is_an_ordinary_one(name: str, save_tiny: Make, tmp_path: Path) -> None:
+    dense = save_tiny(**FAMILIES[name], dtype=torch.float32)
+    freebits.rotate_model(dense, tmp_path / "rotated")
+    assert differs(logits_of(tmp_path / "rotated"), logits_of(dense)) < 1e-4
+
+
 @pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "olmo2", "olmo3", "cohere"])
 def test_what_cannot_be_sliced_can_be_quantised(model_type: str, save_tiny: Make, tmp_path: Path) -> None:
     dense = save_tiny(model_type=model_type, num_key_value_heads=2, dtype=torch.float16)

@@ -119,7 +119,7 @@ def residual_block(layer: Any, family: Family) -> ResidualBlock:
         layer.add_module(sublayer.shortcut, nn.Identity())
         for branch in sublayer.branches:
             for name in (*branch.reads, *branch.writes):
-                module = _submodule(layer, name)
+                module = submodule(layer, name)
                 if isinstance(module, Conv1D):
                     inputs, outputs = module.weight.shape
                     module = nn.Linear(inputs, outputs, dtype=module.weight.dtype, device=module.weight.device)
@@ -130,10 +130,10 @@ def residual_block(layer: Any, family: Family) -> ResidualBlock:
     return block
 
 
-def _submodule(layer: nn.Module, name: str) -> nn.Module | None:
-    """The module of that name; None where this block has none."""
+def submodule(model: nn.Module, name: str) -> nn.Module | None:
+    """The module of that name; None where the model has none."""
     try:
-        return layer.get_submodule(name)
+        return model.get_submodule(name)
     except AttributeError:
         return None
 

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freebits.architecture import Architecture, Part, dense_family
+from freebits.architecture import Architecture, Layout, Part, dense_family
 from freebits.checkpoint import (
     CONFIG,
     Checkpoint,
     CheckpointWriter,
+    Source,
     carry_over,
     located,
     new_directory,
@@ -20,6 +21,7 @@ from freebits.checkpoint import (
     write_json,
 )
 from freebits.errors import UnsupportedModelError, UsageError
+from freebits.huggingface.naming import InMemory, known_config
 from freebits.huggingface.packed_models import inner_config
 from freebits.moves import FUNCTION_PRESERVING
 from freebits.packed import HISTORY, history_of
@@ -54,21 +56,23 @@ def rotate_model(
     """
     if not 0 <= seed < 2**63:
         raise UsageError(f"seed {seed}: give one from 0 to 2^63 - 1")
-    dense = Checkpoint(located(model))
-    if dense_family(dense.config).centred:
+    checkpoint = Checkpoint(located(model))
+    if dense_family(checkpoint.config).centred:
         raise UnsupportedModelError(
             "its norms subtract a mean, which a rotated stream would not forgive: slice takes it"
         )
+    dense = InMemory(checkpoint, known_config(checkpoint, model))
     architecture = Architecture.of(dense.config, len(dense.kinds))
-    baselines = dense_bytes(dense, architecture)
+    baselines = dense_bytes(checkpoint, architecture)
     untied = architecture.with_tie(False)
     head_dim = _head_dim(dense.config)
     general = dense.kinds[architecture.embedding.weight].dtype
     shapes = {name: kind.shape for name, kind in dense.kinds.items()}
+    Layout().check(shapes, architecture)
     names = shapes | {untied.head.weight: shapes[untied.embedding.weight]}
     with new_directory(out) as directory:
-        carry_over(dense.path, directory)
-        with CheckpointWriter(directory, names, shard_bytes(dense)) as writer:
+        carry_over(checkpoint.path, directory)
+        with CheckpointWriter(directory, names, shard_bytes(checkpoint)) as writer:
             for done, part in enumerate(untied.parts, start=1):
                 for name, tensor in rotated_part(dense, untied, part, head_dim, seed).items():
                     writer.write(name, tensor.to(dense.kinds[name].dtype if name in dense.kinds else general))
@@ -82,13 +86,11 @@ def rotate_model(
         }
         history = {"history": [*history_of(dense.config), move]}
         write_json(directory / CONFIG, {**dense.config, "tie_word_embeddings": False, HISTORY: history})
-        write_card(directory, dense.path)
+        write_card(directory, checkpoint.path)
         return inspect(directory)
 
 
-def rotated_part(
-    dense: Checkpoint, architecture: Architecture, part: Part, head_dim: int, seed: int
-) -> dict[str, Tensor]:
+def rotated_part(dense: Source, architecture: Architecture, part: Part, head_dim: int, seed: int) -> dict[str, Tensor]:
     """A part's tensors, rotated, in float64; its norms have scale 1."""
     tensors = {name: dense[name] for name in part.weights if name in dense.kinds}
     norms = [norm.weight for sub in part.sublayers for norm in sub.norms]

@@ -15,7 +15,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from freebits.architecture import MODEL_TYPES, Architecture, Axis, Family, Layout, Role
 from freebits.checkpoint import auto_map, write_remote_code
-from freebits.huggingface.blocks import RESIDUAL, BareRMSNorm, FactoredEmbedding, ProjectedShortcut, residual_block
+from freebits.huggingface.blocks import (
+    RESIDUAL,
+    BareRMSNorm,
+    FactoredEmbedding,
+    ProjectedShortcut,
+    residual_block,
+    submodule,
+)
 
 
 class SlicedCausalLM(PreTrainedModel):
@@ -57,7 +64,7 @@ def _slice_modules(model: PreTrainedModel, config: PreTrainedConfig) -> None:
     shortcuts = {name for sub in architecture.sublayers for name in (sub.shortcut.weight, sub.shortcut.factor)}
     for name, weight in layout.weights(architecture).items():
         module_name, _, parameter = name.rpartition(".")
-        module: Any = _found(model, module_name)
+        module: Any = submodule(model, module_name)
         if name == architecture.head.bias and module.bias is None:
             module.bias = nn.Parameter(torch.zeros(len(module.weight), dtype=module.weight.dtype))
         elif name not in shortcuts and weight.role is not Role.NORM and getattr(module, parameter, None) is not None:
@@ -67,14 +74,6 @@ def _slice_modules(model: PreTrainedModel, config: PreTrainedConfig) -> None:
         norm: Any = model.get_submodule(norm_.name)
         eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
         model.set_submodule(norm_.name, BareRMSNorm(architecture.hidden_size, eps))
-
-
-def _found(model: nn.Module, name: str) -> nn.Module | None:
-    """The module of that name; None where this model has none."""
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        return None
 
 
 def _shortcut(before: int, after: int, rank: int | None) -> nn.Module:
