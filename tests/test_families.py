@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import freebits
 from freebits.architecture import FAMILIES as ROWS
@@ -86,6 +87,23 @@ def test_a_rotated_model_is_an_ordinary_one(name: str, save_tiny: Make, tmp_path
     dense = save_tiny(**FAMILIES[name], dtype=torch.float32)
     freebits.rotate_model(dense, tmp_path / "rotated")
     assert differs(logits_of(tmp_path / "rotated"), logits_of(dense)) < 1e-4
+
+
+def test_names_as_old_checkpoints_have_them(save_tiny: Make, slice_tiny: Make, tmp_path: Path) -> None:
+    dense = save_tiny(model_type="gpt2", dtype=torch.float16)
+    expected = logits_of(dense)
+    state = {
+        name.removeprefix("transformer."): tensor for name, tensor in load_file(dense / "model.safetensors").items()
+    }
+    state |= {f"h.{block}.attn.bias": torch.ones(1, 1, 64, 64).tril() for block in range(3)}  # which no model reads
+    save_file(state, dense / "model.safetensors", metadata={"format": "pt"})
+    sliced = slice_tiny(dense, force=True)
+    assert differs(logits_of(sliced), expected) < 1
+    freebits.quantize(dense, tmp_path / "out", target_kl=1e-6, calibration=random_text(600), samples=8, seq_len=32)
+    freebits.unpack(tmp_path / "out", tmp_path / "back")
+    for folder in ("out", "back"):
+        assert differs(logits_of(tmp_path / folder), expected) < MOST
+    assert {*Checkpoint(tmp_path / "back").kinds} == {*state}
 
 
 @pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "olmo2", "olmo3", "cohere"])

@@ -84,7 +84,8 @@ class ResidualBlock(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: Tensor, *args: Any, **context: Any) -> Any:
         """The stream after the block; `context` (mask, positions, cache) goes to the attention."""
-        context.update(zip(self.arguments, args, strict=False))
+        if args:
+            context.update(zip(self.arguments, args, strict=False))
         for index in range(len(self.family.sublayers)):
             hidden_states = self.run(index, hidden_states, **context)
         return (hidden_states,) if self.family.in_tuple else hidden_states
