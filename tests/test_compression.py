@@ -68,6 +68,23 @@ def test_a_target_that_ruins_the_model_is_refused(dense: Path, tmp_path: Path) -
     assert compress(dense, tmp_path / "out", bits=1.2, force=True)["fidelity"]["mean_kl"] > 0.5
 
 
+def test_a_model_without_a_tokenizer_is_refused_before_anything_takes_long(dense: Path, tmp_path: Path) -> None:
+    for file in dense.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(freebits.CheckpointError, match="no tokenizer"):
+        freebits.compress(dense, tmp_path / "out", bits=4, progress=lambda *_: pytest.fail("it began"))
+
+
+def test_a_strange_card_is_kept(dense: Path, tmp_path: Path) -> None:
+    for card in ("---\ntags: tiny\nlicense: [1]\n---\nA model", "---\n: : [\n---\nx", "\ufeffplain", "---\n- a\n---\n"):
+        (dense / "README.md").write_text(card)
+        out, back = tmp_path / f"out{len(card)}", tmp_path / f"back{len(card)}"
+        freebits.pack(dense, out, codec="none")
+        assert "freebits unpack" in (out / "README.md").read_text()
+        freebits.unpack(out, back)
+        assert (back / "README.md").read_bytes() == (dense / "README.md").read_bytes()
+
+
 def test_a_dry_run_writes_nothing(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compress", str(dense), str(tmp_path / "out"), "--bits", "4", "--dry-run"]) == 0
     assert "integers of 4 bits" in capsys.readouterr().out

@@ -12,7 +12,7 @@ from freebits.calibration import embedded_text
 from freebits.checkpoint import Checkpoint, located, new_directory
 from freebits.errors import CheckpointError, UsageError
 from freebits.evaluation import verify
-from freebits.huggingface import WINDOW, Goal, prepare
+from freebits.huggingface import WINDOW, Goal, prepare, token_windows
 from freebits.packed import PackedFolder, pack_into, stage
 from freebits.report import TYPICAL_ENTROPY, bytes_on_disk, inspect, opened, write_card
 from freebits.work import Progress, silent
@@ -22,6 +22,8 @@ MOST_KL = 0.05
 RUIN = 0.5
 """Mean KL divergence above which a model is not written without `force`."""
 _TRIES = 3
+_LEAP = 8.0
+"""By how much more is tried next at most."""
 _NEAR = 0.9
 """A mean KL divergence this near to its bound is near enough."""
 _HELD_OUT = "pages of Python's documentation"
@@ -191,8 +193,11 @@ def _rounded(
 ) -> dict[str, Any]:
     """Round to the plan's target, in several tries where that is found by measuring."""
     calibration, text = texts
-    seq_len = min(WINDOW, _positions(folder))
-    prepared = prepare(folder, scratch, calibration=calibration, seq_len=seq_len, device=device, progress=progress)
+    held_out, positions = embedded_text()[1] if text is None else text, _positions(folder)
+    token_windows(folder, held_out, min(512, positions), 1)  # before anything takes long
+    prepared = prepare(
+        *(folder, scratch), calibration=calibration, seq_len=min(WINDOW, positions), device=device, progress=progress
+    )
     wanted = None if plan.most_kl is None else plan.most_kl / 2
     tried: list[tuple[float, float]] = []
     while True:
@@ -200,7 +205,9 @@ def _rounded(
         (scratch / "made").mkdir()
         goal = Goal(plan.bits, plan.at_most, wanted)
         prepared.write(scratch / "made", goal, "auto", stage("auto"), jobs, progress)
-        measured = _compared(scratch / "made", folder, text, progress)
+        measured = verify(
+            scratch / "made", against=folder, text=held_out, seq_len=min(512, positions), progress=progress
+        ) | {"text": _HELD_OUT if text is None else "the text that was given"}
         kl = measured["mean_kl"]
         if not kl <= RUIN and not force:
             raise UsageError(
@@ -216,15 +223,7 @@ def _rounded(
             return measured
         if len(tried) >= 2 * _TRIES:
             raise UsageError(f"a mean KL of {plan.most_kl} was not reached: {kl:.3g} at the finest steps; give more")
-        wanted *= 0.95 * plan.most_kl / kl
-
-
-def _compared(made: Path, folder: Path, text: str | None, progress: Progress) -> dict[str, Any]:
-    """What `verify` finds, and on which text."""
-    held_out = embedded_text()[1] if text is None else text
-    seq_len = min(512, _positions(folder))
-    measured = verify(made, against=folder, text=held_out, seq_len=seq_len, progress=progress)
-    return measured | {"text": _HELD_OUT if text is None else "the text that was given"}
+        wanted *= min(0.95 * plan.most_kl / kl, _LEAP) if kl else _LEAP
 
 
 def _positions(folder: Path) -> int:

@@ -29,7 +29,7 @@ def located(model: str | os.PathLike[str], revision: str | None = None, *, confi
         return path
     try:
         wanted = _CONFIG_ONLY if config_only else _WANTED
-        return Path(snapshot_download(str(model), revision=revision, allow_patterns=list(wanted)))
+        return Path(snapshot_download(path.as_posix(), revision=revision, allow_patterns=list(wanted)))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         finding = one_line(" ".join(str(error).split()), 160)
         raise CheckpointError(

@@ -37,7 +37,9 @@ def write_card(directory: Path, source: Path, measured: Mapping[str, Any] | None
     told, theirs = _card(source / CARD)
     data = {key: told[key] for key in _CARRIED if key in told} | {
         "library_name": "transformers",
-        "tags": sorted({*(told.get("tags") or []), "freebits", *(move["move"] for move in facts["history"])}),
+        "tags": sorted(
+            {*_texts(told.get("tags")), "freebits", *_texts([move.get("move") for move in facts["history"]])}
+        ),
         **({"base_model": base, "base_model_relation": "quantized"} if base else {}),
     }
     parts = (_history(facts), _sizes(facts), _fidelity(measured), _use(facts))
@@ -66,6 +68,11 @@ def _card(path: Path) -> tuple[dict[str, Any], str]:
     except (OSError, ValueError, YAMLError):  # it is kept as it is
         return {}, ""
     return front, _FRONT.sub("", text)
+
+
+def _texts(values: object) -> list[str]:
+    """Those of a list that are texts."""
+    return [value for value in values if isinstance(value, str)] if isinstance(values, list) else []
 
 
 def _own_text(text: str) -> str:
