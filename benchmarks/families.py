@@ -14,7 +14,7 @@ import torch
 import freebits
 from benchmarks.results import print_table, save_csv
 from freebits.architecture import Architecture
-from freebits.report.families import families_page
+from freebits.report.families_page import families_page
 from freebits.symmetry import random_orthogonal, rotate
 from tests.test_families import differs, logits_of
 from tests.test_symmetry import folded_state, unsliced

@@ -14,7 +14,7 @@ from freebits.architecture import FAMILIES as ROWS
 from freebits.architecture import Architecture
 from freebits.checkpoint import Checkpoint
 from freebits.packed import PackedFolder
-from freebits.report.families import families_page
+from freebits.report.families_page import families_page
 from freebits.symmetry import random_orthogonal, rotate
 from tests.test_symmetry import folded_state, unsliced
 from tests.tiny import FAMILIES, Make, in_float64, random_text, tiny_config, tiny_model
