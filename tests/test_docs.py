@@ -41,6 +41,32 @@ def test_the_readmes_commands_and_its_example_run(
     assert len(capsys.readouterr().out.split()) > 10
 
 
+def shape(text: str) -> list[str]:
+    """Lines without what differs from model to model: numbers, and room between columns."""
+    return [re.sub(r"[-+]?[\d,]*\.?\d+ ?%?", "#", " ".join(line.split())) for line in text.strip().splitlines()]
+
+
+def test_the_session_prints_what_its_page_says(
+    save_tiny: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_tiny("MODEL", hidden_size=64, intermediate_size=160, max_position_embeddings=512, tie_word_embeddings=True)
+    page = (ROOT / "docs" / "session.md").read_text(encoding="utf-8")
+    [session] = re.findall(r"```console\n(.*?)```", page, flags=re.DOTALL)
+    [script] = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    for step in session.split("$ ")[1:]:
+        command, _, printed = step.partition("\n")
+        if command == "python generate.py":
+            exec(compile(script, "generate.py", "exec"), {})  # noqa: S102
+            assert len(capsys.readouterr().out.split()) > 10
+            continue
+        assert main([*shlex.split(command)[1:], *(["--force"] if "compress" in command else [])]) == 0
+        assert shape(capsys.readouterr().out) == shape(printed), command
+
+
 def test_the_readme_names_every_public_function() -> None:
     functions = [name for name in freebits.__all__ if name.islower() and not name.startswith("_")]
     assert all(f"`{name}`" in README for name in functions)

@@ -12,7 +12,6 @@ from torch.nn.functional import cross_entropy
 
 from freebits.calibration import embedded_text
 from freebits.calibration import perplexity as perplexity_of
-from freebits.checkpoint import located
 from freebits.errors import UsageError
 from freebits.huggingface import load, token_windows
 from freebits.huggingface.loading import device_of, load_tokenizer
@@ -72,7 +71,6 @@ def evaluate(
     if not (perplexity or tasks):
         raise UsageError("there is nothing to measure: name --tasks, or leave --no-perplexity")
     heldout = embedded_text()[1] if text is None else text
-    model = located(model)
     windows = token_windows(model, heldout, seq_len, limit) if perplexity else torch.empty(0, 1, dtype=torch.int64)
     running = load(model, dtype=torch.float32).to(device_of(device)).eval()
     losses = []

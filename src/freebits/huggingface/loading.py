@@ -60,6 +60,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     Raises:
         CheckpointError: the folder is no sound checkpoint, or has no tokenizer that transformers can load.
     """
+    path = located(path)
     folder = opened(path)
     options: dict[str, Any] = {}
     if isinstance(folder, PackedFolder) and folder.config.get("model_type") in CONFIG_MAPPING:

@@ -5,6 +5,7 @@ import os
 import torch
 from torch import Tensor
 
+from freebits.checkpoint import located
 from freebits.errors import CheckpointError, UsageError
 from freebits.huggingface.loading import load_tokenizer
 from freebits.report import opened
@@ -28,6 +29,7 @@ def token_windows(path: str | os.PathLike[str], text: str, seq_len: int, limit: 
         raise UsageError(f"a window of {seq_len} tokens predicts nothing: give --seq-len of at least 2")
     if limit is not None and limit < 1:
         raise UsageError(f"{limit} windows measure nothing: give --limit of at least 1")
+    path = located(path)
     tokenizer, config = load_tokenizer(path), opened(path).config
     n_positions, n_ids = config.get("max_position_embeddings"), config.get("vocab_size")
     if isinstance(n_positions, int) and seq_len > n_positions:
