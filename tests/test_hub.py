@@ -123,8 +123,8 @@ def test_pushing_uploads_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     calls: list[Any] = []
 
     class Api:
-        def create_repo(self, repo: str, exist_ok: bool) -> None:
-            calls.append((repo, exist_ok))
+        def create_repo(self, repo: str, exist_ok: bool, private: bool) -> None:
+            calls.append((repo, exist_ok and private))
 
         def upload_folder(self, folder_path: Path, repo_id: str, commit_message: str) -> Any:
             calls.append((folder_path, repo_id, commit_message))

@@ -87,7 +87,7 @@ def compress(
         device: where to run the model.
         jobs: matrices to round at once.
         force: write the model even if its mean KL divergence is more than 0.5.
-        dry_run: say what would be done, and do nothing.
+        dry_run: say what would be done, and write nothing (a model on the hub is downloaded).
         progress: called after each step.
 
     Returns:
@@ -209,12 +209,13 @@ def _rounded(
             scratch / "made", against=folder, text=held_out, seq_len=min(512, positions), progress=progress
         ) | {"text": _HELD_OUT if text is None else "the text that was given"}
         kl = measured["mean_kl"]
-        if not kl <= RUIN and not force:
+        searches = plan.most_kl is not None and kl > plan.most_kl
+        if not kl <= RUIN and not force and not searches:
             raise UsageError(
                 f"this target ruins the model: mean KL {kl:.2f} nats a token, perplexity x {measured['ratio']:.2f} on "
                 f"{measured['text']}; give it more bytes, or --force"
             )
-        if wanted is None or plan.most_kl is None:
+        if wanted is None or plan.most_kl is None or not math.isfinite(kl):
             return measured
         tried.append((wanted, kl))
         if _NEAR * plan.most_kl <= kl <= plan.most_kl:

@@ -4,12 +4,13 @@ import os
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from freebits.errors import CheckpointError, one_line
 
 _WANTED = ("*.json", "*.safetensors", "*.md", "*.model", "*.tiktoken", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
 """Of a model's files: weights in safetensors, tokenizer, card, licence."""
+_OTHERS = ["consolidated*", "original/*", "metal/*", "onnx/*"]
+"""The same weights in other forms."""
 _CONFIG_ONLY = ("config.json",)
 
 
@@ -29,8 +30,10 @@ def located(model: str | os.PathLike[str], revision: str | None = None, *, confi
         return path
     try:
         wanted = _CONFIG_ONLY if config_only else _WANTED
-        return Path(snapshot_download(path.as_posix(), revision=revision, allow_patterns=list(wanted)))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        return Path(
+            snapshot_download(path.as_posix(), revision=revision, allow_patterns=list(wanted), ignore_patterns=_OTHERS)
+        )
+    except Exception as error:  # of the client's library, too, whose kinds change
         finding = one_line(" ".join(str(error).split()), 160)
         raise CheckpointError(
             f"{model} is no folder, and could not be had from the hub ({finding}): check the name, the connection and "
@@ -39,16 +42,16 @@ def located(model: str | os.PathLike[str], revision: str | None = None, *, confi
 
 
 def push(folder: Path, repo: str) -> str:
-    """Upload a folder to the hub, to a repository that is created if need be; the address of the commit.
+    """Upload a folder to the hub, to a repository that is created if need be, private; the address of the commit.
 
     Raises:
         CheckpointError: the hub does not take it.
     """
     try:
         api = HfApi()
-        api.create_repo(repo, exist_ok=True)
+        api.create_repo(repo, exist_ok=True, private=True)
         return str(api.upload_folder(folder_path=folder, repo_id=repo, commit_message="Made by freebits").commit_url)
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except Exception as error:  # as above
         finding = one_line(" ".join(str(error).split()), 160)
         raise CheckpointError(f"{folder} is done, but the hub does not take it as {repo} ({finding})") from None
 

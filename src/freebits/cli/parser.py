@@ -80,7 +80,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--force", action="store_true", help="write it even if its mean KL is above 0.5, which ruins a model"
     )
     compress_.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
-    compress_.add_argument("--push-to", metavar="ID", help="upload OUT to the hub, once it is done")
+    compress_.add_argument(
+        "--push-to", metavar="ID", help="upload OUT to the hub, once it is done; a new repository is private"
+    )
 
     demo = command(
         "demo",

@@ -17,7 +17,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from freebits.checkpoint import Source
-from freebits.errors import CheckpointError
+from freebits.errors import CheckpointError, UnsupportedModelError
 from freebits.huggingface.blockwise import dense_model
 from freebits.huggingface.loading import one_line_errors
 from freebits.huggingface.packed_models import inner_config
@@ -33,9 +33,12 @@ def known_config(source: Source, path: str | os.PathLike[str]) -> PreTrainedConf
     """
     with one_line_errors(path, "model"):
         config = inner_config(source.config).from_dict(dict(source.config))
-    if config.num_hidden_layers > len(source.kinds):
+    depth = getattr(config, "num_hidden_layers", None)
+    if not isinstance(depth, int):
+        raise UnsupportedModelError(f"a model of type {config.model_type!r} has more than one stack of blocks, or none")
+    if depth > len(source.kinds):
         raise CheckpointError(
-            f"config.json asks for {config.num_hidden_layers} blocks, but there are {len(source.kinds)} tensors: the "
+            f"config.json asks for {depth} blocks, but there are {len(source.kinds)} tensors: the "
             "checkpoint is incomplete"
         )
     return config

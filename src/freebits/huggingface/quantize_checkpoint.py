@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from freebits.checkpoint import Checkpoint, located, new_directory
-from freebits.errors import UsageError
+from freebits.errors import UnsupportedModelError, UsageError
 from freebits.huggingface.blockwise import BlockwiseModel
 from freebits.huggingface.loading import device_of
 from freebits.huggingface.naming import InMemory, known_config
@@ -160,6 +160,10 @@ def prepare(
 ) -> Prepared:
     """Measure how much a model depends on each of its matrices; arguments as of `quantize`, notes lie in `scratch`."""
     source = opened(model)
+    if source.config.get("quantization_config"):
+        raise UnsupportedModelError(
+            f"the weights in {source.path} are quantised already: take the model they came from"
+        )
     config = known_config(source, model)
     named = InMemory(source, config)
     blockwise = BlockwiseModel(named, config, device_of(device))
@@ -167,6 +171,13 @@ def prepare(
     tokens = _tokens(source.path, calibration, samples, seq_len, seed, blockwise.device, progress)
     shelf = Shelf(scratch, seed if rotate == HADAMARD else None)
     embeddings = {blockwise.embedding, blockwise.head}
+    stacked = [
+        of for number in range(len(blockwise.blocks)) for of in blockwise.matrices(number) if not named.origins(of)
+    ]
+    if stacked:
+        raise UnsupportedModelError(
+            f"{stacked[0]} is part of a stack in the file, too: experts are quantised one by one"
+        )
     for part in measure_sensitivities(blockwise, tokens, scratch, seed, progress):
         chosen = {n: s for n, s in part.items() if only is None or (n in embeddings) == (only == EMBEDDINGS)}
         shelf.add(_as_stored(chosen, named), source, transposed)

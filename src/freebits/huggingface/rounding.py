@@ -180,12 +180,15 @@ def write_rounded(
         rolling = _rolling(source, shelf, goal, groups, partial(_bytes_around, source, shelf, contents, groups, names))
         for done, group in enumerate(groups, start=1):
             amount = rolling.next()
+            most = 4 * amount
             while True:
                 rounded = ordered_map(executor, partial(_rounded, source, shelf, goal, amount), group)
                 piece = _piece(source, shelf, goal, group, [tensor for tensors in rounded for tensor in tensors])
                 if rolling.spend(amount, 8.0 * sum(kind.n_bytes for kind, _ in piece.stored.values())):
                     break
                 amount *= 1.002
+                if amount > most:
+                    raise UsageError("so few bytes do not hold the headers: give more")
             contents.write(writer, piece, digests_of(piece))
             progress(done, len(groups))
     return contents

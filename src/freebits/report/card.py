@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCardData, metadata_load
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from freebits.checkpoint import CARD, CARD_MARK, kept_cards
+from freebits.checkpoint import CARD, CARD_MARK, kept_cards, stays_inside
 from freebits.errors import one_line
 from freebits.report.account import change
 from freebits.report.inspection import inspect
@@ -34,7 +34,7 @@ def write_card(directory: Path, source: Path, measured: Mapping[str, Any] | None
         measured: what `verify` found, and `text`, on what.
     """
     facts, base = inspect(directory), base_model(source)
-    told, theirs = _card(source / CARD)
+    told, theirs = _card(source / CARD) if stays_inside(source / CARD) else ({}, "")
     data = {key: told[key] for key in _CARRIED if key in told} | {
         "library_name": "transformers",
         "tags": sorted(
