@@ -35,6 +35,8 @@ def write_card(directory: Path, source: Path, measured: Mapping[str, Any] | None
     """
     facts, base = inspect(directory), base_model(source)
     told, theirs = _card(source / CARD) if stays_inside(source / CARD) else ({}, "")
+    if base is None and CARD_MARK in theirs and isinstance(told.get("base_model"), str):
+        base = told["base_model"]
     data = {key: told[key] for key in _CARRIED if key in told} | {
         "library_name": "transformers",
         "tags": sorted(
