@@ -10,7 +10,7 @@ from huggingface_hub import metadata_load
 import freebits
 from freebits.checkpoint import Checkpoint
 from freebits.cli import main
-from freebits.report import bytes_on_disk
+from freebits.report import TYPICAL_ENTROPY, bytes_on_disk
 from tests.tiny import Make, random_text
 
 SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "head_dim": 32}
@@ -40,9 +40,9 @@ def test_a_target_size_is_met_within_a_percent_and_never_passed(ratio: float, de
 
 def test_without_a_target_the_divergence_stays_below_its_bound(dense: Path, tmp_path: Path) -> None:
     result = compress(dense, tmp_path / "out")
-    assert result["plan"]["most_kl"] == 0.05
+    assert result["plan"]["max_kl"] == 0.05
     assert 0.02 < result["fidelity"]["mean_kl"] <= 0.05
-    finer = compress(dense, tmp_path / "finer", most_kl=0.005)
+    finer = compress(dense, tmp_path / "finer", max_kl=0.005)
     assert finer["fidelity"]["mean_kl"] <= 0.005
     assert finer["bytes"]["packed"] > result["bytes"]["packed"]
 
@@ -59,6 +59,17 @@ def test_lossless_gives_the_same_files_back(dense: Path, tmp_path: Path) -> None
 
 def test_what_needs_no_loss_has_none(dense: Path, tmp_path: Path) -> None:
     assert compress(dense, tmp_path / "out", target_ratio=0.95)["plan"]["way"] == "lossless"
+
+
+def test_what_cannot_be_had_without_loss_is_rounded(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("freebits.compression.TYPICAL_ENTROPY", dict.fromkeys(TYPICAL_ENTROPY, 0.1))  # hopes too much
+    least = compress(dense, tmp_path / "whole", lossless=True)["bytes"]["packed"]
+    result = compress(dense, tmp_path / "out", target_size=least - 1)
+    assert result["plan"]["way"] == "lossless"
+    assert result["bytes"]["packed"] < least
+    assert 0 < result["fidelity"]["mean_kl"] < 1e-3
 
 
 def test_a_target_that_ruins_the_model_is_refused(dense: Path, tmp_path: Path) -> None:

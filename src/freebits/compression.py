@@ -17,7 +17,7 @@ from freebits.packed import PackedFolder, pack_into, stage
 from freebits.report import TYPICAL_ENTROPY, bytes_on_disk, inspect, opened, write_card
 from freebits.work import Progress, silent
 
-MOST_KL = 0.05
+MAX_KL = 0.05
 """Without a target: the largest mean KL divergence, in nats a token."""
 RUIN = 0.5
 """Mean KL divergence above which a model is not written without `force`."""
@@ -40,7 +40,7 @@ class Plan:
         at_most: bytes that the finished folder takes at most, if they are the target.
         about: bytes that it will take, as far as that is known without measuring.
         bits: for each number of a matrix, if they are the target.
-        most_kl: the bound on the mean KL divergence, if that is the target.
+        max_kl: the bound on the mean KL divergence, if that is the target.
     """
 
     model: str
@@ -49,7 +49,7 @@ class Plan:
     at_most: int | None = None
     about: int | None = None
     bits: float | None = None
-    most_kl: float | None = None
+    max_kl: float | None = None
 
 
 def compress(
@@ -60,7 +60,7 @@ def compress(
     target_ratio: float | None = None,
     bits: float | None = None,
     lossless: bool = False,
-    most_kl: float | None = None,
+    max_kl: float | None = None,
     calibration: str | None = None,
     text: str | None = None,
     revision: str | None = None,
@@ -79,7 +79,7 @@ def compress(
         target_ratio: the same as a part of what the model takes now, in (0, 1).
         bits: for each number of a matrix on average.
         lossless: keep every bit: `unpack` gives the files back byte for byte.
-        most_kl: the mean KL divergence from the model, in nats a token, that the result has at most on `text`; without
+        max_kl: the mean KL divergence from the model, in nats a token, that the result has at most on `text`; without
             any target 0.05.
         calibration: text; by default the model writes its own.
         text: to measure on; by default pages of Python's documentation, on which nothing is calibrated.
@@ -99,7 +99,7 @@ def compress(
         UnsupportedModelError: transformers does not run it, or not block by block.
     """
     folder = located(model, revision)
-    plan = planned(folder, target_size, target_ratio, bits, lossless, most_kl)
+    plan = planned(folder, target_size, target_ratio, bits, lossless, max_kl)
     if dry_run:
         return {"plan": asdict(plan)}
     started = time.perf_counter()
@@ -116,17 +116,17 @@ def planned(
     target_ratio: float | None,
     bits: float | None,
     lossless: bool,
-    most_kl: float | None,
+    max_kl: float | None,
 ) -> Plan:
     """What to do for a target, of which there is one at most; nothing is read but headers."""
     source = opened(folder)
     now = bytes_on_disk(source)
-    if sum(target is not None for target in (target_size, target_ratio, bits, most_kl, lossless or None)) > 1:
-        raise UsageError("--target-size, --target-ratio, --bits, --most-kl and --lossless are each a target: give one")
+    if sum(target is not None for target in (target_size, target_ratio, bits, max_kl, lossless or None)) > 1:
+        raise UsageError("--target-size, --target-ratio, --bits, --max-kl and --lossless are each a target: give one")
     if target_ratio is not None and not 0 < target_ratio < 1:
         raise UsageError(f"--target-ratio {target_ratio}: give a part of the model's size, such as 0.4")
-    if most_kl is not None and not 0 < most_kl < math.inf:
-        raise UsageError(f"--most-kl {most_kl}: give nats a token, such as 0.05")
+    if max_kl is not None and not 0 < max_kl < math.inf:
+        raise UsageError(f"--max-kl {max_kl}: give nats a token, such as 0.05")
     size = target_size if target_ratio is None else math.floor(target_ratio * now)
     kinds = source.kinds.values()
     without_loss = round(sum(TYPICAL_ENTROPY.get(kind.code, 1.0) * kind.n_bytes for kind in kinds))
@@ -140,7 +140,7 @@ def planned(
         numbers = sum(kind.numel for kind in kinds if len(kind.shape) > 1)
         rest = sum(kind.n_bytes for kind in kinds if len(kind.shape) < 2)
         return Plan(str(folder), now, "integers", about=round(bits * numbers / 8) + rest, bits=bits)
-    return Plan(str(folder), now, "integers", most_kl=MOST_KL if most_kl is None else most_kl)
+    return Plan(str(folder), now, "integers", max_kl=MAX_KL if max_kl is None else max_kl)
 
 
 def _made(
@@ -156,9 +156,8 @@ def _made(
     """Do what is planned; what `verify` finds."""
     scratch = directory / "scratch"
     scratch.mkdir()
-    if plan.way == "lossless":
-        measured = _without_loss(plan, folder, scratch / "made", jobs, progress)
-    else:
+    measured = _without_loss(plan, folder, scratch / "made", jobs, progress) if plan.way == "lossless" else None
+    if measured is None:
         measured = _rounded(plan, folder, scratch, texts, device, jobs, force, progress)
     for file in (scratch / "made").iterdir():
         file.rename(directory / file.name)
@@ -166,15 +165,15 @@ def _made(
     return measured
 
 
-def _without_loss(plan: Plan, folder: Path, made: Path, jobs: int | None, progress: Progress) -> dict[str, Any]:
-    """Keep every bit, and look whether it is so."""
+def _without_loss(plan: Plan, folder: Path, made: Path, jobs: int | None, progress: Progress) -> dict[str, Any] | None:
+    """Keep every bit, and look whether it is so; nothing where that takes more bytes than the plan has."""
     source = Checkpoint(folder)
     made.mkdir()
     sizes = {key: size for key, size in inspect(folder)["bytes"].items() if size is not None}
     pack_into(made, source, None, ("auto", stage("auto")), sizes, jobs, progress)
     size = bytes_on_disk(PackedFolder(made))
     if plan.at_most is not None and size > plan.at_most:
-        raise UsageError(f"without loss {folder} takes {size:,} bytes, more than {plan.at_most:,}: give --bits or less")
+        return None
     measured = verify(made, against=folder)
     if not measured["ok"]:
         raise CheckpointError(f"what was packed differs from {folder}: this machine cannot be trusted")
@@ -198,7 +197,7 @@ def _rounded(
     prepared = prepare(
         *(folder, scratch), calibration=calibration, seq_len=min(WINDOW, positions), device=device, progress=progress
     )
-    wanted = None if plan.most_kl is None else plan.most_kl / 2
+    wanted = None if plan.max_kl is None else plan.max_kl / 2
     tried: list[tuple[float, float]] = []
     while True:
         shutil.rmtree(scratch / "made", ignore_errors=True)
@@ -209,22 +208,22 @@ def _rounded(
             scratch / "made", against=folder, text=held_out, seq_len=min(512, positions), progress=progress
         ) | {"text": _HELD_OUT if text is None else "the text that was given"}
         kl = measured["mean_kl"]
-        searches = plan.most_kl is not None and kl > plan.most_kl
+        searches = plan.max_kl is not None and kl > plan.max_kl
         if not kl <= RUIN and not force and not searches:
             raise UsageError(
                 f"this target ruins the model: mean KL {kl:.2f} nats a token, perplexity x {measured['ratio']:.2f} on "
                 f"{measured['text']}; give it more bytes, or --force"
             )
-        if wanted is None or plan.most_kl is None or not math.isfinite(kl):
+        if wanted is None or plan.max_kl is None or not math.isfinite(kl):
             return measured
         tried.append((wanted, kl))
-        if _NEAR * plan.most_kl <= kl <= plan.most_kl:
+        if _NEAR * plan.max_kl <= kl <= plan.max_kl:
             return measured
-        if len(tried) >= _TRIES and kl <= plan.most_kl:
+        if len(tried) >= _TRIES and kl <= plan.max_kl:
             return measured
         if len(tried) >= 2 * _TRIES:
-            raise UsageError(f"a mean KL of {plan.most_kl} was not reached: {kl:.3g} at the finest steps; give more")
-        wanted *= min(0.95 * plan.most_kl / kl, _LEAP) if kl else _LEAP
+            raise UsageError(f"a mean KL of {plan.max_kl} was not reached: {kl:.3g} at the finest steps; give more")
+        wanted *= min(0.95 * plan.max_kl / kl, _LEAP) if kl else _LEAP
 
 
 def _positions(folder: Path) -> int:

@@ -62,7 +62,7 @@ def run_compress(arguments: Namespace) -> int:
         target_ratio=arguments.target_ratio,
         bits=arguments.bits,
         lossless=arguments.lossless,
-        most_kl=arguments.most_kl,
+        max_kl=arguments.max_kl,
         calibration=_text(arguments.calibration),
         text=_text(arguments.text),
         revision=arguments.revision,

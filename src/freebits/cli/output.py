@@ -69,7 +69,7 @@ def print_plan(plan: dict[str, Any]) -> None:
     elif most is not None:
         what = f"integers, as fine as {most:,} bytes allow"
     else:
-        what = f"integers, as coarse as a mean KL divergence of {plan['most_kl']:g} nats a token allows"
+        what = f"integers, as coarse as a mean KL divergence of {plan['max_kl']:g} nats a token allows"
     print(one_line(f"plan: {plan['model']}, {plan['bytes']:,} bytes: {what}"))
 
 

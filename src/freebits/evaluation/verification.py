@@ -82,16 +82,16 @@ def verify(
     measured = _compare(
         [load(path, dtype=torch.float32).eval() for path in (reference.path, folder.path)], windows, progress
     )
-    most_kl, most_ratio = TOLERANCES[fidelity]
-    failed = _failed(measured, most_kl if kl is None else kl, most_ratio if ratio is None else ratio)
+    max_kl, most_ratio = TOLERANCES[fidelity]
+    failed = _failed(measured, max_kl if kl is None else kl, most_ratio if ratio is None else ratio)
     return {"ok": not failed, "failed": failed, "fidelity": fidelity, **measured}
 
 
-def _failed(measured: dict[str, Any], most_kl: float, most_ratio: float) -> list[str]:
+def _failed(measured: dict[str, Any], max_kl: float, most_ratio: float) -> list[str]:
     """The gates that do not hold."""
     gates = {
         "finite": all(map(math.isfinite, (*measured["perplexity"].values(), measured["max_abs_logit_diff"]))),
-        "kl": measured["mean_kl"] <= most_kl,
+        "kl": measured["mean_kl"] <= max_kl,
         "ratio": 1 / most_ratio <= measured["ratio"] <= most_ratio,
     }
     return [name for name, holds in gates.items() if not holds]

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from freebits.checkpoint import ENTRY, Checkpoint, CheckpointWriter, Source, shard_bytes
@@ -111,7 +111,7 @@ class Shelf:
     def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
         """Of a matrix `U` and its rows' steps."""
         path, rows = self._places[name]
-        return torch.from_numpy(np.load(path)), rows
+        return load_file(path)["U"], rows
 
     def add(self, part: Mapping[str, Sensitivity], source: Source, transposed: Collection[str]) -> None:
         """Take in a part of the model; matrices with one Gram matrix share what is made of it."""
@@ -124,8 +124,8 @@ class Shelf:
             if self.seed is not None:  # a rotation spreads over all rows what is known of each
                 gram, information = rotated(gram, self.seed), information.mean().expand(len(information))
             if key not in made:
-                made[key] = self._directory / f"{len(self._places)}.npy"
-                np.save(made[key], whitener(gram, DAMPING).float().numpy())
+                made[key] = self._directory / f"{len(self._places)}.safetensors"
+                save_file({"U": whitener(gram, DAMPING).float().contiguous()}, made[key])
             self._places[name] = (made[key], row_steps(information))
             U, rows = self[name]
             self.budgets[name] = Budget.of(self.matrix(source, name), rows, U.diagonal())

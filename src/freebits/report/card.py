@@ -37,7 +37,7 @@ def write_card(directory: Path, source: Path, measured: Mapping[str, Any] | None
     told, theirs = _card(source / CARD) if stays_inside(source / CARD) else ({}, "")
     if base is None and CARD_MARK in theirs and isinstance(told.get("base_model"), str):
         base = told["base_model"]
-    data = {key: told[key] for key in _CARRIED if key in told} | {
+    data = {key: told[key] for key in _CARRIED if isinstance(told.get(key), str | list)} | {  # YAML's `no` is no text
         "library_name": "transformers",
         "tags": sorted(
             {*_texts(told.get("tags")), "freebits", *_texts([move.get("move") for move in facts["history"]])}
