@@ -2,8 +2,8 @@
 
     python -m benchmarks.peers --data DATA [--llama-cpp SOURCE --binaries BIN] [--only "NAME; …"]
 
-DATA is a folder with `wikitext-2-raw`; SOURCE is llama.cpp's, with `convert_hf_to_gguf.py`, BIN has its
-`llama-quantize` and `llama-imatrix` (without both its rows are left out). bitsandbytes and HQQ must be installed for their rows. Their
+DATA is a folder with `wikitext-2-raw`; SOURCE is llama.cpp's, with `convert_hf_to_gguf.py`, BIN has `llama-quantize`
+and `llama-imatrix` (without both, its rows are left out). bitsandbytes and HQQ must be installed for their rows. Their
 numbers are turned back into floating point by transformers, which then runs every model in float32: what is compared is
 what was stored, not the kernels. Bytes are those of the file (llama.cpp) or of what `save_pretrained` writes.
 """
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +56,12 @@ def main() -> None:
         texts = arguments.data / "wikitext-2-raw"
         windows = token_windows(dense, (texts / "wiki.valid.raw").read_text(encoding="utf-8"), 1024, WINDOWS)
         reference = load(dense, dtype=torch.float32).eval()
-        wanted = (part.strip() for part in arguments.only.split(";"))
-        parts = [*wanted]
+        parts = [part.strip() for part in arguments.only.split(";")]
         for name, make in all_rows(dense, Path(made), arguments.llama_cpp, arguments.binaries, texts):
             if any(part in name for part in parts):
                 size, model = make()
-                row = {"row": name, "bytes": size, **compared(reference, model, windows)}
-                print(row, flush=True)
-                rows[name] = tuple(map(str, row.values()))
+                rows[name] = (name, str(size), *compared(reference, model, windows).values())
+                print(rows[name], flush=True)
                 save_csv("peers", HEADER, sorted(rows.values(), key=lambda row: -int(row[1])))
     print_table(HEADER, rows.values())
 
@@ -83,18 +82,15 @@ def all_rows(
         gguf, importance = scratch / "dense.gguf", scratch / "importance.gguf"
         run(sys.executable, source / "convert_hf_to_gguf.py", dense, "--outtype", "f16", "--outfile", gguf)
         for kind in LLAMA_CPP:
-            yield f"llama.cpp {kind}", lambda kind=kind: from_gguf(binaries, gguf, kind)
+            yield f"llama.cpp {kind}", partial(from_gguf, binaries, gguf, kind)
         train = scratch / "train.txt"
         text = (texts / "wikitext2_train.txt").read_text(encoding="utf-8")
         train.write_text(text[: text.rindex("\n")], encoding="utf-8")
         run(binaries / "llama-imatrix", "-m", gguf, "-f", train, "-o", importance, "--chunks", "100", "-c", "512")
         for kind in WITH_IMPORTANCE:
-            yield (
-                f"llama.cpp {kind}, {IMPORTANCE}",
-                lambda kind=kind: from_gguf(binaries, gguf, kind, "--imatrix", importance),
-            )
+            yield f"llama.cpp {kind}, {IMPORTANCE}", partial(from_gguf, binaries, gguf, kind, "--imatrix", importance)
     for name, config in LIBRARIES.items():
-        yield name, lambda config=config: from_library(dense, scratch / "saved", config())
+        yield name, partial(from_library, dense, scratch / "saved", config)
 
 
 def from_gguf(binaries: Path, gguf: Path, kind: str, *options: Any) -> tuple[int, Any]:
@@ -107,9 +103,9 @@ def from_gguf(binaries: Path, gguf: Path, kind: str, *options: Any) -> tuple[int
     return size, model
 
 
-def from_library(dense: Path, out: Path, config: Any) -> tuple[int, Any]:
+def from_library(dense: Path, out: Path, config: Callable[[], Any]) -> tuple[int, Any]:
     """Quantised while transformers loads it; what it writes is measured."""
-    model: Any = AutoModelForCausalLM.from_pretrained(dense, quantization_config=config, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(dense, quantization_config=config(), dtype=torch.float32).eval()
     model.save_pretrained(out)
     return sum(file.stat().st_size for file in out.iterdir()), model
 
