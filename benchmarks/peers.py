@@ -62,8 +62,14 @@ def main() -> None:
                 size, model = make()
                 rows[name] = (name, str(size), *compared(reference, model, windows).values())
                 print(rows[name], flush=True)
-                save_csv("peers", HEADER, sorted(rows.values(), key=lambda row: -int(row[1])))
+                ordered = sorted(rows.values(), key=n_bytes, reverse=True)
+                save_csv("peers", HEADER, ordered)
     print_table(HEADER, rows.values())
+
+
+def n_bytes(row: tuple[str, ...]) -> int:
+    """Of a row."""
+    return int(row[1])
 
 
 def saved() -> dict[str, tuple[str, ...]]:

@@ -46,6 +46,8 @@ ROWS: dict[str, tuple[str, str, Goal]] = {
     "whole, 68 MB": ("all", "none", Goal(size=68 * MB)),
     "whole, 60 MB": ("all", "none", Goal(size=60 * MB)),
     "whole, 52 MB": ("all", "none", Goal(size=52 * MB)),
+    "linear, integers 6": ("linear", "none", Goal(bits=6)),
+    "linear, integers 5": ("linear", "none", Goal(bits=5)),
     "linear, integers 3.80": ("linear", "none", Goal(bits=3.80)),
     "linear, integers 3.05": ("linear", "none", Goal(bits=3.05)),
     "linear, integers 2.40": ("linear", "none", Goal(bits=2.40)),
@@ -55,6 +57,10 @@ ROWS: dict[str, tuple[str, str, Goal]] = {
     "linear, rtn 4, rotated": ("linear", "hadamard", Goal(bits=4, method="rtn")),
     "linear, pyramid 3.6, rotated": ("linear", "hadamard", Goal(bits=3.6, method="pyramid")),
     "linear, pyramid 3.6": ("linear", "none", Goal(bits=3.6, method="pyramid")),
+    "linear, gptq 5, rotated": ("linear", "hadamard", Goal(bits=5, method="gptq")),
+    "linear, gptq 3, rotated": ("linear", "hadamard", Goal(bits=3, method="gptq")),
+    "linear, pyramid 4.8, rotated": ("linear", "hadamard", Goal(bits=4.8, method="pyramid")),
+    "linear, pyramid 3.0, rotated": ("linear", "hadamard", Goal(bits=3.0, method="pyramid")),
     "embedding, integers 3.60": ("embeddings", "none", Goal(bits=3.60)),
 }
 

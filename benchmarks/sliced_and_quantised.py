@@ -1,0 +1,56 @@
+"""Whether slicing pays before quantising: finished folders of equal bytes, off-grid demo model. Half an hour.
+
+    python -m benchmarks.sliced_and_quantised DATA
+
+DATA has wikitext-2-raw: slices are calibrated on its training text (the domain that is measured: slicing at its best),
+quantisers on the model's own text, and all is measured on the first 16 windows of 1024 tokens of its validation text.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+import freebits
+from benchmarks.off_grid import off_grid
+from benchmarks.quantise import MB, WINDOWS, compared
+from benchmarks.results import print_table, save_csv
+from freebits.huggingface import load, token_windows
+
+HEADER = ("sliced", "MB", "bytes", "perplexity", "ratio", "mean KL")
+SPARSITIES, SIZES = (0.1, 0.2), (60, 52)
+
+
+def main() -> None:
+    """Make, measure, print and save."""
+    folder = Path(sys.argv[1]) / "wikitext-2-raw"
+    train, valid = ((folder / name).read_text(encoding="utf-8") for name in ("wikitext2_train.txt", "wiki.valid.raw"))
+    rows: list[tuple[object, ...]] = []
+    with tempfile.TemporaryDirectory() as made:
+        scratch = Path(made)
+        dense = off_grid(scratch / "off-grid")
+        windows = token_windows(dense, valid, 1024, WINDOWS)
+        reference = load(dense, dtype=torch.float32).eval()
+        sources = {"not": dense}
+        for sparsity in SPARSITIES:
+            sliced = scratch / f"sliced {sparsity}"
+            text = train[: train.rindex("\n")]
+            freebits.slice_model(dense, sliced, sparsity=sparsity, calibration=text, samples=64, force=True)
+            sources[f"{sparsity:.0%}"] = scratch / f"canonical {sparsity}"
+            freebits.pack(sliced, sources[f"{sparsity:.0%}"])
+        for name, source in sources.items():
+            for size in (0, *SIZES):
+                out = scratch / f"{name} {size}" if size else source
+                if size:
+                    freebits.quantize(source, out, target_size=size * MB)
+                of = freebits.inspect(out)["bytes"]
+                measured = compared(reference, load(out, dtype=torch.float32).eval(), windows).values()
+                rows.append((name, size or "16 bits", of["packed"] or of["dense"], *measured))
+                print(rows[-1], flush=True)
+                save_csv("sliced_and_quantised", HEADER, rows)
+    print_table(HEADER, rows)
+
+
+if __name__ == "__main__":
+    main()
