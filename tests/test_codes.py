@@ -14,9 +14,10 @@ from freebits.codes.bits import as_tensor, bytes_from, pack_bits, unpack_bits
 from freebits.codes.corrections import apply_corrections, encode_corrections, read_corrections
 from freebits.codes.rotation_words import (
     n_words_taken,
-    recovered_rotation,
     rotation_from_words,
     rotation_signs,
+    unsigned_rotation,
+    with_signs,
     words_from_rotation,
 )
 from freebits.codes.triangles import n_lower_words
@@ -122,7 +123,8 @@ def test_rotation_and_words_are_inverse(seed: int, size: int) -> None:
     Q, eigenvalues = rotation_from_words(words, size)
     assert torch.allclose(words_from_rotation(Q, eigenvalues), words, atol=1e-12)
     _, W = site(seed, torch.float16, 4 * size, size)
-    recovered = recovered_rotation(W @ Q, rotation_signs(W @ Q, Q))
+    unsigned = unsigned_rotation(W @ Q)
+    recovered = with_signs(unsigned, rotation_signs(unsigned, Q))
     assert torch.allclose(recovered, Q, atol=1e-6)
 
 

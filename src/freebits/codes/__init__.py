@@ -1,12 +1,13 @@
 """Codes: words and bits. Each is one object, encode above decode; they know nothing about models."""
 
-from freebits.codes.bitsback import BitsBack, canonical_direction
+from freebits.codes.bitsback import BitsBack
 from freebits.codes.code import Code, Coded, Declined, Params
 from freebits.codes.entropy import Entropy
 from freebits.codes.grid import Grid
 from freebits.codes.integers import Integers
 from freebits.codes.pyramid import Pyramid
 from freebits.codes.rotated import Hadamard
+from freebits.codes.rotation_words import canonical_direction
 from freebits.codes.transposed import Transposed
 from freebits.codes.triangles import Lower, Symmetric
 

@@ -18,9 +18,10 @@ from freebits.codes.code import Coded, Declined, Params
 from freebits.codes.corrections import apply_corrections, encode_corrections, read_corrections
 from freebits.codes.rotation_words import (
     n_words_taken,
-    recovered_rotation,
     rotation_from_words,
     rotation_signs,
+    unsigned_rotation,
+    with_signs,
     words_from_rotation,
 )
 from freebits.kind import HALVES, Kind
@@ -30,6 +31,8 @@ MESSAGE, MATRIX, SIGNS, CORRECTIONS = "message", "matrix", "signs", "corrections
 _N_SUMS = 4
 _TOLERANCE = 2.0**-10
 _ROW = 4096
+_ROWS = 8192
+"""So many are widened to float64 at a time."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +68,10 @@ class BitsBack:
         Q, eigenvalues = rotation_from_words(_finite(last, "a word of the message"), rank)
         coded_values = _finite(eigenvalues.to(dtype), "an eigenvalue")
         matrix = _finite((W @ Q).to(dtype), "a rotated weight")
-        signs = rotation_signs(matrix.double(), Q)
+        unsigned = unsigned_rotation(matrix)
+        signs = rotation_signs(unsigned, Q)
         true = torch.cat([last, W.to(dtype).flatten()])
-        decoded = _decoded(coded_values, matrix, signs)
+        decoded = _decoded(coded_values, matrix, with_signs(unsigned, signs))
         corrections = encode_corrections(true, decoded, self.threshold)
         parts = {
             MESSAGE: torch.cat([kept, coded_values]),
@@ -93,7 +97,7 @@ class BitsBack:
         if not (eigenvalues.isfinite().all() and matrix.isfinite().all()):
             raise ValueError("a number that is not finite")
         try:
-            decoded = _decoded(eigenvalues, matrix, signs)
+            decoded = _decoded(eigenvalues, matrix, with_signs(unsigned_rotation(matrix), signs))
         except RuntimeError as error:  # the decomposition does not converge
             raise ValueError(str(error)) from None
         decoded = apply_corrections(decoded, parts.get(CORRECTIONS, torch.empty(0, dtype=torch.uint8)))
@@ -125,24 +129,11 @@ class BitsBack:
         return {name: kind for name, kind in parts.items() if kind.n_bytes}
 
 
-def canonical_direction(W: Tensor) -> Tensor:
-    """The rotation `Q` for which `(W Q)ᵀ (W Q)` is diagonal, ascending (paper, section 3.1 and Algorithm 1).
-
-    Args:
-        W: (n, k), float64, finite.
-
-    Returns:
-        (k, k), float64. Where `W` has rank `r < k`, the first `k - r` columns of `W Q` are zero.
-    """
-    return torch.linalg.eigh(W.T @ W).eigenvectors
-
-
-def _decoded(eigenvalues: Tensor, matrix: Tensor, signs: Tensor) -> Tensor:
+def _decoded(eigenvalues: Tensor, matrix: Tensor, Q: Tensor) -> Tensor:
     """The words taken and then the matrix by rows, before correction. The encoder runs this, too."""
-    wide = matrix.double()
-    Q = recovered_rotation(wide, signs)
-    words = words_from_rotation(Q, eigenvalues)
-    return torch.cat([words.to(matrix.dtype), (wide @ Q.T).to(matrix.dtype).flatten()])
+    words = words_from_rotation(Q, eigenvalues).to(matrix.dtype)
+    rows = [(some.double() @ Q.T).to(matrix.dtype).flatten() for some in matrix.split(_ROWS)]
+    return torch.cat([words, *rows])
 
 
 def _rank(W: Tensor, dtype: torch.dtype, threshold: float) -> int:

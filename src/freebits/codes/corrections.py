@@ -17,6 +17,7 @@ from freebits.codes.bits import as_tensor, bytes_kind, pack_bits, unpack_bits
 
 _HEADER = struct.Struct("<II")
 _MOST_GAP_BITS = 40
+_AT_ONCE = 1 << 22
 
 
 def encode_corrections(true: Tensor, decoded: Tensor, threshold: float) -> Tensor:
@@ -30,8 +31,11 @@ def encode_corrections(true: Tensor, decoded: Tensor, threshold: float) -> Tenso
     Returns:
         (n_bytes,), uint8.
     """
-    fine = ((decoded.double() - true.double()).abs() <= threshold) & decoded.isfinite()
-    positions = torch.nonzero(~fine).flatten()
+    wrong = [
+        torch.nonzero(~(((some.double() - of.double()).abs() <= threshold) & some.isfinite())).flatten()
+        for some, of in zip(decoded.split(_AT_ONCE), true.split(_AT_ONCE), strict=True)
+    ]
+    positions = torch.cat([of + _AT_ONCE * number for number, of in enumerate(wrong)])
     if not len(positions):
         return as_tensor(b"")
     gaps = np.diff(positions.numpy(), prepend=-1) - 1

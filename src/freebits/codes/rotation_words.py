@@ -7,6 +7,9 @@ file would decode differently on another machine.
 import torch
 from torch import Tensor
 
+_ROWS = 8192
+"""So many are widened to float64 at a time."""
+
 
 def n_words_taken(size: int) -> int:
     """Words that make a rotation of `size`: the upper triangle and diagonal of a symmetric matrix."""
@@ -38,26 +41,44 @@ def words_from_rotation(Q: Tensor, eigenvalues: Tensor) -> Tensor:
     return X[row, column]
 
 
-def rotation_signs(W: Tensor, Q: Tensor) -> Tensor:
-    """What `recovered_rotation` cannot see: the sign of each row of `Q`, (k,), bool.
-
-    The paper stores the sign of each row's sum. It is compared here with the sum that the decoder will see,
-    so a row whose sum is nearly zero costs nothing either.
-    """
-    recovered = recovered_rotation(W, torch.zeros(len(Q), dtype=torch.bool))
-    return (recovered * Q).sum(1) < 0
-
-
-def recovered_rotation(W: Tensor, signs: Tensor) -> Tensor:
-    """The rotation `Q` that took a matrix from its canonical direction to `W` (Algorithm 2).
+def canonical_direction(W: Tensor) -> Tensor:
+    """The rotation `Q` for which `(W Q)ᵀ (W Q)` is diagonal, ascending (paper, section 3.1 and Algorithm 1).
 
     Args:
-        W: (n, k), float64, the rotated matrix.
-        signs: (k,), bool, which rows of `Q` have a negative sum.
+        W: (n, k), any float dtype, finite.
 
     Returns:
-        `Q: (k, k)`, float64.
+        (k, k), float64. Where `W` has rank `r < k`, the first `k - r` columns of `W Q` are zero.
     """
-    rows = torch.linalg.eigh(W.T @ W).eigenvectors.T
-    negative = rows.sum(1) < 0
-    return torch.where((negative ^ signs)[:, None], -rows, rows)
+    gram = torch.zeros(W.shape[1], W.shape[1], dtype=torch.float64)
+    for rows in W.split(_ROWS):
+        wide = rows.double()
+        gram.addmm_(wide.T, wide)
+    return torch.linalg.eigh(gram).eigenvectors
+
+
+def unsigned_rotation(W: Tensor) -> Tensor:
+    """The rotation `Q` that took a matrix from its canonical direction to `W` (Algorithm 2), each row with a sum >= 0.
+
+    Args:
+        W: (n, k), any float dtype, the rotated matrix.
+
+    Returns:
+        `Q: (k, k)` but for the signs of its rows, float64.
+    """
+    rows = canonical_direction(W).T
+    return with_signs(rows, rows.sum(1) < 0)
+
+
+def rotation_signs(unsigned: Tensor, Q: Tensor) -> Tensor:
+    """What `unsigned_rotation` cannot see: which rows of `Q` are the other way round, (k,), bool.
+
+    The paper stores the sign of each row's sum. Rows are compared here with those that the decoder will see, so a row
+    whose sum is nearly zero costs nothing either.
+    """
+    return (unsigned * Q).sum(1) < 0
+
+
+def with_signs(rows: Tensor, signs: Tensor) -> Tensor:
+    """Rows, those turned round whose sign is set."""
+    return torch.where(signs[:, None], -rows, rows)
