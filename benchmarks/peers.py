@@ -3,7 +3,7 @@
     python -m benchmarks.peers --data DATA [--llama-cpp SOURCE --binaries BIN] [--only "NAME; …"]
 
 DATA is a folder with `wikitext-2-raw`; SOURCE is llama.cpp's, with `convert_hf_to_gguf.py`, BIN has `llama-quantize`
-and `llama-imatrix` (without both, its rows are left out). bitsandbytes and HQQ must be installed for their rows. Their
+and `llama-imatrix` (without both, its rows are left out). bitsandbytes must be installed for its row. Their
 numbers are turned back into floating point by transformers, which then runs every model in float32: what is compared is
 what was stored, not the kernels. Bytes are those of the file (llama.cpp) or of what `save_pretrained` writes.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, HqqConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from benchmarks.off_grid import off_grid
 from benchmarks.quantise import WINDOWS, compared
@@ -37,8 +37,6 @@ LIBRARIES: dict[str, Callable[[], Any]] = {
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
     ),
-    "HQQ 4 bits, groups of 64": lambda: HqqConfig(nbits=4, group_size=64),
-    "HQQ 3 bits, groups of 64": lambda: HqqConfig(nbits=3, group_size=64),
 }
 
 

@@ -33,6 +33,7 @@ from freebits.huggingface.rounding import Goal, Shelf, write_rounded
 from freebits.huggingface.sensitivities import measure_sensitivities
 from freebits.packed import PackedFolder, publish
 from freebits.report import bytes_on_disk
+from freebits.work import Desk, Team
 
 RESULTS = Path(__file__).parent / "results" / "quantise.csv"
 HEADER = ("row", "bits", "bytes", "perplexity", "ratio", "mean_kl")
@@ -139,12 +140,11 @@ def calibrated(dense: Path, scratch: Path) -> tuple[dict[str, Shelf], Checkpoint
     source = Checkpoint(dense)
     model = BlockwiseModel(source, inner_config(source.config).from_dict(dict(source.config)), torch.device("cpu"))
     tokens = own_windows(dense, SAMPLES, WINDOW, 0, torch.device("cpu"), lambda *_: None)
-    shelves = {"none": Shelf(scratch / "plain", None), "hadamard": Shelf(scratch / "rotated", 0)}
-    for folder in ("plain", "rotated", "streams"):
-        (scratch / folder).mkdir(exist_ok=True)
-    for part in measure_sensitivities(model, tokens, scratch / "streams", 0, lambda *_: None):
-        for shelf in shelves.values():
-            shelf.add(part, source, ())
+    with Team().crew(Desk(scratch / "desk")) as crew:
+        shelves = {"none": Shelf(crew, None, ()), "hadamard": Shelf(crew, 0, (), "rotated-")}
+        for part, found in measure_sensitivities(model, tokens, crew, 0, lambda *_: None):
+            for shelf in shelves.values():
+                shelf.add(part, found, source)
     return shelves, source
 
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import freebits
 from freebits.architecture import MODEL_TYPES, Architecture
-from freebits.calibration import perplexity, principal_axes
+from freebits.calibration import covariance, perplexity, principal_axes
 from freebits.checkpoint import Checkpoint
 from freebits.errors import CheckpointError, UsageError
 from freebits.huggingface import load, slice_checkpoint, token_windows
@@ -43,7 +43,7 @@ def test_principal_axes_are_the_strongest_directions_in_order() -> None:
     generator = torch.Generator().manual_seed(0)
     Q = random_orthogonal(12, generator)
     x = torch.randn(9000, 12, generator=generator, dtype=torch.float64) * torch.linspace(6, 1, 12) @ Q.T
-    axes = principal_axes(x.float(), 4)
+    axes = principal_axes(covariance(x.float()), 4)
     assert axes.dtype == torch.float64
     assert ((axes * Q[:, :4]).sum(0).abs() > 0.98).all()
 

@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from freebits.huggingface import estimate, load, quantize, rotate_model, slice_model
     from freebits.report import inspect
     from freebits.verbs import pack, unpack
+    from freebits.work import Team
 
 __all__ = [
     "CheckpointError",
     "FreebitsError",
+    "Team",
     "UnsupportedModelError",
     "UsageError",
     "__version__",
@@ -37,6 +39,7 @@ __all__ = [
 ]
 
 _VERBS = {
+    "Team": "work",
     "compress": "compression",
     "estimate": "huggingface",
     "evaluate": "evaluation",

@@ -15,7 +15,7 @@ from freebits.evaluation import verify
 from freebits.huggingface import WINDOW, Goal, prepare, token_windows
 from freebits.packed import PackedFolder, pack_into, stage
 from freebits.report import TYPICAL_ENTROPY, bytes_on_disk, inspect, opened, write_card
-from freebits.work import Progress, silent
+from freebits.work import Desk, Progress, Team, silent
 
 MAX_KL = 0.05
 """Without a target: the largest mean KL divergence, in nats a token."""
@@ -170,7 +170,8 @@ def _without_loss(plan: Plan, folder: Path, made: Path, jobs: int | None, progre
     source = Checkpoint(folder)
     made.mkdir()
     sizes = {key: size for key, size in inspect(folder)["bytes"].items() if size is not None}
-    pack_into(made, source, None, ("auto", stage("auto")), sizes, jobs, progress)
+    with Team(jobs).crew(None) as crew:
+        pack_into(made, source, None, ("auto", stage("auto")), sizes, crew, progress)
     size = bytes_on_disk(PackedFolder(made))
     if plan.at_most is not None and size > plan.at_most:
         return None
@@ -194,9 +195,10 @@ def _rounded(
     calibration, text = texts
     held_out, positions = embedded_text()[1] if text is None else text, _positions(folder)
     token_windows(folder, held_out, min(512, positions), 1)  # before anything takes long
-    prepared = prepare(
-        *(folder, scratch), calibration=calibration, seq_len=min(WINDOW, positions), device=device, progress=progress
-    )
+    with Team(jobs).crew(Desk(scratch / "desk")) as crew:
+        prepared = prepare(
+            *(folder, crew), calibration=calibration, seq_len=min(WINDOW, positions), device=device, progress=progress
+        )
     wanted = None if plan.max_kl is None else plan.max_kl / 2
     tried: list[tuple[float, float]] = []
     while True:

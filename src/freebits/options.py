@@ -10,3 +10,5 @@ HADAMARD = "hadamard"
 ROTATIONS = ("none", HADAMARD)
 LINEAR, EMBEDDINGS = "linear", "embeddings"
 PARTS = (LINEAR, EMBEDDINGS)
+THREADS, RAY = "threads", "ray"
+BACKENDS = (THREADS, RAY)

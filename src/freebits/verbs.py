@@ -3,12 +3,12 @@
 import os
 from typing import Any
 
-from freebits.checkpoint import Checkpoint, located, new_directory
+from freebits.checkpoint import Checkpoint, Task, located, new_directory
 from freebits.errors import CheckpointError
 from freebits.options import CANONICAL
 from freebits.packed import PackedFolder, chosen, is_packed, pack_into, stage, unpack_into
 from freebits.report import inspect, write_card
-from freebits.work import Progress, silent
+from freebits.work import Progress, Team, silent
 
 
 def pack(
@@ -19,6 +19,8 @@ def pack(
     entropy: str = "auto",
     threshold: float | None = None,
     jobs: int | None = None,
+    team: Team | None = None,
+    resume: bool = True,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Pack a checkpoint: a sliced one without the bits of its rotations, any other bit for bit.
@@ -36,10 +38,12 @@ def pack(
             0.01. The paper uses 0.01 for OPT and 0.005 for Llama 2.
         jobs: blocks to work on at once, by default one a thread of PyTorch's, at most four. Memory holds twice as many
             and one embedding.
+        team: who does the work, if not `jobs` threads of this process: Ray, or processes of a cluster.
+        resume: go on with what a stopped run of the same arguments left, block by block.
         progress: called after each block, with codec `none` after each tensor.
 
     Returns:
-        What `inspect(out)` says.
+        What `inspect(out)` says; of a process that does not lead nothing.
 
     Raises:
         UsageError: there is no such codec, the threshold is negative or not the codec's, or `jobs` is less than one.
@@ -52,8 +56,13 @@ def pack(
         raise CheckpointError(f"{model} is packed already: unpack it first")
     source = Checkpoint(model)
     sizes = {key: n for key, n in inspect(model)["bytes"].items() if n is not None}
-    with new_directory(out) as directory:
-        pack_into(directory, source, preset, (entropy, code), sizes, jobs, progress)
+    team = team or Team(jobs)
+    arguments = {"codec": codec, "entropy": entropy, "threshold": threshold}
+    task = Task("pack", source.path, arguments, team, resume) if preset or team.shared else None  # else it is copying
+    with new_directory(out, task) as directory, team.crew(task.desk(directory) if task else None) as crew:
+        pack_into(directory, source, preset, (entropy, code), sizes, crew, progress)
+        if not crew.leads:
+            return {}
         write_card(directory, source.path)
         return inspect(directory)
 

@@ -10,9 +10,17 @@ from torch import Tensor
 
 
 class Runner(Protocol):
-    """Runs a dense model: its embedding, one block's sublayers at a time, its head."""
+    """Runs a dense model: its embedding, one block's sublayers at a time, its head.
+
+    Streams are on the CPU, whatever the device.
+
+    Attributes:
+        device: where it runs.
+        loaded: the block that it can run.
+    """
 
     device: torch.device
+    loaded: int | None
 
     def embed(self, tensors: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
         """The stream before the first block, (windows, T, D), for tokens (windows, T)."""

@@ -14,6 +14,7 @@ from freebits.checkpoint.beside import (
     stays_inside,
     write_remote_code,
 )
+from freebits.checkpoint.drafts import Task, text_digest
 from freebits.checkpoint.folder import (
     CONFIG,
     INDEX,
@@ -41,6 +42,7 @@ __all__ = [
     "CheckpointWriter",
     "Entry",
     "Source",
+    "Task",
     "WeightsFile",
     "WeightsWriter",
     "auto_map",
@@ -59,6 +61,7 @@ __all__ = [
     "restore_card",
     "shard_bytes",
     "stays_inside",
+    "text_digest",
     "write_json",
     "write_remote_code",
 ]

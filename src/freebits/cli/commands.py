@@ -3,6 +3,7 @@
 import tempfile
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -26,6 +27,7 @@ from freebits.evaluation import evaluate, verify
 from freebits.huggingface import estimate, quantize, rotate_model, slice_model
 from freebits.report import inspect
 from freebits.verbs import pack, unpack
+from freebits.work import Team
 
 OK, FAILED = 0, 1
 
@@ -119,9 +121,11 @@ def run_slice(arguments: Namespace) -> int:
         device=arguments.device,
         dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
         force=arguments.force,
+        team=_team(arguments, jobs=1),
+        resume=arguments.resume,
         progress=progress_bar("slice"),
     )
-    return print_facts(facts, arguments.json)
+    return _told(facts, arguments)
 
 
 def run_pack(arguments: Namespace) -> int:
@@ -132,10 +136,11 @@ def run_pack(arguments: Namespace) -> int:
         codec=arguments.codec,
         entropy=arguments.entropy,
         threshold=arguments.threshold,
-        jobs=arguments.jobs,
+        team=_team(arguments),
+        resume=arguments.resume,
         progress=progress_bar("pack"),
     )
-    return print_facts(facts, arguments.json)
+    return _told(facts, arguments)
 
 
 def run_quantize(arguments: Namespace) -> int:
@@ -154,10 +159,11 @@ def run_quantize(arguments: Namespace) -> int:
         seq_len=arguments.seq_len,
         seed=arguments.seed,
         device=arguments.device,
-        jobs=arguments.jobs,
+        team=_team(arguments),
+        resume=arguments.resume,
         progress=progress_bar("quantize"),
     )
-    return print_facts(facts, arguments.json)
+    return _told(facts, arguments)
 
 
 def run_rotate(arguments: Namespace) -> int:
@@ -237,6 +243,23 @@ def run_eval(arguments: Namespace) -> int:
                     rows.append((task, metric, f"{value:.4f}", "" if error is None else f"{error:.4f}"))
         print_table(rows)
     return OK
+
+
+def _told(facts: dict[str, Any], arguments: Namespace) -> int:
+    """Print what was made, which only the process knows that leads."""
+    return print_facts(facts, arguments.json) if facts else OK
+
+
+def _team(arguments: Namespace, jobs: int | None = None) -> Team:
+    """Who does the work."""
+    return Team(
+        jobs=jobs or arguments.jobs,
+        backend=arguments.backend,
+        address=arguments.ray_address,
+        rank=arguments.rank,
+        world=arguments.world,
+        spills=getattr(arguments, "spill", False),
+    )
 
 
 def _text(path: Path | None) -> str | None:

@@ -5,7 +5,18 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from freebits.errors import one_line
-from freebits.options import CANONICAL, CODECS, DTYPES, ENTROPIES, INTEGERS, METHODS, PARTS, ROTATIONS
+from freebits.options import (
+    BACKENDS,
+    CANONICAL,
+    CODECS,
+    DTYPES,
+    ENTROPIES,
+    INTEGERS,
+    METHODS,
+    PARTS,
+    ROTATIONS,
+    THREADS,
+)
 from freebits.version import __version__
 
 BAD_INPUT = 2
@@ -28,6 +39,23 @@ def size(text: str) -> int:
     if not 0 < value < 2**62:
         raise ValueError(text)
     return round(value)
+
+
+def _who_works(verb: Any) -> None:
+    """Options of what can be stopped, gone on with, and spread over machines."""
+    group = verb.add_argument_group("large models", "a stopped run is gone on with by the same command")
+    group.add_argument("--no-resume", dest="resume", action="store_false", help="begin anew")
+    group.add_argument("--backend", choices=BACKENDS, default=THREADS, help="ray: pip install 'freebits[ray]'")
+    group.add_argument("--ray-address", metavar="ADDRESS", help="of a Ray cluster (default: this machine)")
+    group.add_argument("--rank", type=int, default=0, help="number of this process among --world, from 0")
+    group.add_argument(
+        "--world",
+        type=int,
+        default=1,
+        help="processes that are given this command, each with its rank, and see the same folders",
+    )
+    if verb.prog.endswith("slice"):
+        group.add_argument("--spill", action="store_true", help="keep the calibration's activations on disk")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -257,6 +285,9 @@ def build_parser() -> argparse.ArgumentParser:
     unpack_.add_argument("out", metavar="OUT", type=Path, help="folder to create; it must not exist")
     for added in (compress_, pack_, quantize_, unpack_):
         added.add_argument("--jobs", type=int, help="blocks at once (default: as many as CPU threads, at most four)")
+
+    for added in (slice_, pack_, quantize_):
+        _who_works(added)
 
     inspect_ = command(
         "inspect", "run_inspect", "say what a folder holds and how large it is", "Reads headers, not tensors."

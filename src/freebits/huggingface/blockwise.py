@@ -1,5 +1,6 @@
 """Run any causal language model of transformers with one block in memory, forwards and backwards."""
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -12,6 +13,8 @@ from transformers.pytorch_utils import Conv1D
 from freebits.checkpoint import Source
 from freebits.errors import UnsupportedModelError
 
+_building = threading.Lock()
+"""Making a model changes what holds for all threads: transformers sets PyTorch's dtype, we how parameters are made."""
 Run = Callable[[Tensor], Tensor]
 """A block: the stream before it, (1, T, D), to the stream after it."""
 
@@ -37,7 +40,10 @@ class BlockwiseModel:
     def __init__(self, source: Source, config: PreTrainedConfig, device: torch.device) -> None:
         self.device = device
         self._source = source
+        self._config = config
         self._model = dense_model(config)
+        self._loaded: int | None = None
+        self._is_filled = False
         stacks = [
             (name, module)
             for name, module in self._model.named_modules()
@@ -51,15 +57,15 @@ class BlockwiseModel:
         names = {id(module): name for name, module in self._model.named_modules()}
         embedding, head = self._model.get_input_embeddings(), self._model.get_output_embeddings()
         self.embedding = f"{names[id(embedding)]}.weight"
-        tied = head.weight is embedding.weight
-        self.head = self.embedding if tied else f"{names[id(head)]}.weight"
+        self._tied = head.weight is embedding.weight
+        self.head = self.embedding if self._tied else f"{names[id(head)]}.weight"
         self._model.set_submodule(stack, nn.ModuleList(Recorder(layer) for layer in layers))
         self._recorders: list[Recorder] = list(self._model.get_submodule(stack))
-        if tied:
-            head._parameters["weight"] = None
-        self._fill(self._model, "")
-        if tied:
-            head.weight = embedding.weight
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Without any weights, but with the context in which blocks run."""
+        contexts = [(recorder.args, recorder.kwargs, recorder.as_tuple) for recorder in self._recorders]
+        return _again, (self._source, self._config, self.device, contexts)
 
     def matrices(self, block: int) -> dict[str, Tensor]:
         """What a block multiplies by, by name: weights of linear layers, and `name[3]` of a stack of experts."""
@@ -86,21 +92,24 @@ class BlockwiseModel:
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> Iterator[Tensor]:
         """The stream before the first block, (1, T, D), of each window of tokens, (windows, T)."""
-        with self.block(0) as run:
-            self._recorders[0].stops = True  # how its result is to be given, it knows after it has run
-            with suppress(_Stopped):
-                self._model.base_model(input_ids=tokens[:1].to(self.device), use_cache=False)
-            self._recorders[0].stops = False
-            run(self._recorders[0].stream)
-            for window in tokens.to(self.device).split(1):
-                self._model.base_model(input_ids=window, use_cache=False)
-                yield self._recorders[0].stream
+        self._fill_around()
+        run = self.block(0)
+        self._recorders[0].stops = True  # how its result is to be given, it knows after it has run
+        with suppress(_Stopped):
+            self._model.base_model(input_ids=tokens[:1].to(self.device), use_cache=False)
+        self._recorders[0].stops = False
+        run(self._recorders[0].stream)
+        for window in tokens.to(self.device).split(1):
+            self._model.base_model(input_ids=window, use_cache=False)
+            yield self._recorders[0].stream
 
-    @contextmanager
-    def block(self, number: int) -> Iterator[Run]:
-        """A block, in memory as long as this lasts, in the context of the windows embedded last."""
+    def block(self, number: int) -> Run:
+        """A block, in memory until another one is, in the context of the windows embedded last."""
         block, recorder = self._blocks[number], self._recorders[number]
-        self._fill(block, self.blocks[number])
+        if self._loaded != number:
+            self.unload()
+            self._fill(block, self.blocks[number])
+            self._loaded = number
 
         def run(x: Tensor) -> Tensor:
             result = block(x, *recorder.args, **recorder.kwargs)
@@ -109,13 +118,17 @@ class BlockwiseModel:
             stream: Tensor = result[0] if isinstance(result, tuple) else result
             return stream
 
-        try:
-            yield run
-        finally:
-            block.to("meta")
+        return run
+
+    def unload(self) -> None:
+        """Have no block in memory."""
+        if self._loaded is not None:
+            self._blocks[self._loaded].to("meta")
+        self._loaded = None
 
     def logits(self, x: Tensor, window: Tensor) -> Tensor:
         """(T, V), for the stream after the last block, (1, T, D), of a window (T,)."""
+        self._fill_around()
         self._recorders[-1].substitute = x
         result: Tensor = self._model(input_ids=window[None].to(self.device), use_cache=False).logits[0]
         self._recorders[-1].substitute = None
@@ -126,6 +139,18 @@ class BlockwiseModel:
         """Whose inputs are the final hidden states."""
         module: nn.Module = self._model.get_output_embeddings()
         return module
+
+    def _fill_around(self) -> None:
+        """Read what is no block's: embeddings, norms, head."""
+        if self._is_filled:
+            return
+        self._is_filled = True
+        head = self.head_module
+        if self._tied:
+            head._parameters["weight"] = None
+        self._fill(self._model, "")
+        if self._tied:
+            head.weight = self._model.get_input_embeddings().weight
 
     def _fill(self, module: nn.Module, prefix: str) -> None:
         """Read the tensors of a module that are on no device yet, and buffers that are stored."""
@@ -141,9 +166,22 @@ class BlockwiseModel:
                     inner._buffers[key] = self._source[name].to(self.device)
 
 
+def _again(
+    source: Source,
+    config: PreTrainedConfig,
+    device: torch.device,
+    contexts: list[tuple[tuple[Any, ...], dict[str, Any], bool]],
+) -> BlockwiseModel:
+    """The same model in another process."""
+    model = BlockwiseModel(source, config, device)
+    for recorder, (args, kwargs, as_tuple) in zip(model._recorders, contexts, strict=True):
+        recorder.args, recorder.kwargs, recorder.as_tuple = args, kwargs, as_tuple
+    return model
+
+
 def dense_model(config: PreTrainedConfig) -> Any:
     """The library's model, to run in float32, its parameters without memory."""
-    with _parameters_on_meta():
+    with _building, _parameters_on_meta():
         kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         config._experts_implementation = "eager"  # one after another, so that each can be watched
         return kind(config).to(torch.float32).eval()

@@ -1,16 +1,16 @@
 """Quantise a checkpoint folder into a packed one."""
 
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from freebits.checkpoint import Checkpoint, located, new_directory
+from freebits.checkpoint import Checkpoint, Task, located, new_directory, text_digest
 from freebits.errors import UnsupportedModelError, UsageError
 from freebits.huggingface.blockwise import BlockwiseModel
 from freebits.huggingface.loading import device_of
@@ -25,7 +25,7 @@ from freebits.packed import PackedFolder, history_of, publish, stage
 from freebits.quantization import Budget, Sensitivity
 from freebits.report import inspect, opened, write_card
 from freebits.version import __version__
-from freebits.work import Progress, silent
+from freebits.work import Crew, Progress, Team, silent
 
 SAMPLES, WINDOW = 32, 256
 
@@ -47,6 +47,8 @@ def quantize(
     device: str = "cpu",
     entropy: str = "auto",
     jobs: int | None = None,
+    team: Team | None = None,
+    resume: bool = True,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Quantise the matrices of any causal language model: lossy.
@@ -69,10 +71,13 @@ def quantize(
         device: where to run the model.
         entropy: stage for what is not quantised, as in `pack`.
         jobs: matrices to round at once.
+        team: who measures, if not this process alone: Ray, or processes of a cluster, among whom windows of text are
+            spread. Whoever leads does the rounding.
+        resume: go on with what a stopped run of the same arguments left, block by block.
         progress: called after each step.
 
     Returns:
-        What `inspect(out)` says.
+        What `inspect(out)` says; of a process that does not lead nothing.
 
     Raises:
         UsageError: an argument makes no sense.
@@ -85,11 +90,13 @@ def quantize(
     if rotate not in ROTATIONS or only not in (None, *PARTS):
         raise UsageError(f"there is no rotation {rotate!r} or no part {only!r}: see freebits quantize --help")
     code, model = stage(entropy), located(model)
-    with new_directory(out) as directory:
-        scratch = directory / "scratch"
-        scratch.mkdir()
+    said = {"method": method, "bits": bits, "size": target_size, "kl": target_kl, "rotate": rotate, "only": only}
+    said |= {"samples": samples, "seq_len": seq_len, "seed": seed, "device": device, "entropy": entropy}
+    team = team or Team(jobs)
+    task = Task("quantize", Path(model), said | {"text": text_digest(calibration)}, team, resume)
+    with new_directory(out, task) as directory, team.crew(task.desk(directory)) as crew:
         prepared = prepare(
-            *(model, scratch),
+            *(model, crew),
             rotate=rotate,
             only=only,
             calibration=calibration,
@@ -99,8 +106,9 @@ def quantize(
             device=device,
             progress=progress,
         )
+        if not crew.leads:
+            return {}
         prepared.write(directory, goal, entropy, code, jobs, progress)
-        shutil.rmtree(scratch)
         write_card(directory, prepared.source.path)
         return inspect(directory)
 
@@ -147,7 +155,7 @@ class Prepared:
 
 def prepare(
     model: str | os.PathLike[str],
-    scratch: Path,
+    crew: Crew,
     *,
     rotate: str = "none",
     only: str | None = None,
@@ -158,7 +166,10 @@ def prepare(
     device: str = "cpu",
     progress: Progress = silent,
 ) -> Prepared:
-    """Measure how much a model depends on each of its matrices; arguments as of `quantize`, notes lie in `scratch`."""
+    """Measure how much a model depends on each of its matrices; arguments as of `quantize`.
+
+    What is found lies on the crew's desk, which must last as long as it is used.
+    """
     source = opened(model)
     if source.config.get("quantization_config"):
         raise UnsupportedModelError(
@@ -168,8 +179,9 @@ def prepare(
     named = InMemory(source, config)
     blockwise = BlockwiseModel(named, config, device_of(device))
     transposed = {name for of in blockwise.transposed for name in named.origins(of)}
-    tokens = _tokens(source.path, calibration, samples, seq_len, seed, blockwise.device, progress)
-    shelf = Shelf(scratch, seed if rotate == HADAMARD else None)
+    write = partial(_tokens, source.path, calibration, samples, seq_len, seed, blockwise.device)
+    tokens = crew.agree("text", write, progress)
+    shelf = Shelf(crew, seed if rotate == HADAMARD else None, transposed)
     embeddings = {blockwise.embedding, blockwise.head}
     stacked = [
         of for number in range(len(blockwise.blocks)) for of in blockwise.matrices(number) if not named.origins(of)
@@ -178,9 +190,11 @@ def prepare(
         raise UnsupportedModelError(
             f"{stacked[0]} is part of a stack in the file, too: experts are quantised one by one"
         )
-    for part in measure_sensitivities(blockwise, tokens, scratch, seed, progress):
-        chosen = {n: s for n, s in part.items() if only is None or (n in embeddings) == (only == EMBEDDINGS)}
-        shelf.add(_as_stored(chosen, named), source, transposed)
+    for part, found in measure_sensitivities(blockwise, tokens, crew, seed, progress):
+        if found is not None:
+            found = {n: s for n, s in found.items() if only is None or (n in embeddings) == (only == EMBEDDINGS)}
+            found = _as_stored(found, named)
+        shelf.add(part, found, source)
     text = "its own" if calibration is None else "given"
     facts = {"rotate": rotate, "text": text, "samples": len(tokens), "seq_len": seq_len, "seed": seed}
     return Prepared(source, shelf, facts, _sizes(model))

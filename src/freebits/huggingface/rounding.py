@@ -4,12 +4,11 @@ import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from freebits.checkpoint import ENTRY, Checkpoint, CheckpointWriter, Source, shard_bytes
@@ -32,7 +31,7 @@ from freebits.quantization import (
     stepped,
     whitener,
 )
-from freebits.work import Progress, ordered_map, workers
+from freebits.work import Crew, Desk, Progress, kept, ordered_map, workers
 
 BITS, MOST_BITS = 4.0, 12
 _TOGETHER = 1 << 22
@@ -92,43 +91,83 @@ class Goal:
         return *gridded(W, U if self.method == GPTQ else None, int(amount)), torch.tensor([int(amount), GROUP])
 
 
+@kept
+@dataclass(frozen=True)
+class Known:
+    """What is known of a matrix: where its `U` lies, its rows' steps, and the counts of its budget."""
+
+    key: str
+    rows: Tensor
+    counts: Tensor
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A Gram matrix, and the information of the rows of those matrices that share it, by their names."""
+
+    key: str
+    gram: Tensor
+    information: dict[str, Tensor] = field(default_factory=dict)
+
+
 class Shelf:
-    """What is known of each matrix, in files until it is rounded.
+    """What is known of each matrix, on a desk until it is rounded.
 
     Attributes:
         budgets: of each matrix.
         seed: of the rotation in which matrices are rounded; None for none.
         transposed: names of the matrices that are stored as (inputs, outputs).
+
+    Args:
+        crew: whose desk it is, and who does the work.
+        seed: see above.
+        transposed: see above.
+        label: of this shelf, where the desk has several.
     """
 
-    def __init__(self, directory: Path, seed: int | None) -> None:
-        self._directory = directory
-        self._places: dict[str, tuple[Path, Tensor]] = {}
+    def __init__(self, crew: Crew, seed: int | None, transposed: Collection[str], label: str = "") -> None:
+        self._crew = crew
+        self._label = label
+        self._places: dict[str, tuple[str, Tensor]] = {}
         self.budgets: dict[str, Budget] = {}
         self.seed = seed
-        self.transposed: set[str] = set()
+        self.transposed = frozenset(transposed)
 
     def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
         """Of a matrix `U` and its rows' steps."""
-        path, rows = self._places[name]
-        return load_file(path)["U"], rows
+        key, rows = self._places[name]
+        return self._desk.get(key), rows
 
-    def add(self, part: Mapping[str, Sensitivity], source: Source, transposed: Collection[str]) -> None:
-        """Take in a part of the model; matrices with one Gram matrix share what is made of it."""
-        self.transposed |= part.keys() & {*transposed}
-        made: dict[int, Path] = {}
-        for name, sensitivity in part.items():
+    @property
+    def _desk(self) -> Desk:
+        if self._crew.desk is None:
+            raise LookupError("a shelf without a desk")
+        return self._crew.desk
+
+    def add(self, part: str, found: Mapping[str, Sensitivity] | None, source: Source) -> None:
+        """Take in a part of the model; matrices with one Gram matrix share what is made of it.
+
+        Args:
+            part: its name.
+            found: what was measured, by the names of the source; None where it lies on the desk.
+            source: the model.
+        """
+        stage = f"{self._label}{part}"
+        items: dict[int, _Item] = {}
+        for name, sensitivity in (found or {}).items():
             if not (sensitivity.gram.isfinite().all() and sensitivity.information.isfinite().all()):
                 raise CheckpointError(f"what {name} reads or leads to is not finite: the model overflows or is damaged")
-            key, gram, information = id(sensitivity.gram), sensitivity.gram, sensitivity.information
-            if self.seed is not None:  # a rotation spreads over all rows what is known of each
-                gram, information = rotated(gram, self.seed), information.mean().expand(len(information))
-            if key not in made:
-                made[key] = self._directory / f"{len(self._places)}.safetensors"
-                save_file({"U": whitener(gram, DAMPING).float().contiguous()}, made[key])
-            self._places[name] = (made[key], row_steps(information))
-            U, rows = self[name]
-            self.budgets[name] = Budget.of(self.matrix(source, name), rows, U.diagonal())
+            of_gram = items.setdefault(id(sensitivity.gram), _Item(f"whitener-{stage}-{len(items)}", sensitivity.gram))
+            of_gram.information[name] = sensitivity.information
+        known: dict[str, Known] = {}
+        if not self._crew.has(f"known-{stage}"):
+            for some in self._crew.share(
+                f"rows-{stage}", partial(_whitened, self._desk, source, self.seed, self.transposed), items.values()
+            ):
+                known |= some
+        known = self._crew.agree(f"known-{stage}", dict, known)
+        self._places |= {name: (of.key, of.rows) for name, of in known.items()}
+        self.budgets |= {name: Budget(of.counts.numpy()) for name, of in known.items()}
 
     def only(self, names: Collection[str]) -> "Shelf":
         """The same for some of the matrices."""
@@ -138,8 +177,7 @@ class Shelf:
 
     def matrix(self, source: Source, name: str) -> Tensor:
         """A matrix as it is rounded."""
-        W = source[name].T if name in self.transposed else source[name]
-        return W if self.seed is None else rotated(W, self.seed)
+        return _matrix(source, self.seed, self.transposed, name)
 
     def recipes(self, makes: Mapping[str, Kind]) -> tuple[dict[str, Kind], tuple[Recipe, ...]]:
         """What is rounded in the place of some matrices, and how they are made of it."""
@@ -156,6 +194,26 @@ class Shelf:
                 now, of = f"{now}.rotated", turned
             rounded[now] = of
         return rounded, tuple(reversed(recipes))
+
+
+def _matrix(source: Source, seed: int | None, transposed: Collection[str], name: str) -> Tensor:
+    W = source[name].T if name in transposed else source[name]
+    return W if seed is None else rotated(W, seed)
+
+
+def _whitened(
+    desk: Desk, source: Source, seed: int | None, transposed: Collection[str], item: _Item
+) -> dict[str, Known]:
+    """Lay `U` of a Gram matrix on the desk; what is known of the matrices that share it."""
+    of, gram = item.information, item.gram
+    if seed is not None:  # a rotation spreads over all rows what is known of each
+        gram = rotated(gram, seed)
+        of = {name: information.mean().expand(len(information)) for name, information in of.items()}
+    U = whitener(gram, DAMPING).float()
+    desk.put(item.key, U)
+    rows = {name: row_steps(information) for name, information in of.items()}
+    budgets = {n: Budget.of(_matrix(source, seed, transposed, n), rows[n], U.diagonal()) for n in of}
+    return {name: Known(item.key, rows[name], torch.from_numpy(budgets[name].counts)) for name in of}
 
 
 def write_rounded(

@@ -33,6 +33,13 @@ class BlockRunner:
         for recorder in self._recorders:
             recorder.as_tuple = architecture.family.in_tuple
         self._number = 0
+        self._config = config
+        self.loaded: int | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Without any weights, but with the context in which blocks run."""
+        contexts = [(recorder.args, recorder.kwargs) for recorder in self._recorders]
+        return _again, (self._config, self._architecture, self.device, contexts)
 
     @torch.no_grad()
     def embed(self, tensors: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
@@ -43,7 +50,7 @@ class BlockRunner:
         streams = []
         for window in tokens.to(self.device).split(1):
             self._model.base_model(input_ids=window, use_cache=False)
-            streams.append(self._recorders[0].stream)
+            streams.append(self._recorders[0].stream.cpu())
         for recorder in self._recorders:
             recorder.stream = torch.empty(0)
         return torch.cat(streams)
@@ -51,24 +58,27 @@ class BlockRunner:
     @torch.no_grad()
     def load(self, block: int, tensors: Mapping[str, Tensor]) -> None:
         """Take over the folded tensors of block number `block`; its shortcuts stay identities."""
+        self.loaded = None
         self._blocks[self._number].to("meta")
         self._number = block
         shortcuts = {sub.shortcut.weight for sub in self._architecture.sublayers}
         norms = [norm for sub in self._architecture.parts[1 + block].sublayers for norm in sub.norms]
         bare = {norm.weight: torch.ones(()) for norm in norms} | {norm.bias: torch.zeros(()) for norm in norms}
         self._fill(bare | {name: tensor for name, tensor in tensors.items() if name not in shortcuts})
+        self.loaded = block
 
     @torch.no_grad()
     def run(self, sublayer: int, x: Tensor) -> Tensor:
         """The stream after the loaded block's `sublayer`, (1, T, D)."""
-        return self._blocks[self._number].run(sublayer, x, **self._recorders[self._number].context)
+        context = self._recorders[self._number].context
+        return self._blocks[self._number].run(sublayer, x.to(self.device), **context).cpu()
 
     @torch.no_grad()
     def losses(self, tensors: Mapping[str, Tensor], x: Tensor, tokens: Tensor) -> list[float]:
         """Mean negative log-likelihood, in nats, of each window's tokens after the first.
 
         Args:
-            tensors: the final norm and the head, or the token embedding where it is the head.
+            tensors: the embeddings, the final norm and the head, unless the token embedding is the head.
             x: the stream after the last block, (windows, T, D).
             tokens: (windows, T).
         """
@@ -76,9 +86,11 @@ class BlockRunner:
         weight = tensors[head.weight if head.weight in tensors else embedding.weight]
         self._fill({name: tensors[name] for name in (norm.weight, norm.bias, head.bias) if name in tensors})
         self._fill({head.weight: weight})
+        embeddings = {name: of for name, of in tensors.items() if name in self._architecture.parts[0].weights}
+        self._fill({name: of for name, of in embeddings.items() if self._model.get_parameter(name).is_meta})
         losses = []
         for stream, window in zip(x, tokens.to(self.device), strict=True):
-            self._recorders[-1].substitute = stream[None]
+            self._recorders[-1].substitute = stream[None].to(self.device)
             logits = self._model(input_ids=window[None], use_cache=False).logits[0, :-1]
             losses.append(cross_entropy(logits, window[1:]).item())
         self._recorders[-1].substitute = None
@@ -98,3 +110,16 @@ class BlockRunner:
                 shape = empty.shape if tensor.ndim == 0 else tensor.shape
                 wide = torch.empty(shape, device=self.device).copy_(tensor)
                 module._parameters[key] = nn.Parameter(wide, requires_grad=False)
+
+
+def _again(
+    config: PreTrainedConfig,
+    architecture: Architecture,
+    device: torch.device,
+    contexts: list[tuple[tuple[Any, ...], dict[str, Any]]],
+) -> BlockRunner:
+    """A runner in another process."""
+    runner = BlockRunner(config, architecture, device)
+    for recorder, (args, kwargs) in zip(runner._recorders, contexts, strict=True):
+        recorder.args, recorder.kwargs = args, kwargs
+    return runner

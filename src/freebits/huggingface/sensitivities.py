@@ -1,8 +1,8 @@
 """Measure how much a model's output depends on each of its matrices: one pass forwards, one backwards."""
 
-from collections.abc import Collection, Iterator, Mapping
-from functools import cached_property
-from pathlib import Path
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,15 +13,51 @@ from torch.overrides import TorchFunctionMode
 from freebits.huggingface.blockwise import BlockwiseModel
 from freebits.huggingface.own_text import drawn
 from freebits.quantization import Sensitivity
-from freebits.work import Progress
+from freebits.work import Crew, Progress, kept
 
+_AT_ONCE = 4096
+"""Tokens of a chunk, which is the least that a member of the crew works on."""
 _TEMPER = 0.25
 """Power with which a token's frequency counts: a text tells which tokens are rare, not how rare they are elsewhere."""
 
 
+@kept
+@dataclass(frozen=True)
+class Chunk:
+    """Some windows, and the stream or the gradient there.
+
+    Attributes:
+        number: of the chunk.
+        tokens: (windows, T).
+        x: (windows, T, D).
+    """
+
+    number: int
+    tokens: Tensor
+    x: Tensor
+
+
+@kept
+@dataclass(frozen=True)
+class Sums:
+    """What was seen of a matrix in a chunk.
+
+    Attributes:
+        leader: the first of those that read the same, as queries, keys and values do, which has their Gram matrix.
+        n_inputs: how many inputs came.
+        gram: `Σ x xᵀ` over them, of a leader.
+        squares: of the gradients at what came out, by row.
+    """
+
+    leader: str
+    n_inputs: int
+    gram: Tensor | None
+    squares: Tensor
+
+
 def measure_sensitivities(
-    model: BlockwiseModel, tokens: Tensor, scratch: Path, seed: int, progress: Progress
-) -> Iterator[dict[str, Sensitivity]]:
+    model: BlockwiseModel, tokens: Tensor, crew: Crew, seed: int, progress: Progress
+) -> Iterator[tuple[str, dict[str, Sensitivity] | None]]:
     """How much the output depends on the matrices of each block, from the last on, and then on embedding and head.
 
     Labels are drawn from the model's own predictions, so that squared gradients are its Fisher information.
@@ -29,40 +65,78 @@ def measure_sensitivities(
     Args:
         model: the model.
         tokens: (windows, T), calibration text.
-        scratch: a folder for the stream between the blocks.
+        crew: whose members run some of the windows each; the stream between blocks lies on its desk.
         seed: of the draw.
         progress: called after each block, forwards and backwards.
+
+    Yields:
+        A name for the part, and what was found; None where `known-name` lies on the desk already.
     """
-    n_blocks = len(model.blocks)
-    streams = [_in_file(scratch / "stream-0", torch.cat(list(model.embed(tokens))))]
-    for number in range(n_blocks):
-        with model.block(number) as run, torch.no_grad():
-            after = torch.cat([run(window.to(model.device)).cpu() for window in streams[-1].split(1)])
-        streams.append(_in_file(scratch / f"stream-{number + 1}", after))
-        progress(number + 1, 2 * n_blocks)
-    hidden, likely, gradient = _head(model, tokens, streams.pop(), seed)
+    n_blocks, parts = len(model.blocks), tokens.split(max(1, _AT_ONCE // tokens.shape[1]))
+    chunks = [Chunk(number, some, torch.cat(list(model.embed(some))).cpu()) for number, some in enumerate(parts)]
+    held = crew.hold("stream-0", chunks)
+    crew.keep("stream-0", held)
+    if not crew.has("head"):
+        held = _forwards(model, crew, held, progress)
+        measure = partial(_head, model, seed)
+        held, sums = crew.spread("head-sums", measure, held)
+        crew.keep(f"gradient-{n_blocks}", held)
+        hidden, likely = crew.agree("head", _added, sums)
+    else:
+        held = []
+        hidden, likely = crew.agree("head", _added, [])
     for number in reversed(range(n_blocks)):
-        found, gradient = _block(model, number, streams.pop(), gradient)
-        yield found
+        name = str(number)
+        if crew.has(f"known-{name}") and crew.has_kept(f"gradient-{number}", len(parts)):
+            held = []
+            yield name, None
+        else:
+            held = held or crew.kept(f"gradient-{number + 1}", len(parts))
+            streams = crew.kept(f"stream-{number}", len(parts))
+            held, seen = crew.spread(f"backward-{number}", partial(_backwards, model, number), held, streams)
+            del streams
+            crew.keep(f"gradient-{number}", held)
+            yield name, _sensitivities(model.matrices(number).keys(), seen, tokens.numel())
+        for stage in (f"stream-{number + 2}", f"backward-{number + 2}", f"gradient-{number + 3}"):
+            crew.forget(stage)  # of which nobody is so far behind
         progress(2 * n_blocks - number, 2 * n_blocks)
-    yield _embeddings(model, hidden, likely, gradient)
+    model.unload()
+    held = held or crew.kept("gradient-0", len(parts))
+    _, grams = crew.spread("embedding", _outer, held)
+    yield "embeddings", _embeddings(model, hidden, likely, sum(grams[1:], grams[0]), tokens.numel())
 
 
-def _in_file(path: Path, stream: Tensor) -> Tensor:
-    """The same in a file: there is a stream for each block."""
-    flat = torch.from_file(str(path), shared=True, size=stream.numel(), dtype=stream.dtype)
-    return flat.view(stream.shape).copy_(stream)
+def _forwards(model: BlockwiseModel, crew: Crew, held: list[Any], progress: Progress) -> list[Any]:
+    """The stream after the last block; that before each block lies on the desk."""
+    n_blocks, n_chunks = len(model.blocks), len(held)
+    for number in range(n_blocks):
+        if crew.has_kept(f"stream-{number + 1}", n_chunks):
+            held = []
+        else:
+            held = held or crew.kept(f"stream-{number}", n_chunks)
+            held, _ = crew.spread(f"forward-{number}", partial(_forward, model, number), held)
+            crew.keep(f"stream-{number + 1}", held)
+        progress(number + 1, 2 * n_blocks)
+    return held or crew.kept(f"stream-{n_blocks}", n_chunks)
 
 
-def _head(model: BlockwiseModel, tokens: Tensor, stream: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean `x xᵀ` over the head's inputs; how likely each token is; the gradient at the stream."""
-    generator = torch.Generator(model.device).manual_seed(seed)
+def _forward(model: BlockwiseModel, number: int, chunk: Chunk) -> tuple[Chunk, None]:
+    run = model.block(number)
+    with torch.no_grad():
+        x = torch.cat([run(window.to(model.device)).cpu() for window in chunk.x.split(1)])
+    return replace(chunk, x=x), None
+
+
+def _head(model: BlockwiseModel, seed: int, chunk: Chunk) -> tuple[Chunk, tuple[Tensor, Tensor, int]]:
+    """The gradient at the stream; `Σ x xᵀ` over the head's inputs, how likely each token is, and of how many."""
+    model.unload()
+    generator = torch.Generator(model.device).manual_seed(seed + chunk.number)
     inputs: list[Tensor] = []
     gram: Any = 0
     likely: Any = 0
     handle = model.head_module.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
     gradients = []
-    for window, x in zip(tokens, stream.split(1), strict=True):
+    for window, x in zip(chunk.tokens, chunk.x.split(1), strict=True):
         leaf = x.to(model.device).clone().requires_grad_()
         logits = model.logits(leaf, window)[:-1]
         chances = logits.detach().softmax(-1)
@@ -72,29 +146,58 @@ def _head(model: BlockwiseModel, tokens: Tensor, stream: Tensor, seed: int) -> t
         rows = inputs.pop().flatten(0, -2)
         gram = gram + rows.T @ rows
     handle.remove()
-    n_tokens = tokens.numel()
-    return gram / n_tokens, likely / n_tokens, torch.cat(gradients)
+    return replace(chunk, x=torch.cat(gradients)), (gram.cpu(), likely.cpu(), chunk.tokens.numel())
 
 
-def _block(
-    model: BlockwiseModel, number: int, stream: Tensor, gradient: Tensor
-) -> tuple[dict[str, Sensitivity], Tensor]:
-    """Of its matrices, and the gradient at its input, from that at its output."""
+def _added(sums: Sequence[tuple[Tensor, Tensor, int]]) -> tuple[Tensor, Tensor]:
+    """The means over all chunks."""
+    grams, likely, counts = zip(*sums, strict=True)
+    n_tokens = sum(counts)
+    return sum(grams[1:], grams[0]) / n_tokens, sum(likely[1:], likely[0]) / n_tokens
+
+
+def _backwards(model: BlockwiseModel, number: int, gradient: Chunk, stream: Chunk) -> tuple[Chunk, dict[str, Sums]]:
+    """The gradient at a block's input, from that at its output; what was seen of its matrices."""
     gradients = []
-    with model.block(number) as run, _Linears(model.matrices(number)) as linears:
+    run = model.block(number)
+    with _Linears(model.matrices(number)) as linears:
         watches = linears.watches
-        for x, g in zip(stream.split(1), gradient.split(1), strict=True):
+        for x, g in zip(stream.x.split(1), gradient.x.split(1), strict=True):
             leaf = x.to(model.device).clone().requires_grad_()
             gradients.append(torch.autograd.grad(run(leaf), leaf, g.to(model.device))[0].cpu())
             _sum_up(watches.values())
-    n_tokens = stream.shape[0] * stream.shape[1]
-    found = {name: watch.sensitivity(n_tokens) for name, watch in watches.items() if watch.n_inputs}
-    for name in watches.keys() - found.keys():  # an expert to whom no token came: as another of its stack
+    names = {id(watch): name for name, watch in watches.items()}
+    found = {n: watch.sums(names[id(watch.leader)]) for n, watch in watches.items() if watch.n_inputs}
+    return replace(gradient, x=torch.cat(gradients)), found
+
+
+def _sensitivities(names: Collection[str], sums: Sequence[Mapping[str, Sums]], n_tokens: int) -> dict[str, Sensitivity]:
+    """What was seen in all chunks; the information is a mean over all tokens, Gram matrices over the inputs."""
+    seen = {name: [of[name] for of in sums if name in of] for name in names}
+    grams: dict[str, Tensor] = {}
+    for name, of in seen.items():
+        parts = [one.gram for one in of if one.gram is not None]
+        if parts:
+            grams[name] = sum(parts[1:], parts[0]) / sum(one.n_inputs for one in of)
+    found = {
+        name: Sensitivity(grams[of[0].leader], sum((one.squares for one in of[1:]), of[0].squares) / n_tokens)
+        for name, of in seen.items()
+        if of
+    }
+    for name in seen.keys() - found.keys():  # an expert to whom no token came: as another of its stack
         others = [other for other in found if other.rpartition("[")[0] == name.rpartition("[")[0] != ""]
         if others:
             least = min(others, key=lambda other: found[other].information.sum().item())
             found[name] = found[least]
-    return found, torch.cat(gradients)
+    return found
+
+
+def _outer(chunk: Chunk) -> tuple[None, Tensor]:
+    """`Σ g gᵀ` over the gradients at the embedding."""
+    gram = torch.zeros(chunk.x.shape[-1], chunk.x.shape[-1], dtype=torch.float64)
+    for window in chunk.x:
+        gram += (window.T @ window).double()
+    return None, gram
 
 
 class _Linears(TorchFunctionMode):
@@ -150,14 +253,9 @@ class _Watch:
         rows = torch.cat([x.flatten(0, -2) for x in self.inputs])
         self._gram = self._gram + (rows.T @ rows).cpu()
 
-    @cached_property
-    def gram(self) -> Tensor:
-        """Mean over the inputs that came."""
-        return self._gram / self.n_inputs
-
-    def sensitivity(self, n_tokens: int) -> Sensitivity:
-        """The information is a mean over all tokens."""
-        return Sensitivity(self.leader.gram, self._squares / n_tokens)
+    def sums(self, leader: str) -> Sums:
+        """What was seen."""
+        return Sums(leader, self.n_inputs, self._gram if self.leader is self else None, self._squares)
 
 
 def _sum_up(watches: Collection[_Watch]) -> None:
@@ -172,17 +270,15 @@ def _sum_up(watches: Collection[_Watch]) -> None:
         watch.inputs.clear()
 
 
-def _embeddings(model: BlockwiseModel, hidden: Tensor, likely: Tensor, gradient: Tensor) -> dict[str, Sensitivity]:
+def _embeddings(
+    model: BlockwiseModel, hidden: Tensor, likely: Tensor, backwards: Tensor, n_tokens: int
+) -> dict[str, Sensitivity]:
     """Of the head, and of the embedding, by row; where they are one matrix, of both together.
 
     A token's row counts as often as the token occurs, tempered so that the mean cost stays what it is.
     """
     likely = likely.double().cpu().clamp_min(torch.finfo(torch.float32).tiny)
-    rows = gradient.flatten(0, 1)
-    backwards = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
-    for window in gradient:
-        backwards += (window.T @ window).double()
-    per_row = {model.embedding: backwards / len(rows) / len(likely)}
+    per_row = {model.embedding: backwards / n_tokens / len(likely)}
     of_head = hidden.double().cpu() * likely.mean()
     per_row[model.head] = of_head + per_row[model.embedding] if model.head == model.embedding else of_head
     tempered = likely**_TEMPER

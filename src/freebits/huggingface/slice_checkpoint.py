@@ -3,22 +3,28 @@
 import logging
 import math
 import os
+from collections.abc import Callable
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from freebits.architecture import WIDTHS, Architecture, Layout, dense_family
+from freebits.architecture import WIDTHS, Architecture, Layout, Part, dense_family
 from freebits.checkpoint import (
     CONFIG,
     Checkpoint,
     CheckpointWriter,
     Source,
+    Task,
     auto_map,
     carry_over,
     located,
     new_directory,
     shard_bytes,
+    text_digest,
     write_json,
     write_remote_code,
 )
@@ -30,12 +36,12 @@ from freebits.huggingface.own_text import own_windows
 from freebits.huggingface.runner import BlockRunner
 from freebits.huggingface.tokens import drawn_windows, token_windows
 from freebits.kind import FLOATS
-from freebits.moves import LOSSY, Slice, moved_parts, sliced_size
+from freebits.moves import LOSSY, Slice, Turn, moved_parts, sliced_size
 from freebits.options import DTYPES
 from freebits.packed import HISTORY, SLICED_IN, history_of, is_packed
 from freebits.report import dense_bytes, inspect, write_card
 from freebits.version import __version__
-from freebits.work import Progress, silent, workers
+from freebits.work import Progress, Team, silent
 
 HELD_OUT = 4
 """Windows on which the cost of slicing is measured."""
@@ -58,6 +64,8 @@ def slice_model(
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     force: bool = False,
+    team: Team | None = None,
+    resume: bool = True,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Slice a dense checkpoint (SliceGPT): lossy. Memory holds one block, one embedding and the activations.
@@ -77,11 +85,15 @@ def slice_model(
         device: where to calibrate, in float32.
         dtype: of the sliced weights; by default each keeps its own, and a shortcut has that of the embedding.
         force: write the model even if its perplexity is more than 5 times that of the dense one.
+        team: who does the work, if not this process alone: Ray, or processes of a cluster, among whom windows of text
+            are spread; and whether the stream lies on disk.
+        resume: go on with what a stopped run of the same arguments left, block by block.
         progress: called after each block.
 
     Returns:
-        What `inspect(out)` says, and `perplexity` {`dense`, `sliced`} on other windows of the calibration text: how
-        much worse the model is on other text, only `evaluate` can tell. None where the text has no other window.
+        What `inspect(out)` says (of a process that does not lead nothing), and `perplexity` {`dense`, `sliced`} on
+        other windows of the calibration text: how much worse the model is on other text, only `evaluate` can tell.
+        None where the text has no other window.
 
     Raises:
         UsageError: an argument makes no sense, or slicing ruins the model.
@@ -101,32 +113,41 @@ def slice_model(
     dtypes = _dtypes(dense, architecture, dtype)
     size = sliced_size(architecture.hidden_size, sparsity)
     where = _device(device)
-    if calibration is None:
-        windows = own_windows(checkpoint.path, samples + HELD_OUT, seq_len, seed, where, progress)
-    else:
-        windows = token_windows(checkpoint.path, calibration, seq_len)
-    tokens, held_out = drawn_windows(windows, samples, HELD_OUT, seed)
-    runner = BlockRunner(config, architecture, where)
-    slicing = Slice(dense, architecture, runner, tokens, held_out, size, seed if random_orientation else None)
-    move = {
-        "move": "slice",
-        "fidelity": LOSSY,
-        "sparsity": sparsity,
-        "text": "its own" if calibration is None else "given",
-        "samples": len(tokens),
-        "seq_len": seq_len,
-        "seed": seed,
-        "random_orientation": random_orientation,
-        "bytes": baselines,
-        "producer": f"freebits {__version__}",
-    }
-    with new_directory(out) as directory:
+    said = {"sparsity": sparsity, "samples": samples, "seq_len": seq_len, "seed": seed, "untie": untie, "dtype": dtype}
+    arguments = said | {"turned": random_orientation, "text": text_digest(calibration), "device": device}
+    team = team or Team(1)
+    task = Task("slice", checkpoint.path, arguments, team, resume)
+    with new_directory(out, task) as directory, team.crew(task.desk(directory)) as crew:
+        if calibration is None:
+            written = partial(own_windows, checkpoint.path, samples + HELD_OUT, seq_len, seed, where)
+            windows = crew.agree("text", written, progress)
+        else:
+            windows = token_windows(checkpoint.path, calibration, seq_len)
+        tokens, held_out = drawn_windows(windows, samples, HELD_OUT, seed)
+        runner = BlockRunner(config, architecture, where)
+        orientation = seed if random_orientation else None
+        slicing = Slice(dense, architecture, runner, crew, tokens, held_out, size, orientation)
+        measured = _write_parts(directory, checkpoint, slicing, dtypes, progress)
+        if not crew.leads:
+            return {}
         carry_over(checkpoint.path, directory)
         write_remote_code(directory, SLICED_IN, architecture.family.sliced_classes)
-        perplexity = _judge(_write_parts(directory, checkpoint, slicing, dtypes, progress), sparsity, force)
-        history = [*history_of(dense.config), move | {"perplexity": perplexity}]
+        perplexity = _judge(measured, sparsity, force)
+        move = {
+            "move": "slice",
+            "fidelity": LOSSY,
+            "sparsity": sparsity,
+            "text": "its own" if calibration is None else "given",
+            "samples": len(tokens),
+            "seq_len": seq_len,
+            "seed": seed,
+            "random_orientation": random_orientation,
+            "bytes": baselines,
+            "producer": f"freebits {__version__}",
+            "perplexity": perplexity,
+        }
         dtype = dtypes[architecture.sublayers[0].shortcut.weight]
-        _write_config(directory, checkpoint.config, architecture, size, dtype, history)
+        _write_config(directory, checkpoint.config, architecture, size, dtype, [*history_of(dense.config), move])
         write_card(directory, checkpoint.path)
         return inspect(directory) | {"perplexity": perplexity}
 
@@ -139,15 +160,25 @@ def _write_parts(
     shapes = {name: kind.shape for name, kind in dense.kinds.items()}
     announced = Layout.sliced(architecture, slicing.size).shapes(architecture, shapes)
     measured: dict[str, float] = {}
-    with workers(1) as executor, CheckpointWriter(directory, announced, shard_bytes(checkpoint)) as writer:
-        parts = moved_parts(slicing, dense, architecture, lambda name: dtypes[name], executor)
-        for done, (_, turn, moved) in enumerate(parts, start=1):
-            for name, tensor in moved().items():
+    moved = moved_parts(slicing, dense, architecture, dtypes.__getitem__, slicing.crew)
+    parts = slicing.crew.give("part", _finished, moved)
+    if not slicing.crew.leads:
+        for _ in parts:
+            pass
+        return measured
+    with CheckpointWriter(directory, announced, shard_bytes(checkpoint)) as writer, closing(parts):
+        for done, (tensors, facts) in enumerate(parts, start=1):
+            for name, tensor in tensors.items():
                 writer.write(name, tensor)
-            measured |= turn.facts
-            del turn, moved  # before the next part is folded
+            measured |= facts
             progress(done, len(architecture.parts))
     return measured
+
+
+def _finished(work: tuple[Part, Turn, Callable[[], dict[str, Tensor]]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A part's tensors, and what was measured by then."""
+    _, turn, moved = work
+    return moved(), dict(turn.facts)
 
 
 def _device(name: str) -> torch.device:

@@ -5,6 +5,7 @@ reads the stream lower trapezoidal.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,11 +14,15 @@ from freebits.architecture import Architecture, Part, Sublayer
 from freebits.checkpoint import Source
 from freebits.moves.move import Dtypes, Turn, unsound_sites
 from freebits.symmetry import PolarForm, carried_rotation, polar_form, trapezoid, triangular_rotation
+from freebits.work import kept
+
+kept(PolarForm)
 
 FINEST = 1e-10
 """No spectrum is told from that of a corner more finely than this, whatever the dtype."""
 
 
+@kept
 @dataclass(frozen=True)
 class Seen:
     """What is seen of a part.
@@ -86,7 +91,7 @@ class Canonical:
             if form.factor is not None:
                 replaced |= {sub.shortcut.weight: None, sub.shortcut.factor: form.factor}
         factors = frozenset(name for name, tensor in replaced.items() if tensor is not None)
-        return state, Turn(rotations, replaced, factors, reasons)
+        return state, Turn(rotations, partial(dict, replaced), factors, reasons)
 
     def finish(self, part: Part, tensors: dict[str, Tensor], dtype: Dtypes) -> None:
         """A factor's columns are free up to a rotation, which makes it lower trapezoidal."""

@@ -8,8 +8,10 @@ from freebits.architecture import Architecture, Part, Sublayer
 from freebits.checkpoint import Source
 from freebits.codes import canonical_direction
 from freebits.moves.move import Dtypes, Rotations, Turn, unsound_sites
+from freebits.work import kept
 
 
+@kept
 @dataclass(frozen=True)
 class Seen:
     """What is seen of a part: unsound sites with the reason, and the directions of its output matrices by site."""

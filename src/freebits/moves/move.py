@@ -6,7 +6,6 @@ done for several parts at once, and then steps through them in order; what a ste
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from typing import Any, Protocol, TypeVar
@@ -17,7 +16,7 @@ from torch import Tensor
 from freebits.architecture import Architecture, Part
 from freebits.checkpoint import Source
 from freebits.symmetry import rotate
-from freebits.work import ordered_map
+from freebits.work import Crew
 
 Rotations = Mapping[int, Tensor]
 """Site → `Q: (d, d')`, float64; a site without entry stays as it is."""
@@ -34,14 +33,14 @@ class Turn:
 
     Attributes:
         rotations: of the sites that the part's tensors touch.
-        replaced: tensors, not yet rotated, that stand in the place of the source's; None drops one.
+        replaced: gives tensors, not yet rotated, that stand in the place of the source's; None drops one.
         unrounded: names of the tensors that `finish` wants in float64.
         reasons: site that this part leads to → why it was left as it is.
         facts: what the move has measured by now, for the history.
     """
 
     rotations: Rotations = field(default_factory=dict)
-    replaced: Mapping[str, Tensor | None] = field(default_factory=dict)
+    replaced: Callable[[], Mapping[str, Tensor | None]] = dict
     unrounded: frozenset[str] = frozenset()
     reasons: Mapping[int, str] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -68,10 +67,10 @@ Dtypes = Callable[[str], torch.dtype]
 
 
 def moved_parts(
-    move: Move[Any, Any], source: Source, architecture: Architecture, dtype: Dtypes, executor: ThreadPoolExecutor
+    move: Move[Any, Any], source: Source, architecture: Architecture, dtype: Dtypes, crew: Crew
 ) -> Iterator[tuple[Part, Turn, Callable[[], dict[str, Tensor]]]]:
     """A model under a move: each part, what is done to it, and what gives its tensors, which may run anywhere."""
-    looks = chain(ordered_map(executor, move.look, architecture.parts), [None])
+    looks = chain(crew.share("look", move.look, architecture.parts), [None])
     state = move.begin()
     for part, (seen, following) in zip(architecture.parts, pairwise(looks), strict=True):
         state, turn = move.step(state, part, seen, following)
@@ -88,12 +87,10 @@ class _Turned:
 
     def __call__(self) -> dict[str, Tensor]:
         """The part's tensors, rotated and rounded."""
-        tensors = {}
+        tensors, replaced = {}, self.turn.replaced()
         for name, weight in self.part.weights.items():
-            if name in self.turn.replaced:
-                tensor = self.turn.replaced[name]
-            else:
-                tensor = self.source[name] if name in self.source.kinds else None
+            ours = self.source[name] if name in self.source.kinds and name not in replaced else None
+            tensor = replaced.get(name, ours)
             if tensor is not None:
                 dtype = torch.float64 if name in self.turn.unrounded else self.dtype(name)
                 tensors[name] = rotate(tensor, weight.axes, self.turn.rotations, dtype)

@@ -1,6 +1,7 @@
 """Codec `none`: the safetensors files of any checkpoint, whatever the architecture, to come back byte for byte."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -18,12 +19,10 @@ from freebits.checkpoint import (
 )
 from freebits.packed.contents import STEM, Contents, announced, digests_of
 from freebits.packed.piece import Piece, staged
-from freebits.work import Progress, ordered_map, workers
+from freebits.work import Crew, Progress
 
 
-def pack_files(
-    source: Checkpoint, directory: Path, stage: str | None, jobs: int | None, progress: Progress
-) -> Contents:
+def pack_files(source: Checkpoint, directory: Path, stage: str | None, crew: Crew, progress: Progress) -> Contents:
     """Write the tensors of all files, each entropy-coded where that gains; the headers of the files go to the manifest.
 
     Raises:
@@ -37,21 +36,29 @@ def pack_files(
     contents.originals |= {name: file.header for name, file in files.items()}
     prefixes = {name: f"{name}/" if name in contents.beside else "" for name in files}
     kinds = {prefixes[name] + tensor: e.kind for name, file in files.items() for tensor, e in file.entries.items()}
-    total, done = sum(len(file.entries) for file in files.values()), 0
-    with workers(jobs) as executor, CheckpointWriter(directory, announced(kinds), shard_bytes(source), STEM) as writer:
-        for name, file in files.items():
-            read = partial(_piece, file, prefixes[name], stage, kinds)
-            for piece, digests in ordered_map(executor, read, file.entries.values()):
-                contents.write(writer, piece, digests)
-                progress(done := done + 1, total)
+    entries = [(name, entry) for name, file in files.items() for entry in file.entries.values()]
+    pieces = crew.give("tensor", partial(_piece, files, prefixes, stage, {*kinds}), entries)
+    if not crew.leads:
+        for _ in pieces:
+            pass
+        return contents
+    with CheckpointWriter(directory, announced(kinds), shard_bytes(source), STEM) as writer, closing(pieces):
+        for done, (piece, digests) in enumerate(pieces, start=1):
+            contents.write(writer, piece, digests)
+            progress(done, len(entries))
     carry_code(source.path, directory)
     return contents
 
 
 def _piece(
-    file: WeightsFile, prefix: str, stage: str | None, taken: Collection[str], entry: Entry
+    files: Mapping[str, WeightsFile],
+    prefixes: Mapping[str, str],
+    stage: str | None,
+    taken: Collection[str],
+    work: tuple[str, Entry],
 ) -> tuple[Piece, dict[str, str]]:
     """One tensor of a file, under its name in the packed folder."""
-    tensor = entry.kind.view(file.read(entry.name))
-    piece = staged(Piece({prefix + entry.name: (entry.kind, tensor)}), stage, taken)
+    name, entry = work
+    tensor = entry.kind.view(files[name].read(entry.name))
+    piece = staged(Piece({prefixes[name] + entry.name: (entry.kind, tensor)}), stage, taken)
     return piece, digests_of(piece)

@@ -1,9 +1,11 @@
 """The codecs of sliced models: moved and encoded part by part, with few blocks in memory."""
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from freebits.architecture import Architecture, Layout, Part
@@ -14,13 +16,13 @@ from freebits.moves import Expanded, Turn, moved_parts
 from freebits.packed.contents import STEM, Contents, announced, digests_of
 from freebits.packed.piece import Piece, staged
 from freebits.packed.presets import Preset
-from freebits.work import Progress, ordered_map, workers
+from freebits.work import Crew, Progress
 
 Work = tuple[Part, Turn, Callable[[], dict[str, Tensor]]]
 
 
 def pack_parts(
-    source: Checkpoint, directory: Path, preset: Preset, stage: str | None, jobs: int | None, progress: Progress
+    source: Checkpoint, directory: Path, preset: Preset, stage: str | None, crew: Crew, progress: Progress
 ) -> tuple[Contents, Layout]:
     """Write a sliced model with its sites encoded; also the layout in which it then runs.
 
@@ -38,42 +40,52 @@ def pack_parts(
     contents = Contents()
     ranks: dict[int, int] = {}
     layout = Layout.of(model.config, architecture)
+    encoder = _Encoder.of(preset, model, architecture, stage)
+    moved = moved_parts(preset.move(model, architecture), model, architecture, encoder.dtype, crew)
+    pieces = crew.give("part", encoder, moved)
+    if not crew.leads:
+        for _ in pieces:
+            pass
+        return contents, layout
     names = _announced(preset, model, architecture, layout)
-    with (
-        CheckpointWriter(directory, names, shard_bytes(source), STEM) as writer,
-        closing(_encoded_parts(preset, model, architecture, stage, jobs)) as parts,
-    ):
-        for done, (part, piece, digests) in enumerate(parts, start=1):
+    with CheckpointWriter(directory, names, shard_bytes(source), STEM) as writer, closing(pieces):
+        for part, (piece, digests) in zip(architecture.parts, pieces, strict=True):
             contents.write(writer, piece, digests)
             made = {name: kind for recipe in piece.recipes for name, kind in recipe.makes.items()}
             ranks |= {s.site: made[s.shortcut.factor].shape[1] for s in part.sublayers if s.shortcut.factor in made}
-            progress(done, len(architecture.parts))
+            progress(1 + architecture.parts.index(part), len(architecture.parts))
     return contents, Layout(layout.widths, tuple(ranks.get(sub.site) for sub in architecture.sublayers))
 
 
-def _encoded_parts(
-    preset: Preset, model: Expanded, architecture: Architecture, stage: str | None, jobs: int | None
-) -> Generator[tuple[Part, Piece, dict[str, str]], None, None]:
-    """Each part of a sliced model, moved, encoded and digested; several at once."""
-    kinds = dict(model.kinds)
-    for sub in architecture.sublayers:  # a factor is as precise as the shortcut for which it stands
-        kinds[sub.shortcut.factor] = kinds[sub.shortcut.weight]
+@dataclass(frozen=True)
+class _Encoder:
+    """Encodes and digests a part of a sliced model that was moved; `kinds` are what its tensors are rounded to."""
 
-    def encoded(work: Work) -> tuple[Part, Piece, dict[str, str]]:
+    preset: Preset
+    architecture: Architecture
+    stage: str | None
+    kinds: Mapping[str, Kind]
+
+    @classmethod
+    def of(cls, preset: Preset, model: Expanded, architecture: Architecture, stage: str | None) -> "_Encoder":
+        kinds = dict(model.kinds)
+        for sub in architecture.sublayers:  # a factor is as precise as the shortcut for which it stands
+            kinds[sub.shortcut.factor] = kinds[sub.shortcut.weight]
+        return cls(preset, architecture, stage, kinds)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.kinds[name].dtype
+
+    def __call__(self, work: Work) -> tuple[Piece, dict[str, str]]:
         part, turn, moved = work
         tensors = moved()
-        here = {name: Kind(kinds[name].code, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        here = {name: Kind(self.kinds[name].code, tuple(tensor.shape)) for name, tensor in tensors.items()}
         notes = tuple(
-            {"site": site, "name": _owner(architecture, site, kinds), "reason": why}
+            {"site": site, "name": _owner(self.architecture, site, self.kinds), "reason": why}
             for site, why in turn.reasons.items()
         )
-        piece = staged(Piece(notes=notes) + preset.encode(part, turn, tensors, here), stage)
-        return part, piece, digests_of(piece)
-
-    with workers(jobs) as executor:
-        move = preset.move(model, architecture)
-        moved = moved_parts(move, model, architecture, lambda name: kinds[name].dtype, executor)
-        yield from ordered_map(executor, encoded, moved)
+        piece = staged(Piece(notes=notes) + self.preset.encode(part, turn, tensors, here), self.stage)
+        return piece, digests_of(piece)
 
 
 def _owner(architecture: Architecture, site: int, kinds: Mapping[str, Kind]) -> str:

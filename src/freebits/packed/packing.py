@@ -15,7 +15,7 @@ from freebits.packed.presets import Preset
 from freebits.packed.reader import MODEL, PackedFolder
 from freebits.packed.recipe import made_of
 from freebits.version import __version__
-from freebits.work import Progress
+from freebits.work import Crew, Progress
 
 HISTORY = "freebits"
 """Key in a sliced model's `config.json` under which its history stands."""
@@ -30,7 +30,7 @@ def pack_into(
     preset: Preset | None,
     stage: tuple[str, str | None],
     sizes: Mapping[str, int],
-    jobs: int | None,
+    crew: Crew,
     progress: Progress,
 ) -> None:
     """Write the packed form of a checkpoint into a new folder.
@@ -41,7 +41,7 @@ def pack_into(
         preset: the codec; None keeps every byte.
         stage: name and code of the entropy stage.
         sizes: of the source, for the history.
-        jobs: pieces to work on at once.
+        crew: who does the work; whoever does not lead writes nothing.
         progress: called after each part, without a preset after each tensor.
 
     Raises:
@@ -50,9 +50,9 @@ def pack_into(
     entropy, code = stage
     model: Mapping[str, Any] = source.config
     if preset is None:
-        contents = pack_files(source, directory, code, jobs, progress)
+        contents = pack_files(source, directory, code, crew, progress)
     else:
-        contents, layout = pack_parts(source, directory, preset, code, jobs, progress)
+        contents, layout = pack_parts(source, directory, preset, code, crew, progress)
         model = {**Expanded.plain_config(source.config), **layout.to_config()}
     move = {
         "move": preset.name if preset else NONE,
@@ -61,7 +61,8 @@ def pack_into(
         "bytes": dict(sizes),
         "producer": f"freebits {__version__}",
     }
-    publish(directory, source, contents, model, entropy, [*history_of(source.config), move])
+    if crew.leads:
+        publish(directory, source, contents, model, entropy, [*history_of(source.config), move])
 
 
 def publish(

@@ -11,11 +11,16 @@ from freebits.errors import UsageError
 from freebits.kind import Kind
 from freebits.options import ENTROPIES
 from freebits.packed.recipe import Recipe
+from freebits.work import kept
+
+kept(Kind)
+kept(Recipe)
 
 AUTO = "entropy"
 """The code that `auto` stands for."""
 
 
+@kept
 @dataclass(frozen=True)
 class Piece:
     """A part of a model, encoded.

@@ -17,10 +17,13 @@ class Budget:
     """How the size of some matrices depends on `c`: their numbers, counted by how large they are in steps of `c = 1`.
 
     Numbers of one size are taken to be normal; the rounding errors fed back are counted in.
+
+    Attributes:
+        counts: of numbers, by sixteenths of octaves.
     """
 
     def __init__(self, counts: NDArray[np.float64] | None = None) -> None:
-        self._counts = np.zeros(len(_OCTAVES) * _PER_OCTAVE) if counts is None else counts
+        self.counts = np.zeros(len(_OCTAVES) * _PER_OCTAVE) if counts is None else counts
 
     @classmethod
     def of(cls, W: Tensor, rows: Tensor, columns: Tensor) -> "Budget":
@@ -33,7 +36,7 @@ class Budget:
         return cls(np.bincount(logs.clamp_(0, size - 1).flatten().numpy(), minlength=size).astype(np.float64))
 
     def __add__(self, other: "Budget") -> "Budget":
-        return Budget(self._counts + other._counts)
+        return Budget(self.counts + other.counts)
 
     @classmethod
     def sum(cls, budgets: Iterable["Budget"]) -> "Budget":
@@ -42,8 +45,8 @@ class Budget:
 
     def bits(self, c: float) -> float:
         """Bits of all integers."""
-        logs = np.arange(len(self._counts)) / _PER_OCTAVE + _OCTAVES[0] - math.log2(c)
-        return float(self._counts @ np.interp(logs, *_curve()))
+        logs = np.arange(len(self.counts)) / _PER_OCTAVE + _OCTAVES[0] - math.log2(c)
+        return float(self.counts @ np.interp(logs, *_curve()))
 
     def c(self, bits: float) -> float:
         """The `c` at which they take so many bits, to a millionth; it grows as bits get fewer."""

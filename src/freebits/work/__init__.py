@@ -1,6 +1,20 @@
-"""How work is spread over threads, and how it tells how far it is."""
+"""How work is spread over threads and machines, how it is found again after a stop, and how it tells how far it is."""
 
+from freebits.work.crew import Crew, Team, Threads
+from freebits.work.desk import Cleared, Desk
 from freebits.work.progress import Progress, silent
+from freebits.work.saved import kept
 from freebits.work.threads import ordered_map, workers
 
-__all__ = ["Progress", "ordered_map", "silent", "workers"]
+__all__ = [
+    "Cleared",
+    "Crew",
+    "Desk",
+    "Progress",
+    "Team",
+    "Threads",
+    "kept",
+    "ordered_map",
+    "silent",
+    "workers",
+]

@@ -3,7 +3,7 @@
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
@@ -52,11 +52,15 @@ def workers(jobs: int | None) -> Iterator[ThreadPoolExecutor]:
 
 def ordered_map(
     executor: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item]
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """`map(function, items)` with as many results under way as there are workers, and one waiting for each.
 
-    The last item is left to the calling thread, which has all of PyTorch's threads, once the others are done.
+    The last item is left to the calling thread, which has all of PyTorch's threads, once the others are done; where
+    there is one worker, all of them are.
     """
+    if executor._max_workers == 1:
+        yield from map(function, items)
+        return
     pending: deque[Future[Result]] = deque()
     held: list[Item] = []
     for item in items:
