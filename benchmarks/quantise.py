@@ -123,16 +123,35 @@ def plot() -> None:
         points = sorted((size / MB, ratio) for name, size, ratio in rows if name.startswith(start))
         axes.plot(*zip(*points, strict=True), "o-", label=label)
     for name, size, ratio in rows:
-        if name.startswith("linear") and "integers" not in name:
+        if name in ("linear, gptq 4, rotated", "linear, gptq 5, rotated", "linear, pyramid 3.6, rotated"):
             axes.plot(size / MB, ratio, "x", color="black")
             axes.annotate(
                 name.removeprefix("linear, "), (size / MB, ratio), fontsize=7, xytext=(4, 4), textcoords="offset points"
             )
+    theirs = peers()
+    axes.plot(
+        [size / MB for _, size, _ in theirs], [ratio for *_, ratio in theirs], "s", color="gray", label="llama.cpp"
+    )
+    for name, size, ratio in theirs:
+        label = name.removeprefix("llama.cpp ")
+        axes.annotate(label, (size / MB, ratio), fontsize=7, xytext=(5, 3), textcoords="offset points", color="gray")
     axes.set(
-        xlabel="MB of the finished folder", ylabel="perplexity / dense, WikiText-2", xlim=(48, 118), ylim=(0.98, 2)
+        xlabel="MB of the finished folder or file",
+        ylabel="perplexity / dense, WikiText-2",
+        xlim=(48, 158),
+        ylim=(0.98, 1.65),
     )
     axes.legend()
     figure.savefig(RESULTS.with_suffix(".png"), dpi=120, bbox_inches="tight")
+
+
+def peers() -> list[tuple[str, int, float]]:
+    """What llama.cpp makes without a text, as `benchmarks.peers` measured it."""
+    path = RESULTS.with_name("peers.csv")
+    rows = list(csv.reader(path.open(newline="")))[2:] if path.exists() else []
+    return [
+        (name, int(size), float(ratio)) for name, size, _, ratio, _ in rows if "imatrix" not in name and "cpp" in name
+    ]
 
 
 def calibrated(dense: Path, scratch: Path) -> tuple[dict[str, Shelf], Checkpoint]:

@@ -61,6 +61,8 @@ class BlockwiseModel:
         self.head = self.embedding if self._tied else f"{names[id(head)]}.weight"
         self._model.set_submodule(stack, nn.ModuleList(Recorder(layer) for layer in layers))
         self._recorders: list[Recorder] = list(self._model.get_submodule(stack))
+        for name, _ in self._model.named_parameters():  # a tied head's is the embedding's
+            self._checked(name)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Without any weights, but with the context in which blocks run."""
@@ -152,15 +154,18 @@ class BlockwiseModel:
         if self._tied:
             head.weight = self._model.get_input_embeddings().weight
 
+    def _checked(self, name: str) -> str:
+        if name not in self._source.kinds:
+            raise UnsupportedModelError(f"its tensors have other names than in transformers: no {name}")
+        return name
+
     def _fill(self, module: nn.Module, prefix: str) -> None:
         """Read the tensors of a module that are on no device yet, and buffers that are stored."""
         for path, inner in module.named_modules():
             for key, tensor in (*inner._parameters.items(), *inner._buffers.items()):
                 name = ".".join(part for part in (prefix, path, key) if part)
                 if isinstance(tensor, nn.Parameter):
-                    if name not in self._source.kinds:
-                        raise UnsupportedModelError(f"its tensors have other names than in transformers: no {name}")
-                    read = self._source[name].to(self.device, torch.float32)
+                    read = self._source[self._checked(name)].to(self.device, torch.float32)
                     inner._parameters[key] = nn.Parameter(read.reshape(tensor.shape), requires_grad=False)
                 elif tensor is not None and name in self._source.kinds:
                     inner._buffers[key] = self._source[name].to(self.device)
