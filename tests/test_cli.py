@@ -342,7 +342,7 @@ def in_the_foreground() -> Iterator[None]:
 
 @pytest.mark.usefixtures("in_the_foreground")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_leaves_nothing_behind(
+def test_a_signal_leaves_only_what_the_same_command_goes_on_with(
     number: signal.Signals, dense: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(_step: str) -> Callable[[int, int], None]:
@@ -351,12 +351,20 @@ def test_a_signal_leaves_nothing_behind(
     monkeypatch.setattr("freebits.cli.commands.progress_bar", interrupted)
     before = sorted(tmp_path.rglob("*"))
     command = ("slice", dense, tmp_path / "new" / "out", "--sparsity", 0.2, "--calibration", text, "--seq-len", 32)
-    try:
-        code = run(*command)
-    except SystemExit as stopped:
-        code = int(stopped.code or 0)
-    assert code == 128 + number
-    assert sorted(tmp_path.rglob("*")) == before
+    other = ("rotate", dense, tmp_path / "rotated")
+    for stopped in (other, command):
+        try:
+            code = run(*stopped)
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        assert code == 128 + number
+        if stopped is other:  # which is done in no time
+            assert sorted(tmp_path.rglob("*")) == before
+    [draft] = (tmp_path / "new").iterdir()
+    assert draft.name.startswith(".out.")
+    monkeypatch.undo()
+    assert run(*command, "--force") == 0
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
 
 
 @pytest.mark.usefixtures("in_the_foreground")

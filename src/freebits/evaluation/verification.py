@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +12,8 @@ from torch.nn.functional import kl_div, log_softmax
 from freebits.calibration import embedded_text, perplexity
 from freebits.checkpoint import Checkpoint, located
 from freebits.errors import CheckpointError, UsageError
-from freebits.evaluation.perplexity import WINDOW, logits, loss
-from freebits.huggingface import load, token_windows
+from freebits.evaluation.perplexity import WINDOW, loss
+from freebits.huggingface import token_windows, window_logits
 from freebits.kind import bytes_of
 from freebits.moves import BIT_EXACT, FUNCTION_PRESERVING, LOSSY
 from freebits.packed import PackedFolder, history_of
@@ -79,9 +79,7 @@ def verify(
         equal = _equal(folder, reference)
         return nothing | {"ok": equal, "failed": [] if equal else ["equal"], "fidelity": fidelity}
     windows = token_windows(folder.path, embedded_text()[1] if text is None else text, seq_len, limit)
-    measured = _compare(
-        [load(path, dtype=torch.float32).eval() for path in (reference.path, folder.path)], windows, progress
-    )
+    measured = _compare(reference.path, folder.path, windows, progress)
     max_kl, most_ratio = TOLERANCES[fidelity]
     failed = _failed(measured, max_kl if kl is None else kl, most_ratio if ratio is None else ratio)
     return {"ok": not failed, "failed": failed, "fidelity": fidelity, **measured}
@@ -116,13 +114,12 @@ def _equal(packed: PackedFolder, reference: Checkpoint | PackedFolder) -> bool:
     return all(bool((bytes_of(tensor) == bytes_of(reference[name])).all()) for name, tensor in packed.model_tensors())
 
 
-def _compare(models: Iterable[Any], windows: Tensor, progress: Progress) -> dict[str, Any]:
-    """What two models make of the same windows: the reference, then the packed one."""
-    models = list(models)
+def _compare(reference_path: Path, packed_path: Path, windows: Tensor, progress: Progress) -> dict[str, Any]:
+    """What two models make of the same windows: the reference, then the packed one; block by block."""
+    outputs = zip(*(window_logits(path, windows) for path in (reference_path, packed_path)), strict=True)
     losses: tuple[list[float], list[float]] = ([], [])
     difference, divergence = torch.tensor(0.0), 0.0
-    for done, window in enumerate(windows, start=1):
-        reference, decoded = (logits(model, window) for model in models)
+    for done, (window, (reference, decoded)) in enumerate(zip(windows, outputs, strict=True), start=1):
         if reference.shape != decoded.shape:
             raise CheckpointError("the two models have vocabularies of different sizes: they are not the same model")
         difference = torch.maximum(difference, (reference - decoded).abs().max())  # keeps a NaN

@@ -10,6 +10,7 @@ from freebits.huggingface.quantize_checkpoint import WINDOW, prepare, quantize
 from freebits.huggingface.rotate_checkpoint import rotate_model
 from freebits.huggingface.rounding import Goal
 from freebits.huggingface.slice_checkpoint import slice_model
+from freebits.huggingface.streamed import window_logits
 from freebits.huggingface.tokens import token_windows
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "slice_model",
     "sliced_models",
     "token_windows",
+    "window_logits",
 ]

@@ -57,6 +57,7 @@ class PackedFolder:
         except ValueError as error:
             raise self._damaged(str(error)) from None
         self._recipes = {name: recipe for recipe in self.manifest.recipes for name in recipe.makes}
+        self._last: tuple[str, dict[str, Tensor]] = "", {}
         self.config = self._config()
         if str(self.config.get("model_type", "")).startswith(SLICED_PREFIX) and not self.manifest.exact:
             architecture = Architecture.of(self.config, len(self.kinds))
@@ -78,15 +79,26 @@ class PackedFolder:
         """The tensor called `name`, decoded from just what it takes."""
         if name not in self.kinds:
             raise CheckpointError(f"tensor {name} is missing in {self.path}: the checkpoint is incomplete")
-        return self._decoded(name, {})
+        root, made = self._root(name), self._last[1]
+        if self._last[0] != root:
+            made = {}
+        tensor = self._decoded(name, made)
+        made.pop(name, None)
+        self._last = root, made  # for those that were decoded with it, which are often asked for next
+        return tensor
 
     def groups(self, names: Iterable[str]) -> list[list[str]]:
         """Tensors that are decoded in one go, together."""
         groups: dict[str, list[str]] = {}
         for name in names:
-            recipe = self._recipes.get(name)
-            groups.setdefault(next(iter(recipe.makes)) if recipe else name, []).append(name)
+            groups.setdefault(self._root(name), []).append(name)
         return list(groups.values())
+
+    def _root(self, name: str) -> str:
+        """The first of the stored tensors that a tensor is made of."""
+        while recipe := self._recipes.get(name):
+            name = next(iter(recipe.takes.values()), "")
+        return name
 
     def decoded(self, names: Iterable[str], jobs: int | None = None) -> Iterator[dict[str, Tensor]]:
         """The named tensors, several groups at once, in their order."""
