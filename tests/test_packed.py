@@ -444,10 +444,13 @@ PACK = """
 freebits.pack(folders[0], folders[1], codec={codec!r}, jobs=1)
 freebits.unpack(folders[1], folders[2], jobs=1)
 """
-SLICE = """
-text = " ".join(f"w{number % 96}" for number in range(2000))
-freebits.slice_model(folders[0], folders[1], sparsity=0.2, calibration=text, samples=2, seq_len=32)
-"""
+TEXT = 'text = " ".join(f"w{number % 96}" for number in range(2000))'
+OF_DENSE = {
+    "slice": "freebits.slice_model(folders[0], folders[1], sparsity=0.2, calibration=text, samples=2, seq_len=32)",
+    "quantize": "freebits.quantize(folders[0], folders[1], calibration=text, samples=2, seq_len=32, jobs=1)",
+    "verify": "assert freebits.verify(folders[1], against=folders[0], text=text, seq_len=32, limit=2)",
+}
+"""On one another's results."""
 
 
 def peak_memory(steps: str, *folders: Path) -> int:
@@ -476,16 +479,19 @@ def test_memory_does_not_grow_with_the_number_of_blocks(
     assert peaks[36] - peaks[4] < 12 * block  # 32 more blocks in the model; the allocator's waste varies by a few
 
 
-def test_slicing_and_loading_hold_a_block_and_a_model(save_tiny: Make, report: Callable[[str], None]) -> None:
+def test_whatever_is_done_to_a_dense_model_holds_a_few_blocks(save_tiny: Make, report: Callable[[str], None]) -> None:
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 64}
-    peaks = {}
+    peaks: dict[str, dict[int, int]] = {verb: {} for verb in OF_DENSE}
     for n_blocks in (4, 36):
-        dense = save_tiny(f"dense {n_blocks}", num_hidden_layers=n_blocks, **sizes)
-        peaks[n_blocks] = peak_memory(SLICE, dense, dense.with_name(f"sliced {n_blocks}"))
+        dense = save_tiny(f"dense {n_blocks}", num_hidden_layers=n_blocks, shard="20MB", **sizes)
+        for verb, steps in OF_DENSE.items():
+            out = dense.with_name(f"{'sliced' if verb == 'slice' else 'quantised'} {n_blocks}")
+            peaks[verb][n_blocks] = peak_memory(f"{TEXT}\n{steps}", dense, out)
     model = freebits.inspect(dense)["bytes"]["dense"]
     block = model // 36
-    report(f"slice: peak memory in blocks of 16-bit words: { {n: round(peaks[n] / block, 1) for n in peaks} }")
-    assert peaks[36] - peaks[4] < 12 * block
+    for verb, of in peaks.items():
+        report(f"{verb}: peak memory in blocks of 16-bit words: { {n: round(of[n] / block, 1) for n in of} }")
+        assert of[36] - of[4] < 12 * block, verb
     freebits.pack(dense, dense.with_name("packed"), codec="none")
     peak = peak_memory("model = freebits.load(folders[0])", dense.with_name("packed"))
     report(f"load: peak memory in models: {peak / model:.2f}")
