@@ -21,8 +21,8 @@ Numbers = NDArray[np.int32]
 Words = NDArray[np.uint16]
 Decoded = NDArray[np.int16] | NDArray[np.int32]
 States = NDArray[np.uint64]
-LEVELS = range(-12, 33)
-"""Standard deviations from 1/8 to 256."""
+LEVELS = range(-12, 25)
+"""Standard deviations from 1/8 to 64."""
 PER_OCTAVE = 4
 PRECISION = 14
 """Bits of a probability."""
@@ -61,7 +61,7 @@ def table(level: int) -> Table:
     """The table of a level: a normal distribution, summed over the cell of each number."""
     octave, quarter = divmod(level, PER_OCTAVE)
     deviation = _ROOTS[quarter] * 2.0**octave
-    radius = int(4.5 * min(deviation, 64) + max(deviation - 64, 0)) + 2
+    radius = int(4.5 * deviation) + 2
     parts = [(2 * part + 1) / 16 - 0.5 for part in range(8)]
     cells = [sum(_exp(((number + part) / deviation) ** 2 / 2) for part in parts) for number in range(radius + 1)]
     masses = [cells[abs(number)] for number in range(-radius, radius + 1)] + [0.0]

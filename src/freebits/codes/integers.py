@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from freebits.codes import ans
-from freebits.codes.bits import as_tensor, bytes_from, bytes_kind
+from freebits.codes.bits import as_tensor, bytes_from, bytes_kind, pack_bits, unpack_bits
 from freebits.codes.code import Coded, Params
 from freebits.codes.zstd import zstd
 from freebits.kind import FLOATS, Kind
@@ -24,6 +24,9 @@ _POWERS = np.array([np.prod([1.0] + [_ROOT] * power) for power in range(FINENESS
 _HEAD = 4 * 2
 _SIDE_LEVEL = 19
 _CHUNK = 1 << 17
+_AT_ONCE = 1 << 20
+_TOP = ans.LEVELS[-1] + 18 * ans.PER_OCTAVE
+"""The last level: integers of 24 bits."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,12 @@ class Integers:
     """Matrices, together: for each the integers, the exponents of its rows' steps and those of its columns'.
 
     The integers of a row and of a column have about one scale. What is told of both, to a quarter of an octave, says in
-    which table of `freebits.codes.ans` an integer is coded.
+    which table of `freebits.codes.ans` an integer is coded. Of integers too large for any table only the upper bits
+    are, as the lower ones are as good as random.
 
     Message, little-endian: bytes of the side data, how many integers are in no table (u32 each); side data (zstd);
-    those integers (i32); words (u16). Side data: for each matrix the exponents of its rows and of its columns (i16),
-    then the levels of both (i8).
+    those integers (i32); lower bits; words (u16). Side data: for each matrix the exponents of its rows and of its
+    columns (i16), then the levels of both (i8).
     """
 
     exact = False
@@ -79,7 +83,12 @@ class Integers:
         segments: dict[int, list[NDArray[np.int32]]] = {}
         for level, matrix, rows, columns in _blocks(levels):
             segments.setdefault(level, []).append(numbers[matrix][rows, columns].reshape(-1))
-        words, escaped = ans.encode([(level, np.concatenate(parts)) for level, parts in segments.items()])
+        coarse, lower = [], []
+        for level, parts in segments.items():
+            joined, n_lower = np.concatenate(parts), _n_lower(level)
+            coarse.append((level - ans.PER_OCTAVE * n_lower, joined >> n_lower))
+            lower.append(_pack(joined, n_lower))
+        words, escaped = ans.encode(coarse)
         side = b"".join(
             part.tobytes()
             for matrix, told in zip(matrices, levels, strict=True)
@@ -87,7 +96,7 @@ class Integers:
         )
         side = zstd.compress(side, _SIDE_LEVEL)
         head = np.array([len(side), len(escaped)], "<u4").tobytes()
-        message = b"".join([head, side, escaped.astype("<i4").tobytes(), words.astype("<u2").tobytes()])
+        message = b"".join([head, side, escaped.astype("<i4").tobytes(), *lower, words.astype("<u2").tobytes()])
         return Coded({MESSAGE: as_tensor(message)}, {"bytes": len(message)})
 
     def decode(self, parts: Mapping[str, Tensor], makes: Sequence[Kind], params: Params) -> list[Tensor]:
@@ -130,8 +139,7 @@ def _read(
         raise ValueError("a message that is cut off")
     n_side, n_escaped = (int(n) for n in message[:_HEAD].view("<u4"))
     at = _HEAD + n_side
-    rest = message[at + 4 * n_escaped :].tobytes()
-    if at + 4 * n_escaped > len(message) or len(rest) % 2:
+    if at + 4 * n_escaped > len(message):
         raise ValueError("a message that is cut off")
     escaped = np.frombuffer(message[at : at + 4 * n_escaped].tobytes(), "<i4").astype(np.int32)
     shapes = [kind.shape for kind in makes]
@@ -140,13 +148,19 @@ def _read(
     lengths: dict[int, int] = {}
     for level, _, rows, columns in blocks:
         lengths[level] = lengths.get(level, 0) + (rows.stop - rows.start) * (columns.stop - columns.start)
-    small = not len(escaped) or -(2**15) <= escaped.min() <= escaped.max() < 2**15
+    ends = np.cumsum([0, *(-(-n * _n_lower(level) // 8) for level, n in lengths.items())]) + at + 4 * n_escaped
+    lower = {level: message[start:end].tobytes() for level, start, end in zip(lengths, ends, ends[1:], strict=False)}
+    rest = message[int(ends[-1]) :].tobytes()
+    if ends[-1] > len(message) or len(rest) % 2:
+        raise ValueError("a message that is cut off")
+    coarse = [(level - ans.PER_OCTAVE * _n_lower(level), n) for level, n in lengths.items()]
+    small = not ends[-1] > ends[0] and (not len(escaped) or -(2**15) <= escaped.min() <= escaped.max() < 2**15)
     numbers = [np.empty(shape, np.int16 if small else np.int32) for shape in shapes]
-    decoded = ans.decode(np.frombuffer(rest, "<u2"), list(lengths.items()), escaped)
+    decoded = ans.decode(np.frombuffer(rest, "<u2"), coarse, escaped)
     at, now = 0, None
     for level, matrix, rows, columns in blocks:
         if level != now:
-            segment, now, at = next(decoded), level, 0
+            segment, now, at = _joined(next(decoded), lower[level], _n_lower(level)), level, 0
         into = numbers[matrix][rows, columns]
         into[:] = segment[at : at + into.size].reshape(into.shape)
         at += into.size
@@ -172,6 +186,30 @@ def _levels(integers: Tensor) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
 _LEAST = 1e-3
 
 
+def _n_lower(level: int) -> int:
+    """Bits by which integers of a level are larger than those of the last table."""
+    return max(0, -(-(level - ans.LEVELS[-1]) // ans.PER_OCTAVE))
+
+
+def _pack(numbers: NDArray[np.int32], n_bits: int) -> bytes:
+    """Their lower bits."""
+    if not n_bits:
+        return b""
+    parts = [numbers[at : at + _AT_ONCE].astype(np.int64) for at in range(0, len(numbers), _AT_ONCE)]
+    return b"".join(pack_bits(part & (1 << n_bits) - 1, n_bits) for part in parts)
+
+
+def _joined(upper: ans.Decoded, lower: bytes, n_bits: int) -> ans.Decoded:
+    """The inverse."""
+    if not n_bits:
+        return upper
+    joined = upper.astype(np.int32) << n_bits
+    for at in range(0, len(joined), _AT_ONCE):
+        here = joined[at : at + _AT_ONCE]
+        here |= unpack_bits(lower[at * n_bits // 8 :], len(here), n_bits).astype(np.int32)
+    return joined
+
+
 def _order(levels: NDArray[np.int8]) -> NDArray[np.int64]:
     return np.argsort(levels, kind="stable")
 
@@ -183,7 +221,7 @@ def _blocks(levels: Sequence[tuple[NDArray[np.int8], ...]]) -> list[tuple[int, i
         rows, columns = (_runs(of) for of in told)
         for of_row, row_slice in rows:
             for of_column, column_slice in columns:
-                level = min(max(of_row + of_column, ans.LEVELS[0]), ans.LEVELS[-1])
+                level = min(max(of_row + of_column, ans.LEVELS[0]), _TOP)
                 blocks.append((level, matrix, row_slice, column_slice))
     return sorted(blocks, key=lambda block: block[:2])
 
