@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 
 from freebits.errors import FreebitsError, UsageError, one_line
-from freebits.work.crew import Results, done_once
+from freebits.work.crew import OnDesk, Results, done_once
 from freebits.work.desk import Desk
 
 Item = TypeVar("Item")
@@ -45,14 +45,14 @@ def ray_crew(address: str | None, desk: Desk | None) -> Iterator["Cluster"]:
             ray.shutdown()
 
 
-class Cluster:
+class Cluster(OnDesk):
     """A cluster of Ray; implements `Crew`. This process hands pieces out and takes results in."""
 
     leads = True
 
     def __init__(self, ray: Any, desk: Desk | None) -> None:
+        super().__init__(desk)
         self._ray = ray
-        self.desk = desk
         self._run = ray.remote(max_retries=_RETRIES, retry_exceptions=True)(_run)
         self._run_two = ray.remote(max_retries=_RETRIES, retry_exceptions=True, num_returns=2)(_run_two)
         self._at_once = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
@@ -69,10 +69,6 @@ class Cluster:
             yield pending.popleft()()
 
     give = share
-
-    def agree(self, stage: str, function: Callable[[Item], Result], item: Item) -> Result:
-        """Found here, unless it lies on the desk."""
-        return cast("Result", done_once(self.desk, stage, function, (0, item)))
 
     def hold(self, stage: str, chunks: Sequence[Any]) -> list[Any]:  # noqa: ARG002
         """In the cluster's memory."""
@@ -101,20 +97,6 @@ class Cluster:
         if self.desk is None:
             raise LookupError(stage)
         return [self._ray.put(self.desk.get(f"{stage}-kept-{number}")) for number in range(count)]
-
-    def forget(self, stage: str) -> None:
-        """What lies on the desk."""
-        if self.desk is not None:
-            self.desk.drop(f"{stage}-*")
-
-    def has(self, stage: str) -> bool:
-        """On the desk."""
-        return self.desk is not None and self.desk.has(f"{stage}-0")
-
-    def has_kept(self, stage: str, count: int) -> bool:
-        """On the desk."""
-        desk = self.desk
-        return desk is not None and all(desk.has(f"{stage}-kept-{number}") for number in range(count))
 
     def _sent(self, stage: str, function: Any, numbered: tuple[int, Any]) -> Callable[[], Any]:
         number, item = numbered
