@@ -259,10 +259,11 @@ def test_a_model_that_overflows_is_refused(save_tiny: Make, tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("tied", [False, True])
 def test_sliced_and_canonical_models_are_quantised(
-    save_tiny: Make, slice_tiny: Make, pack_tiny: Make, tmp_path: Path
+    tied: bool, save_tiny: Make, slice_tiny: Make, pack_tiny: Make, tmp_path: Path
 ) -> None:
-    sliced = slice_tiny(save_tiny())
+    sliced = slice_tiny(save_tiny(tie_word_embeddings=tied))
     for name, model in (("sliced", sliced), ("canonical", pack_tiny(sliced))):
         quantised(model, tmp_path / f"{name}-4", bits=8)
         result = freebits.verify(tmp_path / f"{name}-4", against=model, text=random_text(200), seq_len=32, limit=4)

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from freebits.checkpoint import Source
 from freebits.errors import UnsupportedModelError
+from freebits.huggingface.blocks import FactoredEmbedding
 
 _building = threading.Lock()
 """Making a model changes what holds for all threads: transformers sets PyTorch's dtype, we how parameters are made."""
@@ -96,14 +97,18 @@ class BlockwiseModel:
         """The stream before the first block, (1, T, D), of each window of tokens, (windows, T)."""
         self._fill_around()
         run = self.block(0)
-        self._recorders[0].stops = True  # how its result is to be given, it knows after it has run
-        with suppress(_Stopped):
-            self._model.base_model(input_ids=tokens[:1].to(self.device), use_cache=False)
-        self._recorders[0].stops = False
+        self._run_until(0, tokens[:1])  # how a block gives its result, it knows after one has run
         run(self._recorders[0].stream)
-        for window in tokens.to(self.device).split(1):
-            self._model.base_model(input_ids=window, use_cache=False)
+        for window in tokens.split(1):
+            self._run_until(-1, window)
             yield self._recorders[0].stream
+
+    def _run_until(self, block: int, tokens: Tensor) -> None:
+        """Up to a block; what comes after the last may want a stream of another width, in a sliced model."""
+        self._recorders[block].stops = True
+        with suppress(_Stopped):
+            self._model.base_model(input_ids=tokens.to(self.device), use_cache=False)
+        self._recorders[block].stops = False
 
     def block(self, number: int) -> Run:
         """A block, in memory until another one is, in the context of the windows embedded last."""
@@ -135,6 +140,13 @@ class BlockwiseModel:
         result: Tensor = self._model(input_ids=window[None].to(self.device), use_cache=False).logits[0]
         self._recorders[-1].substitute = None
         return result
+
+    @property
+    def embedding_factor(self) -> Tensor | None:
+        """What leads from the embedding to a stream of another width, (D, k), float64, in a sliced model with a tie."""
+        self._fill_around()
+        embedding = self._model.get_input_embeddings()
+        return embedding.factor.detach().double().cpu() if isinstance(embedding, FactoredEmbedding) else None
 
     @property
     def head_module(self) -> nn.Module:

@@ -103,7 +103,11 @@ def measure_sensitivities(
     model.unload()
     held = held or crew.kept("gradient-0", len(parts))
     _, grams = crew.spread("embedding", _outer, held)
-    yield "embeddings", _embeddings(model, hidden, likely, sum(grams[1:], grams[0]), tokens.numel())
+    backwards = sum(grams[1:], grams[0])
+    factor = model.embedding_factor
+    if factor is not None:  # the gradient at what the embedding gives, from that at the stream
+        backwards = factor @ backwards @ factor.T
+    yield "embeddings", _embeddings(model, hidden, likely, backwards, tokens.numel())
 
 
 def _forwards(model: BlockwiseModel, crew: Crew, held: list[Any], progress: Progress) -> list[Any]:
