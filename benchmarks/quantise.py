@@ -29,8 +29,9 @@ from freebits.huggingface.blockwise import BlockwiseModel
 from freebits.huggingface.own_text import own_windows
 from freebits.huggingface.packed_models import inner_config
 from freebits.huggingface.quantize_checkpoint import SAMPLES, WINDOW
-from freebits.huggingface.rounding import Goal, Shelf, write_rounded
+from freebits.huggingface.rounding import Goal, write_rounded
 from freebits.huggingface.sensitivities import measure_sensitivities
+from freebits.huggingface.shelf import Shelf
 from freebits.packed import PackedFolder, publish
 from freebits.report import bytes_on_disk
 from freebits.work import Desk, Team

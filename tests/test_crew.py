@@ -2,13 +2,10 @@
 
 import logging
 import os
-import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +51,7 @@ def verbs(dense: Path, sliced: Path) -> dict[str, tuple[Verb, Path, dict[str, An
         "slice": (freebits.slice_model, dense, SLICE),
         "canonical": (freebits.pack, sliced, {"codec": "canonical"}),
         "bits-back": (freebits.pack, sliced, {"codec": "bits-back"}),
+        "none": (freebits.pack, dense, {"codec": "none"}),
         "quantize": (freebits.quantize, dense, QUANTIZE),
     }
 
@@ -179,41 +177,75 @@ def test_finished_pieces_are_not_made_again(dense: Path, slice_tiny: Make, tmp_p
     assert len(made) == 8  # one a sublayer
 
 
+KILLED = """
+import os, signal, sys
+from freebits.cli import main
+from freebits.work import Desk
+
+left, put = int(sys.argv[1]), Desk.put
+
+def counted(desk, key, value):
+    global left
+    left -= 1
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+    put(desk, key, value)
+
+Desk.put = counted
+main(sys.argv[2:])
+"""
+
+
 @pytest.mark.parametrize("verb", ["slice", "quantize"])
 def test_a_killed_process_is_gone_on_with(verb: str, dense: Path, tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.write_text(TEXT)
     options = {"slice": ["--sparsity", "0.25", "--force"], "quantize": ["--target-kl", "0.01"]}[verb]
-    command = [verb, str(dense), "--calibration", str(text), "--samples", "8", "--seq-len", "32", *options]
-    assert main([*command[:2], str(tmp_path / "at once"), *command[2:]]) == 0
-    program = [sys.executable, "-m", "freebits.cli", *command[:2], str(tmp_path / "out"), *command[2:]]
-    for _ in range(2):
-        process = subprocess.Popen(program, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        while not [*tmp_path.glob(".out*/unfinished/*.safetensors")] and process.poll() is None:
-            time.sleep(0.01)
-        time.sleep(random.random() / 20)  # noqa: S311
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    if not (tmp_path / "out").exists():
-        assert main([*command[:2], str(tmp_path / "out"), *command[2:]]) == 0
+
+    def command(out: str) -> list[str]:
+        given = ["--calibration", str(text), "--samples", "8", "--seq-len", "32", *options]
+        return [verb, str(dense), str(tmp_path / out), *given]
+
+    assert main(command("at once")) == 0
+    for pieces in (3, 5):
+        killed = subprocess.run([sys.executable, "-c", KILLED, str(pieces), *command("out")], check=False)
+        assert killed.returncode == -signal.SIGKILL
+    assert main(command("out")) == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "at once")
     assert not [*tmp_path.glob(".out*")]
 
 
+RANK = """
+import sys
+from pathlib import Path
+from freebits import Team
+from freebits.huggingface import sensitivities
+from freebits.moves import slicing
+from tests.test_crew import verbs
+
+slicing._AT_ONCE = sensitivities._AT_ONCE = 64
+rank, dense, sliced, out = int(sys.argv[1]), *map(Path, sys.argv[2:])
+for name, (run, model, options) in verbs(dense, sliced).items():
+    made = run(model, out / name, team=Team(jobs=1, rank=rank, world=3), **options)
+    assert bool(made) == (rank == 0)
+"""
+
+
 @pytest.mark.usefixtures("several_chunks")
-@pytest.mark.parametrize("verb", ["slice", "canonical", "bits-back", "quantize"])
-def test_ranks_make_what_one_process_makes(verb: str, dense: Path, slice_tiny: Make, tmp_path: Path) -> None:
-    run, model, options = verbs(dense, slice_tiny(dense, force=True))[verb]
-    run(model, tmp_path / "alone", **options)
-    with ThreadPoolExecutor(3) as ranks:
-        running = [
-            ranks.submit(run, model, tmp_path / "out", team=Team(jobs=1, rank=rank, world=3), **options)
-            for rank in (2, 1, 0)
-        ]
-        results = [one.result() for one in running]
-    assert [bool(result) for result in results] == [False, False, True]
-    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
-    assert not [*tmp_path.glob(".out*")]
+def test_ranks_make_what_one_process_makes(dense: Path, slice_tiny: Make, tmp_path: Path) -> None:
+    sliced, out = slice_tiny(dense, force=True), tmp_path / "out"
+    command = [sys.executable, "-c", RANK]
+    arguments, root = [str(folder) for folder in (dense, sliced, out)], Path(__file__).parent.parent
+    ranks = [subprocess.Popen([*command, str(rank), *arguments], cwd=root) for rank in (2, 1, 0)]
+    try:
+        assert [rank.wait(timeout=240) for rank in ranks] == [0, 0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    for name, (run, model, options) in verbs(dense, sliced).items():
+        run(model, tmp_path / name, **options)
+        assert contents(out / name) == contents(tmp_path / name), name
+    assert {path.name for path in out.iterdir()} == {*verbs(dense, sliced)}
 
 
 @pytest.mark.usefixtures("several_chunks")

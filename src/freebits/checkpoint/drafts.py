@@ -38,7 +38,9 @@ class Task:
     @property
     def facts(self) -> str:
         """What must agree before a run goes on with what another began: the command, the source, the software."""
-        files = sorted(file for file in self.source.glob("*") if file.suffix in (".json", ".safetensors"))
+        files = sorted(
+            file for file in self.source.glob("*") if file.suffix in (".json", ".safetensors") and file.is_file()
+        )
         states = [(file.name, (of := file.stat()).st_size, of.st_mtime_ns) for file in files]
         versions = {"freebits": __version__, "torch": torch.__version__}
         told = {"verb": self.verb, "arguments": dict(self.arguments), "source": states, **versions}

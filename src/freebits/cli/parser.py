@@ -41,7 +41,7 @@ def size(text: str) -> int:
     return round(value)
 
 
-def _who_works(verb: Any) -> None:
+def _who_works(verb: Any, *, spills: bool) -> None:
     """Options of what can be stopped, gone on with, and spread over machines."""
     group = verb.add_argument_group("large models", "a stopped run is gone on with by the same command")
     group.add_argument("--no-resume", dest="resume", action="store_false", help="begin anew")
@@ -54,7 +54,7 @@ def _who_works(verb: Any) -> None:
         default=1,
         help="processes that are given this command, each with its rank, and see the same folders",
     )
-    if verb.prog.endswith("slice"):
+    if spills:
         group.add_argument("--spill", action="store_true", help="keep the calibration's activations on disk")
 
 
@@ -86,8 +86,8 @@ def build_parser() -> argparse.ArgumentParser:
         "(how far its predictions are from the model's; about 5 % of perplexity), "
         "on text that it was not calibrated on. Lossy, unless --lossless or a size that needs no loss. Give one target "
         "at most. What fails leaves no OUT and uploads nothing. Runs on the CPU in minutes for each 100 million "
-        "parameters; memory: the model once in its own dtype, twice in float32 to measure. See also quantize, slice "
-        "and pack, whose options are more.",
+        "parameters; memory: the model once in its own dtype, while it writes its text. See also quantize, slice and "
+        "pack, whose options are more.",
     )
     compress_.add_argument("model", metavar="MODEL", type=Path, help="folder of a checkpoint, or an id on the hub")
     compress_.add_argument("out", metavar="OUT", type=Path, help="folder to create; it must not exist")
@@ -287,7 +287,7 @@ def build_parser() -> argparse.ArgumentParser:
         added.add_argument("--jobs", type=int, help="blocks at once (default: as many as CPU threads, at most four)")
 
     for added in (slice_, pack_, quantize_):
-        _who_works(added)
+        _who_works(added, spills=added is slice_)
 
     inspect_ = command(
         "inspect", "run_inspect", "say what a folder holds and how large it is", "Reads headers, not tensors."
@@ -300,8 +300,8 @@ def build_parser() -> argparse.ArgumentParser:
         "check a packed checkpoint, alone or against the model it was made from",
         "Checks every digest. With --against runs both models: logits must be finite, the mean KL divergence and the "
         "ratio of perplexities within a tolerance, which is tight after pack and loose after quantize and slice; what "
-        "was packed with --codec none must be equal. Both run on the CPU in float32: 4 bytes a parameter each. Exit "
-        "code 1 if a check does not hold, 2 if the checkpoint is damaged.",
+        "was packed with --codec none must be equal. Both run on the CPU in float32, block by block. Exit code 1 if "
+        "a check does not hold, 2 if the checkpoint is damaged.",
     )
     verify_.add_argument("packed", metavar="PACKED", type=Path, help="folder that compress, quantize or pack wrote")
     verify_.add_argument("--against", metavar="MODEL", type=Path, help="the model it was made from, or any before that")

@@ -14,7 +14,7 @@ from freebits.checkpoint import Source
 from freebits.errors import UnsupportedModelError
 from freebits.huggingface.blocks import FactoredEmbedding
 
-_building = threading.Lock()
+BUILDING = threading.Lock()
 """Making a model changes what holds for all threads: transformers sets PyTorch's dtype, we how parameters are made."""
 Run = Callable[[Tensor], Tensor]
 """A block: the stream before it, (1, T, D), to the stream after it."""
@@ -198,7 +198,7 @@ def _again(
 
 def dense_model(config: PreTrainedConfig) -> Any:
     """The library's model, to run in float32, its parameters without memory."""
-    with _building, _parameters_on_meta():
+    with BUILDING, _parameters_on_meta():
         kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         config._experts_implementation = "eager"  # one after another, so that each can be watched
         return kind(config).to(torch.float32).eval()

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from freebits.architecture import FAMILIES, Architecture, dense_family
 from freebits.checkpoint import CONFIG, located, read_json
 from freebits.errors import CheckpointError, UnsupportedModelError
+from freebits.huggingface.blockwise import BUILDING
 from freebits.huggingface.loading import one_line_errors
 from freebits.kind import DTYPE_CODES
 from freebits.moves import sliced_size
@@ -101,7 +102,7 @@ def dense_shapes(config: dict[str, Any], path: Path) -> dict[str, tuple[int, ...
     for key in {family.depth for family in FAMILIES} & config.keys():
         if isinstance(config[key], int) and config[key] > MOST_BLOCKS:
             raise CheckpointError(f"{path}: {key} is {config[key]}, more than any model has: restore the file")
-    with one_line_errors(path, "config"), torch.device("meta"):
+    with BUILDING, one_line_errors(path, "config"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), trust_remote_code=False)
     tensors = dict(model.named_parameters())
     tensors |= {name: of for name, of in model.state_dict().items() if name in dict(model.named_buffers())}

@@ -16,8 +16,9 @@ from freebits.huggingface.blockwise import BlockwiseModel
 from freebits.huggingface.loading import device_of
 from freebits.huggingface.naming import InMemory, known_config
 from freebits.huggingface.own_text import own_windows
-from freebits.huggingface.rounding import Goal, Shelf, write_rounded
+from freebits.huggingface.rounding import Goal, write_rounded
 from freebits.huggingface.sensitivities import measure_sensitivities
+from freebits.huggingface.shelf import Shelf
 from freebits.huggingface.tokens import drawn_windows, token_windows
 from freebits.moves import LOSSY
 from freebits.options import EMBEDDINGS, HADAMARD, INTEGERS, PARTS, ROTATIONS

@@ -107,7 +107,7 @@ class Slice:
             for x in [self.runner.embed(embedded, tokens)]
         ]
         held = self.crew.hold("embedded", streams)
-        return Stream(held, self._rotation(0, [_covariance(chunk) for chunk in streams]))
+        return Stream(held, self._rotation(0, [_covariance(chunk, self.runner) for chunk in streams]))
 
     def look(self, part: Part) -> None:
         """Nothing: what a part needs depends on the parts before it."""
@@ -217,17 +217,17 @@ def _run(
     block = (part.sublayers[0].site - 1) // len(architecture.family.sublayers)
     if runner.loaded != block:
         runner.load(block, _folded(source, architecture, runner.device, part))
-    axes = rotation.to(torch.float32)
+    axes = rotation.to(runner.device, torch.float32)
     x = torch.empty_like(chunk.x)
     for window, after in zip(chunk.x.split(1), x.split(1), strict=True):
-        after.copy_(runner.run(index, (window @ axes) @ axes.T))
+        after.copy_(runner.run(index, (window.to(runner.device) @ axes) @ axes.T))
     dense = None if chunk.dense is None else torch.cat([runner.run(index, window) for window in chunk.dense.split(1)])
     after_it = Chunk(chunk.tokens, x, dense)
-    return after_it, _covariance(after_it)
+    return after_it, _covariance(after_it, runner)
 
 
-def _covariance(chunk: Chunk) -> Tensor | None:
-    return covariance(chunk.x.flatten(0, 1)) if chunk.dense is None else None
+def _covariance(chunk: Chunk, runner: Runner) -> Tensor | None:
+    return covariance(chunk.x.flatten(0, 1).to(runner.device)).cpu() if chunk.dense is None else None
 
 
 def _losses(

@@ -49,11 +49,11 @@ def pack_parts(
         return contents, layout
     names = _announced(preset, model, architecture, layout)
     with CheckpointWriter(directory, names, shard_bytes(source), STEM) as writer, closing(pieces):
-        for part, (piece, digests) in zip(architecture.parts, pieces, strict=True):
+        for done, (part, (piece, digests)) in enumerate(zip(architecture.parts, pieces, strict=True), start=1):
             contents.write(writer, piece, digests)
             made = {name: kind for recipe in piece.recipes for name, kind in recipe.makes.items()}
             ranks |= {s.site: made[s.shortcut.factor].shape[1] for s in part.sublayers if s.shortcut.factor in made}
-            progress(1 + architecture.parts.index(part), len(architecture.parts))
+            progress(done, len(architecture.parts))
     return contents, Layout(layout.widths, tuple(ranks.get(sub.site) for sub in architecture.sublayers))
 
 

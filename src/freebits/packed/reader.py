@@ -79,8 +79,8 @@ class PackedFolder:
         """The tensor called `name`, decoded from just what it takes."""
         if name not in self.kinds:
             raise CheckpointError(f"tensor {name} is missing in {self.path}: the checkpoint is incomplete")
-        root, made = self._root(name), self._last[1]
-        if self._last[0] != root:
+        root, (last, made) = self._root(name), self._last
+        if last != root:
             made = {}
         tensor = self._decoded(name, made)
         made.pop(name, None)

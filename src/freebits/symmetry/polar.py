@@ -38,7 +38,7 @@ def polar_form(A: Tensor, tolerance: float) -> PolarForm:
         A: (k, k') with k ≤ k', float64, finite.
         tolerance: how far from 1 a singular value may lie and count as 1: what rounding did to the shortcut.
     """
-    squares, U = torch.linalg.eigh(A @ A.T)  # in less than half the time of a singular value decomposition
+    squares, U = torch.linalg.eigh(A @ A.T)  # faster than a singular value decomposition
     values = squares.clamp_min(0).sqrt()
     nearly = U @ (U.T @ A / values[:, None]) if values.min() > _LEAST else None
     rows = None if nearly is None else _orthogonal(nearly)

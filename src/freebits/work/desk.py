@@ -56,10 +56,6 @@ class Desk:
         for path in self.folder.glob(f"{_name(pattern, kept='*')}.safetensors"):
             path.unlink(missing_ok=True)
 
-    def part(self, name: str) -> "Desk":
-        """A desk of its own for a part of the work."""
-        return Desk(self.folder / _name(name))
-
     def _path(self, key: str) -> Path:
         return self.folder / f"{_name(key)}.safetensors"
 
