@@ -49,12 +49,12 @@ STEPS: dict[str, tuple[str, Step]] = {
     "copy": ("sliced", lambda source, out: copy(source, out)),
     "pack canonical": ("sliced", packed("canonical")[0]),
     "unpack canonical": ("pack canonical", freebits.unpack),
-    "pack canonical, entropy": ("sliced", packed("canonical", "auto")[0]),
-    "unpack canonical, entropy": ("pack canonical, entropy", freebits.unpack),
+    "pack canonical+entropy": ("sliced", packed("canonical", "auto")[0]),
+    "unpack canonical+entropy": ("pack canonical+entropy", freebits.unpack),
     "pack bits-back": ("sliced", packed("bits-back")[0]),
     "unpack bits-back": ("pack bits-back", freebits.unpack),
-    "pack none, entropy": ("sliced", packed("none", "auto")[0]),
-    "unpack none, entropy": ("pack none, entropy", freebits.unpack),
+    "pack none+entropy": ("sliced", packed("none", "auto")[0]),
+    "unpack none+entropy": ("pack none+entropy", freebits.unpack),
 }
 
 
@@ -96,7 +96,7 @@ def measured(model: str, scratch: Path, parts: list[str], blocks: int | None) ->
     rows: list[tuple[object, ...]] = []
     for name, (source, _) in STEPS.items():
         if any(part in name for part in parts):
-            folders[name] = scratch / name.replace(" ", "-").replace(",", "")
+            folders[name] = scratch / name.replace(" ", "-")
             command = [sys.executable, "-m", "benchmarks.scale", str(scratch)]
             command += ["--child", name, str(folders[source]), str(folders[name])]
             told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
