@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -29,6 +30,9 @@ class Hub:
     address: str
     asked: list[str] = field(default_factory=list)
     """Files that were read."""
+    sizes: dict[str, int] = field(default_factory=dict)
+    sent: dict[str, int] = field(default_factory=dict)
+    """Bytes of each file."""
 
 
 @pytest.fixture
@@ -47,7 +51,7 @@ def hub(save_tiny: Make) -> Iterator[Hub]:
             self.answer(with_body=True)
 
         def answer(self, with_body: bool) -> None:
-            path, headers = self.path.partition("?")[0], {}
+            path, headers, code = self.path.partition("?")[0], {}, 200
             if path.startswith(f"/api/models/{ID}"):
                 names = [file.name for file in folder.iterdir()]
                 told = {"id": ID, "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}
@@ -57,15 +61,19 @@ def hub(save_tiny: Make) -> Iterator[Hub]:
             elif path.startswith(f"/{ID}/resolve/") and (folder / Path(path).name).is_file():
                 body = (folder / Path(path).name).read_bytes()
                 headers = {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": COMMIT}
+                found.sizes[Path(path).name] = len(body)
+                if asked := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+                    code, body = 206, body[int(asked[1]) : int(asked[2]) + 1]
                 if with_body:
                     found.asked.append(Path(path).name)
+                    found.sent[Path(path).name] = found.sent.get(Path(path).name, 0) + len(body)
             else:
                 self.send_response(404)
                 self.send_header("X-Error-Code", "RepoNotFound")
                 self.send_header("Content-Length", "0")
                 self.end_headers()
                 return
-            self.send_response(200)
+            self.send_response(code)
             for name, value in {**headers, "Content-Length": str(len(body))}.items():
                 self.send_header(name, value)
             self.end_headers()
@@ -101,6 +109,15 @@ def test_a_models_id_stands_for_its_folder(hub: Hub, tmp_path: Path) -> None:
     assert "base_model_relation: quantized" in card
     offline = freebits(hub, tmp_path, "inspect", ID, HF_HUB_OFFLINE="1")
     assert offline.returncode == 0, offline.stderr  # it is in the cache
+
+
+def test_a_plan_reads_headers_by_range(hub: Hub, tmp_path: Path) -> None:
+    done = freebits(hub, tmp_path, "compress", ID, tmp_path / "out", "--dry-run", XDG_CACHE_HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert ID in done.stdout
+    assert f"hf://{ID}" in done.stdout
+    assert hub.sent["model.safetensors"] < hub.sizes["model.safetensors"] / 4
+    assert not list((tmp_path).glob("hub"))  # nothing was put into the cache
 
 
 def test_what_cannot_be_had_is_one_line(hub: Hub, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from freebits.calibration import embedded_text
-from freebits.checkpoint import Checkpoint, located, new_directory
+from freebits.checkpoint import Checkpoint, located, new_directory, original
 from freebits.errors import CheckpointError, UsageError
 from freebits.evaluation import verify
 from freebits.huggingface import WINDOW, Goal, prepare, token_windows
@@ -73,7 +73,7 @@ def compress(
     """Make a model smaller, to a size, to a number of bits, to a bound on what it costs, or without any loss.
 
     Args:
-        model: folder of a checkpoint, or a model's id on the hub.
+        model: folder of a checkpoint, its URL (`s3://…`, as fsspec knows them), or a model's id on the hub.
         out: folder to create; it appears complete or not at all.
         target_size: bytes that the finished folder takes at most, as `inspect` counts them.
         target_ratio: the same as a part of what the model takes now, in (0, 1).
@@ -87,7 +87,7 @@ def compress(
         device: where to run the model.
         jobs: matrices to round at once.
         force: write the model even if its mean KL divergence is more than 0.5.
-        dry_run: say what would be done, and write nothing (a model on the hub is downloaded).
+        dry_run: say what would be done, and write nothing; of a model on the hub only what lies beside the weights is read, and their headers.
         progress: called after each step.
 
     Returns:
@@ -98,7 +98,7 @@ def compress(
         CheckpointError: `model` is no sound checkpoint, or `out` exists.
         UnsupportedModelError: transformers does not run it, or not block by block.
     """
-    folder = located(model, revision)
+    folder = located(model, revision, whole=not dry_run)
     plan = planned(folder, target_size, target_ratio, bits, lossless, max_kl)
     if dry_run:
         return {"plan": asdict(plan)}
@@ -119,7 +119,7 @@ def planned(
     max_kl: float | None,
 ) -> Plan:
     """What to do for a target, of which there is one at most; nothing is read but headers."""
-    source = opened(folder)
+    source, name = opened(folder), original(folder) or str(folder)
     now = bytes_on_disk(source)
     if sum(target is not None for target in (target_size, target_ratio, bits, max_kl, lossless or None)) > 1:
         raise UsageError("--target-size, --target-ratio, --bits, --max-kl and --lossless are each a target: give one")
@@ -133,14 +133,14 @@ def planned(
     if lossless or (size is not None and 1.05 * without_loss < size and not isinstance(source, PackedFolder)):
         if isinstance(source, PackedFolder):
             raise CheckpointError(f"{folder} is packed already: it has no bits to lose")
-        return Plan(str(folder), now, "lossless", at_most=size, about=without_loss)
+        return Plan(name, now, "lossless", at_most=size, about=without_loss)
     if size is not None:
-        return Plan(str(folder), now, "integers", at_most=size, about=size)
+        return Plan(name, now, "integers", at_most=size, about=size)
     if bits is not None:
         numbers = sum(kind.numel for kind in kinds if len(kind.shape) > 1)
         rest = sum(kind.n_bytes for kind in kinds if len(kind.shape) < 2)
-        return Plan(str(folder), now, "integers", about=round(bits * numbers / 8) + rest, bits=bits)
-    return Plan(str(folder), now, "integers", max_kl=MAX_KL if max_kl is None else max_kl)
+        return Plan(name, now, "integers", about=round(bits * numbers / 8) + rest, bits=bits)
+    return Plan(name, now, "integers", max_kl=MAX_KL if max_kl is None else max_kl)
 
 
 def _made(

@@ -27,6 +27,7 @@ from freebits.checkpoint.folder import (
     write_json,
 )
 from freebits.checkpoint.hub import located, push
+from freebits.checkpoint.remote import fill, original, url_of
 from freebits.checkpoint.weights import ENTRY, LENGTH, Entry, WeightsFile, WeightsWriter, parse_header
 from freebits.checkpoint.writer import CheckpointWriter, shard_bytes
 
@@ -50,10 +51,12 @@ __all__ = [
     "carry_over",
     "copy",
     "existing_folder",
+    "fill",
     "kept_cards",
     "located",
     "model_files",
     "new_directory",
+    "original",
     "parse_header",
     "push",
     "read_json",
@@ -62,6 +65,7 @@ __all__ = [
     "shard_bytes",
     "stays_inside",
     "text_digest",
+    "url_of",
     "write_json",
     "write_remote_code",
 ]

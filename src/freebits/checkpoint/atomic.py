@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from freebits.checkpoint.drafts import UNFINISHED, Task
-from freebits.errors import CheckpointError, one_line
+from freebits.checkpoint.remote import check_new, draft_of, upload, url_of
+from freebits.errors import CheckpointError, UsageError, one_line
 from freebits.work import Cleared
 
 _log = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ def new_directory(path: str | os.PathLike[str], task: Task | None = None) -> Ite
     process of this machine left there are removed. Before the draft gets its name, all of it is on the disk (`fsync`).
 
     Args:
-        path: the folder.
+        path: the folder, or a URL: then the draft lies in the user's cache until it is finished, and is uploaded.
         task: what is done. A draft that a stopped run of the same task left is gone on with, and one that is stopped
             (by Ctrl-C, or a signal that ends it) stays, if a piece of it is finished. Processes that share a task share
             a draft; the one that leads gives it its name.
@@ -37,10 +38,15 @@ def new_directory(path: str | os.PathLike[str], task: Task | None = None) -> Ite
     Raises:
         CheckpointError: something exists at `path`, or nothing can be written beside it.
     """
-    target = Path(path).absolute()
+    url = url_of(path)
+    target = Path(path).absolute() if url is None else draft_of(url)
     if not target.name:
         raise CheckpointError(f"{path} exists already: choose another output folder")
     shared = task is not None and task.team.shared
+    if url:
+        if shared:
+            raise UsageError(f"{path}: processes of a --world share a folder, not an address: upload it afterwards")
+        check_new(url)
     draft = _draft_path(target, task if shared else None)
     made = _begin(path, target, draft, task)
     done = False
@@ -50,6 +56,8 @@ def new_directory(path: str | os.PathLike[str], task: Task | None = None) -> Ite
         if task is None or task.team.leads:
             shutil.rmtree(draft / UNFINISHED, ignore_errors=True)
             _publish(draft, target)
+            if url:
+                upload(target, url)
         done = True
     except Cleared:  # whoever leads needs nothing more of us
         done = True

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
 
+from freebits.checkpoint.remote import mirror, url_of
 from freebits.errors import CheckpointError, one_line
 
 _WANTED = ("*.json", "*.safetensors", "*.md", "*.model", "*.tiktoken", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
@@ -14,25 +15,35 @@ _OTHERS = ["consolidated*", "original/*", "metal/*", "onnx/*"]
 _CONFIG_ONLY = ("config.json",)
 
 
-def located(model: str | os.PathLike[str], revision: str | None = None, *, config_only: bool = False) -> Path:
-    """The folder of a model, downloaded first where it is an id on the hub.
+def located(
+    model: str | os.PathLike[str], revision: str | None = None, *, config_only: bool = False, whole: bool = True
+) -> Path:
+    """The folder of a model, downloaded first where it is an id on the hub, mirrored where it is a URL.
 
     Args:
-        model: a folder, or an id such as `Qwen/Qwen3-0.6B`. Endpoint, token and cache are huggingface_hub's.
+        model: a folder; or an id such as `Qwen/Qwen3-0.6B`, with huggingface_hub's endpoint, token and cache; or a URL
+            that fsspec knows, such as `s3://bucket/model`.
         revision: branch, tag or commit on the hub.
         config_only: download `config.json` alone.
+        whole: download the weights of a model on the hub, too; otherwise they are read by range.
 
     Raises:
-        CheckpointError: there is neither, or the hub cannot be reached.
+        CheckpointError: there is none, or it cannot be reached.
     """
+    if url := url_of(model):
+        return mirror(url)
     path = Path(model)
     if os.fspath(model).startswith(".") or not is_id(path):
         return path
     try:
+        if not whole:
+            return mirror(f"hf://{path.as_posix()}" + (f"@{revision}" if revision else ""))
         wanted = _CONFIG_ONLY if config_only else _WANTED
         return Path(
             snapshot_download(path.as_posix(), revision=revision, allow_patterns=list(wanted), ignore_patterns=_OTHERS)
         )
+    except CheckpointError:
+        raise
     except Exception as error:  # of the client's library, too, whose kinds change
         finding = one_line(" ".join(str(error).split()), 160)
         raise CheckpointError(

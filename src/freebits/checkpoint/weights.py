@@ -8,7 +8,8 @@ read before.
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from freebits.checkpoint.remote import Readable, Remote, original
 from freebits.errors import CheckpointError, one_line
 from freebits.kind import MOST, Bytes, Kind
 
@@ -79,13 +81,13 @@ class WeightsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._url = original(path)
         try:
-            with open_regular(path) as file:
-                self._state = _state(file)
-                size = os.fstat(file.fileno()).st_size
-                self.header = _read_header(file, size)
-            self._start = LENGTH + len(self.header.encode())
-            self.entries = {entry.name: entry for entry in parse_header(self.header, size - self._start)}
+            with self._opened() as file:
+                self._state = file.state
+                self.header = _read_header(file)
+                self._start = LENGTH + len(self.header.encode())
+                self.entries = {entry.name: entry for entry in parse_header(self.header, file.size - self._start)}
         except FileNotFoundError:
             raise CheckpointError(f"{path} is missing: the checkpoint is incomplete, download it again") from None
         except (OSError, ValueError) as error:
@@ -104,13 +106,49 @@ class WeightsFile:
         """
         entry = self.entries[name]
         try:
-            with open_regular(self.path) as file:
-                data = _read(file, self._start + entry.begin, entry.kind.n_bytes)
-                changed = _state(file) != self._state
+            with self._opened() as file:
+                data = file.read(self._start + entry.begin, entry.kind.n_bytes)
+                changed = file.state != self._state
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.path}: tensor {name} cannot be read ({error}): download it again") from None
         if changed:
             raise CheckpointError(f"{self.path} was changed while it was read: try again when nothing writes to it")
+        return data
+
+    @contextmanager
+    def _opened(self) -> Iterator[Readable]:
+        """The file, wherever it is."""
+        if self._url:
+            yield Remote(self._url)
+        else:
+            with open_regular(self.path) as file:
+                yield _Local(file)
+
+
+@dataclass(frozen=True)
+class _Local:
+    """A file that is open."""
+
+    file: FileIO
+
+    @property
+    def size(self) -> int:
+        return os.fstat(self.file.fileno()).st_size
+
+    @property
+    def state(self) -> tuple[object, ...]:
+        status = os.fstat(self.file.fileno())
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+    def read(self, start: int, n_bytes: int) -> Bytes:
+        data = np.empty(n_bytes, np.uint8)
+        self.file.seek(start)
+        done = 0
+        while done < n_bytes:
+            read = self.file.readinto(data[done:].data)
+            if not read:
+                raise ValueError(f"it ends after {start + done} bytes")
+            done += read
         return data
 
 
@@ -173,29 +211,11 @@ def open_regular(path: Path) -> FileIO:
     return FileIO(path, "r")
 
 
-def _read_header(file: FileIO, size: int) -> str:
-    length = int.from_bytes(_read(file, 0, min(LENGTH, size)), "little")
-    if not LENGTH + 2 <= LENGTH + length <= min(size, LENGTH + _MOST_HEADER):
-        raise ValueError(f"a header of {length} bytes in {size}")
-    return bytes(_read(file, LENGTH, length)).decode()
-
-
-def _state(file: FileIO) -> tuple[int, ...]:
-    """What changes when a file is replaced or written to."""
-    status = os.fstat(file.fileno())
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _read(file: FileIO, start: int, n_bytes: int) -> Bytes:
-    data = np.empty(n_bytes, np.uint8)
-    file.seek(start)
-    done = 0
-    while done < n_bytes:
-        read = file.readinto(data[done:].data)
-        if not read:
-            raise ValueError(f"it ends after {start + done} bytes")
-        done += read
-    return data
+def _read_header(file: Readable) -> str:
+    length = int.from_bytes(file.read(0, min(LENGTH, file.size)), "little")
+    if not LENGTH + 2 <= LENGTH + length <= min(file.size, LENGTH + _MOST_HEADER):
+        raise ValueError(f"a header of {length} bytes in {file.size}")
+    return bytes(file.read(LENGTH, length)).decode()
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

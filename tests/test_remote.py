@@ -1,0 +1,188 @@
+"""Folders elsewhere: fsspec's memory, and a server on this machine that serves ranges."""
+
+import re
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import torch
+
+import freebits
+from freebits import CheckpointError, UsageError
+from freebits.checkpoint import located, url_of
+from freebits.checkpoint import remote as remote_module
+from freebits.cli import main
+from tests.conftest import content
+from tests.tiny import Make
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What is kept of folders elsewhere, apart from the user's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    remote_module.mirror.cache_clear()
+    return tmp_path / "cache" / "freebits"
+
+
+@pytest.fixture
+def memory() -> Iterator[Any]:
+    system = fsspec.filesystem("memory")
+    yield system
+    system.store.clear()
+    system.pseudo_dirs[:] = [""]
+
+
+@pytest.fixture
+def sliced(save_tiny: Make, slice_tiny: Make) -> Path:
+    return slice_tiny(save_tiny())
+
+
+@dataclass
+class Served:
+    """A folder at an address, and how many bytes of each file were sent."""
+
+    address: str
+    sent: dict[str, int] = field(default_factory=dict)
+
+
+@pytest.fixture
+def served(sliced: Path) -> Iterator[Served]:
+    found = Served("")
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+        def do_HEAD(self) -> None:
+            self.answer(with_body=False)
+
+        def do_GET(self) -> None:
+            self.answer(with_body=True)
+
+        def answer(self, with_body: bool) -> None:
+            file = sliced / Path(self.path).name
+            code, body = 404, b""
+            if self.path.rstrip("/") == "/model":
+                code, body = 200, "".join(f'<a href="/model/{f.name}">x</a>' for f in sliced.iterdir()).encode()
+            elif file.is_file():
+                code, body = 200, file.read_bytes()
+                if asked := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+                    code, body = 206, body[int(asked[1]) : int(asked[2]) + 1]
+            self.send_response(code)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Type", "text/html" if not file.is_file() else "application/octet-stream")
+            self.send_header("Accept-Ranges", "bytes")
+            self.end_headers()
+            if with_body:
+                self.wfile.write(body)
+                found.sent[file.name] = found.sent.get(file.name, 0) + len(body)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    found.address = f"http://127.0.0.1:{server.server_port}/model"
+    yield found
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_what_is_an_address() -> None:
+    assert url_of("s3://bucket/model/") == "s3://bucket/model"
+    assert url_of(Path("s3://bucket/model")) == "s3://bucket/model"  # which pathlib writes with one slash
+    for path in ("model", "/model", "C:/model", "C:\\model", "what://model", "makers/model", "s3:"):
+        assert url_of(path) is None
+
+
+def test_from_memory_to_memory(sliced: Path, memory: Any, tmp_path: Path, cache: Path) -> None:
+    freebits.pack(sliced, tmp_path / "here")
+    memory.put(str(sliced), "/models/sliced", recursive=True)
+    facts = freebits.pack("memory://models/sliced", "memory://models/packed")
+    names = {file.name for file in (tmp_path / "here").iterdir()}
+    assert {Path(name).name for name in memory.ls("/models/packed", detail=False)} == names
+    for name in names - {"README.md"}:
+        assert memory.cat(f"/models/packed/{name}") == (tmp_path / "here" / name).read_bytes()
+    assert facts == freebits.inspect("memory://models/packed") == freebits.inspect(tmp_path / "here")
+    assert freebits.verify("memory://models/packed", against="memory://models/sliced", seq_len=8, limit=2)["ok"]
+    freebits.unpack("memory://models/packed", tmp_path / "there")
+    freebits.unpack(tmp_path / "here", tmp_path / "back")
+    assert content(tmp_path / "there") == content(tmp_path / "back")
+    windows = torch.arange(8)[None]
+    with torch.no_grad():
+        here, there = freebits.load(tmp_path / "here"), freebits.load("memory://models/packed")
+        assert torch.equal(here(windows).logits, there(windows).logits)
+        freebits.load("memory://models/sliced")(windows)  # which transformers reads: a download
+    assert not [path for path in cache.iterdir() if not path.name.startswith("mirror-")]  # drafts are gone
+
+
+def test_weights_are_read_by_range_and_never_copied(served: Served, sliced: Path, tmp_path: Path) -> None:
+    [size] = [file.stat().st_size for file in sliced.glob("*.safetensors")]
+    freebits.inspect(served.address)
+    assert served.sent["model.safetensors"] < size / 4  # the header alone
+    hole = located(served.address) / "model.safetensors"
+    assert hole.stat().st_size == size
+    assert hole.stat().st_blocks == 0
+    freebits.pack(served.address, tmp_path / "there")
+    freebits.pack(sliced, tmp_path / "here")
+    for file in (tmp_path / "here").iterdir():
+        assert file.name == "README.md" or file.read_bytes() == (tmp_path / "there" / file.name).read_bytes()
+
+
+def test_nothing_is_written_where_nothing_can_be(
+    served: Served, sliced: Path, memory: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["pack", str(sliced), served.address.replace("model", "new")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+    assert main(["inspect", served.address.replace("model", "none")]) == 2
+    assert "cannot be read (there is no config.json)" in capsys.readouterr().err
+    memory.pipe("/taken/file", b"here")
+    with pytest.raises(CheckpointError, match="exists already"):
+        freebits.pack(sliced, "memory://taken")
+    with pytest.raises(UsageError, match="share a folder"):
+        freebits.pack(sliced, "memory://new", team=freebits.Team(rank=0, world=2))
+    assert memory.find("/") == ["/taken/file"]
+
+
+def test_what_cannot_be_uploaded_lies_here(
+    sliced: Path, memory: Any, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    put = type(memory).put_file
+
+    def refuse(self: Any, file: str, name: str, **options: Any) -> None:
+        if name.endswith("config.json"):
+            raise OSError("no more room")
+        put(self, file, name, **options)
+
+    monkeypatch.setattr(type(memory), "put_file", refuse)
+    with pytest.raises(CheckpointError, match="no more room.*lies finished in") as told:
+        freebits.pack(sliced, "memory://packed")
+    assert not memory.exists("/packed")  # where nothing is left
+    finished = Path(str(told.value).rpartition(" ")[2])
+    assert freebits.inspect(finished)["kind"] == "packed"
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent))
+    with pytest.raises(CheckpointError, match="could not be uploaded before"):
+        freebits.pack(sliced, "memory://packed")
+
+
+def test_a_file_that_changes_is_noticed(sliced: Path, memory: Any) -> None:
+    memory.put(str(sliced), "/models/sliced", recursive=True)
+    source = freebits.checkpoint.Checkpoint(located("memory://models/sliced"))
+    name = next(iter(source.kinds))
+    assert torch.equal(source[name], freebits.checkpoint.Checkpoint(sliced)[name])
+    memory.pipe("/models/sliced/model.safetensors", (sliced / "model.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match="was changed while it was read"):
+        source[name]
+
+
+def test_names_that_lead_elsewhere_are_left(memory: Any) -> None:
+    memory.store["/model/../../escaped.json"] = memory.open("/x", "wb")
+    memory.pipe("/model/config.json", b"{}")
+    folder = located("memory://model")
+    assert sorted(file.name for file in folder.rglob("*")) == ["config.json"]
+    assert not (folder.parent.parent / "escaped.json").exists()
