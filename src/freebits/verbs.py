@@ -36,7 +36,7 @@ def pack(
         entropy: `auto` entropy-codes what gains by it, bit for bit; `none` leaves it.
         threshold: of bits-back, the largest error of a decoded word that is left without a correction, by default
             0.01. The paper uses 0.01 for OPT and 0.005 for Llama 2.
-        jobs: blocks to work on at once, by default one a thread of PyTorch's, at most four. Memory holds twice as many
+        jobs: blocks to work on at once, by default one a thread of PyTorch's, at most four. Memory holds as many
             and one embedding.
         team: who does the work, if not `jobs` threads of this process: Ray, or processes of a cluster.
         resume: go on with what a stopped run of the same arguments left, block by block.

@@ -67,7 +67,7 @@ class BitsBack:
         kept, last = message[: len(message) - n_taken], message[len(message) - n_taken :]
         Q, eigenvalues = rotation_from_words(_finite(last, "a word of the message"), rank)
         coded_values = _finite(eigenvalues.to(dtype), "an eigenvalue")
-        matrix = _finite((W @ Q).to(dtype), "a rotated weight")
+        matrix = _finite(torch.cat([(some @ Q).to(dtype) for some in W.split(_ROWS)]), "a rotated weight")
         unsigned = unsigned_rotation(matrix)
         signs = rotation_signs(unsigned, Q)
         true = torch.cat([last, W.to(dtype).flatten()])
@@ -139,7 +139,8 @@ def _decoded(eigenvalues: Tensor, matrix: Tensor, Q: Tensor) -> Tensor:
 def _rank(W: Tensor, dtype: torch.dtype, threshold: float) -> int:
     """Columns that do not vanish: beside the largest, in this dtype, and in any case within the threshold."""
     norms = _finite(W, "a weight").norm(dim=0)
-    vanishes = (norms <= norms.max() * torch.finfo(dtype).eps ** 2) & (W.abs().amax(dim=0) <= threshold)
+    least, most = torch.aminmax(W, dim=0)
+    vanishes = (norms <= norms.max() * torch.finfo(dtype).eps ** 2) & (torch.maximum(-least, most) <= threshold)
     rank = W.shape[1] - int(vanishes.int().cumprod(dim=0).sum())  # they come first, as eigenvalues ascend
     if rank < 2:
         raise Declined(f"the output matrix has rank {rank}: there is no rotation to gain from")
@@ -159,8 +160,9 @@ def _sums(words: Tensor) -> list[float]:
     another machine failed to find changes these sums by about as much as the words are large.
     """
     n_rows = -(-len(words) // _ROW)
-    rows = torch.nn.functional.pad(words, (0, n_rows * _ROW - len(words))).reshape(n_rows, _ROW).double()
-    sums: list[float] = (_signs(n_rows) * (rows @ _signs(_ROW))).sum(0).tolist()
+    rows = torch.nn.functional.pad(words, (0, n_rows * _ROW - len(words))).reshape(n_rows, _ROW)
+    of_rows = torch.cat([some.double() @ _signs(_ROW) for some in rows.split(_ROWS)])
+    sums: list[float] = (_signs(n_rows) * of_rows).sum(0).tolist()
     return sums
 
 

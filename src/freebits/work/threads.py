@@ -53,7 +53,7 @@ def workers(jobs: int | None) -> Iterator[ThreadPoolExecutor]:
 def ordered_map(
     executor: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item]
 ) -> Generator[Result, None, None]:
-    """`map(function, items)` with as many results under way as there are workers, and one waiting for each.
+    """`map(function, items)` with as many results under way as there are workers, and one waiting.
 
     The last item is left to the calling thread, which has all of PyTorch's threads, once the others are done; where
     there is one worker, all of them are.
@@ -64,7 +64,7 @@ def ordered_map(
     pending: deque[Future[Result]] = deque()
     held: list[Item] = []
     for item in items:
-        if len(pending) == 2 * executor._max_workers:
+        if len(pending) > executor._max_workers:
             yield pending.popleft().result()
         pending.extend(executor.submit(function, before) for before in held)
         held = [item]
