@@ -87,7 +87,8 @@ def compress(
         device: where to run the model.
         jobs: matrices to round at once.
         force: write the model even if its mean KL divergence is more than 0.5.
-        dry_run: say what would be done, and write nothing; of a model on the hub only what lies beside the weights is read, and their headers.
+        dry_run: say what would be done, and write nothing. Of a model on the hub only what lies beside the weights is
+            read, and their headers.
         progress: called after each step.
 
     Returns:

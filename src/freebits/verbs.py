@@ -3,6 +3,7 @@
 import os
 from typing import Any
 
+from freebits.architecture import Architecture
 from freebits.checkpoint import Checkpoint, Task, located, new_directory
 from freebits.errors import CheckpointError
 from freebits.options import CANONICAL
@@ -36,8 +37,8 @@ def pack(
         entropy: `auto` entropy-codes what gains by it, bit for bit; `none` leaves it.
         threshold: of bits-back, the largest error of a decoded word that is left without a correction, by default
             0.01. The paper uses 0.01 for OPT and 0.005 for Llama 2.
-        jobs: blocks to work on at once, by default one a thread of PyTorch's, at most four. Memory holds as many
-            and one embedding.
+        jobs: blocks to work on at once, by default one a thread of PyTorch's, at most four, of blocks above 256 MB
+            one. Memory holds as many, in float64, and one embedding.
         team: who does the work, if not `jobs` threads of this process: Ray, or processes of a cluster.
         resume: go on with what a stopped run of the same arguments left, block by block.
         progress: called after each block, with codec `none` after each tensor.
@@ -59,12 +60,20 @@ def pack(
     team = team or Team(jobs)
     arguments = {"codec": codec, "entropy": entropy, "threshold": threshold}
     task = Task("pack", source.path, arguments, team, resume) if preset or team.shared else None  # else it is copying
-    with new_directory(out, task) as directory, team.crew(task.desk(directory) if task else None) as crew:
+    piece = _largest_part(source) if preset else 0
+    with new_directory(out, task) as directory, team.crew(task.desk(directory) if task else None, piece) as crew:
         pack_into(directory, source, preset, (entropy, code), sizes, crew, progress)
         if not crew.leads:
             return {}
         write_card(directory, source.path)
         return inspect(directory)
+
+
+def _largest_part(source: Checkpoint) -> int:
+    """Bytes of the part of a model that has most."""
+    kinds = source.kinds
+    parts = Architecture.of(source.config, len(kinds)).parts
+    return max(sum(kinds[name].n_bytes for name in part.weights if name in kinds) for part in parts)
 
 
 def unpack(
@@ -81,8 +90,8 @@ def unpack(
     Args:
         packed: a packed folder.
         out: folder to create; it appears complete or not at all.
-        jobs: sites or tensors to decode at once, by default one a thread of PyTorch's, at most four. Memory holds twice
-            as many and one embedding.
+        jobs: sites or tensors to decode at once, by default one a thread of PyTorch's, at most four, of sites above 256
+            MB one. Memory holds as many, in float64, and one embedding.
         progress: called after each site or plain tensor.
 
     Returns:

@@ -17,7 +17,7 @@ from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-import fsspec
+import fsspec  # type: ignore[import-untyped]
 import numpy as np
 
 from freebits.errors import CheckpointError, one_line
@@ -112,7 +112,7 @@ def mirror(url: str) -> Path:
             for name, told in sorted(found.items()):
                 _stand_in(system, name, told, folder, name[len(root) :].strip("/"))
     except OSError as error:
-        raise CheckpointError(f"{url} cannot be read ({error}): check the address, the connection and the key") from None
+        raise CheckpointError(f"{url} cannot be read ({error}): check address, connection and key") from None
     _mirrors[folder] = url
     return folder
 

@@ -107,8 +107,10 @@ class PackedFolder:
             made: dict[str, Tensor] = {}
             return {name: self._decoded(name, made) for name in names}
 
-        with workers(jobs) as executor:
-            yield from ordered_map(executor, group, self.groups(names))
+        groups = self.groups(names)
+        together = (sum(self.kinds[name].n_bytes for name in names) for names in groups if len(names) > 1)
+        with workers(jobs, max(together, default=0)) as executor:  # what is single has no linear algebra
+            yield from ordered_map(executor, group, groups)
 
     def model_tensors(self, jobs: int | None = None) -> Iterator[tuple[str, Tensor]]:
         """Name and tensor of the model; not of other weights beside it."""

@@ -19,7 +19,7 @@ class Team:
     """How users say who does the work.
 
     Attributes:
-        jobs: pieces at once in a process; by default one a thread of PyTorch's, at most four.
+        jobs: pieces at once in a process; by default one a thread of PyTorch's, at most four, of large blocks fewer.
         backend: `threads` of this process, or `ray`.
         address: of a Ray cluster; by default a local one.
         rank: number of this process among `world` that are given the same command and see the same folders.
@@ -58,13 +58,13 @@ class Team:
         return self.rank == 0
 
     @contextmanager
-    def crew(self, desk: Desk | None) -> Iterator[Crew]:
-        """Those who do the work, for as long as this lasts."""
+    def crew(self, desk: Desk | None, piece: int = 0) -> Iterator[Crew]:
+        """Those who do the work, for as long as this lasts; see `workers` for the bytes of a piece."""
         if self.backend == RAY:
             with ray_crew(self.address, desk) as crew:
                 yield crew
         else:
-            with workers(self.jobs) as executor:
+            with workers(self.jobs, piece) as executor:
                 yield self._here(executor, desk)
 
     def _here(self, executor: ThreadPoolExecutor, desk: Desk | None) -> Crew:
