@@ -27,7 +27,7 @@ from freebits.checkpoint.folder import (
     write_json,
 )
 from freebits.checkpoint.hub import located, push
-from freebits.checkpoint.remote import fill, original, url_of
+from freebits.checkpoint.remote import exists, fill, original, url_of
 from freebits.checkpoint.weights import ENTRY, LENGTH, Entry, WeightsFile, WeightsWriter, parse_header
 from freebits.checkpoint.writer import CheckpointWriter, shard_bytes
 
@@ -51,6 +51,7 @@ __all__ = [
     "carry_over",
     "copy",
     "existing_folder",
+    "exists",
     "fill",
     "kept_cards",
     "located",

@@ -145,6 +145,23 @@ def fill(folder: Path) -> None:
         part.replace(file)
 
 
+def exists(path: str | os.PathLike[str]) -> bool:
+    """Whether something is at a path or URL.
+
+    Raises:
+        CheckpointError: the URL cannot be reached.
+    """
+    url = url_of(path)
+    if url is None:
+        return Path(path).exists()
+    try:
+        with _as_os_errors():
+            system, name = fsspec.url_to_fs(url)
+            return bool(system.exists(name))
+    except OSError as error:
+        raise CheckpointError(f"{url} cannot be read ({error}): check address, connection and key") from None
+
+
 def check_new(url: str) -> None:
     """Check that a folder can be made, before anything takes long.
 
@@ -153,19 +170,17 @@ def check_new(url: str) -> None:
     """
     if draft_of(url).exists():
         raise CheckpointError(f"{draft_of(url)} could not be uploaded before: move it there yourself, or remove it")
+    if exists(url):
+        raise CheckpointError(f"{url} exists already: choose another output folder or remove it")
     try:
         with _as_os_errors():
             system, name = fsspec.url_to_fs(url)
-            taken = system.exists(name)
-            if not taken:
-                with suppress(NotImplementedError):
-                    system.makedirs(name, exist_ok=True)
-                system.pipe_file(f"{name}/.freebits", b"freebits")
-                system.rm(name, recursive=True)
+            with suppress(NotImplementedError):
+                system.makedirs(name, exist_ok=True)
+            system.pipe_file(f"{name}/.freebits", b"freebits")
+            system.rm(name, recursive=True)
     except OSError as error:
         raise CheckpointError(f"{url} cannot be written ({error})") from None
-    if taken:
-        raise CheckpointError(f"{url} exists already: choose another output folder or remove it")
 
 
 def draft_of(url: str) -> Path:

