@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from freebits.codes import CODES, BitsBack, Code, Coded, Declined, Lower, Symmetric, canonical_direction
+from freebits.codes import CODES, BitsBack, Code, Coded, Declined, Lower, Pivots, Symmetric, canonical_direction
 from freebits.codes.bits import as_tensor, bytes_from, pack_bits, unpack_bits
 from freebits.codes.corrections import apply_corrections, encode_corrections, read_corrections
 from freebits.codes.rotation_words import (
@@ -239,3 +239,66 @@ def test_bytes_come_back_from_tensors(data: bytes) -> None:
     assert len(tensor) % 8 == 0
     assert bytes_from(tensor, len(data)).tobytes() == data
     assert bytes_of(tensor).tobytes().startswith(data)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=seeds,
+    dtype=st.sampled_from((*DTYPES, torch.float32)),
+    sizes=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 6)), min_size=1, max_size=4),
+    columns=st.integers(6, 20),
+    dim=st.sampled_from([0, 1]),
+)
+def test_pivots_are_not_stored(
+    seed: int, dtype: torch.dtype, sizes: list[tuple[int, int]], columns: int, dim: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    spaces, end = [], 0
+    for gap, size in sizes:
+        spaces.append((end + gap, size))
+        end += gap + size
+    matrix = torch.randn(end + 2, columns, generator=generator).to(dtype)
+    for start, size in spaces:
+        pivots = torch.randperm(columns, generator=generator)[:size].sort().values
+        matrix[start : start + size, pivots] = torch.eye(size, dtype=dtype)
+    tensor = matrix.movedim(0, dim).contiguous()
+    coded, [decoded] = round_trip(Pivots(spaces, dim), [tensor], [Kind.of(tensor)])
+    assert torch.equal(decoded, tensor)
+    assert coded.parts["words"].numel() == tensor.numel() - sum(size**2 for _, size in spaces)
+
+
+def test_a_matrix_without_pivots_is_declined() -> None:
+    matrix = torch.randn(4, 8).half()
+    with pytest.raises(Declined):
+        Pivots([(0, 2)]).encode([matrix], [Kind.of(matrix)])
+    matrix[:2, [5, 3]] = torch.eye(2).half()  # not ascending
+    with pytest.raises(Declined):
+        Pivots([(0, 2)]).encode([matrix], [Kind.of(matrix)])
+
+
+@pytest.mark.parametrize(
+    ("spaces", "dim"),
+    [
+        ([[0, 2], [1, 2]], 0),  # overlap
+        ([[3, 2]], 0),  # beyond
+        ([[-1, 2]], 0),
+        ([], 0),
+        ([[0, 0]], 0),
+        ([[0, 2]], 2),
+        ([[True, 2]], 0),
+        ([[0, 5]], 1),
+        ([[0]], 0),
+        (0, 0),
+    ],
+)
+def test_spaces_that_make_no_sense_are_refused(spaces: object, dim: int) -> None:
+    with pytest.raises((ValueError, TypeError)):
+        CODES["pivots"].parts([Kind("F16", (4, 8))], {"spaces": spaces, "dim": dim})
+
+
+@pytest.mark.parametrize("pivots", [[1, 1], [2, 1], [1, 8], [1, 65535]])
+def test_pivots_that_are_no_columns_are_refused(pivots: list[int]) -> None:
+    kind, params = Kind("F16", (4, 8)), {"spaces": [[1, 2]], "dim": 0}
+    parts = {"pivots": torch.from_numpy(np.array(pivots, np.uint16)), "words": torch.zeros(28).half()}
+    with pytest.raises(ValueError, match="pivots that are no columns"):
+        CODES["pivots"].decode(parts, [kind], params)

@@ -6,11 +6,13 @@ from freebits.architecture.families import (
     SLICED_PREFIX,
     Branch,
     Family,
+    Heads,
     SublayerNames,
     dense_family,
     family_of,
 )
 from freebits.architecture.layout import RANKS, WIDTHS, Layout
+from freebits.architecture.pairs import Pair, Span, pairs_of
 from freebits.architecture.table import (
     EMBEDDINGS,
     HEAD,
@@ -39,13 +41,17 @@ __all__ = [
     "BoundBranch",
     "Branch",
     "Family",
+    "Heads",
     "Layout",
     "Module",
+    "Pair",
     "Part",
     "Role",
+    "Span",
     "Sublayer",
     "SublayerNames",
     "Weight",
     "dense_family",
     "family_of",
+    "pairs_of",
 ]

@@ -15,6 +15,29 @@ class Stack(str):
     __slots__ = ()
 
 
+WHOLE, IN_PART, BY_BLOCK, NOTHING, UNLESS_ALIBI = "whole", "in part", "by block", "nothing", "unless alibi"
+"""A head; its first numbers, as many as the config says; a head in some blocks, as the config says; nothing; a head
+unless positions are a term of the scores."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Where attention has its heads: among the outputs of modules that are named relative to the block.
+
+    A head's queries and keys meet in a product, and so do its values and the output matrix. Between them any basis will
+    do, but where positions or a norm need theirs.
+    """
+
+    queries: str
+    keys: str
+    values: str
+    by_group: bool = False
+    """Of one module for all: whether a key and a value follow the queries that share them; else all queries come first,
+    then all keys, then all values."""
+    turned: str = WHOLE
+    """What of queries and keys positions turn, or a norm scales."""
+
+
 @dataclass(frozen=True)
 class Branch:
     """One `write(f(reads(norm(x))))`; module names are relative to the block."""
@@ -26,8 +49,8 @@ class Branch:
     """Children of the block that compute it, applied in this order."""
     attends: bool = False
     """Whether it is attention, which also takes mask, positions and cache."""
-    value: str = ""
-    """Of attention the one of `reads` that makes the values, which the output matrix reads again, head by head."""
+    heads: Heads | None = None
+    """Of attention, where the table knows them."""
     inner: tuple[str, ...] = ()
     """Tensors inside the branch, which never meet the stream, by their full names; a model may do without them."""
     varies: bool = False
@@ -97,7 +120,8 @@ class Family:
     """What a config without `tie_word_embeddings` means."""
     width: str = "hidden_size"
     depth: str = "num_hidden_layers"
-    """The keys of the stream's width and of the number of blocks."""
+    n_heads: str = "num_attention_heads"
+    """The keys of the stream's width, and of the numbers of blocks and of queries' heads."""
     ignored: tuple[str, ...] = ()
     """Suffixes of tensors that old checkpoints carry and no model reads."""
     when: tuple[Requirement, ...] = ()
@@ -133,7 +157,7 @@ _ATTENTION = Branch(
     writes=("self_attn.o_proj",),
     modules=("self_attn",),
     attends=True,
-    value="self_attn.v_proj",
+    heads=Heads(*_QKV),
 )
 _MLP = Branch(
     norm="post_attention_layernorm",
@@ -149,6 +173,10 @@ _MIXTURE = replace(
     as_wide=True,
 )
 _HEAD_NORMS = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
+
+
+def _fused(module: str, *, by_group: bool = False, turned: str = WHOLE) -> Heads:
+    return Heads(module, module, module, by_group, turned)
 
 
 def _one_after_another(attention: Branch, mlp: Branch) -> tuple[SublayerNames, ...]:
@@ -177,14 +205,21 @@ QWEN3 = replace(
     causal_lm="Qwen3ForCausalLM",
     sublayers=_one_after_another(replace(_ATTENTION, inner=_HEAD_NORMS), _MLP),
 )
-SMOLLM3 = replace(LLAMA, model_type="smollm3", causal_lm="SmolLM3ForCausalLM", tied_by_default=True)
+SMOLLM3 = replace(
+    LLAMA,
+    model_type="smollm3",
+    causal_lm="SmolLM3ForCausalLM",
+    sublayers=_one_after_another(replace(_ATTENTION, heads=Heads(*_QKV, turned=BY_BLOCK)), _MLP),
+    tied_by_default=True,
+)
 GRANITE = replace(LLAMA, model_type="granite", causal_lm="GraniteForCausalLM", branch_scale="residual_multiplier")
 PHI3 = replace(
     LLAMA,
     model_type="phi3",
     causal_lm="Phi3ForCausalLM",
     sublayers=_one_after_another(
-        replace(_ATTENTION, reads=("self_attn.qkv_proj",), value=""), replace(_MLP, reads=("mlp.gate_up_proj",))
+        replace(_ATTENTION, reads=("self_attn.qkv_proj",), heads=_fused("self_attn.qkv_proj", turned=IN_PART)),
+        replace(_MLP, reads=("mlp.gate_up_proj",)),
     ),
 )
 MIXTRAL = replace(
@@ -207,7 +242,7 @@ DEEPSEEK_V3 = replace(
         replace(
             _ATTENTION,
             reads=("self_attn.q_proj", "self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),
-            value="",
+            heads=None,  # they are made of what is compressed first
             inner=(
                 "self_attn.q_a_layernorm.weight",
                 "self_attn.q_b_proj.weight",
@@ -225,25 +260,26 @@ DEEPSEEK_V3 = replace(
     ),
 )
 
+_TURNED_IN_PART = replace(_ATTENTION, heads=Heads(*_QKV, turned=IN_PART))
 STABLELM_PARALLEL = replace(
     LLAMA,
     model_type="stablelm",
     causal_lm="StableLmForCausalLM",
-    sublayers=_side_by_side(_ATTENTION, replace(_MLP, norm="input_layernorm")),
+    sublayers=_side_by_side(_TURNED_IN_PART, replace(_MLP, norm="input_layernorm")),
     centred=True,
     when=(Requirement("use_parallel_residual", value=True, by_default=False),),
     requirements=(
         Requirement("qk_layernorm", value=False, reason="the norms of its single heads are not in the table"),
     ),
 )
-STABLELM = replace(STABLELM_PARALLEL, sublayers=LLAMA.sublayers, when=())
+STABLELM = replace(STABLELM_PARALLEL, sublayers=_one_after_another(_TURNED_IN_PART, _MLP), when=())
 
 _PHI_MLP = Branch("input_layernorm", reads=("mlp.fc1",), writes=("mlp.fc2",), modules=("mlp",))
 PHI = replace(
     LLAMA,
     model_type="phi",
     causal_lm="PhiForCausalLM",
-    sublayers=_side_by_side(replace(_ATTENTION, writes=("self_attn.dense",)), _PHI_MLP),
+    sublayers=_side_by_side(replace(_TURNED_IN_PART, writes=("self_attn.dense",)), _PHI_MLP),
     final_norm="model.final_layernorm",
     head_bias=True,
     centred=True,
@@ -256,6 +292,7 @@ _FUSED = Branch(
     writes=("attention.dense",),
     modules=("attention",),
     attends=True,
+    heads=_fused("attention.query_key_value", by_group=True, turned=IN_PART),
 )
 _FUSED_MLP = Branch(
     norm="post_attention_layernorm", reads=("mlp.dense_h_to_4h",), writes=("mlp.dense_4h_to_h",), modules=("mlp",)
@@ -280,6 +317,7 @@ _FALCON = Branch(
     writes=("self_attention.dense",),
     modules=("self_attention",),
     attends=True,
+    heads=_fused("self_attention.query_key_value", by_group=True, turned=UNLESS_ALIBI),
 )
 _NEW_FALCON = Requirement("new_decoder_architecture", value=True, by_default=False)
 FALCON = Family(
@@ -312,7 +350,14 @@ GPT2 = Family(
     embeddings=("transformer.wte", "transformer.wpe"),
     blocks="transformer.h",
     sublayers=_one_after_another(
-        Branch("ln_1", reads=("attn.c_attn",), writes=("attn.c_proj",), modules=("attn",), attends=True),
+        Branch(
+            "ln_1",
+            reads=("attn.c_attn",),
+            writes=("attn.c_proj",),
+            modules=("attn",),
+            attends=True,
+            heads=_fused("attn.c_attn", turned=NOTHING),
+        ),
         Branch("ln_2", reads=("mlp.c_fc",), writes=("mlp.c_proj",), modules=("mlp",)),
     ),
     final_norm="transformer.ln_f",
@@ -323,6 +368,7 @@ GPT2 = Family(
     tied_by_default=True,
     width="n_embd",
     depth="n_layer",
+    n_heads="n_head",
     ignored=(".attn.bias", ".attn.masked_bias"),
     requirements=(
         Requirement("add_cross_attention", value=False, reason="its cross-attention reads another model's stream"),
@@ -335,7 +381,12 @@ OPT = Family(
     embeddings=("model.decoder.embed_tokens", "model.decoder.embed_positions"),
     blocks="model.decoder.layers",
     sublayers=_one_after_another(
-        replace(_ATTENTION, norm="self_attn_layer_norm", writes=("self_attn.out_proj",)),
+        replace(
+            _ATTENTION,
+            norm="self_attn_layer_norm",
+            writes=("self_attn.out_proj",),
+            heads=Heads(*_QKV, turned=NOTHING),
+        ),
         Branch("final_layer_norm", reads=("fc1",), writes=("fc2",), modules=("fc1", "activation_fn", "fc2")),
     ),
     final_norm="model.decoder.final_layer_norm",

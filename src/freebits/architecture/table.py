@@ -16,7 +16,7 @@ embedding leads to site 0.
 
 import math
 from collections.abc import Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
 from typing import Any
@@ -100,10 +100,9 @@ class BoundBranch:
 
     names: Branch
     norm: Module
+    block: str
     reads: tuple[Module, ...]
     writes: tuple[Module, ...]
-    value: Module | None
-    """Of attention what makes the values."""
     inner: tuple[str, ...]
 
     @classmethod
@@ -112,9 +111,9 @@ class BoundBranch:
         return cls(
             names=names,
             norm=Module(f"{block}.{names.norm}"),
+            block=block,
             reads=tuple(Module(f"{block}.{name}", isinstance(name, Stack)) for name in names.reads),
             writes=tuple(Module(f"{block}.{name}", isinstance(name, Stack)) for name in names.writes),
-            value=Module(f"{block}.{names.value}") if names.value else None,
             inner=tuple(f"{block}.{name}" for name in names.inner),
         )
 
@@ -208,6 +207,8 @@ class Architecture:
     """Whether the head is the token embedding, and stays it."""
     branch_scale: float = 1.0
     """What the dense blocks multiply each branch's result by."""
+    config: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What `config.json` says."""
 
     @classmethod
     def of(cls, config: Mapping[str, Any], n_tensors: int | None = None) -> "Architecture":
@@ -235,7 +236,7 @@ class Architecture:
         if not isinstance(scale, (int, float)) or not math.isfinite(scale):
             raise CheckpointError(f"config.json: {family.branch_scale} is {scale!r}, not a number")
         tied = config.get("tie_word_embeddings", family.tied_by_default)
-        return cls(family, width, depth, tied=bool(tied), branch_scale=scale)
+        return cls(family, width, depth, tied=bool(tied), branch_scale=scale, config=config)
 
     def with_tie(self, tied: bool) -> "Architecture":
         """The same with its head tied or not."""

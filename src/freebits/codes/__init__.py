@@ -5,6 +5,7 @@ from freebits.codes.code import Code, Coded, Declined, Params
 from freebits.codes.entropy import Entropy
 from freebits.codes.grid import Grid
 from freebits.codes.integers import Integers
+from freebits.codes.pivots import Pivots
 from freebits.codes.pyramid import Pyramid
 from freebits.codes.rotated import Hadamard
 from freebits.codes.rotation_words import canonical_direction
@@ -19,6 +20,7 @@ CODES: dict[str, Code] = {
     "grid": Grid(),
     "hadamard": Hadamard(),
     "integers": Integers(),
+    "pivots": Pivots(),
     "pyramid": Pyramid(),
     "transposed": Transposed(),
 }
@@ -36,6 +38,7 @@ __all__ = [
     "Integers",
     "Lower",
     "Params",
+    "Pivots",
     "Pyramid",
     "Symmetric",
     "Transposed",

@@ -35,9 +35,9 @@ def estimate(
     Returns:
         Without sparsity `dtype` and `bytes` of each step of the ladder: `dense`, `lossless`, `8 bits` … `3 bits`, and,
         where the stream can be sliced, `sliced 10 %` … `sliced 30 %`, each about as freebits writes it by default.
-        Else `hidden_size`, `sliced_size`; `params` {`dense`, `dense_untied`, `sliced`, `bits_back`, `canonical`,
-        `canonical_tied`}, see `freebits.report.planned_forms`; and in percent, negative is smaller,
-        `change_vs_dense_untied` and `change_vs_dense` of `sliced`, `bits_back`, `canonical` and `canonical_tied`.
+        Else `hidden_size`, `sliced_size`; `params` {`dense`, `dense_untied`, `dense_canonical`, `sliced`, `bits_back`,
+        `canonical`, `canonical_tied`}, see `freebits.report.planned_forms`; and in percent, negative is smaller,
+        `change_vs_dense_untied` and `change_vs_dense` of `dense_canonical` and what follows it.
         `dtype` and `bytes`: the same forms as tensors in the config's dtype, norms included, and `default`, about what
         slicing and packing write by default: ties kept, canonical, entropy-coded as weights usually are.
 
@@ -63,7 +63,7 @@ def estimate(
     params = {form: None if kinds is None else n_words(architecture, kinds) for form, kinds in planned.items()}
     sizes = {form: None if kinds is None else n_bytes(kinds.values()) for form, kinds in planned.items()}
     packed = sizes["canonical_tied"] or sizes["canonical"] or 0
-    forms = ("sliced", "bits_back", "canonical", "canonical_tied")
+    forms = ("dense_canonical", "sliced", "bits_back", "canonical", "canonical_tied")
     return {
         "hidden_size": architecture.hidden_size,
         "sliced_size": k,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freebits.architecture import Architecture, Layout, Part, dense_family
+from freebits.architecture import Architecture, Layout, Part, dense_family, pairs_of
 from freebits.checkpoint import (
     CONFIG,
     Checkpoint,
@@ -22,11 +22,10 @@ from freebits.checkpoint import (
 )
 from freebits.errors import UnsupportedModelError, UsageError
 from freebits.huggingface.naming import InMemory, known_config
-from freebits.huggingface.packed_models import inner_config
 from freebits.moves import FUNCTION_PRESERVING
 from freebits.packed import HISTORY, history_of
 from freebits.report import dense_bytes, inspect, write_card
-from freebits.symmetry import fold_embeddings, fold_head, fold_sublayers, hadamard, rotate
+from freebits.symmetry import act, fold_embeddings, fold_head, fold_sublayers, hadamard, rotate
 from freebits.version import __version__
 from freebits.work import Progress, silent
 
@@ -65,7 +64,6 @@ def rotate_model(
     architecture = Architecture.of(dense.config, len(dense.kinds))
     baselines = dense_bytes(checkpoint, architecture)
     untied = architecture.with_tie(False)
-    head_dim = _head_dim(dense.config)
     general = dense.kinds[architecture.embedding.weight].dtype
     shapes = {name: kind.shape for name, kind in dense.kinds.items()}
     Layout().check(shapes, architecture)
@@ -74,7 +72,7 @@ def rotate_model(
         carry_over(checkpoint.path, directory)
         with CheckpointWriter(directory, names, shard_bytes(checkpoint)) as writer:
             for done, part in enumerate(untied.parts, start=1):
-                for name, tensor in rotated_part(dense, untied, part, head_dim, seed).items():
+                for name, tensor in rotated_part(dense, untied, part, seed).items():
                     writer.write(name, tensor.to(dense.kinds[name].dtype if name in dense.kinds else general))
                 progress(done, len(untied.parts))
         move = {
@@ -90,13 +88,13 @@ def rotate_model(
         return inspect(directory)
 
 
-def rotated_part(dense: Source, architecture: Architecture, part: Part, head_dim: int, seed: int) -> dict[str, Tensor]:
+def rotated_part(dense: Source, architecture: Architecture, part: Part, seed: int) -> dict[str, Tensor]:
     """A part's tensors, rotated, in float64; its norms have scale 1."""
     tensors = {name: dense[name] for name in part.weights if name in dense.kinds}
     norms = [norm.weight for sub in part.sublayers for norm in sub.norms]
     if part.sublayers:
         folded = _turn_heads(
-            fold_sublayers(tensors, replace(architecture, branch_scale=1.0), part.sublayers), part, head_dim, seed
+            fold_sublayers(tensors, replace(architecture, branch_scale=1.0), part.sublayers), architecture, part, seed
         )
     elif part is architecture.parts[0]:
         folded = fold_embeddings(tensors, architecture)
@@ -111,20 +109,13 @@ def rotated_part(dense: Source, architecture: Architecture, part: Part, head_dim
     return rotated | {name: torch.ones(architecture.hidden_size, dtype=torch.float64) for name in norms}
 
 
-def _turn_heads(folded: Mapping[str, Tensor], part: Part, head_dim: int, seed: int) -> dict[str, Tensor]:
+def _turn_heads(folded: Mapping[str, Tensor], architecture: Architecture, part: Part, seed: int) -> dict[str, Tensor]:
     """Values rotated in each head, and turned back by what reads them."""
     turned = dict(folded)
-    for branch in (branch for sub in part.sublayers for branch in sub.branches):
-        if branch.value is not None:
-            for name in {branch.value.weight, branch.value.bias} & turned.keys():
-                heads = turned[name].movedim(0, -1).unflatten(-1, (-1, head_dim))
-                turned[name] = hadamard(heads, seed).flatten(-2).movedim(-1, 0)
-            [output] = branch.writes
-            turned[output.weight] = hadamard(turned[output.weight].unflatten(-1, (-1, head_dim)), seed).flatten(-2)
+    shapes = {name: tuple(tensor.shape) for name, tensor in folded.items()}
+    written = {write.weight for sub in part.sublayers for branch in sub.branches for write in branch.writes}
+    for pair in pairs_of(architecture, part, shapes, dense=False):
+        if written.issuperset(span.name for span in pair.reads):  # not queries and keys
+            Q = hadamard(torch.eye(pair.size, dtype=torch.float64), seed)
+            turned |= act(turned, pair, Q.expand(pair.n_spaces, -1, -1))
     return turned
-
-
-def _head_dim(config: Mapping[str, Any]) -> int:
-    told: Any = inner_config(config).from_dict(dict(config))
-    size: int = getattr(told, "head_dim", None) or told.hidden_size // told.num_attention_heads
-    return size

@@ -10,9 +10,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from freebits.architecture import Architecture, Part, Sublayer
+from freebits.architecture import Architecture, Pair, Part, Sublayer
 from freebits.checkpoint import Source
 from freebits.moves.move import Dtypes, Turn, unsound_sites
+from freebits.moves.pairs import free_pairs, turn_pairs
 from freebits.symmetry import PolarForm, carried_rotation, polar_form, trapezoid, triangular_rotation
 from freebits.work import kept
 
@@ -90,11 +91,13 @@ class Canonical:
             rotations[sub.site] = state.rotation
             if form.factor is not None:
                 replaced |= {sub.shortcut.weight: None, sub.shortcut.factor: form.factor}
-        factors = frozenset(name for name, tensor in replaced.items() if tensor is not None)
-        return state, Turn(rotations, partial(dict, replaced), factors, reasons)
+        factors = {name for name, tensor in replaced.items() if tensor is not None}
+        pairs = {name for pair in self._pairs(part) for name in pair.names}
+        return state, Turn(rotations, partial(dict, replaced), frozenset(factors | pairs), reasons)
 
     def finish(self, part: Part, tensors: dict[str, Tensor], dtype: Dtypes) -> None:
-        """A factor's columns are free up to a rotation, which makes it lower trapezoidal."""
+        """A factor's columns are free up to a rotation, which makes it lower trapezoidal; pairs have a form, too."""
+        turn_pairs(self._pairs(part), tensors, dtype)
         for sub in part.sublayers:
             if sub.shortcut.factor in tensors:
                 factor = trapezoid(tensors[sub.shortcut.factor])
@@ -109,6 +112,9 @@ class Canonical:
     def _form(self, shortcut: str) -> PolarForm:
         A = self.source[shortcut]
         return polar_form(A.double().T, tolerance=max(torch.finfo(A.dtype).eps, FINEST))
+
+    def _pairs(self, part: Part) -> list[Pair]:
+        return free_pairs(self.source.kinds, self.architecture, part, dense=False)
 
     def _widths(self, sub: Sublayer) -> tuple[int, int]:
         """Of the sites before and after a sublayer."""

@@ -5,7 +5,7 @@ done for several parts at once, and then steps through them in order; what a ste
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from typing import Any, Protocol, TypeVar
@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from freebits.architecture import Architecture, Part
+from freebits.architecture import Part
 from freebits.checkpoint import Source
 from freebits.symmetry import rotate
 from freebits.work import Crew
@@ -67,12 +67,12 @@ Dtypes = Callable[[str], torch.dtype]
 
 
 def moved_parts(
-    move: Move[Any, Any], source: Source, architecture: Architecture, dtype: Dtypes, crew: Crew
+    move: Move[Any, Any], source: Source, parts: Sequence[Part], dtype: Dtypes, crew: Crew
 ) -> Iterator[tuple[Part, Turn, Callable[[], dict[str, Tensor]]]]:
     """A model under a move: each part, what is done to it, and what gives its tensors, which may run anywhere."""
-    looks = chain(crew.share("look", move.look, architecture.parts), [None])
+    looks = chain(crew.share("look", move.look, parts), [None])
     state = move.begin()
-    for part, (seen, following) in zip(architecture.parts, pairwise(looks), strict=True):
+    for part, (seen, following) in zip(parts, pairwise(looks), strict=True):
         state, turn = move.step(state, part, seen, following)
         yield part, turn, _Turned(move, source, dtype, part, turn)
 

@@ -1,6 +1,6 @@
-"""The codecs of sliced models: moved and encoded part by part, with few blocks in memory."""
+"""The codecs of sliced and dense models: moved and encoded part by part, with few blocks in memory."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,14 +8,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from freebits.architecture import Architecture, Layout, Part
-from freebits.checkpoint import Checkpoint, CheckpointWriter, shard_bytes
+from freebits.architecture import Architecture, Layout, Part, Role, Weight
+from freebits.checkpoint import Checkpoint, CheckpointWriter, Source, shard_bytes
 from freebits.errors import CheckpointError
 from freebits.kind import FLOATS, Kind
-from freebits.moves import Expanded, Turn, moved_parts
+from freebits.moves import Expanded, Turn, free_pairs, moved_parts
+from freebits.options import CANONICAL, NONE
 from freebits.packed.contents import STEM, Contents, announced, digests_of
 from freebits.packed.piece import Piece, staged
-from freebits.packed.presets import Preset
+from freebits.packed.presets import Preset, canonical
 from freebits.work import Crew, Progress
 
 Work = tuple[Part, Turn, Callable[[], dict[str, Tensor]]]
@@ -24,42 +25,65 @@ Work = tuple[Part, Turn, Callable[[], dict[str, Tensor]]]
 def pack_parts(
     source: Checkpoint, directory: Path, preset: Preset, stage: str | None, crew: Crew, progress: Progress
 ) -> tuple[Contents, Layout]:
-    """Write a sliced model with its sites encoded; also the layout in which it then runs.
+    """Write a sliced model with its sites encoded, a dense one with its pairs; also the layout in which it then runs.
 
     Raises:
-        CheckpointError: the model is not sliced, or not in a dtype that the codec knows.
+        CheckpointError: the codec finds nothing that is free in the model, or the model is not in a dtype it knows.
     """
     architecture = Architecture.of(source.config, len(source.kinds))
-    if source.config.get("model_type") != architecture.family.sliced_model_type:
-        raise CheckpointError(
-            f"{source.path} is a dense model, whose shortcuts leave no rotation free: slice it first, "
-            "or pack it byte for byte with --codec none"
-        )
-    model = Expanded(source, architecture)
-    _check_floats(model, architecture, preset)
+    dense = source.config.get("model_type") != architecture.family.sliced_model_type
+    model: Source = source if dense else Expanded(source, architecture)
+    parts = _all_parts(architecture, model)
+    if dense:
+        preset = _of_dense(preset, source, architecture)
+    else:
+        _check_floats(model, architecture, preset)
     contents = Contents()
     ranks: dict[int, int] = {}
     layout = Layout.of(model.config, architecture)
     encoder = _Encoder.of(preset, model, architecture, stage)
-    moved = moved_parts(preset.move(model, architecture), model, architecture, encoder.dtype, crew)
+    moved = moved_parts(preset.move(model, architecture), model, parts, encoder.dtype, crew)
     pieces = crew.give("part", encoder, moved)
     if not crew.leads:
         for _ in pieces:
             pass
         return contents, layout
-    names = _announced(preset, model, architecture, layout)
+    names = _announced(preset, model, architecture, parts, layout)
     with CheckpointWriter(directory, names, shard_bytes(source), STEM) as writer, closing(pieces):
-        for done, (part, (piece, digests)) in enumerate(zip(architecture.parts, pieces, strict=True), start=1):
+        for done, (part, (piece, digests)) in enumerate(zip(parts, pieces, strict=True), start=1):
             contents.write(writer, piece, digests)
             made = {name: kind for recipe in piece.recipes for name, kind in recipe.makes.items()}
             ranks |= {s.site: made[s.shortcut.factor].shape[1] for s in part.sublayers if s.shortcut.factor in made}
-            progress(done, len(architecture.parts))
+            progress(done, len(parts))
+    if dense:
+        return contents, layout
     return contents, Layout(layout.widths, tuple(ranks.get(sub.site) for sub in architecture.sublayers))
+
+
+def _all_parts(architecture: Architecture, model: Source) -> tuple[Part, ...]:
+    """Those of the table, and what a dense model has besides."""
+    others = [name for name in model.kinds if name not in architecture.weights]
+    rest = Part({name: Weight(name, Role.INNER, "", ndim=None) for name in others})
+    return (*architecture.parts, rest) if others else architecture.parts
+
+
+def _of_dense(preset: Preset, source: Checkpoint, architecture: Architecture) -> Preset:
+    """What a codec does to a dense model."""
+    if preset.name != CANONICAL:
+        raise CheckpointError(
+            f"{source.path} is a dense model, of which codec {preset.name} takes nothing: slice it first, or pack it "
+            f"with --codec {CANONICAL} or {NONE}"
+        )
+    if not any(free_pairs(source.kinds, architecture, part, dense=True) for part in architecture.parts):
+        raise CheckpointError(
+            f"{source.path} has no heads whose basis is free as freebits knows them: pack it with --codec {NONE}"
+        )
+    return canonical(dense=True)
 
 
 @dataclass(frozen=True)
 class _Encoder:
-    """Encodes and digests a part of a sliced model that was moved; `kinds` are what its tensors are rounded to."""
+    """Encodes and digests a part of a model that was moved; `kinds` are what its tensors are rounded to."""
 
     preset: Preset
     architecture: Architecture
@@ -67,10 +91,11 @@ class _Encoder:
     kinds: Mapping[str, Kind]
 
     @classmethod
-    def of(cls, preset: Preset, model: Expanded, architecture: Architecture, stage: str | None) -> "_Encoder":
+    def of(cls, preset: Preset, model: Source, architecture: Architecture, stage: str | None) -> "_Encoder":
         kinds = dict(model.kinds)
         for sub in architecture.sublayers:  # a factor is as precise as the shortcut for which it stands
-            kinds[sub.shortcut.factor] = kinds[sub.shortcut.weight]
+            if sub.shortcut.weight in kinds:
+                kinds[sub.shortcut.factor] = kinds[sub.shortcut.weight]
         return cls(preset, architecture, stage, kinds)
 
     def dtype(self, name: str) -> torch.dtype:
@@ -84,7 +109,9 @@ class _Encoder:
             {"site": site, "name": _owner(self.architecture, site, self.kinds), "reason": why}
             for site, why in turn.reasons.items()
         )
-        piece = staged(Piece(notes=notes) + self.preset.encode(part, turn, tensors, here), self.stage)
+        piece = staged(
+            Piece(notes=notes) + self.preset.encode(self.architecture, part, turn, tensors, here), self.stage
+        )
         return piece, digests_of(piece)
 
 
@@ -94,19 +121,20 @@ def _owner(architecture: Architecture, site: int, kinds: Mapping[str, Kind]) -> 
 
 
 def _announced(
-    preset: Preset, model: Expanded, architecture: Architecture, layout: Layout
+    preset: Preset, model: Source, architecture: Architecture, parts: Iterable[Part], layout: Layout
 ) -> dict[str, tuple[int, ...]]:
     """Everything that may be stored: what is planned, and what it is made of, should a code decline it."""
     shapes = {name: kind.shape for name, kind in model.kinds.items()}
-    moved = preset.layout(architecture, layout).shapes(architecture, shapes)
-    kinds = {name: Kind(model.kinds[architecture.embedding.weight].code, shape) for name, shape in moved.items()}
+    moved = preset.layout(architecture, layout).shapes(architecture, shapes) if layout.widths else shapes
+    code = next((kind.code for kind in model.kinds.values() if kind.code in FLOATS), "F32")
+    kinds = {name: Kind(code, shape) for name, shape in moved.items()}
     planned = dict(model.kinds)
-    for part in architecture.parts:
-        planned |= preset.plan(part, kinds, architecture.free_sites)
+    for part in parts:
+        planned |= preset.plan(architecture, part, kinds)
     return announced(planned)
 
 
-def _check_floats(model: Expanded, architecture: Architecture, preset: Preset) -> None:
+def _check_floats(model: Source, architecture: Architecture, preset: Preset) -> None:
     codes = {name: model.kinds[name].code for name in architecture.weights if name in model.kinds}
     for name, code in codes.items():
         if code not in FLOATS:

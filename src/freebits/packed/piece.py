@@ -45,20 +45,25 @@ def plain(tensors: Mapping[str, Tensor]) -> Piece:
 
 
 def encoded(
-    name: str, code: Code, label: str, tensors: Mapping[str, Tensor], makes: Mapping[str, Kind], note: dict[str, Any]
+    name: str,
+    code: Code,
+    label: str,
+    tensors: Mapping[str, Tensor],
+    makes: Mapping[str, Kind],
+    note: dict[str, Any] | None = None,
 ) -> Piece:
-    """Tensors in a code; what is stored is called `label.part`.
+    """Tensors in a code; what is stored is called `label.part`. A note, if there is one, tells of the code.
 
     Raises:
         Declined: the code does not take them.
     """
     coded = code.encode(list(tensors.values()), list(makes.values()))
     takes = {part: f"{label}.{part}" for part in coded.parts}
-    note = note | {"code": name} | ({"corrections": coded.corrected} if coded.corrected else {})
+    told = {"code": name} | ({"corrections": coded.corrected} if coded.corrected else {})
     return Piece(
         {takes[part]: (Kind.of(tensor), tensor) for part, tensor in coded.parts.items()},
         (Recipe(name, takes, makes, coded.params),),
-        (note,),
+        () if note is None else (note | told,),
     )
 
 

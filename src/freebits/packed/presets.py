@@ -1,22 +1,26 @@
 """What `--codec` stands for: a move, and the codes that take what it leaves redundant."""
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from freebits.architecture import Architecture, Layout, Part
 from freebits.checkpoint import Source
-from freebits.codes import CODES, BitsBack, Code, Declined
+from freebits.codes import CODES, BitsBack, Code, Declined, Pivots
 from freebits.codes.bitsback import THRESHOLD
 from freebits.errors import UsageError
 from freebits.kind import FLOATS, HALVES, Kind
-from freebits.moves import Canonical, Diagonal, Move, Turn
+from freebits.moves import Canonical, Diagonal, Move, Pairs, Turn, free_pairs
 from freebits.options import BITS_BACK, CANONICAL, CODECS, NONE
 from freebits.packed.piece import Piece, encoded, plain
 from freebits.packed.recipe import Recipe
+
+PIVOTS = "pivots"
 
 
 @dataclass(frozen=True)
@@ -44,12 +48,13 @@ class Group:
 
 @dataclass(frozen=True)
 class Preset:
-    """A codec of sliced models.
+    """A codec of sliced or of dense models.
 
     Attributes:
         name: by which users choose it.
-        move: from a sliced model with dense shortcuts.
+        move: from a sliced model with dense shortcuts, or from a dense one.
         groups: what of a part is encoded together, given the kinds of the tensors that the move leaves.
+        pivots: which of a part's tensors have the identity among their columns, with the code for each.
         layout: what the move makes of a layout, for a model of that architecture.
         codes: encoders that replace those of `CODES`.
         floats: dtypes of the tensors that it can encode.
@@ -59,12 +64,20 @@ class Preset:
     name: str
     move: Callable[[Source, Architecture], Move[Any, Any]]
     groups: Callable[[Part, Mapping[str, Kind]], Iterator[Group]]
+    pivots: Callable[[Architecture, Part, Mapping[str, Kind]], Mapping[str, Pivots]]
     layout: Callable[[Architecture, Layout], Layout]
     codes: Mapping[str, Code]
     floats: tuple[str, ...]
     facts: Mapping[str, Any] = field(default_factory=dict)
 
-    def encode(self, part: Part, turn: Turn, tensors: dict[str, Tensor], kinds: Mapping[str, Kind]) -> Piece:
+    def encode(
+        self,
+        architecture: Architecture,
+        part: Part,
+        turn: Turn,
+        tensors: dict[str, Tensor],
+        kinds: Mapping[str, Kind],
+    ) -> Piece:
         """A part of the moved model, in the codes that take it; `kinds` are what its tensors are rounded to."""
         piece = Piece()
         left = dict(tensors)
@@ -82,33 +95,37 @@ class Preset:
                 left = {name: tensor for name, tensor in left.items() if name not in makes}
             except Declined as reason:
                 piece += Piece(notes=(note | {"reason": str(reason)},))
+        for name, code in self.pivots(architecture, part, kinds).items():
+            if name in left:
+                with suppress(Declined):
+                    piece += encoded(PIVOTS, code, name, {name: left[name]}, {name: kinds[name]})
+                    del left[name]
         return piece + plain({name: tensor.to(kinds[name].dtype) for name, tensor in left.items()})
 
-    def plan(self, part: Part, kinds: Mapping[str, Kind], free_sites: Collection[int]) -> dict[str, Kind]:
+    def plan(self, architecture: Architecture, part: Part, kinds: Mapping[str, Kind]) -> dict[str, Kind]:
         """What would be stored for a part, from kinds alone."""
         stored = {name: kinds[name] for name in part.weights if name in kinds}
         for group in self.groups(part, kinds):
-            if group.site in free_sites and group.code:
-                makes = {name: stored[name] for name in group.tensors}
-                try:
-                    parts = Recipe(group.code, {}, makes, group.params).parts()
-                except ValueError:  # where the code will decline
-                    continue
-                stored = {name: kind for name, kind in stored.items() if name not in makes}
-                stored |= {f"{group.label}.{part}": kind for part, kind in parts.items()}
+            if group.site in architecture.free_sites and group.code:
+                stored = _planned(stored, group.code, group.tensors, group.label, group.params)
+        for name, code in self.pivots(architecture, part, kinds).items():
+            if name in stored:
+                stored = _planned(stored, PIVOTS, (name,), name, code.params)
         return stored
 
 
-def canonical() -> Preset:
-    """Choose the rotations so that shortcuts need few numbers."""
-    return Preset(CANONICAL, Canonical, _triangles, _projections, {}, FLOATS)
+def canonical(*, dense: bool = False) -> Preset:
+    """Choose rotations so that shortcuts need few numbers, bases so that pairs do; a dense model has pairs alone."""
+    if dense:
+        return Preset(CANONICAL, Pairs, lambda *_: iter(()), partial(_identities, dense=True), _as_it_is, {}, FLOATS)
+    return Preset(CANONICAL, Canonical, _triangles, _identities, _projections, {}, FLOATS)
 
 
 def bits_back(threshold: float) -> Preset:
     """The paper's code; `threshold` is the largest error of a decoded word that is left without a correction."""
     codes = {BITS_BACK: BitsBack(threshold)}
     facts = {"threshold": threshold}
-    return Preset(BITS_BACK, Diagonal, _messages, lambda _, layout: layout, codes, HALVES, facts)
+    return Preset(BITS_BACK, Diagonal, _messages, lambda *_: {}, _as_it_is, codes, HALVES, facts)
 
 
 def chosen(codec: str, threshold: float | None = None) -> Preset | None:
@@ -126,6 +143,36 @@ def chosen(codec: str, threshold: float | None = None) -> Preset | None:
     if codec == NONE:
         return None
     return canonical() if codec == CANONICAL else bits_back(THRESHOLD if threshold is None else threshold)
+
+
+def _planned(
+    stored: Mapping[str, Kind], code: str, names: Sequence[str], label: str, params: Mapping[str, Any]
+) -> dict[str, Kind]:
+    """What is stored once a code has taken some of it; the same where it will decline."""
+    makes = {name: stored[name] for name in names}
+    try:
+        parts = Recipe(code, {}, makes, params).parts()
+    except ValueError:
+        return dict(stored)
+    left = {name: kind for name, kind in stored.items() if name not in makes}
+    return left | {f"{label}.{part}": kind for part, kind in parts.items()}
+
+
+def _as_it_is(architecture: Architecture, layout: Layout) -> Layout:  # noqa: ARG001
+    return layout
+
+
+def _identities(
+    architecture: Architecture, part: Part, kinds: Mapping[str, Kind], *, dense: bool = False
+) -> dict[str, Pivots]:
+    """The tensors that pairs in canonical form have pivots in."""
+    spaces: dict[str, list[tuple[int, int]]] = {}
+    dims: dict[str, int] = {}
+    for pair in free_pairs(kinds, architecture, part, dense=dense):
+        span = pair.writes[0]
+        dims[span.name] = span.dim
+        spaces.setdefault(span.name, []).extend((start, pair.size) for [start] in span.starts)
+    return {name: Pivots(sorted(of), dims[name]) for name, of in spaces.items()}
 
 
 def _triangles(part: Part, kinds: Mapping[str, Kind]) -> Iterator[Group]:

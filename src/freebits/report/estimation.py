@@ -29,14 +29,18 @@ def planned_forms(
         code: safetensors dtype of the weights.
 
     Returns:
-        `dense` (ties counted once), `dense_untied`, `sliced`, `bits_back` (signs included, no corrections),
-        `canonical` and `canonical_tied` (None for a model without ties); stored tensor → kind.
+        `dense` (ties counted once), `dense_untied`, `dense_canonical` (pairs in their canonical form), `sliced`,
+        `bits_back` (signs included, no corrections), `canonical` and `canonical_tied` (None for a model without ties);
+        stored tensor → kind.
     """
     untied, tied = architecture.with_tie(False), architecture.with_tie(True)
     head, embedding = architecture.head.weight, architecture.embedding.weight
     rows = Layout().weights(architecture)
     once = {name: Kind(code, shape) for name, shape in dense.items() if name in rows}
     forms: dict[str, dict[str, Kind] | None] = {"dense": once, "dense_untied": {head: once[embedding], **once}}
+    of_pairs = canonical(dense=True)
+    pairs = (of_pairs.plan(architecture, part, once) for part in architecture.with_tie(False).parts)
+    forms["dense_canonical"] = {name: kind for part in pairs for name, kind in part.items()}
     for form, preset, of in (
         ("sliced", None, untied),
         ("bits_back", bits_back(0.0), untied),
@@ -49,7 +53,7 @@ def planned_forms(
         layout = Layout.sliced(of, size)
         moved = preset.layout(of, layout) if preset else layout
         kinds = {name: Kind(code, shape) for name, shape in moved.shapes(of, dense).items()}
-        parts = (preset.plan(part, kinds, of.free_sites) if preset else {} for part in of.parts)
+        parts = (preset.plan(of, part, kinds) if preset else {} for part in of.parts)
         forms[form] = {name: kind for part in parts for name, kind in part.items()} if preset else kinds
     return forms
 

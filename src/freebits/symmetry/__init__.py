@@ -3,6 +3,7 @@
 from freebits.symmetry.folding import fold_embeddings, fold_head, fold_sublayers
 from freebits.symmetry.hadamard import hadamard, hadamard_inverse
 from freebits.symmetry.orthogonal import random_orthogonal, rotate
+from freebits.symmetry.pairs import act, pivot_bases, pivot_rows
 from freebits.symmetry.polar import (
     PolarForm,
     carried_rotation,
@@ -14,12 +15,15 @@ from freebits.symmetry.polar import (
 
 __all__ = [
     "PolarForm",
+    "act",
     "carried_rotation",
     "fold_embeddings",
     "fold_head",
     "fold_sublayers",
     "hadamard",
     "hadamard_inverse",
+    "pivot_bases",
+    "pivot_rows",
     "polar_form",
     "random_orthogonal",
     "rotate",

@@ -1,0 +1,171 @@
+"""Pairs: two matrices with a space between them whose basis says nothing.
+
+Where a model computes `x A B` with nothing in between, every invertible `G: (r, r)` gives the same function with `A G`
+and `G⁻¹ B`. A head of attention is two such pairs: values and output; queries and keys, as far as positions do not turn
+them. Queries that share a key and a value share the space, too.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from freebits.architecture.families import BY_BLOCK, IN_PART, NOTHING, UNLESS_ALIBI, Heads
+from freebits.architecture.table import Architecture, BoundBranch, Module, Part
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where a tensor has a pair's spaces along a dimension.
+
+    Attributes:
+        name: of the tensor.
+        dim: the dimension.
+        starts: for each space where it begins, which may be in several places.
+    """
+
+    name: str
+    dim: int
+    starts: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Spaces of one size, side by side.
+
+    Attributes:
+        size: `r`, of a space.
+        writes: what writes into them, first a matrix, which has each space in one place; multiplied by `G`.
+        reads: what reads them; multiplied by the inverse.
+    """
+
+    size: int
+    writes: tuple[Span, ...]
+    reads: tuple[Span, ...]
+
+    @property
+    def n_spaces(self) -> int:
+        """How many."""
+        return len(self.writes[0].starts)
+
+    @property
+    def names(self) -> list[str]:
+        """Of all tensors."""
+        return [span.name for span in (*self.writes, *self.reads)]
+
+
+def pairs_of(architecture: Architecture, part: Part, shapes: Shapes, *, dense: bool) -> tuple[Pair, ...]:
+    """The pairs in a part of a model.
+
+    Args:
+        architecture: the model's.
+        part: the part.
+        shapes: of the model's tensors, by name.
+        dense: whether it is stored as the dense model is, which some families do transposed.
+    """
+    outputs = 1 if dense and architecture.family.transposed else 0
+    per_block = len(architecture.family.sublayers)
+    found: list[Pair] = []
+    for sub in part.sublayers:
+        for branch in sub.branches:
+            heads = branch.names.heads
+            if heads is not None:
+                place = _Place.of(branch, heads, architecture, shapes, outputs)
+                if place is not None:
+                    turned = _turned(heads, architecture.config, (sub.site - 1) // per_block, place.size)
+                    found += place.pairs(turned)
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a block has its heads: `n_groups` of `per_group` queries of `size` numbers, each with a key and a value."""
+
+    modules: tuple[Module, Module, Module]
+    output: Module
+    by_group: bool
+    size: int
+    per_group: int
+    n_groups: int
+    outputs: int
+    shapes: Shapes
+
+    @classmethod
+    def of(
+        cls, branch: BoundBranch, heads: Heads, architecture: Architecture, shapes: Shapes, outputs: int
+    ) -> "_Place | None":
+        """As shapes tell it; None where they tell nothing that makes sense."""
+        modules = [Module(f"{branch.block}.{name}") for name in (heads.queries, heads.keys, heads.values)]
+        [output] = branch.writes
+        n_heads = architecture.config.get(architecture.family.n_heads)
+        names = {module.weight for module in (*modules, output)}
+        if type(n_heads) is not int or n_heads < 1 or not names <= shapes.keys():
+            return None
+        size, rest = divmod(shapes[output.weight][1 - outputs], n_heads)
+        if rest or not size:
+            return None
+        queries, keys, values = modules
+        n_values, rest = divmod(shapes[values.weight][outputs], size)
+        fused = queries == keys == values
+        n_groups, odd = divmod(n_values - n_heads, 2) if fused else (n_values, 0)
+        if rest or odd or n_groups < 1 or n_heads % n_groups:
+            return None
+        return cls(
+            (queries, keys, values), output, heads.by_group, size, n_heads // n_groups, n_groups, outputs, shapes
+        )
+
+    def pairs(self, turned: int) -> Iterator[Pair]:
+        """Values and output; keys and queries from number `turned` of each head on, if there are any."""
+        queries, keys, values = self.modules
+        inputs = tuple(
+            tuple((group * self.per_group + query) * self.size for query in range(self.per_group))
+            for group in range(self.n_groups)
+        )
+        yield Pair(
+            self.size,
+            tuple(self._spans(values, self._starts(2, 0))),
+            (Span(self.output.weight, 1 - self.outputs, inputs),),
+        )
+        if turned < self.size:
+            yield Pair(
+                self.size - turned,
+                tuple(self._spans(keys, self._starts(1, turned))),
+                tuple(self._spans(queries, self._starts(0, turned))),
+            )
+
+    def _spans(self, module: Module, starts: tuple[tuple[int, ...], ...]) -> Iterator[Span]:
+        yield Span(module.weight, self.outputs, starts)
+        if module.bias in self.shapes:
+            yield Span(module.bias, 0, starts)
+
+    def _starts(self, what: int, first: int) -> tuple[tuple[int, ...], ...]:
+        """Of each group, where its queries, its key or its value (0, 1, 2) begin among a module's outputs."""
+        per_group, n_queries = self.per_group, self.per_group * self.n_groups
+        fused = self.modules[0] == self.modules[1]
+        places = []
+        for group in range(self.n_groups):
+            heads: tuple[int, ...] = (group * per_group, group, group)
+            if fused and self.by_group:
+                heads = tuple(group * (per_group + 2) + within for within in (0, per_group, per_group + 1))
+            elif fused:
+                heads = group * per_group, n_queries + group, n_queries + self.n_groups + group
+            count = 1 if what else per_group
+            places.append(tuple((heads[what] + number) * self.size + first for number in range(count)))
+        return tuple(places)
+
+
+def _turned(heads: Heads, config: Mapping[str, Any], block: int, size: int) -> int:
+    """How many numbers of a head of queries or keys, from the first on, need the basis they have."""
+    if heads.turned == NOTHING or (heads.turned == UNLESS_ALIBI and config.get("alibi") is True):
+        return 0
+    if heads.turned == BY_BLOCK:
+        turns = config.get("no_rope_layers")
+        return 0 if isinstance(turns, list) and len(turns) > block and turns[block] == 0 else size
+    if heads.turned == IN_PART:
+        told = config.get("rope_parameters")
+        told = told if isinstance(told, Mapping) else config
+        parts = [told.get(key) for key in ("partial_rotary_factor", "rotary_pct") if key in told]
+        part = parts[0] if parts else 1.0
+        return int(size * part) if isinstance(part, int | float) and 0 <= part <= 1 else size
+    return size
