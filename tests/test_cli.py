@@ -268,7 +268,7 @@ def assert_one_line(capsys: CaptureFixture, finding: str) -> None:
         (("slice", "dense", "out", "--sparsity", 0.2, "--device", "abacus", "--seq-len", 32), "abacus"),
         (("slice", "dense", "dense", "--sparsity", 0.2, "--seq-len", 32), "dense exists already"),
         (("slice", "empty", "out", "--sparsity", 0.2), "holds no config.json"),
-        (("pack", "dense", "out"), "is a dense model"),
+        (("pack", "dense", "out", "--codec", "bits-back"), "is a dense model"),
         (("pack", "nowhere", "out"), "nowhere is not a folder"),
         (("pack", "dense", "out", "--codec", "bits-back", "--threshold", -1), "threshold -1.0"),
         (("pack", "dense", "out", "--threshold", 0.1), "a threshold is of codec bits-back"),

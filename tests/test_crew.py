@@ -53,6 +53,7 @@ def verbs(dense: Path, sliced: Path) -> dict[str, tuple[Verb, Path, dict[str, An
         "bits-back": (freebits.pack, sliced, {"codec": "bits-back"}),
         "none": (freebits.pack, dense, {"codec": "none"}),
         "quantize": (freebits.quantize, dense, QUANTIZE),
+        "lowrank": (freebits.lowrank, dense, {"calibration": TEXT, "samples": 8, "seq_len": 32}),
     }
 
 

@@ -20,6 +20,7 @@ FLOORS = {
     "symmetry": {"architecture"},
     "codes": {"kind", "symmetry"},
     "quantization": {"codes"},
+    "reduction": set(),
     "calibration": set(),
     "moves": {"architecture", "calibration", "checkpoint", "codes", "errors", "kind", "symmetry", "work"},
     "packed": {"architecture", "checkpoint", "codes", "errors", "kind", "moves", "options", "version", "work"},
@@ -27,7 +28,7 @@ FLOORS = {
     "verbs": {"architecture", "checkpoint", "errors", "options", "packed", "report", "work"},
     "huggingface": {
         *("architecture", "calibration", "checkpoint", "codes", "errors", "kind", "moves", "options", "packed"),
-        *("quantization", "report", "symmetry", "version", "work"),
+        *("quantization", "reduction", "report", "symmetry", "version", "work"),
     },
     "evaluation": {
         *("calibration", "checkpoint", "errors", "huggingface", "kind", "moves", "options", "packed", "report"),
@@ -139,6 +140,7 @@ def test_public_names() -> None:
         "evaluate",
         "inspect",
         "load",
+        "lowrank",
         "pack",
         "quantize",
         "rotate_model",

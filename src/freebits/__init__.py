@@ -13,7 +13,7 @@ from freebits.version import __version__
 if TYPE_CHECKING:
     from freebits.compression import compress
     from freebits.evaluation import evaluate, verify
-    from freebits.huggingface import estimate, load, quantize, rotate_model, slice_model
+    from freebits.huggingface import estimate, load, lowrank, quantize, rotate_model, slice_model
     from freebits.report import inspect
     from freebits.verbs import pack, unpack
     from freebits.work import Team
@@ -30,6 +30,7 @@ __all__ = [
     "evaluate",
     "inspect",
     "load",
+    "lowrank",
     "pack",
     "quantize",
     "rotate_model",
@@ -45,6 +46,7 @@ _VERBS = {
     "evaluate": "evaluation",
     "inspect": "report",
     "load": "huggingface",
+    "lowrank": "huggingface",
     "pack": "verbs",
     "quantize": "huggingface",
     "rotate_model": "huggingface",

@@ -10,5 +10,7 @@ HADAMARD = "hadamard"
 ROTATIONS = ("none", HADAMARD)
 LINEAR, EMBEDDINGS = "linear", "embeddings"
 PARTS = (LINEAR, EMBEDDINGS)
+SLOPE, UNIFORM, PAPER = "slope", "uniform", "paper"
+ALLOCATIONS = (SLOPE, UNIFORM, PAPER)
 THREADS, RAY = "threads", "ray"
 BACKENDS = (THREADS, RAY)

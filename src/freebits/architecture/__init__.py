@@ -2,6 +2,8 @@
 
 from freebits.architecture.families import (
     FAMILIES,
+    LOW_RANK_PREFIX,
+    LOW_RANKS,
     MODEL_TYPES,
     SLICED_PREFIX,
     Branch,
@@ -10,6 +12,7 @@ from freebits.architecture.families import (
     SublayerNames,
     dense_family,
     family_of,
+    transformers_type,
 )
 from freebits.architecture.layout import RANKS, WIDTHS, Layout
 from freebits.architecture.pairs import Pair, Span, pairs_of
@@ -31,6 +34,8 @@ __all__ = [
     "EMBEDDINGS",
     "FAMILIES",
     "HEAD",
+    "LOW_RANKS",
+    "LOW_RANK_PREFIX",
     "MODEL_TYPES",
     "RANKS",
     "SHORTCUTS",
@@ -54,4 +59,5 @@ __all__ = [
     "dense_family",
     "family_of",
     "pairs_of",
+    "transformers_type",
 ]

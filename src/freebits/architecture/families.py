@@ -6,7 +6,10 @@ from typing import Any
 
 from freebits.errors import UnsupportedModelError
 
-SLICED_PREFIX = "sliced_"
+SLICED_PREFIX, LOW_RANK_PREFIX = "sliced_", "lowrank_"
+"""Before a model type of transformers: what we have made of such models."""
+LOW_RANKS = "low_ranks"
+"""Key in `config.json`: linear layer → its rank, of those that are two thin ones."""
 
 
 class Stack(str):
@@ -143,6 +146,16 @@ class Family:
     def sliced_config(self) -> str:
         """Class name of the configuration of this family's sliced models."""
         return self.sliced_causal_lm.replace("ForCausalLM", "Config").replace("LMHeadModel", "Config")
+
+    @property
+    def low_rank_model_type(self) -> str:
+        """`model_type` of this family's models with layers of low rank that are not sliced."""
+        return LOW_RANK_PREFIX + self.model_type
+
+    @property
+    def low_rank_classes(self) -> dict[str, str]:
+        """Their classes, by the Auto classes that find them."""
+        return {auto: name.replace("Sliced", "LowRank") for auto, name in self.sliced_classes.items()}
 
     @property
     def sliced_classes(self) -> dict[str, str]:
@@ -448,13 +461,18 @@ REFUSALS: Mapping[str, str] = {
 """Model types known to have no site, with the reason."""
 
 
+def transformers_type(config: Mapping[str, Any]) -> str:
+    """The model type of transformers that a model of ours was made from."""
+    return str(config.get("model_type", "")).removeprefix(SLICED_PREFIX).removeprefix(LOW_RANK_PREFIX)
+
+
 def family_of(config: Mapping[str, Any]) -> Family:
     """The family of a dense or sliced model, from its `config.json`.
 
     Raises:
         UnsupportedModelError: the model type has no entry, or the config breaks one of its requirements.
     """
-    model_type = str(config.get("model_type", "")).removeprefix(SLICED_PREFIX)
+    model_type = transformers_type(config)
     if model_type in REFUSALS:
         raise UnsupportedModelError(
             f"model type {model_type!r} has no free rotation: {REFUSALS[model_type]}; {_OTHER_WAYS}"
@@ -481,7 +499,7 @@ def dense_family(config: Mapping[str, Any]) -> Family:
         UnsupportedModelError: as `family_of`; or the model is sliced already, or its weights are quantised.
     """
     family = family_of(config)
-    if config["model_type"] != family.model_type:
+    if str(config["model_type"]).startswith(SLICED_PREFIX):
         raise UnsupportedModelError("the model is sliced already: slice the dense model it was made from")
     quantization = config.get("quantization_config")
     if quantization:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from freebits.architecture.families import SLICED_PREFIX
 from freebits.architecture.table import Architecture, Role, Sublayer, Weight
 from freebits.errors import CheckpointError
 
@@ -41,7 +42,7 @@ class Layout:
         Raises:
             CheckpointError: it cannot be this model's.
         """
-        if config.get("model_type") == architecture.family.model_type:
+        if not str(config.get("model_type")).startswith(SLICED_PREFIX):
             return cls()
         n_sites, n_shortcuts = architecture.n_sites, architecture.n_sites - 1
         widths = _sizes(config.get(WIDTHS), n_sites)

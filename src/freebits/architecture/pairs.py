@@ -1,8 +1,8 @@
 """Pairs: two matrices with a space between them whose basis says nothing.
 
 Where a model computes `x A B` with nothing in between, every invertible `G: (r, r)` gives the same function with `A G`
-and `G⁻¹ B`. A head of attention is two such pairs: values and output; queries and keys, as far as positions do not turn
-them. Queries that share a key and a value share the space, too.
+and `G⁻¹ B`. So it is between the two matrices of a layer of low rank. A head of attention is two such pairs: values and
+output; queries and keys, as far as positions do not turn them. Queries that share a key and a value share the space.
 """
 
 from collections.abc import Iterator, Mapping
@@ -69,6 +69,7 @@ def pairs_of(architecture: Architecture, part: Part, shapes: Shapes, *, dense: b
     found: list[Pair] = []
     for sub in part.sublayers:
         for branch in sub.branches:
+            found += _thin(branch, shapes)
             heads = branch.names.heads
             if heads is not None:
                 place = _Place.of(branch, heads, architecture, shapes, outputs)
@@ -78,9 +79,27 @@ def pairs_of(architecture: Architecture, part: Part, shapes: Shapes, *, dense: b
     return tuple(found)
 
 
+def _thin(branch: BoundBranch, shapes: Shapes) -> Iterator[Pair]:
+    """The two matrices of each layer of low rank."""
+    for module in (*branch.reads, *branch.writes):
+        down, up = f"{module.name}.down.weight", f"{module.name}.up.weight"
+        if module.side and {down, up} <= shapes.keys():
+            yield Pair(shapes[down][0], (Span(down, 0, ((0,),)),), (Span(up, 1, ((0,),)),))
+
+
+def _rows(module: Module, outputs: int) -> int:
+    """Along which dimension a module's outputs are; layers of low rank are never transposed."""
+    return 0 if module.side else outputs
+
+
 @dataclass(frozen=True)
 class _Place:
-    """Where a block has its heads: `n_groups` of `per_group` queries of `size` numbers, each with a key and a value."""
+    """Where a block has its heads: `n_groups` of `per_group` queries of `size` numbers, each with a key and a value.
+
+    Attributes:
+        modules: of queries, keys, values; with the side of a layer of low rank at which heads are.
+        output: of what reads the values, likewise.
+    """
 
     modules: tuple[Module, Module, Module]
     output: Module
@@ -96,17 +115,20 @@ class _Place:
         cls, branch: BoundBranch, heads: Heads, architecture: Architecture, shapes: Shapes, outputs: int
     ) -> "_Place | None":
         """As shapes tell it; None where they tell nothing that makes sense."""
-        modules = [Module(f"{branch.block}.{name}") for name in (heads.queries, heads.keys, heads.values)]
+        thin = architecture.low_ranks
+        full = [f"{branch.block}.{name}" for name in (heads.queries, heads.keys, heads.values)]
+        modules = [Module(name, side="up" if name in thin else "") for name in full]
         [output] = branch.writes
+        output = Module(output.name, side="down" if output.name in thin else "")
         n_heads = architecture.config.get(architecture.family.n_heads)
         names = {module.weight for module in (*modules, output)}
         if type(n_heads) is not int or n_heads < 1 or not names <= shapes.keys():
             return None
-        size, rest = divmod(shapes[output.weight][1 - outputs], n_heads)
+        size, rest = divmod(shapes[output.weight][1 - _rows(output, outputs)], n_heads)
         if rest or not size:
             return None
         queries, keys, values = modules
-        n_values, rest = divmod(shapes[values.weight][outputs], size)
+        n_values, rest = divmod(shapes[values.weight][_rows(values, outputs)], size)
         fused = queries == keys == values
         n_groups, odd = divmod(n_values - n_heads, 2) if fused else (n_values, 0)
         if rest or odd or n_groups < 1 or n_heads % n_groups:
@@ -125,7 +147,7 @@ class _Place:
         yield Pair(
             self.size,
             tuple(self._spans(values, self._starts(2, 0))),
-            (Span(self.output.weight, 1 - self.outputs, inputs),),
+            (Span(self.output.weight, 1 - _rows(self.output, self.outputs), inputs),),
         )
         if turned < self.size:
             yield Pair(
@@ -135,7 +157,7 @@ class _Place:
             )
 
     def _spans(self, module: Module, starts: tuple[tuple[int, ...], ...]) -> Iterator[Span]:
-        yield Span(module.weight, self.outputs, starts)
+        yield Span(module.weight, _rows(module, self.outputs), starts)
         if module.bias in self.shapes:
             yield Span(module.bias, 0, starts)
 

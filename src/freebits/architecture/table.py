@@ -21,7 +21,7 @@ from enum import Enum
 from functools import cached_property
 from typing import Any
 
-from freebits.architecture.families import Branch, Family, Stack, SublayerNames, family_of
+from freebits.architecture.families import LOW_RANKS, Branch, Family, Stack, SublayerNames, family_of
 from freebits.errors import CheckpointError
 
 EMBEDDINGS, SHORTCUTS, HEAD = "embeddings", "shortcuts", "head"
@@ -77,15 +77,26 @@ class Module:
     name: str
     stacked: bool = False
     """Whether it is a stack of experts' matrices."""
+    side: str = ""
+    """Of a layer of low rank, which is two, the one that meets the stream: `down` reads it, `up` writes it."""
 
     @property
     def weight(self) -> str:
-        """Its matrix, or a norm's scale."""
+        """Its matrix, or a norm's scale; of a layer of low rank the matrix that meets the stream."""
+        if self.side:
+            return f"{self.name}.{self.side}.weight"
         return self.name if self.stacked else f"{self.name}.weight"
+
+    @property
+    def other(self) -> str:
+        """The other matrix of a layer of low rank."""
+        return f"{self.name}.{'up' if self.side == 'down' else 'down'}.weight"
 
     @property
     def bias(self) -> str:
         """Its bias."""
+        if self.side:
+            return f"{self.name}.up.bias"
         return f"{self.name}_bias" if self.stacked else f"{self.name}.bias"
 
     @property
@@ -106,14 +117,20 @@ class BoundBranch:
     inner: tuple[str, ...]
 
     @classmethod
-    def bind(cls, names: Branch, block: str) -> "BoundBranch":
-        """The branch `names` of the block called `block`."""
+    def bind(cls, names: Branch, block: str, thin: Container[str]) -> "BoundBranch":
+        """The branch `names` of the block called `block`; `thin` are the model's layers of low rank."""
+
+        def modules(relative: Iterable[str], side: str) -> Iterator[Module]:
+            for name in relative:
+                full = f"{block}.{name}"
+                yield Module(full, isinstance(name, Stack), side if full in thin else "")
+
         return cls(
             names=names,
             norm=Module(f"{block}.{names.norm}"),
             block=block,
-            reads=tuple(Module(f"{block}.{name}", isinstance(name, Stack)) for name in names.reads),
-            writes=tuple(Module(f"{block}.{name}", isinstance(name, Stack)) for name in names.writes),
+            reads=tuple(modules(names.reads, "down")),
+            writes=tuple(modules(names.writes, "up")),
             inner=tuple(f"{block}.{name}" for name in names.inner),
         )
 
@@ -122,7 +139,9 @@ class BoundBranch:
         varies = self.names.varies
         for read in self.reads:
             axis, ndim = (Axis(2, site - 1), 3) if read.stacked else (Axis(1, site - 1), 2)
-            yield Weight(read.weight, Role.READ, group, (axis,), varies, ndim, transposed)
+            yield Weight(read.weight, Role.READ, group, (axis,), varies, ndim, transposed and not read.side)
+            if read.side:
+                yield Weight(read.other, Role.INNER, group)
         for read in self.reads:
             if not read.stacked:
                 yield Weight(read.bias, Role.READ, group, optional=True, ndim=1)
@@ -130,7 +149,9 @@ class BoundBranch:
             yield Weight(name, Role.INNER, group, optional=True, ndim=None)
         for write in self.writes:
             axis, ndim = (Axis(1, site, writes=True), 3) if write.stacked else (Axis(0, site, writes=True), 2)
-            yield Weight(write.weight, Role.WRITE, group, (axis,), varies, ndim, transposed)
+            if write.side:
+                yield Weight(write.other, Role.INNER, group)
+            yield Weight(write.weight, Role.WRITE, group, (axis,), varies, ndim, transposed and not write.side)
             if not write.stacked:
                 yield Weight(write.bias, Role.WRITE, group, (Axis(0, site, writes=True),), optional=True, ndim=1)
 
@@ -147,13 +168,13 @@ class Sublayer:
     shortcut: Module
 
     @classmethod
-    def bind(cls, names: SublayerNames, block: str, site: int) -> "Sublayer":
-        """The sublayer `names` of the block called `block`."""
+    def bind(cls, names: SublayerNames, block: str, site: int, thin: Container[str]) -> "Sublayer":
+        """The sublayer `names` of the block called `block`; `thin` are the model's layers of low rank."""
         return cls(
             site=site,
             name=f"{block}.{names.name}",
             group=names.name,
-            branches=tuple(BoundBranch.bind(branch, block) for branch in names.branches),
+            branches=tuple(BoundBranch.bind(branch, block, thin) for branch in names.branches),
             shortcut=Module(f"{block}.{names.shortcut}"),
         )
 
@@ -209,6 +230,8 @@ class Architecture:
     """What the dense blocks multiply each branch's result by."""
     config: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """What `config.json` says."""
+    low_ranks: Mapping[str, int] = field(default_factory=dict, compare=False, repr=False)
+    """The layers of low rank, and the rank of each."""
 
     @classmethod
     def of(cls, config: Mapping[str, Any], n_tensors: int | None = None) -> "Architecture":
@@ -236,7 +259,10 @@ class Architecture:
         if not isinstance(scale, (int, float)) or not math.isfinite(scale):
             raise CheckpointError(f"config.json: {family.branch_scale} is {scale!r}, not a number")
         tied = config.get("tie_word_embeddings", family.tied_by_default)
-        return cls(family, width, depth, tied=bool(tied), branch_scale=scale, config=config)
+        ranks = config.get(LOW_RANKS) or {}
+        if not isinstance(ranks, dict) or not all(type(rank) is int and 0 < rank < _MOST for rank in ranks.values()):
+            raise CheckpointError(f"config.json: {LOW_RANKS} is no table of ranks")
+        return cls(family, width, depth, tied=bool(tied), branch_scale=scale, config=config, low_ranks=ranks)
 
     def with_tie(self, tied: bool) -> "Architecture":
         """The same with its head tied or not."""
@@ -272,7 +298,7 @@ class Architecture:
         """All of them, in order: the one that leads to site `s` is number `s - 1`."""
         per_block = len(self.family.sublayers)
         return tuple(
-            Sublayer.bind(names, f"{self.family.blocks}.{block}", site=block * per_block + index + 1)
+            Sublayer.bind(names, f"{self.family.blocks}.{block}", block * per_block + index + 1, self.low_ranks.keys())
             for block in range(self.n_blocks)
             for index, names in enumerate(self.family.sublayers)
         )

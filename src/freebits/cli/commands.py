@@ -26,7 +26,7 @@ from freebits.cli.output import (
 from freebits.compression import compress
 from freebits.errors import CheckpointError, UsageError, one_line
 from freebits.evaluation import evaluate, verify
-from freebits.huggingface import estimate, quantize, rotate_model, slice_model
+from freebits.huggingface import estimate, lowrank, quantize, rotate_model, slice_model
 from freebits.report import inspect
 from freebits.verbs import pack, unpack
 from freebits.work import Team
@@ -166,6 +166,27 @@ def run_quantize(arguments: Namespace) -> int:
         team=_team(arguments),
         resume=arguments.resume,
         progress=progress_bar("quantize"),
+    )
+    return _told(facts, arguments)
+
+
+def run_lowrank(arguments: Namespace) -> int:
+    """Make layers of a checkpoint narrow."""
+    facts = lowrank(
+        arguments.model,
+        arguments.out,
+        budget=arguments.budget,
+        target_size=arguments.target_size,
+        blocks=arguments.blocks,
+        allocate=arguments.allocate,
+        calibration=_text(arguments.calibration),
+        samples=arguments.samples,
+        seq_len=arguments.seq_len,
+        seed=arguments.seed,
+        device=arguments.device,
+        team=_team(arguments, jobs=1),
+        resume=arguments.resume,
+        progress=progress_bar("lowrank"),
     )
     return _told(facts, arguments)
 

@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 
 from freebits.errors import one_line
 from freebits.options import (
+    ALLOCATIONS,
     BACKENDS,
     CANONICAL,
     CODECS,
@@ -15,6 +16,7 @@ from freebits.options import (
     METHODS,
     PARTS,
     ROTATIONS,
+    SLOPE,
     THREADS,
 )
 from freebits.version import __version__
@@ -56,7 +58,21 @@ def build_parser() -> argparse.ArgumentParser:
     root.add_argument("--version", action="version", version=f"freebits {__version__}")
     verbs = root.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for teach in (
-        *(_compress, _demo, _estimate, _slice, _pack, _quantize, _rotate, _unpack, _inspect, _verify, _eval, _batch),
+        *(
+            _compress,
+            _demo,
+            _estimate,
+            _slice,
+            _pack,
+            _quantize,
+            _lowrank,
+            _rotate,
+            _unpack,
+            _inspect,
+            _verify,
+            _eval,
+            _batch,
+        ),
     ):
         teach(verbs).add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     return root
@@ -234,6 +250,34 @@ def _quantize(verbs: Any) -> Any:
     _calibration(verb, samples=32, seq_len=256)
     verb.add_argument("--device", default="cpu", help="where to run the model (default: %(default)s)")
     _jobs(verb)
+    _who_works(verb)
+    return verb
+
+
+def _lowrank(verbs: Any) -> Any:
+    verb = _command(
+        verbs,
+        "lowrank",
+        "make linear layers narrow (reduced-order modelling, lossy)",
+        "Each becomes two thin ones, which take fewer bytes and fewer multiplications; layer after layer, each fed by "
+        "those that are narrow already (arXiv 2312.07046). At equal bytes quantize costs less. Memory: one block and "
+        "the embedding. Then: freebits pack, which takes back what the two say twice.",
+    )
+    _model(verb, "folder of an ordinary or sliced checkpoint", out=True)
+    verb.add_argument(
+        "--budget", metavar="PART", type=float, help="of the blocks' numbers that is left, once packed (default: 0.8)"
+    )
+    verb.add_argument("--target-size", metavar="BYTES", type=size, help="instead: of OUT's weights at most")
+    verb.add_argument("--blocks", default="all", help="which may become narrow: all, or last:N (default: %(default)s)")
+    verb.add_argument(
+        "--allocate",
+        choices=ALLOCATIONS,
+        default=SLOPE,
+        help="slope: cut where the next direction is worth the same everywhere; uniform: the same part of each matrix; "
+        "paper: of the last blocks alone, for a budget of 0.9, 0.8 or 0.5 (default: %(default)s)",
+    )
+    _calibration(verb, samples=64, seq_len=256)
+    verb.add_argument("--device", default="cpu", help="where to run the model (default: %(default)s)")
     _who_works(verb)
     return verb
 

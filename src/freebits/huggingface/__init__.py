@@ -3,9 +3,10 @@
 Importing it registers the models with transformers' Auto classes.
 """
 
-from freebits.huggingface import packed_models, sliced_models
+from freebits.huggingface import low_rank_models, packed_models, sliced_models
 from freebits.huggingface.config_estimate import estimate
 from freebits.huggingface.loading import load
+from freebits.huggingface.low_rank_checkpoint import lowrank
 from freebits.huggingface.quantize_checkpoint import WINDOW, prepare, quantize
 from freebits.huggingface.rotate_checkpoint import rotate_model
 from freebits.huggingface.rounding import Goal
@@ -18,6 +19,8 @@ __all__ = [
     "Goal",
     "estimate",
     "load",
+    "low_rank_models",
+    "lowrank",
     "packed_models",
     "prepare",
     "quantize",

@@ -125,8 +125,9 @@ def residual_block(layer: Any, family: Family) -> ResidualBlock:
                     inputs, outputs = module.weight.shape
                     module = nn.Linear(inputs, outputs, dtype=module.weight.dtype, device=module.weight.device)
                     layer.set_submodule(name, module)
-                if family.centred and name in branch.reads and isinstance(module, nn.Linear) and module.bias is None:
-                    module.bias = nn.Parameter(torch.zeros_like(module.weight[:, 0]))
+                last = submodule(layer, f"{name}.up") or module
+                if family.centred and name in branch.reads and isinstance(last, nn.Linear) and last.bias is None:
+                    last.bias = nn.Parameter(torch.zeros_like(last.weight[:, 0]))
     block: ResidualBlock = layer
     return block
 

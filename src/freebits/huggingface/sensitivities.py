@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, linear
-from torch.overrides import TorchFunctionMode
+from torch.nn.functional import cross_entropy
 
 from freebits.huggingface.blockwise import BlockwiseModel
 from freebits.huggingface.own_text import drawn
+from freebits.huggingface.watching import Linears, Sums, sum_up
 from freebits.quantization import Sensitivity
 from freebits.work import Crew, Progress, kept
 
@@ -37,24 +37,6 @@ class Chunk:
     x: Tensor
 
 
-@kept
-@dataclass(frozen=True)
-class Sums:
-    """What was seen of a matrix in a chunk.
-
-    Attributes:
-        leader: the first of those that read the same, as queries, keys and values do, which has their Gram matrix.
-        n_inputs: how many inputs came.
-        gram: `Σ x xᵀ` over them, of a leader.
-        squares: of the gradients at what came out, by row.
-    """
-
-    leader: str
-    n_inputs: int
-    gram: Tensor | None
-    squares: Tensor
-
-
 def measure_sensitivities(
     model: BlockwiseModel, tokens: Tensor, crew: Crew, seed: int, progress: Progress
 ) -> Iterator[tuple[str, dict[str, Sensitivity] | None]]:
@@ -72,8 +54,7 @@ def measure_sensitivities(
     Yields:
         A name for the part, and what was found; None where `known-name` lies on the desk already.
     """
-    n_blocks, parts = len(model.blocks), tokens.split(max(1, _AT_ONCE // tokens.shape[1]))
-    chunks = [Chunk(number, some, torch.cat(list(model.embed(some))).cpu()) for number, some in enumerate(parts)]
+    n_blocks, chunks = len(model.blocks), chunks_of(model, tokens)
     held = crew.hold("stream-0", chunks)
     crew.keep("stream-0", held)
     if not crew.has("head"):
@@ -87,12 +68,12 @@ def measure_sensitivities(
         hidden, likely = crew.agree("head", _added, [])
     for number in reversed(range(n_blocks)):
         name = str(number)
-        if crew.has(f"known-{name}") and crew.has_kept(f"gradient-{number}", len(parts)):
+        if crew.has(f"known-{name}") and crew.has_kept(f"gradient-{number}", len(chunks)):
             held = []
             yield name, None
         else:
-            held = held or crew.kept(f"gradient-{number + 1}", len(parts))
-            streams = crew.kept(f"stream-{number}", len(parts))
+            held = held or crew.kept(f"gradient-{number + 1}", len(chunks))
+            streams = crew.kept(f"stream-{number}", len(chunks))
             held, seen = crew.spread(f"backward-{number}", partial(_backwards, model, number), held, streams)
             del streams
             crew.keep(f"gradient-{number}", held)
@@ -101,13 +82,19 @@ def measure_sensitivities(
             crew.forget(stage)  # of which nobody is so far behind
         progress(2 * n_blocks - number, 2 * n_blocks)
     model.unload()
-    held = held or crew.kept("gradient-0", len(parts))
+    held = held or crew.kept("gradient-0", len(chunks))
     _, grams = crew.spread("embedding", _outer, held)
     backwards = sum(grams[1:], grams[0])
     factor = model.embedding_factor
     if factor is not None:  # the gradient at what the embedding gives, from that at the stream
         backwards = factor @ backwards @ factor.T
     yield "embeddings", _embeddings(model, hidden, likely, backwards, tokens.numel())
+
+
+def chunks_of(model: BlockwiseModel, tokens: Tensor) -> list[Chunk]:
+    """Windows of tokens in chunks, with the stream before the first block."""
+    parts = tokens.split(max(1, _AT_ONCE // tokens.shape[1]))
+    return [Chunk(number, some, torch.cat(list(model.embed(some))).cpu()) for number, some in enumerate(parts)]
 
 
 def _forwards(model: BlockwiseModel, crew: Crew, held: list[Any], progress: Progress) -> list[Any]:
@@ -164,12 +151,12 @@ def _backwards(model: BlockwiseModel, number: int, gradient: Chunk, stream: Chun
     """The gradient at a block's input, from that at its output; what was seen of its matrices."""
     gradients = []
     run = model.block(number)
-    with _Linears(model.matrices(number)) as linears:
+    with Linears(model.matrices(number)) as linears:
         watches = linears.watches
         for x, g in zip(stream.x.split(1), gradient.x.split(1), strict=True):
             leaf = x.to(model.device).clone().requires_grad_()
             gradients.append(torch.autograd.grad(run(leaf), leaf, g.to(model.device))[0].cpu())
-            _sum_up(watches.values())
+            sum_up(watches.values())
     names = {id(watch): name for name, watch in watches.items()}
     found = {n: watch.sums(names[id(watch.leader)]) for n, watch in watches.items() if watch.n_inputs}
     return replace(gradient, x=torch.cat(gradients)), found
@@ -202,76 +189,6 @@ def _outer(chunk: Chunk) -> tuple[None, Tensor]:
     for window in chunk.x:
         gram += (window.T @ window).double()
     return None, gram
-
-
-class _Linears(TorchFunctionMode):
-    """Watches every multiplication by one of some matrices, whichever module does it.
-
-    Attributes:
-        watches: by the matrices' names.
-    """
-
-    def __init__(self, matrices: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.watches = {name: _Watch() for name in matrices}
-        self._places = {(matrix.data_ptr(), matrix.shape): self.watches[name] for name, matrix in matrices.items()}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """One call of any function of torch's."""
-        result = func(*args, **(kwargs or {}))
-        if func in (linear, torch.addmm, torch.matmul, Tensor.matmul, Tensor.__matmul__):
-            first = 1 if func is torch.addmm else 0  # GPT-2's layers: bias, inputs, matrix
-            x, matrix = args[first], args[first + 1]
-            watch = self._places.get((matrix.data_ptr(), matrix.shape))
-            if watch:
-                watch.saw(x, result)
-        return result
-
-
-class _Watch:
-    """Sums over what goes into a linear layer and over the gradients at what comes out.
-
-    Attributes:
-        leader: the first of those that read the same, as queries, keys and values do, which has their Gram matrix.
-    """
-
-    def __init__(self) -> None:
-        self.n_inputs = 0
-        self.leader = self
-        self.inputs: list[Tensor] = []
-        self._gram = torch.zeros(())
-        self._squares = torch.zeros(())
-
-    def saw(self, x: Tensor, output: Tensor) -> None:
-        """One multiplication."""
-        self.inputs.append(x.detach())
-        self.n_inputs += x.numel() // x.shape[-1]
-        if output.requires_grad:
-            output.register_hook(self._felt)
-
-    def _felt(self, gradient: Tensor) -> None:
-        self._squares = self._squares + gradient.flatten(0, -2).square().sum(0).cpu()
-
-    def sum_up(self) -> None:
-        """Take in the inputs."""
-        rows = torch.cat([x.flatten(0, -2) for x in self.inputs])
-        self._gram = self._gram + (rows.T @ rows).cpu()
-
-    def sums(self, leader: str) -> Sums:
-        """What was seen."""
-        return Sums(leader, self.n_inputs, self._gram if self.leader is self else None, self._squares)
-
-
-def _sum_up(watches: Collection[_Watch]) -> None:
-    """Take in what the layers saw, of those that read the same once."""
-    leaders: dict[tuple[int, ...], _Watch] = {}
-    for watch in watches:
-        if watch.inputs:
-            watch.leader = leaders.setdefault(tuple(x.data_ptr() for x in watch.inputs), watch)
-            if watch.leader is watch:
-                watch.sum_up()
-    for watch in watches:
-        watch.inputs.clear()
 
 
 def _embeddings(

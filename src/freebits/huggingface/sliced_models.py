@@ -23,6 +23,7 @@ from freebits.huggingface.blocks import (
     residual_block,
     submodule,
 )
+from freebits.huggingface.low_rank_models import split_layers
 
 
 class SlicedCausalLM(PreTrainedModel):
@@ -33,6 +34,7 @@ class SlicedCausalLM(PreTrainedModel):
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
+        split_layers(self, config)
         _slice_modules(self, config)
         self.post_init()  # type: ignore[no-untyped-call]
 

@@ -4,7 +4,7 @@ from freebits.moves.canonical import Canonical
 from freebits.moves.diagonal import Diagonal
 from freebits.moves.expanded import Expanded
 from freebits.moves.move import BIT_EXACT, FUNCTION_PRESERVING, LOSSY, Move, Turn, moved_parts
-from freebits.moves.pairs import Pairs, free_pairs
+from freebits.moves.paired import Pairs, free_pairs
 from freebits.moves.slicing import Slice, sliced_size
 
 __all__ = [

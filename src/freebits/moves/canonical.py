@@ -13,7 +13,7 @@ from torch import Tensor
 from freebits.architecture import Architecture, Pair, Part, Sublayer
 from freebits.checkpoint import Source
 from freebits.moves.move import Dtypes, Turn, unsound_sites
-from freebits.moves.pairs import free_pairs, turn_pairs
+from freebits.moves.paired import free_pairs, turn_pairs
 from freebits.symmetry import PolarForm, carried_rotation, polar_form, trapezoid, triangular_rotation
 from freebits.work import kept
 

@@ -7,10 +7,11 @@ from freebits.packed.piece import Piece, encoded, plain, stage, staged
 from freebits.packed.presets import bits_back, canonical, chosen
 from freebits.packed.reader import PackedFolder
 from freebits.packed.recipe import Recipe
-from freebits.packed.unpacking import SLICED_IN, unpack_into
+from freebits.packed.unpacking import LOW_RANK_IN, SLICED_IN, unpack_into
 
 __all__ = [
     "HISTORY",
+    "LOW_RANK_IN",
     "MANIFEST",
     "SLICED_IN",
     "STEM",

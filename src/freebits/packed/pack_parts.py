@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from freebits.architecture import Architecture, Layout, Part, Role, Weight
+from freebits.architecture import SLICED_PREFIX, Architecture, Layout, Part, Role, Weight
 from freebits.checkpoint import Checkpoint, CheckpointWriter, Source, shard_bytes
 from freebits.errors import CheckpointError
 from freebits.kind import FLOATS, Kind
@@ -31,7 +31,7 @@ def pack_parts(
         CheckpointError: the codec finds nothing that is free in the model, or the model is not in a dtype it knows.
     """
     architecture = Architecture.of(source.config, len(source.kinds))
-    dense = source.config.get("model_type") != architecture.family.sliced_model_type
+    dense = not str(source.config.get("model_type")).startswith(SLICED_PREFIX)
     model: Source = source if dense else Expanded(source, architecture)
     parts = _all_parts(architecture, model)
     if dense:

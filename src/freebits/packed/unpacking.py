@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from freebits.architecture import MODEL_TYPES, SLICED_PREFIX, Architecture
+from freebits.architecture import MODEL_TYPES, SLICED_PREFIX, Architecture, transformers_type
 from freebits.checkpoint import (
     CONFIG,
     LENGTH,
@@ -22,7 +22,8 @@ from freebits.packed.reader import PackedFolder
 from freebits.work import Progress
 
 SLICED_IN = "freebits.huggingface.sliced_models"
-"""The module that has the classes of sliced models."""
+LOW_RANK_IN = "freebits.huggingface.low_rank_models"
+"""The modules that have the classes of sliced models, and of those with layers of low rank."""
 
 
 def unpack_into(directory: Path, packed: PackedFolder, jobs: int | None, progress: Progress) -> None:
@@ -40,9 +41,11 @@ def unpack_into(directory: Path, packed: PackedFolder, jobs: int | None, progres
     else:
         ours = {HISTORY: {"history": packed.manifest.history}}
         _write_tensors(directory, packed, packed, {**packed.config, **ours}, jobs, progress)
-    family = MODEL_TYPES.get(str(packed.config.get("model_type", "")).removeprefix(SLICED_PREFIX))
+    family = MODEL_TYPES.get(transformers_type(packed.config))
     if family and packed.config["model_type"] == family.sliced_model_type:
         write_remote_code(directory, SLICED_IN, family.sliced_classes)
+    elif family and packed.config["model_type"] == family.low_rank_model_type:
+        write_remote_code(directory, LOW_RANK_IN, family.low_rank_classes)
 
 
 def _write_sliced(directory: Path, packed: PackedFolder, jobs: int | None, progress: Progress) -> None:

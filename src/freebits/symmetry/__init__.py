@@ -3,7 +3,7 @@
 from freebits.symmetry.folding import fold_embeddings, fold_head, fold_sublayers
 from freebits.symmetry.hadamard import hadamard, hadamard_inverse
 from freebits.symmetry.orthogonal import random_orthogonal, rotate
-from freebits.symmetry.pairs import act, pivot_bases, pivot_rows
+from freebits.symmetry.pivoting import act, pivot_bases, pivot_rows
 from freebits.symmetry.polar import (
     PolarForm,
     carried_rotation,

@@ -51,6 +51,9 @@ def fold_sublayers(tensors: Tensors, architecture: Architecture, sublayers: Iter
         folded[sub.shortcut.weight] = torch.eye(architecture.hidden_size, dtype=torch.float64, device=_device(tensors))
         for branch in sub.branches:
             scale, shift = _norm(ours, branch.norm)
+            for module in (*branch.reads, *branch.writes):
+                if module.side:
+                    folded[module.other] = ours[module.other].double()
             for read in branch.reads:
                 folded |= _fold_into_reader(ours, read, scale, shift)
             for write in branch.writes:
@@ -89,7 +92,9 @@ def _fold_into_reader(tensors: Tensors, read: Module, scale: Tensor, shift: Tens
     weight = tensors[read.weight].double()
     bias = {read.bias: tensors[read.bias].double()} if read.bias in tensors else {}
     if shift is not None:
-        bias = {read.bias: weight @ shift + bias.get(read.bias, 0)}
+        shifted = weight @ shift
+        shifted = tensors[read.other].double() @ shifted if read.side else shifted
+        bias = {read.bias: shifted + bias.get(read.bias, 0)}
     return {read.weight: weight * scale} | bias
 
 
