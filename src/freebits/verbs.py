@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 from freebits.architecture import Architecture
-from freebits.checkpoint import Checkpoint, Task, located, new_directory
+from freebits.checkpoint import Checkpoint, Task, is_adapter, located, new_directory
 from freebits.errors import CheckpointError
 from freebits.options import CANONICAL
 from freebits.packed import PackedFolder, chosen, is_packed, pack_into, stage, unpack_into
@@ -60,7 +60,7 @@ def pack(
     team = team or Team(jobs)
     arguments = {"codec": codec, "entropy": entropy, "threshold": threshold}
     task = Task("pack", source.path, arguments, team, resume) if preset or team.shared else None  # else it is copying
-    piece = _largest_part(source) if preset else 0
+    piece = _largest_part(source) if preset and not is_adapter(source.config) else 0
     with new_directory(out, task) as directory, team.crew(task.desk(directory) if task else None, piece) as crew:
         pack_into(directory, source, preset, (entropy, code), sizes, crew, progress)
         if not crew.leads:

@@ -55,15 +55,17 @@ class Pair:
         return [span.name for span in (*self.writes, *self.reads)]
 
 
-def pairs_of(architecture: Architecture, part: Part, shapes: Shapes, *, dense: bool) -> tuple[Pair, ...]:
+def pairs_of(architecture: Architecture | None, part: Part, shapes: Shapes, *, dense: bool) -> tuple[Pair, ...]:
     """The pairs in a part of a model.
 
     Args:
-        architecture: the model's.
+        architecture: the model's; None for an adapter (LoRA), which is nothing but pairs.
         part: the part.
         shapes: of the model's tensors, by name.
         dense: whether it is stored as the dense model is, which some families do transposed.
     """
+    if architecture is None:
+        return tuple(_adapters(part, shapes))
     outputs = 1 if dense and architecture.family.transposed else 0
     per_block = len(architecture.family.sublayers)
     found: list[Pair] = []
@@ -77,6 +79,15 @@ def pairs_of(architecture: Architecture, part: Part, shapes: Shapes, *, dense: b
                     turned = _turned(heads, architecture.config, (sub.site - 1) // per_block, place.size)
                     found += place.pairs(turned)
     return tuple(found)
+
+
+def _adapters(part: Part, shapes: Shapes) -> Iterator[Pair]:
+    """`A: (r, inputs)` and `B: (outputs, r)` of each layer, as PEFT names them."""
+    for name in part.weights:
+        other = name.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")
+        down, up = shapes.get(name, ()), shapes.get(other, ())
+        if name != other and len(down) == len(up) == 2 and down[0] == up[1]:
+            yield Pair(down[0], (Span(name, 0, ((0,),)),), (Span(other, 1, ((0,),)),))
 
 
 def _thin(branch: BoundBranch, shapes: Shapes) -> Iterator[Pair]:

@@ -16,11 +16,15 @@ from freebits.checkpoint.beside import (
 )
 from freebits.checkpoint.drafts import Task, text_digest
 from freebits.checkpoint.folder import (
+    ADAPTER,
+    ADAPTER_STEM,
     CONFIG,
     INDEX,
     Checkpoint,
     Source,
+    config_name,
     existing_folder,
+    is_adapter,
     model_files,
     read_json,
     read_text,
@@ -29,9 +33,11 @@ from freebits.checkpoint.folder import (
 from freebits.checkpoint.hub import located, push
 from freebits.checkpoint.remote import exists, fill, original, url_of
 from freebits.checkpoint.weights import ENTRY, LENGTH, Entry, WeightsFile, WeightsWriter, parse_header
-from freebits.checkpoint.writer import CheckpointWriter, shard_bytes
+from freebits.checkpoint.writer import WEIGHTS, CheckpointWriter, shard_bytes
 
 __all__ = [
+    "ADAPTER",
+    "ADAPTER_STEM",
     "CARD",
     "CARD_MARK",
     "CONFIG",
@@ -39,6 +45,7 @@ __all__ = [
     "INDEX",
     "LENGTH",
     "REMOTE_CODE",
+    "WEIGHTS",
     "Checkpoint",
     "CheckpointWriter",
     "Entry",
@@ -49,10 +56,12 @@ __all__ = [
     "auto_map",
     "carry_code",
     "carry_over",
+    "config_name",
     "copy",
     "existing_folder",
     "exists",
     "fill",
+    "is_adapter",
     "kept_cards",
     "located",
     "model_files",

@@ -16,7 +16,8 @@ from freebits.kind import Bytes, Kind
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-ADAPTER = "adapter_config.json"
+ADAPTER, ADAPTER_STEM = "adapter_config.json", "adapter_model"
+"""Of a PEFT adapter: its config, and how the file of its weights begins."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _MOST_JSON = 2**27
 _MOST_DEPTH = 100
@@ -105,22 +106,26 @@ class Checkpoint:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = existing_folder(path)
-        self.config = read_json(self.path / CONFIG)
+        self.config = read_json(self.path / config_name(self.path))
         self.weights = {file.name: WeightsFile(file) for file in model_files(self.path, self.config)}
         """File name → file, of those that are the model."""
         self.files = {name: file for file, weights in self.weights.items() for name in weights.entries}
         """Tensor name → file name, in the order of the files."""
         if sum(len(weights.entries) for weights in self.weights.values()) > len(self.files):
             raise CheckpointError(f"{self.path}: two of its files hold a tensor of one name: download it again")
-        for name, file in _weight_map(self.path).items() if SINGLE not in self.weights else ():
+        for name, file in _weight_map(self.path).items() if self._has_index else ():
             if name not in self.files:
                 raise CheckpointError(f"{self.path / file} lacks tensor {name}: download it again")
 
     @property
     def weight_files(self) -> tuple[Path, ...]:
         """The files that hold the tensors, and the index where there is one."""
-        index = () if SINGLE in self.weights else (self.path / INDEX,)
+        index = (self.path / INDEX,) if self._has_index else ()
         return (*(file.path for file in self.weights.values()), *index)
+
+    @property
+    def _has_index(self) -> bool:
+        return SINGLE not in self.weights and not is_adapter(self.config)
 
     @cached_property
     def kinds(self) -> dict[str, Kind]:
@@ -153,11 +158,21 @@ def existing_folder(path: str | os.PathLike[str]) -> Path:
     try:
         if not folder.is_dir():
             raise CheckpointError(f"{path} is not a folder: give the folder of a downloaded checkpoint")
-        if not (folder / CONFIG).exists():
+        if not (folder / CONFIG).exists() and not (folder / ADAPTER).exists():
             raise CheckpointError(f"{path} holds no {CONFIG}: it is not a Hugging Face checkpoint")
     except (OSError, ValueError) as error:  # a name too long, for instance
         raise CheckpointError(f"{path} is not a folder ({error}): give the folder of a downloaded checkpoint") from None
     return folder
+
+
+def config_name(folder: Path) -> str:
+    """The file that says what a folder holds: a model, or an adapter."""
+    return CONFIG if (folder / CONFIG).exists() else ADAPTER
+
+
+def is_adapter(config: Mapping[str, Any]) -> bool:
+    """Whether this is the config of a PEFT adapter, which changes another model's layers."""
+    return isinstance(config.get("peft_type"), str)
 
 
 def model_files(path: Path, config: dict[str, Any]) -> list[Path]:
@@ -171,6 +186,11 @@ def model_files(path: Path, config: dict[str, Any]) -> list[Path]:
             f"{path / CONFIG} names other weights (transformers_weights), which freebits does not follow: "
             f"load the model and save it again"
         )
+    if is_adapter(config):
+        weights = path / f"{ADAPTER_STEM}.safetensors"
+        if weights.exists():
+            return [weights]
+        raise CheckpointError(f"{path} holds no {weights.name}: save the adapter as safetensors")
     if (path / ADAPTER).exists():
         raise CheckpointError(
             f"{path} holds an adapter ({ADAPTER}), which transformers adds to the weights: "

@@ -9,7 +9,7 @@ from freebits.checkpoint.folder import INDEX, Checkpoint, write_json
 from freebits.checkpoint.weights import WeightsWriter
 from freebits.kind import Bytes, Kind, bytes_of
 
-MODEL = "model"
+WEIGHTS = "model"
 """How the files of a checkpoint begin that transformers looks for; it wants an index of them."""
 
 
@@ -33,7 +33,7 @@ class CheckpointWriter:
         directory: Path,
         announced: Mapping[str, tuple[int, ...]],
         shard_bytes: int | None = None,
-        stem: str = MODEL,
+        stem: str = WEIGHTS,
     ) -> None:
         self._directory = directory
         self._announced = announced
@@ -74,7 +74,7 @@ class CheckpointWriter:
         files = [f"{file}.safetensors" for file in (files if len(files) > 1 else [self._stem])]
         for shard, file in zip(self._shards, files, strict=True):
             shard.path.rename(self._directory / file)
-        if len(files) > 1 and self._stem == MODEL:
+        if len(files) > 1 and self._stem == WEIGHTS:
             weight_map = {name: file for shard, file in zip(self._shards, files, strict=True) for name in shard.header}
             total = sum(shard.size for shard in self._shards)
             write_json(self._directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})

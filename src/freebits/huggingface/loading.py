@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from freebits.checkpoint import fill, located
+from freebits.checkpoint import fill, is_adapter, located
 from freebits.errors import CheckpointError, FreebitsError, UsageError, one_line
 from freebits.huggingface.integer_layers import with_integers
 from freebits.packed import PackedFolder
@@ -37,6 +37,9 @@ def load(
     path = located(path)
     folder = opened(path)  # which says in one line what is wrong with it
     packed = isinstance(folder, PackedFolder)
+    if is_adapter(folder.config):
+        plain = ", once it is unpacked" if packed else ""
+        raise CheckpointError(f"{path} holds an adapter: load it with PEFT, on top of its model{plain}")
     if not packed:
         fill(path)
     with one_line_errors(path, "model"):

@@ -25,10 +25,10 @@ class Nothing:
 
 @dataclass(frozen=True)
 class Pairs:
-    """The move of a dense model, whose stream has no rotation free at single sites."""
+    """The move of a dense model, whose stream has no rotation free at single sites, and of an adapter."""
 
     source: Source
-    architecture: Architecture
+    architecture: Architecture | None
 
     def begin(self) -> Nothing:
         """Blocks do not depend on each other."""
@@ -50,12 +50,12 @@ class Pairs:
         return free_pairs(self.source.kinds, self.architecture, part, dense=True)
 
 
-def free_pairs(kinds: Mapping[str, Kind], architecture: Architecture, part: Part, *, dense: bool) -> list[Pair]:
+def free_pairs(kinds: Mapping[str, Kind], architecture: Architecture | None, part: Part, *, dense: bool) -> list[Pair]:
     """A part's pairs of which another basis undoes nothing: the first matrix that reads a sliced stream is triangular.
 
     Args:
         kinds: of the model's tensors.
-        architecture: the model's.
+        architecture: the model's; None for an adapter.
         part: the part.
         dense: whether the model is dense.
     """

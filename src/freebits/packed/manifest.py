@@ -9,7 +9,7 @@ from typing import Any
 
 import xxhash
 
-from freebits.checkpoint import CONFIG, read_json, read_text
+from freebits.checkpoint import ADAPTER, CONFIG, read_json, read_text
 from freebits.errors import CheckpointError
 from freebits.kind import Bytes, Kind
 from freebits.packed.recipe import Recipe
@@ -113,13 +113,15 @@ class Manifest:
             if Path(file).name != file or not file.endswith(".safetensors") or self.files.count(file) > 1:
                 raise ValueError(f"{file!r} is no weights file beside the manifest")
         for file in self.originals:
-            if Path(file).name != file or not (file == CONFIG or file.endswith((".safetensors", ".index.json"))):
+            if Path(file).name != file or not (
+                file in (CONFIG, ADAPTER) or file.endswith((".safetensors", ".index.json"))
+            ):
                 raise ValueError(f"{file!r} is no file of a checkpoint")
 
     @property
     def exact(self) -> bool:
         """Whether it holds files that come back byte for byte."""
-        return CONFIG in self.originals
+        return bool({CONFIG, ADAPTER} & self.originals.keys())
 
 
 def _unwritable(text: str) -> bool:

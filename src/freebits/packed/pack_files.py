@@ -6,12 +6,12 @@ from functools import partial
 from pathlib import Path
 
 from freebits.checkpoint import (
-    CONFIG,
     Checkpoint,
     CheckpointWriter,
     Entry,
     WeightsFile,
     carry_code,
+    config_name,
     read_json,
     read_text,
     shard_bytes,
@@ -32,7 +32,7 @@ def pack_files(source: Checkpoint, directory: Path, stage: str | None, crew: Cre
     files = {file.name: WeightsFile(file) for file in found if file.name in source.weights or stays_inside(file)}
     contents = Contents(beside=[name for name in files if name not in source.weights])
     indices = [file for file in sorted(source.path.glob("*.index.json")) if stays_inside(file) and read_json(file)]
-    contents.originals = {file.name: read_text(file) for file in (source.path / CONFIG, *indices)}
+    contents.originals = {file.name: read_text(file) for file in (source.path / config_name(source.path), *indices)}
     contents.originals |= {name: file.header for name, file in files.items()}
     prefixes = {name: f"{name}/" if name in contents.beside else "" for name in files}
     kinds = {prefixes[name] + tensor: e.kind for name, file in files.items() for tensor, e in file.entries.items()}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from freebits.architecture import SLICED_PREFIX, Architecture, Layout, Part, Role, Weight
-from freebits.checkpoint import Checkpoint, CheckpointWriter, Source, shard_bytes
+from freebits.checkpoint import Checkpoint, CheckpointWriter, Source, is_adapter, shard_bytes
 from freebits.errors import CheckpointError
 from freebits.kind import FLOATS, Kind
 from freebits.moves import Expanded, Turn, free_pairs, moved_parts
@@ -30,17 +30,20 @@ def pack_parts(
     Raises:
         CheckpointError: the codec finds nothing that is free in the model, or the model is not in a dtype it knows.
     """
-    architecture = Architecture.of(source.config, len(source.kinds))
+    architecture = None if is_adapter(source.config) else Architecture.of(source.config, len(source.kinds))
     dense = not str(source.config.get("model_type")).startswith(SLICED_PREFIX)
-    model: Source = source if dense else Expanded(source, architecture)
-    parts = _all_parts(architecture, model)
-    if dense:
-        preset = _of_dense(preset, source, architecture)
+    model: Source = source
+    layout = Layout()
+    parts = _all_parts(architecture, source)
+    if architecture is None or dense:
+        preset = _of_dense(preset, source, architecture, parts)
     else:
+        model = Expanded(source, architecture)
+        parts = architecture.parts
+        layout = Layout.of(model.config, architecture)
         _check_floats(model, architecture, preset)
     contents = Contents()
     ranks: dict[int, int] = {}
-    layout = Layout.of(model.config, architecture)
     encoder = _Encoder.of(preset, model, architecture, stage)
     moved = moved_parts(preset.move(model, architecture), model, parts, encoder.dtype, crew)
     pieces = crew.give("part", encoder, moved)
@@ -55,28 +58,35 @@ def pack_parts(
             made = {name: kind for recipe in piece.recipes for name, kind in recipe.makes.items()}
             ranks |= {s.site: made[s.shortcut.factor].shape[1] for s in part.sublayers if s.shortcut.factor in made}
             progress(done, len(parts))
-    if dense:
+    if architecture is None or dense:
         return contents, layout
     return contents, Layout(layout.widths, tuple(ranks.get(sub.site) for sub in architecture.sublayers))
 
 
-def _all_parts(architecture: Architecture, model: Source) -> tuple[Part, ...]:
-    """Those of the table, and what a dense model has besides."""
-    others = [name for name in model.kinds if name not in architecture.weights]
-    rest = Part({name: Weight(name, Role.INNER, "", ndim=None) for name in others})
-    return (*architecture.parts, rest) if others else architecture.parts
+def _all_parts(architecture: Architecture | None, source: Source) -> tuple[Part, ...]:
+    """Those of the table, and what a dense model has besides; of an adapter each layer."""
+    named = architecture.parts if architecture else ()
+    known = {name for part in named for name in part.weights}
+    layers: dict[str, dict[str, Weight]] = {}
+    for name in source.kinds:
+        if name not in known:
+            layer = name.partition(".lora_")[0] if architecture is None else ""
+            layers.setdefault(layer, {})[name] = Weight(name, Role.INNER, "", ndim=None)
+    return (*named, *(Part(weights) for weights in layers.values()))
 
 
-def _of_dense(preset: Preset, source: Checkpoint, architecture: Architecture) -> Preset:
-    """What a codec does to a dense model."""
+def _of_dense(preset: Preset, source: Checkpoint, architecture: Architecture | None, parts: Iterable[Part]) -> Preset:
+    """What a codec does to a dense model, or to an adapter."""
     if preset.name != CANONICAL:
+        what = "a dense model" if architecture else "an adapter"
         raise CheckpointError(
-            f"{source.path} is a dense model, of which codec {preset.name} takes nothing: slice it first, or pack it "
-            f"with --codec {CANONICAL} or {NONE}"
+            f"{source.path} is {what}, of which codec {preset.name} takes nothing: "
+            f"{'slice it first, or ' if architecture else ''}pack it with --codec {CANONICAL} or {NONE}"
         )
-    if not any(free_pairs(source.kinds, architecture, part, dense=True) for part in architecture.parts):
+    if not any(free_pairs(source.kinds, architecture, part, dense=True) for part in parts):
         raise CheckpointError(
-            f"{source.path} has no heads whose basis is free as freebits knows them: pack it with --codec {NONE}"
+            f"{source.path} has no heads or layers whose basis is free, as far as freebits knows: pack it with "
+            f"--codec {NONE}"
         )
     return canonical(dense=True)
 
@@ -86,14 +96,16 @@ class _Encoder:
     """Encodes and digests a part of a model that was moved; `kinds` are what its tensors are rounded to."""
 
     preset: Preset
-    architecture: Architecture
+    architecture: Architecture | None
     stage: str | None
     kinds: Mapping[str, Kind]
 
     @classmethod
-    def of(cls, preset: Preset, model: Source, architecture: Architecture, stage: str | None) -> "_Encoder":
+    def of(cls, preset: Preset, model: Source, architecture: Architecture | None, stage: str | None) -> "_Encoder":
         kinds = dict(model.kinds)
-        for sub in architecture.sublayers:  # a factor is as precise as the shortcut for which it stands
+        for sub in (
+            architecture.sublayers if architecture else ()
+        ):  # a factor is as precise as the shortcut for which it stands
             if sub.shortcut.weight in kinds:
                 kinds[sub.shortcut.factor] = kinds[sub.shortcut.weight]
         return cls(preset, architecture, stage, kinds)
@@ -108,6 +120,7 @@ class _Encoder:
         notes = tuple(
             {"site": site, "name": _owner(self.architecture, site, self.kinds), "reason": why}
             for site, why in turn.reasons.items()
+            if self.architecture is not None
         )
         piece = staged(
             Piece(notes=notes) + self.preset.encode(self.architecture, part, turn, tensors, here), self.stage
@@ -121,11 +134,13 @@ def _owner(architecture: Architecture, site: int, kinds: Mapping[str, Kind]) -> 
 
 
 def _announced(
-    preset: Preset, model: Source, architecture: Architecture, parts: Iterable[Part], layout: Layout
+    preset: Preset, model: Source, architecture: Architecture | None, parts: Iterable[Part], layout: Layout
 ) -> dict[str, tuple[int, ...]]:
     """Everything that may be stored: what is planned, and what it is made of, should a code decline it."""
     shapes = {name: kind.shape for name, kind in model.kinds.items()}
-    moved = preset.layout(architecture, layout).shapes(architecture, shapes) if layout.widths else shapes
+    moved = shapes
+    if architecture is not None and layout.widths:
+        moved = preset.layout(architecture, layout).shapes(architecture, shapes)
     code = next((kind.code for kind in model.kinds.values() if kind.code in FLOATS), "F32")
     kinds = {name: Kind(code, shape) for name, shape in moved.items()}
     planned = dict(model.kinds)

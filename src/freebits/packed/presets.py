@@ -62,9 +62,9 @@ class Preset:
     """
 
     name: str
-    move: Callable[[Source, Architecture], Move[Any, Any]]
+    move: Callable[[Source, Any], Move[Any, Any]]
     groups: Callable[[Part, Mapping[str, Kind]], Iterator[Group]]
-    pivots: Callable[[Architecture, Part, Mapping[str, Kind]], Mapping[str, Pivots]]
+    pivots: Callable[[Architecture | None, Part, Mapping[str, Kind]], Mapping[str, Pivots]]
     layout: Callable[[Architecture, Layout], Layout]
     codes: Mapping[str, Code]
     floats: tuple[str, ...]
@@ -72,7 +72,7 @@ class Preset:
 
     def encode(
         self,
-        architecture: Architecture,
+        architecture: Architecture | None,
         part: Part,
         turn: Turn,
         tensors: dict[str, Tensor],
@@ -102,11 +102,11 @@ class Preset:
                     del left[name]
         return piece + plain({name: tensor.to(kinds[name].dtype) for name, tensor in left.items()})
 
-    def plan(self, architecture: Architecture, part: Part, kinds: Mapping[str, Kind]) -> dict[str, Kind]:
+    def plan(self, architecture: Architecture | None, part: Part, kinds: Mapping[str, Kind]) -> dict[str, Kind]:
         """What would be stored for a part, from kinds alone."""
         stored = {name: kinds[name] for name in part.weights if name in kinds}
         for group in self.groups(part, kinds):
-            if group.site in architecture.free_sites and group.code:
+            if architecture is not None and group.site in architecture.free_sites and group.code:
                 stored = _planned(stored, group.code, group.tensors, group.label, group.params)
         for name, code in self.pivots(architecture, part, kinds).items():
             if name in stored:
@@ -163,7 +163,7 @@ def _as_it_is(architecture: Architecture, layout: Layout) -> Layout:  # noqa: AR
 
 
 def _identities(
-    architecture: Architecture, part: Part, kinds: Mapping[str, Kind], *, dense: bool = False
+    architecture: Architecture | None, part: Part, kinds: Mapping[str, Kind], *, dense: bool = False
 ) -> dict[str, Pivots]:
     """The tensors that pairs in canonical form have pivots in."""
     spaces: dict[str, list[tuple[int, int]]] = {}

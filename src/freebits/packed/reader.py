@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from freebits.architecture import SLICED_PREFIX, Architecture, Layout
-from freebits.checkpoint import CONFIG, Entry, WeightsFile, existing_folder, parse_header, read_json
+from freebits.checkpoint import ADAPTER, CONFIG, Entry, WeightsFile, existing_folder, parse_header, read_json
 from freebits.codes import CODES, Integers
 from freebits.codes.integers import Stepped
 from freebits.errors import CheckpointError
@@ -169,7 +169,8 @@ class PackedFolder:
             config = read_json(self.path / CONFIG).get(MODEL)
         else:
             try:
-                config = json.loads(self.manifest.originals[CONFIG])
+                originals = self.manifest.originals
+                config = json.loads(originals[CONFIG if CONFIG in originals else ADAPTER])
             except (ValueError, RecursionError) as error:
                 raise self._damaged(f"its {CONFIG} is no JSON ({error})") from None
         if not isinstance(config, dict):

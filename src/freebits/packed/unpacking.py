@@ -5,12 +5,16 @@ from typing import Any
 
 from freebits.architecture import MODEL_TYPES, SLICED_PREFIX, Architecture, transformers_type
 from freebits.checkpoint import (
+    ADAPTER,
+    ADAPTER_STEM,
     CONFIG,
     LENGTH,
+    WEIGHTS,
     CheckpointWriter,
     auto_map,
     carry_code,
     carry_over,
+    is_adapter,
     restore_card,
     write_json,
     write_remote_code,
@@ -38,6 +42,9 @@ def unpack_into(directory: Path, packed: PackedFolder, jobs: int | None, progres
         _write_files(directory, packed, jobs, progress)
     elif str(packed.config.get("model_type", "")).startswith(SLICED_PREFIX):
         _write_sliced(directory, packed, jobs, progress)
+    elif is_adapter(packed.config):  # PEFT takes no other keys
+        theirs = {key: value for key, value in packed.config.items() if key != HISTORY}
+        _write_tensors(directory, packed, packed, theirs, jobs, progress)
     else:
         ours = {HISTORY: {"history": packed.manifest.history}}
         _write_tensors(directory, packed, packed, {**packed.config, **ours}, jobs, progress)
@@ -63,11 +70,12 @@ def _write_tensors(
     jobs: int | None,
     progress: Progress,
 ) -> None:
-    write_json(directory / CONFIG, config)
+    name, stem = (ADAPTER, ADAPTER_STEM) if is_adapter(config) else (CONFIG, WEIGHTS)
+    write_json(directory / name, config)
     shard_bytes = max(file.n_bytes for file in packed.files) if len(packed.files) > 1 else None
     total = len(packed.groups(packed.kinds))
     announced = {name: kind.shape for name, kind in model.kinds.items()}
-    with CheckpointWriter(directory, announced, shard_bytes) as writer:
+    with CheckpointWriter(directory, announced, shard_bytes, stem) as writer:
         for done, tensors in enumerate(packed.decoded(packed.kinds, jobs), start=1):
             for name, tensor in tensors.items():
                 if isinstance(model, Expanded):

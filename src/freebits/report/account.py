@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 
 from freebits.architecture import EMBEDDINGS, HEAD, Architecture
-from freebits.checkpoint import CONFIG, Checkpoint
+from freebits.checkpoint import Checkpoint, config_name
 from freebits.errors import CheckpointError, UnsupportedModelError
 from freebits.packed import MANIFEST, PackedFolder, is_packed
 
@@ -26,7 +26,7 @@ def bytes_on_disk(folder: Checkpoint | PackedFolder) -> int:
 
     The tokenizer and the model card are left out, as they are the same in every form of the model.
     """
-    around = (folder.path / name for name in (CONFIG, MANIFEST))
+    around = (folder.path / name for name in (config_name(folder.path), MANIFEST))
     return sum(file.stat().st_size for file in (*folder.weight_files, *around) if file.is_file())
 
 

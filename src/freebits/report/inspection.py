@@ -4,14 +4,14 @@ import os
 from typing import Any
 
 from freebits.architecture import Architecture
-from freebits.checkpoint import located
+from freebits.checkpoint import is_adapter, located
 from freebits.errors import CheckpointError, UnsupportedModelError
 from freebits.packed import PackedFolder, history_of, sizes_before
 from freebits.report.account import bytes_on_disk, dense_bytes, groups, opened, side_bytes
 
 
 def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a folder holds: dense, sliced or packed; its sizes in bytes on disk; its sites; how it was made.
+    """What a folder holds, a model (dense, sliced or packed) or an adapter: bytes on disk, sites, how it was made.
 
     Args:
         path: folder of a checkpoint.
@@ -44,6 +44,9 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
         sizes |= {key: before.get(key) for key in ("dense", "dense_untied")}
         sizes["sliced"] = bytes_on_disk(folder)
         facts["kind"] = "sliced"
+    elif is_adapter(folder.config):
+        facts["kind"] = "adapter"
+        sizes["dense"] = bytes_on_disk(folder)
     else:
         try:
             sizes |= dense_bytes(folder, Architecture.of(folder.config, len(kinds)))
