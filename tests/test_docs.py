@@ -29,7 +29,8 @@ def test_the_readmes_commands_and_its_example_run(
     save_tiny("MODEL", hidden_size=64, intermediate_size=160, max_position_embeddings=512)
     (tmp_path / "text.txt").write_text(random_text(64 * 512 + 1000))
     commands = [line for snippet in snippets("bash") for line in snippet.splitlines() if line.startswith("freebits ")]
-    verbs = ["estimate", "compress", "unpack", "quantize", "slice", "pack", "verify", "inspect", "unpack", "pack"]
+    verbs = ["estimate", "compress", "unpack", "quantize", "slice", "pack", "verify", "inspect", "unpack"]
+    verbs += ["lowrank", "pack"]
     assert [command.split()[1] for command in commands] == verbs
     for command in commands:
         extra = ["--text", "text.txt", "--limit", "1"] if "verify" in command else []
