@@ -1,16 +1,25 @@
 """Time, memory and disk of large models: exact shapes, random weights, made and removed block by block.
 
-    python -m benchmarks.scale SCRATCH [--models "opt-1.3b; opt-6.7b; llama-2-7b"] [--blocks N] [--steps PART,…]
+    python -m benchmarks.scale SCRATCH [--models "opt-1.3b; opt-6.7b; llama-2-7b"] [--blocks 2,6] [--steps PART,…]
+    python -m benchmarks.scale SCRATCH --jobs           # two pieces at once against one, BLAS with one thread each
+    python -m benchmarks.scale SCRATCH --plot           # of what was measured before
 
 The weights of a stream's axis decay as those of a sliced model do, and shortcuts are corners of orthogonal matrices, as
 slicing leaves them; no function is computed. Each step runs in a process of its own, which tells its seconds and the
 most memory it held of its own (mapped files not counted, but there are none). SCRATCH needs four times the model on
-disk. `copy` reads every tensor by the safetensors library and writes it by that: the limit of any unpacking.
+disk. `copy` reads every tensor by the safetensors library, writes it by that and has it synced to the disk: the limit
+of any unpacking.
+
+All blocks of a model cost the same, so that with --blocks two models are made, of so few blocks, and seconds and bytes
+are those of a straight line through both; the table says so.
 """
 
 import argparse
+import csv
 import json
+import os
 import shutil
+import statistics
 import subprocess
 import sys
 import threading
@@ -35,27 +44,33 @@ from freebits.symmetry import random_orthogonal
 CONFIGS = Path(__file__).parent / "configs"
 SPARSITY = 0.2
 SHARD = 2 * 10**9
-HEADER = ("model", "step", "seconds", "MB of the model a second", "peak memory, GB", "bytes of the result")
+HEADER = (
+    *("model", "step", "blocks", "seconds", "MB of the model a second", "peak memory, GB", "bytes of the model"),
+    "bytes of the result",
+)
 Step = Callable[[Path, Path], object]
+Row = tuple[object, ...]
+Figures = tuple[float, float, int, int]
 
 
-def packed(codec: str, entropy: str = "none") -> tuple[Step, Step]:
-    """Packing and unpacking."""
-    return (lambda source, out: freebits.pack(source, out, codec=codec, entropy=entropy)), freebits.unpack
+def packing(codec: str, entropy: str = "none", jobs: int | None = None) -> Step:
+    """One way to pack."""
+    return lambda source, out: freebits.pack(source, out, codec=codec, entropy=entropy, jobs=jobs)
 
 
 STEPS: dict[str, tuple[str, Step]] = {
     # name: (which folder it takes, what it does)
     "copy": ("sliced", lambda source, out: copy(source, out)),
-    "pack canonical": ("sliced", packed("canonical")[0]),
+    "pack canonical": ("sliced", packing("canonical")),
     "unpack canonical": ("pack canonical", freebits.unpack),
-    "pack canonical+entropy": ("sliced", packed("canonical", "auto")[0]),
+    "pack canonical+entropy": ("sliced", packing("canonical", "auto")),
     "unpack canonical+entropy": ("pack canonical+entropy", freebits.unpack),
-    "pack bits-back": ("sliced", packed("bits-back")[0]),
+    "pack bits-back": ("sliced", packing("bits-back")),
     "unpack bits-back": ("pack bits-back", freebits.unpack),
-    "pack none+entropy": ("sliced", packed("none", "auto")[0]),
+    "pack none+entropy": ("sliced", packing("none", "auto")),
     "unpack none+entropy": ("pack none+entropy", freebits.unpack),
 }
+JOBS = {f"pack {codec}, {n} jobs": packing(codec, jobs=n) for codec in ("canonical", "bits-back") for n in (1, 2)}
 
 
 def main() -> None:
@@ -63,51 +78,125 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("scratch", type=Path)
     parser.add_argument("--models", default="opt-1.3b; opt-6.7b; llama-2-7b")
-    parser.add_argument("--blocks", type=int, help="fewer than the model has; not saved")
+    parser.add_argument("--blocks", default="", help="two numbers of blocks, from which the whole follows")
+    parser.add_argument("--jobs", action="store_true", help="two pieces at once against one")
+    parser.add_argument("--plot", action="store_true", help="plot what was measured")
     parser.add_argument("--steps", default="", help="those with one of these parts in their names, and what they take")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         name, source, out = arguments.child
-        run(STEPS[name][1], Path(source), Path(out))
+        run((STEPS[name][1] if name in STEPS else JOBS[name]), Path(source), Path(out))
         return
-    rows: list[tuple[object, ...]] = []
+    if arguments.plot:
+        plot()
+        return
+    if arguments.jobs:
+        measure_jobs(arguments.scratch)
+        return
+    rows: list[Row] = []
     for model in (part.strip() for part in arguments.models.split(";")):
-        rows += measured(model, arguments.scratch / model, arguments.steps.split(","), arguments.blocks)
-        if not arguments.blocks:
-            save_csv("scale", HEADER, merged(rows))
+        config = json.loads((CONFIGS / f"{model}.json").read_text())
+        n_blocks = config["num_hidden_layers"]
+        counts = [int(count) for count in arguments.blocks.split(",")] if arguments.blocks else [n_blocks]
+        found = [measured(config, arguments.scratch / model, arguments.steps.split(","), count) for count in counts]
+        for name in found[0]:
+            told = ", ".join(map(str, counts)) if arguments.blocks else "all"
+            of = [one[name] for one in found]
+            seconds, size, result = (whole([one[part] for one in of], counts, n_blocks) for part in (0, 2, 3))
+            speed, memory = size / seconds / 1e6, max(one[1] for one in of)
+            figures = (f"{seconds:.0f}", f"{speed:.0f}", f"{memory / 1e9:.2f}", f"{size:.0f}", f"{result:.0f}")
+            rows.append((model, name, told, *figures))
+        save_csv("scale", HEADER, merged(rows))
     print_table(HEADER, rows)
 
 
-def merged(rows: list[tuple[object, ...]]) -> list[tuple[object, ...]]:
+def whole(found: list[float], counts: list[int], n_blocks: int) -> float:
+    """What a model of all blocks takes, from models of few, of which each takes the same more."""
+    if len(found) == 1:
+        return found[0]
+    (first, last), (few, more) = found, counts
+    return first + (last - first) / (more - few) * (n_blocks - few)
+
+
+def merged(rows: list[Row]) -> list[Row]:
     """With the rows that were measured before."""
-    path = RESULTS / "scale.csv"
-    before = [tuple(line.split(",")) for line in path.read_text().splitlines()[2:]] if path.exists() else []
     new = {row[:2] for row in rows}
-    return [row for row in before if row[:2] not in new] + rows
+    return [row for row in saved() if row[:2] not in new] + rows
 
 
-def measured(model: str, scratch: Path, parts: list[str], blocks: int | None) -> list[tuple[object, ...]]:
-    """The rows of one model."""
+def saved() -> list[tuple[str, ...]]:
+    """What was measured before."""
+    path = RESULTS / "scale.csv"
+    return [tuple(row) for row in csv.reader(path.read_text().splitlines()[2:])] if path.exists() else []
+
+
+def measured(config: dict[str, Any], scratch: Path, parts: list[str], blocks: int) -> dict[str, Figures]:
+    """Of each step of a model of so many blocks: seconds, memory, bytes of the model and of the result."""
     scratch.mkdir(parents=True)
     folders = {"sliced": scratch / "sliced"}
-    write_sliced(folders["sliced"], json.loads((CONFIGS / f"{model}.json").read_text()), blocks)
-    of_model = n_bytes(folders["sliced"])
-    rows: list[tuple[object, ...]] = []
+    write_sliced(folders["sliced"], config, blocks)
+    found: dict[str, Figures] = {}
     for name, (source, _) in STEPS.items():
         if any(part in name for part in parts):
             folders[name] = scratch / name.replace(" ", "-")
-            command = [sys.executable, "-m", "benchmarks.scale", str(scratch)]
-            command += ["--child", name, str(folders[source]), str(folders[name])]
-            told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            seconds, memory = map(float, told.split())
-            size = n_bytes(folders[name])
-            rows.append((model, name, f"{seconds:.0f}", f"{of_model / seconds / 1e6:.0f}", f"{memory / 1e9:.2f}", size))
-            print(rows[-1], flush=True)
+            seconds, memory = in_child(name, folders[source], folders[name])
+            found[name] = (seconds, memory, n_bytes(folders["sliced"]), n_bytes(folders[name]))
+            print(blocks, name, found[name], flush=True)
             if not any(of == name for of, _ in STEPS.values()):
                 shutil.rmtree(folders[name])
     shutil.rmtree(scratch)
-    return rows
+    return found
+
+
+def in_child(name: str, source: Path, out: Path, **settings: str) -> tuple[float, float]:
+    """Seconds and memory of a step in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.scale", str(out.parent), "--child", name, str(source), str(out)]
+    told = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **settings}).stdout
+    seconds, memory = map(float, told.split())
+    return seconds, memory
+
+
+def measure_jobs(scratch: Path) -> None:
+    """Two jobs against one, interleaved; BLAS has one thread for each."""
+    scratch.mkdir(parents=True)
+    source = scratch / "sliced"
+    write_sliced(source, json.loads((CONFIGS / "opt-1.3b.json").read_text()), 6)
+    rows: list[Row] = []
+    for codec in ("canonical", "bits-back"):
+        seconds: dict[int, list[float]] = {1: [], 2: []}
+        for _ in range(3):
+            for jobs in (1, 2):
+                out = scratch / f"{codec}-{jobs}"
+                seconds[jobs].append(in_child(f"pack {codec}, {jobs} jobs", source, out, OMP_NUM_THREADS=str(jobs))[0])
+                shutil.rmtree(out)
+        one, two = (statistics.median(seconds[jobs]) for jobs in (1, 2))
+        rows.append(("opt-1.3b, 6 blocks", codec, f"{one:.1f}", f"{two:.1f}", f"{one / two:.2f}"))
+    shutil.rmtree(scratch)
+    header = ("model", "codec", "seconds, one job", "seconds, two jobs", "ratio")
+    print_table(header, rows)
+    save_csv("jobs", header, rows)
+
+
+def plot() -> None:
+    """Seconds against parameters, with the exponent of a power fitted."""
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    figure, axes = plt.subplots(figsize=(6, 4))
+    rows = saved()
+    for step in ("pack canonical", "pack bits-back", "unpack canonical", "unpack bits-back"):
+        points = sorted((int(row[6]) / 2e9, float(row[3])) for row in rows if row[1] == step)
+        sizes, seconds = np.array(points).T
+        exponent, offset = np.polyfit(np.log(sizes), np.log(seconds), 1)
+        print(f"{step}: seconds grow as the parameters' power {exponent:.2f}")
+        [line] = axes.loglog(sizes, seconds, "o", label=f"{step}: N^{exponent:.2f}")
+        axes.loglog(sizes, np.exp(offset) * sizes**exponent, color=line.get_color(), linewidth=1)
+    axes.set(xlabel="billion parameters of the sliced model", ylabel="seconds, two cores")
+    axes.legend()
+    axes.grid(visible=True, which="both", alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(RESULTS / "scale.png", dpi=150)
 
 
 def n_bytes(folder: Path) -> int:
@@ -145,12 +234,14 @@ def copy(source: Path, out: Path) -> None:
     for file in source.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
             save_file({name: tensors.get_tensor(name) for name in tensors.keys()}, out / file.name)  # noqa: SIM118
+        with (out / file.name).open("rb") as written:
+            os.fsync(written.fileno())
 
 
-def write_sliced(folder: Path, config: dict[str, Any], blocks: int | None) -> None:
+def write_sliced(folder: Path, config: dict[str, Any], blocks: int) -> None:
     """A sliced model with random weights, in float16."""
     folder.mkdir()
-    config |= {"num_hidden_layers": blocks or config["num_hidden_layers"], "tie_word_embeddings": False}
+    config = config | {"num_hidden_layers": blocks, "tie_word_embeddings": False}
     architecture = Architecture.of(config).with_tie(False)
     layout = Layout.sliced(architecture, sliced_size(architecture.hidden_size, SPARSITY))
     shapes = layout.shapes(architecture, dense_shapes(config, folder))
