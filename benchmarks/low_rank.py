@@ -51,7 +51,9 @@ def main() -> None:
             tasks = freebits.evaluate(packed, tasks=["piqa"], data_dir=data / "piqa", limit=500, perplexity=False)
             sizes = [size(folder) for folder in (plain, packed)]
             figures = [*found, tasks["tasks"]["piqa"]["acc,none"]]
-            rows.append((name, budget, *sizes, *figures, f"{multiplications(model) / 1e6:.1f}", f"{speed(model):.0f}"))
+            with_pivots = load(packed, dtype=torch.float32, keep_pivots=True).eval()
+            work = [f"{multiplications(with_pivots) / 1e6:.1f}", f"{speed(with_pivots):.0f}"]
+            rows.append((name, budget, *sizes, *figures, *work))
             print(rows[-1], flush=True)
             save_csv("low_rank", HEADER, rows)
             return sizes[1]
@@ -121,7 +123,12 @@ def multiplications(model: Any) -> int:
         module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and "layers." in name
     )
     factors = [of for name, of in model.named_parameters() if name.endswith("_shortcut.factor")]
-    return sum(layer.weight.numel() for layer in layers) + sum(2 * of.numel() for of in factors)
+    pivoted = [of for name, of in model.named_parameters() if name.endswith(".down.rest")]
+    return (
+        sum(layer.weight.numel() for layer in layers)
+        + sum(2 * of.numel() for of in factors)
+        + sum(of.numel() for of in pivoted)
+    )
 
 
 @torch.no_grad()

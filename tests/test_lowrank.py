@@ -109,6 +109,17 @@ def test_a_model_goes_all_the_way(name: str, save_tiny: Make, tmp_path: Path) ->
     assert (logits(tmp_path / "plain") - expected).abs().max() < 1e-2
 
 
+def test_columns_of_the_identity_need_not_be_multiplied_by(save_tiny: Make, tmp_path: Path) -> None:
+    freebits.lowrank(save_tiny(dtype=torch.float32), tmp_path / "out", **OPTIONS)
+    freebits.pack(tmp_path / "out", tmp_path / "packed")
+    plain, model = (freebits.load(tmp_path / "packed", keep_pivots=keep) for keep in (False, True))
+    tokens = torch.arange(40)[None]
+    torch.testing.assert_close(model(tokens).logits, plain(tokens).logits, atol=1e-4, rtol=1e-4)
+    ranks = plain.config.low_ranks.values()
+    counts = [sum(of.numel() for of in one.parameters()) for one in (plain, model)]
+    assert sum(rank**2 for rank in ranks) >= counts[0] - counts[1] > 0.6 * sum(rank**2 for rank in ranks)
+
+
 def test_a_reduced_model_is_saved_and_loaded_by_the_library(save_tiny: Make, tmp_path: Path) -> None:
     dense = save_tiny()
     freebits.lowrank(dense, tmp_path / "out", **OPTIONS)

@@ -5,7 +5,7 @@ from freebits.codes.code import Code, Coded, Declined, Params
 from freebits.codes.entropy import Entropy
 from freebits.codes.grid import Grid
 from freebits.codes.integers import Integers
-from freebits.codes.pivots import Pivots
+from freebits.codes.pivots import Pivots, identity_columns
 from freebits.codes.pyramid import Pyramid
 from freebits.codes.rotated import Hadamard
 from freebits.codes.rotation_words import canonical_direction
@@ -43,4 +43,5 @@ __all__ = [
     "Symmetric",
     "Transposed",
     "canonical_direction",
+    "identity_columns",
 ]

@@ -40,7 +40,9 @@ class Pivots:
         pivots, words = [], []
         for start, size in self.params["spaces"]:
             space = matrix[start : start + size]
-            found = _pivots(space)
+            found = identity_columns(space)
+            if found is None:
+                raise Declined("its spaces lack columns of the identity")
             others = torch.ones(matrix.shape[1], dtype=torch.bool)
             others[found] = False
             pivots.append(found)
@@ -87,20 +89,14 @@ class Pivots:
         return {PIVOTS: Kind("U16", (count,)), WORDS: Kind(kind.code, (n * m - squares,))}
 
 
-def _pivots(space: Tensor) -> Tensor:
-    """The columns that are the identity's, in its order.
-
-    Raises:
-        Declined: they are not all there.
-    """
+def identity_columns(space: Tensor) -> Tensor | None:
+    """The columns of `(r, m)` that are the identity's, (r,), ascending; None where they are not all there in order."""
     single = ((space != 0).sum(0) == 1).nonzero().flatten()
     ones = single[(space[:, single].sum(0) == 1).nonzero().flatten()]
     row = space[:, ones].argmax(0)
     first = [ones[row == number][:1] for number in range(len(space))]
     columns = torch.cat(first)
-    if len(columns) < len(space) or (columns.diff() <= 0).any():
-        raise Declined("its spaces lack columns of the identity")
-    return columns
+    return None if len(columns) < len(space) or (columns.diff() <= 0).any() else columns
 
 
 def _others(n: int, params: Params) -> Tensor:

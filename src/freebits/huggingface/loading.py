@@ -11,6 +11,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, Pr
 from freebits.checkpoint import fill, is_adapter, located
 from freebits.errors import CheckpointError, FreebitsError, UsageError, one_line
 from freebits.huggingface.integer_layers import with_integers
+from freebits.huggingface.pivoted_layers import with_pivots
 from freebits.packed import PackedFolder
 from freebits.report import opened
 
@@ -21,6 +22,7 @@ def load(
     dtype: torch.dtype | str = "auto",
     verify: bool = True,
     keep_integers: bool = False,
+    keep_pivots: bool = False,
 ) -> Any:
     """The model in a dense, sliced or packed folder, ready to run; a packed one is decoded as it is read.
 
@@ -30,6 +32,8 @@ def load(
         verify: check the digest of every tensor of a packed folder.
         keep_integers: of a quantised folder, leave the blocks' linear layers as integers of a byte each. They take half
             the memory of 16 bits, once loaded; in bfloat16 PyTorch multiplies from there.
+        keep_pivots: of a model with layers of low rank in canonical form, do not multiply by their columns of the
+            identity: `rank²` multiplications and numbers less for each.
 
     Raises:
         CheckpointError: the folder is no sound checkpoint, or a tensor is damaged.
@@ -56,7 +60,7 @@ def load(
         raise CheckpointError(f"tensor {min(found['missing_keys'])} is missing in {path}: the checkpoint is incomplete")
     if keep_integers and isinstance(folder, PackedFolder):
         return with_integers(model, folder)
-    return model
+    return with_pivots(model) if keep_pivots else model
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:

@@ -23,7 +23,7 @@ class LowRankLinear(nn.Module):
     def __init__(self, inputs: int, outputs: int, rank: int, *, bias: bool) -> None:
         super().__init__()
         self.in_features, self.out_features = inputs, outputs
-        self.down = nn.Linear(inputs, rank, bias=False)
+        self.down: Any = nn.Linear(inputs, rank, bias=False)
         self.up = nn.Linear(rank, outputs, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
