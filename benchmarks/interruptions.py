@@ -1,6 +1,6 @@
 """Runs that are killed at random moments, of the demo model: they go on to the same bytes.
 
-    python -m benchmarks.interruptions SCRATCH [--kills 20] [--runs 10]
+    python -m benchmarks.interruptions SCRATCH [--kills 20] [--runs 10] [--spread slice,quantize]
 
 `slice` and `quantize` are killed (SIGKILL) `--kills` times on the way to one result, each time after a part of the
 plain run's seconds drawn at random, and given again. Then `--runs` runs each of three ranks, one of which is killed at
@@ -25,7 +25,10 @@ from freebits.huggingface.demo_model import demo_model
 
 HEADER = ("verb", "how", "interruptions", "finished pieces found again", "seconds of the plain run", "result")
 WORLD = 3
-SAMPLES = {"slice": ["--sparsity", "0.2", "--samples", "8"], "quantize": ["--bits", "4", "--samples", "8"]}
+SAMPLES = {
+    "slice": ["--sparsity", "0.2", "--samples", "8", "--seq-len", "256", "--force"],
+    "quantize": ["--bits", "4", "--samples", "8"],
+}
 
 
 def main() -> None:
@@ -34,6 +37,7 @@ def main() -> None:
     parser.add_argument("scratch", type=Path)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--runs", type=int, default=10)
+    parser.add_argument("--spread", default="slice,quantize", help="which of them over ranks and Ray, too")
     arguments = parser.parse_args()
     scratch: Path = arguments.scratch
     scratch.mkdir(parents=True)
@@ -44,11 +48,10 @@ def main() -> None:
         start = time.perf_counter()
         subprocess.run(typed(command, scratch / "plain"), check=True, capture_output=True)
         seconds = time.perf_counter() - start
-        for how, times, interrupt in (
-            ("one process", arguments.kills, killed),
-            (f"{WORLD} ranks", arguments.runs, rank_killed),
-            ("Ray", arguments.runs, worker_killed),
-        ):
+        ways = [("one process", arguments.kills, killed)]
+        if verb in arguments.spread.split(","):
+            ways += [(f"{WORLD} ranks", arguments.runs, rank_killed), ("Ray", arguments.runs, worker_killed)]
+        for how, times, interrupt in ways:
             kills, found, equal = interrupt(command, scratch, times, seconds, draw)
             rows.append((verb, how, kills, found, f"{seconds:.0f}", "the same bytes" if equal else "DIFFERS"))
             print(rows[-1], flush=True)

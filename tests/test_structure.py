@@ -9,26 +9,29 @@ import freebits
 
 SOURCE = Path(freebits.__file__).parent
 FLOORS = {
-    "errors": set(),
+    "limits": set(),
+    "errors": {"limits"},
     "options": set(),
     "version": set(),
-    "kind": set(),
+    "kind": {"limits"},
     "import_hook": set(),
     "work": {"errors", "options"},
-    "architecture": {"errors"},
-    "checkpoint": {"errors", "kind", "version", "work"},
+    "architecture": {"errors", "limits"},
+    "checkpoint": {"errors", "kind", "limits", "version", "work"},
     "symmetry": {"architecture"},
-    "codes": {"kind", "symmetry"},
+    "codes": {"kind", "limits", "symmetry"},
     "quantization": {"codes"},
     "reduction": set(),
     "calibration": set(),
     "moves": {"architecture", "calibration", "checkpoint", "codes", "errors", "kind", "symmetry", "work"},
-    "packed": {"architecture", "checkpoint", "codes", "errors", "kind", "moves", "options", "version", "work"},
+    "packed": {
+        *("architecture", "checkpoint", "codes", "errors", "kind", "limits", "moves", "options", "version", "work"),
+    },
     "report": {"architecture", "checkpoint", "errors", "kind", "packed"},
     "verbs": {"architecture", "checkpoint", "errors", "options", "packed", "report", "work"},
     "huggingface": {
-        *("architecture", "calibration", "checkpoint", "codes", "errors", "kind", "moves", "options", "packed"),
-        *("quantization", "reduction", "report", "symmetry", "version", "work"),
+        *("architecture", "calibration", "checkpoint", "codes", "errors", "kind", "limits", "moves", "options"),
+        *("packed", "quantization", "reduction", "report", "symmetry", "version", "work"),
     },
     "evaluation": {
         *("architecture", "calibration", "checkpoint", "errors", "huggingface", "kind", "moves", "options", "packed"),

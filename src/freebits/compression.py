@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from freebits.calibration import embedded_text
-from freebits.checkpoint import Checkpoint, located, new_directory, original
+from freebits.checkpoint import Checkpoint, located, new_directory, original, sign
 from freebits.errors import CheckpointError, UsageError
 from freebits.evaluation import verify
 from freebits.huggingface import WINDOW, Goal, prepare, token_windows
@@ -68,6 +68,7 @@ def compress(
     jobs: int | None = None,
     force: bool = False,
     dry_run: bool = False,
+    sign_with: str | os.PathLike[str] | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Make a model smaller, to a size, to a number of bits, to a bound on what it costs, or without any loss.
@@ -89,6 +90,7 @@ def compress(
         force: write the model even if its mean KL divergence is more than 0.5.
         dry_run: say what would be done, and write nothing. Of a model on the hub only what lies beside the weights is
             read, and their headers.
+        sign_with: file of a private key (PEM), with which every file of the folder is signed; see `verify`.
         progress: called after each step.
 
     Returns:
@@ -107,6 +109,8 @@ def compress(
     with new_directory(out) as directory:
         measured = _made(plan, folder, directory, (calibration, text), device, jobs, force, progress)
         write_card(directory, folder, measured)
+        if sign_with is not None:
+            sign(directory, sign_with)
         facts = inspect(directory)
     return {**facts, "plan": asdict(plan), "fidelity": measured, "seconds": time.perf_counter() - started}
 

@@ -9,10 +9,10 @@ Each message is one line: which file or tensor, what was found, what to do. The 
 and exits with 2.
 """
 
-_LONGEST = 600
+from freebits.limits import MESSAGE
 
 
-def one_line(text: object, longest: int = _LONGEST) -> str:
+def one_line(text: object, longest: int = MESSAGE) -> str:
     """A text safe to print: control characters escaped, the middle of what is very long left out.
 
     Names of tensors and files come from checkpoints of strangers, and end up on terminals.

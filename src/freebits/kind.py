@@ -8,6 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from freebits.limits import TENSOR_NUMBERS
+
 Bytes = NDArray[np.uint8]
 
 DTYPES = {
@@ -40,8 +42,6 @@ _BITS = {code: 8 * dtype.itemsize for code, dtype in DTYPES.items()} | {
     "F6_E3M2": 6,
     "F4": 4,
 }
-MOST = 2**40
-"""No tensor has more numbers."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Kind:
     shape: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        sizes = all(type(size) is int and 0 <= size <= MOST for size in self.shape)
-        if self.code not in _BITS or not sizes or prod(self.shape) > MOST or prod(self.shape) * self.bits % 8:
+        sizes = all(type(size) is int and 0 <= size <= TENSOR_NUMBERS for size in self.shape)
+        if self.code not in _BITS or not sizes or prod(self.shape) > TENSOR_NUMBERS or prod(self.shape) * self.bits % 8:
             raise ValueError(f"no tensor is of the kind {self}")
 
     @classmethod

@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 from freebits.architecture import Architecture
-from freebits.checkpoint import Checkpoint, Task, is_adapter, located, new_directory
+from freebits.checkpoint import Checkpoint, Task, is_adapter, located, new_directory, sign
 from freebits.errors import CheckpointError
 from freebits.options import CANONICAL
 from freebits.packed import PackedFolder, chosen, is_packed, pack_into, stage, unpack_into
@@ -22,6 +22,7 @@ def pack(
     jobs: int | None = None,
     team: Team | None = None,
     resume: bool = True,
+    sign_with: str | os.PathLike[str] | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Pack a checkpoint: a sliced one without the bits of its rotations, any other bit for bit.
@@ -41,6 +42,7 @@ def pack(
             one. Memory holds as many, in float64, and one embedding.
         team: who does the work, if not `jobs` threads of this process: Ray, or processes of a cluster.
         resume: go on with what a stopped run of the same arguments left, block by block.
+        sign_with: file of a private key (PEM), with which every file of the folder is signed; see `verify`.
         progress: called after each block, with codec `none` after each tensor.
 
     Returns:
@@ -66,6 +68,8 @@ def pack(
         if not crew.leads:
             return {}
         write_card(directory, source.path)
+        if sign_with is not None:
+            sign(directory, sign_with)
         return inspect(directory)
 
 

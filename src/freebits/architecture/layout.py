@@ -7,6 +7,7 @@ from typing import Any
 from freebits.architecture.families import SLICED_PREFIX
 from freebits.architecture.table import Architecture, Role, Sublayer, Weight
 from freebits.errors import CheckpointError
+from freebits.limits import WIDTH
 
 WIDTHS, RANKS = "site_sizes", "shortcut_ranks"
 """Keys in `config.json`; a dense model has neither."""
@@ -154,4 +155,4 @@ def _sizes(sizes: object, count: int) -> tuple[int, ...] | None:
     """A list of so many sizes; None if it is none."""
     if not isinstance(sizes, (list, tuple)) or len(sizes) != count:
         return None
-    return tuple(sizes) if all(type(size) is int and 0 <= size < 2**31 for size in sizes) else None
+    return tuple(sizes) if all(type(size) is int and 0 <= size < WIDTH for size in sizes) else None

@@ -23,6 +23,7 @@ from typing import Any
 
 from freebits.architecture.families import LOW_RANKS, Branch, Family, Stack, SublayerNames, family_of
 from freebits.errors import CheckpointError
+from freebits.limits import WIDTH
 
 EMBEDDINGS, SHORTCUTS, HEAD = "embeddings", "shortcuts", "head"
 """Groups of tensors in accounts; a sublayer's own group has its name."""
@@ -247,7 +248,7 @@ class Architecture:
         """
         family = family_of(config)
         sizes = [config.get(key) for key in (family.width, family.depth)]
-        if not all(type(size) is int and 0 < size < _MOST for size in sizes):
+        if not all(type(size) is int and 0 < size < WIDTH for size in sizes):
             raise CheckpointError(f"config.json: {family.width}, {family.depth} are {sizes}, not two sizes")
         width, depth = config[family.width], config[family.depth]
         if n_tensors is not None and depth > n_tensors:
@@ -260,7 +261,7 @@ class Architecture:
             raise CheckpointError(f"config.json: {family.branch_scale} is {scale!r}, not a number")
         tied = config.get("tie_word_embeddings", family.tied_by_default)
         ranks = config.get(LOW_RANKS) or {}
-        if not isinstance(ranks, dict) or not all(type(rank) is int and 0 < rank < _MOST for rank in ranks.values()):
+        if not isinstance(ranks, dict) or not all(type(rank) is int and 0 < rank < WIDTH for rank in ranks.values()):
             raise CheckpointError(f"config.json: {LOW_RANKS} is no table of ranks")
         return cls(family, width, depth, tied=bool(tied), branch_scale=scale, config=config, low_ranks=ranks)
 
@@ -343,9 +344,6 @@ class Architecture:
         yield Weight(self.head.weight, Role.HEAD, HEAD, axes, optional=self.tied)
         if self.family.head_bias or (self.family.centred and not self.tied):  # what becomes of the norm's bias
             yield Weight(self.head.bias, Role.HEAD, HEAD, optional=True, ndim=1)
-
-
-_MOST = 2**31
 
 
 def _norm(module: Module, group: str, centred: bool) -> Iterator[Weight]:

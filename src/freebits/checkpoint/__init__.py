@@ -32,6 +32,7 @@ from freebits.checkpoint.folder import (
 )
 from freebits.checkpoint.hub import located, push
 from freebits.checkpoint.remote import exists, fill, original, url_of
+from freebits.checkpoint.signature import SIGNATURE, check_signature, sign
 from freebits.checkpoint.weights import ENTRY, LENGTH, Entry, WeightsFile, WeightsWriter, parse_header
 from freebits.checkpoint.writer import WEIGHTS, CheckpointWriter, shard_bytes
 
@@ -45,6 +46,7 @@ __all__ = [
     "INDEX",
     "LENGTH",
     "REMOTE_CODE",
+    "SIGNATURE",
     "WEIGHTS",
     "Checkpoint",
     "CheckpointWriter",
@@ -56,6 +58,7 @@ __all__ = [
     "auto_map",
     "carry_code",
     "carry_over",
+    "check_signature",
     "config_name",
     "copy",
     "existing_folder",
@@ -73,6 +76,7 @@ __all__ = [
     "read_text",
     "restore_card",
     "shard_bytes",
+    "sign",
     "stays_inside",
     "text_digest",
     "url_of",

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from freebits.checkpoint.folder import ADAPTER, CONFIG
+from freebits.checkpoint.signature import SIGNATURE
 from freebits.errors import CheckpointError, one_line
 
 _log = logging.getLogger(__name__)
@@ -19,6 +20,8 @@ _NEVER = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib", "
 """Whatever it is called, it could run when read."""
 _FOLDERS = ("additional_chat_templates",)
 """The folders in which transformers keeps a tokenizer's files."""
+_OURS = (CONFIG, ADAPTER, SIGNATURE, "freebits.json")
+"""What every folder has of its own."""
 _WEIGHTS = ("*.safetensors", "*.index.json", "*.gguf", "*.h5", "*.msgpack", "*.onnx*")
 CARD, _KEPT = "README.md", "README.before.md"
 """The card of a folder, and what becomes of the one that it had before."""
@@ -42,7 +45,9 @@ def carry_over(source: Path, target: Path) -> None:
         if _is_known(file) and stays_inside(file):
             (target / name).parent.mkdir(exist_ok=True)
             copy(file, target / name)
-        elif not any(_matches(file, pattern) for pattern in (*_NEVER, *_WEIGHTS, CONFIG, ADAPTER, "freebits.json")):
+        elif not any(
+            _matches(file, pattern) for pattern in (*_NEVER, *_WEIGHTS, CONFIG, ADAPTER, SIGNATURE, "freebits.json")
+        ):
             left.append(one_line(name, 60))
     if left:
         more = f" and {len(left) - 5} more" if len(left) > 5 else ""

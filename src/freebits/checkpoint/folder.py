@@ -12,6 +12,7 @@ from torch import Tensor
 from freebits.checkpoint.weights import WeightsFile, open_regular
 from freebits.errors import CheckpointError
 from freebits.kind import Bytes, Kind
+from freebits.limits import JSON_BYTES, JSON_DEPTH
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -19,8 +20,6 @@ INDEX = "model.safetensors.index.json"
 ADAPTER, ADAPTER_STEM = "adapter_config.json", "adapter_model"
 """Of a PEFT adapter: its config, and how the file of its weights begins."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_MOST_JSON = 2**27
-_MOST_DEPTH = 100
 
 
 def read_text(path: Path) -> str:
@@ -31,9 +30,9 @@ def read_text(path: Path) -> str:
     """
     try:
         with open_regular(path) as file:
-            content = file.read(_MOST_JSON + 1)
-            if len(content) > _MOST_JSON:
-                raise ValueError(f"more than {_MOST_JSON} bytes")  # noqa: TRY301  (told in one line with the others)
+            content = file.read(JSON_BYTES + 1)
+            if len(content) > JSON_BYTES:
+                raise ValueError(f"more than {JSON_BYTES} bytes")  # noqa: TRY301  (told in one line with the others)
             return content.decode()
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: this is not a complete checkpoint") from None
@@ -49,8 +48,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(read_text(path))
-        if _depth(content) > _MOST_DEPTH:
-            raise ValueError(f"nested more than {_MOST_DEPTH} deep")  # noqa: TRY301
+        if _depth(content) > JSON_DEPTH:
+            raise ValueError(f"nested more than {JSON_DEPTH} deep")  # noqa: TRY301
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}): restore the file") from None
     if not isinstance(content, dict):

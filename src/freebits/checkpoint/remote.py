@@ -22,9 +22,9 @@ import numpy as np
 
 from freebits.errors import CheckpointError, one_line
 from freebits.kind import Bytes
+from freebits.limits import COPIED_BYTES
 
 _COPIED = ("*.json", "*.md", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
-_MOST_COPIED = 2**27
 _LAST = ("config.json",)
 """Without it a folder is no checkpoint: it is uploaded last."""
 _mirrors: dict[Path, str] = {}
@@ -223,7 +223,7 @@ def _stand_in(system: Any, name: str, told: dict[str, Any], folder: Path, relati
     file.parent.mkdir(exist_ok=True)
     size = told.get("size")
     size = system.info(name)["size"] if size is None else size
-    if _is_copied(file.name) and (size or 0) <= _MOST_COPIED:
+    if _is_copied(file.name) and (size or 0) <= COPIED_BYTES:
         system.get_file(name, str(file))
         return
     with file.open("wb") as hole:

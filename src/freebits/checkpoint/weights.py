@@ -19,14 +19,14 @@ import numpy as np
 
 from freebits.checkpoint.remote import Readable, Remote, original
 from freebits.errors import CheckpointError, one_line
-from freebits.kind import MOST, Bytes, Kind
+from freebits.kind import Bytes, Kind
+from freebits.limits import HEADER_BYTES, TENSOR_NUMBERS
 
 LENGTH = 8
 """Bytes of the number that a safetensors file begins with: the length of its header."""
 METADATA = "__metadata__"
-_MOST_HEADER = 100_000_000  # the library's own limit
 _FREE = '{"__metadata__":{"format":"pt"}}'
-ENTRY = len('"":{"dtype":"F8_E4M3FNUZ","shape":,"data_offsets":[,]},') + 2 * len(str(MOST))
+ENTRY = len('"":{"dtype":"F8_E4M3FNUZ","shape":,"data_offsets":[,]},') + 2 * len(str(TENSOR_NUMBERS))
 """An upper bound on the bytes of one header entry, less its name and shape."""
 
 
@@ -213,7 +213,7 @@ def open_regular(path: Path) -> FileIO:
 
 def _read_header(file: Readable) -> str:
     length = int.from_bytes(file.read(0, min(LENGTH, file.size)), "little")
-    if not LENGTH + 2 <= LENGTH + length <= min(file.size, LENGTH + _MOST_HEADER):
+    if not LENGTH + 2 <= LENGTH + length <= min(file.size, LENGTH + HEADER_BYTES):
         raise ValueError(f"a header of {length} bytes in {file.size}")
     return bytes(file.read(LENGTH, length)).decode()
 

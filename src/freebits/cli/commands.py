@@ -76,6 +76,7 @@ def run_compress(arguments: Namespace) -> int:
         jobs=arguments.jobs,
         force=arguments.force,
         dry_run=arguments.dry_run,
+        sign_with=arguments.sign,
         progress=progress_bar("compress"),
     )
     if arguments.push_to and not arguments.dry_run:
@@ -142,6 +143,7 @@ def run_pack(arguments: Namespace) -> int:
         threshold=arguments.threshold,
         team=_team(arguments),
         resume=arguments.resume,
+        sign_with=arguments.sign,
         progress=progress_bar("pack"),
     )
     return _told(facts, arguments)
@@ -165,6 +167,7 @@ def run_quantize(arguments: Namespace) -> int:
         device=arguments.device,
         team=_team(arguments),
         resume=arguments.resume,
+        sign_with=arguments.sign,
         progress=progress_bar("quantize"),
     )
     return _told(facts, arguments)
@@ -186,6 +189,7 @@ def run_lowrank(arguments: Namespace) -> int:
         device=arguments.device,
         team=_team(arguments, jobs=1),
         resume=arguments.resume,
+        sign_with=arguments.sign,
         progress=progress_bar("lowrank"),
     )
     return _told(facts, arguments)
@@ -218,13 +222,15 @@ def run_verify(arguments: Namespace) -> int:
         limit=arguments.limit,
         kl=arguments.kl,
         ratio=arguments.ratio,
+        key=arguments.key,
         progress=progress_bar("verify"),
     )
     code = OK if result["ok"] else FAILED
     if arguments.json:
         print_json(result)
         return code
-    print("every digest matches, everything decodes")
+    signed = f"signed by the owner of {arguments.key}; " if arguments.key else ""
+    print(f"{signed}every digest matches, everything decodes")
     if result["perplexity"]["packed"] is not None:
         perplexity = result["perplexity"]
         print(f"perplexity        {perplexity['packed']:.4f} packed, {perplexity['reference']:.4f} reference")

@@ -122,6 +122,7 @@ def _compress(verbs: Any) -> Any:
         "--push-to", metavar="ID", help="upload OUT to the hub, once it is done; a new repository is private"
     )
     _jobs(verb)
+    _signs(verb)
     return _revision(verb)
 
 
@@ -208,6 +209,7 @@ def _pack(verbs: Any) -> Any:
         help="of bits-back: largest error of a decoded word left as it is (default: 0.01; the paper: 0.005 for Llama)",
     )
     _jobs(verb)
+    _signs(verb)
     _who_works(verb)
     return verb
 
@@ -250,6 +252,7 @@ def _quantize(verbs: Any) -> Any:
     _calibration(verb, samples=32, seq_len=256)
     verb.add_argument("--device", default="cpu", help="where to run the model (default: %(default)s)")
     _jobs(verb)
+    _signs(verb)
     _who_works(verb)
     return verb
 
@@ -278,6 +281,7 @@ def _lowrank(verbs: Any) -> Any:
     )
     _calibration(verb, samples=64, seq_len=256)
     verb.add_argument("--device", default="cpu", help="where to run the model (default: %(default)s)")
+    _signs(verb)
     _who_works(verb)
     return verb
 
@@ -333,6 +337,9 @@ def _verify(verbs: Any) -> Any:
         "--kl", type=float, help="largest mean KL, nats a token (default: 0.01; 1 if lossy, where compress keeps 0.05)"
     )
     verb.add_argument("--ratio", type=float, help="largest ratio of perplexities (default: 1.01; 1.5 if lossy)")
+    verb.add_argument(
+        "--key", metavar="PUBLIC", type=Path, help="first check that all files are what the owner of this key signed"
+    )
     return _measured_on(verb, 8, "windows")
 
 
@@ -424,6 +431,10 @@ def _measured_on(verb: Any, limit: int | None, what: str) -> Any:
         "--limit", type=int, default=limit, help=f"use the first so many {what} (default: {limit or 'all'})"
     )
     return verb
+
+
+def _signs(verb: Any) -> None:
+    verb.add_argument("--sign", metavar="KEY", type=Path, help="sign OUT with a private key (PEM); see verify --key")
 
 
 def _jobs(verb: Any) -> None:

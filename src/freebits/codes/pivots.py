@@ -8,10 +8,9 @@ from torch import Tensor
 
 from freebits.codes.code import Coded, Declined, Params
 from freebits.kind import FLOATS, Kind
+from freebits.limits import COLUMNS
 
 WORDS, PIVOTS = "words", "pivots"
-_MOST = 2**16
-"""Columns that a pivot can be one of."""
 
 
 class Pivots:
@@ -35,7 +34,7 @@ class Pivots:
         """
         [tensor] = tensors
         matrix = tensor.movedim(self.params["dim"], 0)
-        if matrix.shape[1] > _MOST:
+        if matrix.shape[1] > COLUMNS:
             raise Declined(f"{matrix.shape[1]} columns, more than pivots are counted in")
         pivots, words = [], []
         for start, size in self.params["spaces"]:
@@ -81,7 +80,7 @@ class Pivots:
         n, m = kind.shape[dim], kind.shape[1 - dim]
         end = count = squares = 0
         for start, size in spaces:
-            if type(start) is not int or type(size) is not int or not 0 < size <= m <= _MOST or start < end:
+            if type(start) is not int or type(size) is not int or not 0 < size <= m <= COLUMNS or start < end:
                 raise ValueError(f"a space of {size!r} rows from {start!r} on after {end}, in {m} columns")
             end, count, squares = start + size, count + size, squares + size**2
         if end > n or not count:

@@ -11,7 +11,7 @@ from torch.nn.functional import kl_div, log_softmax
 
 from freebits.architecture import Part, Role, Weight
 from freebits.calibration import embedded_text, perplexity
-from freebits.checkpoint import Checkpoint, is_adapter, located
+from freebits.checkpoint import Checkpoint, check_signature, is_adapter, located
 from freebits.errors import CheckpointError, UsageError
 from freebits.evaluation.perplexity import WINDOW, loss
 from freebits.huggingface import token_windows, window_logits
@@ -35,6 +35,7 @@ def verify(
     limit: int = WINDOWS,
     kl: float | None = None,
     ratio: float | None = None,
+    key: str | os.PathLike[str] | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Check every digest of a packed checkpoint and, against a model it was made from, how close the two are.
@@ -52,6 +53,7 @@ def verify(
         limit: use the first so many windows.
         kl: the largest mean KL divergence, where it is not to be as above.
         ratio: the largest ratio of perplexities, in either direction, likewise.
+        key: file of a public key (PEM): first of all, every file of the folder must be what its owner signed.
         progress: called after each window.
 
     Returns:
@@ -60,13 +62,16 @@ def verify(
         `ratio`, packed to reference; `perplexity` {`reference`, `packed`}. None where nothing was compared.
 
     Raises:
-        CheckpointError: a folder is no sound checkpoint, or a digest does not match.
+        CheckpointError: a folder is no sound checkpoint, a digest does not match, or it is not what was signed.
         UsageError: there are no windows of that length and number in the text, or a tolerance makes no sense.
     """
     for name, value, least in (("kl", kl, 0.0), ("ratio", ratio, 1.0)):
         if value is not None and not least <= value < math.inf:
             raise UsageError(f"--{name} {value}: give a number of at least {least:g}")
-    folder = PackedFolder(located(packed))
+    path = located(packed)
+    if key is not None:
+        check_signature(path, key)
+    folder = PackedFolder(path)
     folder.check()
     unknown = {"fidelity": None, "max_abs_logit_diff": None, "mean_kl": None, "ratio": None}
     nothing: dict[str, Any] = {"ok": True, "failed": [], **unknown, "perplexity": {"reference": None, "packed": None}}

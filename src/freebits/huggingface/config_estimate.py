@@ -15,11 +15,9 @@ from freebits.errors import CheckpointError, UnsupportedModelError
 from freebits.huggingface.blockwise import BUILDING
 from freebits.huggingface.loading import one_line_errors
 from freebits.kind import DTYPE_CODES
+from freebits.limits import BLOCKS
 from freebits.moves import sliced_size
 from freebits.report import TYPICAL_ENTROPY, change, n_bytes, n_words, planned_forms
-
-MOST_BLOCKS = 4096
-"""More than any model has: a config alone, without weights, could ask for any number."""
 
 
 def estimate(
@@ -100,7 +98,7 @@ def dense_shapes(config: dict[str, Any], path: Path) -> dict[str, tuple[int, ...
         CheckpointError: it describes no model, or one of more blocks than any has.
     """
     for key in {family.depth for family in FAMILIES} & config.keys():
-        if isinstance(config[key], int) and config[key] > MOST_BLOCKS:
+        if isinstance(config[key], int) and config[key] > BLOCKS:
             raise CheckpointError(f"{path}: {key} is {config[key]}, more than any model has: restore the file")
     with BUILDING, one_line_errors(path, "config"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), trust_remote_code=False)

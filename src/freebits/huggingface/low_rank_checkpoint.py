@@ -22,6 +22,7 @@ from freebits.checkpoint import (
     located,
     new_directory,
     shard_bytes,
+    sign,
     text_digest,
     write_json,
     write_remote_code,
@@ -58,6 +59,7 @@ def lowrank(
     device: str = "cpu",
     team: Team | None = None,
     resume: bool = True,
+    sign_with: str | os.PathLike[str] | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Put two thin layers in the place of linear ones (reduced-order modelling): lossy. One block is in memory.
@@ -79,6 +81,7 @@ def lowrank(
         device: where to run the model.
         team: who runs it, if not this process alone.
         resume: go on with what a stopped run of the same arguments left, block by block.
+        sign_with: file of a private key (PEM), with which every file of the folder is signed; see `verify`.
         progress: called after each block.
 
     Returns:
@@ -134,6 +137,8 @@ def lowrank(
         _write_config(directory, checkpoint, layers.architecture.family, ranks, move)
         cost = _cost(checkpoint.path, directory, held_out)
         write_card(directory, checkpoint.path)
+        if sign_with is not None:
+            sign(directory, sign_with)
         return inspect(directory) | {"perplexity": cost}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freebits.checkpoint import Checkpoint, Task, located, new_directory, text_digest
+from freebits.checkpoint import Checkpoint, Task, located, new_directory, sign, text_digest
 from freebits.errors import UnsupportedModelError, UsageError
 from freebits.huggingface.blockwise import BlockwiseModel
 from freebits.huggingface.loading import device_of
@@ -50,6 +50,7 @@ def quantize(
     jobs: int | None = None,
     team: Team | None = None,
     resume: bool = True,
+    sign_with: str | os.PathLike[str] | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Quantise the matrices of any causal language model: lossy.
@@ -75,6 +76,7 @@ def quantize(
         team: who measures, if not this process alone: Ray, or processes of a cluster, among whom windows of text are
             spread. Whoever leads does the rounding.
         resume: go on with what a stopped run of the same arguments left, block by block.
+        sign_with: file of a private key (PEM), with which every file of the folder is signed; see `verify`.
         progress: called after each step.
 
     Returns:
@@ -111,6 +113,8 @@ def quantize(
             return {}
         prepared.write(directory, goal, entropy, code, jobs, progress)
         write_card(directory, prepared.source.path)
+        if sign_with is not None:
+            sign(directory, sign_with)
         return inspect(directory)
 
 

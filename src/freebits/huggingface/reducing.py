@@ -176,6 +176,7 @@ def reduce_layers(layers: Layers, ranks: Mapping[str, int], tokens: Tensor, crew
             found = crew.agree(f"factors-{number}", dict, found)
             held, _ = crew.spread(f"through-{number}", partial(_through, model, number, found), held)
             crew.keep(f"reduced-{number + 1}", held)
+            crew.forget(f"reduced-{number - 1}")  # which nobody can need who has shared in this block
         progress(number + 1, n_blocks)
     model.unload()
 

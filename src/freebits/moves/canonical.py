@@ -62,7 +62,7 @@ class Canonical:
         """The decompositions, which do not depend on each other."""
         unsound = unsound_sites(self.source, part)
         free = [sub for sub in part.sublayers if not self._obstacle(sub) and sub.site not in unsound]
-        forms = {sub.site: self._form(sub.shortcut.weight) for sub in free}
+        forms = {sub.site: self._form(sub) for sub in free}
         readers = [
             sub.first_read(self.source.kinds).weight for sub in part.sublayers if sub.site == 1 and 0 not in unsound
         ]
@@ -109,9 +109,10 @@ class Canonical:
         width = self._widths(self.architecture.sublayers[0])[0]
         return Chain(torch.eye(width, dtype=torch.float64), turned=False), {0: unsound[0]}
 
-    def _form(self, shortcut: str) -> PolarForm:
-        A = self.source[shortcut]
-        return polar_form(A.double().T, tolerance=max(torch.finfo(A.dtype).eps, FINEST))
+    def _form(self, sub: Sublayer) -> PolarForm:
+        A, (_, after) = self.source[sub.shortcut.weight], self._widths(sub)
+        tolerance = max(torch.finfo(A.dtype).eps, FINEST)
+        return polar_form(A.double().T, tolerance, self.architecture.hidden_size - after)
 
     def _pairs(self, part: Part) -> list[Pair]:
         return free_pairs(self.source.kinds, self.architecture, part, dense=False)

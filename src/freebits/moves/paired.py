@@ -69,8 +69,8 @@ def free_pairs(kinds: Mapping[str, Kind], architecture: Architecture | None, par
 def turn_pairs(pairs: Iterable[Pair], tensors: dict[str, Tensor], dtype: Dtypes) -> None:
     """Put pairs in their canonical form and round them, in place.
 
-    A pair that has no such form, or of which rounding would change the product by more than half of what one number of
-    its dtype can change by rounding, is rounded as it is.
+    A pair that has no such form, or of which rounding would then change the product by more than one `eps` of its dtype
+    (relative, in norm), is rounded as it is.
 
     Args:
         pairs: which.

@@ -14,6 +14,7 @@ from freebits.codes import CODES, Integers
 from freebits.codes.integers import Stepped
 from freebits.errors import CheckpointError
 from freebits.kind import Kind
+from freebits.limits import check_expansion
 from freebits.packed.manifest import Manifest, digest
 from freebits.packed.recipe import Recipe, made_of
 from freebits.work import ordered_map, workers
@@ -63,6 +64,7 @@ class PackedFolder:
             architecture = Architecture.of(self.config, len(self.kinds))
             layout = Layout.of(self.config, architecture)
             layout.check({name: kind.shape for name, kind in self.kinds.items()}, architecture)
+            self._check_shortcuts(layout, architecture)
         headers = (file for file in self.manifest.originals if file.endswith(".safetensors"))
         self.originals = {file: self._entries(file) for file in headers}
         listed = {name for entries in self.originals.values() for name in entries}
@@ -188,6 +190,18 @@ class PackedFolder:
             if self.kinds.get(name) != entry.kind:
                 raise self._damaged(f"{name} is not what the header of {file} says")
         return named
+
+    def _check_shortcuts(self, layout: Layout, architecture: Architecture) -> None:
+        """Check what factors, which may be thin, stand for."""
+        widths = layout.widths or ()
+        thin = [sub.site for sub in architecture.sublayers if layout.rank(sub.site) is not None]
+        try:
+            check_expansion(
+                sum(kind.n_bytes for kind in self.stored.values()),
+                sum(2 * widths[site - 1] * widths[site] for site in thin),
+            )
+        except ValueError as error:
+            raise self._damaged(f"its shortcuts: {error}") from None
 
     def _damaged(self, finding: str) -> CheckpointError:
         return CheckpointError(f"{self.path} is damaged: {finding}; download it again")

@@ -6,9 +6,7 @@ from typing import Any
 
 from freebits.codes import CODES
 from freebits.kind import Kind
-
-MOST_STEPS = 16
-"""From what is stored to what the model has."""
+from freebits.limits import RECIPE_STEPS, check_expansion
 
 
 @dataclass(frozen=True)
@@ -74,8 +72,11 @@ def made_of(stored: Mapping[str, Kind], recipes: Iterable[Recipe]) -> dict[str, 
 
     Raises:
         ValueError: a tensor is made twice, or taken twice, or not there to be taken; or it is not of the kind that
-            the recipe implies.
+            the recipe implies; or more is made than any packing leaves to be made of so few bytes.
     """
+    recipes = list(recipes)
+    made = sum(kind.n_bytes for recipe in recipes for kind in recipe.makes.values())
+    check_expansion(sum(kind.n_bytes for kind in stored.values()), made)
     left = dict(stored)
     depth = dict.fromkeys(stored, 0)
     place = {name: number for number, name in enumerate(stored)}
@@ -90,8 +91,8 @@ def made_of(stored: Mapping[str, Kind], recipes: Iterable[Recipe]) -> dict[str, 
             if left.pop(name, None) != kind:
                 raise ValueError(f"{label} takes {name}, which is missing, taken already, or not {kind}")
             first, deepest = min(first, place[name]), max(deepest, depth[name])
-        if deepest >= MOST_STEPS:
-            raise ValueError(f"{label} is one of more than {MOST_STEPS} steps")
+        if deepest >= RECIPE_STEPS:
+            raise ValueError(f"{label} is one of more than {RECIPE_STEPS} steps")
         for name, kind in recipe.makes.items():
             if name in place:
                 raise ValueError(f"{label} makes {name}, which is there already")

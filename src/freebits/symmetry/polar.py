@@ -14,7 +14,11 @@ from torch import Tensor
 
 _LEAST = 1e-6
 """A singular value below it is lost in the square of the matrix."""
+_LOST = 1e-20
 _STEPS, _NEAR, _EQUAL = 5, 0.5, 1e-15
+_WORTH, _MORE, _ITERATIONS, _POWERS = 256, 8, 3, 30
+"""From which size on few singular values are looked for; how many more than expected; in how many iterations; and in how
+many the largest eigenvalue of what is left."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +35,18 @@ class PolarForm:
     factor: Tensor | None
 
 
-def polar_form(A: Tensor, tolerance: float) -> PolarForm:
+def polar_form(A: Tensor, tolerance: float, defect: int | None = None) -> PolarForm:
     """Polar decomposition of a shortcut, and what distinguishes its symmetric part from the identity.
 
     Args:
         A: (k, k') with k ≤ k', float64, finite.
         tolerance: how far from 1 a singular value may lie and count as 1: what rounding did to the shortcut.
+        defect: how many singular values are not expected to be 1; None for no expectation.
     """
+    if defect is not None and len(A) >= _WORTH and 0 < defect <= len(A) // 2:
+        form = _nearly_orthogonal_form(A, tolerance, defect)
+        if form is not None:
+            return form
     squares, U = torch.linalg.eigh(A @ A.T)  # faster than a singular value decomposition
     values = squares.clamp_min(0).sqrt()
     nearly = U @ (U.T @ A / values[:, None]) if values.min() > _LEAST else None
@@ -50,6 +59,48 @@ def polar_form(A: Tensor, tolerance: float) -> PolarForm:
     if removed.all() or (values - 1 > tolerance).any():
         return PolarForm(rotation, None)
     return PolarForm(rotation, U[:, removed] * (1 - values[removed]).sqrt())
+
+
+def _nearly_orthogonal_form(A: Tensor, tolerance: float, defect: int) -> PolarForm | None:
+    """The same of a matrix all of whose singular values but few are 1, by the few; None where it is none.
+
+    The range of `I - A Aᵀ` is found by randomised subspace iteration (Halko, Martinsson and Tropp 2011, algorithm 4.4).
+    In it the singular values are found and set to 1, and what is then nearly orthogonal becomes it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    Q = torch.randn(len(A), defect + _MORE, generator=generator, dtype=torch.float64)
+    for _ in range(_ITERATIONS):
+        Q = _basis(_basis(Q - A @ (A.T @ Q)))
+    inside = Q.T @ A
+    squares, W = torch.linalg.eigh(inside @ inside.T)
+    values = squares.clamp_min(0).sqrt()
+    if values[0] <= _LEAST or (values - 1 > tolerance).any():
+        return None
+    U = Q @ W
+    near = A + (U * (1 - values)) @ (W.T @ inside / values[:, None])
+    error = near @ near.T - torch.eye(len(A), dtype=torch.float64)
+    if torch.linalg.vector_norm(_power(error, generator)) > 2 * tolerance * (1 + tolerance):
+        return None  # there are more that are not 1
+    rows = _orthogonal(near - error @ near / 2)
+    if rows is None:
+        return None
+    removed = 1 - values > tolerance
+    return PolarForm(_completed(rows), U[:, removed] * (1 - values[removed]).sqrt())
+
+
+def _basis(Y: Tensor) -> Tensor:
+    """Orthonormal columns that span those of `Y` but for what is lost in it, by its Gram matrix: products alone."""
+    squares, W = torch.linalg.eigh(Y.T @ Y)
+    kept = squares > _LOST * squares[-1]
+    return Y @ (W[:, kept] / squares[kept].sqrt())
+
+
+def _power(symmetric: Tensor, generator: torch.Generator) -> Tensor:
+    """A symmetric matrix times a vector of length 1 in which its largest eigenvalue has come to the fore."""
+    x = torch.randn(len(symmetric), generator=generator, dtype=torch.float64)
+    for _ in range(_POWERS):
+        x = symmetric @ (x / torch.linalg.vector_norm(x).clamp_min(torch.finfo(torch.float64).tiny))
+    return x
 
 
 def _orthogonal(R: Tensor) -> Tensor | None:

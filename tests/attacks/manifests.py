@@ -1,0 +1,133 @@
+"""Manifests that lie, with every digest made right again."""
+
+from pathlib import Path
+from typing import Any
+
+from tests.attacks import attack
+from tests.tiny import redigest
+
+
+def recipe(manifest: dict[str, Any], code: str = "") -> dict[str, Any]:
+    """The first, of that code if one is named."""
+    found: dict[str, Any] = next(of for of in manifest["recipes"] if not code or of["code"] == code)
+    return found
+
+
+@attack("canonical")
+def format_of_the_future(folder: Path) -> None:
+    redigest(folder, lambda manifest: manifest.update(format=2))
+
+
+@attack("canonical")
+def format_that_is_a_text(folder: Path) -> None:
+    redigest(folder, lambda manifest: manifest.update(format="1"))
+
+
+@attack("canonical")
+def code_that_nobody_knows(folder: Path) -> None:
+    redigest(folder, lambda manifest: recipe(manifest).update(code="\x1b[31mzip"))
+
+
+@attack("canonical")
+def code_that_is_no_text(folder: Path) -> None:
+    redigest(folder, lambda manifest: recipe(manifest).update(code={"a": 1}))
+
+
+@attack("canonical")
+def recipe_that_takes_what_it_makes(folder: Path) -> None:
+    def turn(manifest: dict[str, Any]) -> None:
+        of = recipe(manifest)
+        of["takes"] = dict.fromkeys(of["takes"], of["makes"][0][0])
+
+    redigest(folder, turn)
+
+
+@attack("canonical")
+def recipes_twice(folder: Path) -> None:
+    redigest(folder, lambda manifest: manifest["recipes"].extend(manifest["recipes"]))
+
+
+@attack("canonical")
+def recipes_by_the_hundred_thousand(folder: Path) -> None:
+    def chain(manifest: dict[str, Any]) -> None:
+        kind = "U8[8]"
+        manifest["recipes"] += [
+            {"code": "entropy", "takes": {"entropy": f"x{n}"}, "makes": [[f"x{n + 1}", kind]], "params": {"bytes": 7}}
+            for n in range(100_000)
+        ]
+
+    redigest(folder, chain)
+
+
+@attack("canonical")
+def bytes_of_four_hundred_digits(folder: Path) -> None:
+    redigest(folder, lambda manifest: recipe(manifest, "entropy")["params"].update(bytes=10**400))
+
+
+@attack("canonical")
+def bytes_below_zero(folder: Path) -> None:
+    redigest(folder, lambda manifest: recipe(manifest, "entropy")["params"].update(bytes=-1))
+
+
+@attack("canonical")
+def kind_of_a_petabyte(folder: Path) -> None:
+    def grow(manifest: dict[str, Any]) -> None:
+        of = recipe(manifest, "entropy")
+        of["makes"][0][1] = "F16[1048576, 524288]"
+
+    redigest(folder, grow)
+
+
+@attack("canonical")
+def kind_that_is_none(folder: Path) -> None:
+    redigest(folder, lambda manifest: recipe(manifest)["makes"][0].__setitem__(1, "F16[1, 2, "))
+
+
+@attack("canonical")
+def digests_of_what_is_not_there(folder: Path) -> None:
+    redigest(folder, lambda manifest: manifest["digests"].update(x="0" * 32))
+
+
+@attack("canonical")
+def digests_that_are_none(folder: Path) -> None:
+    redigest(folder, lambda manifest: manifest.update(digests=dict.fromkeys(manifest["digests"], 7)))
+
+
+@attack("canonical")
+def notes_that_are_none(folder: Path) -> None:
+    redigest(folder, lambda manifest: manifest.update(notes=[{"site": "0", "reason": "\x1b[2J"}, 7]))
+
+
+@attack("canonical")
+def reason_with_escapes_for_the_terminal(folder: Path) -> None:
+    reason = "\x1b]0;gone\x07\n\n" + "x" * 1_000_000
+    redigest(folder, lambda manifest: manifest.update(notes=[{"site": 0, "name": reason, "reason": reason}]))
+
+
+@attack("canonical")
+def history_that_makes_no_sense(folder: Path) -> None:
+    redigest(folder, lambda manifest: manifest.update(history=[{"bytes": {"dense": 10**400}}, {"move": ["\x1b"]}]))
+
+
+@attack("canonical")
+def field_that_nobody_knows(folder: Path) -> None:
+    redigest(folder, lambda manifest: manifest.update(run="rm -rf /"))
+
+
+@attack("canonical")
+def manifest_that_is_no_json(folder: Path) -> None:
+    (folder / "freebits.json").write_text("{")
+
+
+@attack("none")
+def originals_that_disagree(folder: Path) -> None:
+    def swap(manifest: dict[str, Any]) -> None:
+        header = manifest["originals"]["model.safetensors"]
+        manifest["originals"]["model.safetensors"] = header.replace("F16", "BF16", 1)
+
+    redigest(folder, swap)
+
+
+@attack("none")
+def originals_with_a_surrogate(folder: Path) -> None:
+    redigest(folder, lambda manifest: manifest["originals"].update({"config.json": "\ud800"}))

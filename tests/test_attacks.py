@@ -1,0 +1,96 @@
+"""Folders made to do harm end in one line, soon, in little memory, and nothing of theirs runs or is left."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import freebits
+from tests.attacks import load_all
+from tests.tiny import Make, random_text
+
+ROOT = Path(__file__).parent.parent
+MOST_SECONDS, MOST_MEMORY = 10.0, 2**30
+HARMLESS = {
+    # what a reader need not refuse, and does not
+    "config_with_other_code",
+    "field_that_nobody_knows",
+    "link_to_a_secret",
+    "link_without_end_beside_the_weights",
+    "reason_with_escapes_for_the_terminal",
+    "history_that_makes_no_sense",
+}
+TEXT = random_text(600)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sound folder of each kind."""
+    from tests.tiny import tiny_model, tiny_tokenizer
+
+    folder = tmp_path_factory.mktemp("bases")
+    options: dict[str, Any] = {"calibration": TEXT, "samples": 8, "seq_len": 32}
+    tiny_model(dtype=torch.float16).save_pretrained(folder / "dense")
+    tiny_tokenizer().save_pretrained(folder / "dense")
+    freebits.slice_model(folder / "dense", folder / "sliced", sparsity=0.25, force=True, **options)
+    freebits.lowrank(folder / "dense", folder / "low rank", **options)
+    freebits.pack(folder / "dense", folder / "none", codec="none")
+    freebits.pack(folder / "sliced", folder / "canonical")
+    freebits.pack(folder / "sliced", folder / "plain canonical", entropy="none")
+    freebits.pack(folder / "sliced", folder / "bits-back", codec="bits-back", entropy="none")
+    freebits.quantize(folder / "dense", folder / "integers", bits=4, **options)
+    freebits.quantize(folder / "dense", folder / "pyramid", method="pyramid", bits=3, rotate="hadamard", **options)
+    freebits.quantize(folder / "dense", folder / "gptq", method="gptq", bits=4, **options)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(bases: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """What came of each attack, in one process."""
+    scratch = tmp_path_factory.mktemp("scratch")
+    command = [sys.executable, "-m", "tests.attacks.run", str(bases), str(scratch)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found: dict[str, list[dict[str, Any]]] = {}
+    for result in json.loads(done.stdout):
+        found.setdefault(result["attack"], []).append(result)
+    return found
+
+
+@pytest.mark.parametrize("name", load_all())
+def test_an_attack_comes_to_nothing(name: str, results: dict[str, list[dict[str, Any]]]) -> None:
+    for result in results[name]:
+        assert result["code"] in (0, 1, 2), result
+        assert result["code"] != 2 or result["lines"] == 1, result
+        assert result["printable"], result
+        assert result["seconds"] < MOST_SECONDS, result
+        assert result["memory"] < MOST_MEMORY, result
+        assert not result["left"], result
+        assert not result["ran"], result
+    refused = any(result["code"] == 2 for result in results[name])
+    assert refused == (name not in HARMLESS), results[name]
+
+
+def test_what_attacks_cost(results: dict[str, list[dict[str, Any]]], report: Callable[[str], None]) -> None:
+    all_ = [result for of in results.values() for result in of]
+    slowest = max(all_, key=lambda result: float(result["seconds"]))
+    largest = max(all_, key=lambda result: int(result["memory"]))
+    report(
+        f"{len(results)} attacks, {len(all_)} runs: at most {slowest['seconds']:.1f} s ({slowest['attack']}), "
+        f"{largest['memory'] / 1e6:.0f} MB ({largest['attack']})"
+    )
+
+
+def test_no_link_was_followed(save_tiny: Make, tmp_path: Path) -> None:
+    from tests.attacks.paths import link_to_a_secret
+
+    dense = save_tiny()
+    link_to_a_secret(dense)
+    freebits.pack(dense, tmp_path / "out", codec="none")
+    assert not (tmp_path / "out" / "special_tokens_map.json").exists()
+    assert not (tmp_path / "out" / "additional_chat_templates").exists()
