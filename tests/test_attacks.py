@@ -19,8 +19,8 @@ MOST_SECONDS, MOST_MEMORY = 10.0, 2**30
 HARMLESS = {
     # what a reader need not refuse, and does not
     "config_with_other_code",
-    "field_that_nobody_knows",
-    "link_to_a_secret",
+    "factor_that_is_infinite",
+    "positions_by_the_trillion",
     "link_without_end_beside_the_weights",
     "reason_with_escapes_for_the_terminal",
     "history_that_makes_no_sense",

@@ -12,8 +12,6 @@ BLOCKS = 4096
 """More than any model has: a config alone, without weights, could ask for any number."""
 WIDTH = 2**31
 """Of a stream, a rank, a number of blocks where there are as many tensors."""
-COLUMNS = 2**16
-"""Of a matrix in pivots, which are counted in 16 bits."""
 EXPANSION, EXPANSION_FREE = 256, 2**28
 """A packed folder may make of each stored byte so many, and so many bytes besides."""
 COPIED_BYTES = 2**27

@@ -1,10 +1,12 @@
 """Signatures of finished folders, as OpenSSF's model-signing makes them: digests find damage, signatures forgery."""
 
 import os
+import shutil
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from freebits.checkpoint.drafts import UNFINISHED
 from freebits.errors import CheckpointError, UsageError, one_line
 
 SIGNATURE = "model.sig"
@@ -22,6 +24,7 @@ def sign(folder: Path, key: str | os.PathLike[str]) -> None:
         UsageError: the key cannot be used, or model-signing is not installed.
     """
     hashing, signing = _library("hashing"), _library("signing")
+    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)  # what was put together by now
     of = hashing.Config().set_ignored_paths(paths=[folder / SIGNATURE])
     try:
         config = signing.Config().use_elliptic_key_signer(private_key=Path(key)).set_hashing_config(of)

@@ -94,10 +94,10 @@ def print_ladder(result: dict[str, Any]) -> None:
 
 
 def _print_cost(perplexity: dict[str, float | None]) -> None:
-    """What slicing cost, where that could be measured."""
-    dense, sliced = perplexity["dense"], perplexity["sliced"]
-    if dense and sliced:
-        cost = f"perplexity {dense:.3f} dense, {sliced:.3f} sliced (x {sliced / dense:.3f})"
+    """What slicing or reducing cost, where that could be measured."""
+    (_, before), (name, after) = perplexity.items()
+    if before and after:
+        cost = f"perplexity {before:.3f} before, {after:.3f} {name} (x {after / before:.3f})"
         print(f"\n{cost} on held-out windows of the calibration text; other text may suffer more: freebits eval")
 
 

@@ -2,13 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from freebits.codes.code import Coded, Declined, Params
 from freebits.kind import FLOATS, Kind
-from freebits.limits import COLUMNS
 
 WORDS, PIVOTS = "words", "pivots"
 
@@ -34,8 +32,6 @@ class Pivots:
         """
         [tensor] = tensors
         matrix = tensor.movedim(self.params["dim"], 0)
-        if matrix.shape[1] > COLUMNS:
-            raise Declined(f"{matrix.shape[1]} columns, more than pivots are counted in")
         pivots, words = [], []
         for start, size in self.params["spaces"]:
             space = matrix[start : start + size]
@@ -47,8 +43,7 @@ class Pivots:
             pivots.append(found)
             words.append(space[:, others].flatten())
         words.append(matrix[_others(len(matrix), self.params)].flatten())
-        stored = torch.from_numpy(torch.cat(pivots).numpy().astype(np.uint16))
-        return Coded({PIVOTS: stored, WORDS: torch.cat(words)}, dict(self.params))
+        return Coded({PIVOTS: torch.cat(pivots).int(), WORDS: torch.cat(words)}, dict(self.params))
 
     def decode(self, parts: Mapping[str, Tensor], makes: Sequence[Kind], params: Params) -> list[Tensor]:
         """The matrix."""
@@ -57,10 +52,10 @@ class Pivots:
         n, m = kind.shape[dim], kind.shape[1 - dim]
         matrix = torch.empty(n, m, dtype=words.dtype)
         sizes = [size for _, size in params["spaces"]]
-        pivots = torch.from_numpy(parts[PIVOTS].numpy().astype(np.int64)).split(sizes)
+        pivots = parts[PIVOTS].long().split(sizes)
         at = 0
         for (start, size), columns in zip(params["spaces"], pivots, strict=True):
-            if columns[-1] >= m or (columns.diff() <= 0).any():
+            if columns[0] < 0 or columns[-1] >= m or (columns.diff() <= 0).any():
                 raise ValueError("pivots that are no columns in ascending order")
             others = torch.ones(m, dtype=torch.bool)
             others[columns] = False
@@ -80,12 +75,12 @@ class Pivots:
         n, m = kind.shape[dim], kind.shape[1 - dim]
         end = count = squares = 0
         for start, size in spaces:
-            if type(start) is not int or type(size) is not int or not 0 < size <= m <= COLUMNS or start < end:
+            if type(start) is not int or type(size) is not int or not 0 < size <= m or start < end:
                 raise ValueError(f"a space of {size!r} rows from {start!r} on after {end}, in {m} columns")
             end, count, squares = start + size, count + size, squares + size**2
         if end > n or not count:
             raise ValueError(f"{count} pivots, up to row {end}, in {n} rows")
-        return {PIVOTS: Kind("U16", (count,)), WORDS: Kind(kind.code, (n * m - squares,))}
+        return {PIVOTS: Kind("I32", (count,)), WORDS: Kind(kind.code, (n * m - squares,))}
 
 
 def identity_columns(space: Tensor) -> Tensor | None:

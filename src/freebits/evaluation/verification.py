@@ -24,6 +24,7 @@ from freebits.work import Progress, silent
 TOLERANCES = {FUNCTION_PRESERVING: (0.01, 1.01), LOSSY: (1.0, 1.5)}
 """Fidelity of the moves between two models → largest mean KL, in nats per token, and largest ratio of perplexities."""
 WINDOWS = 8
+_UNKNOWN = {"fidelity": None, "max_abs_logit_diff": None, "mean_kl": None, "ratio": None}
 
 
 def verify(
@@ -65,16 +66,13 @@ def verify(
         CheckpointError: a folder is no sound checkpoint, a digest does not match, or it is not what was signed.
         UsageError: there are no windows of that length and number in the text, or a tolerance makes no sense.
     """
-    for name, value, least in (("kl", kl, 0.0), ("ratio", ratio, 1.0)):
-        if value is not None and not least <= value < math.inf:
-            raise UsageError(f"--{name} {value}: give a number of at least {least:g}")
+    _check_tolerances(kl, ratio)
     path = located(packed)
     if key is not None:
         check_signature(path, key)
     folder = PackedFolder(path)
     folder.check()
-    unknown = {"fidelity": None, "max_abs_logit_diff": None, "mean_kl": None, "ratio": None}
-    nothing: dict[str, Any] = {"ok": True, "failed": [], **unknown, "perplexity": {"reference": None, "packed": None}}
+    nothing: dict[str, Any] = {"ok": True, "failed": [], **_UNKNOWN, "perplexity": {"reference": None, "packed": None}}
     if against is None:
         return nothing
     reference = opened(located(against))
@@ -88,9 +86,20 @@ def verify(
         return nothing | _same_products(folder, reference) | {"fidelity": fidelity}
     windows = token_windows(folder.path, embedded_text()[1] if text is None else text, seq_len, limit)
     measured = _compare(reference.path, folder.path, windows, progress)
-    max_kl, most_ratio = TOLERANCES[fidelity]
-    failed = _failed(measured, max_kl if kl is None else kl, most_ratio if ratio is None else ratio)
+    return _judged(measured, fidelity, (kl, ratio))
+
+
+def _judged(measured: dict[str, Any], fidelity: str, told: tuple[float | None, float | None]) -> dict[str, Any]:
+    """What was measured, and whether it is within what was told or what its fidelity allows."""
+    limits = [one if one is not None else of for one, of in zip(told, TOLERANCES[fidelity], strict=True)]
+    failed = _failed(measured, *limits)
     return {"ok": not failed, "failed": failed, "fidelity": fidelity, **measured}
+
+
+def _check_tolerances(kl: float | None, ratio: float | None) -> None:
+    for name, value, least in (("kl", kl, 0.0), ("ratio", ratio, 1.0)):
+        if value is not None and not least <= value < math.inf:
+            raise UsageError(f"--{name} {value}: give a number of at least {least:g}")
 
 
 def _failed(measured: dict[str, Any], max_kl: float, most_ratio: float) -> list[str]:

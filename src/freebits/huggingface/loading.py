@@ -1,19 +1,23 @@
 """Load a model to run it."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from freebits.checkpoint import fill, is_adapter, located
+from freebits.checkpoint import CONFIG, fill, is_adapter, located
 from freebits.errors import CheckpointError, FreebitsError, UsageError, one_line
 from freebits.huggingface.integer_layers import with_integers
 from freebits.huggingface.pivoted_layers import with_pivots
 from freebits.packed import PackedFolder
 from freebits.report import opened
+
+_DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
+"""Under which configs say how many blocks there are."""
 
 
 def load(
@@ -44,6 +48,7 @@ def load(
     if is_adapter(folder.config):
         plain = ", once it is unpacked" if packed else ""
         raise CheckpointError(f"{path} holds an adapter: load it with PEFT, on top of its model{plain}")
+    _check_depth(path, folder.config, len(folder.kinds))
     if not packed:
         fill(path)
     with one_line_errors(path, "model"):
@@ -61,6 +66,20 @@ def load(
     if keep_integers and isinstance(folder, PackedFolder):
         return with_integers(model, folder)
     return with_pivots(model) if keep_pivots else model
+
+
+def _check_depth(path: Path, config: Mapping[str, Any], n_tensors: int) -> None:
+    """Check that a config asks for no more blocks than there are tensors, before any is made.
+
+    Raises:
+        CheckpointError: it does.
+    """
+    for key in _DEPTHS:
+        if isinstance(config.get(key), int) and config[key] > n_tensors:
+            raise CheckpointError(
+                f"{path / CONFIG}: {key} is {config[key]}, but there are {n_tensors} tensors: the checkpoint is "
+                "incomplete"
+            )
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:

@@ -17,8 +17,8 @@ _LEAST = 1e-6
 _LOST = 1e-20
 _STEPS, _NEAR, _EQUAL = 5, 0.5, 1e-15
 _WORTH, _MORE, _ITERATIONS, _POWERS = 256, 8, 3, 30
-"""From which size on few singular values are looked for; how many more than expected; in how many iterations; and in how
-many the largest eigenvalue of what is left."""
+"""From which size on few singular values are looked for; how many more than expected; in how many iterations; and in
+how many the largest eigenvalue of what is left."""
 
 
 @dataclass(frozen=True)
