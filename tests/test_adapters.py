@@ -102,6 +102,8 @@ def test_what_is_no_model_is_not_taken_for_one(
     ):
         assert main(command) == 2, command
         assert capsys.readouterr().err.count("\n") == 1, command
+    assert content(adapter) == before
+    assert "AutoModel" not in (tmp_path / "packed" / "README.md").read_text()
     (adapter / "adapter_model.safetensors").unlink()
     assert main(["pack", str(adapter), str(tmp_path / "out")]) == 2
     assert "holds no adapter_model.safetensors" in capsys.readouterr().err
@@ -109,4 +111,3 @@ def test_what_is_no_model_is_not_taken_for_one(
     (dense / "adapter_config.json").write_text("{}")
     assert main(["pack", str(dense), str(tmp_path / "out")]) == 2
     assert "merge it into the model first" in capsys.readouterr().err
-    assert before

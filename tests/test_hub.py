@@ -3,13 +3,10 @@
 import hashlib
 import json
 import os
-import re
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ import pytest
 from freebits import CheckpointError
 from freebits.checkpoint import hub as hub_module
 from freebits.checkpoint import located
+from tests.serving import Answer, serving
 from tests.tiny import Make
 
 ID, COMMIT = "makers/tiny", "0123456789abcdef0123456789abcdef01234567"
@@ -40,54 +38,27 @@ def hub(save_tiny: Make) -> Iterator[Hub]:
     folder = save_tiny()
     found = Hub("")
 
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_: Any) -> None:
-            pass
+    def answer(path: str) -> Answer:
+        file = folder / Path(path).name
+        if path.startswith(f"/api/models/{ID}"):
+            files = list(folder.iterdir())
+            told: Any = {"id": ID, "sha": COMMIT, "siblings": [{"rfilename": of.name} for of in files]}
+            if "/tree/" in path:
+                told = [{"type": "file", "path": of.name, "size": of.stat().st_size, "oid": "0"} for of in files]
+            return 200, {}, json.dumps(told).encode()
+        if path.startswith(f"/{ID}/resolve/") and file.is_file():
+            body = file.read_bytes()
+            found.sizes[file.name] = len(body)
+            return 200, {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": COMMIT}, body
+        return 404, {"X-Error-Code": "RepoNotFound"}, b""
 
-        def do_HEAD(self) -> None:
-            self.answer(with_body=False)
+    def sent(path: str, n_bytes: int) -> None:
+        if "/resolve/" in path:
+            found.asked.append(Path(path).name)
+            found.sent[Path(path).name] = found.sent.get(Path(path).name, 0) + n_bytes
 
-        def do_GET(self) -> None:
-            self.answer(with_body=True)
-
-        def answer(self, with_body: bool) -> None:
-            path, headers, code = self.path.partition("?")[0], {}, 200
-            if path.startswith(f"/api/models/{ID}"):
-                names = [file.name for file in folder.iterdir()]
-                told = {"id": ID, "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}
-                if "/tree/" in path:
-                    told = [{"type": "file", "path": n, "size": (folder / n).stat().st_size, "oid": "0"} for n in names]  # type: ignore[assignment]
-                body = json.dumps(told).encode()
-            elif path.startswith(f"/{ID}/resolve/") and (folder / Path(path).name).is_file():
-                body = (folder / Path(path).name).read_bytes()
-                headers = {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": COMMIT}
-                found.sizes[Path(path).name] = len(body)
-                if asked := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
-                    code, body = 206, body[int(asked[1]) : int(asked[2]) + 1]
-                if with_body:
-                    found.asked.append(Path(path).name)
-                    found.sent[Path(path).name] = found.sent.get(Path(path).name, 0) + len(body)
-            else:
-                self.send_response(404)
-                self.send_header("X-Error-Code", "RepoNotFound")
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-                return
-            self.send_response(code)
-            for name, value in {**headers, "Content-Length": str(len(body))}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            if with_body:
-                self.wfile.write(body)
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    found.address = f"http://127.0.0.1:{server.server_port}"
-    yield found
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(answer, sent) as found.address:
+        yield found
 
 
 def freebits(hub: Hub, home: Path, *arguments: object, **settings: str) -> subprocess.CompletedProcess[str]:

@@ -1,10 +1,7 @@
 """Folders elsewhere: fsspec's memory, and a server on this machine that serves ranges."""
 
-import re
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from freebits.checkpoint import located, url_of
 from freebits.checkpoint import remote as remote_module
 from freebits.cli import main
 from tests.conftest import content
+from tests.serving import Answer, serving
 from tests.tiny import Make
 
 
@@ -54,42 +52,19 @@ class Served:
 def served(sliced: Path) -> Iterator[Served]:
     found = Served("")
 
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_: Any) -> None:
-            pass
+    def answer(path: str) -> Answer:
+        file = sliced / Path(path).name
+        if path.rstrip("/") == "/model":
+            links = "".join(f'<a href="/model/{of.name}">x</a>' for of in sliced.iterdir())
+            return 200, {"Content-Type": "text/html"}, links.encode()
+        return (200, {}, file.read_bytes()) if file.is_file() else (404, {}, b"")
 
-        def do_HEAD(self) -> None:
-            self.answer(with_body=False)
+    def sent(path: str, n_bytes: int) -> None:
+        found.sent[Path(path).name] = found.sent.get(Path(path).name, 0) + n_bytes
 
-        def do_GET(self) -> None:
-            self.answer(with_body=True)
-
-        def answer(self, with_body: bool) -> None:
-            file = sliced / Path(self.path).name
-            code, body = 404, b""
-            if self.path.rstrip("/") == "/model":
-                code, body = 200, "".join(f'<a href="/model/{f.name}">x</a>' for f in sliced.iterdir()).encode()
-            elif file.is_file():
-                code, body = 200, file.read_bytes()
-                if asked := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
-                    code, body = 206, body[int(asked[1]) : int(asked[2]) + 1]
-            self.send_response(code)
-            self.send_header("Content-Length", str(len(body)))
-            self.send_header("Content-Type", "text/html" if not file.is_file() else "application/octet-stream")
-            self.send_header("Accept-Ranges", "bytes")
-            self.end_headers()
-            if with_body:
-                self.wfile.write(body)
-                found.sent[file.name] = found.sent.get(file.name, 0) + len(body)
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    found.address = f"http://127.0.0.1:{server.server_port}/model"
-    yield found
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(answer, sent) as address:
+        found.address = f"{address}/model"
+        yield found
 
 
 def test_what_is_an_address() -> None:

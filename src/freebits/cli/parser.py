@@ -57,23 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     root.add_argument("--version", action="version", version=f"freebits {__version__}")
     verbs = root.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for teach in (
-        *(
-            _compress,
-            _demo,
-            _estimate,
-            _slice,
-            _pack,
-            _quantize,
-            _lowrank,
-            _rotate,
-            _unpack,
-            _inspect,
-            _verify,
-            _eval,
-            _batch,
-        ),
-    ):
+    making = (_compress, _demo, _estimate, _slice, _pack, _quantize, _lowrank, _rotate)
+    for teach in (*making, _unpack, _inspect, _verify, _eval, _batch):
         teach(verbs).add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     return root
 

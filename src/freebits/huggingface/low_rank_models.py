@@ -4,17 +4,14 @@ For each family a configuration and a model class are derived from the library's
 their ranks. A sliced model with the same key has such layers, too.
 """
 
-import os
-from pathlib import Path
 from typing import Any
 
-import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from freebits.architecture import LOW_RANKS, MODEL_TYPES, Family
-from freebits.checkpoint import auto_map, write_remote_code
+from freebits.architecture import LOW_RANKS, MODEL_TYPES
+from freebits.huggingface.own_classes import OwnCausalLM, derive
 
 
 class LowRankLinear(nn.Module):
@@ -32,26 +29,13 @@ class LowRankLinear(nn.Module):
         return result
 
 
-class LowRankCausalLM(PreTrainedModel):
+class LowRankCausalLM(OwnCausalLM):
     """What a model with such layers adds to the library's class."""
-
-    family: Family
-    config_class: type[PreTrainedConfig]
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         split_layers(self, config)
         self.post_init()  # type: ignore[no-untyped-call]
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Nothing: when the model is saved, our two lines of code go with it, not a copy of this module."""
-
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """As in transformers, and with the code that `trust_remote_code=True` asks for."""
-        self.config.auto_map = auto_map(self.family.low_rank_classes)
-        super().save_pretrained(save_directory, *args, **kwargs)
-        write_remote_code(Path(save_directory), __name__, self.family.low_rank_classes)
 
 
 def split_layers(model: nn.Module, config: PreTrainedConfig) -> None:
@@ -63,31 +47,11 @@ def split_layers(model: nn.Module, config: PreTrainedConfig) -> None:
         model.set_submodule(name, thin.to(layer.weight.device, layer.weight.dtype))
 
 
-def _register(family: Family) -> tuple[type[PreTrainedConfig], type[LowRankCausalLM]]:
-    """Derive a family's classes from the library's and make the Auto classes know them."""
-    dense = getattr(transformers, family.causal_lm)
-    names = family.low_rank_classes
-    config_class = type(
-        names["AutoConfig"],
-        (dense.config_class,),
-        {
-            "model_type": family.low_rank_model_type,
-            "register_for_auto_class": LowRankCausalLM.__dict__["register_for_auto_class"],
-            "__module__": __name__,
-            "__doc__": f"Configuration of a {family.model_type} model with layers of low rank: `{LOW_RANKS}` has them.",
-        },
-    )
-    model_class = type(
-        names["AutoModelForCausalLM"],
-        (LowRankCausalLM, dense),
-        {"family": family, "config_class": config_class, "__module__": __name__, "__doc__": f"A {dense.__name__}."},
-    )
-    AutoConfig.register(family.low_rank_model_type, config_class)
-    AutoModelForCausalLM.register(config_class, model_class)
-    return config_class, model_class
-
-
-_CLASSES = {kind.__name__: kind for family in MODEL_TYPES.values() for kind in _register(family)}
+_ABOUT = f"with layers of low rank: `{LOW_RANKS}` has their ranks."
+_CLASSES: dict[str, type] = {}
+for _family in MODEL_TYPES.values():
+    _types = _family.low_rank_model_type, _family.low_rank_classes
+    _CLASSES |= derive(_family, LowRankCausalLM, *_types, _ABOUT)
 
 
 def __getattr__(name: str) -> Any:

@@ -4,17 +4,14 @@ For each family a configuration and a model class are derived from the library's
 classes. Attention, MLP, cache, masks and generation stay the library's.
 """
 
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from freebits.architecture import MODEL_TYPES, Architecture, Axis, Family, Layout, Role
-from freebits.checkpoint import auto_map, write_remote_code
+from freebits.architecture import MODEL_TYPES, Architecture, Axis, Layout, Role
 from freebits.huggingface.blocks import (
     RESIDUAL,
     BareRMSNorm,
@@ -24,29 +21,17 @@ from freebits.huggingface.blocks import (
     submodule,
 )
 from freebits.huggingface.low_rank_models import split_layers
+from freebits.huggingface.own_classes import OwnCausalLM, derive
 
 
-class SlicedCausalLM(PreTrainedModel):
+class SlicedCausalLM(OwnCausalLM):
     """What a sliced model of any family adds to the library's class."""
-
-    family: Family
-    config_class: type[PreTrainedConfig]
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         split_layers(self, config)
         _slice_modules(self, config)
         self.post_init()  # type: ignore[no-untyped-call]
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Nothing: when the model is saved, our two lines of code go with it, not a copy of this module."""
-
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """As in transformers, and with the code that `trust_remote_code=True` asks for."""
-        self.config.auto_map = auto_map(self.family.sliced_classes)
-        super().save_pretrained(save_directory, *args, **kwargs)
-        write_remote_code(Path(save_directory), __name__, self.family.sliced_classes)
 
 
 def _slice_modules(model: PreTrainedModel, config: PreTrainedConfig) -> None:
@@ -101,38 +86,13 @@ _FEATURES: dict[type[nn.Module], tuple[str, str]] = {
 }
 
 
-def _register(family: Family) -> tuple[type[PreTrainedConfig], type[SlicedCausalLM]]:
-    """Derive a family's sliced classes from the library's and make the Auto classes know them."""
-    dense = getattr(transformers, family.causal_lm)
-    here = {"__module__": __name__}
-    config_class = type(
-        family.sliced_config,
-        (dense.config_class,),
-        {
-            "model_type": family.sliced_model_type,
-            "register_for_auto_class": SlicedCausalLM.__dict__["register_for_auto_class"],
-            "__doc__": f"Configuration of a sliced {family.model_type} model: `site_sizes` holds the width of "
-            "the residual stream at each site, `hidden_size` the dense width.",
-            **here,
-        },
-    )
-    model_class = type(
-        family.sliced_causal_lm,
-        (SlicedCausalLM, dense),
-        {
-            "family": family,
-            "config_class": config_class,
-            "_no_split_modules": [f"{RESIDUAL}{name}" for name in dense._no_split_modules or ()],
-            "__doc__": f"A sliced {dense.__name__}.",
-            **here,
-        },
-    )
-    AutoConfig.register(family.sliced_model_type, config_class)
-    AutoModelForCausalLM.register(config_class, model_class)
-    return config_class, model_class
-
-
-_CLASSES = {kind.__name__: kind for family in MODEL_TYPES.values() for kind in _register(family)}
+_ABOUT = "sliced: `site_sizes` holds the width of the residual stream at each site, `hidden_size` the dense width."
+_CLASSES: dict[str, type] = {}
+for _family in MODEL_TYPES.values():
+    _theirs = getattr(transformers, _family.causal_lm)._no_split_modules or ()
+    _blocks = [f"{RESIDUAL}{name}" for name in _theirs]
+    _types = _family.sliced_model_type, _family.sliced_classes
+    _CLASSES |= derive(_family, SlicedCausalLM, *_types, _ABOUT, _no_split_modules=_blocks)
 
 
 def __getattr__(name: str) -> Any:

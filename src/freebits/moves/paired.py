@@ -80,26 +80,30 @@ def turn_pairs(pairs: Iterable[Pair], tensors: dict[str, Tensor], dtype: Dtypes)
     names = {name for pair in pairs for name in pair.names}
     for pair in pairs:
         exact = {name: tensors[name].double() for name in pair.names}
-        found = pivot_bases(exact, pair)
-        if found is None:
+        turned = pivoted(exact, pair)
+        if turned is None:
             continue
-        turned = act(exact, pair, found[0])
-        _set_identity(turned, pair, found[1])
         rounded = {name: tensor.to(dtype(name)) for name, tensor in turned.items()}
-        if _difference(exact, rounded, pair) <= max(torch.finfo(dtype(name)).eps for name in pair.names):
+        if product_difference(exact, rounded, pair) <= max(torch.finfo(dtype(name)).eps for name in pair.names):
             tensors |= turned
     tensors |= {name: tensors[name].to(dtype(name)) for name in names}
 
 
-def _set_identity(turned: Mapping[str, Tensor], pair: Pair, pivots: list[Tensor]) -> None:
-    """What is the identity but for the last bits becomes it."""
+def pivoted(exact: Mapping[str, Tensor], pair: Pair) -> dict[str, Tensor] | None:
+    """A pair's tensors in its canonical form, float64; None where a matrix has not full rank."""
+    found = pivot_bases(exact, pair)
+    if found is None:
+        return None
+    bases, pivots = found
+    turned = act(exact, pair, bases)
     span = pair.writes[0]
     along = turned[span.name].movedim(span.dim, 0)
-    for [start], columns in zip(span.starts, pivots, strict=True):
+    for [start], columns in zip(span.starts, pivots, strict=True):  # what is the identity but for the last bits
         along[start : start + pair.size, columns] = torch.eye(pair.size, dtype=along.dtype)
+    return turned
 
 
-def _difference(exact: Mapping[str, Tensor], rounded: Mapping[str, Tensor], pair: Pair) -> float:
+def product_difference(exact: Mapping[str, Tensor], rounded: Mapping[str, Tensor], pair: Pair) -> float:
     """By how much the products of a pair's matrices differ, of all that they are, on random vectors."""
     generator = torch.Generator().manual_seed(0)
     writes, reads = pair.writes[0], [span for span in pair.reads if exact[span.name].ndim == 2]

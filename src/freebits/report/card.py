@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCardData, metadata_load
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from freebits.checkpoint import CARD, CARD_MARK, kept_cards, stays_inside
+from freebits.checkpoint import CARD, CARD_MARK, CONFIG, config_name, kept_cards, stays_inside
 from freebits.errors import one_line
 from freebits.report.account import change
 from freebits.report.inspection import inspect
@@ -44,7 +44,8 @@ def write_card(directory: Path, source: Path, measured: Mapping[str, Any] | None
         ),
         **({"base_model": base, "base_model_relation": "quantized"} if base else {}),
     }
-    parts = (_history(facts), _sizes(facts), _fidelity(measured), _use(facts))
+    adapter = config_name(source) != CONFIG
+    parts = (_history(facts), _sizes(facts), _fidelity(measured), _use(facts, adapter=adapter))
     text = "\n\n".join([f"# {one_line(base or source.name)}, smaller", *(line for part in parts for line in part)])
     if (directory / CARD).exists():
         (directory / CARD).rename(directory / kept_cards(directory)[-1])
@@ -119,8 +120,10 @@ def _fidelity(measured: Mapping[str, Any] | None) -> list[str]:
     ]
 
 
-def _use(facts: Mapping[str, Any]) -> list[str]:
-    """How to load it, and how to get rid of it."""
+def _use(facts: Mapping[str, Any], *, adapter: bool) -> list[str]:
+    """How to load it, and how to get rid of it; an adapter is for PEFT, once it is unpacked."""
     back = "```bash\nfreebits unpack THIS-FOLDER plain\n```"
     plain = ["A plain checkpoint, for any other tool:", back] if facts["kind"] == "packed" else []
+    if adapter:
+        return ["## Use", "A PEFT adapter again, to load with PEFT on top of its model:", back]
     return ["## Use", f"```python\n{_LOADS}\n```", *plain]
