@@ -69,7 +69,7 @@ def products(dense: Path, dtype: torch.dtype) -> tuple[str, str]:
     for pair in (pair for part in architecture.parts for pair in pairs_of(architecture, part, shapes, dense=True)):
         exact = {}
         for name in pair.names:
-            off = 1 + 1e-3 * torch.rand(shapes[name], generator=generator, dtype=torch.float64)
+            off = 1 + 0.02 * torch.rand(shapes[name], generator=generator, dtype=torch.float64)
             exact[name] = checkpoint[name].double() * off
         for forms, form in zip(found, (exact, pivoted(exact, pair)), strict=True):
             if form is not None:

@@ -50,6 +50,10 @@ HEADER = (
 )
 Step = Callable[[Path, Path], object]
 Row = tuple[object, ...]
+JOBS_HEADER = (
+    *("model", "codec", "seconds, 1 job, 1 thread", "2 jobs, 1 thread each", "1 job, 2 threads"),
+    *("two jobs against one", "two threads against two jobs"),
+)
 Figures = tuple[float, float, int, int]
 
 
@@ -158,24 +162,28 @@ def in_child(name: str, source: Path, out: Path, **settings: str) -> tuple[float
 
 
 def measure_jobs(scratch: Path) -> None:
-    """Two jobs against one, interleaved; BLAS has one thread for each."""
+    """Two jobs against one where BLAS has one thread for each, and one with both threads; interleaved."""
     scratch.mkdir(parents=True)
-    source = scratch / "sliced"
-    write_sliced(source, json.loads((CONFIGS / "opt-1.3b.json").read_text()), 6)
     rows: list[Row] = []
-    for codec in ("canonical", "bits-back"):
-        seconds: dict[int, list[float]] = {1: [], 2: []}
-        for _ in range(3):
-            for jobs in (1, 2):
-                out = scratch / f"{codec}-{jobs}"
-                seconds[jobs].append(in_child(f"pack {codec}, {jobs} jobs", source, out, OMP_NUM_THREADS=str(jobs))[0])
-                shutil.rmtree(out)
-        one, two = (statistics.median(seconds[jobs]) for jobs in (1, 2))
-        rows.append(("opt-1.3b, 6 blocks", codec, f"{one:.1f}", f"{two:.1f}", f"{one / two:.2f}"))
+    for model, blocks in (("opt-1.3b", 6), ("opt-6.7b", 2)):
+        source = scratch / "sliced"
+        write_sliced(source, json.loads((CONFIGS / f"{model}.json").read_text()), blocks)
+        for codec in ("canonical", "bits-back"):
+            seconds: dict[tuple[int, int], list[float]] = {(1, 1): [], (2, 2): [], (1, 2): []}
+            for _ in range(3):
+                for (jobs, threads), found in seconds.items():
+                    out = scratch / f"{codec}-{jobs}"
+                    step = f"pack {codec}, {jobs} jobs"
+                    found.append(in_child(step, source, out, OMP_NUM_THREADS=str(threads))[0])
+                    shutil.rmtree(out)
+            one, two, both = (statistics.median(found) for found in seconds.values())
+            figures = *(f"{value:.1f}" for value in (one, two, both)), f"{one / two:.2f}", f"{two / both:.2f}"
+            rows.append((f"{model}, {blocks} blocks", codec, *figures))
+            print(rows[-1], flush=True)
+            save_csv("jobs", JOBS_HEADER, rows)
+        shutil.rmtree(source)
     shutil.rmtree(scratch)
-    header = ("model", "codec", "seconds, one job", "seconds, two jobs", "ratio")
-    print_table(header, rows)
-    save_csv("jobs", header, rows)
+    print_table(JOBS_HEADER, rows)
 
 
 def plot() -> None:

@@ -27,8 +27,8 @@ def workers(jobs: int | None, piece: int = 0) -> Iterator[ThreadPoolExecutor]:
 
     PyTorch has as many as it was told (`OMP_NUM_THREADS`, `torch.set_num_threads`), by default one a core; they count
     only as far as this process may run on so many processors. Pieces that are linear algebra on so many bytes are by
-    default as many at once as have 256 MB together, but one: large matrices keep all threads busy alone (measured at
-    a width of 3,272: one piece with two threads is 1.1 to 1.3 times as fast as two with one each), in less memory.
+    default as many at once as have 256 MB together, but one: large matrices keep all threads busy alone, in less memory
+    (`benchmarks/scale.py --jobs`).
 
     Raises:
         UsageError: `jobs` is less than one.
