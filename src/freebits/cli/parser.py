@@ -248,8 +248,8 @@ def _lowrank(verbs: Any) -> Any:
         "lowrank",
         "make linear layers narrow (reduced-order modelling, lossy)",
         "Each becomes two thin ones, which take fewer bytes and fewer multiplications; layer after layer, each fed by "
-        "those that are narrow already (arXiv 2312.07046); says what it costs on other windows of that text. Memory: one "
-        "block and the embedding. Then: freebits pack, which takes back what the two say twice.",
+        "those that are narrow already (arXiv 2312.07046); says what it costs on other windows of that text. Memory: "
+        "one block and the embedding. Then: freebits pack, which takes back what the two say twice.",
     )
     _model(verb, "folder of an ordinary or sliced checkpoint", out=True)
     verb.add_argument(
