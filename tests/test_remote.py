@@ -11,7 +11,7 @@ import torch
 
 import freebits
 from freebits import CheckpointError, UsageError
-from freebits.checkpoint import located, url_of
+from freebits.checkpoint import Task, located, url_of
 from freebits.checkpoint import remote as remote_module
 from freebits.cli import main
 from tests.conftest import content
@@ -153,6 +153,34 @@ def test_a_file_that_changes_is_noticed(sliced: Path, memory: Any) -> None:
     memory.pipe("/models/sliced/model.safetensors", (sliced / "model.safetensors").read_bytes())
     with pytest.raises(CheckpointError, match="was changed while it was read"):
         source[name]
+
+
+def test_a_mirror_of_the_same_files_is_the_same_source(sliced: Path, memory: Any) -> None:
+    memory.put(str(sliced), "/models/sliced", recursive=True)
+
+    def facts() -> str:
+        remote_module.mirror.cache_clear()
+        return Task("pack", located("memory://models/sliced"), {}).facts
+
+    before = facts()
+    assert facts() == before  # so that a run that was stopped is gone on with
+    memory.pipe("/models/sliced/config.json", (sliced / "config.json").read_bytes())
+    assert facts() != before
+
+
+def test_what_somebody_else_wrote_meanwhile_stays(sliced: Path, memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    put = type(memory).put_file
+
+    def another(self: Any, file: str, name: str, **options: Any) -> None:
+        memory.pipe("/packed/theirs", b"theirs")
+        if name.endswith("config.json"):
+            raise OSError("no more room")
+        put(self, file, name, **options)
+
+    monkeypatch.setattr(type(memory), "put_file", another)
+    with pytest.raises(CheckpointError, match="no more room"):
+        freebits.pack(sliced, "memory://packed")
+    assert memory.find("/packed") == ["/packed/theirs"]
 
 
 def test_names_that_lead_elsewhere_are_left(memory: Any) -> None:

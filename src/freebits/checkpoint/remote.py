@@ -25,6 +25,8 @@ from freebits.kind import Bytes
 from freebits.limits import COPIED_BYTES
 
 _COPIED = ("*.json", "*.md", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
+_TRIED = ".freebits"
+"""A file that is written to see whether one can be."""
 _LAST = ("config.json",)
 """Without it a folder is no checkpoint: it is uploaded last."""
 _mirrors: dict[Path, str] = {}
@@ -64,7 +66,7 @@ class Remote:
             system, name = fsspec.url_to_fs(self.url)
             told = system.info(name)
         object.__setattr__(self, "size", int(told.get("size") or 0))
-        object.__setattr__(self, "state", (self.size, *(str(told.get(key)) for key in _VERSIONS)))
+        object.__setattr__(self, "state", _state(told))
 
     def read(self, start: int, n_bytes: int) -> Bytes:
         """Bytes from `start` on."""
@@ -78,6 +80,10 @@ class Remote:
         if len(data) != n_bytes:
             raise ValueError(f"{len(data)} bytes came where {n_bytes} were asked for")
         return np.frombuffer(bytearray(data), np.uint8)
+
+
+def _state(told: dict[str, Any]) -> tuple[object, ...]:
+    return told.get("size"), *(str(told.get(key)) for key in _VERSIONS)
 
 
 _VERSIONS = ("ETag", "etag", "LastModified", "mtime", "created", "generation", "commit_hash", "blob_id")
@@ -177,8 +183,9 @@ def check_new(url: str) -> None:
             system, name = fsspec.url_to_fs(url)
             with suppress(NotImplementedError):
                 system.makedirs(name, exist_ok=True)
-            system.pipe_file(f"{name}/.freebits", b"freebits")
-            system.rm(name, recursive=True)
+            system.pipe_file(f"{name}/{_TRIED}", b"freebits")
+            system.rm_file(f"{name}/{_TRIED}")
+            _remove_if_empty(system, name)
     except OSError as error:
         raise CheckpointError(f"{url} cannot be written ({error})") from None
 
@@ -194,6 +201,9 @@ def upload(folder: Path, url: str) -> None:
     Raises:
         CheckpointError: that fails; the folder is left.
     """
+    if exists(url):
+        raise CheckpointError(f"{url} exists already: another run wrote it meanwhile; ours lies finished in {folder}")
+    done: list[str] = []
     files = sorted((file for file in folder.rglob("*") if file.is_file()), key=lambda file: (file.name in _LAST, file))
     try:
         with _as_os_errors():
@@ -203,10 +213,13 @@ def upload(folder: Path, url: str) -> None:
                     name = f"{root}/{file.relative_to(folder).as_posix()}"
                     with suppress(NotImplementedError):
                         system.makedirs(str(PurePosixPath(name).parent), exist_ok=True)
+                    done.append(name)
                     system.put_file(str(file), name)
             except BaseException:
-                with suppress(Exception):
-                    system.rm(root, recursive=True)
+                for name in done:  # and nothing that is not ours
+                    with suppress(Exception):
+                        system.rm_file(name)
+                _remove_if_empty(system, root)
                 raise
     except OSError as error:
         raise CheckpointError(f"{url} could not be uploaded ({error}): it lies finished in {folder}") from None
@@ -214,8 +227,15 @@ def upload(folder: Path, url: str) -> None:
     mirror.cache_clear()
 
 
+def _remove_if_empty(system: Any, name: str) -> None:
+    """Remove a folder, where the file system has any, and nothing is in it."""
+    with suppress(Exception):
+        if not system.find(name):
+            system.rmdir(name)
+
+
 def _stand_in(system: Any, name: str, told: dict[str, Any], folder: Path, relative: str) -> None:
-    """A copy of a small file, a hole for a large one."""
+    """A copy of a small file, a hole for a large one; its time is another if the file is (see `Task`)."""
     parts = PurePosixPath(relative).parts
     if not parts or any(part in ("..", ".") or "\\" in part or part.startswith(".") for part in parts):
         return
@@ -225,10 +245,11 @@ def _stand_in(system: Any, name: str, told: dict[str, Any], folder: Path, relati
     size = system.info(name)["size"] if size is None else size
     if _is_copied(file.name) and (size or 0) <= COPIED_BYTES:
         system.get_file(name, str(file))
-        return
-    with file.open("wb") as hole:
-        hole.truncate(size or 0)
-    os.utime(file, ns=(0, 0))
+    else:
+        with file.open("wb") as hole:
+            hole.truncate(size or 0)
+    version = int(sha256(repr(_state(told)).encode()).hexdigest()[:12], 16)
+    os.utime(file, ns=(version, version))
 
 
 def _is_copied(name: str) -> bool:
