@@ -48,7 +48,7 @@ def main() -> None:
         def measure(name: str, budget: object, plain: Path, packed: Path) -> int:
             model = load(packed, dtype=torch.float32).eval()
             found = compared(reference, model, windows).values()
-            tasks = freebits.evaluate(packed, tasks=["piqa"], data_dir=data / "piqa", limit=500, perplexity=False)
+            tasks = freebits.evaluate(packed, tasks=["piqa"], data_dir=data, limit=500, perplexity=False)
             sizes = [size(folder) for folder in (plain, packed)]
             figures = [*found, tasks["tasks"]["piqa"]["acc,none"]]
             with_pivots = load(packed, dtype=torch.float32, keep_pivots=True).eval()

@@ -9,7 +9,7 @@ from freebits.errors import CheckpointError
 from freebits.options import CANONICAL
 from freebits.packed import PackedFolder, chosen, is_packed, pack_into, stage, unpack_into
 from freebits.report import inspect, write_card
-from freebits.work import Progress, Team, silent
+from freebits.work import Progress, Team, device_of, silent
 
 
 def pack(
@@ -19,6 +19,7 @@ def pack(
     codec: str = CANONICAL,
     entropy: str = "auto",
     threshold: float | None = None,
+    device: str = "cpu",
     jobs: int | None = None,
     team: Team | None = None,
     resume: bool = True,
@@ -38,6 +39,7 @@ def pack(
         entropy: `auto` entropy-codes what gains by it, bit for bit; `none` leaves it.
         threshold: of bits-back, the largest error of a decoded word that is left without a correction, by default
             0.01. The paper uses 0.01 for OPT and 0.005 for Llama 2.
+        device: where linear algebra runs, in float64 there, too; another gives the same numbers but for roundings.
         jobs: blocks to work on at once, by default one a thread of PyTorch's, at most four, of blocks above 256 MB
             one. Memory holds as many, in float64, and one embedding.
         team: who does the work, if not `jobs` threads of this process: Ray, or processes of a cluster.
@@ -49,18 +51,19 @@ def pack(
         What `inspect(out)` says; of a process that does not lead nothing.
 
     Raises:
-        UsageError: there is no such codec, the threshold is negative or not the codec's, or `jobs` is less than one.
+        UsageError: there is no such codec or device, the threshold is negative or not the codec's, or `jobs` is less
+            than one.
         CheckpointError: the model is not a sound checkpoint, or not sliced, or not in a dtype that the codec knows; or
             `out` exists.
     """
-    preset, code = chosen(codec, threshold), stage(entropy)
+    preset, code = chosen(codec, threshold, device_of(device, float64=True)), stage(entropy)
     model = located(model)
     if is_packed(model):
         raise CheckpointError(f"{model} is packed already: unpack it first")
     source = Checkpoint(model)
     sizes = {key: n for key, n in inspect(model)["bytes"].items() if n is not None}
     team = team or Team(jobs)
-    arguments = {"codec": codec, "entropy": entropy, "threshold": threshold}
+    arguments = {"codec": codec, "entropy": entropy, "threshold": threshold, "device": device}
     task = Task("pack", source.path, arguments, team, resume) if preset or team.shared else None  # else it is copying
     piece = _largest_part(source) if preset and not is_adapter(source.config) else 0
     with new_directory(out, task) as directory, team.crew(task.desk(directory) if task else None, piece) as crew:

@@ -141,6 +141,7 @@ def run_pack(arguments: Namespace) -> int:
         codec=arguments.codec,
         entropy=arguments.entropy,
         threshold=arguments.threshold,
+        device=arguments.device,
         team=_team(arguments),
         resume=arguments.resume,
         sign_with=arguments.sign,

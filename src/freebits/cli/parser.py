@@ -193,6 +193,7 @@ def _pack(verbs: Any) -> Any:
         type=float,
         help="of bits-back: largest error of a decoded word left as it is (default: 0.01; the paper: 0.005 for Llama)",
     )
+    verb.add_argument("--device", default="cpu", help="where linear algebra runs (default: %(default)s)")
     _jobs(verb)
     _signs(verb)
     _who_works(verb)

@@ -27,6 +27,7 @@ from freebits.codes.rotation_words import (
 from freebits.kind import HALVES, Kind
 
 THRESHOLD = 0.01
+CPU = torch.device("cpu")
 MESSAGE, MATRIX, SIGNS, CORRECTIONS = "message", "matrix", "signs", "corrections"
 _N_SUMS = 4
 _TOLERANCE = 2.0**-10
@@ -37,12 +38,17 @@ _ROWS = 8192
 
 @dataclass(frozen=True)
 class BitsBack:
-    """The code of one site, with the largest error of a decoded word that is left without a correction.
+    """The code of one site.
 
     Its tensors are those whose words make the message, in order, and last the output matrix `Wᵀ: (k, m)`.
+
+    Attributes:
+        threshold: the largest error of a decoded word that is left without a correction.
+        device: where the encoder's linear algebra runs.
     """
 
     threshold: float = THRESHOLD
+    device: torch.device = CPU
     exact = False
 
     def encode(self, tensors: Sequence[Tensor], makes: Sequence[Kind]) -> Coded:
@@ -65,13 +71,15 @@ class BitsBack:
         if len(message) < n_taken:
             raise Declined(f"the message has {len(message)} words, the rotation takes {n_taken}")
         kept, last = message[: len(message) - n_taken], message[len(message) - n_taken :]
-        Q, eigenvalues = rotation_from_words(_finite(last, "a word of the message"), rank)
+        Q, eigenvalues = rotation_from_words(_finite(last, "a word of the message").to(self.device), rank)
         coded_values = _finite(eigenvalues.to(dtype), "an eigenvalue")
-        matrix = _finite(torch.cat([(some @ Q).to(dtype) for some in W.split(_ROWS)]), "a rotated weight")
+        rows = [(some.to(self.device) @ Q).to(dtype) for some in W.split(_ROWS)]
+        matrix = _finite(torch.cat(rows), "a rotated weight")
         unsigned = unsigned_rotation(matrix)
         signs = rotation_signs(unsigned, Q)
         true = torch.cat([last, W.to(dtype).flatten()])
-        decoded = _decoded(coded_values, matrix, with_signs(unsigned, signs))
+        decoded = _decoded(coded_values, matrix, with_signs(unsigned, signs)).cpu()
+        coded_values, matrix, signs = coded_values.cpu(), matrix.cpu(), signs.cpu()
         corrections = encode_corrections(true, decoded, self.threshold)
         parts = {
             MESSAGE: torch.cat([kept, coded_values]),

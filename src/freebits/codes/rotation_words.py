@@ -26,8 +26,8 @@ def rotation_from_words(words: Tensor, size: int) -> tuple[Tensor, Tensor]:
     Returns:
         `Q: (k, k)` and eigenvalues `λ: (k,)` with `X = Q diag(λ) Qᵀ`, both float64.
     """
-    row, column = torch.triu_indices(size, size)
-    X = torch.zeros(size, size, dtype=torch.float64)
+    row, column = torch.triu_indices(size, size, device=words.device)
+    X = torch.zeros(size, size, dtype=torch.float64, device=words.device)
     X[row, column] = words.double()
     X[column, row] = words.double()
     eigenvalues, Q = torch.linalg.eigh(X)
@@ -36,7 +36,7 @@ def rotation_from_words(words: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 def words_from_rotation(Q: Tensor, eigenvalues: Tensor) -> Tensor:
     """Encode a rotation back into words (Algorithm 4), the inverse of `rotation_from_words`; float64."""
-    row, column = torch.triu_indices(len(Q), len(Q))
+    row, column = torch.triu_indices(len(Q), len(Q), device=Q.device)
     X = Q * eigenvalues.double() @ Q.T
     return X[row, column]
 
@@ -50,7 +50,7 @@ def canonical_direction(W: Tensor) -> Tensor:
     Returns:
         (k, k), float64. Where `W` has rank `r < k`, the first `k - r` columns of `W Q` are zero.
     """
-    gram = torch.zeros(W.shape[1], W.shape[1], dtype=torch.float64)
+    gram = torch.zeros(W.shape[1], W.shape[1], dtype=torch.float64, device=W.device)
     for rows in W.split(_ROWS):
         wide = rows.double()
         gram.addmm_(wide.T, wide)

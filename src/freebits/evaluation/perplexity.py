@@ -14,10 +14,10 @@ from freebits.calibration import embedded_text
 from freebits.calibration import perplexity as perplexity_of
 from freebits.errors import UsageError
 from freebits.huggingface import load, token_windows
-from freebits.huggingface.loading import device_of, load_tokenizer
+from freebits.huggingface.loading import load_tokenizer
 from freebits.huggingface.own_text import cache_name
 from freebits.huggingface.simulation import Simulation
-from freebits.work import Progress, silent
+from freebits.work import Progress, device_of, silent
 
 WINDOW = 512
 

@@ -10,7 +10,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from freebits.checkpoint import CONFIG, fill, is_adapter, located
-from freebits.errors import CheckpointError, FreebitsError, UsageError, one_line
+from freebits.errors import CheckpointError, FreebitsError, one_line
 from freebits.huggingface.integer_layers import with_integers
 from freebits.huggingface.pivoted_layers import with_pivots
 from freebits.packed import PackedFolder
@@ -99,19 +99,6 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
             path, local_files_only=True, trust_remote_code=False, **options
         )
         return tokenizer
-
-
-def device_of(name: str) -> torch.device:
-    """The device of that name.
-
-    Raises:
-        UsageError: there is none on this machine.
-    """
-    try:
-        return torch.ones(1, device=name).cpu().new_empty(0, device=name).device
-    except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
-        finding = str(error).strip().partition("\n")[0]
-        raise UsageError(f"device {name!r} cannot be used here ({finding})") from None
 
 
 @contextmanager

@@ -28,7 +28,6 @@ from freebits.checkpoint import (
     write_remote_code,
 )
 from freebits.errors import CheckpointError, UsageError
-from freebits.huggingface.loading import device_of
 from freebits.huggingface.own_text import own_windows
 from freebits.huggingface.reducing import PAPERS_BLOCKS, Factors, Layers, ranks_of, reduce_layers
 from freebits.huggingface.streamed import window_logits
@@ -38,7 +37,7 @@ from freebits.options import ALLOCATIONS, PAPER, SLOPE
 from freebits.packed import HISTORY, LOW_RANK_IN, SLICED_IN, history_of, is_packed
 from freebits.report import inspect, write_card
 from freebits.version import __version__
-from freebits.work import Crew, Progress, Team, silent
+from freebits.work import Crew, Progress, Team, device_of, silent
 
 HELD_OUT = 4
 """Windows on which the cost is measured."""

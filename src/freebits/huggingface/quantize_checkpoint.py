@@ -13,7 +13,6 @@ from torch import Tensor
 from freebits.checkpoint import Checkpoint, Task, located, new_directory, sign, text_digest
 from freebits.errors import UnsupportedModelError, UsageError
 from freebits.huggingface.blockwise import BlockwiseModel
-from freebits.huggingface.loading import device_of
 from freebits.huggingface.naming import InMemory, known_config
 from freebits.huggingface.own_text import own_windows
 from freebits.huggingface.rounding import Goal, write_rounded
@@ -26,7 +25,7 @@ from freebits.packed import PackedFolder, history_of, publish, stage
 from freebits.quantization import Budget, Sensitivity
 from freebits.report import inspect, opened, write_card
 from freebits.version import __version__
-from freebits.work import Crew, Progress, Team, silent
+from freebits.work import Crew, Progress, Team, device_of, silent
 
 SAMPLES, WINDOW = 32, 256
 

@@ -30,7 +30,6 @@ from freebits.checkpoint import (
 )
 from freebits.errors import CheckpointError, UsageError
 from freebits.huggingface.config_estimate import dense_shapes
-from freebits.huggingface.loading import device_of
 from freebits.huggingface.naming import InMemory, known_config
 from freebits.huggingface.own_text import own_windows
 from freebits.huggingface.runner import BlockRunner
@@ -41,7 +40,7 @@ from freebits.options import DTYPES
 from freebits.packed import HISTORY, SLICED_IN, history_of, is_packed
 from freebits.report import dense_bytes, inspect, write_card
 from freebits.version import __version__
-from freebits.work import Progress, Team, silent
+from freebits.work import Progress, Team, device_of, silent
 
 HELD_OUT = 4
 """Windows on which the cost of slicing is measured."""
@@ -112,7 +111,7 @@ def slice_model(
     architecture = architecture.with_tie(architecture.tied and not untie)
     dtypes = _dtypes(dense, architecture, dtype)
     size = sliced_size(architecture.hidden_size, sparsity)
-    where = _device(device)
+    where = device_of(device, float64=True)
     said = {"sparsity": sparsity, "samples": samples, "seq_len": seq_len, "seed": seed, "untie": untie, "dtype": dtype}
     arguments = said | {"turned": random_orientation, "text": text_digest(calibration), "device": device}
     team = team or Team(1)
@@ -160,7 +159,7 @@ def _write_parts(
     shapes = {name: kind.shape for name, kind in dense.kinds.items()}
     announced = Layout.sliced(architecture, slicing.size).shapes(architecture, shapes)
     measured: dict[str, float] = {}
-    moved = moved_parts(slicing, dense, architecture.parts, dtypes.__getitem__, slicing.crew)
+    moved = moved_parts(*(slicing, dense, architecture.parts, dtypes.__getitem__, slicing.crew, slicing.runner.device))
     parts = slicing.crew.give("part", _finished, moved)
     if not slicing.crew.leads:
         for _ in parts:
@@ -179,13 +178,6 @@ def _finished(work: tuple[Part, Turn, Callable[[], dict[str, Tensor]]]) -> tuple
     """A part's tensors, and what was measured by then."""
     _, turn, moved = work
     return moved(), dict(turn.facts)
-
-
-def _device(name: str) -> torch.device:
-    device = device_of(name)
-    if device.type == "mps":
-        raise UsageError("device 'mps' has no float64, in which slicing computes: leave out --device")
-    return device
 
 
 def _checked_architecture(dense: Source, path: Path) -> Architecture:

@@ -5,6 +5,7 @@ from freebits.moves.diagonal import Diagonal
 from freebits.moves.expanded import Expanded
 from freebits.moves.move import BIT_EXACT, FUNCTION_PRESERVING, LOSSY, Move, Turn, moved_parts
 from freebits.moves.paired import Pairs, free_pairs
+from freebits.moves.placed import Placed
 from freebits.moves.slicing import Slice, sliced_size
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Expanded",
     "Move",
     "Pairs",
+    "Placed",
     "Slice",
     "Turn",
     "free_pairs",

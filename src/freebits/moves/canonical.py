@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from freebits.architecture import Architecture, Pair, Part, Sublayer
-from freebits.checkpoint import Source
 from freebits.moves.move import Dtypes, Turn, unsound_sites
 from freebits.moves.paired import free_pairs, turn_pairs
+from freebits.moves.placed import Placed
 from freebits.symmetry import PolarForm, carried_rotation, polar_form, trapezoid, triangular_rotation
 from freebits.work import kept
 
@@ -51,7 +51,7 @@ class Chain:
 class Canonical:
     """The move, of a sliced model with dense shortcuts."""
 
-    source: Source
+    source: Placed
     architecture: Architecture
 
     def begin(self) -> Chain:
@@ -66,7 +66,7 @@ class Canonical:
         readers = [
             sub.first_read(self.source.kinds).weight for sub in part.sublayers if sub.site == 1 and 0 not in unsound
         ]
-        first = triangular_rotation(self.source[readers[0]].double()) if readers else None
+        first = triangular_rotation(self.source[readers[0]].double()).cpu() if readers else None
         return Seen(unsound, forms, first)
 
     def step(self, state: Chain, part: Part, seen: Seen, following: Seen | None) -> tuple[Chain, Turn]:
@@ -87,7 +87,8 @@ class Canonical:
                 state = Chain(torch.eye(self._widths(sub)[1], dtype=torch.float64), turned=False)  # a new chain begins
                 continue
             form = seen.forms[sub.site]
-            state = Chain(carried_rotation(state.rotation, form.rotation), turned=True)
+            before, after = (G.to(self.source.device) for G in (state.rotation, form.rotation))
+            state = Chain(carried_rotation(before, after).cpu(), turned=True)
             rotations[sub.site] = state.rotation
             if form.factor is not None:
                 replaced |= {sub.shortcut.weight: None, sub.shortcut.factor: form.factor}
@@ -112,7 +113,8 @@ class Canonical:
     def _form(self, sub: Sublayer) -> PolarForm:
         A, (_, after) = self.source[sub.shortcut.weight], self._widths(sub)
         tolerance = max(torch.finfo(A.dtype).eps, FINEST)
-        return polar_form(A.double().T, tolerance, self.architecture.hidden_size - after)
+        form = polar_form(A.double().T, tolerance, self.architecture.hidden_size - after)
+        return PolarForm(form.rotation.cpu(), None if form.factor is None else form.factor.cpu())
 
     def _pairs(self, part: Part) -> list[Pair]:
         return free_pairs(self.source.kinds, self.architecture, part, dense=False)

@@ -38,7 +38,7 @@ class Diagonal:
             sub.site: "its output matrix varies from block to block" for sub in part.sublayers if not self._fits(sub)
         }
         free = [s for s in part.sublayers if s.site in self.architecture.free_sites and s.site not in unsound]
-        directions = {sub.site: canonical_direction(self.source[sub.write.weight].T) for sub in free}
+        directions = {sub.site: canonical_direction(self.source[sub.write.weight].T).cpu() for sub in free}
         return Seen(unsound, directions)
 
     def step(self, state: Rotations, part: Part, seen: Seen, following: Seen | None) -> tuple[Rotations, Turn]:

@@ -64,17 +64,21 @@ class Move(Protocol[State, Seen]):
 
 Dtypes = Callable[[str], torch.dtype]
 """Name of a tensor → dtype to which it is rounded, once, at the end."""
+CPU = torch.device("cpu")
 
 
 def moved_parts(
-    move: Move[Any, Any], source: Source, parts: Sequence[Part], dtype: Dtypes, crew: Crew
+    move: Move[Any, Any], source: Source, parts: Sequence[Part], dtype: Dtypes, crew: Crew, device: torch.device = CPU
 ) -> Iterator[tuple[Part, Turn, Callable[[], dict[str, Tensor]]]]:
-    """A model under a move: each part, what is done to it, and what gives its tensors, which may run anywhere."""
+    """A model under a move: each part, what is done to it, and what gives its tensors, which may run anywhere.
+
+    Where the source's tensors lie on a device, they are rotated there; what is handed on lies in memory.
+    """
     looks = chain(crew.share("look", move.look, parts), [None])
     state = move.begin()
     for part, (seen, following) in zip(parts, pairwise(looks), strict=True):
         state, turn = move.step(state, part, seen, following)
-        yield part, turn, _Turned(move, source, dtype, part, turn)
+        yield part, turn, _Turned(move, source, dtype, part, turn, device)
 
 
 @dataclass(frozen=True)
@@ -84,18 +88,20 @@ class _Turned:
     dtype: Dtypes
     part: Part
     turn: Turn
+    device: torch.device
 
     def __call__(self) -> dict[str, Tensor]:
         """The part's tensors, rotated and rounded."""
         tensors, replaced = {}, self.turn.replaced()
+        rotations = {site: Q.to(self.device) for site, Q in self.turn.rotations.items()}
         for name, weight in self.part.weights.items():
             ours = self.source[name] if name in self.source.kinds and name not in replaced else None
             tensor = replaced.get(name, ours)
             if tensor is not None:
                 dtype = torch.float64 if name in self.turn.unrounded else self.dtype(name)
-                tensors[name] = rotate(tensor, weight.axes, self.turn.rotations, dtype)
+                tensors[name] = rotate(tensor.to(self.device), weight.axes, rotations, dtype)
         self.move.finish(self.part, tensors, self.dtype)
-        return tensors
+        return {name: tensor.cpu() for name, tensor in tensors.items()}
 
 
 def unsound_sites(source: Source, part: Part) -> dict[int, str]:

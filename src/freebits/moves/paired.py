@@ -99,7 +99,7 @@ def pivoted(exact: Mapping[str, Tensor], pair: Pair) -> dict[str, Tensor] | None
     span = pair.writes[0]
     along = turned[span.name].movedim(span.dim, 0)
     for [start], columns in zip(span.starts, pivots, strict=True):  # what is the identity but for the last bits
-        along[start : start + pair.size, columns] = torch.eye(pair.size, dtype=along.dtype)
+        along[start : start + pair.size, columns] = torch.eye(pair.size, dtype=along.dtype, device=along.device)
     return turned
 
 
@@ -107,7 +107,9 @@ def product_difference(exact: Mapping[str, Tensor], rounded: Mapping[str, Tensor
     """By how much the products of a pair's matrices differ, of all that they are, on random vectors."""
     generator = torch.Generator().manual_seed(0)
     writes, reads = pair.writes[0], [span for span in pair.reads if exact[span.name].ndim == 2]
-    probes = torch.randn(exact[writes.name].shape[1 - writes.dim], _PROBES, generator=generator, dtype=torch.float64)
+    inner = exact[writes.name]
+    probes = torch.randn(inner.shape[1 - writes.dim], _PROBES, generator=generator, dtype=torch.float64)
+    probes = probes.to(inner.device)
     changed = whole = 0.0
     for read in reads:
         before, after = (_products(of, writes, read, pair, probes) for of in (exact, rounded))

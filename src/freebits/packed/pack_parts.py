@@ -12,7 +12,7 @@ from freebits.architecture import SLICED_PREFIX, Architecture, Layout, Part, Rol
 from freebits.checkpoint import Checkpoint, CheckpointWriter, Source, is_adapter, shard_bytes
 from freebits.errors import CheckpointError
 from freebits.kind import FLOATS, Kind
-from freebits.moves import Expanded, Turn, free_pairs, moved_parts
+from freebits.moves import Expanded, Placed, Turn, free_pairs, moved_parts
 from freebits.options import CANONICAL, NONE
 from freebits.packed.contents import STEM, Contents, announced, digests_of
 from freebits.packed.piece import Piece, staged
@@ -45,7 +45,8 @@ def pack_parts(
     contents = Contents()
     ranks: dict[int, int] = {}
     encoder = _Encoder.of(preset, model, architecture, stage)
-    moved = moved_parts(preset.move(model, architecture), model, parts, encoder.dtype, crew)
+    move = preset.move(Placed(model, preset.device), architecture)
+    moved = moved_parts(move, model, parts, encoder.dtype, crew, preset.device)
     pieces = crew.give("part", encoder, moved)
     if not crew.leads:
         for _ in pieces:
@@ -88,7 +89,7 @@ def _of_dense(preset: Preset, source: Checkpoint, architecture: Architecture | N
             f"{source.path} has no heads or layers whose basis is free, as far as freebits knows: pack it with "
             f"--codec {NONE}"
         )
-    return canonical(dense=True)
+    return canonical(preset.device, dense=True)
 
 
 @dataclass(frozen=True)

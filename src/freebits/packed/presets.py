@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from freebits.architecture import Architecture, Layout, Part
-from freebits.checkpoint import Source
 from freebits.codes import CODES, BitsBack, Code, Declined, Pivots
-from freebits.codes.bitsback import THRESHOLD
+from freebits.codes.bitsback import CPU, THRESHOLD
 from freebits.errors import UsageError
 from freebits.kind import FLOATS, HALVES, Kind
-from freebits.moves import Canonical, Diagonal, Move, Pairs, Turn, free_pairs
+from freebits.moves import Canonical, Diagonal, Move, Pairs, Placed, Turn, free_pairs
 from freebits.options import BITS_BACK, CANONICAL, CODECS, NONE
 from freebits.packed.piece import Piece, encoded, plain
 from freebits.packed.recipe import Recipe
@@ -58,16 +58,18 @@ class Preset:
         layout: what the move makes of a layout, for a model of that architecture.
         codes: encoders that replace those of `CODES`.
         floats: dtypes of the tensors that it can encode.
+        device: where linear algebra runs.
         facts: its parameters, for the history.
     """
 
     name: str
-    move: Callable[[Source, Any], Move[Any, Any]]
+    move: Callable[[Placed, Any], Move[Any, Any]]
     groups: Callable[[Part, Mapping[str, Kind]], Iterator[Group]]
     pivots: Callable[[Architecture | None, Part, Mapping[str, Kind]], Mapping[str, Pivots]]
     layout: Callable[[Architecture, Layout], Layout]
     codes: Mapping[str, Code]
     floats: tuple[str, ...]
+    device: torch.device = CPU
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def encode(
@@ -114,21 +116,23 @@ class Preset:
         return stored
 
 
-def canonical(*, dense: bool = False) -> Preset:
+def canonical(device: torch.device = CPU, *, dense: bool = False) -> Preset:
     """Choose rotations so that shortcuts need few numbers, bases so that pairs do; a dense model has pairs alone."""
     if dense:
-        return Preset(CANONICAL, Pairs, lambda *_: iter(()), partial(_identities, dense=True), _as_it_is, {}, FLOATS)
-    return Preset(CANONICAL, Canonical, _triangles, _identities, _projections, {}, FLOATS)
+        return Preset(
+            CANONICAL, Pairs, lambda *_: iter(()), partial(_identities, dense=True), _as_it_is, {}, FLOATS, device
+        )
+    return Preset(CANONICAL, Canonical, _triangles, _identities, _projections, {}, FLOATS, device)
 
 
-def bits_back(threshold: float) -> Preset:
+def bits_back(threshold: float, device: torch.device = CPU) -> Preset:
     """The paper's code; `threshold` is the largest error of a decoded word that is left without a correction."""
-    codes = {BITS_BACK: BitsBack(threshold)}
+    codes = {BITS_BACK: BitsBack(threshold, device)}
     facts = {"threshold": threshold}
-    return Preset(BITS_BACK, Diagonal, _messages, lambda *_: {}, _as_it_is, codes, HALVES, facts)
+    return Preset(BITS_BACK, Diagonal, _messages, lambda *_: {}, _as_it_is, codes, HALVES, device, facts)
 
 
-def chosen(codec: str, threshold: float | None = None) -> Preset | None:
+def chosen(codec: str, threshold: float | None = None, device: torch.device = CPU) -> Preset | None:
     """The preset of that name; None for codec `none`, which takes files as they are.
 
     Raises:
@@ -142,7 +146,9 @@ def chosen(codec: str, threshold: float | None = None) -> Preset | None:
         raise UsageError(f"threshold {threshold}: give a number of 0 or more")
     if codec == NONE:
         return None
-    return canonical() if codec == CANONICAL else bits_back(THRESHOLD if threshold is None else threshold)
+    if codec == CANONICAL:
+        return canonical(device)
+    return bits_back(THRESHOLD if threshold is None else threshold, device)
 
 
 def _planned(

@@ -75,7 +75,7 @@ def pivot_rows(A: Tensor) -> Tensor | None:
     order = torch.arange(n)
     for at, other in enumerate((exchanges - 1).tolist()):
         order[[at, other]] = order[[other, at]]
-    rows = order[:r].clone()
+    rows = order[:r].to(A.device)
     T = A @ torch.linalg.inv(A[rows])
     for _ in range(_EXCHANGES * r):
         row, column = divmod(int(T.abs().argmax()), r)

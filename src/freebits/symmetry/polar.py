@@ -68,7 +68,7 @@ def _nearly_orthogonal_form(A: Tensor, tolerance: float, defect: int) -> PolarFo
     In it the singular values are found and set to 1, and what is then nearly orthogonal becomes it.
     """
     generator = torch.Generator().manual_seed(0)
-    Q = torch.randn(len(A), defect + _MORE, generator=generator, dtype=torch.float64)
+    Q = torch.randn(len(A), defect + _MORE, generator=generator, dtype=torch.float64).to(A.device)
     for _ in range(_ITERATIONS):
         Q = _basis(_basis(Q - A @ (A.T @ Q)))
     inside = Q.T @ A
@@ -78,7 +78,7 @@ def _nearly_orthogonal_form(A: Tensor, tolerance: float, defect: int) -> PolarFo
         return None
     U = Q @ W
     near = A + (U * (1 - values)) @ (W.T @ inside / values[:, None])
-    error = near @ near.T - torch.eye(len(A), dtype=torch.float64)
+    error = near @ near.T - torch.eye(len(A), dtype=torch.float64, device=A.device)
     if torch.linalg.vector_norm(_power(error, generator)) > 2 * tolerance * (1 + tolerance):
         return None  # there are more that are not 1
     rows = _orthogonal(near - error @ near / 2)
@@ -97,7 +97,7 @@ def _basis(Y: Tensor) -> Tensor:
 
 def _power(symmetric: Tensor, generator: torch.Generator) -> Tensor:
     """A symmetric matrix times a vector of length 1 in which its largest eigenvalue has come to the fore."""
-    x = torch.randn(len(symmetric), generator=generator, dtype=torch.float64)
+    x = torch.randn(len(symmetric), generator=generator, dtype=torch.float64).to(symmetric.device)
     for _ in range(_POWERS):
         x = symmetric @ (x / torch.linalg.vector_norm(x).clamp_min(torch.finfo(torch.float64).tiny))
     return x
@@ -105,7 +105,7 @@ def _power(symmetric: Tensor, generator: torch.Generator) -> Tensor:
 
 def _orthogonal(R: Tensor) -> Tensor | None:
     """The nearest matrix with orthonormal rows, by Newton and Schulz; None where `R` is not near to one."""
-    one = torch.eye(len(R), dtype=R.dtype)
+    one = torch.eye(len(R), dtype=R.dtype, device=R.device)
     for _ in range(_STEPS):
         error = R @ R.T - one
         norm = error.norm().item()
@@ -138,7 +138,7 @@ def triangular_rotation(W: Tensor) -> Tensor:
         W: (n, k), float64, finite.
     """
     Q, R = torch.linalg.qr(W[: W.shape[1]].T, mode="complete")
-    negative = torch.zeros(len(Q), dtype=torch.bool)
+    negative = torch.zeros(len(Q), dtype=torch.bool, device=Q.device)
     negative[: R.shape[1]] = R.diagonal() < 0
     return torch.where(negative, -Q, Q)
 

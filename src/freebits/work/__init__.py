@@ -2,6 +2,7 @@
 
 from freebits.work.crew import Crew
 from freebits.work.desk import Cleared, Desk
+from freebits.work.devices import device_of
 from freebits.work.progress import Progress, silent
 from freebits.work.saved import kept
 from freebits.work.team import Team
@@ -13,6 +14,7 @@ __all__ = [
     "Desk",
     "Progress",
     "Team",
+    "device_of",
     "kept",
     "ordered_map",
     "silent",
