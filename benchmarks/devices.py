@@ -3,7 +3,7 @@
     python -m benchmarks.devices SCRATCH [--device cuda] [--only alike | fast] [--blocks 2]
 
 First every verb that takes a device, of a small random Llama, on the CPU and on the device: how the logits of both
-results differ, beside how those of the CPU's differ from what they were made of. Then packing of OPT-6.7B's shape, few
+results differ from what they were made of, and from each other. Then packing of OPT-6.7B's shape, few
 blocks, on both, in turn.
 """
 
@@ -25,7 +25,7 @@ from benchmarks.results import print_table, save_csv
 from benchmarks.scale import CONFIGS, n_bytes, write_sliced
 from freebits.huggingface import load
 
-ALIKE = ("verb", "logits, CPU from source", "logits, device from CPU", "seconds, CPU", "seconds, device")
+ALIKE = ("verb", "logits, CPU from source", "device from source", "device from CPU", "seconds, CPU", "seconds, device")
 FAST = ("model", "codec", "seconds, CPU", "seconds, device", "CPU / device", "bytes, CPU", "bytes, device")
 WORDS = 512
 Verb = Callable[[Path, Path, str], object]
@@ -85,11 +85,11 @@ def alike(scratch: Path, device: str) -> list[tuple[object, ...]]:
         else:
             folders[name] = outs["cpu"]
             before, cpu, there = (logits(of) for of in (folders[source], outs["cpu"], outs[device]))
-            differ = (f"{(a - b).norm() / b.norm():.1e}" for a, b in ((cpu, before), (there, cpu)))
+            differ = (f"{(a - b).norm() / b.norm():.1e}" for a, b in ((cpu, before), (there, before), (there, cpu)))
             rows.append((name, *differ, *(f"{value:.1f}" for value in seconds.values())))
             print(rows[-1], flush=True)
             continue
-        rows.append((name, "", "FAILED", "", ""))
+        rows.append((name, "", "FAILED", "", "", ""))
     shutil.rmtree(scratch)
     return rows
 

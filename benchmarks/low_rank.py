@@ -50,7 +50,7 @@ def main() -> None:
             found = compared(reference, model, windows).values()
             tasks = freebits.evaluate(packed, tasks=["piqa"], data_dir=data, limit=500, perplexity=False)
             sizes = [size(folder) for folder in (plain, packed)]
-            figures = [*found, tasks["tasks"]["piqa"]["acc,none"]]
+            figures = [*found, tasks["tasks"]["piqa"]["acc"]]
             with_pivots = load(packed, dtype=torch.float32, keep_pivots=True).eval()
             work = [f"{multiplications(with_pivots) / 1e6:.1f}", f"{speed(with_pivots):.0f}"]
             rows.append((name, budget, *sizes, *figures, *work))

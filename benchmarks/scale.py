@@ -1,8 +1,8 @@
 """Time, memory and disk of large models: exact shapes, random weights, made and removed block by block.
 
     python -m benchmarks.scale SCRATCH [--models "opt-1.3b; opt-6.7b; llama-2-7b"] [--blocks 2,6] [--steps PART,…]
-    python -m benchmarks.scale SCRATCH --jobs           # two pieces at once against one, BLAS with one thread each
-    python -m benchmarks.scale SCRATCH --plot           # of what was measured before
+    python -m benchmarks.scale SCRATCH --jobs [--steps canonical]   # two pieces at once against one
+    python -m benchmarks.scale SCRATCH --plot                       # of what was measured before
 
 The weights of a stream's axis decay as those of a sliced model do, and shortcuts are corners of orthogonal matrices, as
 slicing leaves them; no function is computed. Each step runs in a process of its own, which tells its seconds and the
@@ -96,7 +96,7 @@ def main() -> None:
         plot()
         return
     if arguments.jobs:
-        measure_jobs(arguments.scratch)
+        measure_jobs(arguments.scratch, arguments.steps.split(","))
         return
     rows: list[Row] = []
     for model in (part.strip() for part in arguments.models.split(";")):
@@ -161,27 +161,24 @@ def in_child(name: str, source: Path, out: Path, **settings: str) -> tuple[float
     return seconds, memory
 
 
-def measure_jobs(scratch: Path) -> None:
+def measure_jobs(scratch: Path, parts: list[str]) -> None:
     """Two jobs against one where BLAS has one thread for each, and one with both threads; interleaved."""
+    model, blocks = "opt-1.3b", 3
+    source, rows = scratch / "sliced", list[Row]()
     scratch.mkdir(parents=True)
-    rows: list[Row] = []
-    for model, blocks in (("opt-1.3b", 6), ("opt-6.7b", 2)):
-        source = scratch / "sliced"
-        write_sliced(source, json.loads((CONFIGS / f"{model}.json").read_text()), blocks)
-        for codec in ("canonical", "bits-back"):
-            seconds: dict[tuple[int, int], list[float]] = {(1, 1): [], (2, 2): [], (1, 2): []}
-            for _ in range(3):
-                for (jobs, threads), found in seconds.items():
-                    out = scratch / f"{codec}-{jobs}"
-                    step = f"pack {codec}, {jobs} jobs"
-                    found.append(in_child(step, source, out, OMP_NUM_THREADS=str(threads))[0])
-                    shutil.rmtree(out)
-            one, two, both = (statistics.median(found) for found in seconds.values())
-            figures = *(f"{value:.1f}" for value in (one, two, both)), f"{one / two:.2f}", f"{two / both:.2f}"
-            rows.append((f"{model}, {blocks} blocks", codec, *figures))
-            print(rows[-1], flush=True)
-            save_csv("jobs", JOBS_HEADER, rows)
-        shutil.rmtree(source)
+    write_sliced(source, json.loads((CONFIGS / f"{model}.json").read_text()), blocks)
+    for codec in (codec for codec in ("canonical", "bits-back") if any(part in codec for part in parts)):
+        seconds: dict[tuple[int, int], list[float]] = {(1, 1): [], (2, 2): [], (1, 2): []}
+        for _ in range(3):
+            for (jobs, threads), found in seconds.items():
+                out = scratch / f"{codec}-{jobs}"
+                found.append(in_child(f"pack {codec}, {jobs} jobs", source, out, OMP_NUM_THREADS=str(threads))[0])
+                shutil.rmtree(out)
+            print(codec, seconds, flush=True)
+        one, two, both = (statistics.median(found) for found in seconds.values())
+        figures = *(f"{value:.1f}" for value in (one, two, both)), f"{one / two:.2f}", f"{two / both:.2f}"
+        rows.append((f"{model}, {blocks} blocks", codec, *figures))
+        save_csv("jobs", JOBS_HEADER, rows)
     shutil.rmtree(scratch)
     print_table(JOBS_HEADER, rows)
 
