@@ -46,7 +46,7 @@ SPARSITY = 0.2
 SHARD = 2 * 10**9
 HEADER = (
     *("model", "step", "blocks", "seconds", "MB of the model a second", "peak memory, GB", "bytes of the model"),
-    "bytes of the result",
+    *("bytes of the result", "cores"),
 )
 Step = Callable[[Path, Path], object]
 Row = tuple[object, ...]
@@ -110,7 +110,7 @@ def main() -> None:
             seconds, size, result = (whole([one[part] for one in of], counts, n_blocks) for part in (0, 2, 3))
             speed, memory = size / seconds / 1e6, max(one[1] for one in of)
             figures = (f"{seconds:.0f}", f"{speed:.0f}", f"{memory / 1e9:.2f}", f"{size:.0f}", f"{result:.0f}")
-            rows.append((model, name, told, *figures))
+            rows.append((model, name, told, *figures, cores()))
         save_csv("scale", HEADER, merged(rows))
     print_table(HEADER, rows)
 
@@ -124,9 +124,14 @@ def whole(found: list[float], counts: list[int], n_blocks: int) -> float:
 
 
 def merged(rows: list[Row]) -> list[Row]:
-    """With the rows that were measured before."""
-    new = {row[:2] for row in rows}
-    return [row for row in saved() if row[:2] not in new] + rows
+    """With the rows that were measured before, or on other machines."""
+    new = {(*row[:2], row[-1]) for row in rows}
+    return [row for row in saved() if (*row[:2], row[-1]) not in new] + rows
+
+
+def cores() -> str:
+    """Those that this process may use, of how many."""
+    return f"{len(os.sched_getaffinity(0))} of {os.cpu_count()}"
 
 
 def saved() -> list[tuple[str, ...]]:
@@ -197,7 +202,7 @@ def plot() -> None:
         print(f"{step}: seconds grow as the parameters' power {exponent:.2f}")
         [line] = axes.loglog(sizes, seconds, "o", label=f"{step}: N^{exponent:.2f}")
         axes.loglog(sizes, np.exp(offset) * sizes**exponent, color=line.get_color(), linewidth=1)
-    axes.set(xlabel="billion parameters of the sliced model", ylabel="seconds, two cores")
+    axes.set(xlabel="billion numbers of the sliced model", ylabel="seconds, two cores")
     axes.legend()
     axes.grid(visible=True, which="both", alpha=0.3)
     figure.tight_layout()
