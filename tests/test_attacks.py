@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import freebits
 from tests.attacks import load_all
-from tests.tiny import Make, random_text
+from tests.attacks.bases import make_bases
+from tests.tiny import Make
 
 ROOT = Path(__file__).parent.parent
 MOST_SECONDS, MOST_MEMORY = 10.0, 2**30
@@ -25,27 +25,13 @@ HARMLESS = {
     "reason_with_escapes_for_the_terminal",
     "history_that_makes_no_sense",
 }
-TEXT = random_text(600)
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sound folder of each kind."""
-    from tests.tiny import tiny_model, tiny_tokenizer
-
     folder = tmp_path_factory.mktemp("bases")
-    options: dict[str, Any] = {"calibration": TEXT, "samples": 8, "seq_len": 32}
-    tiny_model(dtype=torch.float16).save_pretrained(folder / "dense")
-    tiny_tokenizer().save_pretrained(folder / "dense")
-    freebits.slice_model(folder / "dense", folder / "sliced", sparsity=0.25, force=True, **options)
-    freebits.lowrank(folder / "dense", folder / "low rank", **options)
-    freebits.pack(folder / "dense", folder / "none", codec="none")
-    freebits.pack(folder / "sliced", folder / "canonical")
-    freebits.pack(folder / "sliced", folder / "plain canonical", entropy="none")
-    freebits.pack(folder / "sliced", folder / "bits-back", codec="bits-back", entropy="none")
-    freebits.quantize(folder / "dense", folder / "integers", bits=4, **options)
-    freebits.quantize(folder / "dense", folder / "pyramid", method="pyramid", bits=3, rotate="hadamard", **options)
-    freebits.quantize(folder / "dense", folder / "gptq", method="gptq", bits=4, **options)
+    make_bases(folder)
     return folder
 
 
