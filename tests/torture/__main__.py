@@ -9,9 +9,13 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tests.torture import children
 from tests.torture.findings import Finding, table
+
+if TYPE_CHECKING:
+    from tests.torture.faults import Place
 
 ROOT = Path(__file__).parent.parent.parent
 SAVED = ROOT / "benchmarks" / "results" / "torture.json"
@@ -25,6 +29,8 @@ def main() -> int:
     parser.add_argument("--only", default=",".join(PARTS), help="parts, by default all")
     parser.add_argument("--scratch", type=Path, help="folder for what is made (default: a temporary one)")
     parser.add_argument("--times", type=int, default=50, help="of each verb that is killed (default: %(default)s)")
+    parser.add_argument("--pythons", default="", help="of other environments with freebits' dependencies, by commas")
+    parser.add_argument("--zipnn", default="", help="Python of an environment with ZipNN")
     arguments = parser.parse_args()
     children.import_everything()
     findings: list[Finding] = []
@@ -32,9 +38,9 @@ def main() -> int:
         for part in arguments.only.split(","):
             scratch = Path(made) / part
             scratch.mkdir()
-            findings += in_child(partial(PARTS[part], scratch, arguments.times), scratch)
+            findings += in_child(partial(PARTS[part], scratch, arguments), scratch)
     write(findings, arguments.only.split(","))
-    return int(any(finding.bad for finding in findings))
+    return int(any(finding.bad for finding in findings if finding.part != "peers"))
 
 
 def in_child(function: Callable[[], list[Finding]], scratch: Path) -> list[Finding]:
@@ -50,7 +56,7 @@ def in_child(function: Callable[[], list[Finding]], scratch: Path) -> list[Findi
     return [Finding(**of) for of in json.loads((scratch / "found").read_text())]
 
 
-def damage(scratch: Path, _: int) -> list[Finding]:
+def damage(scratch: Path, _: argparse.Namespace) -> list[Finding]:
     """Bits, ends and blocks."""
     from tests.attacks.bases import make_bases
     from tests.torture.damage import SMALL, demo_folder, every_bit, samples
@@ -60,7 +66,7 @@ def damage(scratch: Path, _: int) -> list[Finding]:
     return [*found, samples(demo_folder(scratch))]
 
 
-def attacks(scratch: Path, _: int) -> list[Finding]:
+def attacks(scratch: Path, _: argparse.Namespace) -> list[Finding]:
     """Hostile folders, as in the tests."""
     from tests.attacks.bases import make_bases
     from tests.attacks.run import run
@@ -85,15 +91,12 @@ def attacks(scratch: Path, _: int) -> list[Finding]:
     return [finding]
 
 
-def faults(scratch: Path, times: int) -> list[Finding]:
+def faults(scratch: Path, arguments: argparse.Namespace) -> list[Finding]:
     """What happens to runs that write."""
     from tests.torture import faults
-    from tests.torture.faults import VERBS, Place
 
-    bases = made_in_child(scratch)
-    draw = random.Random(0)  # noqa: S311  (no secret)
-    places = [Place.of(scratch / name, bases, name) for name in VERBS]
-    few = max(1, times // 5)
+    draw, times = random.Random(0), arguments.times  # noqa: S311  (no secret)
+    places, few = places_in(scratch), max(1, times // 5)
     return [
         faults.stopped(places, signal.SIGKILL, times, draw),
         faults.stopped(places, signal.SIGINT, few, draw),
@@ -104,6 +107,35 @@ def faults(scratch: Path, times: int) -> list[Finding]:
         faults.two_writers(places, few),
         faults.no_memory(places, few, draw),
     ]
+
+
+def power(scratch: Path, _: argparse.Namespace) -> list[Finding]:
+    """Cuts of the power."""
+    from tests.torture.power import power_cuts
+
+    return power_cuts(places_in(scratch))
+
+
+def machines(_: Path, arguments: argparse.Namespace) -> list[Finding]:
+    """Other machines."""
+    from tests.torture.machines import machines
+
+    return machines(filter(None, arguments.pythons.split(",")))
+
+
+def peers(_: Path, arguments: argparse.Namespace) -> list[Finding]:
+    """Other readers."""
+    from tests.torture.peers import peers
+
+    return peers(arguments.zipnn or None)
+
+
+def places_in(scratch: Path) -> list["Place"]:
+    """One for each verb."""
+    from tests.torture.faults import VERBS, Place
+
+    bases = made_in_child(scratch)
+    return [Place.of(scratch / name, bases, name) for name in VERBS]
 
 
 def made_in_child(scratch: Path) -> Path:
@@ -120,7 +152,9 @@ def made_in_child(scratch: Path) -> Path:
     return scratch / "bases"
 
 
-PARTS: dict[str, Callable[[Path, int], list[Finding]]] = {"attacks": attacks, "damage": damage, "faults": faults}
+PARTS: dict[str, Callable[[Path, argparse.Namespace], list[Finding]]] = {
+    of.__name__: of for of in (attacks, damage, faults, power, machines, peers)
+}
 
 
 def write(findings: list[Finding], parts: list[str]) -> None:

@@ -91,19 +91,31 @@ class Place:
         known = {"SOURCE": str(self.source), "OUT": str(out or self.out), "TEXT": str(self.scratch / "text")}
         return command([known.get(word, word) for word in VERBS[self.name][1]], self.scratch / log, before)
 
-    def judge(self, finding: Finding, ended: Ended, out: Path | None = None) -> None:
-        """Count a run that was hindered, and whether the next ends well."""
+    def judge(self, finding: Finding, ended: Ended, out: Path | None = None, also: int = 0) -> None:
+        """Count a run that was hindered; it may also end with one more exit code."""
         out = out or self.out
         finding.times += 1
-        if not (ended.in_one_line or ended.code in STOPPED):
+        if not (ended.in_one_line or ended.code in STOPPED | {also}):
             finding.tracebacks += 1
-            finding.notes = finding.notes or [f"{self.name}: exit {ended.code}: {ended.said.strip()[-200:]}"]
+            finding.notes.append(f"{self.name}: exit {ended.code}: {' '.join(ended.said.split())[-300:]}")
         if not out.exists():
             finding.refused += 1
-        elif contents(out) == self.plain:
+        elif contents(out) in (self.plain, self._of_the_source_now(out)):
             finding.harmless += 1
         else:
             finding.silent += 1
+            finding.notes.append(f"{self.name}: another result, exit {ended.code}")
+
+    def _of_the_source_now(self, out: Path) -> dict[str, bytes]:
+        """What a run makes of the source as it now is; it may have been changed before the run opened it."""
+        if contents(out) == self.plain:
+            return self.plain
+        aside = out.rename(self.scratch / "aside")
+        ended = self.started(out).end()
+        found = contents(out) if ended.code == 0 else {}
+        shutil.rmtree(out, ignore_errors=True)
+        aside.rename(out)
+        return found
 
     def again(self, finding: Finding) -> None:
         """The next run of the same command."""
@@ -111,10 +123,10 @@ class Place:
             ended = self.started().end()
             if ended.code or contents(self.out) != self.plain:
                 finding.silent += 1
-                finding.notes = finding.notes or [f"{self.name}, again: exit {ended.code}: {ended.said.strip()[-200:]}"]
+                finding.notes.append(f"{self.name}, again: exit {ended.code}: {' '.join(ended.said.split())[-300:]}")
         if {path.name for path in (self.scratch / "work").iterdir()} != {"out"}:
             finding.left += 1
-            finding.notes = finding.notes or [str(sorted(path.name for path in (self.scratch / "work").iterdir()))]
+            finding.notes.append(str(sorted(path.name for path in (self.scratch / "work").iterdir())))
         shutil.rmtree(self.scratch / "work")
         (self.scratch / "work").mkdir()
 
@@ -222,7 +234,10 @@ def two_writers(places: list[Place], times: int) -> Finding:
 
 def no_memory(places: list[Place], times: int, draw: random.Random) -> Finding:
     """Each verb with so little address space left that an allocation fails somewhere."""
-    finding = Finding("faults", f"out of memory (a bound on address space): {len(places)} verbs, {times} times each")
+    finding, aborted = (
+        Finding("faults", f"out of memory (a bound on address space): {len(places)} verbs, {times} times each"),
+        0,
+    )
     for place in places:
         for _ in range(times):
             more = int(draw.uniform(0, 3e8))
@@ -232,8 +247,10 @@ def no_memory(places: list[Place], times: int, draw: random.Random) -> Finding:
                 resource.setrlimit(resource.RLIMIT_AS, (1024 * int(line.split()[1]) + more,) * 2)
 
             ended = place.started(before=bound).end()
-            place.judge(finding, ended)
+            aborted += ended.code == -signal.SIGABRT
+            place.judge(finding, ended, also=-signal.SIGABRT)  # which allocators of Rust and C++ libraries do
             place.again(finding)
+    finding.notes.append(f"{aborted} ended by a library's allocator (abort)")
     return finding
 
 

@@ -49,5 +49,5 @@ def table(findings: Iterable[Mapping[str, Any]]) -> str:
     lines = ["| " + " | ".join(HEADER) + " |", "|---|---:|---:|---:|---:|---:|---:|---|"]
     for of in findings:
         numbers = (f"{of[key]:,}" for key in ("times", "refused", "harmless", "silent", "tracebacks", "left"))
-        lines.append(f"| {of['tried']} | " + " | ".join(numbers) + f" | {'; '.join(of['notes'])} |")
+        lines.append(f"| {of['tried']} | " + " | ".join(numbers) + f" | {'; '.join(of['notes'][:3])} |")
     return "\n".join(lines) + "\n"

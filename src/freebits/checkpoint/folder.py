@@ -30,10 +30,10 @@ def read_text(path: Path) -> str:
     """
     try:
         with open_regular(path) as file:
-            content = file.read(JSON_BYTES + 1)
-            if len(content) > JSON_BYTES:
+            size = os.fstat(file.fileno()).st_size
+            if size > JSON_BYTES:
                 raise ValueError(f"more than {JSON_BYTES} bytes")  # noqa: TRY301  (told in one line with the others)
-            return content.decode()
+            return file.read(size + 1).decode()
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: this is not a complete checkpoint") from None
     except (OSError, ValueError) as error:

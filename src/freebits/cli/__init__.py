@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from freebits.cli.parser import BAD_INPUT, build_parser
 from freebits.errors import FreebitsError, one_line
 
+_NO_MEMORY = ("DefaultCPUAllocator", "CUDA out of memory", "bad_alloc", "can't start new thread")
+"""What PyTorch, C++ and Python say when there is none."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0 done, 1 a check did not hold, 2 bad input or usage."""
@@ -27,6 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
     except FreebitsError as error:
         return _refuse(error)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(said in str(error) for said in _NO_MEMORY):
+            raise
+        return _refuse(FreebitsError("out of memory: with --jobs 1 less is held at once"))
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except BrokenPipeError:

@@ -111,9 +111,10 @@ def write_rounded(
             while True:
                 rounded = ordered_map(executor, partial(_rounded, source, shelf, goal, amount), group)
                 piece = _piece(source, shelf, goal, group, [tensor for tensors in rounded for tensor in tensors])
-                if rolling.spend(amount, 8.0 * sum(kind.n_bytes for kind, _ in piece.stored.values())):
+                excess = rolling.spend(amount, 8.0 * sum(kind.n_bytes for kind, _ in piece.stored.values()))
+                if not excess:
                     break
-                amount *= 1.002
+                amount *= max(1.002, 2.0 ** (excess / sum(source.kinds[name].numel for name in group)))
                 if amount > most:
                     raise UsageError("so few bytes do not hold the headers: give more")
             contents.write(writer, piece, digests_of(piece))

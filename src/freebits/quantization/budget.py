@@ -90,14 +90,14 @@ class Rolling:
         ratio = self._taken / self._expected if self._expected else 1.0
         return Budget.sum(self._budgets).c(self._left / ratio)
 
-    def spend(self, c: float, bits: float) -> bool:
-        """Whether they may take so many bits, and no longer count as left; the last may take what is left at most."""
+    def spend(self, c: float, bits: float) -> float:
+        """How many bits they take too many; if none, they no longer count as left. The last may take what is left."""
         if len(self._budgets) == 1 and bits > self._left:
-            return False
+            return bits - self._left
         self._expected += self._budgets.pop(0).bits(c)
         self._taken += bits
         self._left -= bits
-        return True
+        return 0.0
 
 
 class Fixed:
@@ -110,6 +110,6 @@ class Fixed:
         """The amount."""
         return self._amount
 
-    def spend(self, amount: float, bits: float) -> bool:  # noqa: ARG002
-        """They may."""
-        return True
+    def spend(self, amount: float, bits: float) -> float:  # noqa: ARG002
+        """None too many."""
+        return 0.0

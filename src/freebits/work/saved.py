@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import secrets
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 Class = TypeVar("Class", bound=type)
 _CLASSES: dict[str, type] = {}
 _TREE, _DIGEST = "tree", "xxh3"
+_OF_THE_SYSTEM = re.compile(r"os error (\d+)")
 
 
 def kept(cls: Class) -> Class:
@@ -34,6 +36,7 @@ def save(path: Path, value: Any) -> None:
 
     Raises:
         TypeError: something else is in it.
+        OSError: it cannot be written.
     """
     tensors: dict[str, Tensor] = {}
     tree = json.dumps(_taken(value, tensors, {}))
@@ -44,8 +47,11 @@ def save(path: Path, value: Any) -> None:
         os.fsync(handle)
         os.close(handle)
         draft.replace(path)
-    except BaseException:
+    except BaseException as error:
         draft.unlink(missing_ok=True)
+        number = _OF_THE_SYSTEM.search(str(error)) if isinstance(error, SafetensorError) else None
+        if number:  # what the library says of a full disk, as Python says it
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(draft)) from error
         raise
 
 
