@@ -103,7 +103,7 @@ def test_a_model_goes_all_the_way(name: str, save_tiny: Make, tmp_path: Path) ->
     assert stored < 0.9 * facts["parameters"]
     assert (logits(tmp_path / "packed") - expected).abs().max() < 1e-2 < expected.std()
     pivots = [n for n in PackedFolder(tmp_path / "packed").stored if n.endswith(".down.weight.pivots")]
-    assert len(pivots) > 0.6 * len(config["low_ranks"])  # rounding would cost too much in some
+    assert len(pivots) == len(config["low_ranks"])  # a pair that comes later does not undo those before
     freebits.unpack(tmp_path / "packed", tmp_path / "plain")
     assert Checkpoint(tmp_path / "plain").kinds == Checkpoint(tmp_path / "out").kinds
     assert (logits(tmp_path / "plain") - expected).abs().max() < 1e-2

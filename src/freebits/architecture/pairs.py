@@ -5,7 +5,7 @@ and `G⁻¹ B`. So it is between the two matrices of a layer of low rank. A head
 output; queries and keys, as far as positions do not turn them. Queries that share a key and a value share the space.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +56,7 @@ class Pair:
 
 
 def pairs_of(architecture: Architecture | None, part: Part, shapes: Shapes, *, dense: bool) -> tuple[Pair, ...]:
-    """The pairs in a part of a model.
+    """The pairs in a part of a model, in an order in which none undoes the canonical form of one before it.
 
     Args:
         architecture: the model's; None for an adapter (LoRA), which is nothing but pairs.
@@ -71,13 +71,14 @@ def pairs_of(architecture: Architecture | None, part: Part, shapes: Shapes, *, d
     found: list[Pair] = []
     for sub in part.sublayers:
         for branch in sub.branches:
-            found += _thin(branch, shapes)
+            found += _thin(branch.reads, shapes)
             heads = branch.names.heads
             if heads is not None:
                 place = _Place.of(branch, heads, architecture, shapes, outputs)
                 if place is not None:
                     turned = _turned(heads, architecture.config, (sub.site - 1) // per_block, place.size)
                     found += place.pairs(turned)
+            found += _thin(branch.writes, shapes)
     return tuple(found)
 
 
@@ -90,9 +91,9 @@ def _adapters(part: Part, shapes: Shapes) -> Iterator[Pair]:
             yield Pair(down[0], (Span(name, 0, ((0,),)),), (Span(other, 1, ((0,),)),))
 
 
-def _thin(branch: BoundBranch, shapes: Shapes) -> Iterator[Pair]:
+def _thin(modules: Iterable[Module], shapes: Shapes) -> Iterator[Pair]:
     """The two matrices of each layer of low rank."""
-    for module in (*branch.reads, *branch.writes):
+    for module in modules:
         down, up = f"{module.name}.down.weight", f"{module.name}.up.weight"
         if module.side and {down, up} <= shapes.keys():
             yield Pair(shapes[down][0], (Span(down, 0, ((0,),)),), (Span(up, 1, ((0,),)),))

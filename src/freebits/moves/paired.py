@@ -15,6 +15,8 @@ from freebits.work import kept
 
 _PROBES = 32
 """Random vectors on which a pair is compared with what it was."""
+_MOST = 2
+"""By so many `eps` may a product change when it is rounded; mostly it is less than one, in any basis."""
 
 
 @kept
@@ -69,7 +71,7 @@ def free_pairs(kinds: Mapping[str, Kind], architecture: Architecture | None, par
 def turn_pairs(pairs: Iterable[Pair], tensors: dict[str, Tensor], dtype: Dtypes) -> None:
     """Put pairs in their canonical form and round them, in place.
 
-    A pair that has no such form, or of which rounding would then change the product by more than one `eps` of its dtype
+    A pair that has no such form, or of which rounding would then change the product by more than two `eps` of its dtype
     (relative, in norm), is rounded as it is.
 
     Args:
@@ -84,7 +86,7 @@ def turn_pairs(pairs: Iterable[Pair], tensors: dict[str, Tensor], dtype: Dtypes)
         if turned is None:
             continue
         rounded = {name: tensor.to(dtype(name)) for name, tensor in turned.items()}
-        if product_difference(exact, rounded, pair) <= max(torch.finfo(dtype(name)).eps for name in pair.names):
+        if product_difference(exact, rounded, pair) <= _MOST * max(torch.finfo(dtype(name)).eps for name in pair.names):
             tensors |= turned
     tensors |= {name: tensors[name].to(dtype(name)) for name in names}
 
