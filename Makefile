@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test lint torture fuzz clean
 
 install: $(READY)
 
@@ -25,5 +25,17 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# An hour, as root on Linux (it mounts small file systems): docs/reliability.md. TORTURE may name other environments.
+torture: $(READY)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m tests.torture $(TORTURE)
+
+# Atheris has wheels for Python 3.11 to 3.13; it sees the packages of .venv.
+fuzz: $(READY)
+	$(PYTHON) -m venv .fuzz
+	.fuzz/bin/python -m pip install --quiet atheris
+	mkdir -p .fuzz/corpus
+	PYTHONPATH=.:src:$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") \
+	  .fuzz/bin/python -m tests.fuzz .fuzz/corpus -artifact_prefix=.fuzz/ -max_len=400 -max_total_time=600
+
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache dist
+	rm -rf .venv .fuzz .mypy_cache .pytest_cache .ruff_cache dist

@@ -19,6 +19,8 @@ from freebits.kind import FLOATS, Kind
 MESSAGE = "message"
 FINENESS = 16
 """Steps are `2^(e / FINENESS)` for whole `e`."""
+_LARGEST = 128 * FINENESS - 1
+"""Of float32."""
 _ROOT = sqrt(sqrt(sqrt(sqrt(2.0))))  # IEEE rounds square roots and products alike everywhere
 _POWERS = np.array([np.prod([1.0] + [_ROOT] * power) for power in range(FINENESS)])
 _HEAD = 4 * 2
@@ -247,4 +249,6 @@ def _side(data: bytes, shapes: Sequence[tuple[int, ...]]) -> Iterator[tuple[NDAr
         for size, dtype in ((rows, "<i2"), (columns, "<i2"), (rows, "<i1"), (columns, "<i1")):
             told.append(np.frombuffer(side, dtype, size, at).astype(dtype[1:]))
             at += told[-1].nbytes
+        if max(told[0].max(initial=0), told[1].max(initial=0)) > _LARGEST:
+            raise ValueError("a step that no float32 holds")
         yield tuple(told)
