@@ -11,10 +11,10 @@ from tests.tiny import random_text, tiny_model, tiny_tokenizer
 TEXT = random_text(600)
 
 
-def make_bases(folder: Path, **changes: Any) -> None:
-    """Write them; `changes` are of the model's config."""
+def make_bases(folder: Path) -> None:
+    """Write them."""
     options: dict[str, Any] = {"calibration": TEXT, "samples": 8, "seq_len": 32}
-    tiny_model(dtype=torch.float16, **changes).save_pretrained(folder / "dense")
+    tiny_model(dtype=torch.float16).save_pretrained(folder / "dense")
     tiny_tokenizer().save_pretrained(folder / "dense")
     freebits.slice_model(folder / "dense", folder / "sliced", sparsity=0.25, force=True, **options)
     freebits.lowrank(folder / "dense", folder / "low rank", **options)

@@ -58,11 +58,9 @@ def in_child(function: Callable[[], list[Finding]], scratch: Path) -> list[Findi
 
 def damage(scratch: Path, _: argparse.Namespace) -> list[Finding]:
     """Bits, ends and blocks."""
-    from tests.attacks.bases import make_bases
-    from tests.torture.damage import SMALL, demo_folder, every_bit, samples
+    from tests.torture.damage import demo_folder, every_bit, samples, small_folders
 
-    make_bases(scratch / "small", **SMALL)
-    found = [of for kind in ("canonical", "integers") for of in every_bit(scratch / "small" / kind, kind)]
+    found = [of for name, folder in small_folders(scratch / "small").items() for of in every_bit(folder, name)]
     return [*found, samples(demo_folder(scratch))]
 
 
@@ -96,7 +94,7 @@ def faults(scratch: Path, arguments: argparse.Namespace) -> list[Finding]:
     from tests.torture import faults
 
     draw, times = random.Random(0), arguments.times  # noqa: S311  (no secret)
-    places, few = places_in(scratch), max(1, times // 5)
+    places, few = places_in(scratch), max(1, times // 10)
     return [
         faults.stopped(places, signal.SIGKILL, times, draw),
         faults.stopped(places, signal.SIGINT, few, draw),

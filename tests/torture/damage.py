@@ -4,6 +4,7 @@ import os
 import random
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,13 +12,24 @@ from torch import Tensor
 import freebits
 from freebits.errors import FreebitsError
 from freebits.packed import PackedFolder
-from tests.tiny import tensors_of
+from tests.attacks.bases import TEXT
+from tests.tiny import tensors_of, tiny_model, tiny_tokenizer
 from tests.torture.findings import Finding
 
 BLOCK = 64
 SAMPLES = 10_000
-SMALL = {"vocab_size": 96, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-"""Of a model of which every bit can be tried; its tokenizer has 96 words."""
+
+
+def small_folders(folder: Path) -> dict[str, Path]:
+    """Packed folders of a model of which every bit can be tried; its tokenizer has 96 words."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    options: dict[str, Any] = {"calibration": TEXT, "samples": 8, "seq_len": 32}
+    tiny_model(dtype=torch.float16, **sizes).save_pretrained(folder / "dense")
+    tiny_tokenizer().save_pretrained(folder / "dense")
+    freebits.slice_model(folder / "dense", folder / "sliced", sparsity=0.25, force=True, **options)
+    freebits.pack(folder / "sliced", folder / "canonical")
+    freebits.quantize(folder / "dense", folder / "integers", target_kl=1e-3, **options)
+    return {name: folder / name for name in ("canonical", "integers")}
 
 
 def every_bit(folder: Path, name: str) -> list[Finding]:
