@@ -152,5 +152,6 @@ def test_public_names() -> None:
         "slice_model",
         "unpack",
         "verify",
+        "write_report",
     ]
     assert all(hasattr(freebits, name) for name in freebits.__all__)

@@ -12,7 +12,7 @@ from freebits.version import __version__
 
 if TYPE_CHECKING:
     from freebits.compression import compress
-    from freebits.evaluation import evaluate, verify
+    from freebits.evaluation import evaluate, verify, write_report
     from freebits.huggingface import estimate, load, lowrank, quantize, rotate_model, slice_model
     from freebits.report import inspect
     from freebits.verbs import pack, unpack
@@ -37,6 +37,7 @@ __all__ = [
     "slice_model",
     "unpack",
     "verify",
+    "write_report",
 ]
 
 _VERBS = {
@@ -53,6 +54,7 @@ _VERBS = {
     "slice_model": "huggingface",
     "unpack": "verbs",
     "verify": "evaluation",
+    "write_report": "evaluation",
 }
 """Function → module that is imported when it is first asked for: PyTorch and transformers take seconds."""
 

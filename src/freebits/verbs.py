@@ -40,8 +40,7 @@ def pack(
         threshold: of bits-back, the largest error of a decoded word that is left without a correction, by default
             0.01. The paper uses 0.01 for OPT and 0.005 for Llama 2.
         device: where linear algebra runs, in float64 there, too; another gives the same numbers but for roundings.
-        jobs: blocks to work on at once, by default one a thread of PyTorch's, at most four, of blocks above 256 MB
-            one. Memory holds as many, in float64, and one embedding.
+        jobs: blocks at once, in float64; by default one a thread of PyTorch's, at most four, one above 256 MB.
         team: who does the work, if not `jobs` threads of this process: Ray, or processes of a cluster.
         resume: go on with what a stopped run of the same arguments left, block by block.
         sign_with: file of a private key (PEM), with which every file of the folder is signed; see `verify`.
@@ -51,8 +50,7 @@ def pack(
         What `inspect(out)` says; of a process that does not lead nothing.
 
     Raises:
-        UsageError: there is no such codec or device, the threshold is negative or not the codec's, or `jobs` is less
-            than one.
+        UsageError: there is no such codec or device, the threshold is not the codec's, or `jobs` is less than one.
         CheckpointError: the model is not a sound checkpoint, or not sliced, or not in a dtype that the codec knows; or
             `out` exists.
     """

@@ -7,7 +7,7 @@ Needs atheris, which has wheels for Linux and Python 3.11 to 3.13. What it finds
 
 import sys
 
-import atheris  # type: ignore[import-untyped]
+import atheris
 
 with atheris.instrument_imports(include=["freebits.packed", "freebits.codes", "freebits.checkpoint", "freebits.kind"]):
     from tests.fuzz import spoiling

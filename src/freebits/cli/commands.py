@@ -25,7 +25,7 @@ from freebits.cli.output import (
 )
 from freebits.compression import compress
 from freebits.errors import CheckpointError, UsageError, one_line
-from freebits.evaluation import evaluate, verify
+from freebits.evaluation import evaluate, verify, write_report
 from freebits.huggingface import estimate, lowrank, quantize, rotate_model, slice_model
 from freebits.report import inspect
 from freebits.verbs import pack, unpack
@@ -274,6 +274,23 @@ def run_eval(arguments: Namespace) -> int:
                     error = metrics.get(metric.replace(",", "_stderr,") if "," in metric else f"{metric}_stderr")
                     rows.append((task, metric, f"{value:.4f}", "" if error is None else f"{error:.4f}"))
         print_table(rows)
+    return OK
+
+
+def run_report(arguments: Namespace) -> int:
+    """Write a page that shows a folder."""
+    result = write_report(
+        arguments.model,
+        arguments.output,
+        against=arguments.against,
+        text=_text(arguments.text),
+        seq_len=arguments.seq_len,
+        limit=arguments.limit,
+        progress=progress_bar("run"),
+    )
+    if arguments.json:
+        return print_json(result)
+    print(f"{result['page']}: open it in a browser")
     return OK
 
 

@@ -58,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     root.add_argument("--version", action="version", version=f"freebits {__version__}")
     verbs = root.add_subparsers(title="commands", metavar="COMMAND", required=True)
     making = (_compress, _demo, _estimate, _slice, _pack, _quantize, _lowrank, _rotate)
-    for teach in (*making, _unpack, _inspect, _verify, _eval, _batch):
+    for teach in (*making, _unpack, _inspect, _verify, _report, _eval, _batch):
         teach(verbs).add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     return root
 
@@ -326,6 +326,21 @@ def _verify(verbs: Any) -> Any:
     verb.add_argument(
         "--key", metavar="PUBLIC", type=Path, help="first check that all files are what the owner of this key signed"
     )
+    return _measured_on(verb, 8, "windows")
+
+
+def _report(verbs: Any) -> Any:
+    verb = _command(
+        verbs,
+        "report",
+        "write a page that shows a folder: sizes, quality, how it was made",
+        "One HTML file with its charts in it, for a browser, without network. With --against the model it came from, "
+        "both are run block by block, and that model rounded to 8 and to 4 bits, to show where this folder stands. "
+        "Needs pip install 'freebits[report]'.",
+    )
+    _model(verb, "folder of a checkpoint, packed or not", out=False)
+    verb.add_argument("-o", "--output", metavar="PAGE", type=Path, default=Path("report.html"), help="page to write")
+    verb.add_argument("--against", metavar="MODEL", type=Path, help="the model it was made from")
     return _measured_on(verb, 8, "windows")
 
 

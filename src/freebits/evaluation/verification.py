@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.nn.functional import kl_div, log_softmax
 
 from freebits.architecture import Part, Role, Weight
 from freebits.calibration import embedded_text, perplexity
-from freebits.checkpoint import Checkpoint, check_signature, is_adapter, located
+from freebits.checkpoint import Checkpoint, Source, check_signature, is_adapter, located
 from freebits.errors import CheckpointError, UsageError
 from freebits.evaluation.perplexity import WINDOW, loss
 from freebits.huggingface import token_windows, window_logits
@@ -85,7 +86,7 @@ def verify(
     if is_adapter(folder.config):
         return nothing | _same_products(folder, reference) | {"fidelity": fidelity}
     windows = token_windows(folder.path, embedded_text()[1] if text is None else text, seq_len, limit)
-    measured = _compare(reference.path, folder.path, windows, progress)
+    measured = compared(reference.path, folder.path, windows, progress)
     return _judged(measured, fidelity, (kl, ratio))
 
 
@@ -147,9 +148,15 @@ def _same_products(packed: PackedFolder, reference: Checkpoint | PackedFolder) -
     return {"ok": same, "failed": [] if same else ["product"]}
 
 
-def _compare(reference_path: Path, packed_path: Path, windows: Tensor, progress: Progress) -> dict[str, Any]:
-    """What two models make of the same windows: the reference, then the packed one; block by block."""
-    outputs = zip(*(window_logits(path, windows) for path in (reference_path, packed_path)), strict=True)
+def compared(
+    reference_path: Path,
+    packed_path: Path,
+    windows: Tensor,
+    progress: Progress,
+    seen: Callable[[Source], Source] = lambda source: source,
+) -> dict[str, Any]:
+    """What two models make of the same windows: the reference, then the packed one, as `seen`; block by block."""
+    outputs = zip(window_logits(reference_path, windows), window_logits(packed_path, windows, seen), strict=True)
     losses: tuple[list[float], list[float]] = ([], [])
     difference, divergence = torch.tensor(0.0), 0.0
     for done, (window, (reference, decoded)) in enumerate(zip(windows, outputs, strict=True), start=1):

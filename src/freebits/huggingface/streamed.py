@@ -1,11 +1,12 @@
 """What a model makes of a text, with one block in memory, whatever the model's size."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from freebits.checkpoint import Source
 from freebits.errors import UnsupportedModelError
 from freebits.huggingface.blockwise import BlockwiseModel
 from freebits.huggingface.loading import load
@@ -14,7 +15,9 @@ from freebits.report import opened
 
 
 @torch.no_grad()
-def window_logits(path: Path, windows: Tensor) -> Iterator[Tensor]:
+def window_logits(
+    path: Path, windows: Tensor, seen: Callable[[Source], Source] = lambda source: source
+) -> Iterator[Tensor]:
     """The logits for the tokens after the first of each window, (T - 1, V), in float32.
 
     Memory holds a block, the embeddings and the windows' stream; the whole model where it has no blocks to go through.
@@ -22,13 +25,14 @@ def window_logits(path: Path, windows: Tensor) -> Iterator[Tensor]:
     Args:
         path: folder of a dense, sliced or packed checkpoint.
         windows: (windows, T).
+        seen: gives the model in another form, where it can be run block by block.
     """
     source = opened(path)
     try:
         if source.config.get("quantization_config"):
             raise UnsupportedModelError("its numbers are not its weights")  # noqa: TRY301  (as of others below)
         config = known_config(source, path)
-        model = BlockwiseModel(InMemory(source, config), config, torch.device("cpu"))
+        model = BlockwiseModel(InMemory(seen(source), config), config, torch.device("cpu"))
     except UnsupportedModelError:
         whole = load(path, dtype=torch.float32).eval()
         yield from (whole(input_ids=window[None], use_cache=False).logits[0, :-1] for window in windows)

@@ -48,6 +48,14 @@ def groups(folder: Checkpoint | PackedFolder) -> dict[str, int]:
     return {group: size for group, size in sizes.items() if size}
 
 
+def bits_by_tensor(folder: Checkpoint | PackedFolder) -> dict[str, float]:
+    """Name of a tensor → stored bits for each of its numbers, side data counted in."""
+    sizes = dict.fromkeys(folder.kinds, 0)
+    for size, tensor, _ in _uses(folder):
+        sizes[tensor] += size
+    return {name: 8 * size / folder.kinds[name].numel for name, size in sizes.items() if folder.kinds[name].numel}
+
+
 def side_bytes(folder: PackedFolder, part: str) -> int:
     """Bytes of the stored tensors that are that part of a code, entropy-coded or not."""
     return sum(size for size, _, of in _uses(folder) if of == part)

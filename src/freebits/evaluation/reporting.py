@@ -1,0 +1,141 @@
+"""Measure what a report shows, and write it."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freebits.calibration import embedded_text
+from freebits.checkpoint import Source, located
+from freebits.errors import CheckpointError
+from freebits.evaluation.perplexity import WINDOW
+from freebits.evaluation.verification import WINDOWS, compared
+from freebits.huggingface import token_windows
+from freebits.kind import FLOATS, Kind
+from freebits.report import bits_by_tensor, bytes_on_disk, inspect, opened, page
+from freebits.work import Progress, silent
+
+COARSE = (8, 4)
+"""Bits of the models beside which this one is shown."""
+_GROUP, _SCALE_BITS = 32, 16
+
+
+def write_report(
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str] = "report.html",
+    *,
+    against: str | os.PathLike[str] | None = None,
+    text: str | None = None,
+    seq_len: int = WINDOW,
+    limit: int = WINDOWS,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Write a page that shows what a folder holds, how it was made, and how good it still is.
+
+    The page is one file, with its charts in it. What is compared with a model is run block by block on the CPU: the
+    model, the folder, and the model with every matrix rounded to 8 and to 4 bits.
+
+    Args:
+        folder: of a checkpoint, mostly a packed one.
+        out: the page to write; it is replaced.
+        against: the model that the folder was made from; without it nothing is run.
+        text: what to run both on; by default the embedded held-out text.
+        seq_len: tokens a window.
+        limit: use the first so many windows.
+        progress: called after each window of each comparison.
+
+    Returns:
+        `page`, where it is; `size`, bytes of the folder; `against`, what was measured as by `verify`, or None.
+
+    Raises:
+        CheckpointError: a folder is no sound checkpoint, or the page cannot be written.
+        UsageError: matplotlib is missing, or there are no such windows in the text.
+    """
+    path = located(folder)
+    measured = _alone(path)
+    if against is not None:
+        model = located(against)
+        windows = token_windows(model, embedded_text()[1] if text is None else text, seq_len, limit)
+        told = "Python's documentation" if text is None else "the given text"
+        measured |= _against(path, model, windows, progress) | {
+            "text": f"{len(windows)} windows of {seq_len} tokens of {told}"
+        }
+    content = page(f"{path.absolute().name}: what freebits made of it", inspect(path), measured)
+    try:
+        draft = Path(out).with_name(f".{Path(out).name}.draft")
+        draft.write_text(content, encoding="utf-8")
+        draft.replace(out)
+    except OSError as error:
+        raise CheckpointError(f"{out} cannot be written: {error.strerror}") from None
+    return {"page": str(out), "size": measured["size"], "against": measured.get("against")}
+
+
+def _alone(path: Path) -> dict[str, Any]:
+    """What a folder tells without being run."""
+    source = opened(path)
+    bits = {name: of for name, of in bits_by_tensor(source).items() if len(source.kinds[name].shape) == 2}
+    return {"bits": bits, "part": {name: _part(name) for name in source.kinds}, "size": bytes_on_disk(source)}
+
+
+def _against(path: Path, model: Path, windows: Tensor, progress: Progress) -> dict[str, Any]:
+    """What is measured beside the model a folder was made from."""
+    dense, source = opened(model), opened(path)
+    against = compared(model, path, windows, progress)
+    coarse = {}
+    for bits in COARSE:
+        rounded = compared(model, model, windows, progress, partial(Coarse, bits=bits))
+        coarse[str(bits)] = {**rounded, "size": _coarse_bytes(dense.kinds, bits)}
+    errors = {}
+    if source.kinds.keys() == dense.kinds.keys():
+        for name, kind in dense.kinds.items():
+            if len(kind.shape) == 2 and kind == source.kinds[name] and kind.code in FLOATS:
+                true = dense[name].double()
+                errors[name] = ((source[name].double() - true).norm() / true.norm()).item()
+    return {"against": against, "coarse": coarse, "errors": errors}
+
+
+@dataclass(frozen=True)
+class Coarse:
+    """A model with every matrix rounded to the nearest of few steps, in groups of 32. Implements `Source`."""
+
+    source: Source
+    bits: int
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """What `config.json` says of the model."""
+        return self.source.config
+
+    @property
+    def kinds(self) -> Mapping[str, Kind]:
+        """The tensors."""
+        return self.source.kinds
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor called `name`, rounded if it is a matrix."""
+        tensor = self.source[name]
+        if tensor.ndim < 2 or not tensor.is_floating_point() or tensor.shape[-1] % _GROUP:
+            return tensor
+        groups = tensor.float().unflatten(-1, (-1, _GROUP))
+        most = 2 ** (self.bits - 1) - 1
+        scales = (groups.abs().amax(-1, keepdim=True) / most).half().float().clamp_min(torch.finfo(torch.half).tiny)
+        return ((groups / scales).round().clamp(-most, most) * scales).flatten(-2).to(tensor.dtype)
+
+
+def _coarse_bytes(kinds: Mapping[str, Kind], bits: int) -> int:
+    """What a file of such a model takes, less its header."""
+    matrices = [kind for kind in kinds.values() if len(kind.shape) > 1 and kind.code in FLOATS]
+    of_matrices = sum(kind.numel * (bits + _SCALE_BITS / _GROUP) / 8 for kind in matrices)
+    return round(of_matrices + sum(kind.n_bytes for kind in kinds.values() if kind not in matrices))
+
+
+def _part(name: str) -> tuple[int, str]:
+    """Block and role of a tensor, as its name tells them; block -1 is what is in none."""
+    words = name.removesuffix(".weight").split(".")
+    numbers = [int(word) for word in words if word.isdigit()]
+    return (numbers[0] if numbers else -1), words[-1] if words[-1] not in ("down", "up") else ".".join(words[-2:])

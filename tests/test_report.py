@@ -1,0 +1,113 @@
+"""A report is one page that holds everything, says what was measured, and takes what a folder says for text."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import freebits
+from freebits import CheckpointError
+from freebits.checkpoint import Checkpoint
+from freebits.cli import main
+from freebits.evaluation.reporting import Coarse
+from tests.tiny import Make, random_text, redigest
+
+VOID = {"meta", "path", "use", "line", "circle", "rect", "br"}
+
+
+class Nested(HTMLParser):
+    """Whether tags close as they open; texts and what is linked to."""
+
+    def __init__(self, content: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.texts: list[str] = []
+        self.tags: set[str] = set()
+        self.links: list[str] = []
+        self.feed(content)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.links += [value or "" for key, value in attrs if key in ("href", "src", "xlink:href")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+@pytest.fixture
+def quantised(save_tiny: Make, tmp_path: Path) -> Path:
+    freebits.quantize(save_tiny(), tmp_path / "small", bits=5, calibration=random_text(600), samples=4, seq_len=32)
+    return tmp_path / "small"
+
+
+def test_a_page_holds_what_it_shows(quantised: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text").write_text(random_text(400))
+    page = tmp_path / "page.html"
+    command = ["report", str(quantised), "--against", str(tmp_path / "dense"), "-o", str(page)]
+    assert main([*command, "--text", str(tmp_path / "text"), "--seq-len", "32", "--limit", "4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    content = page.read_text(encoding="utf-8")
+    parsed = Nested(content)
+    told = " ".join(parsed.texts)
+    assert parsed.tags.isdisjoint({"script", "link", "img", "iframe"})
+    assert all(link.startswith("#") for link in parsed.links)
+    assert not re.search(r"https?://(?!www\.w3\.org)", content)
+    assert f"{found['against']['ratio']:.5f}" in told
+    assert f"{found['against']['perplexity']['reference']:.4f}" in told
+    assert "bits=5" in told
+    for section in ("Size, step by step", "What the bytes are for", "Quality", "Bits of each matrix", "Error of each"):
+        assert section in told
+    assert content.count("<svg") == 5
+    ratio = freebits.verify(quantised, against=tmp_path / "dense", text=random_text(400), seq_len=32, limit=4)["ratio"]
+    assert found["against"]["ratio"] == pytest.approx(ratio)
+
+
+def test_a_folder_alone_is_shown_without_being_run(quantised: Path, tmp_path: Path) -> None:
+    result = freebits.write_report(quantised, tmp_path / "page.html")
+    assert result["against"] is None
+    assert "Quality" not in (tmp_path / "page.html").read_text(encoding="utf-8")
+    freebits.write_report(tmp_path / "dense", tmp_path / "page.html")  # what has no history has a page, too
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "page.html", "small"]
+
+
+def test_what_a_folder_says_of_itself_is_text(quantised: Path, tmp_path: Path) -> None:
+    foul = "</pre><script>alert(1)</script>"
+    redigest(quantised, lambda manifest: manifest["history"][0].update({foul: foul, "move": foul}))
+    freebits.write_report(quantised, tmp_path / "page.html")
+    content = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "<script" not in content
+    assert "script" not in Nested(content).tags
+
+
+def test_a_page_that_cannot_be_written_is_said(quantised: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        freebits.write_report(quantised, tmp_path / "nowhere" / "page.html")
+
+
+def test_coarse_models_are_rounded_in_groups(save_tiny: Make) -> None:
+    dense: Any = Checkpoint(save_tiny(dtype=torch.float32))
+    errors = []
+    for bits in (4, 8):
+        rounded = Coarse(dense, bits)
+        name = "model.layers.0.mlp.up_proj.weight"
+        groups = rounded[name].unflatten(-1, (-1, 32))
+        assert all(len(group.unique()) <= 2**bits - 1 for group in groups.flatten(0, 1))
+        errors.append((rounded[name] - dense[name]).norm() / dense[name].norm())
+        assert torch.equal(rounded["model.norm.weight"], dense["model.norm.weight"])
+    assert errors[1] < 0.01 < errors[0] < 0.15
