@@ -26,6 +26,7 @@ p, figcaption { color: var(--soft); margin: .3rem 0 .8rem; }
 figure { margin: 0; }
 .wide { overflow-x: auto; }
 svg { width: 100%; max-width: 38rem; height: auto; color: var(--ink); font-family: inherit; }
+svg text { fill: currentColor; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { text-align: right; padding: .3rem .5rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
