@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -428,3 +429,31 @@ def test_a_closed_stdout_is_no_traceback(dense: Path) -> None:
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)  # noqa: S602
     assert "Traceback" not in done.stderr
     assert done.returncode in (0, 2)
+
+
+def test_how_much_is_said_is_a_choice(
+    save_tiny: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    dense = str(save_tiny())
+    command = ["pack", dense, str(tmp_path / "out"), "--codec", "none"]
+    assert main([*command, "--quiet"]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert main([*command, "--quiet"]) == 2  # it is there already
+    assert capsys.readouterr().err.count("\n") == 1
+    assert main(["unpack", str(tmp_path / "out"), str(tmp_path / "plain"), "--verbose"]) == 0
+    assert re.search(r"^\d{4}-\d\d-\d\d \S+ unpack: (\d+) of \1$", capsys.readouterr().err, re.MULTILINE)
+    assert main(["inspect", dense]) == 0  # and the next is as always
+    said = capsys.readouterr()
+    assert "dense" in said.out
+    assert said.err == ""
+    with pytest.raises(SystemExit):
+        main([*command, "--quiet", "--verbose"])
+    assert not caplog.records or all(record.levelname == "INFO" for record in caplog.records)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_a_shell_learns_every_verb(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", shell]) == 0
+    told = capsys.readouterr().out
+    for word in ("compress", "quantize", "report", "--target-size", "--codec", "canonical"):
+        assert word in told

@@ -24,8 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a terminal that has no delta
     arguments = build_parser().parse_args(argv)
     try:
-        run = getattr(importlib.import_module("freebits.cli.commands"), arguments.run)
-        code = int(run(arguments))
+        commands, output = (importlib.import_module(f"freebits.cli.{name}") for name in ("commands", "output"))
+        with output.speaking(quiet=vars(arguments).get("quiet", False), verbose=vars(arguments).get("verbose", False)):
+            code = int(getattr(commands, arguments.run)(arguments))
         if sys.stdout is not None:  # closed by whoever started us
             sys.stdout.flush()
     except FreebitsError as error:

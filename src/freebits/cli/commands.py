@@ -23,6 +23,7 @@ from freebits.cli.output import (
     print_table,
     progress_bar,
 )
+from freebits.cli.parser import build_parser
 from freebits.compression import compress
 from freebits.errors import CheckpointError, UsageError, one_line
 from freebits.evaluation import evaluate, verify, write_report
@@ -291,6 +292,16 @@ def run_report(arguments: Namespace) -> int:
     if arguments.json:
         return print_json(result)
     print(f"{result['page']}: open it in a browser")
+    return OK
+
+
+def run_completion(arguments: Namespace) -> int:
+    """Print what a shell needs to complete commands."""
+    try:
+        import shtab
+    except ImportError:
+        raise UsageError("completion takes the package shtab: pip install 'freebits[completion]'") from None
+    print(shtab.complete(build_parser(), arguments.shell))
     return OK
 
 

@@ -1,15 +1,21 @@
 """Tables, JSON and progress bars."""
 
 import json
+import logging
 import math
+import os
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from freebits.errors import one_line
 from freebits.report import change
-from freebits.work import Progress
+from freebits.work import Progress, silent
 
 Row = tuple[str, ...]
 
@@ -115,8 +121,34 @@ def print_table(rows: list[Row]) -> None:
         print("  ".join(cells).rstrip())
 
 
+_log = logging.getLogger("freebits")
+_LINES_EVERY = 10.0
+"""Seconds between two lines for a log."""
+
+
+@contextmanager
+def speaking(*, quiet: bool, verbose: bool) -> Iterator[None]:
+    """Say nothing but errors, or lines for a log, for as long as this lasts."""
+    handler = logging.StreamHandler(sys.stderr) if verbose else None
+    if handler:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        _log.addHandler(handler)
+    _log.setLevel(logging.ERROR if quiet else logging.INFO if verbose else logging.NOTSET)
+    try:
+        with Path(os.devnull).open("w") if quiet else nullcontext(sys.stdout) as out, redirect_stdout(out):
+            yield
+    finally:
+        _log.setLevel(logging.NOTSET)
+        if handler:
+            _log.removeHandler(handler)
+
+
 def progress_bar(step: str) -> Progress:
-    """A bar on stderr for a step that takes over a second; silent where nobody watches."""
+    """A bar on stderr for a step that takes over a second; silent where nobody watches, unless lines are wanted."""
+    if _log.isEnabledFor(logging.INFO):
+        return _progress_lines(step)
+    if not _log.isEnabledFor(logging.WARNING):
+        return silent
 
     def new() -> Any:
         return tqdm(desc=step, disable=None, leave=False, delay=1, file=sys.stderr)
@@ -131,5 +163,18 @@ def progress_bar(step: str) -> Progress:
         bar.update(done - bar.n)
         if done == total:
             bar.close()
+
+    return show
+
+
+def _progress_lines(step: str) -> Progress:
+    """A line every ten seconds, and one at the end."""
+    said = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        nonlocal said
+        if done == total or time.monotonic() - said > _LINES_EVERY:
+            said = time.monotonic()
+            _log.info("%s: %d of %d", step, done, total)
 
     return show

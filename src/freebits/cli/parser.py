@@ -59,8 +59,17 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = root.add_subparsers(title="commands", metavar="COMMAND", required=True)
     making = (_compress, _demo, _estimate, _slice, _pack, _quantize, _lowrank, _rotate)
     for teach in (*making, _unpack, _inspect, _verify, _report, _eval, _batch):
-        teach(verbs).add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+        _says(teach(verbs))
+    _completion(verbs)
     return root
+
+
+def _says(verb: Any) -> None:
+    """How much a verb says."""
+    group = verb.add_argument_group("what it says").add_mutually_exclusive_group()
+    group.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    group.add_argument("--quiet", action="store_true", help="nothing but errors; the exit code tells")
+    group.add_argument("--verbose", action="store_true", help="lines with the time for a log, in the place of a bar")
 
 
 def _compress(verbs: Any) -> Any:
@@ -342,6 +351,17 @@ def _report(verbs: Any) -> Any:
     verb.add_argument("-o", "--output", metavar="PAGE", type=Path, default=Path("report.html"), help="page to write")
     verb.add_argument("--against", metavar="MODEL", type=Path, help="the model it was made from")
     return _measured_on(verb, 8, "windows")
+
+
+def _completion(verbs: Any) -> None:
+    verb = _command(
+        verbs,
+        "completion",
+        "print what a shell needs to complete commands and options",
+        "For bash: freebits completion bash > ~/.local/share/bash-completion/completions/freebits. For zsh: into a "
+        "file _freebits in a folder of fpath. Needs pip install 'freebits[completion]'.",
+    )
+    verb.add_argument("shell", choices=("bash", "zsh", "tcsh"))
 
 
 def _eval(verbs: Any) -> Any:
