@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: install demo test lint torture fuzz clean
+.PHONY: install demo test lint site torture fuzz clean
 
 install: $(READY)
 
@@ -25,6 +25,10 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The documentation, into .site; warnings are errors.
+site: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 # An hour, as root on Linux (it mounts small file systems): docs/reliability.md. TORTURE may name other environments.
 torture: $(READY)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m tests.torture $(TORTURE)
@@ -38,4 +42,4 @@ fuzz: $(READY)
 	  .fuzz/bin/python -m tests.fuzz .fuzz/corpus -artifact_prefix=.fuzz/ -max_len=400 -max_total_time=600
 
 clean:
-	rm -rf .venv .fuzz .mypy_cache .pytest_cache .ruff_cache dist
+	rm -rf .venv .fuzz .site .mypy_cache .pytest_cache .ruff_cache dist

@@ -29,17 +29,33 @@ def test_the_readmes_commands_and_its_example_run(
     save_tiny("MODEL", hidden_size=64, intermediate_size=160, max_position_embeddings=512)
     (tmp_path / "text.txt").write_text(random_text(64 * 512 + 1000))
     commands = [line for snippet in snippets("bash") for line in snippet.splitlines() if line.startswith("freebits ")]
-    verbs = ["estimate", "compress", "unpack", "quantize", "slice", "pack", "verify", "inspect", "unpack"]
+    verbs = ["estimate", "compress", "unpack", "quantize", "slice", "pack", "verify", "inspect", "report", "unpack"]
     verbs += ["lowrank", "pack"]
     assert [command.split()[1] for command in commands] == verbs
     for command in commands:
-        extra = ["--text", "text.txt", "--limit", "1"] if "verify" in command else []
+        measures = {"verify", "report"} & {*command.split()}
+        extra = ["--text", "text.txt", "--limit", "1"] if measures else []
         code = main([*shlex.split(command, comments=True)[1:], *extra])
         assert code == 0 or (code == 1 and extra), command  # a tiny random model may differ by more than 1 %
     [example] = snippets("python")
     capsys.readouterr()
     exec(compile(example, "README.md", "exec"), {})  # noqa: S102  (the example under test)
     assert len(capsys.readouterr().out.split()) > 10
+
+
+def test_the_commands_to_choose_from_run(
+    save_tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_tiny("MODEL", hidden_size=64, intermediate_size=160, max_position_embeddings=512)
+    (tmp_path / "text.txt").write_text(random_text(4 * 512 + 100))
+    page = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
+    commands = re.findall(r"```bash\n(.*?)\n```", page, flags=re.DOTALL)
+    assert [command.split()[1] for command in commands] == ["compress", "pack", "compress", "report"]
+    for command in commands:
+        calibrated = ["--calibration", "text.txt"] if "--max-kl" in command else []
+        extra = ["--text", "text.txt"] if {"report", "--max-kl"} & {*command.split()} else []
+        assert main([*shlex.split(command)[1:], *calibrated, *extra]) == 0, command
 
 
 def shape(text: str) -> list[str]:
