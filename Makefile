@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: install demo test lint site torture fuzz clean
+.PHONY: install demo test lint site versions torture fuzz clean
 
 install: $(READY)
 
@@ -29,6 +29,10 @@ lint: $(READY)
 site: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
+# Oldest and newest packages, as many Pythons as are here; gigabytes.
+versions: $(READY)
+	$(BIN)/python -m tests.versions .versions
+
 # An hour, as root on Linux (it mounts small file systems): docs/reliability.md. TORTURE may name other environments.
 torture: $(READY)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m tests.torture $(TORTURE)
@@ -42,4 +46,4 @@ fuzz: $(READY)
 	  .fuzz/bin/python -m tests.fuzz .fuzz/corpus -artifact_prefix=.fuzz/ -max_len=400 -max_total_time=600
 
 clean:
-	rm -rf .venv .fuzz .site .mypy_cache .pytest_cache .ruff_cache dist
+	rm -rf .venv .versions .fuzz .site .mypy_cache .pytest_cache .ruff_cache dist
