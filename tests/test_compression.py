@@ -1,6 +1,7 @@
 """One command: the plan, the target, the check, the card."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 from huggingface_hub import metadata_load
 
 import freebits
+from freebits import CheckpointError
 from freebits.checkpoint import Checkpoint
 from freebits.cli import main
 from freebits.report import TYPICAL_ENTROPY, bytes_on_disk
@@ -132,3 +134,19 @@ def test_the_command_says_what_it_did(dense: Path, tmp_path: Path, capsys: pytes
     ladder = json.loads(capsys.readouterr().out)["bytes"]
     assert ladder["dense"] > ladder["lossless"] > ladder["8 bits"] > ladder["3 bits"]
     assert {"sliced 10 %", "sliced 20 %", "sliced 30 %"} <= ladder.keys()
+
+
+def test_a_model_that_changes_meanwhile_is_not_compressed(
+    save_tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, verify = save_tiny(), freebits.verify
+
+    def changed(*arguments: Any, **options: Any) -> dict[str, Any]:
+        found = verify(*arguments, **options)
+        os.utime(dense / "model.safetensors", (0, 0))  # after everything was read from it
+        return found
+
+    monkeypatch.setattr("freebits.compression.verify", changed)
+    with pytest.raises(CheckpointError, match="was changed while it was read"):
+        freebits.compress(dense, tmp_path / "out", lossless=True)
+    assert not (tmp_path / "out").exists()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from freebits.calibration import embedded_text
-from freebits.checkpoint import Checkpoint, located, new_directory, original, sign
+from freebits.checkpoint import Checkpoint, located, new_directory, original, sign, unchanged
 from freebits.errors import CheckpointError, UsageError
 from freebits.evaluation import verify
 from freebits.huggingface import WINDOW, Goal, prepare, token_windows
@@ -107,7 +107,8 @@ def compress(
         return {"plan": asdict(plan)}
     started = time.perf_counter()
     with new_directory(out) as directory:
-        measured = _made(plan, folder, directory, (calibration, text), device, jobs, force, progress)
+        with unchanged(folder):
+            measured = _made(plan, folder, directory, (calibration, text), device, jobs, force, progress)
         write_card(directory, folder, measured)
         if sign_with is not None:
             sign(directory, sign_with)

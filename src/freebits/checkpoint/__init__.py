@@ -14,7 +14,7 @@ from freebits.checkpoint.beside import (
     stays_inside,
     write_remote_code,
 )
-from freebits.checkpoint.drafts import Task, text_digest
+from freebits.checkpoint.drafts import Task, text_digest, unchanged
 from freebits.checkpoint.folder import (
     ADAPTER,
     ADAPTER_STEM,
@@ -79,6 +79,7 @@ __all__ = [
     "sign",
     "stays_inside",
     "text_digest",
+    "unchanged",
     "url_of",
     "write_json",
     "write_remote_code",

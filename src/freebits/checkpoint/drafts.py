@@ -1,7 +1,8 @@
 """What a draft is the beginning of, so that the same command can go on with it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from freebits.errors import CheckpointError
 from freebits.version import __version__
 from freebits.work import Desk, Team
 
@@ -38,10 +40,7 @@ class Task:
     @property
     def facts(self) -> str:
         """What must agree before a run goes on with what another began: the command, the source, the software."""
-        files = sorted(
-            file for file in self.source.glob("*") if file.suffix in (".json", ".safetensors") and file.is_file()
-        )
-        states = [(file.name, (of := file.stat()).st_size, of.st_mtime_ns) for file in files]
+        states = _states(self.source)
         versions = {"freebits": __version__, "torch": torch.__version__}
         told = {"verb": self.verb, "arguments": dict(self.arguments), "source": states, **versions}
         return json.dumps(told, indent=2, sort_keys=True, default=str)
@@ -62,6 +61,25 @@ class Task:
         if not self.began(draft):
             (draft / UNFINISHED / _TASK).write_text(self.facts, encoding="utf-8")
         return desk
+
+
+@contextmanager
+def unchanged(source: Path) -> Iterator[None]:
+    """Several steps that read a folder, which together make sense only if it is the same for all of them.
+
+    Raises:
+        CheckpointError: it was changed meanwhile.
+    """
+    before = _states(source)
+    yield
+    if _states(source) != before:
+        raise CheckpointError(f"{source} was changed while it was read: try again when nothing writes to it")
+
+
+def _states(source: Path) -> list[tuple[str, int, int]]:
+    """Of the files that make a model: name, size and time."""
+    files = sorted(file for file in source.glob("*") if file.suffix in (".json", ".safetensors") and file.is_file())
+    return [(file.name, (of := file.stat()).st_size, of.st_mtime_ns) for file in files]
 
 
 def text_digest(text: str | None) -> str | None:

@@ -22,8 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that has no delta
-    arguments = build_parser().parse_args(argv)
     try:
+        arguments = build_parser().parse_args(argv)
         commands, output = (importlib.import_module(f"freebits.cli.{name}") for name in ("commands", "output"))
         with output.speaking(quiet=vars(arguments).get("quiet", False), verbose=vars(arguments).get("verbose", False)):
             code = int(getattr(commands, arguments.run)(arguments))
