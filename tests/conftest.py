@@ -1,11 +1,14 @@
 """Fixtures: tiny random models, made once a run and copied; one sliced, packed and unpacked SmolLM2 a run."""
 
 import hashlib
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin take a busy machine's cores from each other
 
 import pytest
 import torch
