@@ -57,8 +57,10 @@ def started(function: Callable[[], int], log: Path) -> Child:
     """A child that runs a function and exits with what it returns."""
     sys.stdout.flush()
     sys.stderr.flush()
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # until the child is at what it is made for
     pid = os.fork()
     if pid:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         return Child(pid, log)
     code = TRACEBACK
     try:
@@ -86,6 +88,10 @@ def command(argv: Sequence[str], log: Path, before: Callable[[], object] | None 
 
         if before:
             before()
+        try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        except KeyboardInterrupt:  # it came before anything of ours ran
+            return 128 + signal.SIGINT
         return main(list(argv))
 
     return started(run, log)
