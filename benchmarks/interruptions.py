@@ -26,8 +26,8 @@ from freebits.huggingface.demo_model import demo_model
 HEADER = ("verb", "how", "interruptions", "finished pieces found again", "seconds of the plain run", "result")
 WORLD = 3
 SAMPLES = {
-    "slice": ["--sparsity", "0.2", "--samples", "8", "--seq-len", "256", "--force"],
-    "quantize": ["--bits", "4", "--samples", "8"],
+    "slice": ["--sparsity", "0.2", "--samples", "4", "--seq-len", "256", "--force"],
+    "quantize": ["--bits", "4", "--samples", "2"],
 }
 
 
