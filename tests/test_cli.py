@@ -448,7 +448,7 @@ def test_how_much_is_said_is_a_choice(
     assert said.err == ""
     with pytest.raises(SystemExit):
         main([*command, "--quiet", "--verbose"])
-    assert not caplog.records or all(record.levelname == "INFO" for record in caplog.records)
+    assert [record.levelname for record in caplog.records] == ["INFO"]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])

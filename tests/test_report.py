@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import freebits
-from freebits import CheckpointError
+from freebits import CheckpointError, UnsupportedModelError
 from freebits.checkpoint import Checkpoint
 from freebits.cli import main
 from freebits.evaluation.reporting import Coarse
@@ -88,16 +89,49 @@ def test_a_folder_alone_is_shown_without_being_run(quantised: Path, tmp_path: Pa
 
 def test_what_a_folder_says_of_itself_is_text(quantised: Path, tmp_path: Path) -> None:
     foul = "</pre><script>alert(1)</script>"
-    redigest(quantised, lambda manifest: manifest["history"][0].update({foul: foul, "move": foul}))
+    odd = {foul: foul, "move": foul, "bytes": {"dense": 10**400, "sliced": True, foul: -1}}
+    redigest(quantised, lambda manifest: manifest["history"][0].update(odd))
     freebits.write_report(quantised, tmp_path / "page.html")
     content = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "<script" not in content
     assert "script" not in Nested(content).tags
 
 
+@pytest.mark.parametrize(
+    "name", ["a.$\\frac$.weight", "layers.²._x", "layers.99999999999.漢字\u202e", "x" * 3000 + "$"]
+)
+def test_names_of_tensors_are_text(name: str, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "none of ours"}')
+    save_file({name: torch.ones(2, 2)}, tmp_path / "model" / "model.safetensors")
+    freebits.write_report(tmp_path / "model", tmp_path / "page.html")
+    Nested((tmp_path / "page.html").read_text(encoding="utf-8"))
+
+
+def test_errors_are_shown_where_the_basis_is_the_same(save_tiny: Make, tmp_path: Path) -> None:
+    freebits.pack(save_tiny(), tmp_path / "packed")
+    freebits.write_report(tmp_path / "packed", tmp_path / "page.html", against=tmp_path / "dense", seq_len=8, limit=1)
+    assert "Error of each matrix" not in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_a_model_that_runs_only_whole_has_nothing_coarse_beside_it(
+    quantised: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise UnsupportedModelError("no blocks")
+
+    monkeypatch.setattr("freebits.huggingface.streamed.BlockwiseModel", refused)
+    result = freebits.write_report(
+        quantised, tmp_path / "page.html", against=tmp_path / "dense", text=random_text(60), seq_len=8, limit=1
+    )
+    assert result["against"]["ratio"] > 0
+    assert "8 bits" not in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
 def test_a_page_that_cannot_be_written_is_said(quantised: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="cannot be written"):
-        freebits.write_report(quantised, tmp_path / "nowhere" / "page.html")
+    for out in (tmp_path / "nowhere" / "page.html", tmp_path, "/", "."):
+        with pytest.raises(CheckpointError, match="cannot be written"):
+            freebits.write_report(quantised, out)
 
 
 def test_coarse_models_are_rounded_in_groups(save_tiny: Make) -> None:
@@ -110,4 +144,9 @@ def test_coarse_models_are_rounded_in_groups(save_tiny: Make) -> None:
         assert all(len(group.unique()) <= 2**bits - 1 for group in groups.flatten(0, 1))
         errors.append((rounded[name] - dense[name]).norm() / dense[name].norm())
         assert torch.equal(rounded["model.norm.weight"], dense["model.norm.weight"])
+        narrow: Any = {name: dense[name][:, :24]}
+        cut = Coarse(narrow, bits)[name]
+        narrow[name] = cut
+        assert torch.equal(Coarse(narrow, bits)[name], cut)
+        assert len(cut.unique()) < cut.numel() / 2 or bits == 8
     assert errors[1] < 0.01 < errors[0] < 0.15

@@ -38,9 +38,10 @@ def main() -> int:
         start = time.monotonic()
         tests = [str(ROOT / "tests" / f"test_{file}.py") for file in FILES.split()]
         command = [str(made), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not smollm2", *tests]
-        told = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT).stdout
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+        told = done.stdout
         counts = {what: re.findall(rf"(\d+) {what}", told) or ["0"] for what in ("passed", "failed", "error")}
-        failed = int(counts["failed"][-1]) + int(counts["error"][-1])
+        failed = int(counts["failed"][-1]) + int(counts["error"][-1]) or int(done.returncode != 0)
         figures = (counts["passed"][-1], str(failed), f"{time.monotonic() - start:.0f}")
         rows.append((name, *versions(made), *figures))
         print(rows[-1], *re.findall(r"^(?:FAILED|ERROR) .*", told, re.MULTILINE), sep="\n")  # noqa: T201

@@ -32,6 +32,8 @@ DTYPES = {
 }
 """The safetensors names of the dtypes that PyTorch computes with."""
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
+CPU = torch.device("cpu")
+"""Where tensors lie unless it is said."""
 HALVES = ("F16", "BF16")
 FLOATS = (*HALVES, "F32", "F64")
 _BITS = {code: 8 * dtype.itemsize for code, dtype in DTYPES.items()} | {

@@ -39,7 +39,7 @@ def pack(
         entropy: `auto` entropy-codes what gains by it, bit for bit; `none` leaves it.
         threshold: of bits-back, the largest error of a decoded word that is left without a correction, by default
             0.01. The paper uses 0.01 for OPT and 0.005 for Llama 2.
-        device: where linear algebra runs, in float64 there, too; another gives the same numbers but for roundings.
+        device: where linear algebra runs, in float64 there, too; the result is as close to the model, to its last bits.
         jobs: blocks at once, in float64; by default one a thread of PyTorch's, at most four, one above 256 MB.
         team: who does the work, if not `jobs` threads of this process: Ray, or processes of a cluster.
         resume: go on with what a stopped run of the same arguments left, block by block.

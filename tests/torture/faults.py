@@ -95,6 +95,7 @@ class Place:
         """Count a run that was hindered; it may also end with one more exit code."""
         out = out or self.out
         finding.times += 1
+        ended = Ended(ended.code, ended.said.replace(str(Path.home()), "~").replace(str(self.scratch), ""))
         if not (ended.in_one_line or ended.code in STOPPED | {also}):
             finding.tracebacks += 1
             finding.notes.append(f"{self.name}: exit {ended.code}: {' '.join(ended.said.split())[-300:]}")

@@ -72,7 +72,11 @@ def unchanged(source: Path) -> Iterator[None]:
     """
     before = _states(source)
     yield
-    if _states(source) != before:
+    try:
+        after = _states(source)
+    except FileNotFoundError:
+        after = []
+    if after != before:
         raise CheckpointError(f"{source} was changed while it was read: try again when nothing writes to it")
 
 

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not any(said in str(error) for said in _NO_MEMORY):
             raise
-        return _refuse(FreebitsError("out of memory: with --jobs 1 less is held at once"))
+        return _refuse(FreebitsError("out of memory: where there is --jobs, less is held at once with --jobs 1"))
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except BrokenPipeError:

@@ -135,7 +135,10 @@ def speaking(*, quiet: bool, verbose: bool) -> Iterator[None]:
         _log.addHandler(handler)
     _log.setLevel(logging.ERROR if quiet else logging.INFO if verbose else logging.NOTSET)
     try:
-        with Path(os.devnull).open("w") if quiet else nullcontext(sys.stdout) as out, redirect_stdout(out):
+        with (
+            Path(os.devnull).open("w", encoding="utf-8", errors="replace") if quiet else nullcontext(sys.stdout) as out,
+            redirect_stdout(out),
+        ):
             yield
     finally:
         _log.setLevel(logging.NOTSET)

@@ -24,10 +24,9 @@ from freebits.codes.rotation_words import (
     with_signs,
     words_from_rotation,
 )
-from freebits.kind import HALVES, Kind
+from freebits.kind import CPU, HALVES, Kind
 
 THRESHOLD = 0.01
-CPU = torch.device("cpu")
 MESSAGE, MATRIX, SIGNS, CORRECTIONS = "message", "matrix", "signs", "corrections"
 _N_SUMS = 4
 _TOLERANCE = 2.0**-10

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,20 +10,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from freebits.calibration import embedded_text
-from freebits.checkpoint import Source, located
-from freebits.errors import CheckpointError
+from freebits.checkpoint import Checkpoint, Source, located
+from freebits.errors import CheckpointError, UnsupportedModelError
 from freebits.evaluation.perplexity import WINDOW
 from freebits.evaluation.verification import WINDOWS, compared
 from freebits.huggingface import token_windows
 from freebits.kind import FLOATS, Kind
-from freebits.report import bits_by_tensor, bytes_on_disk, inspect, opened, page
+from freebits.options import METHODS, NONE
+from freebits.packed import history_of
+from freebits.report import bits_by_tensor, bytes_on_disk, check_charts, inspect, opened, page
 from freebits.work import Progress, silent
 
 COARSE = (8, 4)
 """Bits of the models beside which this one is shown."""
 _GROUP, _SCALE_BITS = 32, 16
+_DIGITS = 6
+"""A number with so many is no block's."""
 
 
 def write_report(
@@ -56,6 +62,10 @@ def write_report(
         CheckpointError: a folder is no sound checkpoint, or the page cannot be written.
         UsageError: matplotlib is missing, or there are no such windows in the text.
     """
+    check_charts()
+    page_at = Path(out)
+    if not page_at.name or page_at.is_dir() or not page_at.absolute().parent.is_dir():
+        raise CheckpointError(f"{out} cannot be written: give the name of a file in a folder that is there")
     path = located(folder)
     measured = _alone(path)
     if against is not None:
@@ -66,11 +76,12 @@ def write_report(
             "text": f"{len(windows)} windows of {seq_len} tokens of {told}"
         }
     content = page(f"{path.absolute().name}: what freebits made of it", inspect(path), measured)
+    draft = page_at.with_name(f".{page_at.name}.draft")
     try:
-        draft = Path(out).with_name(f".{Path(out).name}.draft")
         draft.write_text(content, encoding="utf-8")
-        draft.replace(out)
+        draft.replace(page_at)
     except OSError as error:
+        draft.unlink(missing_ok=True)
         raise CheckpointError(f"{out} cannot be written: {error.strerror}") from None
     return {"page": str(out), "size": measured["size"], "against": measured.get("against")}
 
@@ -87,11 +98,14 @@ def _against(path: Path, model: Path, windows: Tensor, progress: Progress) -> di
     dense, source = opened(model), opened(path)
     against = compared(model, path, windows, progress)
     coarse = {}
-    for bits in COARSE:
-        rounded = compared(model, model, windows, progress, partial(Coarse, bits=bits))
-        coarse[str(bits)] = {**rounded, "size": _coarse_bytes(dense.kinds, bits)}
+    with suppress(UnsupportedModelError):
+        for bits in COARSE:
+            rounded = compared(model, model, windows, progress, partial(Coarse, bits=bits))
+            coarse[str(bits)] = {**rounded, "size": _coarse_bytes(dense.kinds, bits)}
     errors = {}
-    if source.kinds.keys() == dense.kinds.keys():
+    before = history_of(dense.config) if isinstance(dense, Checkpoint) else dense.manifest.history
+    after = history_of(source.config) if isinstance(source, Checkpoint) else source.manifest.history
+    if {move.get("move") for move in after[len(before) :]} <= {*METHODS, NONE}:  # others change the basis
         for name, kind in dense.kinds.items():
             if len(kind.shape) == 2 and kind == source.kinds[name] and kind.code in FLOATS:
                 true = dense[name].double()
@@ -119,12 +133,13 @@ class Coarse:
     def __getitem__(self, name: str) -> Tensor:
         """The tensor called `name`, rounded if it is a matrix."""
         tensor = self.source[name]
-        if tensor.ndim < 2 or not tensor.is_floating_point() or tensor.shape[-1] % _GROUP:
+        if tensor.ndim < 2 or not tensor.is_floating_point():
             return tensor
-        groups = tensor.float().unflatten(-1, (-1, _GROUP))
+        width = tensor.shape[-1]
+        groups = pad(tensor.float(), (0, -width % _GROUP)).unflatten(-1, (-1, _GROUP))
         most = 2 ** (self.bits - 1) - 1
         scales = (groups.abs().amax(-1, keepdim=True) / most).half().float().clamp_min(torch.finfo(torch.half).tiny)
-        return ((groups / scales).round().clamp(-most, most) * scales).flatten(-2).to(tensor.dtype)
+        return ((groups / scales).round().clamp(-most, most) * scales).flatten(-2)[..., :width].to(tensor.dtype)
 
 
 def _coarse_bytes(kinds: Mapping[str, Kind], bits: int) -> int:
@@ -137,5 +152,5 @@ def _coarse_bytes(kinds: Mapping[str, Kind], bits: int) -> int:
 def _part(name: str) -> tuple[int, str]:
     """Block and role of a tensor, as its name tells them; block -1 is what is in none."""
     words = name.removesuffix(".weight").split(".")
-    numbers = [int(word) for word in words if word.isdigit()]
+    numbers = [int(word) for word in words if word.isdecimal() and len(word) < _DIGITS]
     return (numbers[0] if numbers else -1), words[-1] if words[-1] not in ("down", "up") else ".".join(words[-2:])

@@ -153,7 +153,7 @@ def compared(
     packed_path: Path,
     windows: Tensor,
     progress: Progress,
-    seen: Callable[[Source], Source] = lambda source: source,
+    seen: Callable[[Source], Source] | None = None,
 ) -> dict[str, Any]:
     """What two models make of the same windows: the reference, then the packed one, as `seen`; block by block."""
     outputs = zip(window_logits(reference_path, windows), window_logits(packed_path, windows, seen), strict=True)

@@ -114,7 +114,8 @@ def write_rounded(
                 excess = rolling.spend(amount, 8.0 * sum(kind.n_bytes for kind, _ in piece.stored.values()))
                 if not excess:
                     break
-                amount *= max(1.002, 2.0 ** (excess / sum(source.kinds[name].numel for name in group)))
+                n_numbers = max(1, sum(source.kinds[name].numel for name in group))
+                amount *= max(1.002, 2.0 ** min(2.0, excess / n_numbers))
                 if amount > most:
                     raise UsageError("so few bytes do not hold the headers: give more")
             contents.write(writer, piece, digests_of(piece))

@@ -159,7 +159,7 @@ def _write_parts(
     shapes = {name: kind.shape for name, kind in dense.kinds.items()}
     announced = Layout.sliced(architecture, slicing.size).shapes(architecture, shapes)
     measured: dict[str, float] = {}
-    moved = moved_parts(*(slicing, dense, architecture.parts, dtypes.__getitem__, slicing.crew, slicing.runner.device))
+    moved = moved_parts(slicing, dense, architecture.parts, dtypes.__getitem__, slicing.crew, slicing.runner.device)
     parts = slicing.crew.give("part", _finished, moved)
     if not slicing.crew.leads:
         for _ in parts:

@@ -15,9 +15,7 @@ from freebits.report import opened
 
 
 @torch.no_grad()
-def window_logits(
-    path: Path, windows: Tensor, seen: Callable[[Source], Source] = lambda source: source
-) -> Iterator[Tensor]:
+def window_logits(path: Path, windows: Tensor, seen: Callable[[Source], Source] | None = None) -> Iterator[Tensor]:
     """The logits for the tokens after the first of each window, (T - 1, V), in float32.
 
     Memory holds a block, the embeddings and the windows' stream; the whole model where it has no blocks to go through.
@@ -25,15 +23,20 @@ def window_logits(
     Args:
         path: folder of a dense, sliced or packed checkpoint.
         windows: (windows, T).
-        seen: gives the model in another form, where it can be run block by block.
+        seen: gives the model in another form.
+
+    Raises:
+        UnsupportedModelError: it cannot be run block by block, and so not in another form.
     """
     source = opened(path)
     try:
         if source.config.get("quantization_config"):
             raise UnsupportedModelError("its numbers are not its weights")  # noqa: TRY301  (as of others below)
         config = known_config(source, path)
-        model = BlockwiseModel(InMemory(seen(source), config), config, torch.device("cpu"))
+        model = BlockwiseModel(InMemory(seen(source) if seen else source, config), config, torch.device("cpu"))
     except UnsupportedModelError:
+        if seen:
+            raise
         whole = load(path, dtype=torch.float32).eval()
         yield from (whole(input_ids=window[None], use_cache=False).logits[0, :-1] for window in windows)
         return

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from freebits.architecture import Part
 from freebits.checkpoint import Source
+from freebits.kind import CPU
 from freebits.symmetry import rotate
 from freebits.work import Crew
 
@@ -64,7 +65,6 @@ class Move(Protocol[State, Seen]):
 
 Dtypes = Callable[[str], torch.dtype]
 """Name of a tensor → dtype to which it is rounded, once, at the end."""
-CPU = torch.device("cpu")
 
 
 def moved_parts(

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from freebits.architecture import Architecture, Layout, Part
 from freebits.codes import CODES, BitsBack, Code, Declined, Pivots
-from freebits.codes.bitsback import CPU, THRESHOLD
+from freebits.codes.bitsback import THRESHOLD
 from freebits.errors import UsageError
-from freebits.kind import FLOATS, HALVES, Kind
+from freebits.kind import CPU, FLOATS, HALVES, Kind
 from freebits.moves import Canonical, Diagonal, Move, Pairs, Placed, Turn, free_pairs
 from freebits.options import BITS_BACK, CANONICAL, CODECS, NONE
 from freebits.packed.piece import Piece, encoded, plain

@@ -2,6 +2,7 @@
 
 from freebits.report.account import bits_by_tensor, bytes_on_disk, change, dense_bytes, opened
 from freebits.report.card import base_model, write_card
+from freebits.report.charts import check_charts
 from freebits.report.estimation import TYPICAL_ENTROPY, n_bytes, n_words, planned_forms
 from freebits.report.inspection import inspect
 from freebits.report.page import page
@@ -12,6 +13,7 @@ __all__ = [
     "bits_by_tensor",
     "bytes_on_disk",
     "change",
+    "check_charts",
     "dense_bytes",
     "inspect",
     "n_bytes",

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from freebits.errors import one_line
+from freebits.packed import sizes_before
 from freebits.report import charts
 from freebits.report.account import change
 
@@ -71,7 +72,7 @@ def _facts(facts: Mapping[str, Any], measured: Mapping[str, Any]) -> str:
     told.append((f"{8 * now / max(1, facts['parameters']):.2f}", "bits a parameter as it runs"))
     if (against := measured.get("against")) and against["ratio"] is not None:
         told += [
-            (f"{against['ratio']:.4f}", "of the dense perplexity"),
+            (f"{against['ratio']:.4f}", "of its model's perplexity"),
             (f"{against['mean_kl']:.2g}", "mean KL, nats a token"),
         ]
     codec = f", codec {facts['codec']}, entropy {facts['entropy']}" if facts["codec"] else ""
@@ -80,15 +81,10 @@ def _facts(facts: Mapping[str, Any], measured: Mapping[str, Any]) -> str:
 
 
 def _sizes(facts: Mapping[str, Any]) -> Iterator[str]:
-    before: dict[str, float] = {}
-    for move in facts["history"]:
-        for size in (move.get("bytes") or {}).values() if isinstance(move.get("bytes"), dict) else ():
-            if isinstance(size, int) and size not in before.values():
-                before[f"before {one_line(move.get('move'), 40)}" if before else "dense"] = size
-    now = sum(facts["groups"].values())
-    sizes = {**before, "now": now}
-    dense = next(iter(sizes.values()))
-    told = {name: f"{_bytes(size)}  ({size / dense:.1%})" for name, size in sizes.items()}
+    now, sizes = sum(facts["groups"].values()), sizes_before(facts["history"])
+    sizes = {key: sizes[key] for key in ("dense", "sliced") if key in sizes} | {"now": now}
+    first = next(iter(sizes.values()))
+    told = {name: f"{_bytes(size)}  ({size / first:.1%})" for name, size in sizes.items()}
     yield _section("Size, step by step", charts.bars(*_scaled(sizes), told), "Bytes on disk, everything counted.")
     groups = facts["groups"]
     told = {name: f"{_bytes(size)}  ({size / now:.1%})" for name, size in groups.items()}
@@ -100,17 +96,18 @@ def _quality(measured: Mapping[str, Any]) -> Iterator[str]:
     if not against or against["ratio"] is None:
         return
     perplexity = against["perplexity"]
-    rows = [("dense", f"{perplexity['reference']:.4f}", "", "")]
+    rows = [("what it was made from", f"{perplexity['reference']:.4f}", "", "")]
     rows.append(("this folder", f"{perplexity['packed']:.4f}", f"{against['ratio']:.5f}", f"{against['mean_kl']:.3g}"))
     unit, scale = _unit(measured["size"])
     points = {"this folder": ([measured["size"] / scale], [max(against["mean_kl"], 1e-9)])}
     for bits, of in measured.get("coarse", {}).items():
         rows.append((f"{bits} bits", f"{of['perplexity']['packed']:.4f}", f"{of['ratio']:.5f}", f"{of['mean_kl']:.3g}"))
         points[f"{bits} bits"] = ([of["size"] / scale], [max(of["mean_kl"], 1e-9)])
-    chart = charts.scatter(points, unit, "mean KL from dense, nats a token", names=True, log=True)
+    chart = charts.scatter(points, unit, "mean KL, nats a token", names=True, log=True)
     note = (
-        f"Measured on {measured['text']}. Beside it: every matrix rounded to the nearest of 2^b steps in groups of 32 "
-        "with a 16-bit scale, as common 8-bit and 4-bit files are; their bytes are counted, not written."
+        f"Measured on {measured['text']}, beside the model it was made from, and that model with every matrix rounded "
+        "to the nearest of 2^b steps in groups of 32 with a 16-bit scale, as common 8-bit and 4-bit files are; the bytes "
+        "of those are counted, not written."
     )
     yield _section("Quality", chart, note) + _table(("model", "perplexity", "ratio", "mean KL"), rows)
 
@@ -128,7 +125,7 @@ def _matrices(measured: Mapping[str, Any]) -> Iterator[str]:
             "errors",
             "Error of each matrix",
             "error, of its norm",
-            "How far each matrix is from that of the dense model.",
+            "How far each matrix is from that of the model it was made from.",
         ),
     ):
         if values := measured.get(key):
