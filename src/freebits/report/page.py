@@ -106,8 +106,8 @@ def _quality(measured: Mapping[str, Any]) -> Iterator[str]:
     chart = charts.scatter(points, unit, "mean KL, nats a token", names=True, log=True)
     note = (
         f"Measured on {measured['text']}, beside the model it was made from, and that model with every matrix rounded "
-        "to the nearest of 2^b steps in groups of 32 with a 16-bit scale, as common 8-bit and 4-bit files are; the bytes "
-        "of those are counted, not written."
+        "to the nearest of 2^b steps in groups of 32 with a 16-bit scale, as common 8-bit and 4-bit files are; the "
+        "bytes of those are counted, not written."
     )
     yield _section("Quality", chart, note) + _table(("model", "perplexity", "ratio", "mean KL"), rows)
 
