@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import freebits
+from freebits import UsageError
 from freebits.architecture import Architecture, Layout
 from freebits.checkpoint import Checkpoint
 from freebits.moves import Expanded
@@ -259,3 +260,14 @@ def test_a_shortcut_forged_larger_than_any_memory_is_one_line(save_tiny: Make, s
     forged._layout = Layout((2**20, 2**20), (0,))
     with pytest.raises(freebits.CheckpointError, match="does not fit in memory"):
         forged.expand("f", torch.empty(2**20, 0))
+
+
+@pytest.mark.parametrize("codec", ["canonical", "bits-back"])
+def test_a_device_is_where_it_is_computed(codec: str, save_tiny: Make, slice_tiny: Make, tmp_path: Path) -> None:
+    sliced = slice_tiny(save_tiny())
+    for number, device in enumerate(("cpu", "cpu:0")):
+        freebits.pack(sliced, tmp_path / str(number), codec=codec, device=device)
+    assert all(torch.equal(tensor, tensors_of(tmp_path / "1")[n]) for n, tensor in tensors_of(tmp_path / "0").items())
+    with pytest.raises(UsageError, match="device 'nowhere' cannot be used here"):
+        freebits.pack(sliced, tmp_path / "out", codec=codec, device="nowhere")
+    assert not (tmp_path / "out").exists()
