@@ -26,13 +26,13 @@ def pack(
     sign_with: str | os.PathLike[str] | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Pack a checkpoint: a sliced one without the bits of its rotations, any other bit for bit.
+    """Pack a checkpoint without the bits of its rotations and of the bases of its heads, or bit for bit.
 
-    The codecs of sliced models are function-preserving: the weights are those of a rotated model, rounded once to their
+    The other codecs are function-preserving: the weights are those of a rotated model, rounded once to their
     dtypes. Codec `none` and the entropy stage are bit-exact.
 
     Args:
-        model: folder of a sliced checkpoint; with codec `none` of any.
+        model: folder of a checkpoint, sliced or dense, or of an adapter; bits-back takes sliced ones alone.
         out: folder to create; it appears complete or not at all.
         codec: `canonical` fixes the rotations, so that nothing is left to decode; `bits-back` is the paper's code;
             `none` keeps the files, which `unpack` gives back byte for byte.

@@ -181,12 +181,13 @@ def _pack(verbs: Any) -> Any:
     verb = _command(
         verbs,
         "pack",
-        "pack a sliced checkpoint (keeps the function), or, with --codec none, any bit for bit",
-        "A sliced model can be rotated at each block without changing what it computes; packing makes such a choice "
-        "that fewer bits are left, up to rounding, then codes what repeats. Memory: two blocks a job and one "
+        "pack a checkpoint: keeps the function, or with --codec none every bit",
+        "A sliced model can be rotated at each block without changing what it computes, and in any model the basis "
+        "inside a head is free; packing makes such a choice that fewer bits are left, up to rounding, then codes what "
+        "repeats. Memory: two blocks a job and one "
         "embedding.",
     )
-    _model(verb, "folder of a sliced checkpoint; with --codec none of any", out=True)
+    _model(verb, "folder of a sliced or ordinary checkpoint or of a LoRA adapter; with --codec none of any", out=True)
     verb.add_argument(
         "--codec",
         choices=CODECS,
@@ -216,8 +217,8 @@ def _quantize(verbs: Any) -> Any:
         "quantise any causal language model (lossy)",
         "Rounds every matrix to integers such that each step costs the same expected loss, then entropy-codes them. "
         "Calibrated on text that the model writes itself, unless a text is given. Runs the model block by block. "
-        "Memory: one block and the embedding, but the whole model while it writes; what is known of each matrix lies "
-        "in a scratch folder inside the draft of OUT. Then: freebits verify OUT --against MODEL.",
+        "Memory: one block and the embedding; all of the model while it writes its text. What is known of each matrix "
+        "lies in a scratch folder inside the draft of OUT. Then: freebits verify OUT --against MODEL.",
     )
     _model(verb, "folder of an ordinary, sliced or canonical checkpoint", out=True)
     verb.add_argument(
