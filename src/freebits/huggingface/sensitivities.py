@@ -68,7 +68,8 @@ def measure_sensitivities(
         hidden, likely = crew.agree("head", _added, [])
     for number in reversed(range(n_blocks)):
         name = str(number)
-        if crew.has(f"known-{name}") and crew.has_kept(f"gradient-{number}", len(chunks)):
+        goes_on_here = crew.has_kept(f"gradient-{number}", len(chunks))  # those of blocks before were forgotten
+        if crew.has(f"known-{name}") and (goes_on_here or crew.has(f"known-{number - 1}")):
             held = []
             yield name, None
         else:
