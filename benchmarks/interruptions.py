@@ -1,14 +1,15 @@
 """Runs that are killed at random moments, of the demo model: they go on to the same bytes.
 
-    python -m benchmarks.interruptions SCRATCH [--kills 20] [--runs 10] [--spread slice,quantize]
+    python -m benchmarks.interruptions SCRATCH [--kills 20] [--runs 10] [--ways "slice: one process; slice: Ray; …"]
 
 `slice` and `quantize` are killed (SIGKILL) `--kills` times on the way to one result, each time after a part of the
 plain run's seconds drawn at random, and given again. Then `--runs` runs each of three ranks, one of which is killed at
 a random moment and started again, and of Ray, one of whose workers is. Every result is compared with the plain run's,
-file by file.
+file by file. Rows of ways that are not run again stay.
 """
 
 import argparse
+import csv
 import os
 import random
 import shutil
@@ -16,15 +17,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from benchmarks.results import print_table, save_csv
+from benchmarks.results import RESULTS, print_table, save_csv
 from freebits.calibration import embedded_text
 from freebits.huggingface.demo_model import demo_model
 
 HEADER = ("verb", "how", "interruptions", "finished pieces found again", "seconds of the plain run", "result")
-WORLD = 3
+WORLD, ONE = 3, "one process"
+WAYS = [f"{verb}: {how}" for verb in ("slice", "quantize") for how in (ONE, f"{WORLD} ranks", "Ray")]
 SAMPLES = {
     "slice": ["--sparsity", "0.2", "--samples", "4", "--seq-len", "256", "--force"],
     "quantize": ["--bits", "4", "--samples", "2"],
@@ -37,28 +39,37 @@ def main() -> None:
     parser.add_argument("scratch", type=Path)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--runs", type=int, default=10)
-    parser.add_argument("--spread", default="slice,quantize", help="which of them over ranks and Ray, too")
+    parser.add_argument("--ways", default="; ".join(WAYS), help="which (default: %(default)s)")
     arguments = parser.parse_args()
     scratch: Path = arguments.scratch
     scratch.mkdir(parents=True)
     (scratch / "text").write_text(embedded_text()[0], encoding="utf-8")
-    model, draw, rows = demo_model(), random.Random(0), list[tuple[object, ...]]()  # noqa: S311  (no secret)
+    model, draw = demo_model(), random.Random(0)  # noqa: S311  (no secret)
+    ways = [way.strip() for way in arguments.ways.split(";")]
+    rows: list[tuple[object, ...]] = [row for row in saved() if f"{row[0]}: {row[1]}" not in ways]
     for verb, options in SAMPLES.items():
+        chosen = [way.partition(": ")[2] for way in ways if way.startswith(f"{verb}: ")]
+        if not chosen:
+            continue
         command = [verb, str(model), "OUT", "--calibration", str(scratch / "text"), *options]
         start = time.perf_counter()
         subprocess.run(typed(command, scratch / "plain"), check=True, capture_output=True)
         seconds = time.perf_counter() - start
-        ways = [("one process", arguments.kills, killed)]
-        if verb in arguments.spread.split(","):
-            ways += [(f"{WORLD} ranks", arguments.runs, rank_killed), ("Ray", arguments.runs, worker_killed)]
-        for how, times, interrupt in ways:
-            kills, found, equal = interrupt(command, scratch, times, seconds, draw)
+        for how in chosen:
+            times = arguments.kills if how == ONE else arguments.runs
+            kills, found, equal = HOW[how](command, scratch, times, seconds, draw)
             rows.append((verb, how, kills, found, f"{seconds:.0f}", "the same bytes" if equal else "DIFFERS"))
             print(rows[-1], flush=True)
+            save_csv("interruptions", HEADER, rows)
         shutil.rmtree(scratch / "plain")
     shutil.rmtree(scratch)
     print_table(HEADER, rows)
-    save_csv("interruptions", HEADER, rows)
+
+
+def saved() -> list[tuple[str, ...]]:
+    """What was found before."""
+    path = RESULTS / "interruptions.csv"
+    return [tuple(row) for row in csv.reader(path.read_text().splitlines()[2:])] if path.exists() else []
 
 
 def typed(command: list[str], out: Path, *more: str) -> list[str]:
@@ -121,13 +132,21 @@ def worker_killed(
     for _ in range(times):
         process = started(typed(command, out, "--backend", "ray"))
         time.sleep(draw.uniform(0.2, 0.9) * seconds)
-        workers = [*at_work(process.pid)]
+        while process.poll() is None and not (workers := [*at_work(process.pid)]):
+            time.sleep(0.05)  # none is at work at this moment
         if process.poll() is None and workers:
             os.kill(draw.choice(workers), signal.SIGKILL)
             kills += 1
             found += n_pieces(scratch)
         equal &= finished(process, out, scratch)
     return kills, found, equal
+
+
+HOW: dict[str, Callable[[list[str], Path, int, float, random.Random], tuple[int, int, bool]]] = {
+    ONE: killed,
+    f"{WORLD} ranks": rank_killed,
+    "Ray": worker_killed,
+}
 
 
 def at_work(parent: int) -> Iterator[int]:
