@@ -146,6 +146,24 @@ def test_a_stopped_run_is_gone_on_with(
     assert {file.name for file in tmp_path.iterdir()} == before | {"out"}
 
 
+@pytest.mark.usefixtures("several_chunks")
+@pytest.mark.parametrize("verb", ["slice", "quantize", "lowrank"])
+def test_a_run_is_gone_on_with_wherever_it_was_stopped(verb: str, save_tiny: Make, tmp_path: Path) -> None:
+    deep = save_tiny(num_hidden_layers=6)  # what is known of blocks long done is forgotten on the way
+    run, model, options = verbs(deep, deep)[verb]
+    run(model, tmp_path / "at once", **options)
+    stops = 0
+    while not (tmp_path / "out").exists():
+        with pytest.MonkeyPatch.context() as patch:
+            Stopped(patch, 11)
+            try:
+                run(model, tmp_path / "out", **options)
+            except KeyboardInterrupt:
+                stops += 1
+    assert 4 < stops < 40  # nothing much is made again
+    assert contents(tmp_path / "out") == contents(tmp_path / "at once")
+
+
 def test_other_arguments_begin_anew(dense: Path, slice_tiny: Make, tmp_path: Path) -> None:
     sliced = slice_tiny(dense, force=True)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):

@@ -69,7 +69,7 @@ def new_directory(path: str | os.PathLike[str], task: Task | None = None) -> Ite
     except OSError as error:
         if error.filename is not None and not str(error.filename).startswith(str(draft)):
             raise  # it is not the output that failed
-        raise CheckpointError(f"{path} cannot be written: {error.strerror}") from error
+        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
         _open.discard(draft)
         if not done and not shared:

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -91,6 +92,23 @@ class Source(Protocol):
         Raises:
             CheckpointError: it is damaged, or there is none.
         """
+
+
+@dataclass(frozen=True)
+class View:
+    """A source whose tensors are seen in another form, of the same kinds. What derives from it implements `Source`."""
+
+    source: Source
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """What `config.json` says of the model."""
+        return self.source.config
+
+    @property
+    def kinds(self) -> Mapping[str, Kind]:
+        """The model's tensors."""
+        return self.source.kinds
 
 
 class Checkpoint:

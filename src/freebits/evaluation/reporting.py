@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from freebits.calibration import embedded_text
-from freebits.checkpoint import Checkpoint, Source, located
+from freebits.checkpoint import Checkpoint, View, located
 from freebits.errors import CheckpointError, UnsupportedModelError
 from freebits.evaluation.perplexity import WINDOW
 from freebits.evaluation.verification import WINDOWS, compared
@@ -114,21 +114,10 @@ def _against(path: Path, model: Path, windows: Tensor, progress: Progress) -> di
 
 
 @dataclass(frozen=True)
-class Coarse:
-    """A model with every matrix rounded to the nearest of few steps, in groups of 32. Implements `Source`."""
+class Coarse(View):
+    """A model with every matrix rounded to the nearest of few steps, in groups of 32."""
 
-    source: Source
     bits: int
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        """What `config.json` says of the model."""
-        return self.source.config
-
-    @property
-    def kinds(self) -> Mapping[str, Kind]:
-        """The tensors."""
-        return self.source.kinds
 
     def __getitem__(self, name: str) -> Tensor:
         """The tensor called `name`, rounded if it is a matrix."""

@@ -159,7 +159,8 @@ def reduce_layers(layers: Layers, ranks: Mapping[str, int], tokens: Tensor, crew
     held = crew.hold("reduced-0", chunks)
     crew.keep("reduced-0", held)
     for number in range(n_blocks):
-        if crew.has(f"factors-{number}") and crew.has_kept(f"reduced-{number + 1}", len(chunks)):
+        goes_on_here = crew.has_kept(f"reduced-{number + 1}", len(chunks))  # those of blocks before were forgotten
+        if crew.has(f"factors-{number}") and (goes_on_here or crew.has(f"factors-{number + 1}")):
             held = []
         else:
             held = held or crew.kept(f"reduced-{number}", len(chunks))
