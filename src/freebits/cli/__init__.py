@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = build_parser().parse_args(argv)
         commands, output = (importlib.import_module(f"freebits.cli.{name}") for name in ("commands", "output"))
-        with output.speaking(quiet=vars(arguments).get("quiet", False), verbose=vars(arguments).get("verbose", False)):
+        with output.speaking(quiet=arguments.quiet, verbose=arguments.verbose):
             code = int(getattr(commands, arguments.run)(arguments))
         if sys.stdout is not None:  # closed by whoever started us
             sys.stdout.flush()

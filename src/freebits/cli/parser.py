@@ -55,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
         "smaller; in memory a quantised model is as large and as fast as before, a sliced one smaller. MODEL and OUT "
         "may be addresses, too (s3://, gs://, https://, hf://). A first round: freebits demo.",
     )
+    root.set_defaults(quiet=False, verbose=False)
     root.add_argument("--version", action="version", version=f"freebits {__version__}")
     verbs = root.add_subparsers(title="commands", metavar="COMMAND", required=True)
     making = (_compress, _demo, _estimate, _slice, _pack, _quantize, _lowrank, _rotate)

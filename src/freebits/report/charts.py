@@ -3,8 +3,7 @@
 import io
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -46,20 +45,23 @@ def check_charts() -> None:
 
 def bars(sizes: Mapping[str, float], unit: str, told: Mapping[str, str]) -> str:
     """Horizontal bars from the top, with what is told of each."""
-    with _drawing(0.5 + 0.34 * len(sizes)) as (axes, drawn):
-        names, values = list(sizes), list(sizes.values())
+    names, values = list(sizes), list(sizes.values())
+
+    def draw(axes: Any) -> None:
         beside = axes.barh(range(len(names)), values, color=_COLOURS[0], height=0.62)
         axes.bar_label(beside, [told[name] for name in names], padding=4)
         axes.set_yticks(range(len(names)), [_label(name) for name in names])
         axes.invert_yaxis()
         axes.set_xlim(0, 1.3 * max(values))
         axes.set_xlabel(unit)
-    return "".join(drawn)
+
+    return _svg(0.5 + 0.34 * len(sizes), draw)
 
 
 def scatter(points: Points, across: str, up: str, *, names: bool = False, log: bool = False) -> str:
     """Dots by label; with `names` each has its label beside it, else there is a legend."""
-    with _drawing(2.9) as (axes, drawn):
+
+    def draw(axes: Any) -> None:
         for colour, (label, (x, y)) in zip(_COLOURS * len(points), points.items(), strict=False):
             axes.plot(x, y, "o", markersize=7 if names else 3.5, color=colour, label=_label(label), alpha=0.85)
             if names:
@@ -72,30 +74,30 @@ def scatter(points: Points, across: str, up: str, *, names: bool = False, log: b
             axes.xaxis.get_major_locator().set_params(integer=True)
         axes.margins(x=0.12 if names else 0.03, y=0.15)
         axes.grid(visible=True, alpha=0.25)
-    return "".join(drawn)
+
+    return _svg(2.9, draw)
 
 
 def _label(text: str) -> str:
     """Safe and short; what begins with `_` would be left out of a legend."""
-    return one_line(text, _LONGEST).replace("_", "\u2009_", 1) if text.startswith("_") else one_line(text, _LONGEST)
+    short = one_line(text, _LONGEST)
+    return f"\u2009{short}" if short.startswith("_") else short
 
 
-@contextmanager
-def _drawing(height: float) -> Iterator[tuple[Any, list[str]]]:
-    """Axes to draw on, without a screen, and where the SVG is once that is done."""
+def _svg(height: float, draw: Callable[[Any], None]) -> str:
+    """What is drawn on axes, without a screen, in the colour of the page's text."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    drawn: list[str] = []
+    buffer = io.StringIO()
     with rc_context(_SETTINGS), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # letters that our font lacks, and the browser's may have
         figure = Figure(figsize=(5.6, height), layout="constrained")
-        yield figure.add_subplot(), drawn
-        buffer = io.StringIO()
+        draw(figure.add_subplot())
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL).replace(
         _INK, "currentColor"
     )
     size = re.search(r'viewBox="([^"]*)"', svg)
-    drawn.append(re.sub(r"<svg [^>]*>", f'<svg viewBox="{size[1] if size else ""}" role="img">', svg, count=1))
+    return re.sub(r"<svg [^>]*>", f'<svg viewBox="{size[1] if size else ""}" role="img">', svg, count=1)
