@@ -114,6 +114,14 @@ def test_errors_are_shown_where_the_basis_is_the_same(save_tiny: Make, tmp_path:
     assert "Error of each matrix" not in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
+def test_any_two_models_of_one_vocabulary_can_be_compared(quantised: Path, save_tiny: Make, tmp_path: Path) -> None:
+    other = save_tiny("other", num_hidden_layers=2)
+    options: dict[str, Any] = {"text": random_text(60), "seq_len": 8, "limit": 1}
+    redigest(quantised, lambda manifest: manifest["history"][0].update(move=[]))
+    for folder in (quantised, tmp_path / "dense"):
+        assert freebits.write_report(folder, tmp_path / "page.html", against=other, **options)["against"]["ratio"] > 0
+
+
 def test_a_model_that_runs_only_whole_has_nothing_coarse_beside_it(
     quantised: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

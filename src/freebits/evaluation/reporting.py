@@ -105,9 +105,9 @@ def _against(path: Path, model: Path, windows: Tensor, progress: Progress) -> di
     errors = {}
     before = history_of(dense.config) if isinstance(dense, Checkpoint) else dense.manifest.history
     after = history_of(source.config) if isinstance(source, Checkpoint) else source.manifest.history
-    if {move.get("move") for move in after[len(before) :]} <= {*METHODS, NONE}:  # others change the basis
+    if {str(move.get("move")) for move in after[len(before) :]} <= {*METHODS, NONE}:  # others change the basis
         for name, kind in dense.kinds.items():
-            if len(kind.shape) == 2 and kind == source.kinds[name] and kind.code in FLOATS:
+            if len(kind.shape) == 2 and kind == source.kinds.get(name) and kind.code in FLOATS:
                 true = dense[name].double()
                 errors[name] = ((source[name].double() - true).norm() / true.norm()).item()
     return {"against": against, "coarse": coarse, "errors": errors}
@@ -133,9 +133,11 @@ class Coarse(View):
 
 def _coarse_bytes(kinds: Mapping[str, Kind], bits: int) -> int:
     """What a file of such a model takes, less its header."""
-    matrices = [kind for kind in kinds.values() if len(kind.shape) > 1 and kind.code in FLOATS]
-    of_matrices = sum(kind.numel * (bits + _SCALE_BITS / _GROUP) / 8 for kind in matrices)
-    return round(of_matrices + sum(kind.n_bytes for kind in kinds.values() if kind not in matrices))
+    a_number = (bits + _SCALE_BITS / _GROUP) / 8
+    rounded = (len(kind.shape) > 1 and kind.code in FLOATS for kind in kinds.values())
+    return round(
+        sum(kind.numel * a_number if of else kind.n_bytes for kind, of in zip(kinds.values(), rounded, strict=True))
+    )
 
 
 def _part(name: str) -> tuple[int, str]:
