@@ -143,6 +143,7 @@ def test_public_names() -> None:
         "compress",
         "estimate",
         "evaluate",
+        "import_slicegpt",
         "inspect",
         "load",
         "lowrank",

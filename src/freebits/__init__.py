@@ -13,7 +13,7 @@ from freebits.version import __version__
 if TYPE_CHECKING:
     from freebits.compression import compress
     from freebits.evaluation import evaluate, verify, write_report
-    from freebits.huggingface import estimate, load, lowrank, quantize, rotate_model, slice_model
+    from freebits.huggingface import estimate, import_slicegpt, load, lowrank, quantize, rotate_model, slice_model
     from freebits.report import inspect
     from freebits.verbs import pack, unpack
     from freebits.work import Team
@@ -28,6 +28,7 @@ __all__ = [
     "compress",
     "estimate",
     "evaluate",
+    "import_slicegpt",
     "inspect",
     "load",
     "lowrank",
@@ -45,6 +46,7 @@ _VERBS = {
     "compress": "compression",
     "estimate": "huggingface",
     "evaluate": "evaluation",
+    "import_slicegpt": "huggingface",
     "inspect": "report",
     "load": "huggingface",
     "lowrank": "huggingface",

@@ -27,7 +27,7 @@ from freebits.cli.parser import build_parser
 from freebits.compression import compress
 from freebits.errors import CheckpointError, UsageError, one_line
 from freebits.evaluation import evaluate, verify, write_report
-from freebits.huggingface import estimate, lowrank, quantize, rotate_model, slice_model
+from freebits.huggingface import estimate, import_slicegpt, lowrank, quantize, rotate_model, slice_model
 from freebits.report import inspect
 from freebits.verbs import pack, unpack
 from freebits.work import Team
@@ -201,6 +201,11 @@ def run_rotate(arguments: Namespace) -> int:
     """Rotate a checkpoint."""
     facts = rotate_model(arguments.model, arguments.out, seed=arguments.seed, progress=progress_bar("rotate"))
     return print_facts(facts, arguments.json)
+
+
+def run_import(arguments: Namespace) -> int:
+    """Make a folder of a model that SliceGPT's code sliced."""
+    return print_facts(import_slicegpt(arguments.file, arguments.model, arguments.out), arguments.json)
 
 
 def run_unpack(arguments: Namespace) -> int:

@@ -58,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     root.set_defaults(quiet=False, verbose=False)
     root.add_argument("--version", action="version", version=f"freebits {__version__}")
     verbs = root.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    making = (_compress, _demo, _estimate, _slice, _pack, _quantize, _lowrank, _rotate)
+    making = (_compress, _demo, _estimate, _slice, _import, _pack, _quantize, _lowrank, _rotate)
     for teach in (*making, _unpack, _inspect, _verify, _report, _eval, _batch):
         _says(teach(verbs))
     _completion(verbs)
@@ -175,6 +175,20 @@ def _slice(verbs: Any) -> Any:
     )
     group = _who_works(verb)
     group.add_argument("--spill", action="store_true", help="keep the calibration's activations on disk")
+    return verb
+
+
+def _import(verbs: Any) -> Any:
+    verb = _command(
+        verbs,
+        "import",
+        "make a folder of a model that SliceGPT's own code sliced",
+        "Of the .pt that TransformerCompression's run_slicegpt.py saved, of Llama, OPT, Phi-2 or Phi-3; it is read as "
+        "tensors alone, no code in it can run. The folder has the same numbers, loads with from_pretrained after "
+        "`import freebits`, and can be packed: freebits pack.",
+    )
+    verb.add_argument("file", metavar="FILE.pt", type=Path, help="what was saved; a .json beside it is checked")
+    _model(verb, "folder of the dense model it was made from", out=True)
     return verb
 
 

@@ -5,6 +5,7 @@ Importing it registers the models with transformers' Auto classes.
 
 from freebits.huggingface import low_rank_models, packed_models, sliced_models
 from freebits.huggingface.config_estimate import estimate
+from freebits.huggingface.import_slicegpt import import_slicegpt
 from freebits.huggingface.loading import load
 from freebits.huggingface.low_rank_checkpoint import lowrank
 from freebits.huggingface.quantize_checkpoint import WINDOW, prepare, quantize
@@ -18,6 +19,7 @@ __all__ = [
     "WINDOW",
     "Goal",
     "estimate",
+    "import_slicegpt",
     "load",
     "low_rank_models",
     "lowrank",

@@ -3,7 +3,7 @@
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -146,7 +146,8 @@ def slice_model(
             "perplexity": perplexity,
         }
         dtype = dtypes[architecture.sublayers[0].shortcut.weight]
-        _write_config(directory, checkpoint.config, architecture, size, dtype, [*history_of(dense.config), move])
+        layout, history = Layout.sliced(architecture, size), [*history_of(dense.config), move]
+        write_sliced_config(directory, checkpoint.config, architecture, layout, dtype, history)
         write_card(directory, checkpoint.path)
         return inspect(directory) | {"perplexity": perplexity}
 
@@ -235,14 +236,24 @@ def _judge(measured: dict[str, float], sparsity: float, force: bool) -> dict[str
     return {name: value if math.isfinite(value) else None for name, value in measured.items()}
 
 
-def _write_config(
+def write_sliced_config(
     directory: Path,
-    config: dict[str, Any],
+    config: Mapping[str, Any],
     architecture: Architecture,
-    size: int,
+    layout: Layout,
     dtype: torch.dtype,
     history: list[dict[str, Any]],
 ) -> None:
+    """Write the `config.json` of a sliced model.
+
+    Args:
+        directory: its folder.
+        config: the dense model's.
+        architecture: what is in the sliced one.
+        layout: its widths.
+        dtype: of its weights, most of them.
+        history: the moves that made it.
+    """
     family = architecture.family
     kept = {key: value for key, value in config.items() if key not in ("torch_dtype", WIDTHS)}
     sliced = {
@@ -251,7 +262,7 @@ def _write_config(
         "auto_map": auto_map(family.sliced_classes),
         "dtype": str(dtype).removeprefix("torch."),
         "tie_word_embeddings": architecture.tied,
-        **Layout.sliced(architecture, size).to_config(),
+        **layout.to_config(),
         HISTORY: {"history": history},
     }
     write_json(directory / CONFIG, kept | sliced)
