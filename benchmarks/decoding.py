@@ -49,7 +49,7 @@ def write(directory: Path) -> None:
             contents.write(writer, piece, digests_of(piece))
     source = PackedFolder.__new__(PackedFolder)
     source.path = directory
-    publish(directory, source, contents, {"model_type": "none"}, "none", [{"move": "integers", "fidelity": "lossy"}])
+    publish(directory, source, contents, {"model_type": "none"}, ("integers", "none"), history=[])
 
 
 def decode(directory: Path, jobs: int) -> None:

@@ -94,7 +94,7 @@ def main() -> None:
             with new_directory(out) as directory:
                 contents = write_rounded(directory, source, shelf.only(chosen), goal, "entropy", None, lambda *_: None)
                 history: list[dict[str, Any]] = [{"move": goal.method, "fidelity": "lossy"}]
-                publish(directory, source, contents, source.config, "auto", history)
+                publish(directory, source, contents, source.config, (goal.method, "auto"), history)
             folder = PackedFolder(out)
             n_numbers = sum(source.kinds[n].numel for n in chosen)
             coded = sum(

@@ -13,7 +13,16 @@ from freebits.version import __version__
 if TYPE_CHECKING:
     from freebits.compression import compress
     from freebits.evaluation import evaluate, verify, write_report
-    from freebits.huggingface import estimate, import_slicegpt, load, lowrank, quantize, rotate_model, slice_model
+    from freebits.huggingface import (
+        estimate,
+        import_slicegpt,
+        load,
+        lowrank,
+        quantize,
+        recover,
+        rotate_model,
+        slice_model,
+    )
     from freebits.report import inspect
     from freebits.verbs import pack, unpack
     from freebits.work import Team
@@ -34,6 +43,7 @@ __all__ = [
     "lowrank",
     "pack",
     "quantize",
+    "recover",
     "rotate_model",
     "slice_model",
     "unpack",
@@ -52,6 +62,7 @@ _VERBS = {
     "lowrank": "huggingface",
     "pack": "verbs",
     "quantize": "huggingface",
+    "recover": "huggingface",
     "rotate_model": "huggingface",
     "slice_model": "huggingface",
     "unpack": "verbs",

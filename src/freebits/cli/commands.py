@@ -27,7 +27,7 @@ from freebits.cli.parser import build_parser
 from freebits.compression import compress
 from freebits.errors import CheckpointError, UsageError, one_line
 from freebits.evaluation import evaluate, verify, write_report
-from freebits.huggingface import estimate, import_slicegpt, lowrank, quantize, rotate_model, slice_model
+from freebits.huggingface import estimate, import_slicegpt, lowrank, quantize, recover, rotate_model, slice_model
 from freebits.report import inspect
 from freebits.verbs import pack, unpack
 from freebits.work import Team
@@ -195,6 +195,25 @@ def run_lowrank(arguments: Namespace) -> int:
         progress=progress_bar("lowrank"),
     )
     return _told(facts, arguments)
+
+
+def run_recover(arguments: Namespace) -> int:
+    """Train what a lossy step left."""
+    facts = recover(
+        arguments.model,
+        arguments.out,
+        against=arguments.against,
+        calibration=_text(arguments.calibration),
+        samples=arguments.samples,
+        seq_len=arguments.seq_len,
+        rank=arguments.rank,
+        seed=arguments.seed,
+        device=arguments.device,
+        force=arguments.force,
+        sign_with=arguments.sign,
+        progress=progress_bar("recover"),
+    )
+    return print_facts(facts, arguments.json)
 
 
 def run_rotate(arguments: Namespace) -> int:

@@ -62,6 +62,8 @@ def print_facts(facts: dict[str, Any], as_json: bool) -> int:
         print(one_line(f"{move.get('move')} ({move.get('fidelity')}), {move.get('producer')}"))
     if perplexity := facts.get("perplexity"):
         _print_cost(perplexity)
+    if kl := facts.get("kl"):
+        print(f"\nmean KL {kl['before']:.4f} nats a token before, {kl['after']:.4f} after, on windows not trained on")
     return 0
 
 

@@ -58,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     root.set_defaults(quiet=False, verbose=False)
     root.add_argument("--version", action="version", version=f"freebits {__version__}")
     verbs = root.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    making = (_compress, _demo, _estimate, _slice, _import, _pack, _quantize, _lowrank, _rotate)
+    making = (_compress, _demo, _estimate, _slice, _import, _pack, _quantize, _lowrank, _recover, _rotate)
     for teach in (*making, _unpack, _inspect, _verify, _report, _eval, _batch):
         _says(teach(verbs))
     _completion(verbs)
@@ -294,6 +294,26 @@ def _lowrank(verbs: Any) -> Any:
     verb.add_argument("--device", default="cpu", help="where to run the model (default: %(default)s)")
     _signs(verb)
     _who_works(verb)
+    return verb
+
+
+def _recover(verbs: Any) -> Any:
+    verb = _command(
+        verbs,
+        "recover",
+        "make good a part of what slicing or quantising cost (lossy)",
+        "Trains the folder to predict what the model predicts that it was made from: of a quantised one the steps of "
+        "its rows and its norms, of a sliced, narrow or other plain one every linear layer, by LoRA, merged in the "
+        "end (pip install 'freebits[recover]'). OUT is a folder of the same kind, hardly a byte larger. Minutes for "
+        "each 100 million parameters. Memory: both models in float32.",
+    )
+    _model(verb, "folder of a sliced, narrow, plain or quantised checkpoint", out=True)
+    verb.add_argument("--against", metavar="MODEL", type=Path, required=True, help="the model that it was made from")
+    _calibration(verb, samples=128, seq_len=256)
+    verb.add_argument("--rank", type=int, default=16, help="of LoRA (default: %(default)s)")
+    verb.add_argument("--device", default="cpu", help="where to train (default: %(default)s)")
+    verb.add_argument("--force", action="store_true", help="keep it even if training did not help")
+    _signs(verb)
     return verb
 
 

@@ -9,6 +9,7 @@ from freebits.huggingface.import_slicegpt import import_slicegpt
 from freebits.huggingface.loading import load
 from freebits.huggingface.low_rank_checkpoint import lowrank
 from freebits.huggingface.quantize_checkpoint import WINDOW, prepare, quantize
+from freebits.huggingface.recover_checkpoint import recover
 from freebits.huggingface.rotate_checkpoint import rotate_model
 from freebits.huggingface.rounding import Goal
 from freebits.huggingface.slice_checkpoint import slice_model
@@ -26,6 +27,7 @@ __all__ = [
     "packed_models",
     "prepare",
     "quantize",
+    "recover",
     "rotate_model",
     "slice_model",
     "sliced_models",

@@ -12,7 +12,6 @@ from freebits.huggingface.loading import load
 from freebits.work import Progress, silent
 
 
-@torch.no_grad()
 def own_windows(
     path: str | os.PathLike[str],
     samples: int,
@@ -39,9 +38,14 @@ def own_windows(
     Raises:
         UsageError: the model has no token to begin with, or an argument makes no sense.
     """
+    return write_windows(load(path).to(device).eval(), samples, seq_len, seed, progress)
+
+
+@torch.no_grad()
+def write_windows(model: Any, samples: int, seq_len: int, seed: int, progress: Progress = silent) -> Tensor:
+    """The same of a model that is in memory."""
     if samples < 1 or seq_len < 2 or not 0 <= seed < 2**63:
         raise UsageError(f"samples {samples}, windows of {seq_len} tokens, seed {seed}: give 1, 2 and 0 at least")
-    model = load(path).to(device).eval()
     positions = getattr(model.config, "max_position_embeddings", None)
     if isinstance(positions, int) and seq_len > positions:
         raise UsageError(f"texts of {seq_len} tokens, where the model has {positions} positions: lower --seq-len")
@@ -49,9 +53,9 @@ def own_windows(
     first = model.config.eos_token_id if first is None else first
     first = first[0] if isinstance(first, list) else first
     if first is None:
-        raise UsageError(f"{path} has no token that begins a text: give a text with --calibration")
-    generator = torch.Generator(device).manual_seed(seed)
-    tokens = torch.full((samples, 1), first, device=device)
+        raise UsageError(f"{model.name_or_path} has no token that begins a text: give a text with --calibration")
+    generator = torch.Generator(model.device).manual_seed(seed)
+    tokens = torch.full((samples, 1), first, device=model.device)
     cache: dict[str, Any] = {cache_name(model): None}
     for done in range(1, seq_len):
         output = model(input_ids=tokens[:, -1:], use_cache=True, **cache)

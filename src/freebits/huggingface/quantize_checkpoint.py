@@ -154,7 +154,7 @@ class Prepared:
         }
         source = self.source
         before = source.manifest.history if isinstance(source, PackedFolder) else history_of(source.config)
-        publish(directory, source, contents, source.config, entropy, [*before, move])
+        publish(directory, source, contents, source.config, (goal.method, entropy), [*before, move])
 
 
 def prepare(

@@ -7,6 +7,7 @@ from freebits.packed.piece import Piece, encoded, plain, stage, staged
 from freebits.packed.presets import bits_back, canonical, chosen
 from freebits.packed.reader import PackedFolder
 from freebits.packed.recipe import Recipe
+from freebits.packed.retouching import retouch
 from freebits.packed.unpacking import LOW_RANK_IN, SLICED_IN, unpack_into
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "pack_into",
     "plain",
     "publish",
+    "retouch",
     "sizes_before",
     "stage",
     "staged",

@@ -62,7 +62,7 @@ def pack_into(
         "producer": f"freebits {__version__}",
     }
     if crew.leads:
-        publish(directory, source, contents, model, entropy, [*history_of(source.config), move])
+        publish(directory, source, contents, model, (move["move"], entropy), [*history_of(source.config), move])
 
 
 def publish(
@@ -70,7 +70,7 @@ def publish(
     source: Checkpoint | PackedFolder,
     contents: Contents,
     model: Mapping[str, Any],
-    entropy: str,
+    packed_with: tuple[str, str],
     history: list[dict[str, Any]],
 ) -> None:
     """Write what makes a packed folder of weights files: what lies beside the source, `config.json`, the manifest.
@@ -80,11 +80,11 @@ def publish(
         source: what was packed.
         contents: what was written.
         model: the `config.json` of the model that comes out.
-        entropy: name of the entropy stage.
-        history: the moves that made the model; the last says what it is packed with.
+        packed_with: names of the codec and of the entropy stage.
+        history: the moves that made the model.
     """
     made_of(contents.stored, contents.recipes)  # what could not be read again is not published
-    codec = history[-1]["move"]
+    codec, entropy = packed_with
     carry_over(source.path, directory)
     write_json(directory / CONFIG, _config(codec, {**model, HISTORY: {"history": history}}))
     write_remote_code(directory, CLASSES_IN, CLASSES)

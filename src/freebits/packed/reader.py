@@ -140,7 +140,7 @@ class PackedFolder:
             return made[name]
         recipe = self._recipes.get(name)
         if recipe is None:
-            return self._read(name)
+            return self.stored_tensor(name)
         made |= self._follow(recipe, made)
         return made[name]
 
@@ -160,7 +160,12 @@ class PackedFolder:
         except (ValueError, KeyError) as error:
             raise self._damaged(f"{next(iter(recipe.makes))} cannot be decoded ({error})") from None
 
-    def _read(self, name: str) -> Tensor:
+    def stored_tensor(self, name: str) -> Tensor:
+        """A tensor as it is stored.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
         data = self._files[name].read(name)
         if self._verify and digest(self.stored[name], data) != self.manifest.digests[name]:
             raise self._damaged(f"{name} does not match its digest")

@@ -1,0 +1,207 @@
+"""Train what a lossy step left, so that it answers as the model does that it was made from."""
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from freebits.checkpoint import (
+    CONFIG,
+    Checkpoint,
+    CheckpointWriter,
+    carry_code,
+    carry_over,
+    located,
+    new_directory,
+    shard_bytes,
+    sign,
+    write_json,
+    write_remote_code,
+)
+from freebits.errors import CheckpointError, UnsupportedModelError, UsageError
+from freebits.huggingface.loading import load
+from freebits.huggingface.own_classes import OwnCausalLM
+from freebits.huggingface.own_text import write_windows
+from freebits.huggingface.students import Adapted, Rescaled, Student
+from freebits.huggingface.tokens import drawn_windows, token_windows
+from freebits.moves import LOSSY
+from freebits.options import INTEGERS, PYRAMID
+from freebits.packed import HISTORY, PackedFolder, history_of, publish, retouch
+from freebits.report import inspect, opened, write_card
+from freebits.version import __version__
+from freebits.work import Progress, device_of, silent
+
+HELD_OUT = 8
+"""Windows on which is measured what was gained."""
+_WARM_UP = 10
+_QUANTISED = (INTEGERS, PYRAMID, "grid")
+
+
+def recover(
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    against: str | os.PathLike[str],
+    calibration: str | None = None,
+    samples: int = 128,
+    seq_len: int = 256,
+    rank: int = 16,
+    seed: int = 0,
+    device: str = "cpu",
+    force: bool = False,
+    sign_with: str | os.PathLike[str] | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Make good a part of what slicing or quantising cost: lossy, as they are, and hardly a byte larger.
+
+    What can be trained without growing is trained to predict what the model predicts that the folder was made from
+    (KL divergence, Adam, each window once): of a quantised folder the steps of its rows in the grid they are stored in,
+    its norms and biases; of a plain one every linear layer, by LoRA, merged and rounded in the end.
+
+    Both models are in memory, in float32.
+
+    Args:
+        folder: of a sliced, narrow or other plain checkpoint, or of one that was quantised to integers.
+        out: folder to create; it appears complete or not at all.
+        against: folder of the model that it was made from.
+        calibration: text to train on; by default that model writes its own.
+        samples: windows, each of which is trained on once; more gain more.
+        seq_len: tokens a window.
+        rank: of LoRA.
+        seed: of everything that is drawn.
+        device: where to train.
+        force: write the model even if training did not help.
+        sign_with: file of a private key (PEM), with which every file of the folder is signed; see `verify`.
+        progress: called after each token that is written, then after each window.
+
+    Returns:
+        What `inspect(out)` says, and `kl`, mean nats a token from `against` on windows that were not trained on:
+        {`before`, `after`}.
+
+    Raises:
+        UsageError: an argument makes no sense, training did not help, or the extra is not installed.
+        CheckpointError: a folder is no sound checkpoint, the models have other tokens, or `out` exists.
+        UnsupportedModelError: there is nothing in it that could be trained.
+    """
+    if rank < 1:
+        raise UsageError(f"rank {rank}: give at least 1")
+    where, folder, against = device_of(device), located(folder), located(against)
+    source = opened(folder)
+    if isinstance(source, PackedFolder) and not any(recipe.code in _QUANTISED for recipe in source.manifest.recipes):
+        raise CheckpointError(f"{folder} is packed and not quantised: unpack it, recover that, and pack it again")
+    with new_directory(out) as directory:
+        teacher = load(against, dtype=torch.float32).to(where).eval().requires_grad_(False)
+        if calibration is None:
+            windows = write_windows(teacher, samples + HELD_OUT, seq_len, seed, progress)
+        else:
+            windows = token_windows(against, calibration, seq_len)
+        tokens, held_out = drawn_windows(windows, samples, HELD_OUT, seed)
+        student = _student(source, load(folder, dtype=torch.float32).to(where).eval(), rank, seed)
+        before = _mean_divergence(teacher, student.model, held_out)
+        train(student, teacher, tokens, progress)
+        after = _mean_divergence(teacher, student.model, held_out)
+        if not after < before and not force:
+            raise UsageError(
+                f"training did not help: mean KL {before:.4f} before and {after:.4f} after, on windows that were not "
+                "trained on: give more --samples, or --force"
+            )
+        move = {
+            "move": "recover",
+            "fidelity": LOSSY,
+            "trained": "steps" if isinstance(student, Rescaled) else f"LoRA of rank {rank}",
+            "text": "its own" if calibration is None else "given",
+            "samples": len(tokens),
+            "seq_len": seq_len,
+            "seed": seed,
+            "kl": {"before": before, "after": after},
+            "bytes": {key: n for key, n in inspect(folder)["bytes"].items() if n is not None},
+            "producer": f"freebits {__version__}",
+        }
+        if isinstance(source, PackedFolder):
+            manifest = source.manifest
+            steps = student.steps() if isinstance(student, Rescaled) else {}
+            contents = retouch(directory, source, steps, student.tensors())
+            publish(
+                *(directory, source, contents, source.config, (manifest.codec, manifest.entropy)),
+                history=[*manifest.history, move],
+            )
+        else:
+            _write_plain(directory, source, student, move)
+        write_card(directory, source.path)
+        if sign_with is not None:
+            sign(directory, sign_with)
+        return inspect(directory) | {"kl": move["kl"]}
+
+
+def _student(source: Checkpoint | PackedFolder, model: Any, rank: int, seed: int) -> Student:
+    """What is trained of a model."""
+    student = Rescaled(model, source) if isinstance(source, PackedFolder) else Adapted(model, rank, seed)
+    missing = sorted(student.tensors().keys() - source.kinds.keys())
+    if missing or not student.trained:
+        raise UnsupportedModelError(f"{source.path}: nothing in it can be trained ({missing[:1] or 'no steps'})")
+    return student
+
+
+def train(student: Student, teacher: Any, windows: Tensor, progress: Progress = silent) -> None:
+    """Train a student on each window once, with Adam at a rate that rises, then falls to nothing.
+
+    Args:
+        student: what is trained.
+        teacher: whose predictions it learns.
+        windows: (n, T), int64.
+        progress: called after each window.
+
+    Raises:
+        CheckpointError: predictions are not finite.
+    """
+    n = len(windows)
+    optimizer = torch.optim.Adam(student.trained, lr=student.rate, betas=(0.9, 0.99))
+    rate = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda done: min(1.0, (done + 1) / _WARM_UP) * (1 + math.cos(math.pi * done / n)) / 2
+    )
+    for done, window in enumerate(windows, start=1):
+        loss = _divergence(teacher, student.model, window)
+        if not loss.isfinite():
+            raise CheckpointError("the models' predictions are not finite: their weights overflow, or are damaged")
+        loss.backward()
+        nn.utils.clip_grad_norm_(student.trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        rate.step()
+        progress(done, n)
+
+
+def _divergence(teacher: Any, student: Any, window: Tensor) -> Tensor:
+    """Mean KL divergence of a window's predictions, nats a token."""
+    tokens = window[None].to(teacher.device)
+    with torch.no_grad():
+        expected = teacher(input_ids=tokens, use_cache=False).logits[0].log_softmax(-1)
+    found = student(input_ids=tokens, use_cache=False).logits[0]
+    if found.shape != expected.shape:
+        raise CheckpointError(
+            f"one model has {expected.shape[1]} tokens, the other {found.shape[1]}: give the model it was made from"
+        )
+    return nn.functional.kl_div(found.log_softmax(-1), expected, reduction="sum", log_target=True) / len(window)
+
+
+@torch.no_grad()
+def _mean_divergence(teacher: Any, student: Any, windows: Tensor) -> float:
+    return sum(_divergence(teacher, student, window).item() for window in windows) / max(1, len(windows))
+
+
+def _write_plain(directory: Path, source: Checkpoint, student: Student, move: dict[str, Any]) -> None:
+    """The same checkpoint, what was trained in the place of what was."""
+    trained, kinds = student.tensors(), source.kinds
+    with CheckpointWriter(directory, {name: of.shape for name, of in kinds.items()}, shard_bytes(source)) as writer:
+        for name, kind in kinds.items():
+            writer.write(name, trained[name].to("cpu", kind.dtype) if name in trained else source[name])
+    write_json(directory / CONFIG, source.config | {HISTORY: {"history": [*history_of(source.config), move]}})
+    carry_over(source.path, directory)
+    model = student.model
+    if isinstance(model, OwnCausalLM):
+        write_remote_code(directory, type(model).__module__, model.classes)
+    else:
+        carry_code(source.path, directory)
