@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import freebits
 from tests.tiny import Make, random_text
@@ -51,6 +51,16 @@ def test_beams_samples_and_batches_are_generated(folder: Path) -> None:
         **tokenizer("w5 w6 w7", return_tensors="pt"), max_new_tokens=6, do_sample=False, pad_token_id=0
     )
     assert torch.equal(both[0, -6:], alone[0, -6:])
+
+
+@torch.no_grad()
+def test_without_its_head_it_is_what_is_below_the_head(folder: Path, tmp_path: Path) -> None:
+    model = loaded(folder)
+    model.save_pretrained(tmp_path / "saved")
+    for place in (folder, tmp_path / "saved"):  # packed, plain
+        for code in ({}, {"trust_remote_code": True}):
+            below = AutoModel.from_pretrained(place, dtype=torch.float32, **code).eval()
+            assert torch.equal(below(TOKENS).last_hidden_state, model.base_model(TOKENS).last_hidden_state)
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # by its name of before transformers 5.24

@@ -138,7 +138,7 @@ def in_float64(model: Any) -> Any:
     """The library's norm computes in float32 whatever it is given; torch's does not. Nor do all its experts take it."""
     model.config._experts_implementation = "eager"
     for name, module in list(model.named_modules()):
-        if type(module).__name__.endswith("RMSNorm") and type(module).__name__ != "BareRMSNorm":
+        if type(module).__name__.endswith("RMSNorm") and type(module).__name__ != "BareNorm":
             norm = nn.RMSNorm(len(module.weight), eps=module.variance_epsilon, dtype=torch.float64)
             norm.weight = module.weight
             model.set_submodule(name, norm)

@@ -145,7 +145,12 @@ class Family:
     @property
     def sliced_config(self) -> str:
         """Class name of the configuration of this family's sliced models."""
-        return self.sliced_causal_lm.replace("ForCausalLM", "Config").replace("LMHeadModel", "Config")
+        return f"{self._sliced_stem}Config"
+
+    @property
+    def _sliced_stem(self) -> str:
+        """With which the names of classes begin."""
+        return self.sliced_causal_lm.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
 
     @property
     def low_rank_model_type(self) -> str:
@@ -160,7 +165,11 @@ class Family:
     @property
     def sliced_classes(self) -> dict[str, str]:
         """Those classes, by the Auto classes that find them."""
-        return {"AutoConfig": self.sliced_config, "AutoModelForCausalLM": self.sliced_causal_lm}
+        return {
+            "AutoConfig": self.sliced_config,
+            "AutoModel": f"{self._sliced_stem}Model",
+            "AutoModelForCausalLM": self.sliced_causal_lm,
+        }
 
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")

@@ -17,8 +17,8 @@ RESIDUAL = "Residual"
 """Prefix of the class name of a decoder layer turned residual block."""
 
 
-class BareRMSNorm(nn.Module):
-    """`x / rms(x)` without a scale, in float32 or wider.
+class BareNorm(nn.Module):
+    """`x / rms(x)` without a scale, in float32 or wider. Its name is no RMSNorm's, which others put their own for.
 
     The mean is taken over the *dense* width, as slicing removes only what is (nearly) zero there.
     """

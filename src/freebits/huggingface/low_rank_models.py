@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from freebits.architecture import LOW_RANKS, MODEL_TYPES
-from freebits.huggingface.own_classes import OwnCausalLM, derive
+from freebits.huggingface.own_classes import OwnModel, derive
 
 
 class LowRankLinear(nn.Module):
@@ -29,15 +29,6 @@ class LowRankLinear(nn.Module):
         return result
 
 
-class LowRankCausalLM(OwnCausalLM):
-    """What a model with such layers adds to the library's class."""
-
-    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
-        split_layers(self, config)
-        self.post_init()  # type: ignore[no-untyped-call]
-
-
 def split_layers(model: nn.Module, config: PreTrainedConfig) -> None:
     """Put two thin layers in the place of each that the config names."""
     for name, rank in (getattr(config, LOW_RANKS, None) or {}).items():
@@ -47,11 +38,17 @@ def split_layers(model: nn.Module, config: PreTrainedConfig) -> None:
         model.set_submodule(name, thin.to(layer.weight.device, layer.weight.dtype))
 
 
+class LowRankModel(OwnModel):
+    """What a model with such layers adds to the library's class."""
+
+    make_ours = staticmethod(split_layers)
+
+
 _ABOUT = f"with layers of low rank: `{LOW_RANKS}` has their ranks."
 _CLASSES: dict[str, type] = {}
 for _family in MODEL_TYPES.values():
     _types = _family.low_rank_model_type, _family.low_rank_classes
-    _CLASSES |= derive(_family, LowRankCausalLM, *_types, _ABOUT)
+    _CLASSES |= derive(_family, LowRankModel, *_types, _ABOUT)
 
 
 def __getattr__(name: str) -> Any:

@@ -5,19 +5,41 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from freebits.architecture import Family
 from freebits.checkpoint import auto_map, write_remote_code
 
 
-class OwnCausalLM(PreTrainedModel):
-    """A model class of ours, to be mixed with one of the library's."""
+class OwnModel(PreTrainedModel):
+    """What is ours in a model class, to be mixed with one of the library's, with a head or without."""
 
     family: Family
     config_class: type[PreTrainedConfig]
     classes: dict[str, str]
-    """Names of its configuration and of itself, by the Auto classes that find them."""
+    """Names of its configuration and of both classes, by the Auto classes that find them."""
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        whole: nn.Module = self
+        if self.base_model is self:  # by names that begin as in a model with a head
+            whole = nn.Module()
+            whole.add_module(self.base_model_prefix, self)
+        self.make_ours(whole, config)
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def make_ours(model: nn.Module, config: PreTrainedConfig) -> None:
+        """Change the library's modules."""
+        raise NotImplementedError
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
@@ -31,7 +53,7 @@ class OwnCausalLM(PreTrainedModel):
 
 
 def derive(
-    family: Family, mixin: type[OwnCausalLM], model_type: str, classes: dict[str, str], about: str, **more: Any
+    family: Family, mixin: type[OwnModel], model_type: str, classes: dict[str, str], about: str, **more: Any
 ) -> dict[str, type]:
     """Derive a family's classes from the library's and make the Auto classes know them.
 
@@ -41,10 +63,10 @@ def derive(
         model_type: of the configuration.
         classes: their names, by the Auto classes that find them.
         about: what the configuration is of.
-        more: attributes of the model class.
+        more: attributes of the model classes.
 
     Returns:
-        Both classes by their names.
+        The classes by their names.
     """
     dense = getattr(transformers, family.causal_lm)
     here = {"__module__": mixin.__module__}
@@ -53,7 +75,7 @@ def derive(
         (dense.config_class,),
         {
             "model_type": model_type,
-            "register_for_auto_class": OwnCausalLM.__dict__["register_for_auto_class"],
+            "register_for_auto_class": OwnModel.__dict__["register_for_auto_class"],
             "__doc__": f"Configuration of a {family.model_type} model {about}",
             **here,
         },
@@ -62,9 +84,14 @@ def derive(
         "family": family,
         "classes": classes,
         "config_class": config_class,
-        "__doc__": f"A {dense.__name__} {about}",
+        **more,
+        **here,
     }
-    model_class = type(classes["AutoModelForCausalLM"], (mixin, dense), {**told, **more, **here})
     AutoConfig.register(model_type, config_class)
-    AutoModelForCausalLM.register(config_class, model_class)
-    return {kind.__name__: kind for kind in (config_class, model_class)}
+    made, without_head = [config_class], MODEL_MAPPING[dense.config_class]
+    bases: list[tuple[Any, Any]] = [(AutoModel, without_head), (AutoModelForCausalLM, dense)]
+    for auto, theirs in bases:
+        about_it = {"__doc__": f"A {theirs.__name__} {about}"}
+        made.append(type(classes[auto.__name__], (mixin, theirs), {**told, **about_it}))
+        auto.register(config_class, made[-1])
+    return {kind.__name__: kind for kind in made}

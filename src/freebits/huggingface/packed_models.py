@@ -15,6 +15,7 @@ from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedConfig,
@@ -96,6 +97,16 @@ class PackedForCausalLM:
         """Nothing: the models that come out are not of this class."""
 
 
+class PackedModel(PackedForCausalLM):
+    """The factory of models without a head."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """What is below the head of the model in a packed folder; arguments as above."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        return (loaded[0].base_model, *loaded[1:]) if isinstance(loaded, tuple) else loaded.base_model
+
+
 def adopt_generation_settings(model: Any, folder: Path) -> None:
     """Read `generation_config.json`, which `from_pretrained` skips where it is given the weights."""
     if (folder / "generation_config.json").exists():
@@ -129,4 +140,5 @@ def _local_folder(path: str | os.PathLike[str], source: Mapping[str, Any]) -> Pa
 
 
 AutoConfig.register(PackedConfig.model_type, PackedConfig)
+AutoModel.register(PackedConfig, PackedModel)
 AutoModelForCausalLM.register(PackedConfig, PackedForCausalLM)

@@ -23,7 +23,7 @@ from freebits.checkpoint import (
 )
 from freebits.errors import CheckpointError, UnsupportedModelError, UsageError
 from freebits.huggingface.loading import load
-from freebits.huggingface.own_classes import OwnCausalLM
+from freebits.huggingface.own_classes import OwnModel
 from freebits.huggingface.own_text import write_windows
 from freebits.huggingface.students import Adapted, Rescaled, Student
 from freebits.huggingface.tokens import drawn_windows, token_windows
@@ -201,7 +201,7 @@ def _write_plain(directory: Path, source: Checkpoint, student: Student, move: di
     write_json(directory / CONFIG, source.config | {HISTORY: {"history": [*history_of(source.config), move]}})
     carry_over(source.path, directory)
     model = student.model
-    if isinstance(model, OwnCausalLM):
+    if isinstance(model, OwnModel):
         write_remote_code(directory, type(model).__module__, model.classes)
     else:
         carry_code(source.path, directory)

@@ -9,32 +9,32 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from freebits.architecture import MODEL_TYPES, Architecture, Axis, Layout, Role
 from freebits.huggingface.blocks import (
     RESIDUAL,
-    BareRMSNorm,
+    BareNorm,
     FactoredEmbedding,
     ProjectedShortcut,
     residual_block,
     submodule,
 )
 from freebits.huggingface.low_rank_models import split_layers
-from freebits.huggingface.own_classes import OwnCausalLM, derive
+from freebits.huggingface.own_classes import OwnModel, derive
 
 
-class SlicedCausalLM(OwnCausalLM):
+class SlicedModel(OwnModel):
     """What a sliced model of any family adds to the library's class."""
 
-    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
-        split_layers(self, config)
-        _slice_modules(self, config)
-        self.post_init()  # type: ignore[no-untyped-call]
+    @staticmethod
+    def make_ours(model: nn.Module, config: PreTrainedConfig) -> None:
+        """Narrow layers, where there are some, then narrow sites."""
+        split_layers(model, config)
+        _slice_modules(model, config)
 
 
-def _slice_modules(model: PreTrainedModel, config: PreTrainedConfig) -> None:
+def _slice_modules(model: nn.Module, config: PreTrainedConfig) -> None:
     """Crop every matrix of a dense model to the widths of its sites, bare its norms, add its shortcuts."""
     told = config.to_dict()
     architecture = Architecture.of(told)
@@ -52,7 +52,7 @@ def _slice_modules(model: PreTrainedModel, config: PreTrainedConfig) -> None:
     for name, weight in layout.weights(architecture).items():
         module_name, _, parameter = name.rpartition(".")
         module: Any = submodule(model, module_name)
-        if name == architecture.head.bias and module.bias is None:
+        if name == architecture.head.bias and module is not None and module.bias is None:
             module.bias = nn.Parameter(torch.zeros(len(module.weight), dtype=module.weight.dtype))
         elif name not in shortcuts and weight.role is not Role.NORM and getattr(module, parameter, None) is not None:
             for axis in weight.axes:
@@ -60,7 +60,7 @@ def _slice_modules(model: PreTrainedModel, config: PreTrainedConfig) -> None:
     for norm_ in architecture.folded_norms:
         norm: Any = model.get_submodule(norm_.name)
         eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
-        model.set_submodule(norm_.name, BareRMSNorm(architecture.hidden_size, eps))
+        model.set_submodule(norm_.name, BareNorm(architecture.hidden_size, eps))
 
 
 def _shortcut(before: int, after: int, rank: int | None) -> nn.Module:
@@ -92,7 +92,7 @@ for _family in MODEL_TYPES.values():
     _theirs = getattr(transformers, _family.causal_lm)._no_split_modules or ()
     _blocks = [f"{RESIDUAL}{name}" for name in _theirs]
     _types = _family.sliced_model_type, _family.sliced_classes
-    _CLASSES |= derive(_family, SlicedCausalLM, *_types, _ABOUT, _no_split_modules=_blocks)
+    _CLASSES |= derive(_family, SlicedModel, *_types, _ABOUT, _no_split_modules=_blocks)
 
 
 def __getattr__(name: str) -> Any:

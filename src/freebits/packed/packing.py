@@ -20,7 +20,11 @@ from freebits.work import Crew, Progress
 HISTORY = "freebits"
 """Key in a sliced model's `config.json` under which its history stands."""
 MODEL_TYPE = "freebits"
-CLASSES = {"AutoConfig": "PackedConfig", "AutoModelForCausalLM": "PackedForCausalLM"}
+CLASSES = {
+    "AutoConfig": "PackedConfig",
+    "AutoModel": "PackedModel",
+    "AutoModelForCausalLM": "PackedForCausalLM",
+}
 CLASSES_IN = "freebits.huggingface.packed_models"
 
 
