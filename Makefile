@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: install demo test lint site versions torture fuzz clean
+.PHONY: install demo test lint site browser versions torture fuzz clean
 
 install: $(READY)
 
@@ -28,6 +28,10 @@ lint: $(READY)
 # The documentation, into .site; warnings are errors.
 site: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# The page of `freebits report` in Chromium: wide and as on a phone, light and dark.
+browser: $(READY)
+	$(BIN)/python -m tests.browser $(SHOTS)
 
 # Oldest and newest packages, as many Pythons as are here; gigabytes.
 versions: $(READY)

@@ -75,6 +75,7 @@ def test_a_page_holds_what_it_shows(quantised: Path, tmp_path: Path, capsys: pyt
     for section in ("Size, step by step", "What the bytes are for", "Quality", "Bits of each matrix", "Error of each"):
         assert section in told
     assert content.count("<svg") == 5
+    assert "$" not in told  # mathematics, unset
     ratio = freebits.verify(quantised, against=tmp_path / "dense", text=random_text(400), seq_len=32, limit=4)["ratio"]
     assert found["against"]["ratio"] == pytest.approx(ratio)
 

@@ -69,6 +69,9 @@ def scatter(points: Points, across: str, up: str, *, names: bool = False, log: b
         axes.set(xlabel=across, ylabel=up)
         if log:
             axes.set_yscale("log")
+            axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
+            axes.yaxis.set_major_formatter("{x:g}")  # its own writes mathematics
+            axes.yaxis.set_minor_formatter("")
         if not names:
             axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), markerscale=1.5)
             axes.xaxis.get_major_locator().set_params(integer=True)
