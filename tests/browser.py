@@ -43,7 +43,7 @@ frame.onload = () => {
 
 def main() -> int:
     """Write a page, open it in every way, say what was found; the exit code says whether all was well."""
-    browser = next((found for name in ("chromium", "google-chrome", "chrome") if (found := shutil.which(name))), None)
+    browser = next((path for name in ("chromium", "google-chrome", "chrome") if (path := shutil.which(name))), None)
     if browser is None:
         print("there is no Chromium here")  # noqa: T201
         return 2
@@ -93,7 +93,13 @@ def opened(browser: str, page: Path, width: int, options: list[str]) -> dict[str
 
 def run(browser: str, page: Path, options: list[str], width: int) -> str:
     """What Chromium prints of a page."""
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND"]
+    command: list[str] = [
+        browser,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+    ]
     command += ["--virtual-time-budget=4000", f"--window-size={max(width, 500)},4000", *options, page.as_uri()]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
 

@@ -69,7 +69,8 @@ def scatter(points: Points, across: str, up: str, *, names: bool = False, log: b
         axes.set(xlabel=across, ylabel=up)
         if log:
             axes.set_yscale("log")
-            axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
+            low, high = axes.get_ylim()
+            axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5) if high < 1000 * low else (1,))
             axes.yaxis.set_major_formatter("{x:g}")  # its own writes mathematics
             axes.yaxis.set_minor_formatter("")
         if not names:
