@@ -1,6 +1,7 @@
 """At home in transformers: Auto classes, generation, saving, and no import needed with trusted code."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, pipeline
 
 import freebits
+from freebits.checkpoint import WeightsFile
 from freebits.errors import CheckpointError
+from freebits.huggingface import load
 from tests.tiny import VARIANTS, Make
 
 
@@ -240,3 +243,17 @@ def test_odd_ways_to_load_lead_to_the_same_model(folder: Path, tmp_path: Path) -
     thread.start()
     thread.join()
     assert threads == [torch.get_num_threads()]
+
+
+def test_a_plain_file_that_is_cut_short_while_it_is_read_is_said(
+    save_tiny: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, read = save_tiny(), WeightsFile.read
+
+    def cut(file: WeightsFile, name: str) -> Any:
+        os.truncate(file.path, 5000)
+        return read(file, name)
+
+    monkeypatch.setattr(WeightsFile, "read", cut)
+    with pytest.raises(CheckpointError, match="model.safetensors"):
+        load(dense)

@@ -7,11 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
 
-from freebits.checkpoint import CONFIG, fill, is_adapter, located
+from freebits.checkpoint import CONFIG, Checkpoint, fill, is_adapter, located
 from freebits.errors import CheckpointError, FreebitsError, one_line
 from freebits.huggingface.integer_layers import with_integers
+from freebits.huggingface.packed_models import adopt_generation_settings
 from freebits.huggingface.pivoted_layers import with_pivots
 from freebits.packed import PackedFolder
 from freebits.report import opened
@@ -49,23 +57,35 @@ def load(
         plain = ", once it is unpacked" if packed else ""
         raise CheckpointError(f"{path} holds an adapter: load it with PEFT, on top of its model{plain}")
     _check_depth(path, folder.config, len(folder.kinds))
-    if not packed:
-        fill(path)
+    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "output_loading_info": True}
     with one_line_errors(path, "model"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **({"verify": verify} if packed else {}),
-        )
+        if isinstance(folder, Checkpoint) and not folder.config.get("quantization_config"):
+            loaded: Any = _from_plain(folder, options)
+        else:
+            options |= {"verify": verify} if packed else {}
+            loaded = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **options)
     model, found = loaded
     if found["missing_keys"]:  # transformers fills them in at random
         raise CheckpointError(f"tensor {min(found['missing_keys'])} is missing in {path}: the checkpoint is incomplete")
     if keep_integers and isinstance(folder, PackedFolder):
         return with_integers(model, folder)
     return with_pivots(model) if keep_pivots else model
+
+
+def _from_plain(folder: Checkpoint, options: dict[str, Any]) -> Any:
+    """What `from_pretrained` gives, of tensors that we read: a mapped file that is cut short ends the process."""
+    fill(folder.path)
+    config = AutoConfig.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
+    wide = options["dtype"] in (torch.float32, torch.float64)
+    state = {}
+    for name in folder.kinds:
+        tensor = folder[name]
+        state[name] = tensor.to(options["dtype"]) if wide and tensor.is_floating_point() else tensor
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model, found = kind.from_pretrained(None, config=config, state_dict=state, **options)
+    model.name_or_path = model.config.name_or_path = str(folder.path)
+    adopt_generation_settings(model, folder.path)
+    return model, found
 
 
 def _check_depth(path: Path, config: Mapping[str, Any], n_tensors: int) -> None:
