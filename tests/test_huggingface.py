@@ -255,5 +255,5 @@ def test_a_plain_file_that_is_cut_short_while_it_is_read_is_said(
         return read(file, name)
 
     monkeypatch.setattr(WeightsFile, "read", cut)
-    with pytest.raises(CheckpointError, match="model.safetensors"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         load(dense)
