@@ -30,11 +30,12 @@ def test_the_readmes_commands_and_its_example_run(
     (tmp_path / "text.txt").write_text(random_text(64 * 512 + 1000))
     commands = [line for snippet in snippets("bash") for line in snippet.splitlines() if line.startswith("freebits ")]
     verbs = ["estimate", "compress", "unpack", "quantize", "slice", "pack", "verify", "inspect", "report", "unpack"]
-    verbs += ["lowrank", "pack"]
+    verbs += ["recover", "lowrank", "pack"]
     assert [command.split()[1] for command in commands] == verbs
     for command in commands:
         measures = {"verify", "report"} & {*command.split()}
         extra = ["--text", "text.txt", "--limit", "1"] if measures else []
+        extra = ["--samples", "8", "--force"] if "recover" in command else extra  # that learn nothing from so little
         code = main([*shlex.split(command, comments=True)[1:], *extra])
         assert code == 0 or (code == 1 and extra), command  # a tiny random model may differ by more than 1 %
     [example] = snippets("python")
@@ -51,10 +52,11 @@ def test_the_commands_to_choose_from_run(
     (tmp_path / "text.txt").write_text(random_text(4 * 512 + 100))
     page = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
     commands = re.findall(r"```bash\n(.*?)\n```", page, flags=re.DOTALL)
-    assert [command.split()[1] for command in commands] == ["compress", "pack", "compress", "report"]
+    assert [command.split()[1] for command in commands] == ["compress", "pack", "compress", "recover", "report"]
     for command in commands:
         calibrated = ["--calibration", "text.txt"] if "--max-kl" in command else []
         extra = ["--text", "text.txt"] if {"report", "--max-kl"} & {*command.split()} else []
+        extra = ["--samples", "8", "--force"] if "recover" in command else extra
         assert main([*shlex.split(command)[1:], *calibrated, *extra]) == 0, command
 
 

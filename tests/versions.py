@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "versions.csv"
 FILES = "architecture canonical checkpoint codes compression entropy families fuzz golden huggingface lowrank packed"
-FILES += " pairs quantization slicing symmetry"
+FILES += " import pairs quantization slicing symmetry"
 SHOWN = ("torch", "numpy", "transformers", "safetensors", "huggingface_hub")
 HEADER = ("environment", "Python", *SHOWN, "passed", "failed", "seconds")
 ENVIRONMENTS = {"oldest": "3.11", "newest-3.11": "3.11", "newest-3.12": "3.12", "newest": "3.13", "newest-3.14": "3.14"}
