@@ -12,7 +12,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    pipeline,
+)
 
 import freebits
 from freebits.checkpoint import WeightsFile
@@ -257,3 +264,15 @@ def test_a_plain_file_that_is_cut_short_while_it_is_read_is_said(
     monkeypatch.setattr(WeightsFile, "read", cut)
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         load(dense)
+
+
+def test_a_config_with_another_inside_loads_as_in_transformers(tmp_path: Path) -> None:
+    text = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "head_dim": 16}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 2, "linear_num_key_heads": 2, "linear_num_value_heads": 2}
+    text |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
+    vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 32}
+    config = AutoConfig.for_model("qwen3_5", text_config=text, vision_config=vision)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "both")
+    ours, theirs = load(tmp_path / "both"), AutoModelForCausalLM.from_pretrained(tmp_path / "both").eval()
+    assert type(ours) is type(theirs)
+    assert torch.equal(ours(TOKENS).logits, theirs(TOKENS).logits)

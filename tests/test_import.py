@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 import freebits
@@ -122,6 +123,22 @@ def test_what_they_sliced_is_the_same_to_the_bit(
     torch.testing.assert_close(logits(tmp_path / "packed"), logits(tmp_path / "out"), rtol=0, atol=1e-4)
 
 
+def test_the_dense_models_config_is_enough_and_norms_are_as_there(tmp_path: Path, save_tiny: Make) -> None:
+    dense = save_tiny(rms_norm_eps=1e-3)
+    theirs = sliced_by_them(dense, tmp_path / "a.pt")
+    (dense / "model.safetensors").unlink()
+    config = json.loads((dense / "config.json").read_text())
+    del config["rms_norm_eps"]
+    (dense / "config.json").write_text(json.dumps(config))
+    assert freebits.import_slicegpt(theirs, dense, tmp_path / "out")["bytes"]["dense"] is None
+    assert load(tmp_path / "out").model.layers[0].input_layernorm.eps == 1e-5
+    names = {name: tensor.contiguous() for name, tensor in torch.load(theirs).items()}
+    save_file(names, tmp_path / "a.safetensors")
+    freebits.import_slicegpt(tmp_path / "a.safetensors", dense, tmp_path / "again")
+    weights = [(tmp_path / out / "model.safetensors").read_bytes() for out in ("out", "again")]
+    assert weights[0] == weights[1]
+
+
 class Evil:
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, (str(Path.cwd() / "ran"),)
@@ -134,7 +151,20 @@ def test_what_is_no_such_file_is_refused_and_no_code_in_it_runs(
     dense = save_tiny()
     good = as_they_save(load(dense), LLAMA)
     lacking = {name: tensor for name, tensor in good.items() if "layers.1.mlp_shortcut" not in name}
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    wide = torch.zeros(1).expand(2**34, 32)
     spoilt: dict[str, tuple[object, str]] = {
+        "scalar": (good | {embedding: torch.tensor(1.0)}, "no matrix or vector"),
+        "empty": (good | {embedding: torch.ones(0, 32)}, "no matrix or vector"),
+        "meta": (good | {embedding: torch.ones(96, 32, device="meta")}, "no matrix or vector"),
+        "sparse": (good | {embedding: torch.ones(96, 32).to_sparse()}, "no matrix or vector"),
+        "complex": (good | {embedding: torch.ones(96, 32, dtype=torch.complex64)}, "no matrix or vector"),
+        "whole": (good | {embedding: torch.ones(96, 32, dtype=torch.int64)}, "no matrix or vector"),
+        "claims": (good | {embedding: wide, head: wide}, "no matrix or vector"),
+        "flat": (good | {"model.layers.0.mlp_shortcut_Q": torch.ones(32)}, "lacks a shortcut"),
+        "deep": (good | {"model.layers.0.mlp_shortcut_Q": torch.ones(32, 32, 1)}, "no matrix or vector"),
+        "more": (good | {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}, "not part of the model"),
+        "less": ({n: t for n, t in good.items() if "0.mlp.up_proj" not in n}, "is missing"),
         "evil": ({"a": Evil()}, "tensors alone"),
         "text": ([1, 2], "no tensors by their names"),
         "lora": (good | {"base_model.model.x.lora_A.weight": torch.ones(2)}, "LoRA"),
@@ -148,9 +178,16 @@ def test_what_is_no_such_file_is_refused_and_no_code_in_it_runs(
         assert said in capsys.readouterr().err
     file = sliced_by_them(dense, tmp_path / "cut.pt")
     file.write_bytes(file.read_bytes()[:-500])
+    (tmp_path / "nested.json").write_text("[" * 200_000)
+    torch.save(good, tmp_path / "nested.pt")
     (tmp_path / "other.json").write_text('{"hidden_size": 64, "layers_num": 3}')
     torch.save(good, tmp_path / "other.pt")
-    for name, said in (("cut", "damaged"), ("other", "hidden_size is 64"), ("none", "No such file")):
+    for name, said in (
+        ("cut", "damaged"),
+        ("nested", "cannot be read as JSON"),
+        ("other", "hidden_size is 64"),
+        ("none", "is no file"),
+    ):
         assert main(["import", f"{name}.pt", str(dense), "out"]) == 2
         assert said in capsys.readouterr().err
     assert not (tmp_path / "ran").exists()

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import freebits
@@ -14,6 +15,7 @@ from freebits.cli import main
 from freebits.codes import Integers
 from freebits.errors import CheckpointError, UsageError
 from freebits.huggingface import load, recover_checkpoint
+from freebits.huggingface.recover_checkpoint import _student
 from freebits.huggingface.students import Adapted, Rescaled
 from freebits.packed import PackedFolder
 from tests.tiny import Make, random_text
@@ -117,14 +119,52 @@ def test_the_same_seed_trains_the_same_and_a_text_can_be_given(tmp_path: Path, s
 def test_matrices_that_were_rounded_rotated_keep_their_steps(tmp_path: Path, save_tiny: Make) -> None:
     dense = save_tiny()
     before = PackedFolder(quantised(dense, tmp_path / "turned", rotate="hadamard"))
-    student = Rescaled(load(before.path, dtype=torch.float32), before)
+    student = _student(before, load(before.path, dtype=torch.float32), 4, 0)
+    assert isinstance(student, Rescaled)
     assert not student.steps()
-    assert student.trained
+    assert student.what == "norms"
     freebits.recover(before.path, tmp_path / "out", against=dense, force=True, samples=8, seq_len=32)
     after = PackedFolder(tmp_path / "out")
     assert not torch.equal(before["model.norm.weight"], after["model.norm.weight"])
     name = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(before[name], after[name])
+
+
+@pytest.mark.parametrize(
+    ("variant", "form", "count"),
+    [
+        ({"model_type": "gpt2"}, "plain", 12),
+        ({"model_type": "falcon", "parallel_attn": False, "bias": True, "alibi": True}, "sliced", 18),
+        ({"model_type": "mixtral", "num_local_experts": 4, "num_key_value_heads": 2}, "plain", 12),
+    ],
+)
+def test_all_linear_layers_are_found_and_nothing_else(
+    tmp_path: Path, save_tiny: Make, slice_tiny: Make, variant: dict[str, Any], form: str, count: int
+) -> None:
+    dense = save_tiny(dtype=torch.float32, **variant)
+    before = slice_tiny(dense, force=True) if form == "sliced" else quantised_then_plain(dense, tmp_path)
+    student = _student(Checkpoint(before), load(before), 4, 0)
+    assert len(student.tensors) == count
+    freebits.recover(before, tmp_path / "out", against=dense, force=True, samples=4, seq_len=16)
+    old, new = Checkpoint(before), Checkpoint(tmp_path / "out")
+    assert {name for name in old.kinds if not torch.equal(old[name], new[name])} == student.tensors.keys()
+
+
+def quantised_then_plain(dense: Path, tmp_path: Path) -> Path:
+    freebits.unpack(quantised(dense, tmp_path / "packed", bits=4), tmp_path / "plain")
+    return tmp_path / "plain"
+
+
+def test_names_may_lack_the_models_prefix(tmp_path: Path, save_tiny: Make) -> None:
+    dense = save_tiny(model_type="gpt2")
+    state = {name.removeprefix("transformer."): of for name, of in load_file(dense / "model.safetensors").items()}
+    save_file(state, dense / "model.safetensors", metadata={"format": "pt"})
+    before = quantised(dense, tmp_path / "three")
+    student = _student(PackedFolder(before), load(before), 4, 0)
+    assert isinstance(student, Rescaled)
+    assert len(student.steps()) == 12
+    freebits.recover(before, tmp_path / "out", against=dense, force=True, samples=4, seq_len=16)
+    assert not torch.equal(PackedFolder(tmp_path / "out")["ln_f.weight"], state["ln_f.weight"])
 
 
 def test_what_cannot_be_recovered_gets_one_line(
@@ -140,7 +180,11 @@ def test_what_cannot_be_recovered_gets_one_line(
         freebits.recover(sliced, out, against=dense, samples=0, calibration=random_text(600), seq_len=32)
     with pytest.raises(CheckpointError, match="one model has 80 tokens, the other 96"):
         freebits.recover(sliced, out, against=save_tiny("other", vocab_size=80), **OPTIONS)
+    with pytest.raises(UsageError, match="one window of 32 tokens"):
+        freebits.recover(sliced, out, against=dense, calibration=random_text(40), seq_len=32)
     monkeypatch.setattr(recover_checkpoint, "train", lambda *_: None)
+    with pytest.raises(UsageError, match="cannot sign"):
+        freebits.recover(sliced, out, against=tmp_path / "nowhere", sign_with=tmp_path / "no.pem")
     with pytest.raises(UsageError, match="training did not help"):
         freebits.recover(sliced, out, against=dense, **OPTIONS)
     assert not out.exists()
@@ -151,4 +195,4 @@ def test_what_cannot_be_recovered_gets_one_line(
 def test_without_peft_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, save_tiny: Make) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UsageError, match=r"freebits\[recover\]"):
-        Adapted(load(save_tiny()), 4, 0)
+        Adapted(load(save_tiny()), {}, 4, 0)

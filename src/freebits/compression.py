@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from freebits.calibration import embedded_text
-from freebits.checkpoint import Checkpoint, located, new_directory, original, sign, unchanged
+from freebits.checkpoint import Checkpoint, check_key, located, new_directory, original, sign, unchanged
 from freebits.errors import CheckpointError, UsageError
 from freebits.evaluation import verify
 from freebits.huggingface import WINDOW, Goal, prepare, token_windows
@@ -101,6 +101,7 @@ def compress(
         CheckpointError: `model` is no sound checkpoint, or `out` exists.
         UnsupportedModelError: transformers does not run it, or not block by block.
     """
+    check_key(sign_with)
     folder = located(model, revision, whole=not dry_run)
     plan = planned(folder, target_size, target_ratio, bits, lossless, max_kl)
     if dry_run:

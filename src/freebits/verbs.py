@@ -4,11 +4,11 @@ import os
 from typing import Any
 
 from freebits.architecture import Architecture
-from freebits.checkpoint import Checkpoint, Task, is_adapter, located, new_directory, sign
+from freebits.checkpoint import Checkpoint, Task, check_key, is_adapter, located, new_directory, sign
 from freebits.errors import CheckpointError
 from freebits.options import CANONICAL
 from freebits.packed import PackedFolder, chosen, is_packed, pack_into, stage, unpack_into
-from freebits.report import inspect, write_card
+from freebits.report import inspect, known_sizes, write_card
 from freebits.work import Progress, Team, device_of, silent
 
 
@@ -51,15 +51,15 @@ def pack(
 
     Raises:
         UsageError: there is no such codec or device, the threshold is not the codec's, or `jobs` is less than one.
-        CheckpointError: the model is not a sound checkpoint, or not sliced, or not in a dtype that the codec knows; or
-            `out` exists.
+        CheckpointError: the model is no sound checkpoint, not sliced, or in no dtype of the codec's; or `out` exists.
     """
+    check_key(sign_with)
     preset, code = chosen(codec, threshold, device_of(device, float64=True)), stage(entropy)
     model = located(model)
     if is_packed(model):
         raise CheckpointError(f"{model} is packed already: unpack it first")
     source = Checkpoint(model)
-    sizes = {key: n for key, n in inspect(model)["bytes"].items() if n is not None}
+    sizes = known_sizes(model)
     team = team or Team(jobs)
     arguments = {"codec": codec, "entropy": entropy, "threshold": threshold, "device": device}
     task = Task("pack", source.path, arguments, team, resume) if preset or team.shared else None  # else it is copying

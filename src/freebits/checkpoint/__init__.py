@@ -33,7 +33,7 @@ from freebits.checkpoint.folder import (
 )
 from freebits.checkpoint.hub import located, push
 from freebits.checkpoint.remote import exists, fill, original, url_of
-from freebits.checkpoint.signature import SIGNATURE, check_signature, sign
+from freebits.checkpoint.signature import SIGNATURE, check_key, check_signature, sign
 from freebits.checkpoint.weights import ENTRY, LENGTH, Entry, WeightsFile, WeightsWriter, parse_header
 from freebits.checkpoint.writer import WEIGHTS, CheckpointWriter, shard_bytes
 
@@ -60,6 +60,7 @@ __all__ = [
     "auto_map",
     "carry_code",
     "carry_over",
+    "check_key",
     "check_signature",
     "config_name",
     "copy",

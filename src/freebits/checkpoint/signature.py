@@ -23,16 +23,36 @@ def sign(folder: Path, key: str | os.PathLike[str]) -> None:
     Raises:
         UsageError: the key cannot be used, or model-signing is not installed.
     """
-    hashing, signing = _library("hashing"), _library("signing")
+    hashing = _library("hashing")
+    check_key(key)
     shutil.rmtree(folder / UNFINISHED, ignore_errors=True)  # what was put together by now
     of = hashing.Config().set_ignored_paths(paths=[folder / SIGNATURE])
     try:
-        config = signing.Config().use_elliptic_key_signer(private_key=Path(key)).set_hashing_config(of)
-        config.sign(folder, folder / SIGNATURE)
+        _signer(key).set_hashing_config(of).sign(folder, folder / SIGNATURE)
     except Exception as error:  # of the key's library, too
-        raise UsageError(
-            f"{key} cannot sign ({one_line(error, 160)}): give a private key in PEM, of secp256r1"
-        ) from None
+        raise _no_key(key, error) from None
+
+
+def check_key(key: str | os.PathLike[str] | None) -> None:
+    """Check that a key, if there is one, can sign, before any work is done.
+
+    Raises:
+        UsageError: it cannot, or model-signing is not installed.
+    """
+    if key is not None:
+        _library("signing")
+        try:
+            _signer(key)
+        except Exception as error:
+            raise _no_key(key, error) from None
+
+
+def _signer(key: str | os.PathLike[str]) -> Any:
+    return _library("signing").Config().use_elliptic_key_signer(private_key=Path(key))
+
+
+def _no_key(key: str | os.PathLike[str], error: Exception) -> UsageError:
+    return UsageError(f"{key} cannot sign ({one_line(error, 160)}): give a private key in PEM, of secp256r1")
 
 
 def check_signature(folder: Path, key: str | os.PathLike[str]) -> None:

@@ -183,9 +183,9 @@ def _import(verbs: Any) -> Any:
         verbs,
         "import",
         "make a folder of a model that SliceGPT's own code sliced",
-        "Of the .pt that TransformerCompression's run_slicegpt.py saved, of Llama, OPT, Phi-2 or Phi-3; it is read as "
-        "tensors alone, no code in it can run. The folder has the same numbers, loads with from_pretrained after "
-        "`import freebits`, and can be packed: freebits pack.",
+        "Of the .pt that TransformerCompression's run_slicegpt.py saved, of Llama, OPT, Phi-2 or Phi-3, or of a "
+        ".safetensors with the same names; it is read as tensors alone, no code in it can run. The folder has the same "
+        "numbers, loads with from_pretrained after `import freebits`, and can be packed: freebits pack.",
     )
     verb.add_argument("file", metavar="FILE.pt", type=Path, help="what was saved; a .json beside it is checked")
     _model(verb, "folder of the dense model it was made from", out=True)

@@ -1,6 +1,5 @@
 """Models that SliceGPT's own code sliced: from its file to a folder that loads like any other."""
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -9,20 +8,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
 from freebits.architecture import Architecture, Layout, dense_family
 from freebits.checkpoint import (
+    CONFIG,
     Checkpoint,
     CheckpointWriter,
+    WeightsFile,
     carry_over,
+    existing_folder,
     located,
     new_directory,
-    shard_bytes,
+    read_json,
     write_remote_code,
 )
 from freebits.errors import CheckpointError, one_line
 from freebits.huggingface.config_estimate import dense_shapes
+from freebits.huggingface.loading import one_line_errors
 from freebits.huggingface.slice_checkpoint import write_sliced_config
+from freebits.kind import DTYPE_CODES, FLOATS
 from freebits.moves import LOSSY
 from freebits.packed import SLICED_IN, history_of
 from freebits.report import dense_bytes, inspect, write_card
@@ -32,6 +37,8 @@ _SHORTCUTS = {"attention": "attn_shortcut_Q", "parallel": "attn_shortcut_Q", "ml
 """Sublayer → what the block has for its shortcut there: `Q: (before, after)`, by which rows are multiplied."""
 _EPS = 1e-5
 """That of all norms there, whatever the dense model's."""
+_SHARD = 5 * 10**9
+"""Bytes of a file, at most."""
 _EPS_KEY = re.compile(r"\w*norm\w*_eps(ilon)?")
 
 
@@ -44,8 +51,9 @@ def import_slicegpt(
     Llama, OPT, Phi-2, Phi-3.
 
     Args:
-        file: a `.pt` of `run_slicegpt.py`, read as tensors alone. A `.json` beside it says which model was sliced.
-        model: folder of the dense model, for its config and tokenizer.
+        file: a `.pt` of `run_slicegpt.py`, read as tensors alone, or a `.safetensors` of the same names. A `.json`
+            beside it says which model was sliced.
+        model: folder of the dense model, for its config and tokenizer, and its size if its weights are there.
         out: folder to create; it appears complete or not at all.
 
     Returns:
@@ -55,65 +63,86 @@ def import_slicegpt(
         CheckpointError: the file holds no such model, or not one sliced from `model`; or `out` exists.
         UnsupportedModelError: no rotation of this model's stream is free; the message says why.
     """
-    file, checkpoint = Path(file), Checkpoint(located(model))
-    dense_family(checkpoint.config)
+    file, folder = Path(file), existing_folder(located(model))
+    content = read_json(folder / CONFIG)
+    dense_family(content)
     theirs = _tensors(file)
-    dense = Architecture.of(checkpoint.config, len(checkpoint.kinds))
+    dense = Architecture.of(content, len(theirs))
     _check_conf(file.with_suffix(".json"), dense)
     architecture = dense.with_tie(False)
     with new_directory(out) as directory:
         tensors = _renamed(theirs, architecture, file)
         layout = _layout(tensors, architecture, file)
-        config = _config(checkpoint.config, tensors[architecture.embedding.weight])
-        _check_shapes(tensors, layout, architecture, dense_shapes(config, checkpoint.path))
-        with CheckpointWriter(
-            directory, {name: tuple(of.shape) for name, of in tensors.items()}, shard_bytes(checkpoint)
-        ) as writer:
+        config = _config(content, tensors[architecture.embedding.weight], folder)
+        _check_shapes(tensors, layout, architecture, dense_shapes(config, folder))
+        shapes = {name: tuple(of.shape) for name, of in tensors.items()}
+        with CheckpointWriter(directory, shapes, _SHARD) as writer:
             for name, tensor in tensors.items():
                 writer.write(name, tensor.contiguous())
-        carry_over(checkpoint.path, directory)
+        carry_over(folder, directory)
         write_remote_code(directory, SLICED_IN, architecture.family.sliced_classes)
+        sized = any(folder.glob("*.safetensors"))
         move = {
             "move": "slice",
             "fidelity": LOSSY,
             "by": "TransformerCompression",
-            "bytes": dense_bytes(checkpoint, dense),
+            **({"bytes": dense_bytes(Checkpoint(folder), dense)} if sized else {}),
             "producer": f"freebits {__version__}",
         }
         dtype = tensors[architecture.sublayers[0].shortcut.weight].dtype
-        write_sliced_config(directory, config, architecture, layout, dtype, [*history_of(checkpoint.config), move])
-        write_card(directory, checkpoint.path)
+        write_sliced_config(directory, config, architecture, layout, dtype, [*history_of(content), move])
+        write_card(directory, folder)
         return inspect(directory)
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:
-    """What is in a file of PyTorch's, where it is nothing but tensors by their names."""
-    try:
-        found = torch.load(file, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from None
-    except Exception as error:  # of its many kinds
-        finding = one_line(str(error).partition("\n")[0] or type(error).__name__, 120)
-        raise CheckpointError(f"{file} is no file of PyTorch's with tensors alone, or is damaged ({finding})") from None
-    named = isinstance(found, dict) and all(isinstance(name, str) for name in found)
-    if not named or not all(isinstance(tensor, Tensor) for tensor in found.values()):
+    """What is in a file, where it is nothing but matrices and vectors of floats by their names."""
+    if not file.is_file():
+        raise CheckpointError(f"{file} is no file: give the .pt that run_slicegpt.py saved")
+    if file.suffix == ".safetensors":
+        weights = WeightsFile(file)
+        found: Any = {name: entry.kind.view(weights.read(name)) for name, entry in weights.entries.items()}
+    else:
+        found = _unpickled(file)
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         raise CheckpointError(f"{file} holds no tensors by their names: give the .pt that run_slicegpt.py saved")
+    for name, tensor in found.items():
+        if not isinstance(tensor, Tensor) or not _is_ordinary(tensor):
+            raise CheckpointError(f"{file}: {one_line(name)} is no matrix or vector of floats")
     return found
 
 
+def _unpickled(file: Path) -> Any:
+    """What PyTorch reads without running anything."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # of its many kinds
+        finding = one_line(str(error).partition("\n")[0] or type(error).__name__, 120)
+        raise CheckpointError(f"{file} is no file of PyTorch's with tensors alone, or is damaged ({finding})") from None
+
+
+def _is_ordinary(tensor: Tensor) -> bool:
+    """Whether a tensor is one of those a model is made of, and has in its file what it says that it has."""
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.ndim in (1, 2)
+    if not plain or tensor.is_quantized or DTYPE_CODES.get(tensor.dtype) not in FLOATS:
+        return False
+    return 0 < tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes()
+
+
 def _check_conf(path: Path, architecture: Architecture) -> None:
-    """Check that what lies beside the file, if there is one, is of the dense model."""
+    """Check that what lies beside the file, if there is something, is of the dense model."""
     if not path.exists():
         return
-    try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        told = {key: told.get(key) for key in ("hidden_size", "layers_num")}
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not what run_slicegpt.py saved ({error})") from None
-    sizes = {"hidden_size": architecture.hidden_size, "layers_num": architecture.n_blocks}
-    for key, size in sizes.items():
-        if told[key] not in (None, 0, size):
-            raise CheckpointError(f"{path}: {key} is {told[key]}, but the dense model's is {size}: give the one sliced")
+    told = read_json(path)
+    for key, size in {"hidden_size": architecture.hidden_size, "layers_num": architecture.n_blocks}.items():
+        if told.get(key) not in (None, 0, size):
+            raise CheckpointError(
+                f"{path}: {key} is {one_line(told[key], 40)}, but the dense model's is {size}: give the one sliced"
+            )
 
 
 def _renamed(theirs: Mapping[str, Tensor], architecture: Architecture, file: Path) -> dict[str, Tensor]:
@@ -128,7 +157,7 @@ def _renamed(theirs: Mapping[str, Tensor], architecture: Architecture, file: Pat
             f"{file} holds {name}, which no sliced {architecture.family.model_type} model has: a model with LoRA has "
             "to be merged first"
         )
-    return {ours: theirs[name].T if ours in names else theirs[name] for ours, name in known.items() if name in theirs}
+    return {ours: theirs[name].t() if ours in names else theirs[name] for ours, name in known.items() if name in theirs}
 
 
 def _layout(tensors: Mapping[str, Tensor], architecture: Architecture, file: Path) -> Layout:
@@ -141,9 +170,11 @@ def _layout(tensors: Mapping[str, Tensor], architecture: Architecture, file: Pat
     return Layout(widths, (None,) * len(found))
 
 
-def _config(dense: Mapping[str, Any], embedding: Tensor) -> dict[str, Any]:
+def _config(dense: Mapping[str, Any], embedding: Tensor, folder: Path) -> dict[str, Any]:
     """The dense model's, where the sliced one is like it: tokens may have been added, and norms are its own."""
-    epsilons = {key: _EPS for key in dense if _EPS_KEY.fullmatch(key)}
+    with one_line_errors(folder, "config"):
+        keys = AutoConfig.for_model(**dense).to_dict().keys()
+    epsilons = {key: _EPS for key in keys if _EPS_KEY.fullmatch(key)}
     return {**dense, **epsilons, "vocab_size": len(embedding), "tie_word_embeddings": False}
 
 
@@ -153,13 +184,16 @@ def _check_shapes(
     architecture: Architecture,
     dense: Mapping[str, tuple[int, ...]],
 ) -> None:
-    """Check that every tensor is as the config says.
+    """Check that there is every tensor that the config asks for, of its shape, and no other.
 
     Raises:
-        CheckpointError: it is not.
+        CheckpointError: it is not so.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     layout.check(shapes, architecture)
-    for name, shape in layout.shapes(architecture, dense).items():
-        if shapes.get(name, shape) != shape:
+    wanted = layout.shapes(architecture, dense)
+    for name in sorted(wanted.keys() ^ shapes.keys()):
+        raise CheckpointError(f"tensor {name} is missing, or not part of the model that was sliced")
+    for name, shape in wanted.items():
+        if shapes[name] != shape:
             raise CheckpointError(f"tensor {name} has shape {list(shapes[name])}, where the model's is {list(shape)}")

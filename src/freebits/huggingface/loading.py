@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from transformers import (
 from freebits.checkpoint import CONFIG, Checkpoint, fill, is_adapter, located
 from freebits.errors import CheckpointError, FreebitsError, one_line
 from freebits.huggingface.integer_layers import with_integers
-from freebits.huggingface.packed_models import adopt_generation_settings
+from freebits.huggingface.packed_models import adopt_generation_settings, from_tensors
 from freebits.huggingface.pivoted_layers import with_pivots
 from freebits.packed import PackedFolder
 from freebits.report import opened
@@ -59,9 +59,12 @@ def load(
     _check_depth(path, folder.config, len(folder.kinds))
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "output_loading_info": True}
     with one_line_errors(path, "model"):
-        if isinstance(folder, Checkpoint) and not folder.config.get("quantization_config"):
-            loaded: Any = _from_plain(folder, options)
+        config = None if packed else AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        if isinstance(folder, Checkpoint) and _is_plain(config):
+            loaded: Any = _from_plain(folder, config, options)
         else:
+            if not packed:
+                fill(path)
             options |= {"verify": verify} if packed else {}
             loaded = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **options)
     model, found = loaded
@@ -72,19 +75,22 @@ def load(
     return with_pivots(model) if keep_pivots else model
 
 
-def _from_plain(folder: Checkpoint, options: dict[str, Any]) -> Any:
+def _is_plain(config: Any) -> bool:
+    """Whether a model is one of transformers' causal ones, whose tensors are floats."""
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(config, "quantization_config")
+
+
+def _from_plain(folder: Checkpoint, config: Any, options: dict[str, Any]) -> Any:
     """What `from_pretrained` gives, of tensors that we read: a mapped file that is cut short ends the process."""
-    fill(folder.path)
-    config = AutoConfig.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
     wide = options["dtype"] in (torch.float32, torch.float64)
     state = {}
     for name in folder.kinds:
         tensor = folder[name]
         state[name] = tensor.to(options["dtype"]) if wide and tensor.is_floating_point() else tensor
-    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    model, found = kind.from_pretrained(None, config=config, state_dict=state, **options)
+    model, found = from_tensors(config, state, **options)
     model.name_or_path = model.config.name_or_path = str(folder.path)
-    adopt_generation_settings(model, folder.path)
+    with suppress(OSError, ValueError, TypeError):  # as transformers does
+        adopt_generation_settings(model, folder.path)
     return model, found
 
 

@@ -19,6 +19,7 @@ from freebits.checkpoint import (
     Task,
     auto_map,
     carry_over,
+    check_key,
     located,
     new_directory,
     shard_bytes,
@@ -35,7 +36,7 @@ from freebits.huggingface.tokens import drawn_windows, token_windows
 from freebits.moves import LOSSY
 from freebits.options import ALLOCATIONS, PAPER, SLOPE
 from freebits.packed import HISTORY, LOW_RANK_IN, SLICED_IN, history_of, is_packed
-from freebits.report import inspect, write_card
+from freebits.report import inspect, known_sizes, write_card
 from freebits.version import __version__
 from freebits.work import Crew, Progress, Team, device_of, silent
 
@@ -92,6 +93,7 @@ def lowrank(
         CheckpointError: `model` is no sound checkpoint, or `out` exists.
         UnsupportedModelError: the architecture table does not know the model.
     """
+    check_key(sign_with)
     if budget is not None and target_size is not None:
         raise UsageError("--budget and --target-size are each a target: give one")
     budget = 0.8 if budget is None else budget
@@ -130,7 +132,7 @@ def lowrank(
             "samples": len(tokens),
             "seq_len": seq_len,
             "seed": seed,
-            "bytes": {key: n for key, n in inspect(checkpoint.path)["bytes"].items() if n is not None},
+            "bytes": known_sizes(checkpoint.path),
             "producer": f"freebits {__version__}",
         }
         _write_config(directory, checkpoint, layers.architecture.family, ranks, move)

@@ -76,10 +76,7 @@ class PackedForCausalLM:
                 raise CheckpointError(f"tensor {name} has dtype {of.code}: unpack it, then load")
         state = {name: tensor for name, tensor in packed.model_tensors() if tensor.numel()}
         with_info = rest.pop("output_loading_info", False)
-        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(inner)]
-        model, found = kind.from_pretrained(
-            None, *args, config=inner, state_dict=state, output_loading_info=True, **rest, **kept
-        )
+        model, found = from_tensors(inner, state, *args, output_loading_info=True, **rest, **kept)
         if found["missing_keys"]:  # transformers fills them in at random
             raise CheckpointError(f"tensor {min(found['missing_keys'])} is missing in {path}: the model is incomplete")
         model.name_or_path = model.config.name_or_path = str(path)
@@ -101,10 +98,22 @@ class PackedModel(PackedForCausalLM):
     """The factory of models without a head."""
 
     @classmethod
+    def _from_config(cls, config: Any, **kwargs: Any) -> Any:
+        return super()._from_config(config, **kwargs).base_model
+
+    @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """What is below the head of the model in a packed folder; arguments as above."""
         loaded = super().from_pretrained(*args, **kwargs)
         return (loaded[0].base_model, *loaded[1:]) if isinstance(loaded, tuple) else loaded.base_model
+
+
+def from_tensors(config: PreTrainedConfig, tensors: Mapping[str, Any], *args: Any, **options: Any) -> Any:
+    """What `AutoModelForCausalLM.from_pretrained` gives for a folder with that config and these tensors."""
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if kind.config_class is config.sub_configs.get("text_config"):  # of a model that sees, too
+        config = config.get_text_config()
+    return kind.from_pretrained(None, *args, config=config, state_dict=tensors, **options)
 
 
 def adopt_generation_settings(model: Any, folder: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freebits.checkpoint import Checkpoint, Task, located, new_directory, sign, text_digest
+from freebits.checkpoint import Checkpoint, Task, check_key, located, new_directory, sign, text_digest
 from freebits.errors import UnsupportedModelError, UsageError
 from freebits.huggingface.blockwise import BlockwiseModel
 from freebits.huggingface.naming import InMemory, known_config
@@ -23,7 +23,7 @@ from freebits.moves import LOSSY
 from freebits.options import EMBEDDINGS, HADAMARD, INTEGERS, PARTS, ROTATIONS
 from freebits.packed import PackedFolder, history_of, publish, stage
 from freebits.quantization import Budget, Sensitivity
-from freebits.report import inspect, opened, write_card
+from freebits.report import inspect, known_sizes, opened, write_card
 from freebits.version import __version__
 from freebits.work import Crew, Progress, Team, device_of, silent
 
@@ -86,6 +86,7 @@ def quantize(
         CheckpointError: `model` is no sound checkpoint, or `out` exists.
         UnsupportedModelError: transformers does not run it, or not block by block.
     """
+    check_key(sign_with)
     goal = Goal(bits, target_size, target_kl, method)
     if jobs is not None and jobs < 1:
         raise UsageError(f"jobs {jobs}: give at least one")
@@ -201,7 +202,7 @@ def prepare(
         shelf.add(part, found, source)
     text = "its own" if calibration is None else "given"
     facts = {"rotate": rotate, "text": text, "samples": len(tokens), "seq_len": seq_len, "seed": seed}
-    return Prepared(source, shelf, facts, _sizes(model))
+    return Prepared(source, shelf, facts, known_sizes(model))
 
 
 def _as_stored(part: Mapping[str, Sensitivity], named: InMemory) -> dict[str, Sensitivity]:
@@ -211,11 +212,6 @@ def _as_stored(part: Mapping[str, Sensitivity], named: InMemory) -> dict[str, Se
         for matrix, sensitivity in part.items()
         for name, rows in named.origins(matrix).items()
     }
-
-
-def _sizes(model: str | os.PathLike[str]) -> dict[str, int]:
-    """What `inspect` says of them, as far as it does."""
-    return {key: n for key, n in inspect(model)["bytes"].items() if n is not None}
 
 
 def _tokens(

@@ -14,6 +14,7 @@ from freebits.checkpoint import (
     CheckpointWriter,
     carry_code,
     carry_over,
+    check_key,
     located,
     new_directory,
     shard_bytes,
@@ -23,6 +24,7 @@ from freebits.checkpoint import (
 )
 from freebits.errors import CheckpointError, UnsupportedModelError, UsageError
 from freebits.huggingface.loading import load
+from freebits.huggingface.naming import InMemory, known_config
 from freebits.huggingface.own_classes import OwnModel
 from freebits.huggingface.own_text import write_windows
 from freebits.huggingface.students import Adapted, Rescaled, Student
@@ -30,13 +32,13 @@ from freebits.huggingface.tokens import drawn_windows, token_windows
 from freebits.moves import LOSSY
 from freebits.options import INTEGERS, PYRAMID
 from freebits.packed import HISTORY, PackedFolder, history_of, publish, retouch
-from freebits.report import inspect, opened, write_card
+from freebits.report import inspect, known_sizes, opened, write_card
 from freebits.version import __version__
 from freebits.work import Progress, device_of, silent
 
 HELD_OUT = 8
 """Windows on which is measured what was gained."""
-_WARM_UP = 10
+_WARM_UP, _AT_ONCE = 10, 32
 _QUANTISED = (INTEGERS, PYRAMID, "grid")
 
 
@@ -58,10 +60,10 @@ def recover(
     """Make good a part of what slicing or quantising cost: lossy, as they are, and hardly a byte larger.
 
     What can be trained without growing is trained to predict what the model predicts that the folder was made from
-    (KL divergence, Adam, each window once): of a quantised folder the steps of its rows in the grid they are stored in,
-    its norms and biases; of a plain one every linear layer, by LoRA, merged and rounded in the end.
+    (KL divergence, Adam, each window once): of a quantised folder the steps of its linear layers' rows, in the grid
+    that they are stored in, norms and biases; of a plain one every linear layer, by LoRA, merged in the end.
 
-    Both models are in memory, in float32.
+    Both models are in memory, in float32, and what training one window takes.
 
     Args:
         folder: of a sliced, narrow or other plain checkpoint, or of one that was quantised to integers.
@@ -88,20 +90,25 @@ def recover(
     """
     if rank < 1:
         raise UsageError(f"rank {rank}: give at least 1")
+    check_key(sign_with)
     where, folder, against = device_of(device), located(folder), located(against)
     source = opened(folder)
     if isinstance(source, PackedFolder) and not any(recipe.code in _QUANTISED for recipe in source.manifest.recipes):
         raise CheckpointError(f"{folder} is packed and not quantised: unpack it, recover that, and pack it again")
     with new_directory(out) as directory:
+        student = _student(source, load(folder, dtype=torch.float32).to(where).eval(), rank, seed)
         teacher = load(against, dtype=torch.float32).to(where).eval().requires_grad_(False)
+        _mean_divergence(teacher, student.model, torch.zeros(1, 2, dtype=torch.int64))  # of the same tokens?
         if calibration is None:
-            windows = write_windows(teacher, samples + HELD_OUT, seq_len, seed, progress)
+            windows = _written(teacher, samples + HELD_OUT, seq_len, seed, progress)
         else:
             windows = token_windows(against, calibration, seq_len)
         tokens, held_out = drawn_windows(windows, samples, HELD_OUT, seed)
-        student = _student(source, load(folder, dtype=torch.float32).to(where).eval(), rank, seed)
+        if not len(held_out):
+            raise UsageError(f"the text is one window of {seq_len} tokens: give more, or a lower --seq-len")
         before = _mean_divergence(teacher, student.model, held_out)
         train(student, teacher, tokens, progress)
+        student.finish(source.kinds)
         after = _mean_divergence(teacher, student.model, held_out)
         if not after < before and not force:
             raise UsageError(
@@ -111,25 +118,16 @@ def recover(
         move = {
             "move": "recover",
             "fidelity": LOSSY,
-            "trained": "steps" if isinstance(student, Rescaled) else f"LoRA of rank {rank}",
+            "trained": student.what,
             "text": "its own" if calibration is None else "given",
             "samples": len(tokens),
             "seq_len": seq_len,
             "seed": seed,
             "kl": {"before": before, "after": after},
-            "bytes": {key: n for key, n in inspect(folder)["bytes"].items() if n is not None},
+            "bytes": known_sizes(folder),
             "producer": f"freebits {__version__}",
         }
-        if isinstance(source, PackedFolder):
-            manifest = source.manifest
-            steps = student.steps() if isinstance(student, Rescaled) else {}
-            contents = retouch(directory, source, steps, student.tensors())
-            publish(
-                *(directory, source, contents, source.config, (manifest.codec, manifest.entropy)),
-                history=[*manifest.history, move],
-            )
-        else:
-            _write_plain(directory, source, student, move)
+        _write(directory, source, student, move)
         write_card(directory, source.path)
         if sign_with is not None:
             sign(directory, sign_with)
@@ -137,12 +135,30 @@ def recover(
 
 
 def _student(source: Checkpoint | PackedFolder, model: Any, rank: int, seed: int) -> Student:
-    """What is trained of a model."""
-    student = Rescaled(model, source) if isinstance(source, PackedFolder) else Adapted(model, rank, seed)
-    missing = sorted(student.tensors().keys() - source.kinds.keys())
-    if missing or not student.trained:
-        raise UnsupportedModelError(f"{source.path}: nothing in it can be trained ({missing[:1] or 'no steps'})")
+    """What is trained of a model.
+
+    Raises:
+        UnsupportedModelError: nothing can be.
+    """
+    named = InMemory(source, known_config(source, source.path))
+    names = {}
+    for name, parameter in model.named_parameters():
+        for theirs in named.origins(name):
+            if source.kinds[theirs].shape == tuple(parameter.shape):
+                names[name] = theirs
+    if isinstance(source, PackedFolder):
+        student: Student = Rescaled(model, names, source)
+    else:
+        student = Adapted(model, names, rank, seed)
+    if not student.trained:
+        raise UnsupportedModelError(f"{source.path} has no linear layer or norm of its own that freebits could train")
     return student
+
+
+def _written(teacher: Any, samples: int, seq_len: int, seed: int, progress: Progress) -> Tensor:
+    """Windows that a model writes, a few at a time, as each has its keys and values in memory."""
+    parts = [min(_AT_ONCE, samples - start) for start in range(0, max(1, samples), _AT_ONCE)]
+    return torch.cat([write_windows(teacher, n, seq_len, seed + part, progress) for part, n in enumerate(parts)])
 
 
 def train(student: Student, teacher: Any, windows: Tensor, progress: Progress = silent) -> None:
@@ -192,12 +208,19 @@ def _mean_divergence(teacher: Any, student: Any, windows: Tensor) -> float:
     return sum(_divergence(teacher, student, window).item() for window in windows) / max(1, len(windows))
 
 
-def _write_plain(directory: Path, source: Checkpoint, student: Student, move: dict[str, Any]) -> None:
-    """The same checkpoint, what was trained in the place of what was."""
-    trained, kinds = student.tensors(), source.kinds
-    with CheckpointWriter(directory, {name: of.shape for name, of in kinds.items()}, shard_bytes(source)) as writer:
-        for name, kind in kinds.items():
-            writer.write(name, trained[name].to("cpu", kind.dtype) if name in trained else source[name])
+def _write(directory: Path, source: Checkpoint | PackedFolder, student: Student, move: dict[str, Any]) -> None:
+    """The same folder, what was trained in the place of what was."""
+    tensors = student.tensors
+    if isinstance(source, PackedFolder):
+        manifest = source.manifest
+        contents = retouch(directory, source, student.steps() if isinstance(student, Rescaled) else {}, tensors)
+        packed_with = manifest.codec, manifest.entropy
+        publish(directory, source, contents, source.config, packed_with, [*manifest.history, move])
+        return
+    shapes = {name: kind.shape for name, kind in source.kinds.items()}
+    with CheckpointWriter(directory, shapes, shard_bytes(source)) as writer:
+        for name, kind in source.kinds.items():
+            writer.write(name, tensors[name].detach().to("cpu", kind.dtype) if name in tensors else source[name])
     write_json(directory / CONFIG, source.config | {HISTORY: {"history": [*history_of(source.config), move]}})
     carry_over(source.path, directory)
     model = student.model

@@ -1,132 +1,137 @@
 """What can be trained of a model without a byte more: the steps of its integers, or its matrices by LoRA."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from transformers.pytorch_utils import Conv1D
 
 from freebits.codes.integers import FINENESS
-from freebits.errors import UnsupportedModelError, UsageError
+from freebits.errors import UsageError
 from freebits.huggingface.shelf import TRANSPOSED
+from freebits.kind import Kind
 from freebits.options import INTEGERS
 from freebits.packed import PackedFolder
 
+Names = Mapping[str, str]
+"""Name of a parameter in memory → in the folder, where both are one tensor."""
+
 
 class Student(Protocol):
-    """A model in float32, some of which is trained; the rest is frozen."""
+    """A model in float32, some of which is trained; the rest is frozen.
+
+    Attributes:
+        model: the model.
+        what: is trained, in words.
+        trained: the parameters that are.
+        tensors: what changes by it, by the names in the folder.
+        rate: of Adam, at most.
+    """
 
     model: Any
+    what: str
     trained: list[nn.Parameter]
+    tensors: dict[str, nn.Parameter]
     rate: float
-    """Of Adam, at most."""
 
-    def tensors(self) -> dict[str, Tensor]:
-        """What has been trained, by the names in the folder, in float32."""
+    def finish(self, kinds: Mapping[str, Kind]) -> None:
+        """Put what was learnt into the tensors, and round them, so that the model computes what will be written."""
 
 
 class Adapted:
-    """Every linear layer but the head gets `(alpha / rank) B A` added, LoRA by PEFT; merged, it is as it was.
+    """Every linear layer but the head gets `B A` added, LoRA by PEFT; merged in the end, it is as large as it was.
 
     Args:
         model: what is trained; it is changed in place.
-        rank: of the update.
-        seed: of its `A`.
+        names: of its parameters.
+        rank: of the updates.
+        seed: of their `A`.
     """
 
     rate = 1e-3
 
-    def __init__(self, model: Any, rank: int, seed: int) -> None:
+    def __init__(self, model: Any, names: Names, rank: int, seed: int) -> None:
         try:
             from peft import LoraConfig, inject_adapter_in_model
         except ImportError:
             raise UsageError("recovering such a model takes PEFT: pip install 'freebits[recover]'") from None
-        head = model.get_output_embeddings()
-        names = [name for name, module in model.named_modules() if type(module) is nn.Linear and module is not head]
-        if not names:
-            raise UnsupportedModelError(f"{type(model).__name__} has no linear layers that LoRA knows")
-        model.requires_grad_(False)
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=names), model)
-        self.model = model
+        layers = {name: layer for name, layer in linear_layers(model).items() if f"{name}.weight" in names}
+        self.what = f"LoRA of rank {rank}"
+        self.tensors = {names[f"{name}.weight"]: layer.weight for name, layer in layers.items()}
+        self.model = model.requires_grad_(False)
+        if layers:
+            with torch.random.fork_rng(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of matrices that are stored as (inputs, outputs)
+                torch.manual_seed(seed)
+                inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=[*layers]), model)
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The matrices, with their updates."""
+    def finish(self, kinds: Mapping[str, Kind]) -> None:
+        """Merge the updates."""
         from peft.tuners.lora import LoraLayer
 
-        merged = {}
-        for name, module in self.model.named_modules():
+        for module in self.model.modules():
             if isinstance(module, LoraLayer):
-                layer: Any = module
-                update = layer.get_delta_weight("default")
-                merged[f"{name}.weight"] = (layer.get_base_layer().weight + update).detach()
-        return merged
+                module.merge()
+        _round(self.tensors, kinds)
 
 
 class Rescaled:
-    """The step of every row of a quantised folder's matrices, in the grid that they are stored in; norms and biases.
+    """The steps of the rows of a quantised folder's linear layers, in the grid that they are stored in; norms, biases.
 
-    Its integers stay as they are, and so do the steps of matrices rounded in a rotated basis or by another method.
+    The integers stay as they are, and so do the steps of matrices rounded in a rotated basis or by another method.
 
     Args:
         model: what is in the folder; it is changed in place.
+        names: of its parameters.
         packed: the folder.
     """
 
     rate = 1e-3
 
-    def __init__(self, model: Any, packed: PackedFolder) -> None:
-        self.model = model
-        self._layers: dict[str, RescaledLinear] = {}
-        model.requires_grad_(False)
-        self._vectors = {
-            name: parameter
+    def __init__(self, model: Any, names: Names, packed: PackedFolder) -> None:
+        self.model = model.requires_grad_(False)
+        self.tensors = {
+            names[name]: parameter
             for name, parameter in model.named_parameters()
-            if parameter.ndim == 1 and parameter.is_floating_point() and name in packed.kinds
+            if parameter.ndim == 1 and parameter.is_floating_point() and name in names
         }
-        made = {name for recipe in packed.manifest.recipes if recipe.code == INTEGERS for name in recipe.makes}
-        turned = {
-            recipe.takes[TRANSPOSED]: name
-            for recipe in packed.manifest.recipes
-            if recipe.code == TRANSPOSED
-            for name in recipe.makes
+        recipes = packed.manifest.recipes
+        made = {name for recipe in recipes if recipe.code == INTEGERS for name in recipe.makes}
+        rounded = {
+            name: recipe.takes[TRANSPOSED] for recipe in recipes if recipe.code == TRANSPOSED for name in recipe.makes
         }
-        modules, head = dict(model.named_modules()), model.get_output_embeddings()
-        for name in sorted(made):
-            path = turned.get(name, name).removesuffix(".weight")
-            module = modules.get(path)
-            if module is not None and module is not head and not isinstance(module, nn.Embedding):
-                self._layers[name] = RescaledLinear(module, transposed=name in turned)
+        self._layers: dict[str, RescaledLinear] = {}
+        for path, layer in linear_layers(model).items():
+            name = names.get(f"{path}.weight", "")
+            name = rounded.get(name, name)
+            if name in made:
+                self._layers[name] = RescaledLinear(layer)
                 model.set_submodule(path, self._layers[name])
-        self.trained = [*(layer.octaves for layer in self._layers.values()), *self._vectors.values()]
+        self.what = "steps, norms" if self._layers else "norms"
+        self.trained = [*(layer.octaves for layer in self._layers.values()), *self.tensors.values()]
         for parameter in self.trained:
             parameter.requires_grad_(True)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Norms and biases."""
-        return {name: parameter.detach() for name, parameter in self._vectors.items()}
+    def finish(self, kinds: Mapping[str, Kind]) -> None:
+        """Norms and biases; steps are in their grid."""
+        _round(self.tensors, kinds)
 
-    def steps(self) -> Mapping[str, Tensor]:
+    def steps(self) -> dict[str, Tensor]:
         """By how much the exponents of rows have grown, in their grid, int16: of each matrix as it is rounded."""
         return {name: layer.exponents.detach().to(torch.int16).cpu() for name, layer in self._layers.items()}
 
 
 class RescaledLinear(nn.Module):
-    """A linear layer, its outputs times `2^(e / 16)` for whole `e`, whose rounding gradients do not see.
+    """A linear layer, its outputs times `2^(e / 16)` for whole `e`, whose rounding gradients do not see."""
 
-    Args:
-        layer: what is rescaled.
-        transposed: whether its matrix is (inputs, outputs).
-    """
-
-    def __init__(self, layer: Any, *, transposed: bool) -> None:
+    def __init__(self, layer: Any) -> None:
         super().__init__()
         self.layer = layer
-        self.transposed = transposed
-        n_outputs = layer.weight.shape[1 if transposed else 0]
+        n_outputs = layer.weight.shape[1 if isinstance(layer, Conv1D) else 0]
         self.octaves = nn.Parameter(torch.zeros(n_outputs, device=layer.weight.device))
 
     @property
@@ -138,7 +143,7 @@ class RescaledLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(…, n_in) to (…, n_out)."""
         weight, bias = self.layer.weight, self.layer.bias
-        y = linear(x, weight.T if self.transposed else weight) * torch.exp2(self.exponents / FINENESS)
+        y = linear(x, weight.T if isinstance(self.layer, Conv1D) else weight) * torch.exp2(self.exponents / FINENESS)
         return y if bias is None else y + bias
 
     def __getattr__(self, name: str) -> Any:
@@ -146,3 +151,23 @@ class RescaledLinear(nn.Module):
             return super().__getattr__(name)
         except AttributeError:  # what a block asks of its layers, such as their sizes
             return getattr(super().__getattr__("layer"), name)
+
+
+def linear_layers(model: Any) -> dict[str, Any]:
+    """The layers of a model, but for its head, that are nothing but `x Wᵀ + b`; a router may be more."""
+    head, found = model.get_output_embeddings(), {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D) and module is not head:
+            n_out, n_in = module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
+            with torch.no_grad():
+                y = module(torch.zeros(1, n_in, device=module.weight.device, dtype=module.weight.dtype))
+            if isinstance(y, Tensor) and y.shape == (1, n_out):
+                found[name] = module
+    return found
+
+
+@torch.no_grad()
+def _round(tensors: Mapping[str, nn.Parameter], kinds: Mapping[str, Kind]) -> None:
+    """To the dtypes in which they are stored."""
+    for name, tensor in tensors.items():
+        tensor.copy_(tensor.to(kinds[name].dtype))

@@ -42,8 +42,8 @@ class Recipe:
         makes = {name: Kind.parse(kind) for name, kind in facts["makes"]}
         objects = isinstance(facts["takes"], dict) and isinstance(facts.get("params", {}), dict)
         names = (facts["code"], *facts["takes"].values(), *makes)
-        if not objects or not all(isinstance(name, str) for name in names) or len(makes) != len(facts["makes"]):
-            raise ValueError("names that are none, or one that is made twice")
+        if not objects or not all(isinstance(name, str) for name in names) or not 0 < len(makes) == len(facts["makes"]):
+            raise ValueError("names that are none, one that is made twice, or nothing that is made")
         return cls(facts["code"], dict(facts["takes"]), makes, dict(facts.get("params", {})))
 
     def parts(self) -> dict[str, Kind]:

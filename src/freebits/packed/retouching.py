@@ -47,7 +47,7 @@ def _pieces(packed: PackedFolder, rows: Mapping[str, Tensor], tensors: Mapping[s
         groups.setdefault(next(iter(recipe.makes)) if recipe else name, (recipe, []))[1].append(name)
     for made, (recipe, parts) in groups.items():
         if made in tensors:
-            yield staged(plain({made: tensors[made].to("cpu", packed.kinds[made].dtype)}), code)
+            yield staged(plain({made: tensors[made].detach().to("cpu", packed.kinds[made].dtype)}), code)
         elif recipe and rows.keys() & recipe.makes.keys():
             yield _restepped(packed, recipe, rows)
         else:

@@ -4,7 +4,7 @@ from freebits.report.account import bits_by_tensor, bytes_on_disk, change, dense
 from freebits.report.card import base_model, write_card
 from freebits.report.charts import check_charts
 from freebits.report.estimation import TYPICAL_ENTROPY, n_bytes, n_words, planned_forms
-from freebits.report.inspection import inspect
+from freebits.report.inspection import inspect, known_sizes
 from freebits.report.page import page
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "check_charts",
     "dense_bytes",
     "inspect",
+    "known_sizes",
     "n_bytes",
     "n_words",
     "opened",

@@ -10,6 +10,11 @@ from freebits.packed import PackedFolder, history_of, sizes_before
 from freebits.report.account import bytes_on_disk, dense_bytes, groups, opened, side_bytes
 
 
+def known_sizes(path: str | os.PathLike[str]) -> dict[str, int]:
+    """Bytes on disk, as `inspect` says them, as far as it does."""
+    return {key: n for key, n in inspect(path)["bytes"].items() if n is not None}
+
+
 def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What a folder holds, a model (dense, sliced or packed) or an adapter: bytes on disk, sites, how it was made.
 
