@@ -1,7 +1,9 @@
 """Quantisation: the codes, the rounding, and the verb."""
 
+import gc
 import itertools
 import math
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.functional import linear
 
 import freebits
 from freebits.codes import CODES, ans, enumeration
@@ -18,6 +21,7 @@ from freebits.codes.integers import Stepped, exponents, steps
 from freebits.errors import UsageError
 from freebits.huggingface.integer_layers import IntegerLinear
 from freebits.huggingface.simulation import asymmetric, symmetric
+from freebits.huggingface.watching import Linears, sum_up
 from freebits.kind import Kind
 from freebits.quantization import GROUP, feedback, gridded, pyramids, stepped, whitener
 from freebits.quantization.pyramids import nearest_points
@@ -351,3 +355,18 @@ def test_integers_can_be_kept_in_memory(dtype: torch.dtype, save_tiny: Make, tmp
         floats = freebits.load(tmp_path / "out", dtype=dtype)(input_ids=tokens).logits
         integers = kept(input_ids=tokens).logits
     assert (floats - integers).abs().max() < (0.01 if dtype == torch.float32 else 0.3) * floats.abs().max()
+
+
+def test_what_was_seen_is_let_go_at_once_and_not_when_cycles_are_looked_for() -> None:
+    matrix, x = torch.randn(4, 3, requires_grad=True), torch.randn(2, 3)
+    gc.disable()
+    try:
+        with Linears({"one": matrix}) as linears:
+            torch.autograd.grad(linear(x, matrix).sum(), matrix)
+            sum_up(linears.watches.values())
+        seen = weakref.ref(linears.watches["one"])
+        assert seen() is not None
+        del linears
+        assert seen() is None
+    finally:
+        gc.enable()

@@ -223,7 +223,9 @@ def _watched(
             run(window.to(model.device))
             sum_up(linears.watches.values())
     of = {id(watch): name for name, watch in linears.watches.items()}
-    return chunk, {n: watch.sums(of[id(watch.leader)]) for n, watch in linears.watches.items() if watch.n_inputs}
+    return chunk, {
+        n: watch.sums(of[id(watch.first or watch)]) for n, watch in linears.watches.items() if watch.n_inputs
+    }
 
 
 @torch.no_grad()

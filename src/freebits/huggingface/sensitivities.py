@@ -159,7 +159,7 @@ def _backwards(model: BlockwiseModel, number: int, gradient: Chunk, stream: Chun
             gradients.append(torch.autograd.grad(run(leaf), leaf, g.to(model.device))[0].cpu())
             sum_up(watches.values())
     names = {id(watch): name for name, watch in watches.items()}
-    found = {n: watch.sums(names[id(watch.leader)]) for n, watch in watches.items() if watch.n_inputs}
+    found = {n: watch.sums(names[id(watch.first or watch)]) for n, watch in watches.items() if watch.n_inputs}
     return replace(gradient, x=torch.cat(gradients)), found
 
 

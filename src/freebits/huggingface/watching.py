@@ -66,12 +66,13 @@ class Watch:
     """Sums over what goes into a linear layer and over the gradients at what comes out.
 
     Attributes:
-        leader: the first of those that read the same, as queries, keys and values do, which has their Gram matrix.
+        first: of those that read the same, as queries, keys and values do, the one that has their Gram matrix; None
+            where this is it, since what refers to itself stays in memory until someone looks for such.
     """
 
     def __init__(self) -> None:
         self.n_inputs = self.place = 0
-        self.leader = self
+        self.first: Watch | None = None
         self.inputs: list[Tensor] = []
         self._gram = torch.zeros(())
         self._squares = torch.zeros(())
@@ -95,7 +96,7 @@ class Watch:
 
     def sums(self, leader: str) -> Sums:
         """What was seen."""
-        return Sums(leader, self.n_inputs, self._gram if self.leader is self else None, self._squares, self.place)
+        return Sums(leader, self.n_inputs, self._gram if self.first is None else None, self._squares, self.place)
 
 
 def sum_up(watches: Collection[Watch]) -> None:
@@ -103,8 +104,9 @@ def sum_up(watches: Collection[Watch]) -> None:
     leaders: dict[tuple[int, ...], Watch] = {}
     for watch in watches:
         if watch.inputs:
-            watch.leader = leaders.setdefault(tuple(x.data_ptr() for x in watch.inputs), watch)
-            if watch.leader is watch:
+            leader = leaders.setdefault(tuple(x.data_ptr() for x in watch.inputs), watch)
+            watch.first = None if leader is watch else leader
+            if leader is watch:
                 watch.sum_up()
     for watch in watches:
         watch.inputs.clear()
