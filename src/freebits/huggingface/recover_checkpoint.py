@@ -57,11 +57,12 @@ def recover(
     sign_with: str | os.PathLike[str] | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Make good a part of what slicing or quantising cost: lossy, as they are, and hardly a byte larger.
+    """Make good a part of what slicing or quantising cost: lossy, as they are, in a folder as large.
 
     What can be trained without growing is trained to predict what the model predicts that the folder was made from
     (KL divergence, Adam, each window once): of a quantised folder the steps of its linear layers' rows, in the grid
-    that they are stored in, norms and biases; of a plain one every linear layer, by LoRA, merged in the end.
+    that they are stored in, norms and biases; of a plain one every linear layer, by LoRA, merged in the end. (Shortcuts
+    of a sliced one, too, whose canonical form then takes a little more.)
 
     Both models are in memory, in float32, and what training one window takes.
 

@@ -1,4 +1,4 @@
-"""What can be trained of a model without a byte more: the steps of its integers, or its matrices by LoRA."""
+"""What can be trained of a model that takes no room: the steps of its integers, or its matrices by LoRA."""
 
 import warnings
 from collections.abc import Mapping
