@@ -62,7 +62,7 @@ def recover(
     What can be trained without growing is trained to predict what the model predicts that the folder was made from
     (KL divergence, Adam, each window once): of a quantised folder the steps of its linear layers' rows, in the grid
     that they are stored in, norms and biases; of a plain one every linear layer, by LoRA, merged in the end. (Shortcuts
-    of a sliced one, too, whose canonical form then takes a little more.)
+    of a sliced one, too, which codec `canonical` then stores whole.)
 
     Both models are in memory, in float32, and what training one window takes.
 
@@ -71,7 +71,7 @@ def recover(
         out: folder to create; it appears complete or not at all.
         against: folder of the model that it was made from.
         calibration: text to train on; by default that model writes its own.
-        samples: windows, each of which is trained on once; more gain more.
+        samples: windows, each of which is trained on once.
         seq_len: tokens a window.
         rank: of LoRA.
         seed: of everything that is drawn.
