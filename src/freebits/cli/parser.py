@@ -304,8 +304,8 @@ def _recover(verbs: Any) -> Any:
         "make good a part of what slicing or quantising cost (lossy)",
         "Trains the folder to predict what the model predicts that it was made from: of a quantised one the steps of "
         "its rows and its norms, of a sliced, narrow or other plain one every linear layer, by LoRA, merged in the "
-        "end (pip install 'freebits[recover]'). OUT is a folder of the same kind and size (a slice packs a few percent larger). Minutes for "
-        "each 100 million parameters. Memory: both models in float32.",
+        "end (pip install 'freebits[recover]'). OUT is a folder of the same kind and size (a slice packs a "
+        "few percent larger). Minutes for each 100 million parameters. Memory: both models in float32.",
     )
     _model(verb, "folder of a sliced, narrow, plain or quantised checkpoint", out=True)
     verb.add_argument("--against", metavar="MODEL", type=Path, required=True, help="the model that it was made from")
