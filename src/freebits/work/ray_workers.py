@@ -1,0 +1,77 @@
+"""Workers of Ray, which spreads pieces over machines and does again what was lost with a worker."""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any, TypeVar
+
+import torch
+
+from freebits.errors import FreebitsError, UsageError, one_line
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+_RETRIES = 8
+"""How often a piece is done again whose worker died, or failed for a reason that is not in the piece."""
+
+
+@contextmanager
+def ray_workers(address: str | None) -> Iterator["RayWorkers"]:
+    """A cluster at an address, or one of this machine alone for as long as this lasts.
+
+    Raises:
+        UsageError: Ray is not installed, or there is no cluster.
+    """
+    try:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        ray: Any = import_module("ray")  # an extra
+    except ImportError:
+        raise UsageError("backend ray is not installed: pip install 'freebits[ray]'") from None
+    ours = not ray.is_initialized()
+    if ours:
+        try:
+            ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        except Exception as error:  # of several kinds
+            raise UsageError(f"no Ray cluster at {address or 'this machine'} ({one_line(error, 160)})") from None
+    try:
+        yield RayWorkers(ray)
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+class RayWorkers:
+    """A cluster of Ray; implements `Executor`. This process hands pieces out and takes results in."""
+
+    def __init__(self, ray: Any) -> None:
+        self._ray = ray
+        self._run = ray.remote(max_retries=_RETRIES, retry_exceptions=True)(_run)
+        self._at_once = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """Twice as many pieces at once as the cluster has processors."""
+        sent = self._ray.put(function)
+        pending: deque[Any] = deque()
+        for item in items:
+            if len(pending) == self._at_once:
+                yield self._result(pending.popleft())
+            pending.append(self._run.remote(sent, item))
+        while pending:
+            yield self._result(pending.popleft())
+
+    def _result(self, reference: Any) -> Any:
+        refused, result = self._ray.get(reference)
+        if refused is not None:
+            raise refused
+        return result
+
+
+def _run(function: Callable[..., Any], item: Any) -> tuple[FreebitsError | None, Any]:
+    """A piece in a worker, which has one processor. Bad input would be bad again, so its error is handed back."""
+    torch.set_num_threads(1)
+    try:
+        return None, function(item)
+    except FreebitsError as error:
+        return error, None
