@@ -5,6 +5,7 @@ from freebits.codes.code import Code, Coded, Declined, Params
 from freebits.codes.entropy import Entropy
 from freebits.codes.grid import Grid
 from freebits.codes.integers import Integers
+from freebits.codes.joined import Joined
 from freebits.codes.pivots import Pivots, identity_columns
 from freebits.codes.pyramid import Pyramid
 from freebits.codes.rotated import Hadamard
@@ -20,6 +21,7 @@ CODES: dict[str, Code] = {
     "grid": Grid(),
     "hadamard": Hadamard(),
     "integers": Integers(),
+    "joined": Joined(),
     "pivots": Pivots(),
     "pyramid": Pyramid(),
     "transposed": Transposed(),
@@ -36,6 +38,7 @@ __all__ = [
     "Grid",
     "Hadamard",
     "Integers",
+    "Joined",
     "Lower",
     "Params",
     "Pivots",

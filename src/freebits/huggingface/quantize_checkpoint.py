@@ -1,5 +1,6 @@
 """Quantise a checkpoint folder into a packed one."""
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,21 +13,20 @@ from torch import Tensor
 
 from freebits.checkpoint import Checkpoint, Task, check_key, located, new_directory, sign, text_digest
 from freebits.errors import UnsupportedModelError, UsageError
-from freebits.huggingface.blockwise import BlockwiseModel
-from freebits.huggingface.naming import InMemory, known_config
+from freebits.huggingface.measuring import RunningModel, coverage_of, measure_matrices
 from freebits.huggingface.own_text import own_windows
 from freebits.huggingface.rounding import Goal, write_rounded
-from freebits.huggingface.sensitivities import measure_sensitivities
-from freebits.huggingface.shelf import Shelf
+from freebits.huggingface.sensitivity_cache import SensitivityCache, whole_tensors
 from freebits.huggingface.tokens import drawn_windows, token_windows
 from freebits.moves import LOSSY
 from freebits.options import EMBEDDINGS, HADAMARD, INTEGERS, PARTS, ROTATIONS
 from freebits.packed import PackedFolder, history_of, publish, stage
-from freebits.quantization import Budget, Sensitivity
+from freebits.quantization import Budget
 from freebits.report import inspect, known_sizes, opened, write_card
 from freebits.version import __version__
-from freebits.work import Crew, Progress, Team, device_of, silent
+from freebits.work import Executor, Parallel, Progress, Work, device_of, silent
 
+_log = logging.getLogger(__name__)
 SAMPLES, WINDOW = 32, 256
 
 
@@ -46,8 +46,7 @@ def quantize(
     seed: int = 0,
     device: str = "cpu",
     entropy: str = "auto",
-    jobs: int | None = None,
-    team: Team | None = None,
+    parallel: Parallel = Parallel(),  # noqa: B008  (it is frozen)
     resume: bool = True,
     sign_with: str | os.PathLike[str] | None = None,
     progress: Progress = silent,
@@ -71,15 +70,13 @@ def quantize(
         seed: of everything that is drawn.
         device: where to run the model.
         entropy: stage for what is not quantised, as in `pack`.
-        jobs: matrices to round at once.
-        team: who measures, if not this process alone: Ray, or processes of a cluster, among whom windows of text are
-            spread. Whoever leads does the rounding.
+        parallel: who rounds, and who measures where the text has several groups of windows: threads, or Ray.
         resume: go on with what a stopped run of the same arguments left, block by block.
         sign_with: file of a private key (PEM), with which every file of the folder is signed; see `verify`.
         progress: called after each step.
 
     Returns:
-        What `inspect(out)` says; of a process that does not lead nothing.
+        What `inspect(out)` says, and `coverage`, see `coverage_of`.
 
     Raises:
         UsageError: an argument makes no sense.
@@ -88,18 +85,15 @@ def quantize(
     """
     check_key(sign_with)
     goal = Goal(bits, target_size, target_kl, method)
-    if jobs is not None and jobs < 1:
-        raise UsageError(f"jobs {jobs}: give at least one")
     if rotate not in ROTATIONS or only not in (None, *PARTS):
         raise UsageError(f"there is no rotation {rotate!r} or no part {only!r}: see freebits quantize --help")
     code, model = stage(entropy), located(model)
     said = {"method": method, "bits": bits, "size": target_size, "kl": target_kl, "rotate": rotate, "only": only}
     said |= {"samples": samples, "seq_len": seq_len, "seed": seed, "device": device, "entropy": entropy}
-    team = team or Team(jobs)
-    task = Task("quantize", Path(model), said | {"text": text_digest(calibration)}, team, resume)
-    with new_directory(out, task) as directory, team.crew(task.desk(directory)) as crew:
+    task = Task("quantize", Path(model), said | {"text": text_digest(calibration)}, resume)
+    with new_directory(out, task) as directory, parallel.executor() as executor:
         prepared = prepare(
-            *(model, crew),
+            *(model, Work(executor, task.store(directory))),
             rotate=rotate,
             only=only,
             calibration=calibration,
@@ -109,13 +103,11 @@ def quantize(
             device=device,
             progress=progress,
         )
-        if not crew.leads:
-            return {}
-        prepared.write(directory, goal, entropy, code, jobs, progress)
+        prepared.write(directory, goal, entropy, code, executor, progress)
         write_card(directory, prepared.source.path)
         if sign_with is not None:
             sign(directory, sign_with)
-        return inspect(directory)
+        return inspect(directory) | {"coverage": prepared.coverage}
 
 
 @dataclass(frozen=True)
@@ -124,32 +116,34 @@ class Prepared:
 
     Attributes:
         source: the model.
-        shelf: what is known.
+        cache: what is known.
         facts: how that was measured, for the history.
         sizes: what `inspect` says of the model's.
+        coverage: see `coverage_of`.
     """
 
     source: Checkpoint | PackedFolder
-    shelf: Shelf
+    cache: SensitivityCache
     facts: Mapping[str, Any]
     sizes: Mapping[str, int]
+    coverage: Mapping[str, Any]
 
     def expected_kl(self, bits: float) -> float:
-        """KL divergence in nats a token, on text as the model writes it, at so many bits a number on average."""
-        budgets = list(self.shelf.budgets.values())
-        n_numbers = sum(self.source.kinds[name].numel for name in self.shelf.budgets)
-        return float(Budget.sum(budgets).c(bits * n_numbers)) ** 2 * n_numbers / 24
+        """KL divergence in nats per token, on text as the model writes it, at so many bits per weight on average."""
+        n_weights = sum(self.cache.kind(name).numel for name in self.cache.budgets)
+        return float(Budget.sum(self.cache.budgets.values()).c(bits * n_weights)) ** 2 * n_weights / 24
 
     def write(
-        self, directory: Path, goal: Goal, entropy: str, code: str | None, jobs: int | None, progress: Progress
+        self, directory: Path, goal: Goal, entropy: str, code: str | None, executor: Executor, progress: Progress
     ) -> None:
         """Round it, and make a packed folder of that."""
-        contents = write_rounded(directory, self.source, self.shelf, goal, code, jobs, progress)
+        contents = write_rounded(directory, self.source, self.cache, goal, code, executor, progress)
         move = {
             "move": goal.method,
             "fidelity": LOSSY,
             **goal.facts,
             **self.facts,
+            "share": self.coverage["share"],
             "bytes": dict(self.sizes),
             "producer": f"freebits {__version__}",
         }
@@ -160,7 +154,7 @@ class Prepared:
 
 def prepare(
     model: str | os.PathLike[str],
-    crew: Crew,
+    work: Work,
     *,
     rotate: str = "none",
     only: str | None = None,
@@ -173,45 +167,29 @@ def prepare(
 ) -> Prepared:
     """Measure how much a model depends on each of its matrices; arguments as of `quantize`.
 
-    What is found lies on the crew's desk, which must last as long as it is used.
+    What is found is kept in the store of `work`, which must last as long as it is used.
     """
     source = opened(model)
     if source.config.get("quantization_config"):
         raise UnsupportedModelError(
-            f"the weights in {source.path} are quantised already: take the model they came from"
+            f"the weights in {source.path} are quantized already: take the model they came from"
         )
-    config = known_config(source, model)
-    named = InMemory(source, config)
-    blockwise = BlockwiseModel(named, config, device_of(device))
-    transposed = {name for of in blockwise.transposed for name in named.origins(of)}
-    write = partial(_tokens, source.path, calibration, samples, seq_len, seed, blockwise.device)
-    tokens = crew.agree("text", write, progress)
-    shelf = Shelf(crew, seed if rotate == HADAMARD else None, transposed)
-    embeddings = {blockwise.embedding, blockwise.head}
-    stacked = [
-        of for number in range(len(blockwise.blocks)) for of in blockwise.matrices(number) if not named.origins(of)
-    ]
-    if stacked:
-        raise UnsupportedModelError(
-            f"{stacked[0]} is part of a stack in the file, too: experts are quantised one by one"
-        )
-    for part, found in measure_sensitivities(blockwise, tokens, crew, seed, progress):
-        if found is not None:
-            found = {n: s for n, s in found.items() if only is None or (n in embeddings) == (only == EMBEDDINGS)}
-            found = _as_stored(found, named)
-        shelf.add(part, found, source)
+    where = device_of(device)
+    write = partial(_tokens, source.path, calibration, samples, seq_len, seed, where, progress)
+    tokens = work.once("text", write)
+    running = RunningModel(source.path, where)
+    measured = measure_matrices(running, tokens, work, seed, seed if rotate == HADAMARD else None, progress)
+    engine, named = running.engine, running.named
+    cache = SensitivityCache(work, source, seed if rotate == HADAMARD else None)
+    matrices = whole_tensors(measured.matrices, source)
+    embeddings = {named.in_file(name) for name in (engine.embedding, engine.head) if name}
+    if only is not None:
+        matrices = [matrix for matrix in matrices if (matrix.tensor in embeddings) == (only == EMBEDDINGS)]
+    cache.add(matrices)
     text = "its own" if calibration is None else "given"
     facts = {"rotate": rotate, "text": text, "samples": len(tokens), "seq_len": seq_len, "seed": seed}
-    return Prepared(source, shelf, facts, known_sizes(model))
-
-
-def _as_stored(part: Mapping[str, Sensitivity], named: InMemory) -> dict[str, Sensitivity]:
-    """The same by the names of the checkpoint, where what is one matrix in memory may be several."""
-    return {
-        name: Sensitivity(sensitivity.gram, sensitivity.information[rows])
-        for matrix, sensitivity in part.items()
-        for name, rows in named.origins(matrix).items()
-    }
+    coverage = coverage_of(source, cache, named, engine) | {"experts": measured.n_experts, "thin": measured.n_thin}
+    return Prepared(source, cache, facts, known_sizes(model), coverage)
 
 
 def _tokens(
@@ -220,4 +198,11 @@ def _tokens(
     """The calibration windows, (samples, seq_len)."""
     if text is None:
         return own_windows(path, samples, seq_len, seed, device, progress)
-    return drawn_windows(token_windows(path, text, seq_len), samples, 0, seed)[0]
+    windows = drawn_windows(token_windows(path, text, seq_len), samples, 0, seed)[0]
+    if len(windows) < samples:
+        _log.warning(
+            "freebits: the text has %d windows of %d tokens, where %d were asked for: calibration on little text is "
+            "less accurate",
+            *(len(windows), seq_len, samples),
+        )
+    return windows

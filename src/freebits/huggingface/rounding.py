@@ -13,7 +13,7 @@ from torch import Tensor
 from freebits.checkpoint import ENTRY, Checkpoint, CheckpointWriter, Source, shard_bytes
 from freebits.codes import CODES
 from freebits.errors import UsageError
-from freebits.huggingface.shelf import Shelf
+from freebits.huggingface.sensitivity_cache import SensitivityCache, grouped
 from freebits.kind import Kind
 from freebits.options import GPTQ, INTEGERS, METHODS, PYRAMID, RTN
 from freebits.packed import STEM, Contents, PackedFolder, Piece, Recipe, announced, digests_of, plain, staged
@@ -26,7 +26,7 @@ from freebits.quantization import (
     pyramids,
     stepped,
 )
-from freebits.work import Progress, ordered_map, workers
+from freebits.work import Executor, Progress
 
 BITS, MOST_BITS = 4.0, 12
 _TOGETHER = 1 << 22
@@ -60,7 +60,7 @@ class Goal:
         if (given and not 0 < given[0] < math.inf) or not 1 <= self.wanted_bits <= MOST_BITS:
             raise UsageError(f"a target of {given[0]}: give bits from 1 to {MOST_BITS}, or bytes or nats above 0")
         if self.method != INTEGERS and (self.size or self.kl):
-            raise UsageError(f"method {self.method} has so many bits a number: give --bits")
+            raise UsageError(f"method {self.method} has a fixed number of bits per weight: give --bits")
         if self.method in (GPTQ, RTN) and self.wanted_bits not in range(2, 9):
             raise UsageError(f"method {self.method} has 2 to 8 whole bits a number, not {self.bits}")
 
@@ -88,65 +88,71 @@ class Goal:
 def write_rounded(
     directory: Path,
     source: Checkpoint | PackedFolder,
-    shelf: Shelf,
+    cache: SensitivityCache,
     goal: Goal,
     stage: str | None,
-    jobs: int | None,
+    executor: Executor,
     progress: Progress,
 ) -> Contents:
     """Round and write everything."""
-    contents, groups = Contents(), _groups(source, shelf, _TOGETHER if goal.method == INTEGERS else 0)
-    rest = [name for name in source.kinds if name not in shelf.budgets]
+    tensors = cache.tensors
+    n_weights = {name: cache.kind(name).numel for name in cache.budgets}
+    together = _TOGETHER if goal.method == INTEGERS else 0
+    groups = grouped(tensors, n_weights, together, {tensor: _numbers(tensor) for tensor in tensors})
+    last = {names[-1]: tensor for tensor, names in tensors.items()}
+    rest = [name for name in source.kinds if name not in tensors]
     longest = {f"{group[0]}.{part}": Kind("U8", (1 << 39,)) for group in groups for part in _PARTS_OF[goal.method]}
     names = announced({name: source.kinds[name] for name in rest}) | {n: kind.shape for n, kind in longest.items()}
     shards = shard_bytes(source) if isinstance(source, Checkpoint) else None
-    with workers(jobs) as executor, CheckpointWriter(directory, names, shards, STEM) as writer:
+    contents = Contents()
+    with CheckpointWriter(directory, names, shards, STEM) as writer:
         for name in rest:
             piece = staged(plain({name: source[name]}), stage)
             contents.write(writer, piece, digests_of(piece))
-        rolling = _rolling(source, shelf, goal, groups, partial(_bytes_around, source, shelf, contents, groups, names))
+        rolling = _rolling(cache, goal, groups, partial(_bytes_around, source, cache, contents, groups, names))
         for done, group in enumerate(groups, start=1):
             amount = rolling.next()
             most = 4 * amount
             while True:
-                rounded = ordered_map(executor, partial(_rounded, source, shelf, goal, amount), group)
-                piece = _piece(source, shelf, goal, group, [tensor for tensors in rounded for tensor in tensors])
+                rounded = executor.map(partial(_rounded, cache, goal, amount), group)
+                piece = _piece(cache, goal, group, [tensor for tensors in rounded for tensor in tensors])
                 excess = rolling.spend(amount, 8.0 * sum(kind.n_bytes for kind, _ in piece.stored.values()))
                 if not excess:
                     break
-                n_numbers = max(1, sum(source.kinds[name].numel for name in group))
-                amount *= max(1.002, 2.0 ** min(2.0, excess / n_numbers))
+                amount *= max(1.002, 2.0 ** min(2.0, excess / max(1, sum(n_weights[name] for name in group))))
                 if amount > most:
                     raise UsageError("so few bytes do not hold the headers: give more")
-            contents.write(writer, piece, digests_of(piece))
+            complete = [last[name] for name in group if name in last]
+            joining = tuple(recipe for tensor in complete for recipe in cache.joining(tensor, tensors[tensor]))
+            contents.write(writer, piece + Piece(recipes=joining), digests_of(piece))
             progress(done, len(groups))
     return contents
 
 
 def _rolling(
-    source: Source, shelf: Shelf, goal: Goal, groups: list[list[str]], around: Callable[[], int]
+    cache: SensitivityCache, goal: Goal, groups: list[list[str]], around: Callable[[], int]
 ) -> Rolling | Fixed:
     """What says how finely each group is rounded."""
-    n_numbers = sum(source.kinds[name].numel for name in shelf.budgets)
+    n_weights = sum(cache.kind(name).numel for name in cache.budgets)
     if goal.method != INTEGERS:
         return Fixed(goal.wanted_bits)
     if goal.kl is not None:
-        return Fixed(math.sqrt(24 * goal.kl / n_numbers))
-    bits = goal.wanted_bits * n_numbers if goal.size is None else 8.0 * (goal.size - around())
-    if bits < n_numbers / 4:
+        return Fixed(math.sqrt(24 * goal.kl / n_weights))
+    bits = goal.wanted_bits * n_weights if goal.size is None else 8.0 * (goal.size - around())
+    if bits < n_weights / 4:
         raise UsageError(
-            f"a target of {goal.size} bytes leaves {max(bits, 0) / n_numbers:.2f} bits a number: give more"
+            f"a target of {goal.size} bytes leaves {max(bits, 0) / n_weights:.2f} bits per weight: give more"
         )
-    return Rolling([Budget.sum(shelf.budgets[name] for name in group) for group in groups], bits)
+    return Rolling([Budget.sum(cache.budgets[name] for name in group) for group in groups], bits)
 
 
-def _rounded(source: Source, shelf: Shelf, goal: Goal, amount: float, name: str) -> tuple[Tensor, ...]:
-    return goal.tensors(shelf.matrix(source, name), *shelf[name], amount)
+def _rounded(cache: SensitivityCache, goal: Goal, amount: float, name: str) -> tuple[Tensor, ...]:
+    return goal.tensors(cache.matrix(name), *cache.known(name), amount)
 
 
-def _piece(source: Source, shelf: Shelf, goal: Goal, group: Sequence[str], tensors: list[Tensor]) -> Piece:
+def _piece(cache: SensitivityCache, goal: Goal, group: Sequence[str], tensors: list[Tensor]) -> Piece:
     """A group of matrices, coded, and turned back where they were rotated."""
-    makes, recipes = shelf.recipes({name: source.kinds[name] for name in group})
+    makes, recipes = cache.recipes(group)
     code = _CODE_OF.get(goal.method, goal.method)
     coded = CODES[code].encode(tensors, list(makes.values()))
     takes = {part: f"{group[0]}.{part}" for part in coded.parts}
@@ -154,30 +160,14 @@ def _piece(source: Source, shelf: Shelf, goal: Goal, group: Sequence[str], tenso
     return Piece(stored, (Recipe(code, takes, makes, coded.params), *recipes))
 
 
-def _groups(source: Source, shelf: Shelf, together: int) -> list[list[str]]:
-    """Matrices that are coded together: as many as follow each other in a block and have so many numbers."""
-    groups: list[list[str]] = []
-    size = together
-    for name in sorted(shelf.budgets, key=lambda name: (_is_in_block(name), _numbers(name))):
-        if size >= together or not groups or _numbers(name)[:1] != _numbers(groups[-1][0])[:1]:
-            groups.append([])
-            size = 0
-        groups[-1].append(name)
-        size += source.kinds[name].numel
-    return groups
-
-
-def _is_in_block(name: str) -> bool:
-    return any(part.isdigit() for part in name.split("."))
-
-
-def _numbers(name: str) -> list[int]:
-    return [int(part) for part in name.split(".") if part.isdigit()]
+def _numbers(name: str) -> tuple[int, ...]:
+    """The numbers in a name; those of embeddings and heads have none."""
+    return tuple(int(part) for part in name.split(".") if part.isdigit())
 
 
 def _bytes_around(
     source: Source,
-    shelf: Shelf,
+    cache: SensitivityCache,
     contents: Contents,
     groups: Sequence[Sequence[str]],
     names: Mapping[str, tuple[int, ...]],
@@ -185,9 +175,9 @@ def _bytes_around(
     """At most what the finished folder has besides the messages: other tensors, headers, manifest, config."""
     tensors = sum(kind.n_bytes for kind in contents.stored.values())
     header = sum(len(name) + len(str(list(shape))) + ENTRY for name, shape in names.items())
-    planned = []
+    planned = [recipe for tensor, of in cache.tensors.items() for recipe in cache.joining(tensor, of)]
     for group in groups:
-        makes, after = shelf.recipes({name: source.kinds[name] for name in group})
+        makes, after = cache.recipes(group)
         planned += [Recipe(INTEGERS, {"message": f"{group[0]}.message"}, makes, {"bytes": 10**12}), *after]
     recipes = sum(len(json.dumps(recipe.facts)) + 1 for recipe in (*contents.recipes, *planned))
     digests = sum(len(name) + 40 for name in (*contents.stored, *(f"{group[0]}.message" for group in groups)))

@@ -1,208 +1,339 @@
-"""Measure how much a model's output depends on each of its matrices: one pass forwards, one backwards."""
+"""Measure how much a model's output depends on each of its matrices: one pass forwards, one backwards.
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+What goes into a matrix is summed in the forward pass, the gradients at what comes out in the backward pass. Labels are
+drawn from the model's own predictions, so that squared gradients are its Fisher information.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from math import prod
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from freebits.huggingface.blockwise import BlockwiseModel
+from freebits.errors import UnsupportedModelError
+from freebits.huggingface.engine import Engine, first
 from freebits.huggingface.own_text import drawn
-from freebits.huggingface.watching import Linears, Sums, sum_up
-from freebits.quantization import Sensitivity
-from freebits.work import Crew, Progress, kept
+from freebits.huggingface.products import Product, Products, Region
+from freebits.work import Progress, kept
 
-_AT_ONCE = 4096
-"""Tokens of a chunk, which is the least that a member of the crew works on."""
-_TEMPER = 0.25
-"""Power with which a token's frequency counts: a text tells which tokens are rare, not how rare they are elsewhere."""
+THIN = 64
+"""Inputs below which an expert is thinly observed. As many of the average expert's inputs are added to each one's."""
+_RECENT = 4
+"""Inputs that are kept to find out which matrices read the same."""
+_SMALL = 1024
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What goes into matrices that read the same.
+
+    Attributes:
+        key: a name for it.
+        regions: the matrices.
+        n: how many vectors that are not zero.
+        gram: mean of `x xᵀ` over them, (inputs, inputs).
+    """
+
+    key: str
+    regions: tuple[Region, ...]
+    n: int
+    gram: Tensor
+
+
+Finish = Callable[[int, list[Inputs]], None]
+"""Takes the inputs that are complete after an execution of a block, with the number of the execution."""
 
 
 @kept
 @dataclass(frozen=True)
-class Chunk:
-    """Some windows, and the stream or the gradient there.
+class Sums:
+    """What was observed in a group of windows, besides inputs.
 
     Attributes:
-        number: of the chunk.
-        tokens: (windows, T).
-        x: (windows, T, D).
+        n_tokens: how many tokens.
+        n_inputs: matrix → how many vectors that are not zero it multiplied.
+        squares: matrix → sum of the squared gradients at each of its outputs, float64.
+        lookups: embedding → `Σ g gᵀ` over the gradients at the rows that were looked up.
+        head: `Σ x xᵀ` over the head's inputs; None where there is no head.
+        likely: for each token of the vocabulary `Σ p (1 - p)` over its probabilities `p`, float64.
+        scale: mean square of the derivative of a logit after the head's output, such as that of a final scale.
     """
 
-    number: int
-    tokens: Tensor
-    x: Tensor
+    n_tokens: int
+    n_inputs: Mapping[Region, int]
+    squares: Mapping[Region, Tensor]
+    lookups: Mapping[str, Tensor]
+    head: Tensor | None
+    likely: Tensor
+    scale: float
+
+    def __add__(self, other: "Sums") -> "Sums":
+        head = None if self.head is None or other.head is None else self.head + other.head
+        share = self.n_tokens / (self.n_tokens + other.n_tokens)
+        return Sums(
+            self.n_tokens + other.n_tokens,
+            _added(self.n_inputs, other.n_inputs),
+            _added(self.squares, other.squares),
+            _added(self.lookups, other.lookups),
+            head,
+            self.likely + other.likely,
+            share * self.scale + (1 - share) * other.scale,
+        )
 
 
-def measure_sensitivities(
-    model: BlockwiseModel, tokens: Tensor, crew: Crew, seed: int, progress: Progress
-) -> Iterator[tuple[str, dict[str, Sensitivity] | None]]:
-    """How much the output depends on the matrices of each block, from the last on, and then on embedding and head.
+def _added(left: Mapping, right: Mapping) -> dict:  # type: ignore[type-arg]
+    """Both, with the sums of what is in both."""
+    both = left.keys() & right.keys()
+    return {**left, **right, **{key: left[key] + right[key] for key in both}}
 
-    Labels are drawn from the model's own predictions, so that squared gradients are its Fisher information.
+
+def measure(
+    engine: Engine, windows: Tensor, start: int, seed: int, scratch: Path, finish: Finish, progress: Progress
+) -> Sums:
+    """Run a group of windows forwards and backwards.
 
     Args:
-        model: the model.
-        tokens: (windows, T), calibration text.
-        crew: whose members run some of the windows each; the stream between blocks lies on its desk.
-        seed: of the draw.
+        engine: the model.
+        windows: (windows, T), int64.
+        start: number of the first of these windows among all.
+        seed: of the labels, with the number of the window.
+        scratch: folder for what does not fit into memory.
+        finish: takes inputs as soon as they are complete; see `Finish`.
         progress: called after each block, forwards and backwards.
 
-    Yields:
-        A name for the part, and what was found; None where `known-name` lies on the desk already.
+    Raises:
+        CheckpointError: predictions are not finite.
+        UnsupportedModelError: no gradient reaches an embedding.
     """
-    n_blocks, chunks = len(model.blocks), chunks_of(model, tokens)
-    held = crew.hold("stream-0", chunks)
-    crew.keep("stream-0", held)
-    if not crew.has("head"):
-        held = _forwards(model, crew, held, progress)
-        measure = partial(_head, model, seed)
-        held, sums = crew.spread("head-sums", measure, held)
-        crew.keep(f"gradient-{n_blocks}", held)
-        hidden, likely = crew.agree("head", _added, sums)
-    else:
-        held = []
-        hidden, likely = crew.agree("head", _added, [])
-    for number in reversed(range(n_blocks)):
-        name = str(number)
-        goes_on_here = crew.has_kept(f"gradient-{number}", len(chunks))  # those of blocks before were forgotten
-        if crew.has(f"known-{name}") and (goes_on_here or crew.has(f"known-{number - 1}")):
-            held = []
-            yield name, None
-        else:
-            held = held or crew.kept(f"gradient-{number + 1}", len(chunks))
-            streams = crew.kept(f"stream-{number}", len(chunks))
-            held, seen = crew.spread(f"backward-{number}", partial(_backwards, model, number), held, streams)
-            del streams
-            crew.keep(f"gradient-{number}", held)
-            yield name, _sensitivities(model.matrices(number).keys(), seen, tokens.numel())
-        for stage in (f"stream-{number + 2}", f"backward-{number + 2}", f"gradient-{number + 3}"):
-            crew.forget(stage)  # of which nobody is so far behind
-        progress(2 * n_blocks - number, 2 * n_blocks)
-    model.unload()
-    held = held or crew.kept("gradient-0", len(chunks))
-    _, grams = crew.spread("embedding", _outer, held)
-    backwards = sum(grams[1:], grams[0])
-    factor = model.embedding_factor
-    if factor is not None:  # the gradient at what the embedding gives, from that at the stream
-        backwards = factor @ backwards @ factor.T
-    yield "embeddings", _embeddings(model, hidden, likely, backwards, tokens.numel())
+    observer = _Observer(engine, finish)
+    n_runs, done = len(engine.runs), 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        progress(done, 2 * n_runs)
+
+    def left(number: int) -> None:
+        observer.left(number)
+        step()
+
+    engine.on_recompute = step
+    with engine.stream_on_disk(windows, scratch):
+        with observer.products:
+            output = engine.hidden(windows, left)
+            observer.left(n_runs)
+            hidden = first(output)
+            if not hidden.requires_grad:
+                raise UnsupportedModelError("no gradient reaches an embedding: it cannot be measured")
+            likely, scale, gradients = _through_head(engine, output, windows, start, seed, observer)
+        hidden.backward(gradients)
+    return Sums(
+        windows.numel(),
+        observer.n_inputs,
+        observer.squares,
+        observer.lookups,
+        observer.head,
+        likely.cpu(),
+        scale,
+    )
 
 
-def chunks_of(model: BlockwiseModel, tokens: Tensor) -> list[Chunk]:
-    """Windows of tokens in chunks, with the stream before the first block."""
-    parts = tokens.split(max(1, _AT_ONCE // tokens.shape[1]))
-    return [Chunk(number, some, torch.cat(list(model.embed(some))).cpu()) for number, some in enumerate(parts)]
+def _through_head(
+    engine: Engine, output: object, windows: Tensor, start: int, seed: int, observer: "_Observer"
+) -> tuple[Tensor, float, Tensor]:
+    """Window by window: how likely tokens are, the scale of logits, and the gradient at the last hidden states."""
+    hidden = first(output)
+    gradients = torch.empty_like(hidden)
+    likely = torch.zeros((), dtype=torch.float64, device=engine.device)
+    at_logits = 0.0
+    with engine.head_loaded():
+        for number, window in enumerate(windows):
+            leaf = hidden[number : number + 1].detach().requires_grad_()
+            logits = engine.tail(output, leaf, window)[:-1]
+            chances = logits.detach().softmax(-1)
+            generator = torch.Generator(engine.device).manual_seed(seed + start + number)
+            labels = drawn(chances, generator)[:, 0]
+            (gradients[number : number + 1],) = torch.autograd.grad(
+                cross_entropy(logits, labels, reduction="sum"), leaf
+            )
+            likely = likely + (chances * (1 - chances)).sum(0).double()
+            of_label = chances.gather(1, labels[:, None])
+            at_logits += (chances.square().sum() - 2 * of_label.sum() + len(of_label)).item()
+    scale = observer.at_head / at_logits if observer.at_head and at_logits else 1.0
+    return likely, scale, gradients
 
 
-def _forwards(model: BlockwiseModel, crew: Crew, held: list[Any], progress: Progress) -> list[Any]:
-    """The stream after the last block; that before each block lies on the desk."""
-    n_blocks, n_chunks = len(model.blocks), len(held)
-    for number in range(n_blocks):
-        if crew.has_kept(f"stream-{number + 1}", n_chunks):
-            held = []
-        else:
-            held = held or crew.kept(f"stream-{number}", n_chunks)
-            held, _ = crew.spread(f"forward-{number}", partial(_forward, model, number), held)
-            crew.keep(f"stream-{number + 1}", held)
-        progress(number + 1, 2 * n_blocks)
-    return held or crew.kept(f"stream-{n_blocks}", n_chunks)
+class _Observer:
+    """Sums over what goes into every matrix, and over the gradients at what comes out."""
+
+    def __init__(self, engine: Engine, finish: Finish) -> None:
+        self._engine = engine
+        self._finish = finish
+        self._ends = {f"{block}.": number for number, block in enumerate(engine.runs)}
+        self._recent: list[tuple[Tensor, int, int]] = []
+        self._grams: list[tuple[Tensor, int]] = []
+        self._reads: dict[Region, list[int]] = {}
+        self.n_inputs: dict[Region, int] = {}
+        self.squares: dict[Region, Tensor] = {}
+        self.lookups: dict[str, Tensor] = {}
+        self.head: Tensor | None = None
+        self.at_head = 0.0
+        self.products = Products(engine.parameter_at, self._product, self._lookup)
+
+    def _product(self, seen: Product) -> None:
+        if seen.region.name == self._engine.head:
+            total = gram(seen.inputs.detach()).cpu()
+            self.head = total if self.head is None else self.head + total
+            if seen.result.requires_grad:
+                seen.result.register_hook(self._head_gradient)
+            return
+        number = self._number(seen.inputs.detach())
+        self._reads.setdefault(seen.region, []).append(number)
+        self.n_inputs[seen.region] = self.n_inputs.get(seen.region, 0) + self._grams[number][1]
+        if seen.result.requires_grad:
+            seen.result.register_hook(partial(self._gradient, seen.region, seen.at))
+
+    def _gradient(self, region: Region, at: Callable[[Tensor], Tensor], gradient: Tensor) -> None:
+        squares = at(gradient).square().sum(0).double().cpu()
+        self.squares[region] = self.squares[region] + squares if region in self.squares else squares
+
+    def _head_gradient(self, gradient: Tensor) -> None:
+        self.at_head += gradient.square().sum().item()
+
+    def _number(self, x: Tensor) -> int:
+        """The number of a Gram matrix: of one that is there, if the same was read before."""
+        place = (x.data_ptr(), x.shape, x.stride())
+        for other, version, number in self._recent:
+            if place == (other.data_ptr(), other.shape, other.stride()) and version == x._version:
+                return number
+        number = len(self._grams)
+        self._grams.append((gram(x), int(x.any(-1).sum())))
+        self._recent = [*self._recent[1 - _RECENT :], (x, x._version, number)]
+        return number
+
+    def _lookup(self, name: str, rows: Tensor) -> Tensor:
+        """The rows of an embedding, with a gradient."""
+        leaf = rows.detach().requires_grad_()
+        leaf.register_hook(partial(self._outer, name))
+        return leaf.view_as(leaf)  # may be changed in place, which a leaf may not
+
+    def _outer(self, name: str, gradient: Tensor) -> None:
+        total = gram(gradient.flatten(0, -2)).cpu()
+        self.lookups[name] = self.lookups[name] + total if name in self.lookups else total
+
+    def left(self, number: int) -> None:
+        """An execution of a block is over: hand on the inputs that are complete, and forget them."""
+        self._recent.clear()
+        complete = sorted(region for region in self._reads if self._last_use(region) <= number)
+        together: dict[tuple[int, ...], list[Region]] = {}
+        for region in complete:
+            together.setdefault(tuple(self._reads.pop(region)), []).append(region)
+        found = []
+        for numbers, regions in together.items():
+            n = sum(self._grams[of][1] for of in numbers)
+            total = sum((self._grams[of][0] for of in numbers[1:]), self._grams[numbers[0]][0])
+            found.append(Inputs(f"{number}-{len(found)}", tuple(regions), n, total.cpu() / max(1, n)))
+        needed = {of for numbers in self._reads.values() for of in numbers}
+        for at in range(len(self._grams)):
+            if at not in needed:
+                self._grams[at] = torch.empty(0), 0
+        if found:
+            self._finish(number, found)
+
+    def _last_use(self, region: Region) -> int:
+        """The last execution of a block that multiplies by a matrix, as far as that is known."""
+        own = [number for block, number in self._ends.items() if region.name.startswith(block)]
+        return max([self._engine.used.get(region.name, -1), *own])
 
 
-def _forward(model: BlockwiseModel, number: int, chunk: Chunk) -> tuple[Chunk, None]:
-    run = model.block(number)
-    with torch.no_grad():
-        x = torch.cat([run(window.to(model.device)).cpu() for window in chunk.x.split(1)])
-    return replace(chunk, x=x), None
+def gram(x: Tensor) -> Tensor:
+    """`xᵀ x`, (m, m), of (vectors, m). Of large ones the blocks below the diagonal are copied, not computed."""
+    m = x.shape[1]
+    if m < _SMALL:
+        return x.T @ x
+    G = x.new_empty(m, m)
+    width = -(-m // 4)
+    for start in range(0, m, width):
+        stop = min(start + width, m)
+        G[start:stop, start:] = x[:, start:stop].T @ x[:, start:]
+        G[stop:, start:stop] = G[start:stop, stop:].T
+    return G
 
 
-def _head(model: BlockwiseModel, seed: int, chunk: Chunk) -> tuple[Chunk, tuple[Tensor, Tensor, int]]:
-    """The gradient at the stream; `Σ x xᵀ` over the head's inputs, how likely each token is, and of how many."""
-    model.unload()
-    generator = torch.Generator(model.device).manual_seed(seed + chunk.number)
-    inputs: list[Tensor] = []
-    gram: Any = 0
-    likely: Any = 0
-    handle = model.head_module.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
-    gradients = []
-    for window, x in zip(chunk.tokens, chunk.x.split(1), strict=True):
-        leaf = x.to(model.device).clone().requires_grad_()
-        logits = model.logits(leaf, window)[:-1]
-        chances = logits.detach().softmax(-1)
-        labels = drawn(chances, generator)[:, 0]
-        gradients.append(torch.autograd.grad(cross_entropy(logits, labels, reduction="sum"), leaf)[0].cpu())
-        likely = likely + (chances * (1 - chances)).sum(0)
-        rows = inputs.pop().flatten(0, -2)
-        gram = gram + rows.T @ rows
-    handle.remove()
-    return replace(chunk, x=torch.cat(gradients)), (gram.cpu(), likely.cpu(), chunk.tokens.numel())
+def siblings(region: Region) -> tuple[str, int, bool]:
+    """What experts of one mixture have in common: the name but for numbers after the block's, rows, how they lie."""
+    block, number, rest = re.fullmatch(r"(\D*)(\d*)(.*)", region.name).groups()  # type: ignore[union-attr]
+    return block + number + re.sub(r"\d+", "*", rest), region.stop - region.start, region.transposed
 
 
-def _added(sums: Sequence[tuple[Tensor, Tensor, int]]) -> tuple[Tensor, Tensor]:
-    """The means over all chunks."""
-    grams, likely, counts = zip(*sums, strict=True)
-    n_tokens = sum(counts)
-    return sum(grams[1:], grams[0]) / n_tokens, sum(likely[1:], likely[0]) / n_tokens
+def with_idle(found: Sequence[Inputs], matrices: Mapping[str, tuple[int, ...]], key: str) -> list[Inputs]:
+    """Inputs of a block, each expert's mixed with the average expert's (shrinkage).
+
+    Each expert gets `THIN` vectors of the average one added. Experts that no text reached have the average's alone.
+
+    Args:
+        found: inputs in a block.
+        matrices: the shapes of all matrices there, by the names of parameters.
+        key: for what idle experts read.
+    """
+    groups: dict[tuple[tuple[str, int, bool], int], list[Inputs]] = {}
+    for inputs in found:
+        groups.setdefault((siblings(inputs.regions[0]), len(inputs.gram)), []).append(inputs)
+    seen = {region for inputs in found for region in inputs.regions if inputs.n}
+    result: list[Inputs] = []
+    for number, group in enumerate(groups.values()):
+        idle = {of for inputs in group for region in inputs.regions for of in _idle(region, seen, matrices)}
+        n = sum(inputs.n for inputs in group)
+        if (len(group) == 1 and not idle) or not n:
+            result += group
+            continue
+        average = sum((inputs.gram * (inputs.n / n) for inputs in group[1:]), group[0].gram * (group[0].n / n))
+        for inputs in group:
+            if inputs.n:
+                mixed = (inputs.gram * inputs.n + average * THIN) / (inputs.n + THIN)
+                result.append(replace(inputs, gram=mixed))
+        if idle:
+            result.append(Inputs(f"{key}-idle-{number}", tuple(sorted(idle)), 0, average))
+    return result
 
 
-def _backwards(model: BlockwiseModel, number: int, gradient: Chunk, stream: Chunk) -> tuple[Chunk, dict[str, Sums]]:
-    """The gradient at a block's input, from that at its output; what was seen of its matrices."""
-    gradients = []
-    run = model.block(number)
-    with Linears(model.matrices(number)) as linears:
-        watches = linears.watches
-        for x, g in zip(stream.x.split(1), gradient.x.split(1), strict=True):
-            leaf = x.to(model.device).clone().requires_grad_()
-            gradients.append(torch.autograd.grad(run(leaf), leaf, g.to(model.device))[0].cpu())
-            sum_up(watches.values())
-    names = {id(watch): name for name, watch in watches.items()}
-    found = {n: watch.sums(names[id(watch.first or watch)]) for n, watch in watches.items() if watch.n_inputs}
-    return replace(gradient, x=torch.cat(gradients)), found
-
-
-def _sensitivities(names: Collection[str], sums: Sequence[Mapping[str, Sums]], n_tokens: int) -> dict[str, Sensitivity]:
-    """What was seen in all chunks; the information is a mean over all tokens, Gram matrices over the inputs."""
-    seen = {name: [of[name] for of in sums if name in of] for name in names}
-    grams: dict[str, Tensor] = {}
-    for name, of in seen.items():
-        parts = [one.gram for one in of if one.gram is not None]
-        if parts:
-            grams[name] = sum(parts[1:], parts[0]) / sum(one.n_inputs for one in of)
-    found = {
-        name: Sensitivity(grams[of[0].leader], sum((one.squares for one in of[1:]), of[0].squares) / n_tokens)
-        for name, of in seen.items()
-        if of
+def _idle(region: Region, seen: set[Region], matrices: Mapping[str, tuple[int, ...]]) -> set[Region]:
+    """The experts beside one that no text reached: in the same parameter, or in parameters of the same kind."""
+    height = region.stop - region.start
+    shape = matrices[region.name]
+    n_rows = prod(shape[:-1])
+    if region.start % height or n_rows % height:
+        return set()
+    kind = siblings(region)
+    experts = {
+        Region(name, start, start + height, region.transposed)
+        for name, of in matrices.items()
+        for start in range(0, n_rows, height)
+        if of == shape and siblings(replace(region, name=name)) == kind
     }
-    for name in seen.keys() - found.keys():  # an expert to whom no token came: as another of its stack
-        others = [other for other in found if other.rpartition("[")[0] == name.rpartition("[")[0] != ""]
-        if others:
-            least = min(others, key=lambda other: found[other].information.sum().item())
-            found[name] = found[least]
-    return found
+    return experts - seen
 
 
-def _outer(chunk: Chunk) -> tuple[None, Tensor]:
-    """`Σ g gᵀ` over the gradients at the embedding."""
-    gram = torch.zeros(chunk.x.shape[-1], chunk.x.shape[-1], dtype=torch.float64)
-    for window in chunk.x:
-        gram += (window.T @ window).double()
-    return None, gram
+def informations(sums: Sums, regions: Iterable[Region]) -> dict[Region, Tensor]:
+    """The mean squared gradient at each output of matrices, over all tokens; of those that a gradient reached.
 
-
-def _embeddings(
-    model: BlockwiseModel, hidden: Tensor, likely: Tensor, backwards: Tensor, n_tokens: int
-) -> dict[str, Sensitivity]:
-    """Of the head, and of the embedding, by row; where they are one matrix, of both together.
-
-    A token's row counts as often as the token occurs, tempered so that the mean cost stays what it is.
+    Of experts as many inputs of the average one are counted in as for what they read, see `with_idle`.
     """
-    likely = likely.double().cpu().clamp_min(torch.finfo(torch.float32).tiny)
-    per_row = {model.embedding: backwards / n_tokens / len(likely)}
-    of_head = hidden.double().cpu() * likely.mean()
-    per_row[model.head] = of_head + per_row[model.embedding] if model.head == model.embedding else of_head
-    tempered = likely**_TEMPER
-    tempered *= (likely / tempered).mean()
-    return {name: Sensitivity(gram / likely.mean(), tempered) for name, gram in per_row.items()}
+    groups: dict[tuple[str, int, bool], list[Region]] = {}
+    for region in regions:
+        groups.setdefault(siblings(region), []).append(region)
+    found = {}
+    for group in groups.values():
+        reached = [region for region in group if region in sums.squares]
+        n = sum(sums.n_inputs[region] for region in reached)
+        if not n:
+            continue
+        total = sum((sums.squares[region] for region in reached[1:]), sums.squares[reached[0]])
+        added = total * (THIN / n if len(group) > 1 else 0.0)
+        found |= {region: (sums.squares.get(region, 0.0) + added) / sums.n_tokens for region in group}
+    return found

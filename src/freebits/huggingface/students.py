@@ -10,8 +10,8 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from freebits.codes.integers import FINENESS
+from freebits.codes.transposed import TRANSPOSED
 from freebits.errors import UsageError
-from freebits.huggingface.shelf import TRANSPOSED
 from freebits.kind import Kind
 from freebits.options import INTEGERS
 from freebits.packed import PackedFolder

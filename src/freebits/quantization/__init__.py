@@ -1,7 +1,7 @@
 """Round matrices so that the model's output suffers least: feedback, and what it rounds to."""
 
 from freebits.quantization.budget import Budget, Fixed, Rolling
-from freebits.quantization.feedback import feedback, whitener
+from freebits.quantization.feedback import feedback, inverse_factor
 from freebits.quantization.grids import GROUP, gridded
 from freebits.quantization.pyramids import pyramids
 from freebits.quantization.stepping import DAMPING, Sensitivity, row_steps, stepped
@@ -15,8 +15,8 @@ __all__ = [
     "Sensitivity",
     "feedback",
     "gridded",
+    "inverse_factor",
     "pyramids",
     "row_steps",
     "stepped",
-    "whitener",
 ]

@@ -4,29 +4,62 @@ The loss is `tr((W - Ŵ) H (W - Ŵ)ᵀ)` for the Gram matrix `H` of the matrix's
 plane are three names of this algorithm; whatever it rounds to, the loss comes to `Σ_i |w_i - q_i|² / U_ii²`.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 _BLOCK = 128
+_ACCURACY = 1e-2
 Round = Callable[[Tensor, int], Tensor]
 """What some columns, (n, width), starting with a given one, are rounded to."""
 
 
-def whitener(gram: Tensor, damping: float) -> Tensor:
-    """`U`, upper triangular with `H⁻¹ = Uᵀ U`, (m, m), float64.
+def inverse_factor(gram: Tensor, damping: float) -> Tensor:
+    """`U`, upper triangular with `H⁻¹ = Uᵀ U`, (m, m), float32: the Cholesky factor of the inverse Hessian (GPTQ).
+
+    In float32, unless it is not accurate to a hundredth there, then in float64.
 
     Args:
-        gram: (m, m), positive semi-definite.
+        gram: `H`, (m, m), positive semi-definite.
         damping: part of its mean diagonal that is added to it: inputs that the text hardly has are not free.
     """
-    H = gram.double()
-    mean = H.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    H = H / mean + damping * torch.eye(len(H), dtype=torch.float64, device=H.device)
-    R = torch.linalg.cholesky(H.flip(0, 1)).flip(0, 1)  # H = R Rᵀ with an upper triangle
-    identity = torch.eye(len(H), dtype=torch.float64, device=H.device)
-    return torch.linalg.solve_triangular(R, identity, upper=True) / mean.sqrt()
+    U = _inverse_factor(gram, damping, torch.float32)
+    if U is None:
+        U = _inverse_factor(gram, damping, torch.float64)
+    if U is None:
+        raise ValueError("a Gram matrix that is not positive semi-definite")
+    return U.float()
+
+
+def _inverse_factor(gram: Tensor, damping: float, dtype: torch.dtype) -> Tensor | None:
+    """The same in one dtype; None where that is not accurate enough."""
+    mean = gram.diagonal().double().mean().clamp_min(torch.finfo(torch.float32).tiny).item()
+    H = gram.to(dtype).flip(0, 1).div_(mean)
+    H.diagonal().add_(damping)
+    L, failed = torch.linalg.cholesky_ex(H)  # of the flipped matrix, so that H = R Rᵀ with an upper triangle R
+    if failed:
+        return None
+    _invert_lower(L)
+    v = torch.ones(len(H), dtype=dtype, device=H.device)
+    error = (L @ (H @ (L.T @ v)) - v).norm() / v.norm()
+    if not error < _ACCURACY:
+        return None
+    del H
+    return L.flip(0, 1).div_(math.sqrt(mean))
+
+
+def _invert_lower(L: Tensor) -> None:
+    """Invert a lower triangle in place, by halves: mostly products, which are fast."""
+    n = len(L)
+    if n <= _BLOCK:
+        L.copy_(torch.linalg.solve_triangular(L, torch.eye(n, dtype=L.dtype, device=L.device), upper=False))
+        return
+    half = n // 2
+    _invert_lower(L[:half, :half])
+    _invert_lower(L[half:, half:])
+    L[half:, :half] = -(L[half:, half:] @ L[half:, :half]) @ L[:half, :half]
 
 
 def feedback(W: Tensor, U: Tensor, to: Round, group: int = 1) -> Tensor:
@@ -34,7 +67,7 @@ def feedback(W: Tensor, U: Tensor, to: Round, group: int = 1) -> Tensor:
 
     Args:
         W: (n, m).
-        U: (m, m), see `whitener`.
+        U: (m, m), see `inverse_factor`.
         to: rounds a group of columns.
         group: columns that are rounded together, which divides 128.
 

@@ -13,7 +13,7 @@ def gridded(W: Tensor, U: Tensor | None, bits: int) -> tuple[Tensor, Tensor, Ten
 
     Args:
         W: the matrix.
-        U: see `whitener`; None for no feedback.
+        U: see `inverse_factor`; None for no feedback.
         bits: of an integer.
     """
     most = 2**bits - 1

@@ -33,7 +33,7 @@ def pyramids(W: Tensor, U: Tensor, bits: float) -> tuple[Tensor, Tensor, Tensor,
 
     Args:
         W: the matrix.
-        U: see `whitener`.
+        U: see `inverse_factor`.
         bits: for a number, points and scales together.
     """
     n, m = W.shape

@@ -47,7 +47,7 @@ def stepped(W: Tensor, U: Tensor, rows: Tensor, c: float) -> Stepped:
 
     Args:
         W: (n, m).
-        U: (m, m), see `whitener`.
+        U: (m, m), see `inverse_factor`.
         rows: (n,), see `row_steps`.
         c: the step where nothing else counts.
     """

@@ -33,6 +33,9 @@ class Executor(Protocol):
         A result depends on nothing but its item, so it does not matter who finds it.
         """
 
+    def map_large(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """The same for items each of which fills a machine: only one at a time on each."""
+
 
 @dataclass(frozen=True)
 class Parallel:
@@ -94,6 +97,10 @@ class Threads:
         while pending:
             yield pending.popleft().result()
         yield from map(function, held)
+
+    def map_large(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """One after another, in the calling thread."""
+        return map(function, items)
 
 
 @contextmanager

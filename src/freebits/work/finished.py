@@ -64,6 +64,11 @@ class Work:
         self._store = store
 
     @property
+    def executor(self) -> Executor:
+        """Who runs pieces, for results that are not kept."""
+        return self._executor
+
+    @property
     def store(self) -> WorkStore:
         """The store.
 
@@ -82,6 +87,12 @@ class Work:
         if self._store is None:
             return self._executor.map(function, items)
         return self._executor.map(partial(_kept, self._store, stage, function), enumerate(items))
+
+    def map_large(self, stage: str, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """The same for items each of which fills a machine."""
+        if self._store is None:
+            return self._executor.map_large(function, items)
+        return self._executor.map_large(partial(_kept, self._store, stage, function), enumerate(items))
 
     def once(self, stage: str, function: Callable[[], Result]) -> Result:
         """The one result of a stage, found in this process unless it is finished."""

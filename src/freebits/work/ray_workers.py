@@ -61,6 +61,8 @@ class RayWorkers:
         while pending:
             yield self._result(pending.popleft())
 
+    map_large = map
+
     def _result(self, reference: Any) -> Any:
         refused, result = self._ray.get(reference)
         if refused is not None:

@@ -1,0 +1,35 @@
+"""A tensor made of matrices that stand below each other in it."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, cat
+
+from freebits.codes.code import Coded, Params
+from freebits.kind import Kind
+
+
+class Joined:
+    """One tensor, seen as (rows, last dimension), of parts that have some of its rows each, from the first on.
+
+    Params: `rows`, how many each part has.
+    """
+
+    exact = False
+
+    def encode(self, tensors: Sequence[Tensor], makes: Sequence[Kind]) -> Coded:  # noqa: ARG002
+        """The parts, as they are."""
+        parts = {str(number): tensor for number, tensor in enumerate(tensors)}
+        return Coded(parts, {"rows": [len(tensor) for tensor in tensors]})
+
+    def decode(self, parts: Mapping[str, Tensor], makes: Sequence[Kind], params: Params) -> list[Tensor]:
+        """The tensor."""
+        [kind] = makes
+        return [cat([parts[str(number)] for number in range(len(params["rows"]))]).reshape(kind.shape)]
+
+    def parts(self, makes: Sequence[Kind], params: Params) -> dict[str, Kind]:
+        """Matrices with as many rows as are told."""
+        [kind] = makes
+        rows = params["rows"]
+        if len(kind.shape) < 2 or not rows or min(rows) < 1 or sum(rows) * kind.shape[-1] != kind.numel:
+            raise ValueError(f"parts of {rows} rows of {kind}")
+        return {str(number): Kind(kind.code, (n, kind.shape[-1])) for number, n in enumerate(rows)}

@@ -1,0 +1,40 @@
+"""The library's models without weights."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+
+_BUILDING = threading.Lock()
+"""Building a model changes what holds for all threads: transformers sets PyTorch's dtype, we how parameters are made."""
+
+
+def empty_model(config: PreTrainedConfig) -> Any:
+    """The causal language model of a config, to run in float32. Its parameters have no memory; its buffers are real."""
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if kind.config_class is config.sub_configs.get("text_config"):  # of a model that sees, too
+        config = config.get_text_config()
+    with _BUILDING, _parameters_on_meta():
+        config._experts_implementation = "eager"  # one after another, so that each can be observed
+        return kind(config).to(torch.float32).eval()
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules made here have parameters without memory, but their buffers are real."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:  # one that is tied is there already
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
