@@ -20,6 +20,7 @@ from freebits.codes import CODES
 from freebits.kind import Kind
 from freebits.packed import STEM, Contents, Piece, Recipe, digests_of, publish
 from freebits.packed.reader import PackedFolder
+from freebits.work import Parallel
 
 SHAPES = {"q_proj": (4096, 4096), "k_proj": (4096, 4096), "v_proj": (4096, 4096), "o_proj": (4096, 4096)} | {
     "gate_proj": (11008, 4096),
@@ -58,7 +59,7 @@ def decode(directory: Path, jobs: int) -> None:
     packed = PackedFolder(directory)
     before = peak()
     start = time.perf_counter()
-    packed.check(jobs)
+    packed.check(Parallel(jobs=jobs))
     seconds = time.perf_counter() - start
     print(seconds, peak() - before)
 

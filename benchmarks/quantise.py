@@ -34,7 +34,7 @@ from freebits.huggingface.sensitivities import measure_sensitivities
 from freebits.huggingface.shelf import Shelf
 from freebits.packed import PackedFolder, publish
 from freebits.report import bytes_on_disk
-from freebits.work import Desk, Team
+from freebits.work import Parallel, Work, WorkStore
 
 RESULTS = Path(__file__).parent / "results" / "quantise.csv"
 HEADER = ("row", "bits", "bytes", "perplexity", "ratio", "mean_kl")
@@ -160,9 +160,10 @@ def calibrated(dense: Path, scratch: Path) -> tuple[dict[str, Shelf], Checkpoint
     source = Checkpoint(dense)
     model = BlockwiseModel(source, inner_config(source.config).from_dict(dict(source.config)), torch.device("cpu"))
     tokens = own_windows(dense, SAMPLES, WINDOW, 0, torch.device("cpu"), lambda *_: None)
-    with Team().crew(Desk(scratch / "desk")) as crew:
-        shelves = {"none": Shelf(crew, None, ()), "hadamard": Shelf(crew, 0, (), "rotated-")}
-        for part, found in measure_sensitivities(model, tokens, crew, 0, lambda *_: None):
+    with Parallel().executor() as executor:
+        work = Work(executor, WorkStore(scratch / "store"))
+        shelves = {"none": Shelf(work, None, ()), "hadamard": Shelf(work, 0, (), "rotated-")}
+        for part, found in measure_sensitivities(model, tokens, work, 0, lambda *_: None):
             for shelf in shelves.values():
                 shelf.add(part, found, source)
     return shelves, source

@@ -59,7 +59,8 @@ Figures = tuple[float, float, int, int]
 
 def packing(codec: str, entropy: str = "none", jobs: int | None = None) -> Step:
     """One way to pack."""
-    return lambda source, out: freebits.pack(source, out, codec=codec, entropy=entropy, jobs=jobs)
+    parallel = freebits.Parallel(jobs=jobs)
+    return lambda source, out: freebits.pack(source, out, codec=codec, entropy=entropy, parallel=parallel)
 
 
 STEPS: dict[str, tuple[str, Step]] = {

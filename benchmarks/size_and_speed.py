@@ -71,7 +71,9 @@ def plain() -> Form:
 
 def packed(codec: str, entropy: str) -> Form:
     """Ours."""
-    pack, unpack = partial(freebits.pack, codec=codec, entropy=entropy, jobs=2), partial(freebits.unpack, jobs=2)
+    parallel = freebits.Parallel(jobs=2)
+    pack = partial(freebits.pack, codec=codec, entropy=entropy, parallel=parallel)
+    unpack = partial(freebits.unpack, parallel=parallel)
     return Form(pack, unpack, fidelity="bit-exact" if codec == "none" else "function-preserving")
 
 

@@ -215,9 +215,9 @@ def test_a_folder_that_cannot_be_made_leaves_no_parents(tmp_path: Path) -> None:
 def test_the_slower_of_two_writers_is_told(tmp_path: Path) -> None:
     with (
         pytest.raises(CheckpointError, match="another run wrote it meanwhile"),
-        new_directory(tmp_path / "out") as draft,
+        new_directory(tmp_path / "out") as staging,
     ):
-        (draft / "mine").touch()
+        (staging / "mine").touch()
         with new_directory(tmp_path / "out") as other:
             (other / "theirs").touch()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["theirs"]
@@ -225,15 +225,15 @@ def test_the_slower_of_two_writers_is_told(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    # kill -9 left a draft in 121 of 210 cases, for ever.
+    # kill -9 left a staging directory in 121 of 210 cases, for ever.
     command = [sys.executable, "-c", KILLED, str(tmp_path / "out")]
     assert subprocess.run(command, check=False).returncode == -9
-    [draft] = tmp_path.iterdir()
+    [staging] = tmp_path.iterdir()
     with new_directory(tmp_path / "other"):
-        assert draft.exists()  # somebody else's
+        assert staging.exists()  # its target is another folder
     with new_directory(tmp_path / "out") as mine, pytest.raises(CheckpointError, match="cannot"):
-        assert not draft.exists()
-        with new_directory(tmp_path / "out"):  # ours is alive
+        assert not staging.exists()
+        with new_directory(tmp_path / "out"):  # the process that writes it is alive
             assert mine.exists()
             raise CheckpointError("cannot")
     assert "removed what a killed run left" in caplog.text
@@ -244,8 +244,8 @@ KILLED = """
 import os, signal, sys
 from freebits.checkpoint import new_directory
 
-with new_directory(sys.argv[1]) as draft:
-    (draft / "half").write_text("half")
+with new_directory(sys.argv[1]) as staging:
+    (staging / "half").write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -253,10 +253,10 @@ with new_directory(sys.argv[1]) as draft:
 def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[str] = []
     monkeypatch.setattr(os, "fsync", lambda handle: synced.append(str(Path(f"/proc/self/fd/{handle}").readlink())))
-    with new_directory(tmp_path / "out") as draft:
-        (draft / "inside").mkdir()
-        (draft / "inside" / "file").touch()
-    assert sorted(synced[:-1]) == sorted(map(str, (draft, draft / "inside", draft / "inside" / "file")))
+    with new_directory(tmp_path / "out") as staging:
+        (staging / "inside").mkdir()
+        (staging / "inside" / "file").touch()
+    assert sorted(synced[:-1]) == sorted(map(str, (staging, staging / "inside", staging / "inside" / "file")))
     assert synced[-1] == str(tmp_path)
 
 

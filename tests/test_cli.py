@@ -343,7 +343,7 @@ def in_the_foreground() -> Iterator[None]:
 
 @pytest.mark.usefixtures("in_the_foreground")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_leaves_only_what_the_same_command_goes_on_with(
+def test_a_signal_leaves_only_what_the_rerun_command_resumes(
     number: signal.Signals, dense: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(_step: str) -> Callable[[int, int], None]:
@@ -361,8 +361,8 @@ def test_a_signal_leaves_only_what_the_same_command_goes_on_with(
         assert code == 128 + number
         if stopped is other:  # which is done in no time
             assert sorted(tmp_path.rglob("*")) == before
-    [draft] = (tmp_path / "new").iterdir()
-    assert draft.name.startswith(".out.")
+    [staging] = (tmp_path / "new").iterdir()
+    assert staging.name.startswith(".out.")
     monkeypatch.undo()
     assert run(*command, "--force") == 0
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]

@@ -355,6 +355,6 @@ def test_what_is_mapped_elsewhere_cannot_be_cut_under_us(save_tiny: Make, tmp_pa
                 spoil()
 
         with pytest.raises(CheckpointError, match=r"was changed while it was read|cannot be read"):
-            freebits.pack(dense, tmp_path / name, codec="none", jobs=1, progress=progress)
+            freebits.pack(dense, tmp_path / name, codec="none", parallel=freebits.Parallel(jobs=1), progress=progress)
         assert not (tmp_path / name).exists()
         file.write_bytes(sound)

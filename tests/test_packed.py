@@ -23,7 +23,7 @@ from freebits.huggingface.sliced_models import SlicedLlamaConfig, SlicedLlamaFor
 from freebits.kind import Kind, bytes_of
 from freebits.options import CODECS
 from freebits.packed import PackedFolder
-from freebits.work import workers
+from freebits.work import threads
 from tests.tiny import VARIANTS, Make, change_config, flip, random_text, redigest, tensors_of, tiny_config
 
 THRESHOLD = 0.005
@@ -108,16 +108,8 @@ def test_corrected_words_come_back_exactly_and_the_others_within_the_threshold(s
 
 
 def test_every_number_of_jobs_writes_the_same_model(sliced: Path, packed: Path, tmp_path: Path) -> None:
-    pack(sliced, tmp_path / "one", threshold=THRESHOLD, jobs=1)
+    pack(sliced, tmp_path / "one", threshold=THRESHOLD, parallel=freebits.Parallel(jobs=1))
     assert (tmp_path / "one" / "packed.safetensors").read_bytes() == (packed / "packed.safetensors").read_bytes()
-
-
-def test_no_jobs_are_refused(sliced: Path, packed: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="jobs 0"):
-        pack(sliced, tmp_path / "out", jobs=0)
-    with pytest.raises(UsageError, match="jobs 0"):
-        freebits.unpack(packed, tmp_path / "out", jobs=0)
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_site_that_is_not_finite_is_stored_plain_bit_for_bit(sliced: Path, tmp_path: Path) -> None:
@@ -410,11 +402,13 @@ def test_a_chain_without_end_is_refused(packed: Path) -> None:
 
 def test_pools_open_at_once_give_their_threads_back() -> None:
     before = torch.get_num_threads()
-    with workers(2), workers(2), workers(None):
+    with threads(2), threads(2), threads(None):
         pass
     assert torch.get_num_threads() == before
-    with workers(1) as executor:
-        assert executor.submit(torch.get_num_threads).result() == min(before, len(os.sched_getaffinity(0)))
+    with threads(2) as executor:
+        counts = list(executor.map(lambda _: torch.get_num_threads(), range(3)))
+    per_job = max(1, min(before, len(os.sched_getaffinity(0))) // 2)
+    assert counts == [per_job, per_job, before]  # the calling thread, which runs the last piece, has all of them
 
 
 WATCH = """
@@ -441,13 +435,14 @@ thread.join()
 print(peak - start)
 """
 PACK = """
-freebits.pack(folders[0], folders[1], codec={codec!r}, jobs=1)
-freebits.unpack(folders[1], folders[2], jobs=1)
+freebits.pack(folders[0], folders[1], codec={codec!r}, parallel=freebits.Parallel(jobs=1))
+freebits.unpack(folders[1], folders[2], parallel=freebits.Parallel(jobs=1))
 """
 TEXT = 'text = " ".join(f"w{number % 96}" for number in range(2000))'
 OF_DENSE = {
     "slice": "freebits.slice_model(folders[0], folders[1], sparsity=0.2, calibration=text, samples=2, seq_len=32)",
-    "quantize": "freebits.quantize(folders[0], folders[1], calibration=text, samples=2, seq_len=32, jobs=1)",
+    "quantize": "freebits.quantize(folders[0], folders[1], calibration=text, samples=2, seq_len=32, "
+    "parallel=freebits.Parallel(jobs=1))",
     "verify": "assert freebits.verify(folders[1], against=folders[0], text=text, seq_len=32, limit=2)",
 }
 """On one another's results."""

@@ -139,13 +139,10 @@ MACHINES = {
 }
 THREADS = """
 import sys, torch, freebits
-from freebits.work import workers
 
-with workers(1) as executor:
-    threads = executor.submit(torch.get_num_threads).result()
 options = {"entropy": "none"} if sys.argv[1] == "pack" else {}
-getattr(freebits, sys.argv[1])(sys.argv[2], sys.argv[3], jobs=1, **options)
-print(threads)
+getattr(freebits, sys.argv[1])(sys.argv[2], sys.argv[3], parallel=freebits.Parallel(jobs=1), **options)
+print(torch.get_num_threads())
 """
 
 

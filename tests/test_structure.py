@@ -137,7 +137,7 @@ def test_public_names() -> None:
     assert freebits.__all__ == [
         "CheckpointError",
         "FreebitsError",
-        "Team",
+        "Parallel",
         "UnsupportedModelError",
         "UsageError",
         "__version__",

@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     )
     from freebits.report import inspect
     from freebits.verbs import pack, unpack
-    from freebits.work import Team
+    from freebits.work import Parallel
 
 __all__ = [
     "CheckpointError",
     "FreebitsError",
-    "Team",
+    "Parallel",
     "UnsupportedModelError",
     "UsageError",
     "__version__",
@@ -52,7 +52,7 @@ __all__ = [
 ]
 
 _VERBS = {
-    "Team": "work",
+    "Parallel": "work",
     "compress": "compression",
     "estimate": "huggingface",
     "evaluate": "evaluation",

@@ -1,4 +1,4 @@
-"""Pack and unpack: what a user calls. Check the arguments, write in a draft, say what came of it."""
+"""The functions `pack` and `unpack`: check the arguments, write a folder, describe it."""
 
 import os
 from typing import Any
@@ -9,7 +9,7 @@ from freebits.errors import CheckpointError
 from freebits.options import CANONICAL
 from freebits.packed import PackedFolder, chosen, is_packed, pack_into, stage, unpack_into
 from freebits.report import inspect, known_sizes, write_card
-from freebits.work import Progress, Team, device_of, silent
+from freebits.work import Parallel, Progress, Work, device_of, silent
 
 
 def pack(
@@ -20,8 +20,7 @@ def pack(
     entropy: str = "auto",
     threshold: float | None = None,
     device: str = "cpu",
-    jobs: int | None = None,
-    team: Team | None = None,
+    parallel: Parallel = Parallel(),
     resume: bool = True,
     sign_with: str | os.PathLike[str] | None = None,
     progress: Progress = silent,
@@ -40,17 +39,16 @@ def pack(
         threshold: of bits-back, the largest error of a decoded word that is left without a correction, by default
             0.01. The paper uses 0.01 for OPT and 0.005 for Llama 2.
         device: where linear algebra runs, in float64 there, too; the result is as close to the model, to its last bits.
-        jobs: blocks at once, in float64; by default one a thread of PyTorch's, at most four, one above 256 MB.
-        team: who does the work, if not `jobs` threads of this process: Ray, or processes of a cluster.
-        resume: go on with what a stopped run of the same arguments left, block by block.
+        parallel: where the blocks are packed, and how many at once. Memory holds as many, in float64.
+        resume: if a run with the same arguments was stopped, use the blocks that it finished.
         sign_with: file of a private key (PEM), with which every file of the folder is signed; see `verify`.
         progress: called after each block, with codec `none` after each tensor.
 
     Returns:
-        What `inspect(out)` says; of a process that does not lead nothing.
+        What `inspect(out)` returns.
 
     Raises:
-        UsageError: there is no such codec or device, the threshold is not the codec's, or `jobs` is less than one.
+        UsageError: there is no such codec or device, or the threshold is not the codec's.
         CheckpointError: the model is no sound checkpoint, not sliced, or in no dtype of the codec's; or `out` exists.
     """
     check_key(sign_with)
@@ -60,14 +58,12 @@ def pack(
         raise CheckpointError(f"{model} is packed already: unpack it first")
     source = Checkpoint(model)
     sizes = known_sizes(model)
-    team = team or Team(jobs)
     arguments = {"codec": codec, "entropy": entropy, "threshold": threshold, "device": device}
-    task = Task("pack", source.path, arguments, team, resume) if preset or team.shared else None  # else it is copying
+    task = Task("pack", source.path, arguments, resume) if preset else None  # codec `none` is not worth resuming
     piece = _largest_part(source) if preset and not is_adapter(source.config) else 0
-    with new_directory(out, task) as directory, team.crew(task.desk(directory) if task else None, piece) as crew:
-        pack_into(directory, source, preset, (entropy, code), sizes, crew, progress)
-        if not crew.leads:
-            return {}
+    with new_directory(out, task) as directory, parallel.executor(piece) as executor:
+        work = Work(executor, task.store(directory) if task else None)
+        pack_into(directory, source, preset, (entropy, code), sizes, work, progress)
         write_card(directory, source.path)
         if sign_with is not None:
             sign(directory, sign_with)
@@ -85,7 +81,7 @@ def unpack(
     packed: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    jobs: int | None = None,
+    parallel: Parallel = Parallel(),
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Write the plain checkpoint that a packed one holds, for `transformers` and any other tool.
@@ -95,18 +91,17 @@ def unpack(
     Args:
         packed: a packed folder.
         out: folder to create; it appears complete or not at all.
-        jobs: sites or tensors to decode at once, by default one a thread of PyTorch's, at most four, of sites above 256
-            MB one. Memory holds as many, in float64, and one embedding.
+        parallel: where sites and tensors are decoded, and how many at once. Memory holds as many, in float64, and one
+            embedding.
         progress: called after each site or plain tensor.
 
     Returns:
-        What `inspect(out)` says.
+        What `inspect(out)` returns.
 
     Raises:
         CheckpointError: the folder is not packed or is damaged, or `out` exists.
-        UsageError: `jobs` is less than one.
     """
     source = PackedFolder(located(packed))
     with new_directory(out) as directory:
-        unpack_into(directory, source, jobs, progress)
+        unpack_into(directory, source, parallel, progress)
         return inspect(directory)

@@ -17,6 +17,7 @@ from freebits.errors import FreebitsError
 from freebits.kind import Kind
 from freebits.packed import PackedFolder
 from freebits.packed.manifest import digest
+from freebits.work import Parallel
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "v1"
 CODECS = ("bits-back", "canonical", "gptq", "integers", "none", "pyramid")
@@ -125,7 +126,7 @@ def read(folder: Path) -> bool:
     """Read everything, as `load` does; whether it was taken for sound. Any error but ours passes through."""
     try:
         packed = PackedFolder(folder)
-        for _ in packed.model_tensors(jobs=1):
+        for _ in packed.model_tensors(Parallel(jobs=1)):
             pass
     except FreebitsError as error:
         if "\n" in str(error) or not str(error).isprintable():

@@ -14,7 +14,6 @@ from freebits.checkpoint.beside import (
     stays_inside,
     write_remote_code,
 )
-from freebits.checkpoint.drafts import Task, text_digest, unchanged
 from freebits.checkpoint.folder import (
     ADAPTER,
     ADAPTER_STEM,
@@ -34,6 +33,7 @@ from freebits.checkpoint.folder import (
 from freebits.checkpoint.hub import located, push
 from freebits.checkpoint.remote import exists, fill, original, url_of
 from freebits.checkpoint.signature import SIGNATURE, check_key, check_signature, sign
+from freebits.checkpoint.tasks import Task, text_digest, unchanged
 from freebits.checkpoint.weights import ENTRY, LENGTH, Entry, WeightsFile, WeightsWriter, parse_header
 from freebits.checkpoint.writer import WEIGHTS, CheckpointWriter, shard_bytes
 

@@ -11,104 +11,95 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from freebits.checkpoint.drafts import UNFINISHED, Task
-from freebits.checkpoint.remote import check_new, draft_of, upload, url_of
-from freebits.errors import CheckpointError, UsageError, one_line
-from freebits.work import Cleared
+from freebits.checkpoint.remote import check_new, staging_of, upload, url_of
+from freebits.checkpoint.tasks import UNFINISHED, Task
+from freebits.errors import CheckpointError, one_line
 
 _log = logging.getLogger(__name__)
 _LONGEST_NAME = 180
 _open: set[Path] = set()
-"""Drafts that this process is writing."""
+"""Staging directories that this process is writing."""
 
 
 @contextmanager
 def new_directory(path: str | os.PathLike[str], task: Task | None = None) -> Iterator[Path]:
     """A folder that appears at `path` complete when the block ends, and not at all if it raises.
 
-    What is written in the block goes to a draft beside it, whose name tells machine and process; drafts that a killed
-    process of this machine left there are removed. Before the draft gets its name, all of it is on the disk (`fsync`).
+    The block writes to a staging directory in the same parent folder. Its name contains the machine and the process.
+    Staging directories that a killed process of this machine left there are removed. Before the staging directory is
+    renamed to `path`, all of it is on the disk (`fsync`).
 
     Args:
-        path: the folder, or a URL: then the draft lies in the user's cache until it is finished, and is uploaded.
-        task: what is done. A draft that a stopped run of the same task left is gone on with, and one that is stopped
-            (by Ctrl-C, or a signal that ends it) stays, if a piece of it is finished. Processes that share a task share
-            a draft; the one that leads gives it its name.
+        path: the folder, or a URL: then the staging directory is in the user's cache, and is uploaded when finished.
+        task: the command. If a stopped run of the same task left a staging directory, this run takes it over. If this
+            run is stopped (Ctrl-C, or a signal that ends it), the staging directory is kept if a piece is finished.
 
     Raises:
-        CheckpointError: something exists at `path`, or nothing can be written beside it.
+        CheckpointError: `path` exists, or its parent folder cannot be written.
     """
     url = url_of(path)
-    target = Path(path).absolute() if url is None else draft_of(url)
+    target = Path(path).absolute() if url is None else staging_of(url)
     if not target.name:
         raise CheckpointError(f"{path} exists already: choose another output folder")
-    shared = task is not None and task.team.shared
     if url:
-        if shared:
-            raise UsageError(f"{path}: processes of a --world share a folder, not an address: upload it afterwards")
         check_new(url)
-    draft = _draft_path(target, task if shared else None)
-    made = _begin(path, target, draft, task)
-    done = False
+    staging = _staging_path(target)
+    created = _begin(path, target, staging, task)
+    keep = False
     try:
-        _open.add(draft)
-        yield draft
-        if task is None or task.team.leads:
-            shutil.rmtree(draft / UNFINISHED, ignore_errors=True)
-            _publish(draft, target)
-            if url:
-                upload(target, url)
-        done = True
-    except Cleared:  # whoever leads needs nothing more of us
-        done = True
+        _open.add(staging)
+        yield staging
+        shutil.rmtree(staging / UNFINISHED, ignore_errors=True)
+        _publish(staging, target)
+        if url:
+            upload(target, url)
+        keep = True
     except (KeyboardInterrupt, SystemExit):
-        done = task is not None and any((draft / UNFINISHED).rglob("*.safetensors"))
-        if done:
-            _log.warning("freebits: stopped: the same command goes on from here, with what lies in %s", one_line(draft))
+        keep = task is not None and any((staging / UNFINISHED).rglob("*.safetensors"))
+        if keep:
+            _log.warning("freebits: stopped: rerun the command to resume from %s", one_line(staging))
         raise
     except OSError as error:
-        if error.filename is not None and not str(error.filename).startswith(str(draft)):
+        if error.filename is not None and not str(error.filename).startswith(str(staging)):
             raise  # it is not the output that failed
         raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
-        _open.discard(draft)
-        if not done and not shared:
-            shutil.rmtree(draft, ignore_errors=True)
-            _remove_empty(made)
+        _open.discard(staging)
+        if not keep:
+            shutil.rmtree(staging, ignore_errors=True)
+            _remove_empty(created)
 
 
-def _begin(path: str | os.PathLike[str], target: Path, draft: Path, task: Task | None) -> list[Path]:
-    """Make a draft, or take over one that was left; the parents that had to be made."""
-    made: list[Path] = []
+def _begin(path: str | os.PathLike[str], target: Path, staging: Path, task: Task | None) -> list[Path]:
+    """Create a staging directory, or take over one that was left; returns the parents that were created."""
+    created: list[Path] = []
     try:
         if target.exists() or target.is_symlink():
             raise CheckpointError(f"{path} exists already: choose another output folder or remove it")
-        left = _left_draft(target, task)
+        left = _left_staging(target, task)
         for parent in reversed([parent for parent in target.parents if not parent.exists()]):
-            parent.mkdir(exist_ok=task is not None and task.team.shared)
-            made.append(parent)
+            parent.mkdir()
+            created.append(parent)
         if left:
-            left.rename(draft)
-            _clear_but_unfinished(draft)
-            _log.warning("freebits: going on with what a run left that was stopped: %s", one_line(left))
+            left.rename(staging)
+            _clear_but_unfinished(staging)
+            _log.warning("freebits: resuming the stopped run in %s", one_line(left))
         else:
-            draft.mkdir(exist_ok=task is not None and task.team.shared)
+            staging.mkdir()
     except (OSError, ValueError) as error:
-        _remove_empty(made)
+        _remove_empty(created)
         reason = error.strerror if isinstance(error, OSError) else error
         raise CheckpointError(f"{path} cannot be created: {reason}") from None
-    return made
+    return created
 
 
-def _draft_path(target: Path, task: Task | None) -> Path:
-    """Of this process alone, or of all that share a task."""
-    if task is not None:
-        return target.with_name(f"{_hidden(target)}.{task.name}.shared.draft")
-    return target.with_name(f"{_prefix(target)}{os.getpid()}-{secrets.token_hex(4)}.draft")
+def _staging_path(target: Path) -> Path:
+    """The staging directory of this process."""
+    return target.with_name(f"{_prefix(target)}{os.getpid()}-{secrets.token_hex(4)}.staging")
 
 
 def _prefix(target: Path) -> str:
-    """How drafts of this machine begin."""
+    """With which the names of this machine's staging directories begin."""
     return f"{_hidden(target)}.{zlib.crc32(platform.node().encode()):08x}-"
 
 
@@ -117,14 +108,14 @@ def _hidden(target: Path) -> str:
     return "." + target.name.encode(errors="replace")[:_LONGEST_NAME].decode(errors="ignore")
 
 
-def _publish(draft: Path, target: Path) -> None:
-    """Give a draft its name once all of it is on the disk."""
-    for folder, _, files in os.walk(draft):
+def _publish(staging: Path, target: Path) -> None:
+    """Rename a staging directory once all of it is on the disk."""
+    for folder, _, files in os.walk(staging):
         for file in files:
             _sync(Path(folder) / file)
         _sync(Path(folder))
     try:
-        draft.rename(target)
+        staging.rename(target)
     except OSError:
         if target.exists():
             raise CheckpointError(f"{target} exists already: another run wrote it meanwhile") from None
@@ -142,27 +133,27 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _left_draft(target: Path, task: Task | None) -> Path | None:
-    """A draft of the task whose process is gone; others of `target` are removed, which is said."""
-    pattern = re.escape(_prefix(target)) + r"(\d+)-[0-9a-f]{8}\.draft"
+def _left_staging(target: Path, task: Task | None) -> Path | None:
+    """A staging directory of the task whose process has ended. Others for `target` are removed, with a warning."""
+    pattern = re.escape(_prefix(target)) + r"(\d+)-[0-9a-f]{8}\.staging"
     found = None
-    for draft in target.parent.iterdir() if target.parent.is_dir() else ():
-        match = re.fullmatch(pattern, draft.name)
-        if not match or draft in _open or not draft.is_dir() or draft.is_symlink():
+    for staging in target.parent.iterdir() if target.parent.is_dir() else ():
+        match = re.fullmatch(pattern, staging.name)
+        if not match or staging in _open or not staging.is_dir() or staging.is_symlink():
             continue
         if int(match[1]) != os.getpid() and _alive(int(match[1])):
             continue
-        if found is None and task is not None and task.resume and not task.team.shared and task.began(draft):
-            found = draft
+        if found is None and task is not None and task.resume and task.began(staging):
+            found = staging
             continue
-        shutil.rmtree(draft, ignore_errors=True)
-        _log.warning("freebits: removed what a killed run left: %s", one_line(draft))
+        shutil.rmtree(staging, ignore_errors=True)
+        _log.warning("freebits: removed what a killed run left: %s", one_line(staging))
     return found
 
 
-def _clear_but_unfinished(draft: Path) -> None:
-    """Throw away what a stopped run had begun to put together."""
-    for path in draft.iterdir():
+def _clear_but_unfinished(staging: Path) -> None:
+    """Delete everything but the finished pieces of a stopped run."""
+    for path in staging.iterdir():
         if path.name != UNFINISHED:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
@@ -174,13 +165,13 @@ def _alive(process: int) -> bool:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except OSError:  # somebody else's
+    except OSError:  # another user's process
         return True
     return True
 
 
 def _remove_empty(folders: list[Path]) -> None:
-    """Remove folders that were made for nothing, innermost first, as far as they are still empty."""
+    """Remove folders, innermost first, as far as they are empty."""
     for folder in reversed(folders):
         try:
             folder.rmdir()

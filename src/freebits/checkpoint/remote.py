@@ -174,8 +174,8 @@ def check_new(url: str) -> None:
     Raises:
         CheckpointError: something is there, or nothing can be written.
     """
-    if draft_of(url).exists():
-        raise CheckpointError(f"{draft_of(url)} could not be uploaded before: move it there yourself, or remove it")
+    if staging_of(url).exists():
+        raise CheckpointError(f"{staging_of(url)} could not be uploaded before: move it there yourself, or remove it")
     if exists(url):
         raise CheckpointError(f"{url} exists already: choose another output folder or remove it")
     try:
@@ -190,8 +190,8 @@ def check_new(url: str) -> None:
         raise CheckpointError(f"{url} cannot be written ({error})") from None
 
 
-def draft_of(url: str) -> Path:
-    """Where a folder lies until it is uploaded: a path of its own in the user's cache."""
+def staging_of(url: str) -> Path:
+    """The folder in the user's cache that holds a result until it is uploaded."""
     return _cache() / sha256(url.encode()).hexdigest()[:16] / PurePosixPath(url).name
 
 

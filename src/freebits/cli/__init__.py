@@ -16,7 +16,7 @@ _NO_MEMORY = ("DefaultCPUAllocator", "CUDA out of memory", "bad_alloc", "can't s
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0 done, 1 a check did not hold, 2 bad input or usage."""
-    for name in ("SIGTERM", "SIGHUP"):  # so that drafts are cleared away
+    for name in ("SIGTERM", "SIGHUP"):  # so that staging directories are removed
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_DFL:  # not under nohup
             signal.signal(getattr(signal, name), lambda number, _: sys.exit(128 + number))
     for stream in (sys.stdout, sys.stderr):

@@ -2,16 +2,13 @@
 
 import tempfile
 from argparse import Namespace
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 
 from freebits import demo
 from freebits.checkpoint import CARD, push, url_of
-from freebits.cli.batch import run_list
 from freebits.cli.output import (
     Row,
     changes,
@@ -25,12 +22,12 @@ from freebits.cli.output import (
 )
 from freebits.cli.parser import build_parser
 from freebits.compression import compress
-from freebits.errors import CheckpointError, UsageError, one_line
+from freebits.errors import CheckpointError, UsageError
 from freebits.evaluation import evaluate, verify, write_report
 from freebits.huggingface import estimate, import_slicegpt, lowrank, quantize, recover, rotate_model, slice_model
 from freebits.report import inspect
 from freebits.verbs import pack, unpack
-from freebits.work import Team
+from freebits.work import Parallel
 
 OK, FAILED = 0, 1
 
@@ -74,7 +71,7 @@ def run_compress(arguments: Namespace) -> int:
         text=_text(arguments.text),
         revision=arguments.revision,
         device=arguments.device,
-        jobs=arguments.jobs,
+        parallel=Parallel(jobs=arguments.jobs),
         force=arguments.force,
         dry_run=arguments.dry_run,
         sign_with=arguments.sign,
@@ -127,11 +124,11 @@ def run_slice(arguments: Namespace) -> int:
         device=arguments.device,
         dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
         force=arguments.force,
-        team=_team(arguments, jobs=1),
+        parallel=_parallel(arguments, jobs=1),
         resume=arguments.resume,
         progress=progress_bar("slice"),
     )
-    return _told(facts, arguments)
+    return print_facts(facts, arguments.json)
 
 
 def run_pack(arguments: Namespace) -> int:
@@ -143,12 +140,12 @@ def run_pack(arguments: Namespace) -> int:
         entropy=arguments.entropy,
         threshold=arguments.threshold,
         device=arguments.device,
-        team=_team(arguments),
+        parallel=_parallel(arguments),
         resume=arguments.resume,
         sign_with=arguments.sign,
         progress=progress_bar("pack"),
     )
-    return _told(facts, arguments)
+    return print_facts(facts, arguments.json)
 
 
 def run_quantize(arguments: Namespace) -> int:
@@ -167,12 +164,12 @@ def run_quantize(arguments: Namespace) -> int:
         seq_len=arguments.seq_len,
         seed=arguments.seed,
         device=arguments.device,
-        team=_team(arguments),
+        parallel=_parallel(arguments),
         resume=arguments.resume,
         sign_with=arguments.sign,
         progress=progress_bar("quantize"),
     )
-    return _told(facts, arguments)
+    return print_facts(facts, arguments.json)
 
 
 def run_lowrank(arguments: Namespace) -> int:
@@ -189,12 +186,12 @@ def run_lowrank(arguments: Namespace) -> int:
         seq_len=arguments.seq_len,
         seed=arguments.seed,
         device=arguments.device,
-        team=_team(arguments, jobs=1),
+        parallel=_parallel(arguments, jobs=1),
         resume=arguments.resume,
         sign_with=arguments.sign,
         progress=progress_bar("lowrank"),
     )
-    return _told(facts, arguments)
+    return print_facts(facts, arguments.json)
 
 
 def run_recover(arguments: Namespace) -> int:
@@ -229,7 +226,9 @@ def run_import(arguments: Namespace) -> int:
 
 def run_unpack(arguments: Namespace) -> int:
     """Unpack a packed checkpoint."""
-    facts = unpack(arguments.packed, arguments.out, jobs=arguments.jobs, progress=progress_bar("unpack"))
+    facts = unpack(
+        arguments.packed, arguments.out, parallel=Parallel(jobs=arguments.jobs), progress=progress_bar("unpack")
+    )
     return print_facts(facts, as_json=True) if arguments.json else OK
 
 
@@ -329,34 +328,9 @@ def run_completion(arguments: Namespace) -> int:
     return OK
 
 
-def run_batch(arguments: Namespace) -> int:
-    """Run a list of commands."""
-    ran = run_list(arguments.file, _team(arguments))
-    code = FAILED if any(one.result == "failed" for one in ran) else OK
-    if arguments.json:
-        print_json({"lines": [asdict(one) for one in ran]})
-        return code
-    rows: list[Row] = [("result", "seconds", "line", "said last")]
-    rows += [(one.result, f"{one.seconds:.0f}", one_line(one.line), one_line(one.said, 100)) for one in ran]
-    print_table(rows)
-    return code
-
-
-def _told(facts: dict[str, Any], arguments: Namespace) -> int:
-    """Print what was made, which only the process knows that leads."""
-    return print_facts(facts, arguments.json) if facts else OK
-
-
-def _team(arguments: Namespace, jobs: int | None = None) -> Team:
-    """Who does the work."""
-    return Team(
-        jobs=jobs or arguments.jobs,
-        backend=arguments.backend,
-        address=arguments.ray_address,
-        rank=arguments.rank,
-        world=arguments.world,
-        spills=getattr(arguments, "spill", False),
-    )
+def _parallel(arguments: Namespace, jobs: int | None = None) -> Parallel:
+    """The parallel options of a command."""
+    return Parallel(jobs=jobs or arguments.jobs, backend=arguments.backend, address=arguments.address)
 
 
 def _text(path: Path | None) -> str | None:

@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     root.add_argument("--version", action="version", version=f"freebits {__version__}")
     verbs = root.add_subparsers(title="commands", metavar="COMMAND", required=True)
     making = (_compress, _demo, _estimate, _slice, _import, _pack, _quantize, _lowrank, _recover, _rotate)
-    for teach in (*making, _unpack, _inspect, _verify, _report, _eval, _batch):
+    for teach in (*making, _unpack, _inspect, _verify, _report, _eval):
         _says(teach(verbs))
     _completion(verbs)
     return root
@@ -173,8 +173,7 @@ def _slice(verbs: Any) -> Any:
         action="store_true",
         help="keep it even if perplexity grows more than 5 times; one to be used stays under 1.5",
     )
-    group = _who_works(verb)
-    group.add_argument("--spill", action="store_true", help="keep the calibration's activations on disk")
+    _parallel(verb)
     return verb
 
 
@@ -221,7 +220,7 @@ def _pack(verbs: Any) -> Any:
     verb.add_argument("--device", default="cpu", help="where linear algebra runs (default: %(default)s)")
     _jobs(verb)
     _signs(verb)
-    _who_works(verb)
+    _parallel(verb)
     return verb
 
 
@@ -233,7 +232,7 @@ def _quantize(verbs: Any) -> Any:
         "Rounds every matrix to integers such that each step costs the same expected loss, then entropy-codes them. "
         "Calibrated on text that the model writes itself, unless a text is given. Runs the model block by block. "
         "Memory: one block and the embedding; all of the model while it writes its text. What is known of each matrix "
-        "lies in a scratch folder inside the draft of OUT. Then: freebits verify OUT --against MODEL.",
+        "is kept in OUT's staging directory. Then: freebits verify OUT --against MODEL.",
     )
     _model(verb, "folder of an ordinary, sliced or canonical checkpoint", out=True)
     verb.add_argument(
@@ -264,7 +263,7 @@ def _quantize(verbs: Any) -> Any:
     verb.add_argument("--device", default="cpu", help="where to run the model (default: %(default)s)")
     _jobs(verb)
     _signs(verb)
-    _who_works(verb)
+    _parallel(verb)
     return verb
 
 
@@ -293,7 +292,7 @@ def _lowrank(verbs: Any) -> Any:
     _calibration(verb, samples=64, seq_len=256)
     verb.add_argument("--device", default="cpu", help="where to run the model (default: %(default)s)")
     _signs(verb)
-    _who_works(verb)
+    _parallel(verb)
     return verb
 
 
@@ -423,21 +422,6 @@ def _eval(verbs: Any) -> Any:
     return _measured_on(verb, None, "windows, and items of a task")
 
 
-def _batch(verbs: Any) -> Any:
-    verb = _command(
-        verbs,
-        "batch",
-        "run a list of these commands, here or on many machines",
-        "A line of FILE is what would follow `freebits`, as in a shell: compress Qwen/Qwen3-0.6B small/qwen --bits 4. "
-        "Each runs in a process of its own; one whose OUT is there already is done, one that was stopped goes on. All "
-        "lines are run, whatever becomes of one. Exit code 1 if one fails.",
-    )
-    verb.add_argument("file", metavar="FILE", type=Path, help="the list; # begins a comment")
-    verb.add_argument("--jobs", type=int, default=1, help="lines at once (default: %(default)s)")
-    _who_works(verb, resumes=False)
-    return verb
-
-
 _ELSEWHERE = ", its address (s3://…), or an id on the hub"
 
 
@@ -500,19 +484,16 @@ def _jobs(verb: Any) -> None:
     )
 
 
-def _who_works(verb: Any, *, resumes: bool = True) -> Any:
-    """Options of what can be stopped, gone on with, and spread over machines."""
-    told = "a stopped run is gone on with by the same command" if resumes else None
-    group = verb.add_argument_group("large models" if resumes else "many machines", told)
-    if resumes:
-        group.add_argument("--no-resume", dest="resume", action="store_false", help="begin anew")
-    group.add_argument("--backend", choices=BACKENDS, default=THREADS, help="ray: pip install 'freebits[ray]'")
-    group.add_argument("--ray-address", metavar="ADDRESS", help="of a Ray cluster (default: this machine)")
-    group.add_argument("--rank", type=int, default=0, help="number of this process among --world, from 0")
+def _parallel(verb: Any) -> None:
+    """Options of a command that can be resumed and can run on several machines."""
+    group = verb.add_argument_group("large models", "rerun a stopped command to resume it")
+    group.add_argument("--no-resume", dest="resume", action="store_false", help="discard what a stopped run finished")
     group.add_argument(
-        "--world",
-        type=int,
-        default=1,
-        help="processes that are given this command, each with its rank, and see the same folders",
+        "--backend",
+        choices=BACKENDS,
+        default=THREADS,
+        help="threads of this process, or ray: pip install 'freebits[ray]' (default: %(default)s)",
     )
-    return group
+    group.add_argument(
+        "--address", help="of a Ray cluster, HOST:PORT (default: one that runs on this machine, else a new one)"
+    )

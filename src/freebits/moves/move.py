@@ -17,7 +17,7 @@ from freebits.architecture import Part
 from freebits.checkpoint import Source
 from freebits.kind import CPU
 from freebits.symmetry import rotate
-from freebits.work import Crew
+from freebits.work import Work
 
 Rotations = Mapping[int, Tensor]
 """Site → `Q: (d, d')`, float64; a site without entry stays as it is."""
@@ -68,13 +68,13 @@ Dtypes = Callable[[str], torch.dtype]
 
 
 def moved_parts(
-    move: Move[Any, Any], source: Source, parts: Sequence[Part], dtype: Dtypes, crew: Crew, device: torch.device = CPU
+    move: Move[Any, Any], source: Source, parts: Sequence[Part], dtype: Dtypes, work: Work, device: torch.device = CPU
 ) -> Iterator[tuple[Part, Turn, Callable[[], dict[str, Tensor]]]]:
-    """A model under a move: each part, what is done to it, and what gives its tensors, which may run anywhere.
+    """Apply a move to a model: yields each part, its turn, and a function that returns its tensors on any machine.
 
-    Where the source's tensors lie on a device, they are rotated there; what is handed on lies in memory.
+    The tensors are rotated on `device` and returned on the CPU. The results of `look` are kept as stage `look`.
     """
-    looks = chain(crew.share("look", move.look, parts), [None])
+    looks = chain(work.map("look", move.look, parts), [None])
     state = move.begin()
     for part, (seen, following) in zip(parts, pairwise(looks), strict=True):
         state, turn = move.step(state, part, seen, following)

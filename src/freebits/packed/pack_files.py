@@ -1,7 +1,6 @@
 """Codec `none`: the safetensors files of any checkpoint, whatever the architecture, to come back byte for byte."""
 
 from collections.abc import Collection, Mapping
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -19,10 +18,10 @@ from freebits.checkpoint import (
 )
 from freebits.packed.contents import STEM, Contents, announced, digests_of
 from freebits.packed.piece import Piece, staged
-from freebits.work import Crew, Progress
+from freebits.work import Progress, Work
 
 
-def pack_files(source: Checkpoint, directory: Path, stage: str | None, crew: Crew, progress: Progress) -> Contents:
+def pack_files(source: Checkpoint, directory: Path, stage: str | None, work: Work, progress: Progress) -> Contents:
     """Write the tensors of all files, each entropy-coded where that gains; the headers of the files go to the manifest.
 
     Raises:
@@ -37,12 +36,8 @@ def pack_files(source: Checkpoint, directory: Path, stage: str | None, crew: Cre
     prefixes = {name: f"{name}/" if name in contents.beside else "" for name in files}
     kinds = {prefixes[name] + tensor: e.kind for name, file in files.items() for tensor, e in file.entries.items()}
     entries = [(name, entry) for name, file in files.items() for entry in file.entries.values()]
-    pieces = crew.give("tensor", partial(_piece, files, prefixes, stage, {*kinds}), entries)
-    if not crew.leads:
-        for _ in pieces:
-            pass
-        return contents
-    with CheckpointWriter(directory, announced(kinds), shard_bytes(source), STEM) as writer, closing(pieces):
+    pieces = work.map("tensor", partial(_piece, files, prefixes, stage, {*kinds}), entries)
+    with CheckpointWriter(directory, announced(kinds), shard_bytes(source), STEM) as writer:
         for done, (piece, digests) in enumerate(pieces, start=1):
             contents.write(writer, piece, digests)
             progress(done, len(entries))
@@ -55,10 +50,10 @@ def _piece(
     prefixes: Mapping[str, str],
     stage: str | None,
     taken: Collection[str],
-    work: tuple[str, Entry],
+    item: tuple[str, Entry],
 ) -> tuple[Piece, dict[str, str]]:
     """One tensor of a file, under its name in the packed folder."""
-    name, entry = work
+    name, entry = item
     tensor = entry.kind.view(files[name].read(entry.name))
     piece = staged(Piece({prefixes[name] + entry.name: (entry.kind, tensor)}), stage, taken)
     return piece, digests_of(piece)

@@ -1,7 +1,6 @@
 """The codecs of sliced and dense models: moved and encoded part by part, with few blocks in memory."""
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,13 +16,13 @@ from freebits.options import CANONICAL, NONE
 from freebits.packed.contents import STEM, Contents, announced, digests_of
 from freebits.packed.piece import Piece, staged
 from freebits.packed.presets import Preset, canonical
-from freebits.work import Crew, Progress
+from freebits.work import Progress, Work
 
-Work = tuple[Part, Turn, Callable[[], dict[str, Tensor]]]
+MovedPart = tuple[Part, Turn, Callable[[], dict[str, Tensor]]]
 
 
 def pack_parts(
-    source: Checkpoint, directory: Path, preset: Preset, stage: str | None, crew: Crew, progress: Progress
+    source: Checkpoint, directory: Path, preset: Preset, stage: str | None, work: Work, progress: Progress
 ) -> tuple[Contents, Layout]:
     """Write a sliced model with its sites encoded, a dense one with its pairs; also the layout in which it then runs.
 
@@ -46,14 +45,10 @@ def pack_parts(
     ranks: dict[int, int] = {}
     encoder = _Encoder.of(preset, model, architecture, stage)
     move = preset.move(Placed(model, preset.device), architecture)
-    moved = moved_parts(move, model, parts, encoder.dtype, crew, preset.device)
-    pieces = crew.give("part", encoder, moved)
-    if not crew.leads:
-        for _ in pieces:
-            pass
-        return contents, layout
+    moved = moved_parts(move, model, parts, encoder.dtype, work, preset.device)
     names = _announced(preset, model, architecture, parts, layout)
-    with CheckpointWriter(directory, names, shard_bytes(source), STEM) as writer, closing(pieces):
+    with CheckpointWriter(directory, names, shard_bytes(source), STEM) as writer:
+        pieces = work.map("part", encoder, moved)
         for done, (part, (piece, digests)) in enumerate(zip(parts, pieces, strict=True), start=1):
             contents.write(writer, piece, digests)
             made = {name: kind for recipe in piece.recipes for name, kind in recipe.makes.items()}
@@ -114,8 +109,8 @@ class _Encoder:
     def dtype(self, name: str) -> torch.dtype:
         return self.kinds[name].dtype
 
-    def __call__(self, work: Work) -> tuple[Piece, dict[str, str]]:
-        part, turn, moved = work
+    def __call__(self, moved_part: MovedPart) -> tuple[Piece, dict[str, str]]:
+        part, turn, moved = moved_part
         tensors = moved()
         here = {name: Kind(self.kinds[name].code, tuple(tensor.shape)) for name, tensor in tensors.items()}
         notes = tuple(

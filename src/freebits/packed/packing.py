@@ -15,7 +15,7 @@ from freebits.packed.presets import Preset
 from freebits.packed.reader import MODEL, PackedFolder
 from freebits.packed.recipe import made_of
 from freebits.version import __version__
-from freebits.work import Crew, Progress
+from freebits.work import Progress, Work
 
 HISTORY = "freebits"
 """Key in a sliced model's `config.json` under which its history stands."""
@@ -34,7 +34,7 @@ def pack_into(
     preset: Preset | None,
     stage: tuple[str, str | None],
     sizes: Mapping[str, int],
-    crew: Crew,
+    work: Work,
     progress: Progress,
 ) -> None:
     """Write the packed form of a checkpoint into a new folder.
@@ -45,7 +45,7 @@ def pack_into(
         preset: the codec; None keeps every byte.
         stage: name and code of the entropy stage.
         sizes: of the source, for the history.
-        crew: who does the work; whoever does not lead writes nothing.
+        work: runs the pieces.
         progress: called after each part, without a preset after each tensor.
 
     Raises:
@@ -54,9 +54,9 @@ def pack_into(
     entropy, code = stage
     model: Mapping[str, Any] = source.config
     if preset is None:
-        contents = pack_files(source, directory, code, crew, progress)
+        contents = pack_files(source, directory, code, work, progress)
     else:
-        contents, layout = pack_parts(source, directory, preset, code, crew, progress)
+        contents, layout = pack_parts(source, directory, preset, code, work, progress)
         model = {**Expanded.plain_config(source.config), **layout.to_config()}
     move = {
         "move": preset.name if preset else NONE,
@@ -65,8 +65,7 @@ def pack_into(
         "bytes": dict(sizes),
         "producer": f"freebits {__version__}",
     }
-    if crew.leads:
-        publish(directory, source, contents, model, (move["move"], entropy), [*history_of(source.config), move])
+    publish(directory, source, contents, model, (move["move"], entropy), [*history_of(source.config), move])
 
 
 def publish(

@@ -17,7 +17,7 @@ from freebits.kind import Kind
 from freebits.limits import check_expansion
 from freebits.packed.manifest import Manifest, digest
 from freebits.packed.recipe import Recipe, made_of
-from freebits.work import ordered_map, workers
+from freebits.work import Parallel
 
 MODEL = "model"
 """Key of the packed `config.json` under which the model's own config stands."""
@@ -102,21 +102,20 @@ class PackedFolder:
             name = next(iter(recipe.takes.values()), "")
         return name
 
-    def decoded(self, names: Iterable[str], jobs: int | None = None) -> Iterator[dict[str, Tensor]]:
-        """The named tensors, several groups at once, in their order."""
-
-        def group(names: list[str]) -> dict[str, Tensor]:
-            made: dict[str, Tensor] = {}
-            return {name: self._decoded(name, made) for name in names}
-
+    def decoded(self, names: Iterable[str], parallel: Parallel = Parallel()) -> Iterator[dict[str, Tensor]]:
+        """The named tensors in their order, one group after the other; several groups are decoded at once."""
         groups = self.groups(names)
         together = (sum(self.kinds[name].n_bytes for name in names) for names in groups if len(names) > 1)
-        with workers(jobs, max(together, default=0)) as executor:  # what is single has no linear algebra
-            yield from ordered_map(executor, group, groups)
+        with parallel.executor(max(together, default=0)) as executor:  # a single tensor needs no linear algebra
+            yield from executor.map(self._decoded_group, groups)
 
-    def model_tensors(self, jobs: int | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Name and tensor of the model; not of other weights beside it."""
-        for tensors in self.decoded(self.model_kinds, jobs):
+    def _decoded_group(self, names: list[str]) -> dict[str, Tensor]:
+        made: dict[str, Tensor] = {}
+        return {name: self._decoded(name, made) for name in names}
+
+    def model_tensors(self, parallel: Parallel = Parallel()) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors of the model, without those of other weights files."""
+        for tensors in self.decoded(self.model_kinds, parallel):
             yield from tensors.items()
 
     @property
@@ -125,13 +124,13 @@ class PackedFolder:
         beside = {name for file in self.manifest.beside for name in self.originals.get(file, {})}
         return {name: kind for name, kind in self.kinds.items() if name not in beside}
 
-    def check(self, jobs: int | None = None) -> None:
+    def check(self, parallel: Parallel = Parallel()) -> None:
         """Read and decode everything.
 
         Raises:
             CheckpointError: a tensor is damaged.
         """
-        for _ in self.decoded(self.kinds, jobs):
+        for _ in self.decoded(self.kinds, parallel):
             pass
 
     def _decoded(self, name: str, made: dict[str, Tensor]) -> Tensor:

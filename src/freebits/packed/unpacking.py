@@ -23,14 +23,14 @@ from freebits.kind import bytes_of
 from freebits.moves import Expanded
 from freebits.packed.packing import HISTORY
 from freebits.packed.reader import PackedFolder
-from freebits.work import Progress
+from freebits.work import Parallel, Progress
 
 SLICED_IN = "freebits.huggingface.sliced_models"
 LOW_RANK_IN = "freebits.huggingface.low_rank_models"
 """The modules that have the classes of sliced models, and of those with layers of low rank."""
 
 
-def unpack_into(directory: Path, packed: PackedFolder, jobs: int | None, progress: Progress) -> None:
+def unpack_into(directory: Path, packed: PackedFolder, parallel: Parallel, progress: Progress) -> None:
     """Write a plain checkpoint into a new folder: the original files, or the sliced model with dense shortcuts.
 
     Raises:
@@ -39,15 +39,15 @@ def unpack_into(directory: Path, packed: PackedFolder, jobs: int | None, progres
     carry_over(packed.path, directory)
     restore_card(directory)
     if packed.manifest.exact:
-        _write_files(directory, packed, jobs, progress)
+        _write_files(directory, packed, parallel, progress)
     elif str(packed.config.get("model_type", "")).startswith(SLICED_PREFIX):
-        _write_sliced(directory, packed, jobs, progress)
+        _write_sliced(directory, packed, parallel, progress)
     elif is_adapter(packed.config):  # PEFT takes no other keys
         theirs = {key: value for key, value in packed.config.items() if key != HISTORY}
-        _write_tensors(directory, packed, packed, theirs, jobs, progress)
+        _write_tensors(directory, packed, packed, theirs, parallel, progress)
     else:
         ours = {HISTORY: {"history": packed.manifest.history}}
-        _write_tensors(directory, packed, packed, {**packed.config, **ours}, jobs, progress)
+        _write_tensors(directory, packed, packed, {**packed.config, **ours}, parallel, progress)
     family = MODEL_TYPES.get(transformers_type(packed.config))
     if family and packed.config["model_type"] == family.sliced_model_type:
         write_remote_code(directory, SLICED_IN, family.sliced_classes)
@@ -55,11 +55,11 @@ def unpack_into(directory: Path, packed: PackedFolder, jobs: int | None, progres
         write_remote_code(directory, LOW_RANK_IN, family.low_rank_classes)
 
 
-def _write_sliced(directory: Path, packed: PackedFolder, jobs: int | None, progress: Progress) -> None:
+def _write_sliced(directory: Path, packed: PackedFolder, parallel: Parallel, progress: Progress) -> None:
     architecture = Architecture.of(packed.config, len(packed.kinds))
     model = Expanded(packed, architecture)
     ours = {"auto_map": auto_map(architecture.family.sliced_classes), HISTORY: {"history": packed.manifest.history}}
-    _write_tensors(directory, packed, model, {**model.config, **ours}, jobs, progress)
+    _write_tensors(directory, packed, model, {**model.config, **ours}, parallel, progress)
 
 
 def _write_tensors(
@@ -67,7 +67,7 @@ def _write_tensors(
     packed: PackedFolder,
     model: Expanded | PackedFolder,
     config: dict[str, Any],
-    jobs: int | None,
+    parallel: Parallel,
     progress: Progress,
 ) -> None:
     name, stem = (ADAPTER, ADAPTER_STEM) if is_adapter(config) else (CONFIG, WEIGHTS)
@@ -76,7 +76,7 @@ def _write_tensors(
     total = len(packed.groups(packed.kinds))
     announced = {name: kind.shape for name, kind in model.kinds.items()}
     with CheckpointWriter(directory, announced, shard_bytes, stem) as writer:
-        for done, tensors in enumerate(packed.decoded(packed.kinds, jobs), start=1):
+        for done, tensors in enumerate(packed.decoded(packed.kinds, parallel), start=1):
             for name, tensor in tensors.items():
                 if isinstance(model, Expanded):
                     writer.write(model.name(name), model.expand(name, tensor))
@@ -85,7 +85,7 @@ def _write_tensors(
             progress(done, total)
 
 
-def _write_files(directory: Path, packed: PackedFolder, jobs: int | None, progress: Progress) -> None:
+def _write_files(directory: Path, packed: PackedFolder, parallel: Parallel, progress: Progress) -> None:
     carry_code(packed.path, directory)
     for file, text in packed.manifest.originals.items():
         if file not in packed.originals:
@@ -95,7 +95,7 @@ def _write_files(directory: Path, packed: PackedFolder, jobs: int | None, progre
         header = packed.manifest.originals[file].encode()
         with (directory / file).open("wb") as target:
             target.write(len(header).to_bytes(LENGTH, "little") + header)
-            for tensors in packed.decoded(entries, jobs):
+            for tensors in packed.decoded(entries, parallel):
                 for tensor in tensors.values():
                     target.write(bytes_of(tensor).data)
                 progress(done := done + 1, total)

@@ -1,4 +1,4 @@
-"""Work that is stopped and gone on with, and work that is spread: over ranks, and over workers of Ray."""
+"""Commands that are stopped and resumed, and work that runs on Ray."""
 
 import logging
 import os
@@ -15,19 +15,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import freebits
-from freebits import Team
+from freebits import Parallel
 from freebits.cli import main
 from freebits.codes import canonical_direction
-from freebits.moves import slicing
 from freebits.symmetry import PolarForm
-from freebits.work import Desk
+from freebits.work import Work, WorkStore, threads
 from freebits.work.saved import read, save
 from tests.tiny import Make, random_text
 
 TEXT = random_text(600)
 SLICE: dict[str, Any] = {"sparsity": 0.25, "calibration": TEXT, "samples": 8, "seq_len": 32, "force": True}
 QUANTIZE: dict[str, Any] = {"target_kl": 0.01, "calibration": TEXT, "samples": 8, "seq_len": 32}
-Verb = Callable[..., Any]
+Command = Callable[..., Any]
 
 
 @pytest.fixture
@@ -35,18 +34,11 @@ def dense(save_tiny: Make) -> Path:
     return save_tiny(num_hidden_layers=4)
 
 
-@pytest.fixture
-def several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few windows are few tokens: they would all be one chunk."""
-    monkeypatch.setattr(slicing, "_AT_ONCE", 64)
-    monkeypatch.setattr("freebits.huggingface.sensitivities._AT_ONCE", 64)
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def verbs(dense: Path, sliced: Path) -> dict[str, tuple[Verb, Path, dict[str, Any]]]:
+def commands(dense: Path, sliced: Path) -> dict[str, tuple[Command, Path, dict[str, Any]]]:
     return {
         "slice": (freebits.slice_model, dense, SLICE),
         "canonical": (freebits.pack, sliced, {"codec": "canonical"}),
@@ -103,28 +95,25 @@ def test_classes_and_views_come_back_and_damage_is_noticed(tmp_path: Path) -> No
     assert [file.name for file in tmp_path.iterdir()] == ["a"]
 
 
-class Stopped:
-    """Stops a run after so many pieces were laid down, as Ctrl-C would."""
+def stop_after(n_pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stop a run once it has stored so many pieces, as Ctrl-C would."""
+    left, put = n_pieces, WorkStore.put
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
-        self.left = after
-        put = Desk.put
+    def counted(store: WorkStore, key: str, value: Any) -> None:
+        nonlocal left
+        put(store, key, value)
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
 
-        def counted(desk: Desk, key: str, value: Any) -> None:
-            put(desk, key, value)
-            self.left -= 1
-            if self.left == 0:
-                raise KeyboardInterrupt
-
-        monkeypatch.setattr(Desk, "put", counted)
+    monkeypatch.setattr(WorkStore, "put", counted)
 
 
-@pytest.mark.usefixtures("several_chunks")
-@pytest.mark.parametrize("verb", ["slice", "canonical", "bits-back", "quantize"])
-def test_a_stopped_run_is_gone_on_with(
-    verb: str, dense: Path, slice_tiny: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("command", ["slice", "canonical", "bits-back", "quantize"])
+def test_a_stopped_run_is_resumed(
+    command: str, dense: Path, slice_tiny: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run, model, options = verbs(dense, slice_tiny(dense, force=True))[verb]
+    run, model, options = commands(dense, slice_tiny(dense, force=True))[command]
     run(model, tmp_path / "at once", **options)
     expected, before = contents(tmp_path / "at once"), {file.name for file in tmp_path.iterdir()}
     stops = 0
@@ -133,7 +122,7 @@ def test_a_stopped_run_is_gone_on_with(
             patch.undo()
             if (tmp_path / "out").exists():
                 break
-            Stopped(patch, after)
+            stop_after(after, patch)
             try:
                 run(model, tmp_path / "out", **options)
             except KeyboardInterrupt:
@@ -141,42 +130,41 @@ def test_a_stopped_run_is_gone_on_with(
     if not (tmp_path / "out").exists():
         run(model, tmp_path / "out", **options)
     assert stops >= 2
-    assert "going on with what a run left that was stopped" in caplog.text
+    assert "resuming the stopped run" in caplog.text
     assert contents(tmp_path / "out") == expected
     assert {file.name for file in tmp_path.iterdir()} == before | {"out"}
 
 
-@pytest.mark.usefixtures("several_chunks")
-@pytest.mark.parametrize("verb", ["slice", "quantize", "lowrank"])
-def test_a_run_is_gone_on_with_wherever_it_was_stopped(verb: str, save_tiny: Make, tmp_path: Path) -> None:
-    deep = save_tiny(num_hidden_layers=6)  # what is known of blocks long done is forgotten on the way
-    run, model, options = verbs(deep, deep)[verb]
+@pytest.mark.parametrize("command", ["slice", "quantize", "lowrank"])
+def test_a_run_is_resumed_wherever_it_was_stopped(command: str, save_tiny: Make, tmp_path: Path) -> None:
+    deep = save_tiny(num_hidden_layers=6)  # pieces of blocks that are finished are dropped on the way
+    run, model, options = commands(deep, deep)[command]
     run(model, tmp_path / "at once", **options)
     stops = 0
     while not (tmp_path / "out").exists():
         with pytest.MonkeyPatch.context() as patch:
-            Stopped(patch, 11)
+            stop_after(11, patch)
             try:
                 run(model, tmp_path / "out", **options)
             except KeyboardInterrupt:
                 stops += 1
-    assert 4 < stops < 40  # nothing much is made again
+    assert 4 < stops < 40  # few pieces are computed twice
     assert contents(tmp_path / "out") == contents(tmp_path / "at once")
 
 
-def test_other_arguments_begin_anew(dense: Path, slice_tiny: Make, tmp_path: Path) -> None:
+def test_other_arguments_start_afresh(dense: Path, slice_tiny: Make, tmp_path: Path) -> None:
     sliced = slice_tiny(dense, force=True)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        Stopped(patch, 4)
+        stop_after(4, patch)
         freebits.pack(sliced, tmp_path / "out")
-    [draft] = tmp_path.glob(".out*")
+    [staging] = tmp_path.glob(".out*")
     freebits.pack(sliced, tmp_path / "out", codec="bits-back")
     freebits.pack(sliced, tmp_path / "other", codec="bits-back")
     assert contents(tmp_path / "out") == contents(tmp_path / "other")
-    assert not draft.exists()
+    assert not staging.exists()
 
 
-def test_finished_pieces_are_not_made_again(dense: Path, slice_tiny: Make, tmp_path: Path) -> None:
+def test_finished_pieces_are_not_computed_again(dense: Path, slice_tiny: Make, tmp_path: Path) -> None:
     sliced = slice_tiny(dense, force=True)
     made: list[int] = []
 
@@ -186,12 +174,12 @@ def test_finished_pieces_are_not_made_again(dense: Path, slice_tiny: Make, tmp_p
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("freebits.moves.diagonal.canonical_direction", counted)
-        Stopped(patch, 6)
-        freebits.pack(sliced, tmp_path / "out", codec="bits-back", jobs=1)
+        stop_after(6, patch)
+        freebits.pack(sliced, tmp_path / "out", codec="bits-back", parallel=Parallel(jobs=1))
     before = len(made)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("freebits.moves.diagonal.canonical_direction", counted)
-        freebits.pack(sliced, tmp_path / "out", codec="bits-back", jobs=1)
+        freebits.pack(sliced, tmp_path / "out", codec="bits-back", parallel=Parallel(jobs=1))
     assert before > 0
     assert len(made) == 8  # one a sublayer
 
@@ -199,31 +187,31 @@ def test_finished_pieces_are_not_made_again(dense: Path, slice_tiny: Make, tmp_p
 KILLED = """
 import os, signal, sys
 from freebits.cli import main
-from freebits.work import Desk
+from freebits.work import WorkStore
 
-left, put = int(sys.argv[1]), Desk.put
+left, put = int(sys.argv[1]), WorkStore.put
 
-def counted(desk, key, value):
+def counted(store, key, value):
     global left
     left -= 1
     if not left:
         os.kill(os.getpid(), signal.SIGKILL)
-    put(desk, key, value)
+    put(store, key, value)
 
-Desk.put = counted
+WorkStore.put = counted
 main(sys.argv[2:])
 """
 
 
-@pytest.mark.parametrize("verb", ["slice", "quantize"])
-def test_a_killed_process_is_gone_on_with(verb: str, dense: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["slice", "quantize"])
+def test_a_killed_process_is_resumed(name: str, dense: Path, tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.write_text(TEXT)
-    options = {"slice": ["--sparsity", "0.25", "--force"], "quantize": ["--target-kl", "0.01"]}[verb]
+    options = {"slice": ["--sparsity", "0.25", "--force"], "quantize": ["--target-kl", "0.01"]}[name]
 
     def command(out: str) -> list[str]:
         given = ["--calibration", str(text), "--samples", "8", "--seq-len", "32", *options]
-        return [verb, str(dense), str(tmp_path / out), *given]
+        return [name, str(dense), str(tmp_path / out), *given]
 
     assert main(command("at once")) == 0
     for pieces in (3, 5):
@@ -232,46 +220,6 @@ def test_a_killed_process_is_gone_on_with(verb: str, dense: Path, tmp_path: Path
     assert main(command("out")) == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "at once")
     assert not [*tmp_path.glob(".out*")]
-
-
-RANK = """
-import sys
-from pathlib import Path
-from freebits import Team
-from freebits.huggingface import sensitivities
-from freebits.moves import slicing
-from tests.test_crew import verbs
-
-slicing._AT_ONCE = sensitivities._AT_ONCE = 64
-rank, dense, sliced, out = int(sys.argv[1]), *map(Path, sys.argv[2:])
-for name, (run, model, options) in verbs(dense, sliced).items():
-    made = run(model, out / name, team=Team(jobs=1, rank=rank, world=3), **options)
-    assert bool(made) == (rank == 0)
-"""
-
-
-@pytest.mark.usefixtures("several_chunks")
-def test_ranks_make_what_one_process_makes(dense: Path, slice_tiny: Make, tmp_path: Path) -> None:
-    sliced, out = slice_tiny(dense, force=True), tmp_path / "out"
-    command = [sys.executable, "-c", RANK]
-    arguments, root = [str(folder) for folder in (dense, sliced, out)], Path(__file__).parent.parent
-    ranks = [subprocess.Popen([*command, str(rank), *arguments], cwd=root) for rank in (2, 1, 0)]
-    try:
-        assert [rank.wait(timeout=240) for rank in ranks] == [0, 0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    for name, (run, model, options) in verbs(dense, sliced).items():
-        run(model, tmp_path / name, **options)
-        assert contents(out / name) == contents(tmp_path / name), name
-    assert {path.name for path in out.iterdir()} == {*verbs(dense, sliced)}
-
-
-@pytest.mark.usefixtures("several_chunks")
-def test_a_stream_may_lie_on_disk(dense: Path, tmp_path: Path) -> None:
-    freebits.slice_model(dense, tmp_path / "memory", **SLICE)
-    freebits.slice_model(dense, tmp_path / "disk", team=Team(jobs=1, spills=True), **SLICE)
-    assert contents(tmp_path / "disk") == contents(tmp_path / "memory")
 
 
 @pytest.fixture(scope="module")
@@ -284,37 +232,88 @@ def ray() -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.mark.usefixtures("ray", "several_chunks")
-@pytest.mark.parametrize("verb", ["slice", "canonical", "quantize"])
-def test_workers_of_ray_make_what_one_process_makes(verb: str, dense: Path, slice_tiny: Make, tmp_path: Path) -> None:
-    run, model, options = verbs(dense, slice_tiny(dense, force=True))[verb]
-    run(model, tmp_path / "alone", **options)
-    run(model, tmp_path / "out", team=Team(backend="ray"), **options)
-    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+@pytest.mark.usefixtures("ray")
+@pytest.mark.parametrize("command", ["slice", "canonical", "bits-back", "none", "quantize", "lowrank"])
+def test_ray_writes_what_threads_write(command: str, dense: Path, slice_tiny: Make, tmp_path: Path) -> None:
+    run, model, options = commands(dense, slice_tiny(dense, force=True))[command]
+    run(model, tmp_path / "threads", **options)
+    run(model, tmp_path / "ray", parallel=Parallel(backend="ray"), **options)
+    assert contents(tmp_path / "ray") == contents(tmp_path / "threads")
 
 
 @pytest.mark.usefixtures("ray")
-def test_what_a_dead_worker_had_is_done_by_another(tmp_path: Path) -> None:
-    def work(item: int) -> int:
+def test_ray_resumes_what_threads_began(dense: Path, slice_tiny: Make, tmp_path: Path) -> None:
+    sliced = slice_tiny(dense, force=True)
+    freebits.pack(sliced, tmp_path / "at once")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(4, patch)
+        freebits.pack(sliced, tmp_path / "out")
+    freebits.pack(sliced, tmp_path / "out", parallel=Parallel(backend="ray"))
+    assert contents(tmp_path / "out") == contents(tmp_path / "at once")
+
+
+@pytest.mark.usefixtures("ray")
+def test_ray_unpacks_what_threads_unpack(dense: Path, slice_tiny: Make, tmp_path: Path) -> None:
+    freebits.pack(slice_tiny(dense, force=True), tmp_path / "packed")
+    freebits.unpack(tmp_path / "packed", tmp_path / "threads")
+    freebits.unpack(tmp_path / "packed", tmp_path / "ray", parallel=Parallel(backend="ray"))
+    assert contents(tmp_path / "ray") == contents(tmp_path / "threads")
+
+
+@pytest.mark.usefixtures("ray")
+def test_another_worker_runs_the_piece_of_a_dead_one(tmp_path: Path) -> None:
+    def square(item: int) -> int:
         mark = tmp_path / str(item)
         if item % 2 and not mark.exists():
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return item**2
 
-    with Team(backend="ray").crew(None) as crew:
-        assert list(crew.share("squares", work, range(4))) == [0, 1, 4, 9]
+    with Parallel(backend="ray").executor() as executor:
+        assert list(executor.map(square, range(4))) == [0, 1, 4, 9]
+
+
+def test_work_runs_each_piece_once(tmp_path: Path) -> None:
+    runs: list[int] = []
+
+    def square(item: int) -> int:
+        runs.append(item)
+        return item**2
+
+    with threads(2) as executor:
+        work = Work(executor, WorkStore(tmp_path))
+        for _ in range(2):
+            assert list(work.map("squares", square, range(4))) == [0, 1, 4, 9]
+            assert work.once("one", lambda: square(5)) == 25
+        assert sorted(runs) == [0, 1, 2, 3, 5]
+        assert work.has("one")
+        [damaged] = tmp_path.glob("squares-2.*")
+        damaged.write_bytes(b"damaged")
+        assert list(work.map("squares", square, range(4))) == [0, 1, 4, 9]
+        assert runs[-1] == 2
+        work.drop("squares", "one")
+        assert not work.has("one")
+        assert not [*tmp_path.iterdir()]
+
+
+def test_work_without_a_store_keeps_nothing() -> None:
+    with threads(1) as executor:
+        work = Work(executor)
+        assert list(work.map("squares", lambda item: item**2, range(4))) == [0, 1, 4, 9]
+        assert work.once("one", lambda: 1) == 1
+        assert not work.has("one")
+        work.drop("one")
+        with pytest.raises(LookupError):
+            _ = work.store
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"backend": "slurm"}, "no backend"),
-        ({"rank": 3, "world": 3}, "rank 3 of 3"),
-        ({"world": 2, "backend": "ray"}, "without Ray"),
         ({"jobs": 0}, "jobs 0"),
     ],
 )
-def test_a_team_that_makes_no_sense_is_refused(options: dict[str, Any], message: str) -> None:
+def test_wrong_parallel_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(freebits.UsageError, match=message):
-        Team(**options)
+        Parallel(**options)
