@@ -4,6 +4,7 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from freebits.evaluation import verify
 from freebits.huggingface import WINDOW, Goal, prepare, token_windows
 from freebits.packed import PackedFolder, pack_into, stage
 from freebits.report import TYPICAL_ENTROPY, bytes_on_disk, inspect, opened, write_card
-from freebits.work import Desk, Progress, Team, silent
+from freebits.work import Executor, Parallel, Progress, Work, WorkStore, silent
 
 MAX_KL = 0.05
 """Without a target: the largest mean KL divergence, in nats a token."""
@@ -65,7 +66,7 @@ def compress(
     text: str | None = None,
     revision: str | None = None,
     device: str = "cpu",
-    jobs: int | None = None,
+    parallel: Parallel = Parallel(),
     force: bool = False,
     dry_run: bool = False,
     sign_with: str | os.PathLike[str] | None = None,
@@ -86,7 +87,7 @@ def compress(
         text: to measure on; by default pages of Python's documentation, on which nothing is calibrated.
         revision: of a model on the hub.
         device: where to run the model.
-        jobs: matrices to round at once.
+        parallel: who rounds and codes.
         force: write the model even if its mean KL divergence is more than 0.5.
         dry_run: say what would be done, and write nothing. Of a model on the hub only what lies beside the weights is
             read, and their headers.
@@ -108,13 +109,19 @@ def compress(
         return {"plan": asdict(plan)}
     started = time.perf_counter()
     with new_directory(out) as directory:
-        with unchanged(folder):
-            measured = _made(plan, folder, directory, (calibration, text), device, jobs, force, progress)
+        with unchanged(folder), parallel.executor() as executor:
+            measured, coverage = _made(plan, folder, directory, (calibration, text), device, executor, force, progress)
         write_card(directory, folder, measured)
         if sign_with is not None:
             sign(directory, sign_with)
         facts = inspect(directory)
-    return {**facts, "plan": asdict(plan), "fidelity": measured, "seconds": time.perf_counter() - started}
+    return {
+        **facts,
+        "plan": asdict(plan),
+        "fidelity": measured,
+        "coverage": coverage,
+        "seconds": time.perf_counter() - started,
+    }
 
 
 def planned(
@@ -156,29 +163,31 @@ def _made(
     directory: Path,
     texts: tuple[str | None, str | None],
     device: str,
-    jobs: int | None,
+    executor: Executor,
     force: bool,
     progress: Progress,
-) -> dict[str, Any]:
-    """Do what is planned; what `verify` finds."""
+) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
+    """Do what is planned; what `verify` finds, and how much was rounded."""
     scratch = directory / "scratch"
     scratch.mkdir()
-    measured = _without_loss(plan, folder, scratch / "made", jobs, progress) if plan.way == "lossless" else None
+    measured = _without_loss(plan, folder, scratch / "made", executor, progress) if plan.way == "lossless" else None
+    coverage = None
     if measured is None:
-        measured = _rounded(plan, folder, scratch, texts, device, jobs, force, progress)
+        measured, coverage = _rounded(plan, folder, scratch, texts, device, executor, force, progress)
     for file in (scratch / "made").iterdir():
         file.rename(directory / file.name)
     shutil.rmtree(scratch)
-    return measured
+    return measured, coverage
 
 
-def _without_loss(plan: Plan, folder: Path, made: Path, jobs: int | None, progress: Progress) -> dict[str, Any] | None:
+def _without_loss(
+    plan: Plan, folder: Path, made: Path, executor: Executor, progress: Progress
+) -> dict[str, Any] | None:
     """Keep every bit, and look whether it is so; nothing where that takes more bytes than the plan has."""
     source = Checkpoint(folder)
     made.mkdir()
     sizes = {key: size for key, size in inspect(folder)["bytes"].items() if size is not None}
-    with Team(jobs).crew(None) as crew:
-        pack_into(made, source, None, ("auto", stage("auto")), sizes, crew, progress)
+    pack_into(made, source, None, ("auto", stage("auto")), sizes, Work(executor), progress)
     size = bytes_on_disk(PackedFolder(made))
     if plan.at_most is not None and size > plan.at_most:
         return None
@@ -194,25 +203,25 @@ def _rounded(
     scratch: Path,
     texts: tuple[str | None, str | None],
     device: str,
-    jobs: int | None,
+    executor: Executor,
     force: bool,
     progress: Progress,
-) -> dict[str, Any]:
-    """Round to the plan's target, in several tries where that is found by measuring."""
+) -> tuple[dict[str, Any], Mapping[str, Any]]:
+    """Round to the plan's target, in several tries where that is found by measuring; as `_made`."""
     calibration, text = texts
     held_out, positions = embedded_text()[1] if text is None else text, _positions(folder)
     token_windows(folder, held_out, min(512, positions), 1)  # before anything takes long
-    with Team(jobs).crew(Desk(scratch / "desk")) as crew:
-        prepared = prepare(
-            *(folder, crew), calibration=calibration, seq_len=min(WINDOW, positions), device=device, progress=progress
-        )
+    work = Work(executor, WorkStore(scratch / "finished"))
+    prepared = prepare(
+        *(folder, work), calibration=calibration, seq_len=min(WINDOW, positions), device=device, progress=progress
+    )
     wanted = None if plan.max_kl is None else plan.max_kl / 2
     tried: list[tuple[float, float]] = []
     while True:
         shutil.rmtree(scratch / "made", ignore_errors=True)
         (scratch / "made").mkdir()
         goal = Goal(plan.bits, plan.at_most, wanted)
-        prepared.write(scratch / "made", goal, "auto", stage("auto"), jobs, progress)
+        prepared.write(scratch / "made", goal, "auto", stage("auto"), executor, progress)
         measured = verify(
             scratch / "made", against=folder, text=held_out, seq_len=min(512, positions), progress=progress
         ) | {"text": _HELD_OUT if text is None else "the text that was given"}
@@ -224,12 +233,12 @@ def _rounded(
                 f"{measured['text']}; give it more bytes, or --force"
             )
         if wanted is None or plan.max_kl is None or not math.isfinite(kl):
-            return measured
+            return measured, prepared.coverage
         tried.append((wanted, kl))
         if _NEAR * plan.max_kl <= kl <= plan.max_kl:
-            return measured
+            return measured, prepared.coverage
         if len(tried) >= _TRIES and kl <= plan.max_kl:
-            return measured
+            return measured, prepared.coverage
         if len(tried) >= 2 * _TRIES:
             raise UsageError(f"a mean KL of {plan.max_kl} was not reached: {kl:.3g} at the finest steps; give more")
         wanted *= min(0.95 * plan.max_kl / kl, _LEAP) if kl else _LEAP

@@ -2,37 +2,36 @@
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+AtSite = Callable[[int, Tensor], Tensor]
+"""Takes a site and the stream there, (windows, T, D), float32; returns what the model goes on with."""
+
 
 class Runner(Protocol):
-    """Runs a dense model: its embedding, one block's sublayers at a time, its head.
-
-    Streams are on the CPU, whatever the device.
+    """Runs a dense model whose norms are folded.
 
     Attributes:
         device: where it runs.
-        loaded: the block that it can run.
     """
 
     device: torch.device
-    loaded: int | None
 
-    def embed(self, tensors: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
-        """The stream before the first block, (windows, T, D), for tokens (windows, T)."""
+    def losses(self, tokens: Tensor, at_site: AtSite, n_measured: int) -> list[float]:
+        """Run windows of tokens through the model, all of them from site to site.
 
-    def load(self, block: int, tensors: Mapping[str, Tensor]) -> None:
-        """Take over the folded tensors of block number `block`."""
+        Args:
+            tokens: (windows, T), int64.
+            at_site: sees the stream at each site, in order, and may replace it.
+            n_measured: for how many windows, the last ones, losses are wanted.
 
-    def run(self, sublayer: int, x: Tensor) -> Tensor:
-        """The stream after the loaded block's `sublayer`, for the stream before it; both (1, T, D)."""
-
-    def losses(self, tensors: Mapping[str, Tensor], x: Tensor, tokens: Tensor) -> list[float]:
-        """Mean negative log-likelihood of each window's tokens after the first, for the stream after the last block."""
+        Returns:
+            For each of these windows the mean negative log-likelihood of its tokens after the first, in nats.
+        """
 
 
 def perplexity(losses: Sequence[float]) -> float:

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from freebits.architecture import FAMILIES, Architecture, dense_family
 from freebits.checkpoint import CONFIG, located, read_json
 from freebits.errors import CheckpointError, UnsupportedModelError
-from freebits.huggingface.blockwise import BUILDING
+from freebits.huggingface.empty_models import BUILDING
 from freebits.huggingface.loading import one_line_errors
 from freebits.kind import DTYPE_CODES
 from freebits.limits import BLOCKS

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
-_BUILDING = threading.Lock()
+BUILDING = threading.Lock()
 """Building a model changes what holds for all threads: transformers sets PyTorch's dtype, we how parameters are made."""
 
 
@@ -18,7 +18,7 @@ def empty_model(config: PreTrainedConfig) -> Any:
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if kind.config_class is config.sub_configs.get("text_config"):  # of a model that sees, too
         config = config.get_text_config()
-    with _BUILDING, _parameters_on_meta():
+    with BUILDING, _parameters_on_meta():
         config._experts_implementation = "eager"  # one after another, so that each can be observed
         return kind(config).to(torch.float32).eval()
 

@@ -56,14 +56,22 @@ class Engine:
         source: its tensors, by the names of transformers.
         config: what transformers makes of its config.
         device: where to run.
+        change: changes the library's model before its weights are read.
 
     Raises:
         CheckpointError: a tensor is missing.
         UnsupportedModelError: transformers cannot run it on a text alone.
     """
 
-    def __init__(self, source: Source, config: PreTrainedConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        source: Source,
+        config: PreTrainedConfig,
+        device: torch.device,
+        change: Callable[[Any], None] = lambda _: None,
+    ) -> None:
         self.model = empty_model(config)
+        change(self.model)
         self.device = device
         self.used: dict[str, int] = {}
         self.runs: list[str] = []

@@ -30,7 +30,7 @@ from freebits.checkpoint import (
 )
 from freebits.errors import CheckpointError, UsageError
 from freebits.huggingface.own_text import own_windows
-from freebits.huggingface.reducing import PAPERS_BLOCKS, Factors, Layers, ranks_of, reduce_layers
+from freebits.huggingface.reducing import PAPERS_BLOCKS, Layers, ranks_of, reduce_layers
 from freebits.huggingface.streamed import window_logits
 from freebits.huggingface.tokens import drawn_windows, token_windows
 from freebits.moves import LOSSY
@@ -38,7 +38,7 @@ from freebits.options import ALLOCATIONS, PAPER, SLOPE
 from freebits.packed import HISTORY, LOW_RANK_IN, SLICED_IN, history_of, is_packed
 from freebits.report import inspect, known_sizes, write_card
 from freebits.version import __version__
-from freebits.work import Crew, Progress, Team, device_of, silent
+from freebits.work import Parallel, Progress, Work, device_of, silent
 
 HELD_OUT = 4
 """Windows on which the cost is measured."""
@@ -57,7 +57,7 @@ def lowrank(
     seq_len: int = 256,
     seed: int = 0,
     device: str = "cpu",
-    team: Team | None = None,
+    parallel: Parallel = Parallel(jobs=1),
     resume: bool = True,
     sign_with: str | os.PathLike[str] | None = None,
     progress: Progress = silent,
@@ -79,13 +79,13 @@ def lowrank(
         seq_len: tokens a window.
         seed: of everything that is drawn.
         device: where to run the model.
-        team: who runs it, if not this process alone.
+        parallel: who does what can be done apart from running the model.
         resume: go on with what a stopped run of the same arguments left, block by block.
         sign_with: file of a private key (PEM), with which every file of the folder is signed; see `verify`.
         progress: called after each block.
 
     Returns:
-        What `inspect(out)` says (of a process that does not lead nothing), and `perplexity` {`dense`, `reduced`} on
+        What `inspect(out)` says, and `perplexity` {`dense`, `reduced`} on
         other windows of the calibration text, None where it has no other.
 
     Raises:
@@ -108,20 +108,19 @@ def lowrank(
     layers = Layers.of(checkpoint, model, device_of(device), blocks)
     said = {"budget": budget, "size": target_size, "blocks": blocks, "allocate": allocate, "samples": samples}
     said |= {"seq_len": seq_len, "seed": seed, "device": device, "text": text_digest(calibration)}
-    team = team or Team(1)
-    task = Task("lowrank", checkpoint.path, said, team, resume)
-    with new_directory(out, task) as directory, team.crew(task.desk(directory)) as crew:
+    task = Task("lowrank", checkpoint.path, said, resume)
+    with new_directory(out, task) as directory, parallel.executor() as executor:
+        work = Work(executor, task.store(directory))
         if calibration is None:
-            written = partial(own_windows, checkpoint.path, samples + HELD_OUT, seq_len, seed, device_of(device))
-            windows = crew.agree("text", written, progress)
+            where = device_of(device)
+            written = partial(own_windows, checkpoint.path, samples + HELD_OUT, seq_len, seed, where, progress)
+            windows = work.once("text", written)
         else:
             windows = token_windows(checkpoint.path, calibration, seq_len)
         tokens, held_out = drawn_windows(windows, samples, HELD_OUT, seed)
-        ranks = ranks_of(layers, tokens, crew, (budget, target_size, allocate), seed, progress)
-        reduce_layers(layers, ranks, tokens, crew, progress)
-        if not crew.leads:
-            return {}
-        ranks = _write(directory, checkpoint, layers, crew)
+        ranks = ranks_of(layers, tokens, work, (budget, target_size, allocate), seed, progress)
+        reduce_layers(layers, ranks, tokens, work, progress)
+        ranks = _write(directory, checkpoint, layers, ranks, work)
         move = {
             "move": "lowrank",
             "fidelity": LOSSY,
@@ -143,31 +142,28 @@ def lowrank(
         return inspect(directory) | {"perplexity": cost}
 
 
-def _write(directory: Path, checkpoint: Checkpoint, layers: Layers, crew: Crew) -> dict[str, int]:
-    """The weights; the ranks of what is narrow."""
-    block_of = {name: number for number, of in layers.sizes.items() for name in of}
-    source, kinds, ranks = layers.source, layers.source.kinds, dict[str, int]()
+def _write(
+    directory: Path, checkpoint: Checkpoint, layers: Layers, ranks: Mapping[str, int], work: Work
+) -> dict[str, int]:
+    """The weights; the ranks of layers that have low rank now."""
+    source, kinds, reduced = layers.source, layers.source.kinds, dict[str, int]()
     announced = {f"{name}.down.up": (*kind.shape, *kind.shape) for name, kind in kinds.items()} | {
         f"{name}.up.down": kind.shape for name, kind in kinds.items()
     }
-    held: tuple[int, Factors] = -1, {}
+    found = {name: work.result(f"factors-{name}") for name in ranks if work.has(f"factors-{name}")}
     with CheckpointWriter(directory, announced, shard_bytes(checkpoint)) as writer:
         for name in kinds:
             layer, _, what = name.rpartition(".")
-            number = block_of.get(f"{layer}.weight", -1)
-            if number >= 0 and held[0] != number:
-                held = number, crew.agree(f"factors-{number}", dict, {})
-            factors = held[1] if number >= 0 else {}
-            if f"{layer}.weight" not in factors:
+            if f"{layer}.weight" not in found:
                 writer.write(name, source[name])
             elif what == "weight":
-                down, up = factors[name]
+                down, up = found[name]
                 writer.write(f"{layer}.down.weight", down)
                 writer.write(f"{layer}.up.weight", up)
-                ranks[layer] = len(down)
+                reduced[layer] = len(down)
             else:
                 writer.write(f"{layer}.up.{what}", source[name])
-    return ranks
+    return reduced
 
 
 def _write_config(

@@ -13,15 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from freebits.checkpoint import Source
-from freebits.errors import UnsupportedModelError
 from freebits.huggingface.engine import Engine
 from freebits.huggingface.naming import InMemory, known_config
 from freebits.huggingface.products import Region
-from freebits.huggingface.sensitivities import THIN, Inputs, Sums, gram, informations, measure, siblings, with_idle
+from freebits.huggingface.sensitivities import THIN, Inputs, Sums, informations, measure, siblings, with_idle
 from freebits.huggingface.sensitivity_cache import Factor, Matrix, SensitivityCache, factor_of
 from freebits.kind import FLOATS
 from freebits.report import opened
-from freebits.work import Progress, Work, WorkStore, kept
+from freebits.work import Progress, Work, WorkStore, kept, silent
 
 ACTIVATIONS = 2**31
 """Bytes of activations of a block in the backward pass up to which all windows are one group."""
@@ -118,7 +117,7 @@ def measure_matrices(
             "measured", partial(_measured_at_once, running, tokens, work, seed, rotation, progress)
         )
     else:
-        measure_group = partial(_measured_group, running, work.store, seed)
+        measure_group = partial(measured_group, running, work.store, seed)
         results = []
         for done, result in enumerate(work.map_large("group", measure_group, groups), start=1):
             results.append(result)
@@ -167,10 +166,18 @@ def _measured_at_once(
     return sums, factored
 
 
-def _measured_group(
-    running: RunningModel, store: WorkStore, seed: int, group: tuple[int, Tensor]
+def measured_group(
+    running: RunningModel, store: WorkStore, seed: int, group: tuple[int, Tensor], progress: Progress = silent
 ) -> tuple[Sums, list[Listed]]:
-    """One group of several; Gram matrices go to the store."""
+    """Measure one group of windows; Gram matrices go to the store.
+
+    Args:
+        running: the model.
+        store: see above.
+        seed: of the labels that are drawn.
+        group: the number of its first window, and its windows, (windows, T).
+        progress: called after each block, forwards and backwards.
+    """
     start, windows = group
     listed: list[Listed] = []
 
@@ -179,7 +186,7 @@ def _measured_group(
             store.put(f"gram-{start}-{inputs.key}", inputs.gram)
             listed.append(Listed(number, f"gram-{start}-{inputs.key}", inputs.regions, inputs.n))
 
-    sums = measure(running.engine, windows, start, seed, store.folder, finish, lambda *_: None)
+    sums = measure(running.engine, windows, start, seed, store.folder, finish, progress)
     return sums, listed
 
 
@@ -209,9 +216,7 @@ def _factored(groups: list[list[Listed]], engine: Engine, work: Work, rotation: 
     return factored
 
 
-def _factors(
-    number: int, found: list[Inputs], engine: Engine, work: Work, rotation: int | None
-) -> list[_Factored]:
+def _factors(number: int, found: list[Inputs], engine: Engine, work: Work, rotation: int | None) -> list[_Factored]:
     """What is known of the inputs that are complete after a block; the largest last, for all threads."""
     inputs = sorted(with_idle(found, engine.matrices, str(number)), key=lambda inputs: len(inputs.gram))
     factors = work.map(f"factor-{number}", partial(factor_of, work.store, rotation), inputs)

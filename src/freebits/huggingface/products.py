@@ -152,8 +152,11 @@ def _einsum(args: Sequence[Any], kwargs: Any) -> Operands | None:  # noqa: ARG00
         n_dots = max(t.ndim - len(part.replace("...", "")) for t, part in zip(operands, parts, strict=True))
         dots = [f"dot{at}" for at in range(n_dots)]
         named = [_labels(part, dots, t.ndim) for part, t in zip(parts, operands, strict=True)]
-        return Operands(*map(Operand, operands, named), _labels(result, dots, n_dots + len(result) - 3))
-    return Operands(*map(Operand, operands, map(tuple, parts)), tuple(result))
+        of_result = _labels(result, dots, n_dots + len(result) - 3)
+    else:
+        named, of_result = [tuple(part) for part in parts], tuple(result)
+    left, right = (Operand(tensor, labels) for tensor, labels in zip(operands, named, strict=True))
+    return Operands(left, right, of_result)
 
 
 def _labels(part: str, dots: list[str], n_dims: int) -> tuple[str, ...]:
@@ -195,7 +198,7 @@ def _products(
     n_outputs, n_inputs = (prod(size[label] for label in of) for of in (outputs, inputs))
     for at in combinations(*(range(size[label]) for label in apart)):
         chosen = dict(zip(apart, at, strict=True))
-        offset = matrix.tensor.storage_offset() + sum(stride[label] * index for label, index in chosen.items())
+        offset = int(matrix.tensor.storage_offset()) + sum(stride[label] * index for label, index in chosen.items())
         region = _region(name, parameter, offset, (n_outputs, across or 0), (n_inputs, within))
         if region is None:
             return

@@ -46,7 +46,7 @@ def quantize(
     seed: int = 0,
     device: str = "cpu",
     entropy: str = "auto",
-    parallel: Parallel = Parallel(),  # noqa: B008  (it is frozen)
+    parallel: Parallel = Parallel(),
     resume: bool = True,
     sign_with: str | os.PathLike[str] | None = None,
     progress: Progress = silent,

@@ -144,9 +144,9 @@ def _student(source: Checkpoint | PackedFolder, model: Any, rank: int, seed: int
     named = InMemory(source, known_config(source, source.path))
     names = {}
     for name, parameter in model.named_parameters():
-        for theirs in named.origins(name):
-            if source.kinds[theirs].shape == tuple(parameter.shape):
-                names[name] = theirs
+        theirs = named.in_file(name)
+        if theirs is not None and source.kinds[theirs].shape == tuple(parameter.shape):
+            names[name] = theirs
     if isinstance(source, PackedFolder):
         student: Student = Rescaled(model, names, source)
     else:

@@ -1,125 +1,118 @@
-"""Run a dense model for calibration with the library's own modules, one block in memory."""
+"""Run a dense model for slicing: the library's own forward pass, with folded norms, seen at each site."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedConfig
 
-from freebits.architecture import Architecture
+from freebits.architecture import Architecture, Part
+from freebits.calibration import AtSite
+from freebits.checkpoint import Source
 from freebits.huggingface.blocks import residual_block
-from freebits.huggingface.blockwise import Recorder, dense_model
+from freebits.huggingface.engine import Engine, first
+from freebits.kind import Kind
+from freebits.moves import folded_part
+from freebits.symmetry import fold_embeddings
 
 
-class BlockRunner:
-    """A dense model whose blocks are folded and lie in memory one at a time. Implements `freebits.calibration.Runner`.
+class FoldedRunner:
+    """A dense model whose norms are folded. Implements `freebits.calibration.Runner`.
 
     Args:
-        config: what transformers makes of the dense model's.
+        source: the dense model.
+        config: what transformers makes of its config.
         architecture: what is in it.
         device: where to run, in float32.
     """
 
-    def __init__(self, config: PreTrainedConfig, architecture: Architecture, device: torch.device) -> None:
+    def __init__(
+        self, source: Source, config: PreTrainedConfig, architecture: Architecture, device: torch.device
+    ) -> None:
         self.device = device
         self._architecture = architecture
-        self._model = dense_model(config)
-        layers: Any = self._model.get_submodule(architecture.family.blocks)
-        self._blocks = [residual_block(layer, architecture.family) for layer in layers]
-        self._recorders = [Recorder(block) for block in self._blocks]
-        self._model.set_submodule(architecture.family.blocks, nn.ModuleList(self._recorders))
-        for recorder in self._recorders:
-            recorder.as_tuple = architecture.family.in_tuple
-        self._number = 0
-        self._config = config
-        self.loaded: int | None = None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Without any weights, but with the context in which blocks run."""
-        contexts = [(recorder.args, recorder.kwargs) for recorder in self._recorders]
-        return _again, (self._config, self._architecture, self.device, contexts)
+        self._at_site: AtSite = lambda _, x: x
+        self._engine = Engine(_Folded(source, architecture, device), config, device, self._with_sites)
 
     @torch.no_grad()
-    def embed(self, tensors: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
-        """The stream before the first block, (windows, T, D), float32, for tokens (windows, T)."""
-        self._fill(tensors)
-        norm = self._architecture.final_norm
-        self._fill({norm.weight: torch.ones(()), norm.bias: torch.zeros(())})  # whose result nobody sees
-        streams = []
-        for window in tokens.to(self.device).split(1):
-            self._model.base_model(input_ids=window, use_cache=False)
-            streams.append(self._recorders[0].stream.cpu())
-        for recorder in self._recorders:
-            recorder.stream = torch.empty(0)
-        return torch.cat(streams)
-
-    @torch.no_grad()
-    def load(self, block: int, tensors: Mapping[str, Tensor]) -> None:
-        """Take over the folded tensors of block number `block`; its shortcuts stay identities."""
-        self.loaded = None
-        self._blocks[self._number].to("meta")
-        self._number = block
-        shortcuts = {sub.shortcut.weight for sub in self._architecture.sublayers}
-        norms = [norm for sub in self._architecture.parts[1 + block].sublayers for norm in sub.norms]
-        bare = {norm.weight: torch.ones(()) for norm in norms} | {norm.bias: torch.zeros(()) for norm in norms}
-        self._fill(bare | {name: tensor for name, tensor in tensors.items() if name not in shortcuts})
-        self.loaded = block
-
-    @torch.no_grad()
-    def run(self, sublayer: int, x: Tensor) -> Tensor:
-        """The stream after the loaded block's `sublayer`, (1, T, D)."""
-        context = self._recorders[self._number].context
-        return self._blocks[self._number].run(sublayer, x.to(self.device), **context).cpu()
-
-    @torch.no_grad()
-    def losses(self, tensors: Mapping[str, Tensor], x: Tensor, tokens: Tensor) -> list[float]:
-        """Mean negative log-likelihood, in nats, of each window's tokens after the first.
-
-        Args:
-            tensors: the embeddings, the final norm and the head, unless the token embedding is the head.
-            x: the stream after the last block, (windows, T, D).
-            tokens: (windows, T).
-        """
-        norm, head, embedding = (getattr(self._architecture, name) for name in ("final_norm", "head", "embedding"))
-        weight = tensors[head.weight if head.weight in tensors else embedding.weight]
-        self._fill({name: tensors[name] for name in (norm.weight, norm.bias, head.bias) if name in tensors})
-        self._fill({head.weight: weight})
-        embeddings = {name: of for name, of in tensors.items() if name in self._architecture.parts[0].weights}
-        self._fill({name: of for name, of in embeddings.items() if self._model.get_parameter(name).is_meta})
+    def losses(self, tokens: Tensor, at_site: AtSite, n_measured: int) -> list[float]:
+        """See `freebits.calibration.Runner`."""
+        self._at_site = at_site
+        output = self._engine.hidden(tokens)
         losses = []
-        for stream, window in zip(x, tokens.to(self.device), strict=True):
-            self._recorders[-1].substitute = stream[None].to(self.device)
-            logits = self._model(input_ids=window[None], use_cache=False).logits[0, :-1]
-            losses.append(cross_entropy(logits, window[1:]).item())
-        self._recorders[-1].substitute = None
+        with self._engine.head_loaded():
+            for number in range(len(tokens) - n_measured, len(tokens)):
+                logits = self._engine.tail(output, first(output)[number : number + 1], tokens[number])
+                losses.append(cross_entropy(logits[:-1], tokens[number, 1:].to(self.device)).item())
+        self._at_site = lambda _, x: x
         return losses
 
-    def _fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Give modules of the model, or of the block that is loaded, their tensors."""
-        prefix = f"{self._architecture.family.blocks}.{self._number}."
-        for name, tensor in tensors.items():
-            inside = name.startswith(prefix)
-            path, _, key = name.removeprefix(prefix if inside else "").rpartition(".")
-            module = (self._blocks[self._number] if inside else self._model).get_submodule(path)
-            empty = module._parameters.get(key)
-            if key in module._buffers:
-                module._buffers[key] = tensor.to(self.device, torch.float32)
-            elif empty is not None:
-                shape = empty.shape if tensor.ndim == 0 else tensor.shape
-                wide = torch.empty(shape, device=self.device).copy_(tensor)
-                module._parameters[key] = nn.Parameter(wide, requires_grad=False)
+    def _with_sites(self, model: Any) -> None:
+        """Turn blocks into residual blocks that show the stream at each site."""
+        family = self._architecture.family
+        for number, layer in enumerate(model.get_submodule(family.blocks)):
+            block: Any = residual_block(layer, family)
+            block.run = partial(self._run, number * len(family.sublayers), block.run)
+
+    def _run(self, site: int, run: Callable[..., Tensor], index: int, x: Tensor, **context: Any) -> Tensor:
+        """A sublayer, window by window, and the sites before and after it."""
+        if site + index == 0:
+            x = self._at_site(0, x)
+        after = torch.empty_like(x)
+        for number in range(len(x)):
+            after[number] = run(index, x[number : number + 1], **_of_window(context, number, len(x)))[0]
+        return self._at_site(site + index + 1, after)
 
 
-def _again(
-    config: PreTrainedConfig,
-    architecture: Architecture,
-    device: torch.device,
-    contexts: list[tuple[tuple[Any, ...], dict[str, Any]]],
-) -> BlockRunner:
-    """A runner in another process."""
-    runner = BlockRunner(config, architecture, device)
-    for recorder, (args, kwargs) in zip(runner._recorders, contexts, strict=True):
-        recorder.args, recorder.kwargs = args, kwargs
-    return runner
+def _of_window(context: Any, number: int, n: int) -> Any:
+    """What a block is given besides the stream, for one window of `n`."""
+    if isinstance(context, Tensor):
+        return context[number : number + 1] if context.ndim and len(context) == n else context
+    if isinstance(context, Mapping):
+        return {key: _of_window(value, number, n) for key, value in context.items()}
+    return tuple(_of_window(value, number, n) for value in context) if isinstance(context, tuple) else context
+
+
+class _Folded:
+    """A dense model with folded norms, for `Engine`; its head and final norm are the dense model's own."""
+
+    def __init__(self, source: Source, architecture: Architecture, device: torch.device) -> None:
+        self.config = source.config
+        self._source = source
+        self._architecture = architecture
+        self._device = device
+        self._last: tuple[int, dict[str, Tensor]] = -1, {}
+        self._parts = {name: number for number, part in enumerate(architecture.parts) for name in part.weights}
+
+    @cached_property
+    def kinds(self) -> dict[str, Kind]:
+        """Of the dense tensors, and of those that folding makes."""
+        head, embedding = self._architecture.head.weight, self._architecture.embedding.weight
+        made = {head: self._source.kinds.get(head, self._source.kinds[embedding])}
+        return dict.fromkeys(self._parts, Kind("F32", ())) | dict(self._source.kinds) | made
+
+    def __getitem__(self, name: str) -> Tensor:
+        architecture, number = self._architecture, self._parts.get(name, -1)
+        if number == len(architecture.parts) - 1 or number < 0:
+            if name == architecture.head.weight and name not in self._source.kinds:
+                return self._source[architecture.embedding.weight]
+            return self._source[name]
+        if self._last[0] != number:
+            part = architecture.parts[number]
+            norms = [norm for sub in part.sublayers for norm in sub.norms]
+            D = architecture.hidden_size
+            bare = {norm.weight: torch.ones(D) for norm in norms} | {norm.bias: torch.zeros(D) for norm in norms}
+            folded = _folded_embeddings if number == 0 else folded_part
+            self._last = number, bare | folded(self._source, architecture, self._device, part)
+        return self._last[1][name]
+
+
+def _folded_embeddings(
+    source: Source, architecture: Architecture, device: torch.device, part: Part
+) -> dict[str, Tensor]:
+    """The embeddings of the dense model that slicing starts from, whatever becomes of a tie."""
+    tensors = {name: source[name].to(device) for name in part.weights if name in source.kinds}
+    return fold_embeddings(tensors, architecture.with_tie(False))

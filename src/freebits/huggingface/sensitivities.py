@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -175,7 +176,7 @@ class _Observer:
         self._engine = engine
         self._finish = finish
         self._ends = {f"{block}.": number for number, block in enumerate(engine.runs)}
-        self._recent: list[tuple[Tensor, int, int]] = []
+        self._recent = Recent()
         self._grams: list[tuple[Tensor, int]] = []
         self._reads: dict[Region, list[int]] = {}
         self.n_inputs: dict[Region, int] = {}
@@ -207,13 +208,11 @@ class _Observer:
 
     def _number(self, x: Tensor) -> int:
         """The number of a Gram matrix: of one that is there, if the same was read before."""
-        place = (x.data_ptr(), x.shape, x.stride())
-        for other, version, number in self._recent:
-            if place == (other.data_ptr(), other.shape, other.stride()) and version == x._version:
-                return number
-        number = len(self._grams)
-        self._grams.append((gram(x), int(x.any(-1).sum())))
-        self._recent = [*self._recent[1 - _RECENT :], (x, x._version, number)]
+        number: int | None = self._recent.get(x)
+        if number is None:
+            number = len(self._grams)
+            self._grams.append((gram(x), int(x.any(-1).sum())))
+            self._recent.add(x, number)
         return number
 
     def _lookup(self, name: str, rows: Tensor) -> Tensor:
@@ -233,7 +232,7 @@ class _Observer:
         together: dict[tuple[int, ...], list[Region]] = {}
         for region in complete:
             together.setdefault(tuple(self._reads.pop(region)), []).append(region)
-        found = []
+        found: list[Inputs] = []
         for numbers, regions in together.items():
             n = sum(self._grams[of][1] for of in numbers)
             total = sum((self._grams[of][0] for of in numbers[1:]), self._grams[numbers[0]][0])
@@ -249,6 +248,29 @@ class _Observer:
         """The last execution of a block that multiplies by a matrix, as far as that is known."""
         own = [number for block, number in self._ends.items() if region.name.startswith(block)]
         return max([self._engine.used.get(region.name, -1), *own])
+
+
+class Recent:
+    """Remembers what belongs to the inputs that were read last: queries, keys and values read the same."""
+
+    def __init__(self) -> None:
+        self._entries: list[tuple[Tensor, int, Any]] = []
+
+    def get(self, x: Tensor) -> Any:
+        """What belongs to a tensor, if it is among the last; otherwise None."""
+        place = (x.data_ptr(), x.shape, x.stride())
+        for other, version, value in self._entries:  # which it keeps, so that no other lies in their memory
+            if place == (other.data_ptr(), other.shape, other.stride()) and version == x._version:
+                return value
+        return None
+
+    def add(self, x: Tensor, value: Any) -> None:
+        """Remember something."""
+        self._entries = [*self._entries[1 - _RECENT :], (x, x._version, value)]
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._entries.clear()
 
 
 def gram(x: Tensor) -> Tensor:
@@ -327,7 +349,7 @@ def informations(sums: Sums, regions: Iterable[Region]) -> dict[Region, Tensor]:
     groups: dict[tuple[str, int, bool], list[Region]] = {}
     for region in regions:
         groups.setdefault(siblings(region), []).append(region)
-    found = {}
+    found: dict[Region, Tensor] = {}
     for group in groups.values():
         reached = [region for region in group if region in sums.squares]
         n = sum(sums.n_inputs[region] for region in reached)

@@ -4,7 +4,6 @@ import logging
 import math
 import os
 from collections.abc import Callable, Mapping
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from freebits.errors import CheckpointError, UsageError
 from freebits.huggingface.config_estimate import dense_shapes
 from freebits.huggingface.naming import InMemory, known_config
 from freebits.huggingface.own_text import own_windows
-from freebits.huggingface.runner import BlockRunner
+from freebits.huggingface.runner import FoldedRunner
 from freebits.huggingface.tokens import drawn_windows, token_windows
 from freebits.kind import FLOATS
 from freebits.moves import LOSSY, Slice, Turn, moved_parts, sliced_size
@@ -40,7 +39,7 @@ from freebits.options import DTYPES
 from freebits.packed import HISTORY, SLICED_IN, history_of, is_packed
 from freebits.report import dense_bytes, inspect, write_card
 from freebits.version import __version__
-from freebits.work import Progress, Team, device_of, silent
+from freebits.work import Parallel, Progress, Work, device_of, silent
 
 HELD_OUT = 4
 """Windows on which the cost of slicing is measured."""
@@ -63,7 +62,7 @@ def slice_model(
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     force: bool = False,
-    team: Team | None = None,
+    parallel: Parallel = Parallel(jobs=1),
     resume: bool = True,
     progress: Progress = silent,
 ) -> dict[str, Any]:
@@ -84,13 +83,12 @@ def slice_model(
         device: where to calibrate, in float32.
         dtype: of the sliced weights; by default each keeps its own, and a shortcut has that of the embedding.
         force: write the model even if its perplexity is more than 5 times that of the dense one.
-        team: who does the work, if not this process alone: Ray, or processes of a cluster, among whom windows of text
-            are spread; and whether the stream lies on disk.
+        parallel: who rotates the weights, once the text has run through the model in this process.
         resume: go on with what a stopped run of the same arguments left, block by block.
         progress: called after each block.
 
     Returns:
-        What `inspect(out)` says (of a process that does not lead nothing), and `perplexity` {`dense`, `sliced`} on
+        What `inspect(out)` says, and `perplexity` {`dense`, `sliced`} on
         other windows of the calibration text: how much worse the model is on other text, only `evaluate` can tell.
         None where the text has no other window.
 
@@ -114,21 +112,19 @@ def slice_model(
     where = device_of(device, float64=True)
     said = {"sparsity": sparsity, "samples": samples, "seq_len": seq_len, "seed": seed, "untie": untie, "dtype": dtype}
     arguments = said | {"turned": random_orientation, "text": text_digest(calibration), "device": device}
-    team = team or Team(1)
-    task = Task("slice", checkpoint.path, arguments, team, resume)
-    with new_directory(out, task) as directory, team.crew(task.desk(directory)) as crew:
+    task = Task("slice", checkpoint.path, arguments, resume)
+    with new_directory(out, task) as directory, parallel.executor() as executor:
+        work = Work(executor, task.store(directory))
         if calibration is None:
-            written = partial(own_windows, checkpoint.path, samples + HELD_OUT, seq_len, seed, where)
-            windows = crew.agree("text", written, progress)
+            written = partial(own_windows, checkpoint.path, samples + HELD_OUT, seq_len, seed, where, progress)
+            windows = work.once("text", written)
         else:
             windows = token_windows(checkpoint.path, calibration, seq_len)
         tokens, held_out = drawn_windows(windows, samples, HELD_OUT, seed)
-        runner = BlockRunner(config, architecture, where)
+        runner = FoldedRunner(dense, config, architecture, where)
         orientation = seed if random_orientation else None
-        slicing = Slice(dense, architecture, runner, crew, tokens, held_out, size, orientation)
+        slicing = Slice(dense, architecture, runner, work, tokens, held_out, size, orientation, progress)
         measured = _write_parts(directory, checkpoint, slicing, dtypes, progress)
-        if not crew.leads:
-            return {}
         carry_over(checkpoint.path, directory)
         write_remote_code(directory, SLICED_IN, architecture.family.sliced_classes)
         perplexity = _judge(measured, sparsity, force)
@@ -160,13 +156,9 @@ def _write_parts(
     shapes = {name: kind.shape for name, kind in dense.kinds.items()}
     announced = Layout.sliced(architecture, slicing.size).shapes(architecture, shapes)
     measured: dict[str, float] = {}
-    moved = moved_parts(slicing, dense, architecture.parts, dtypes.__getitem__, slicing.crew, slicing.runner.device)
-    parts = slicing.crew.give("part", _finished, moved)
-    if not slicing.crew.leads:
-        for _ in parts:
-            pass
-        return measured
-    with CheckpointWriter(directory, announced, shard_bytes(checkpoint)) as writer, closing(parts):
+    moved = moved_parts(slicing, dense, architecture.parts, dtypes.__getitem__, slicing.work, slicing.runner.device)
+    parts = slicing.work.map("part", _finished, moved)
+    with CheckpointWriter(directory, announced, shard_bytes(checkpoint)) as writer:
         for done, (tensors, facts) in enumerate(parts, start=1):
             for name, tensor in tensors.items():
                 writer.write(name, tensor)

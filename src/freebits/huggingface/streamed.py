@@ -29,7 +29,7 @@ def window_logits(path: Path, windows: Tensor, seen: Callable[[Source], Source] 
     """
     source = opened(path)
     if source.config.get("quantization_config"):
-        raise UnsupportedModelError(f"the weights in {path} are quantized already, in a way that freebits does not read")
+        raise UnsupportedModelError(f"the weights in {path} are quantized already, which freebits does not read")
     config = known_config(source, path)
     engine = Engine(InMemory(seen(source) if seen else source, config), config, torch.device("cpu"))
     for batch in windows.split(max(1, AT_ONCE // windows.shape[1])):

@@ -6,7 +6,7 @@ from freebits.moves.expanded import Expanded
 from freebits.moves.move import BIT_EXACT, FUNCTION_PRESERVING, LOSSY, Move, Turn, moved_parts
 from freebits.moves.paired import Pairs, free_pairs
 from freebits.moves.placed import Placed
-from freebits.moves.slicing import Slice, sliced_size
+from freebits.moves.slicing import Slice, folded_part, sliced_size
 
 __all__ = [
     "BIT_EXACT",
@@ -20,6 +20,7 @@ __all__ = [
     "Placed",
     "Slice",
     "Turn",
+    "folded_part",
     "free_pairs",
     "moved_parts",
     "sliced_size",

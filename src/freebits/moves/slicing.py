@@ -8,7 +8,6 @@ which is what the sliced sublayer computes, seen in the dense basis.
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,11 +18,9 @@ from freebits.checkpoint import Source
 from freebits.errors import CheckpointError, UsageError
 from freebits.moves.move import Dtypes, Turn
 from freebits.symmetry import fold_embeddings, fold_head, fold_sublayers, random_orthogonal
-from freebits.work import Crew, kept
+from freebits.work import Progress, Work, silent
 
 SIZE_STEP = 8
-_AT_ONCE = 4096
-"""Tokens of a chunk, which is the least that a member of the crew works on."""
 
 
 def sliced_size(hidden_size: int, sparsity: float) -> int:
@@ -41,35 +38,6 @@ def sliced_size(hidden_size: int, sparsity: float) -> int:
     return size
 
 
-@kept
-@dataclass(frozen=True)
-class Chunk:
-    """Some windows of text, and how far calibration has come with them.
-
-    Attributes:
-        tokens: (windows, T).
-        x: the sliced model's stream at the site reached, (windows, T, D).
-        dense: of held-out windows the dense model's, too; None for those that are calibrated on.
-    """
-
-    tokens: Tensor
-    x: Tensor
-    dense: Tensor | None
-
-
-@dataclass(frozen=True)
-class Stream:
-    """How far calibration has come.
-
-    Attributes:
-        held: the chunks, as the crew holds them; None for what lies on the desk.
-        rotation: what the site reached is multiplied by, (D, width).
-    """
-
-    held: list[Any] | None
-    rotation: Tensor
-
-
 @dataclass(frozen=True)
 class Slice:
     """The move, of a dense model.
@@ -78,58 +46,46 @@ class Slice:
         source: the model.
         architecture: what is in it; `tied` if the sliced model is to keep the tie.
         runner: runs it.
-        crew: whose members run some of the windows each.
+        work: keeps the axes of each site.
         tokens: (windows, T), the calibration text.
         held_out: (windows, T), text on which to measure what slicing costs.
         size: `k`, the width to keep; see `sliced_size`.
         seed: where given, the kept subspace of each site is turned at random within itself.
+        progress: called after each site at which axes were found.
     """
 
     source: Source
     architecture: Architecture
     runner: Runner
-    crew: Crew
+    work: Work
     tokens: Tensor
     held_out: Tensor
     size: int
     seed: int | None = None
+    progress: Progress = silent
 
-    def begin(self) -> Stream:
-        """The embedded text, and the rotation of site 0."""
-        untied = self.architecture.with_tie(False)
-        embedded = fold_embeddings(self._read(self.architecture.parts[0]), untied)
-        at_once = max(1, _AT_ONCE // self.tokens.shape[1])
-        chunks = [(tokens, True) for tokens in self.tokens.split(at_once)]
-        chunks += [(tokens, False) for tokens in self.held_out.split(at_once)]
-        streams = [
-            Chunk(tokens, x, None if counts else x.clone())
-            for tokens, counts in chunks
-            for x in [self.runner.embed(embedded, tokens)]
-        ]
-        held = self.crew.hold("embedded", streams)
-        return Stream(held, self._rotation(0, [_covariance(chunk, self.runner) for chunk in streams]))
+    def begin(self) -> dict[str, float]:
+        """Find the axes of all sites; the perplexities of the dense and of the sliced model on the held-out text."""
+        return self.work.once("perplexities", self._calibrated)
 
     def look(self, part: Part) -> None:
-        """Nothing: what a part needs depends on the parts before it."""
+        """Nothing: axes are found before."""
 
-    def step(self, state: Stream, part: Part, seen: None, following: None) -> tuple[Stream, Turn]:  # noqa: ARG002
-        """Fold a part, run the text through it, and find the axes of its sites."""
-        number = self.architecture.parts.index(part)
-        desk, key = self.crew.desk, f"turn-{number}"
-        if desk is not None and desk.has(key) and self.crew.has_kept(f"stream-{number}", self._n_chunks):
-            rotations, facts = desk.get(key)
-            state = Stream(None, rotations[max(rotations)])
-        elif desk is not None and desk.has(f"part-{number}"):
-            return state, Turn()
+    def step(
+        self,
+        state: dict[str, float],
+        part: Part,
+        seen: None,  # noqa: ARG002
+        following: None,  # noqa: ARG002
+    ) -> tuple[dict[str, float], Turn]:
+        """The rotations of a part's sites."""
+        if part.sublayers:
+            sites = [part.sublayers[0].site - 1, *(sub.site for sub in part.sublayers)]
         else:
-            state, rotations, facts = self._stepped(state, part, number)
-            if desk is not None:
-                self.crew.keep(f"stream-{number}", state.held or [])
-                desk.put(key, (rotations, facts))
-                self._clear(number)
-        return state, Turn(
-            rotations, partial(_replaced, self.source, self.architecture, self.runner.device, part), facts=facts
-        )
+            sites = [0 if part is self.architecture.parts[0] else self.architecture.n_sites - 1]
+        rotations = {site: self._rotation(site) for site in sites}
+        replaced = partial(_replaced, self.source, self.architecture, self.runner.device, part)
+        return state, Turn(rotations, replaced, facts=state)
 
     def finish(self, part: Part, tensors: dict[str, Tensor], dtype: Dtypes) -> None:  # noqa: ARG002
         """Whether everything fits.
@@ -144,111 +100,51 @@ class Slice:
                     "dense model itself has weights that are not finite"
                 )
 
-    def _stepped(self, state: Stream, part: Part, number: int) -> tuple[Stream, dict[int, Tensor], dict[str, float]]:
-        """The stream after a part, the rotations of its sites, and what was measured at the last."""
-        held = state.held if state.held is not None else self.crew.kept(f"stream-{number - 1}", self._n_chunks)
-        rotations = {self._site_before(part): state.rotation}
-        for index, sub in enumerate(part.sublayers):
-            run = partial(_run, self.source, self.architecture, self.runner, part, index, rotations[sub.site - 1])
-            held, found = self.crew.spread(f"site-{sub.site}", run, held)
-            rotations[sub.site] = self._rotation(sub.site, found)
-        facts = {}
-        if part is self.architecture.parts[-1] and len(self.held_out):
-            measure = partial(_losses, self.source, self.architecture, self.runner)
-            held, losses = self.crew.spread("losses", measure, held)
-            of_both = zip(*(both for of in losses for both in of), strict=True)
-            facts = dict(zip(("dense", "sliced"), map(perplexity, of_both), strict=True))
-        return Stream(held, rotations[max(rotations)]), rotations, facts
+    def _calibrated(self) -> dict[str, float]:
+        n_held_out = len(self.held_out)
+        sliced = self.runner.losses(torch.cat([self.tokens, self.held_out]), self._projected, n_held_out)
+        if not n_held_out:
+            return {}
+        dense = self.runner.losses(self.held_out, lambda _, x: x, n_held_out)
+        return {"dense": perplexity(dense), "sliced": perplexity(sliced)}
 
-    @property
-    def _n_chunks(self) -> int:
-        at_once = max(1, _AT_ONCE // self.tokens.shape[1])
-        return sum(math.ceil(len(tokens) / at_once) for tokens in (self.tokens, self.held_out))
+    def _projected(self, site: int, x: Tensor) -> Tensor:
+        """The stream of all windows on the axes of a site, which those of the calibration text determine."""
+        axes = self._rotation(site, x[: len(self.tokens)]).to(x.device, x.dtype)
+        self.progress(site + 1, self.architecture.n_sites)
+        if axes.shape[1] == axes.shape[0]:
+            return x
+        return torch.cat([(window @ axes) @ axes.T for window in x.split(1)])
 
-    def _clear(self, number: int) -> None:
-        """Forget what nobody can need any more, who may be one part behind."""
-        if self.crew.leads and self.crew.desk is not None and number > 1:
-            before = number - 2
-            self.crew.forget(f"stream-{before}")
-            for sub in self.architecture.parts[before].sublayers:
-                self.crew.forget(f"site-{sub.site}")
-                self.crew.forget(f"axes-{sub.site}")
-            if self.crew.desk.has(f"part-{before}"):
-                self.crew.desk.drop(f"turn-{before}")
-
-    def _read(self, part: Part) -> dict[str, Tensor]:
-        return _tensors(self.source, part, self.runner.device)
-
-    def _site_before(self, part: Part) -> int:
-        if part.sublayers:
-            return part.sublayers[0].site - 1
-        return 0 if part is self.architecture.parts[0] else self.architecture.n_sites - 1
-
-    def _rotation(self, site: int, covariances: list[Tensor | None]) -> Tensor:
-        """Of a site. An unsliced one has nothing to choose: it stays."""
+    def _rotation(self, site: int, x: Tensor | None = None) -> Tensor:
+        """What the stream at a site is multiplied by, (D, width). An unsliced site has nothing to choose: it stays."""
         D = self.architecture.hidden_size
         width = (Layout.sliced(self.architecture, self.size).widths or ())[site]
         if width == D:
             return torch.eye(D, dtype=torch.float64)
-        return self.crew.agree(f"axes-{site}", partial(self._axes, site, width), covariances)
+        stage = f"axes-{site}"
+        if x is None:
+            axes: Tensor = self.work.result(stage)
+            return axes
+        return self.work.once(stage, lambda: self._axes(site, width, x))
 
-    def _axes(self, site: int, width: int, covariances: list[Tensor | None]) -> Tensor:
-        """The principal ones of the stream; the covariances are added up in place."""
-        total = torch.zeros((), dtype=torch.float64)
-        for one in covariances:
-            total = total if one is None else one.add_(total)
-        kept_axes = principal_axes(total.to(self.runner.device), width).cpu()
+    def _axes(self, site: int, width: int, x: Tensor) -> Tensor:
+        """The principal ones of the stream."""
+        axes = principal_axes(covariance(x.flatten(0, 1)), width).cpu()
         if self.seed is None:
-            return kept_axes
+            return axes
         seed = self.seed * self.architecture.n_sites + site
-        return kept_axes @ random_orthogonal(width, torch.Generator().manual_seed(seed))
-
-
-def _run(
-    source: Source,
-    architecture: Architecture,
-    runner: Runner,
-    part: Part,
-    index: int,
-    rotation: Tensor,
-    chunk: Chunk,
-) -> tuple[Chunk, Tensor | None]:
-    """A chunk after a sublayer of a block, and the covariance of its stream."""
-    block = (part.sublayers[0].site - 1) // len(architecture.family.sublayers)
-    if runner.loaded != block:
-        runner.load(block, _folded(source, architecture, runner.device, part))
-    axes = rotation.to(runner.device, torch.float32)
-    x = torch.empty_like(chunk.x)
-    for window, after in zip(chunk.x.split(1), x.split(1), strict=True):
-        after.copy_(runner.run(index, (window.to(runner.device) @ axes) @ axes.T))
-    dense = None if chunk.dense is None else torch.cat([runner.run(index, window) for window in chunk.dense.split(1)])
-    after_it = Chunk(chunk.tokens, x, dense)
-    return after_it, _covariance(after_it, runner)
-
-
-def _covariance(chunk: Chunk, runner: Runner) -> Tensor | None:
-    return covariance(chunk.x.flatten(0, 1).to(runner.device)).cpu() if chunk.dense is None else None
-
-
-def _losses(
-    source: Source, architecture: Architecture, runner: Runner, chunk: Chunk
-) -> tuple[Chunk, list[tuple[float, float]]]:
-    """What the dense and the sliced model lose on the windows of a chunk that is held out."""
-    if chunk.dense is None:
-        return chunk, []
-    first, *_, last = architecture.parts
-    tensors = _tensors(source, last, runner.device) | _tensors(source, first, runner.device)
-    losses = [runner.losses(tensors, x, chunk.tokens) for x in (chunk.dense, chunk.x)]
-    return chunk, list(zip(*losses, strict=True))
+        return axes @ random_orthogonal(width, torch.Generator().manual_seed(seed))
 
 
 def _replaced(source: Source, architecture: Architecture, device: torch.device, part: Part) -> dict[str, Tensor | None]:
     """What stands in the place of a part's tensors: the folded ones."""
-    folded = _folded(source, architecture, device, part)
+    folded = folded_part(source, architecture, device, part)
     return dict.fromkeys(part.weights.keys() - folded.keys()) | folded
 
 
-def _folded(source: Source, architecture: Architecture, device: torch.device, part: Part) -> dict[str, Tensor]:
+def folded_part(source: Source, architecture: Architecture, device: torch.device, part: Part) -> dict[str, Tensor]:
+    """A part's tensors, with the norms folded into them."""
     tensors = _tensors(source, part, device)
     if part == architecture.parts[0]:
         return fold_embeddings(tensors, architecture)

@@ -100,6 +100,16 @@ class Work:
             return function()
         return _kept(self._store, stage, lambda _: function(), (0, None))
 
+    def result(self, stage: str) -> Any:
+        """The one result of a stage that is finished.
+
+        Raises:
+            LookupError: it is not.
+        """
+        if not self.has(stage):
+            raise LookupError(f"{stage} is not finished")
+        return self.store.get(f"{stage}-0")
+
     def has(self, stage: str) -> bool:
         """Whether the one result of a stage is finished."""
         return self._store is not None and f"{stage}-0" in self._store

@@ -61,7 +61,9 @@ class RayWorkers:
         while pending:
             yield self._result(pending.popleft())
 
-    map_large = map
+    def map_large(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """The same: each worker has one item at a time."""
+        return self.map(function, items)
 
     def _result(self, reference: Any) -> Any:
         refused, result = self._ray.get(reference)
