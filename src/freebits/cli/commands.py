@@ -11,6 +11,7 @@ from freebits import demo
 from freebits.checkpoint import CARD, push, url_of
 from freebits.cli.output import (
     Row,
+    announce,
     changes,
     print_facts,
     print_fidelity,
@@ -43,7 +44,7 @@ def run_demo(arguments: Namespace) -> int:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"--out {directory}: {error.strerror}") from None
-        result = demo.run_demo(directory, progress_bar)
+        result = demo.run_demo(directory, progress_bar, announce)
     if arguments.json:
         return print_json(result)
     rows: list[Row] = [("stage", "bytes", "vs dense", "vs dense untied", "perplexity", "seconds")]

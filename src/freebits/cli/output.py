@@ -60,6 +60,8 @@ def print_facts(facts: dict[str, Any], as_json: bool) -> int:
             print(one_line(f"stored plain: {site.get('name')}: {site.get('reason')}"))
     for move in facts["history"]:
         print(one_line(f"{move.get('move')} ({move.get('fidelity')}), {move.get('producer')}"))
+    if coverage := facts.get("coverage"):
+        print_coverage(coverage)
     if perplexity := facts.get("perplexity"):
         _print_cost(perplexity)
     if kl := facts.get("kl"):
@@ -91,6 +93,25 @@ def print_fidelity(measured: dict[str, Any]) -> None:
         f"\non {measured['text']}: perplexity {perplexity['reference']:.3f} before, {perplexity['packed']:.3f} after "
         f"(x {measured['ratio']:.4f}); mean KL {measured['mean_kl']:.4f} nats a token"
     )
+
+
+def print_coverage(coverage: dict[str, Any]) -> None:
+    """Print which share of the weights was quantized; if it is not nearly all, what was not, and why."""
+    print(f"\n{coverage['share']:.1%} of the weights are quantized")
+    if coverage["share"] < _NEARLY_ALL:
+        total = sum(left["weights"] for left in coverage["left"]) / (1 - coverage["share"])
+        for left in coverage["left"]:
+            if left["weights"] > _WORTH_A_LINE * total:
+                share = left["weights"] / total
+                print(one_line(f"not quantized: {left['tensors']} ({share:.1%} of the weights): {left['reason']}"))
+    if coverage["thin"]:
+        print(
+            f"{coverage['thin']} of {coverage['experts']} matrices of experts multiplied fewer than 64 tokens of the "
+            "calibration text: they are rounded as the average expert of their block; more --samples measure them"
+        )
+
+
+_NEARLY_ALL, _WORTH_A_LINE = 0.98, 0.001
 
 
 def print_ladder(result: dict[str, Any]) -> None:
@@ -146,6 +167,12 @@ def speaking(*, quiet: bool, verbose: bool) -> Iterator[None]:
         _log.setLevel(logging.NOTSET)
         if handler:
             _log.removeHandler(handler)
+
+
+def announce(line: str) -> None:
+    """Print a line on stderr at once, also where nobody watches; nothing if only errors are wanted."""
+    if _log.isEnabledFor(logging.WARNING):
+        print(line, file=sys.stderr, flush=True)
 
 
 def progress_bar(step: str) -> Progress:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
 BUILDING = threading.Lock()
-"""Building a model changes what holds for all threads: transformers sets PyTorch's dtype, we how parameters are made."""
+"""Building a model changes what holds for all threads: transformers sets PyTorch's dtype, we make parameters empty."""
 
 
 def empty_model(config: PreTrainedConfig) -> Any:

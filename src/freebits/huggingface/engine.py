@@ -28,6 +28,7 @@ from freebits.checkpoint import Source
 from freebits.errors import CheckpointError, FreebitsError, UnsupportedModelError, one_line
 from freebits.huggingface.empty_models import empty_model
 from freebits.huggingface.products import Product, Products
+from freebits.work import release_freed_memory
 
 HELD_WHOLE = 2**30
 """Bytes in float32 up to which a model is held whole."""
@@ -82,7 +83,7 @@ class Engine:
         self._recomputes = False
         self._loaded: dict[int, tuple[str, Tensor]] = {}
         self._splits = True
-        self._empty = {name: parameter for name, parameter in _all_parameters(self.model)}
+        self._empty = dict(_all_parameters(self.model))
         self._origins = self._named_origins()
         embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         self.embedding = self._origin_of(embedding)
@@ -272,6 +273,7 @@ class Engine:
                     result = forward(*args, **kwargs)
             if self._left is not None:
                 self._left(number)
+            release_freed_memory()
             return result
 
         module.forward = run
@@ -279,6 +281,7 @@ class Engine:
     @contextmanager
     def _recomputed(self, name: str, module: nn.Module) -> Iterator[None]:
         self._recomputes = True
+        release_freed_memory()
         self.on_recompute()
         try:
             with self._weights_of(name, module):

@@ -1,15 +1,24 @@
-"""Text that a model writes itself: what it has to say is what quantising must not change, whatever its domain."""
+"""Self-generated calibration data: what a model writes is what quantizing must not change, whatever its domain."""
 
 import inspect
+import math
 import os
+import time
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from freebits.errors import CheckpointError, UsageError
 from freebits.huggingface.loading import load
-from freebits.work import Progress, silent
+from freebits.kind import HALVES
+from freebits.report import opened
+from freebits.work import Progress, physical_memory, silent
+
+_TIMES = 7
+_SLOWER = 1.3
+"""By how much 16-bit floats must be slower for float32 to be chosen: a choice that noise does not change."""
 
 
 def own_windows(
@@ -22,7 +31,7 @@ def own_windows(
 ) -> Tensor:
     """Tokens drawn from the model's own predictions at temperature 1, after the token that begins a text.
 
-    The whole model is in memory for that, in its own dtype.
+    The whole model is in memory for that: in its own dtype, or in float32 where that is faster and there is room.
 
     Args:
         path: folder of the model.
@@ -38,7 +47,31 @@ def own_windows(
     Raises:
         UsageError: the model has no token to begin with, or an argument makes no sense.
     """
-    return write_windows(load(path).to(device).eval(), samples, seq_len, seed, progress)
+    return write_windows(
+        load(path, dtype=_fast_dtype(path, device)).to(device).eval(), samples, seq_len, seed, progress
+    )
+
+
+def _fast_dtype(path: str | os.PathLike[str], device: torch.device) -> torch.dtype | str:
+    """Float32 where products of 16-bit floats are slower and a third of the machine's memory holds the model."""
+    kinds = opened(path).kinds.values()
+    halves = {kind.dtype for kind in kinds if kind.code in HALVES}
+    wide = sum(4 * kind.numel for kind in kinds)
+    if device.type != "cpu" or not halves or 3 * wide > physical_memory():
+        return "auto"
+    half = max(halves, key=str)
+    return torch.float32 if _seconds(half) > _SLOWER * _seconds(torch.float32) else "auto"
+
+
+def _seconds(dtype: torch.dtype) -> float:
+    """That a product as in writing takes, at best."""
+    x, W = torch.ones(32, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+    best = math.inf
+    for _ in range(_TIMES):
+        start = time.perf_counter()
+        linear(x, W)
+        best = min(best, time.perf_counter() - start)
+    return best
 
 
 @torch.no_grad()
@@ -52,8 +85,12 @@ def write_windows(model: Any, samples: int, seq_len: int, seed: int, progress: P
     first = model.config.bos_token_id
     first = model.config.eos_token_id if first is None else first
     first = first[0] if isinstance(first, list) else first
-    if first is None:
-        raise UsageError(f"{model.name_or_path} has no token that begins a text: give a text with --calibration")
+    n_ids = model.get_input_embeddings().weight.shape[0]
+    if not isinstance(first, int) or not 0 <= first < n_ids:
+        raise UsageError(
+            f"{model.name_or_path} names no token that begins a text (bos_token_id or eos_token_id is {first}, the "
+            f"vocabulary has {n_ids}): give a text with --calibration"
+        )
     generator = torch.Generator(model.device).manual_seed(seed)
     tokens = torch.full((samples, 1), first, device=model.device)
     cache: dict[str, Any] = {cache_name(model): None}
@@ -74,7 +111,9 @@ def drawn(chances: Tensor, generator: torch.Generator) -> Tensor:
     """
     if not chances.isfinite().all():
         raise CheckpointError("the model's predictions are not finite: its weights overflow, or are damaged")
-    return torch.multinomial(chances, 1, generator=generator)
+    sums = chances.cumsum(-1, dtype=torch.float64)  # much faster than torch.multinomial
+    uniform = torch.rand(*chances.shape[:-1], 1, dtype=torch.float64, device=chances.device, generator=generator)
+    return torch.searchsorted(sums, uniform * sums[..., -1:]).clamp_max(chances.shape[-1] - 1)
 
 
 def cache_name(model: Any) -> str:

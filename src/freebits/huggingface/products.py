@@ -6,6 +6,7 @@ an `einsum` are recognized as well as the weight of a linear layer.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from itertools import product as combinations
 from math import prod
 from typing import Any, NamedTuple
@@ -213,7 +214,7 @@ def _products(
 def _joined(group: list[str], size: dict[str, int], stride: dict[str, int]) -> int | None:
     """The stride of several dimensions that are one in memory; None where they are not one."""
     group = [label for label in group if size[label] > 1] or group[-1:]
-    for outer, inner in zip(group, group[1:], strict=False):
+    for outer, inner in pairwise(group):
         if stride[outer] != stride[inner] * size[inner]:
             return None
     return stride[group[-1]]
