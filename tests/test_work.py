@@ -307,6 +307,14 @@ def test_work_without_a_store_keeps_nothing() -> None:
             _ = work.store
 
 
+def test_a_cluster_that_is_not_there_is_refused_at_once() -> None:
+    with (
+        pytest.raises(freebits.UsageError, match=r"no Ray cluster at 127\.0\.0\.1:1 "),
+        Parallel(backend="ray", address="127.0.0.1:1").executor(),
+    ):
+        pass
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
