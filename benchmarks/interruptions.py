@@ -1,11 +1,11 @@
-"""Runs that are killed at random moments, of the demo model: they go on to the same bytes.
+"""Kill runs on the demo model at random moments, resume them, and compare the results byte for byte.
 
     python -m benchmarks.interruptions SCRATCH [--kills 20] [--runs 10] [--ways "slice: one process; slice: Ray; …"]
 
-`slice` and `quantize` are killed (SIGKILL) `--kills` times on the way to one result, each time after a part of the
-plain run's seconds drawn at random, and given again. Then `--runs` runs each of three ranks, one of which is killed at
-a random moment and started again, and of Ray, one of whose workers is. Every result is compared with the plain run's,
-file by file. Rows of ways that are not run again stay.
+One process of `slice` and of `quantize` is killed (SIGKILL) `--kills` times before it may finish, each time after a
+random fraction of the plain run's seconds, and rerun. Then each command runs `--runs` times on Ray, and one of Ray's
+workers is killed at a random moment. Every result is compared with the plain run's, file by file. Rows in the CSV file
+for ways that are not run again stay.
 """
 
 import argparse
@@ -24,9 +24,9 @@ from benchmarks.results import RESULTS, print_table, save_csv
 from freebits.calibration import embedded_text
 from freebits.huggingface.demo_model import demo_model
 
-HEADER = ("verb", "how", "interruptions", "finished pieces found again", "seconds of the plain run", "result")
-WORLD, ONE = 3, "one process"
-WAYS = [f"{verb}: {how}" for verb in ("slice", "quantize") for how in (ONE, f"{WORLD} ranks", "Ray")]
+HEADER = ("command", "how", "interruptions", "finished pieces found again", "seconds of the plain run", "result")
+ONE, RAY = "one process", "Ray"
+WAYS = [f"{command}: {how}" for command in ("slice", "quantize") for how in (ONE, RAY)]
 SAMPLES = {
     "slice": ["--sparsity", "0.2", "--samples", "4", "--seq-len", "256", "--force"],
     "quantize": ["--bits", "4", "--samples", "2"],
@@ -34,7 +34,7 @@ SAMPLES = {
 
 
 def main() -> None:
-    """Interrupt every verb in every way, print and save."""
+    """Interrupt both commands in every way, print and save."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("scratch", type=Path)
     parser.add_argument("--kills", type=int, default=20)
@@ -47,18 +47,18 @@ def main() -> None:
     model, draw = demo_model(), random.Random(0)  # noqa: S311  (no secret)
     ways = [way.strip() for way in arguments.ways.split(";")]
     rows: list[tuple[object, ...]] = [row for row in saved() if f"{row[0]}: {row[1]}" not in ways]
-    for verb, options in SAMPLES.items():
-        chosen = [way.partition(": ")[2] for way in ways if way.startswith(f"{verb}: ")]
+    for name, options in SAMPLES.items():
+        chosen = [way.partition(": ")[2] for way in ways if way.startswith(f"{name}: ")]
         if not chosen:
             continue
-        command = [verb, str(model), "OUT", "--calibration", str(scratch / "text"), *options]
+        command = [name, str(model), "OUT", "--calibration", str(scratch / "text"), *options]
         start = time.perf_counter()
         subprocess.run(typed(command, scratch / "plain"), check=True, capture_output=True)
         seconds = time.perf_counter() - start
         for how in chosen:
             times = arguments.kills if how == ONE else arguments.runs
             kills, found, equal = HOW[how](command, scratch, times, seconds, draw)
-            rows.append((verb, how, kills, found, f"{seconds:.0f}", "the same bytes" if equal else "DIFFERS"))
+            rows.append((name, how, kills, found, f"{seconds:.0f}", "the same bytes" if equal else "DIFFERS"))
             print(rows[-1], flush=True)
             save_csv("interruptions", HEADER, rows)
         shutil.rmtree(scratch / "plain")
@@ -84,7 +84,7 @@ def started(command: list[str]) -> subprocess.Popen[bytes]:
 
 
 def killed(command: list[str], scratch: Path, times: int, seconds: float, draw: random.Random) -> tuple[int, int, bool]:
-    """One process, killed until it has been so often, then left alone; again where it was done before that."""
+    """Kill one process so many times, then let it finish. If it finishes earlier, start again."""
     out, kills, found, equal = scratch / "out", 0, 0, True
     while kills < times:
         found += n_pieces(scratch)
@@ -100,34 +100,10 @@ def killed(command: list[str], scratch: Path, times: int, seconds: float, draw: 
     return kills, found, equal and finished(started(typed(command, out)), out, scratch)
 
 
-def rank_killed(
-    command: list[str], scratch: Path, times: int, seconds: float, draw: random.Random
-) -> tuple[int, int, bool]:
-    """Three ranks, one of which is killed and started again."""
-    out, kills, found, equal = scratch / "out", 0, 0, True
-    for _ in range(times):
-        jobs = [] if command[0] == "slice" else ["--jobs", "1"]
-        ranks = [
-            started(typed(command, out, "--rank", str(rank), "--world", str(WORLD), *jobs)) for rank in range(WORLD)
-        ]
-        victim = draw.randrange(WORLD)
-        time.sleep(draw.uniform(0.2, 0.9) * seconds)
-        if ranks[victim].poll() is None:
-            ranks[victim].kill()
-            ranks[victim].wait()
-            kills += 1
-            found += n_pieces(scratch)
-            ranks[victim] = started(ranks[victim].args)  # type: ignore[arg-type]
-        for rank in ranks[1:]:
-            rank.wait()
-        equal &= finished(ranks[0], out, scratch)
-    return kills, found, equal
-
-
 def worker_killed(
     command: list[str], scratch: Path, times: int, seconds: float, draw: random.Random
 ) -> tuple[int, int, bool]:
-    """A local cluster of Ray, of which a worker at work is killed."""
+    """Run on a local Ray cluster, and kill a worker that is running a piece."""
     out, kills, found, equal = scratch / "out", 0, 0, True
     for _ in range(times):
         process = started(typed(command, out, "--backend", "ray"))
@@ -144,8 +120,7 @@ def worker_killed(
 
 HOW: dict[str, Callable[[list[str], Path, int, float, random.Random], tuple[int, int, bool]]] = {
     ONE: killed,
-    f"{WORLD} ranks": rank_killed,
-    "Ray": worker_killed,
+    RAY: worker_killed,
 }
 
 
@@ -171,7 +146,7 @@ def ancestors(process: int) -> list[int]:
 
 
 def n_pieces(scratch: Path) -> int:
-    """Finished pieces in a draft."""
+    """Finished pieces in the staging directory."""
     return sum(1 for _ in scratch.glob(".out*/unfinished/*.safetensors"))
 
 

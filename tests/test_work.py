@@ -222,6 +222,14 @@ def test_a_killed_process_is_resumed(name: str, dense: Path, tmp_path: Path) -> 
     assert not [*tmp_path.glob(".out*")]
 
 
+def test_a_cluster_that_is_not_there_is_refused_at_once() -> None:  # before the tests that start one
+    with (
+        pytest.raises(freebits.UsageError, match=r"no Ray cluster at 127\.0\.0\.1:1 "),
+        Parallel(backend="ray", address="127.0.0.1:1").executor(),
+    ):
+        pass
+
+
 @pytest.fixture(scope="module")
 def ray() -> Iterator[None]:
     import ray

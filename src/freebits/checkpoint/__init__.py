@@ -33,7 +33,7 @@ from freebits.checkpoint.folder import (
 from freebits.checkpoint.hub import located, push
 from freebits.checkpoint.remote import exists, fill, original, url_of
 from freebits.checkpoint.signature import SIGNATURE, check_key, check_signature, sign
-from freebits.checkpoint.tasks import Task, text_digest, unchanged
+from freebits.checkpoint.task import Task, text_digest, unchanged
 from freebits.checkpoint.weights import ENTRY, LENGTH, Entry, WeightsFile, WeightsWriter, parse_header
 from freebits.checkpoint.writer import WEIGHTS, CheckpointWriter, shard_bytes
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from freebits.checkpoint.remote import check_new, staging_of, upload, url_of
-from freebits.checkpoint.tasks import UNFINISHED, Task
+from freebits.checkpoint.task import UNFINISHED, Task
 from freebits.errors import CheckpointError, one_line
 
 _log = logging.getLogger(__name__)

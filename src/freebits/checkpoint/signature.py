@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from freebits.checkpoint.tasks import UNFINISHED
+from freebits.checkpoint.task import UNFINISHED
 from freebits.errors import CheckpointError, UsageError, one_line
 
 SIGNATURE = "model.sig"

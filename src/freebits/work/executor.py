@@ -44,7 +44,7 @@ class Parallel:
     Attributes:
         jobs: pieces at once; by default one for each of PyTorch's threads, at most four, and fewer of large pieces.
         backend: `threads` of this process, or `ray`.
-        address: of a Ray cluster; by default a local one is started.
+        address: HOST:PORT of a Ray cluster; by default the one that runs on this machine, else a new one.
 
     Raises:
         UsageError: there is no such backend, or `jobs` is less than one.

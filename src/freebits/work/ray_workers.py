@@ -1,10 +1,12 @@
 """Workers of Ray, which spreads pieces over machines and does again what was lost with a worker."""
 
 import os
+import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -15,11 +17,13 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 _RETRIES = 8
 """How often a piece is done again whose worker died, or failed for a reason that is not in the piece."""
+_TIMEOUT = 10
+"""Seconds in which a cluster must accept a connection. Ray itself would try for many minutes."""
 
 
 @contextmanager
 def ray_workers(address: str | None) -> Iterator["RayWorkers"]:
-    """A cluster at an address, or one of this machine alone for as long as this lasts.
+    """The cluster at an address; by default the one that runs on this machine, else a new one until the block ends.
 
     Raises:
         UsageError: Ray is not installed, or there is no cluster.
@@ -32,6 +36,7 @@ def ray_workers(address: str | None) -> Iterator["RayWorkers"]:
     ours = not ray.is_initialized()
     if ours:
         try:
+            _check_reachable(address)
             ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         except Exception as error:  # of several kinds
             raise UsageError(f"no Ray cluster at {address or 'this machine'} ({one_line(error, 160)})") from None
@@ -57,7 +62,7 @@ class RayWorkers:
         for item in items:
             if len(pending) == self._at_once:
                 yield self._result(pending.popleft())
-            pending.append(self._run.remote(sent, item))
+            pending.append(self._run.remote(sent, item, Path.cwd()))
         while pending:
             yield self._result(pending.popleft())
 
@@ -72,8 +77,20 @@ class RayWorkers:
         return result
 
 
-def _run(function: Callable[..., Any], item: Any) -> tuple[FreebitsError | None, Any]:
-    """A piece in a worker, which has one processor. Bad input would be bad again, so its error is handed back."""
+def _check_reachable(address: str | None) -> None:
+    """Raise an `OSError` if nothing accepts connections at HOST:PORT."""
+    host, _, port = (address or "").rpartition(":")
+    if port.isdigit() and "//" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), _TIMEOUT).close()
+
+
+def _run(function: Callable[..., Any], item: Any, folder: Path) -> tuple[FreebitsError | None, Any]:
+    """Run a piece in a worker, which has one processor.
+
+    Relative paths start from `folder`, where that exists. An error in the input would occur again, so it is returned.
+    """
+    with suppress(OSError):
+        os.chdir(folder)
     torch.set_num_threads(1)
     try:
         return None, function(item)
