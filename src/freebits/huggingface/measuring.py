@@ -267,17 +267,17 @@ def _embeddings(running: RunningModel, sums: Sums, work: Work, rotation: int | N
     engine, named = running.engine, running.named
     likely = (sums.likely / sums.n_tokens).clamp_min(_TINY) * sums.scale
     tempered = likely**_TEMPER
-    tempered *= (likely / tempered).mean()
+    tempered *= (likely / tempered).mean() / likely.mean()
     per_row: dict[str, tuple[Tensor, Tensor]] = {}
     for name, outer in sums.lookups.items():
         n_rows = prod(named.kinds[name].shape[:-1])
-        weight = _resized(tempered / tempered.mean(), n_rows)
+        weight = _resized(tempered, n_rows)
         per_row[name] = outer.double() / sums.n_tokens / n_rows, weight
     if engine.head is not None and sums.head is not None:
         of_head = sums.head.double() / sums.n_tokens * likely.mean()
         before = per_row.get(engine.head)
         of_both = of_head if before is None else of_head + before[0]
-        per_row[engine.head] = of_both, _resized(tempered / tempered.mean(), prod(named.kinds[engine.head].shape[:-1]))
+        per_row[engine.head] = of_both, _resized(tempered, prod(named.kinds[engine.head].shape[:-1]))
     regions = [Region(name, 0, prod(named.kinds[name].shape[:-1]), False) for name in per_row]
     inputs = [
         Inputs(f"embedding-{number}", (region,), sums.n_tokens, per_row[region.name][0])
