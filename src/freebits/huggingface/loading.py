@@ -19,7 +19,7 @@ from transformers import (
 from freebits.checkpoint import CONFIG, Checkpoint, fill, is_adapter, located
 from freebits.errors import CheckpointError, FreebitsError, one_line
 from freebits.huggingface.integer_layers import with_integers
-from freebits.huggingface.packed_models import adopt_generation_settings, from_tensors
+from freebits.huggingface.packed_models import adopt_generation_settings, from_tensors, with_floats
 from freebits.huggingface.pivoted_layers import with_pivots
 from freebits.packed import PackedFolder
 from freebits.report import opened
@@ -119,7 +119,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     options: dict[str, Any] = {}
     if isinstance(folder, PackedFolder) and folder.config.get("model_type") in CONFIG_MAPPING:
         # some tokenizers are known by their model's type
-        options["config"] = CONFIG_MAPPING[folder.config["model_type"]].from_dict(dict(folder.config))
+        options["config"] = CONFIG_MAPPING[folder.config["model_type"]].from_dict(with_floats(folder.config))
     with one_line_errors(path, "tokenizer"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             path, local_files_only=True, trust_remote_code=False, **options

@@ -25,6 +25,8 @@ from freebits.errors import CheckpointError, UnsupportedModelError
 from freebits.kind import DTYPES
 from freebits.packed import PackedFolder
 
+_FLOAT = "__float__"
+
 
 class PackedConfig(PreTrainedConfig):
     """What the `config.json` of a packed folder says; the model's own stands under `model`, or in the manifest."""
@@ -70,7 +72,9 @@ class PackedForCausalLM:
         folder = _local_folder(path, kwargs)
         packed = PackedFolder(folder, verify=verify)
         kept = {key: kwargs.pop(key) for key in ("dtype", "torch_dtype", "quantization_config") if key in kwargs}
-        inner, rest = inner_config(packed.config).from_dict(dict(packed.config), return_unused_kwargs=True, **kwargs)
+        inner, rest = inner_config(packed.config).from_dict(
+            with_floats(packed.config), return_unused_kwargs=True, **kwargs
+        )
         for name, of in packed.model_kinds.items():
             if of.code not in DTYPES:
                 raise CheckpointError(f"tensor {name} has dtype {of.code}: unpack it, then load")
@@ -87,7 +91,7 @@ class PackedForCausalLM:
     def _from_config(cls, config: Any, **kwargs: Any) -> Any:
         """A model with random weights, as `from_config` makes it."""
         told = getattr(config, "model", None) or PackedFolder(_local_folder(config.name_or_path, {})).config
-        return AutoModelForCausalLM.from_config(inner_config(told).from_dict(dict(told)), **kwargs)
+        return AutoModelForCausalLM.from_config(inner_config(told).from_dict(with_floats(told)), **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
@@ -120,6 +124,13 @@ def adopt_generation_settings(model: Any, folder: Path) -> None:
     """Read `generation_config.json`, which `from_pretrained` skips where it is given the weights."""
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
+
+
+def with_floats(value: Any) -> Any:
+    """A config with the floats for which JSON has no word, which transformers writes as `{"__float__": "Infinity"}`."""
+    if isinstance(value, Mapping):
+        return float(value[_FLOAT]) if value.keys() == {_FLOAT} else {k: with_floats(v) for k, v in value.items()}
+    return [with_floats(part) for part in value] if isinstance(value, list) else value
 
 
 def inner_config(config: Mapping[str, Any]) -> type[PreTrainedConfig]:
