@@ -1,6 +1,7 @@
 """Slicing: the principal axes, kept; the rest, gone."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ from freebits.calibration import covariance, perplexity, principal_axes
 from freebits.checkpoint import Checkpoint
 from freebits.errors import CheckpointError, UsageError
 from freebits.huggingface import load, slice_checkpoint, token_windows
-from freebits.huggingface.runner import BlockRunner
+from freebits.huggingface.naming import InMemory
+from freebits.huggingface.runner import FoldedRunner
 from freebits.huggingface.slice_checkpoint import HELD_OUT
 from freebits.huggingface.tokens import drawn_windows
 from freebits.moves import sliced_size
-from freebits.symmetry import fold_embeddings, fold_sublayers, random_orthogonal
+from freebits.symmetry import random_orthogonal
 from tests.tiny import VARIANTS, Make, change_config, random_text
 
 
@@ -246,14 +248,22 @@ def test_every_block_runs_as_itself(save_tiny: Make) -> None:
     tokens = torch.randint(96, (2, 32), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = model.eval()(tokens, output_hidden_states=True).hidden_states
-    runner = BlockRunner(AutoConfig.from_pretrained(dense), architecture, torch.device("cpu"))
-    x = runner.embed(fold_embeddings(tensors, architecture), tokens)
-    for block, part in enumerate(architecture.parts[1:-1]):
-        runner.load(block, fold_sublayers(tensors, architecture, part.sublayers))
-        for index in range(2):
-            x = torch.cat([runner.run(index, window) for window in x.split(1)])
-        if block < 2:  # the last one is given after the final norm
-            assert (x - expected[block + 1]).abs().max() < 1e-4
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    config = AutoConfig.from_pretrained(dense)
+    runner = FoldedRunner(InMemory(Checkpoint(dense), config), config, architecture, torch.device("cpu"))
+    seen: dict[int, Tensor] = {}
+
+    def at_site(site: int, x: Tensor) -> Tensor:
+        seen[site] = x.clone()
+        return x
+
+    with torch.no_grad():
+        losses = runner.losses(tokens, at_site, 1)
+    assert sorted(seen) == list(range(7))
+    for block in range(3):  # the library gives the last one after the final norm only
+        assert (seen[2 * block] - expected[block]).abs().max() < 1e-4
+    logits = model(tokens[1:]).logits[0, :-1]
+    assert math.isclose(losses[0], torch.nn.functional.cross_entropy(logits, tokens[1, 1:]).item(), rel_tol=1e-4)
 
 
 @pytest.mark.parametrize(

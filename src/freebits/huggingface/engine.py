@@ -30,10 +30,6 @@ from freebits.huggingface.empty_models import empty_model
 from freebits.huggingface.products import Product, Products
 from freebits.work import release_freed_memory
 
-HELD_WHOLE = 2**30
-"""Bytes in float32 up to which a model is held whole."""
-_SPILLED = 2**30
-"""Bytes of the stream before all blocks, above which it lies on disk."""
 _PROBE = 12
 """Tokens on which the model is tried first."""
 Left = Callable[[int], None]
@@ -58,6 +54,8 @@ class Engine:
         config: what transformers makes of its config.
         device: where to run.
         change: changes the library's model before its weights are read.
+        held_whole: bytes in float32 up to which a model is held whole.
+        spilled: bytes of the stream before all blocks above which it lies on disk.
 
     Raises:
         CheckpointError: a tensor is missing.
@@ -70,6 +68,9 @@ class Engine:
         config: PreTrainedConfig,
         device: torch.device,
         change: Callable[[Any], None] = lambda _: None,
+        *,
+        held_whole: int = 2**30,
+        spilled: int = 2**30,
     ) -> None:
         self.model = empty_model(config)
         change(self.model)
@@ -77,6 +78,7 @@ class Engine:
         self.used: dict[str, int] = {}
         self.runs: list[str] = []
         self._source = source
+        self._spilled = spilled
         self.on_recompute: Callable[[], None] = _nothing
         self._left: Left | None = None
         self._entered = 0
@@ -92,7 +94,7 @@ class Engine:
         units = dict(_blocks(self.model))
         self.blocks = tuple(units)
         distinct = {self._origins[name]: tensor.numel() for name, tensor in self._empty.items()}
-        self.held_whole = 4 * sum(distinct.values()) <= HELD_WHOLE
+        self.held_whole = 4 * sum(distinct.values()) <= held_whole
         inside = tuple(f"{name}." for name in units)
         around = {} if self.held_whole else dict(_layers_around(self.model, inside))
         for name, module in {**units, **around}.items():
@@ -174,7 +176,7 @@ class Engine:
         """For a forward and a backward pass: what is kept between blocks lies in a folder, if it is large."""
         width = getattr(self.model.config.get_text_config(), "hidden_size", 0)
         size = 4 * windows.numel() * width
-        if size * len(self.runs) < _SPILLED:
+        if size * len(self.runs) <= self._spilled:
             yield
             return
         with tempfile.TemporaryDirectory(dir=folder) as scratch:

@@ -22,8 +22,6 @@ from freebits.kind import FLOATS
 from freebits.report import opened
 from freebits.work import Progress, Work, WorkStore, kept, silent
 
-ACTIVATIONS = 2**31
-"""Bytes of activations of a block in the backward pass up to which all windows are one group."""
 _TEMPER = 0.25
 """Power with which a token's frequency counts: a text tells which tokens are rare, not how rare they are elsewhere."""
 _TINY = torch.finfo(torch.float32).tiny
@@ -99,7 +97,14 @@ class _Factored:
 
 
 def measure_matrices(
-    running: RunningModel, tokens: Tensor, work: Work, seed: int, rotation: int | None, progress: Progress
+    running: RunningModel,
+    tokens: Tensor,
+    work: Work,
+    seed: int,
+    rotation: int | None,
+    progress: Progress,
+    *,
+    at_once: int = 2**31,
 ) -> Measured:
     """Run the calibration text, and find what is known of each matrix.
 
@@ -110,8 +115,9 @@ def measure_matrices(
         seed: of the labels that are drawn.
         rotation: seed of the rotation in which matrices are rounded, if any.
         progress: called after each block, forwards and backwards.
+        at_once: bytes of activations of a block in the backward pass up to which windows are one group.
     """
-    groups = groups_of(tokens, running.engine)
+    groups = groups_of(tokens, running.engine, at_once)
     if len(groups) == 1:  # sums are complete when a block is left
         sums, factored = work.once(
             "measured", partial(_measured_at_once, running, tokens, work, seed, rotation, progress)
@@ -138,7 +144,7 @@ def measure_matrices(
     return Measured(matrices, len(experts), len(thin))
 
 
-def groups_of(tokens: Tensor, engine: Engine) -> list[tuple[int, Tensor]]:
+def groups_of(tokens: Tensor, engine: Engine, at_once: int) -> list[tuple[int, Tensor]]:
     """Windows in as few equal groups as keep a block's activations small; each with the number of its first window.
 
     How many there are depends on the model and the text alone, never on the machine.
@@ -147,7 +153,7 @@ def groups_of(tokens: Tensor, engine: Engine) -> list[tuple[int, Tensor]]:
     width = getattr(config, "hidden_size", None) or max((shape[-1] for shape in engine.matrices.values()), default=1)
     in_blocks = [shape for name, shape in engine.matrices.items() if name.startswith(engine.blocks)]
     inner = max((max(shape[-2:]) for shape in in_blocks), default=width)
-    n_tokens = max(tokens.shape[1], ACTIVATIONS // (4 * (3 * inner + 8 * width)))
+    n_tokens = max(tokens.shape[1], at_once // (4 * (3 * inner + 8 * width)))
     n_groups = -(-tokens.numel() // n_tokens)
     size = -(-len(tokens) // n_groups)
     return [(start, tokens[start : start + size]) for start in range(0, len(tokens), size)]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 _BLOCK = 128
-_ACCURACY = 1e-2
+_ACCURACY = 1e-3
 Round = Callable[[Tensor, int], Tensor]
 """What some columns, (n, width), starting with a given one, are rounded to."""
 
@@ -19,7 +19,7 @@ Round = Callable[[Tensor, int], Tensor]
 def inverse_factor(gram: Tensor, damping: float) -> Tensor:
     """`U`, upper triangular with `H⁻¹ = Uᵀ U`, (m, m), float32: the Cholesky factor of the inverse Hessian (GPTQ).
 
-    In float32, unless it is not accurate to a hundredth there, then in float64.
+    In float32, unless it is not accurate to a thousandth there, then in float64.
 
     Args:
         gram: `H`, (m, m), positive semi-definite.
