@@ -16,6 +16,8 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
+from freebits.huggingface.blockwise import BlockwiseModel
+from freebits.huggingface.shelf import Shelf
 from torch.nn.functional import kl_div, log_softmax
 from tqdm import tqdm
 
@@ -25,13 +27,11 @@ from freebits.calibration import perplexity
 from freebits.checkpoint import Checkpoint, new_directory
 from freebits.evaluation.perplexity import logits, loss
 from freebits.huggingface import load, token_windows
-from freebits.huggingface.blockwise import BlockwiseModel
 from freebits.huggingface.own_text import own_windows
 from freebits.huggingface.packed_models import inner_config
 from freebits.huggingface.quantize_checkpoint import SAMPLES, WINDOW
 from freebits.huggingface.rounding import Goal, write_rounded
 from freebits.huggingface.sensitivities import measure_sensitivities
-from freebits.huggingface.shelf import Shelf
 from freebits.packed import PackedFolder, publish
 from freebits.report import bytes_on_disk
 from freebits.work import Parallel, Work, WorkStore
