@@ -68,7 +68,7 @@ def main() -> None:
             print("; ".join(row), flush=True)
         if not arguments.types:
             save_csv("model_types", HEADER, rows)
-    print_table([HEADER, *rows])
+    print_table(HEADER, rows)
     quantized = {row[0] for row in rows if row[3] == "yes" and float(row[4]) > 0.9}
     built = {row[0] for row in rows if row[2] != "cannot be built"}
     print(f"{len(quantized)} of {len(built)} types that can be built are quantized with a share above 0.9")
@@ -110,7 +110,9 @@ def measured(dense: Path, expected: Tensor) -> tuple[str, ...]:
     with torch.no_grad():
         cost = kl(expected, model(input_ids=TOKENS, use_cache=False).logits)
     noisy = kl(expected, plain_logits(with_noise(dense), TOKENS))
-    own = attempt(lambda: freebits.quantize(dense, dense.with_name("own"), samples=2, seq_len=16) and "yes")
+    own = attempt(
+        lambda: freebits.quantize(dense, dense.with_name(f"{dense.name}-own"), samples=2, seq_len=16) and "yes"
+    )
     options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     generates = attempt(lambda: "yes" if model.generate(TOKENS[:1, :8], **options).shape[1] > 8 else "no")
     return (engine, "yes", f"{share:.4f}", f"{cost:.2g}", f"{noisy:.2g}", own, generates)

@@ -11,13 +11,12 @@ import argparse
 import csv
 import shutil
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from freebits.huggingface.blockwise import BlockwiseModel
-from freebits.huggingface.shelf import Shelf
 from torch.nn.functional import kl_div, log_softmax
 from tqdm import tqdm
 
@@ -27,14 +26,14 @@ from freebits.calibration import perplexity
 from freebits.checkpoint import Checkpoint, new_directory
 from freebits.evaluation.perplexity import logits, loss
 from freebits.huggingface import load, token_windows
+from freebits.huggingface.measuring import RunningModel, measure_matrices
 from freebits.huggingface.own_text import own_windows
-from freebits.huggingface.packed_models import inner_config
 from freebits.huggingface.quantize_checkpoint import SAMPLES, WINDOW
 from freebits.huggingface.rounding import Goal, write_rounded
-from freebits.huggingface.sensitivities import measure_sensitivities
+from freebits.huggingface.sensitivity_cache import SensitivityCache, whole_tensors
 from freebits.packed import PackedFolder, publish
 from freebits.report import bytes_on_disk
-from freebits.work import Parallel, Work, WorkStore
+from freebits.work import Parallel, Work, WorkStore, silent
 
 RESULTS = Path(__file__).parent / "results" / "quantise.csv"
 HEADER = ("row", "bits", "bytes", "perplexity", "ratio", "mean_kl")
@@ -75,24 +74,25 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, help="keep what was made here")
     arguments = parser.parse_args()
     wanted = [name for name in ROWS if any(part in name for part in arguments.only.split(";"))]
-    with tempfile.TemporaryDirectory() as made:
+    with tempfile.TemporaryDirectory() as made, ExitStack() as stack:
         scratch = arguments.scratch or Path(made)
         dense = scratch / "off-grid"
         if not dense.is_dir():
             off_grid(dense)
         text = (arguments.data / "wikitext-2-raw" / "wiki.valid.raw").read_text(encoding="utf-8")
         windows = token_windows(dense, text, 1024, WINDOWS)
-        shelves, source = calibrated(dense, scratch)
+        executor = stack.enter_context(Parallel().executor())
+        caches, source = calibrated(dense, Work(executor, WorkStore(scratch / "store")))
         reference = load(dense, dtype=torch.float32).eval()
         for name in wanted:
             which, rotation, goal = ROWS[name]
-            shelf = shelves[rotation]
+            cache = caches[rotation]
             embedding = "model.embed_tokens.weight"
-            chosen = {n for n in shelf.budgets if which == "all" or (n == embedding) == (which == "embeddings")}
+            chosen = {n for n in cache.tensors if which == "all" or (n == embedding) == (which == "embeddings")}
             out = scratch / name.replace(" ", "-").replace(",", "")
             shutil.rmtree(out, ignore_errors=True)
             with new_directory(out) as directory:
-                contents = write_rounded(directory, source, shelf.only(chosen), goal, "entropy", None, lambda *_: None)
+                contents = write_rounded(directory, source, cache.only(chosen), goal, "entropy", executor, silent)
                 history: list[dict[str, Any]] = [{"move": goal.method, "fidelity": "lossy"}]
                 publish(directory, source, contents, source.config, (goal.method, "auto"), history)
             folder = PackedFolder(out)
@@ -155,18 +155,17 @@ def peers() -> list[tuple[str, int, float]]:
     ]
 
 
-def calibrated(dense: Path, scratch: Path) -> tuple[dict[str, Shelf], Checkpoint]:
+def calibrated(dense: Path, work: Work) -> tuple[dict[str, SensitivityCache], Checkpoint]:
     """What is known of each matrix, as it is and rotated."""
-    source = Checkpoint(dense)
-    model = BlockwiseModel(source, inner_config(source.config).from_dict(dict(source.config)), torch.device("cpu"))
-    tokens = own_windows(dense, SAMPLES, WINDOW, 0, torch.device("cpu"), lambda *_: None)
-    with Parallel().executor() as executor:
-        work = Work(executor, WorkStore(scratch / "store"))
-        shelves = {"none": Shelf(work, None, ()), "hadamard": Shelf(work, 0, (), "rotated-")}
-        for part, found in measure_sensitivities(model, tokens, work, 0, lambda *_: None):
-            for shelf in shelves.values():
-                shelf.add(part, found, source)
-    return shelves, source
+    source, running = Checkpoint(dense), RunningModel(dense, torch.device("cpu"))
+    tokens = own_windows(dense, SAMPLES, WINDOW, 0, torch.device("cpu"))
+    caches = {}
+    for name, rotation in (("none", None), ("hadamard", 0)):
+        apart = Work(work.executor, WorkStore(work.store.folder / name))
+        measured = measure_matrices(running, tokens, apart, 0, rotation, silent)
+        caches[name] = SensitivityCache(apart, source, rotation)
+        caches[name].add(whole_tensors(measured.matrices, source))
+    return caches, source
 
 
 @torch.no_grad()

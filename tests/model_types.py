@@ -81,6 +81,7 @@ DROP: Any = ...
 """As a value: leave it to the library."""
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 EXCEPTIONS: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1], "layer_types": DROP, "layers_block_type": DROP},
     "blt": {
         "encoder_config": {"hidden_size_global": 64, "num_key_value_heads": 4},
         "decoder_config": {"hidden_size_global": 64, "num_key_value_heads": 4},
@@ -171,11 +172,12 @@ def shrunk(config: PreTrainedConfig) -> dict[str, Any]:
     """The arguments of a config, each that `SIZES` knows with its size there."""
     told = config.to_dict()
     changes: dict[str, Any] = {}
+    always = ("bos_token_id", "eos_token_id")
     for key, value in told.items():
         inner = None if value is None or not isinstance(value, dict) else getattr(config, key, None)
         if isinstance(inner, PreTrainedConfig):
             changes[key] = shrunk(inner)
-        elif key in SIZES and value is not None and not isinstance(value, (list, dict)):
+        elif key in SIZES and (value is not None or key in always) and not isinstance(value, list | dict):
             changes[key] = SIZES[key]
         elif key in ("rope_scaling", "rope_parameters") and "mrope_section" in str(value):
             changes[key] = value | {"mrope_section": [2, 3, 3]}
@@ -221,7 +223,7 @@ def save_tiny_type(
     fill(model, seed)
     model.to(dtype).save_pretrained(folder, save_original_format=original_format)
     words = Tokenizer(models.WordLevel({f"w{i:03}": i for i in range(VOCABULARY)}, unk_token="w000"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w000", eos_token="w001").save_pretrained(folder)
     return folder
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from freebits.errors import CheckpointError, UsageError
+from freebits.errors import CheckpointError, UnsupportedModelError, UsageError, one_line
 from freebits.huggingface.loading import load
 from freebits.kind import HALVES
 from freebits.report import opened
@@ -95,8 +95,14 @@ def write_windows(model: Any, samples: int, seq_len: int, seed: int, progress: P
     tokens = torch.full((samples, 1), first, device=model.device)
     cache: dict[str, Any] = {cache_name(model): None}
     for done in range(1, seq_len):
-        output = model(input_ids=tokens[:, -1:], use_cache=True, **cache)
-        cache = {name: getattr(output, name) for name in cache}
+        try:
+            output = model(input_ids=tokens[:, -1:], use_cache=True, **cache)
+            cache = {name: getattr(output, name) for name in cache}
+        except Exception as error:  # the library's kinds of error are many
+            finding = one_line(" ".join(str(error).split()) or type(error).__name__, 200)
+            raise UnsupportedModelError(
+                f"transformers cannot write a text with this model ({finding}): give one with --calibration"
+            ) from error
         chances = output.logits[:, -1].float().softmax(-1)
         tokens = torch.cat([tokens, drawn(chances, generator)], dim=1)
         progress(done, seq_len - 1)

@@ -172,8 +172,12 @@ _OPERANDS: dict[str, Callable[[Any, Any], Operands | None]] = {
     "linear": _linear,
     "einsum": _einsum,
     "__rmatmul__": lambda args, _: _matmul(args[1], args[0]),
-    **dict.fromkeys(("matmul", "__matmul__", "mm", "bmm"), lambda args, _: _matmul(*args[:2])),
-    **dict.fromkeys(("addmm", "baddbmm"), lambda args, _: _matmul(*args[1:3])),
+    **dict.fromkeys(
+        ("matmul", "__matmul__", "mm", "bmm"),
+        lambda args, kwargs: _matmul(args[0], next(iter((*args[1:2], *kwargs.values())), None)),
+    ),
+    "addmm": lambda args, kwargs: _matmul(_argument(args, kwargs, 1, "mat1"), _argument(args, kwargs, 2, "mat2")),
+    "baddbmm": lambda args, kwargs: _matmul(_argument(args, kwargs, 1, "batch1"), _argument(args, kwargs, 2, "batch2")),
 }
 
 

@@ -219,7 +219,7 @@ class _Observer:
         """The rows of an embedding, with a gradient."""
         leaf = rows.detach().requires_grad_()
         leaf.register_hook(partial(self._outer, name))
-        return leaf.view_as(leaf)  # may be changed in place, which a leaf may not
+        return leaf.clone()  # may be changed in place, which a leaf and views of it may not
 
     def _outer(self, name: str, gradient: Tensor) -> None:
         total = gram(gradient.flatten(0, -2)).cpu()
