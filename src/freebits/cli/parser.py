@@ -228,7 +228,7 @@ def _quantize(verbs: Any) -> Any:
     verb = _command(
         verbs,
         "quantize",
-        "quantise any causal language model (lossy)",
+        "quantize a causal language model (lossy)",
         "Rounds every matrix to integers such that each step costs the same expected loss, then entropy-codes them. "
         "Calibrated on text that the model writes itself, unless a text is given. Runs the model block by block. "
         "Memory: one block and the embedding; all of the model while it writes its text. What is known of each matrix "

@@ -1,4 +1,4 @@
-"""Run any causal language model by the library's own forward and backward passes, with little of it in memory.
+"""Run a causal language model by the library's own forward and backward passes, with little of it in memory.
 
 A block's weights are read when the block is entered: in the forward pass, and again when the backward pass recomputes
 it (gradient checkpointing). They are dropped when it is left. The parameter object is replaced, so that what autograd

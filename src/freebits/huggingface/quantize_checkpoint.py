@@ -1,4 +1,4 @@
-"""Quantise a checkpoint folder into a packed one."""
+"""Quantize a checkpoint folder into a packed one."""
 
 import logging
 import os
@@ -51,7 +51,7 @@ def quantize(
     sign_with: str | os.PathLike[str] | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Quantise the matrices of any causal language model: lossy.
+    """Quantize the matrices of a causal language model: lossy.
 
     Args:
         model: folder of a dense or sliced checkpoint, or of a packed canonical one.
