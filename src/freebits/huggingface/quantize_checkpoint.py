@@ -13,6 +13,7 @@ from torch import Tensor
 
 from freebits.checkpoint import Checkpoint, Task, check_key, located, new_directory, sign, text_digest
 from freebits.errors import UnsupportedModelError, UsageError
+from freebits.huggingface.loading import load
 from freebits.huggingface.measuring import RunningModel, coverage_of, measure_matrices
 from freebits.huggingface.own_text import own_windows
 from freebits.huggingface.rounding import Goal, write_rounded
@@ -28,6 +29,8 @@ from freebits.work import Executor, Parallel, Progress, Work, device_of, silent
 
 _log = logging.getLogger(__name__)
 SAMPLES, WINDOW = 32, 256
+_COMPARED, _ROUNDING = 16, 1e-3
+"""Tokens on which the engine is compared with the library's model, and the largest difference of logits."""
 
 
 def quantize(
@@ -178,6 +181,7 @@ def prepare(
     write = partial(_tokens, source.path, calibration, samples, seq_len, seed, where, progress)
     tokens = work.once("text", write)
     running = RunningModel(source.path, where)
+    _check_engine(running, tokens)
     measured = measure_matrices(running, tokens, work, seed, seed if rotate == HADAMARD else None, progress)
     engine, named = running.engine, running.named
     cache = SensitivityCache(work, source, seed if rotate == HADAMARD else None)
@@ -190,6 +194,26 @@ def prepare(
     facts = {"rotate": rotate, "text": text, "samples": len(tokens), "seq_len": seq_len, "seed": seed}
     coverage = coverage_of(source, cache, named, engine) | {"experts": measured.n_experts, "thin": measured.n_thin}
     return Prepared(source, cache, facts, known_sizes(model), coverage)
+
+
+@torch.no_grad()
+def _check_engine(running: RunningModel, tokens: Tensor) -> None:
+    """Compare the engine's logits with those of the library's model on a few tokens, if that model is small.
+
+    Raises:
+        UnsupportedModelError: they differ by more than rounding.
+    """
+    if not running.engine.held_whole:
+        return
+    few = tokens[:1, :_COMPARED]
+    plain = load(running.path, dtype=torch.float32).to(running.device).eval()
+    expected = plain(input_ids=few.to(running.device), use_cache=False).logits[0, :-1]
+    [found] = running.engine.logits(few)
+    if not (found - expected).abs().max() <= _ROUNDING * expected.abs().max():
+        raise UnsupportedModelError(
+            "run block by block this model gives other logits than run by transformers as a whole: please report its "
+            f"type, {running.engine.model.config.model_type!r}"
+        )
 
 
 def _tokens(
