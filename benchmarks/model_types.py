@@ -83,9 +83,9 @@ def write_page(rows: list[tuple[str, ...]]) -> None:
         "",
         f"Made by `python -m benchmarks.model_types` with transformers {transformers.__version__}: a tiny random model "
         "of every type in the causal language mapping, saved in both layouts where a mixture has two, quantized at "
-        f"{BITS} bits. {quantized} of the {built} types that can be built are quantized with a share above 0.9. *Engine "
-        "against plain* is the largest difference of a logit, relative to the largest logit, in float32. KL in nats "
-        "per token.",
+        f"{BITS} bits. {quantized} of the {built} types that can be built are quantized with a share above 0.9. "
+        "*Engine against plain* is the largest difference of a logit, relative to the largest logit, in float32. "
+        "KL in nats per token.",
         "",
         "| " + " | ".join(HEADER) + " |",
         "|" + "---|" * len(HEADER),
