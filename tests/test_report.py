@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import freebits
-from freebits import CheckpointError, UnsupportedModelError
+from freebits import CheckpointError
 from freebits.checkpoint import Checkpoint
 from freebits.cli import main
 from freebits.evaluation.reporting import Coarse
@@ -121,20 +121,6 @@ def test_any_two_models_of_one_vocabulary_can_be_compared(quantised: Path, save_
     redigest(quantised, lambda manifest: manifest["history"][0].update(move=[]))
     for folder in (quantised, tmp_path / "dense"):
         assert freebits.write_report(folder, tmp_path / "page.html", against=other, **options)["against"]["ratio"] > 0
-
-
-def test_a_model_that_runs_only_whole_has_nothing_coarse_beside_it(
-    quantised: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refused(*_: object) -> None:
-        raise UnsupportedModelError("no blocks")
-
-    monkeypatch.setattr("freebits.huggingface.streamed.BlockwiseModel", refused)
-    result = freebits.write_report(
-        quantised, tmp_path / "page.html", against=tmp_path / "dense", text=random_text(60), seq_len=8, limit=1
-    )
-    assert result["against"]["ratio"] > 0
-    assert "8 bits" not in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_a_page_that_cannot_be_written_is_said(quantised: Path, tmp_path: Path) -> None:

@@ -143,12 +143,12 @@ def test_a_run_is_resumed_wherever_it_was_stopped(command: str, save_tiny: Make,
     stops = 0
     while not (tmp_path / "out").exists():
         with pytest.MonkeyPatch.context() as patch:
-            stop_after(11, patch)
+            stop_after(5, patch)
             try:
                 run(model, tmp_path / "out", **options)
             except KeyboardInterrupt:
                 stops += 1
-    assert 4 < stops < 40  # few pieces are computed twice
+    assert 3 < stops < 80  # few pieces are computed twice
     assert contents(tmp_path / "out") == contents(tmp_path / "at once")
 
 

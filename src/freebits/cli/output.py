@@ -104,6 +104,11 @@ def print_coverage(coverage: dict[str, Any]) -> None:
             if left["weights"] > _WORTH_A_LINE * total:
                 share = left["weights"] / total
                 print(one_line(f"not quantized: {left['tensors']} ({share:.1%} of the weights): {left['reason']}"))
+    if coverage["unobserved"] > _WORTH_A_LINE:
+        print(
+            f"{coverage['unobserved']:.1%} of the quantized weights are in layers that a text alone does not run: they "
+            "are rounded as an average layer of their block"
+        )
     if coverage["thin"]:
         print(
             f"{coverage['thin']} of {coverage['experts']} matrices of experts multiplied fewer than 64 tokens of the "

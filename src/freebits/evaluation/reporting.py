@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch.nn.functional import pad
 
 from freebits.calibration import embedded_text
 from freebits.checkpoint import Checkpoint, View, located
-from freebits.errors import CheckpointError, UnsupportedModelError
+from freebits.errors import CheckpointError
 from freebits.evaluation.perplexity import WINDOW
 from freebits.evaluation.verification import WINDOWS, compared
 from freebits.huggingface import token_windows
@@ -98,10 +97,9 @@ def _against(path: Path, model: Path, windows: Tensor, progress: Progress) -> di
     dense, source = opened(model), opened(path)
     against = compared(model, path, windows, progress)
     coarse = {}
-    with suppress(UnsupportedModelError):
-        for bits in COARSE:
-            rounded = compared(model, model, windows, progress, partial(Coarse, bits=bits))
-            coarse[str(bits)] = {**rounded, "size": _coarse_bytes(dense.kinds, bits)}
+    for bits in COARSE:
+        rounded = compared(model, model, windows, progress, partial(Coarse, bits=bits))
+        coarse[str(bits)] = {**rounded, "size": _coarse_bytes(dense.kinds, bits)}
     errors = {}
     before = history_of(dense.config) if isinstance(dense, Checkpoint) else dense.manifest.history
     after = history_of(source.config) if isinstance(source, Checkpoint) else source.manifest.history

@@ -22,6 +22,7 @@ from freebits.kind import FLOATS
 from freebits.report import opened
 from freebits.work import Progress, Work, WorkStore, kept, silent
 
+_UNOBSERVED = "unobserved"
 _TEMPER = 0.25
 """Power with which a token's frequency counts: a text tells which tokens are rare, not how rare they are elsewhere."""
 _TINY = torch.finfo(torch.float32).tiny
@@ -62,11 +63,13 @@ class Measured:
         matrices: by the names of the checkpoint.
         n_experts: how many experts the mixtures have, counted by their matrices.
         n_thin: how many of them multiplied fewer than 64 vectors.
+        unobserved: names of the parameters that the text did not reach, which are treated as average ones.
     """
 
     matrices: list[Matrix]
     n_experts: int
     n_thin: int
+    unobserved: list[str]
 
 
 @kept
@@ -130,6 +133,7 @@ def measure_matrices(
             progress(done, len(groups))
         sums = reduce(add, [result[0] for result in results])
         factored = _factored([result[1] for result in results], running.engine, work, rotation)
+    factored += _unobserved(running.engine, factored, sums, work, rotation)
     information = informations(sums, [region for of in factored for region in of.regions])
     matrices = [
         matrix
@@ -141,7 +145,8 @@ def measure_matrices(
     kinds = [siblings(region) for of in factored for region in of.regions]
     experts = [region for of in factored for region in of.regions if kinds.count(siblings(region)) > 1]
     thin = [region for region in experts if sums.n_inputs.get(region, 0) < THIN]
-    return Measured(matrices, len(experts), len(thin))
+    guessed = [of.regions[0].name for of in factored if of.factor.key.startswith(_UNOBSERVED)]
+    return Measured(matrices, len(experts), len(thin), guessed)
 
 
 def groups_of(tokens: Tensor, engine: Engine, at_once: int) -> list[tuple[int, Tensor]]:
@@ -229,12 +234,31 @@ def _factors(number: int, found: list[Inputs], engine: Engine, work: Work, rotat
     return [_Factored(of.regions, factor) for of, factor in zip(inputs, factors, strict=True)]
 
 
+def _unobserved(
+    engine: Engine, factored: list[_Factored], sums: Sums, work: Work, rotation: int | None
+) -> list[_Factored]:
+    """Layers that a text alone does not run, such as attention to an encoder: as an average matrix of their block."""
+    seen = {region.name for of in factored for region in of.regions} | sums.lookups.keys() | {engine.head}
+    inputs: list[Inputs] = []
+    for name in sorted(engine.layers - seen):
+        shape = engine.matrices[name]
+        beside = [of.factor for of in factored if _block(of.regions[0].name) == _block(name)] or [
+            of.factor for of in factored
+        ]
+        typical = sum(factor.diagonal.double().pow(-2).mean().item() for factor in beside) / max(1, len(beside))
+        region = Region(name, 0, prod(shape[:-1]), False)
+        inputs.append(Inputs(f"{_UNOBSERVED}-{len(inputs)}", (region,), 0, typical * torch.eye(shape[-1])))
+    factors = work.map(_UNOBSERVED, partial(factor_of, work.store, rotation), inputs)
+    return [_Factored(of.regions, factor) for of, factor in zip(inputs, factors, strict=True)]
+
+
 def _known(information: Mapping[Region, Tensor], region: Region) -> Tensor | None:
-    """The information of a matrix; of one that no gradient reached, the mean in its block for each output."""
+    """The information of a matrix; of one that no gradient reached, the mean of its block (or of all) instead."""
     if region in information:
         return information[region]
     block = _block(region.name)
     beside = [of.mean() for other, of in information.items() if _block(other.name) == block]
+    beside = beside or [of.mean() for of in information.values()]
     return torch.stack(beside).mean() if beside else None
 
 

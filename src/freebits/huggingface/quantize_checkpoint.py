@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ class Prepared:
 
     def expected_kl(self, bits: float) -> float:
         """KL divergence in nats per token, on text as the model writes it, at so many bits per weight on average."""
-        n_weights = sum(self.cache.kind(name).numel for name in self.cache.budgets)
+        n_weights = self.cache.n_weights
         return float(Budget.sum(self.cache.budgets.values()).c(bits * n_weights)) ** 2 * n_weights / 24
 
     def write(
@@ -192,7 +193,9 @@ def prepare(
     cache.add(matrices)
     text = "its own" if calibration is None else "given"
     facts = {"rotate": rotate, "text": text, "samples": len(tokens), "seq_len": seq_len, "seed": seed}
-    coverage = coverage_of(source, cache, named, engine) | {"experts": measured.n_experts, "thin": measured.n_thin}
+    unobserved = sum(prod(engine.matrices[name]) for name in measured.unobserved)
+    coverage = coverage_of(source, cache, named, engine)
+    coverage |= {"experts": measured.n_experts, "thin": measured.n_thin, "unobserved": unobserved / cache.n_weights}
     return Prepared(source, cache, facts, known_sizes(model), coverage)
 
 

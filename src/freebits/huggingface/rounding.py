@@ -133,7 +133,7 @@ def _rolling(
     cache: SensitivityCache, goal: Goal, groups: list[list[str]], around: Callable[[], int]
 ) -> Rolling | Fixed:
     """What says how finely each group is rounded."""
-    n_weights = sum(cache.kind(name).numel for name in cache.budgets)
+    n_weights = cache.n_weights
     if goal.method != INTEGERS:
         return Fixed(goal.wanted_bits)
     if goal.kl is not None:

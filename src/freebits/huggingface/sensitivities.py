@@ -4,7 +4,6 @@ What goes into a matrix is summed in the forward pass, the gradients at what com
 drawn from the model's own predictions, so that squared gradients are its Fisher information.
 """
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -289,8 +288,10 @@ def gram(x: Tensor) -> Tensor:
 
 def siblings(region: Region) -> tuple[str, int, bool]:
     """What experts of one mixture have in common: the name but for numbers after the block's, rows, how they lie."""
-    block, number, rest = re.fullmatch(r"(\D*)(\d*)(.*)", region.name).groups()  # type: ignore[union-attr]
-    return block + number + re.sub(r"\d+", "*", rest), region.stop - region.start, region.transposed
+    parts = region.name.split(".")
+    block = next((at for at, part in enumerate(parts) if part.isdigit()), len(parts))
+    kind = [*parts[: block + 1], *("*" if part.isdigit() else part for part in parts[block + 1 :])]
+    return ".".join(kind), region.stop - region.start, region.transposed
 
 
 def with_idle(found: Sequence[Inputs], matrices: Mapping[str, tuple[int, ...]], key: str) -> list[Inputs]:

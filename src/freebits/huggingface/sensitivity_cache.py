@@ -135,6 +135,11 @@ class SensitivityCache:
             found.setdefault(self.matrices[name].tensor, []).append(name)
         return {tensor: sorted(names, key=lambda name: self.matrices[name].start) for tensor, names in found.items()}
 
+    @property
+    def n_weights(self) -> int:
+        """How many weights all matrices have."""
+        return sum(self.kind(name).numel for name in self.budgets)
+
     def kind(self, name: str) -> Kind:
         """Dtype and shape of a matrix as it is stored."""
         matrix = self.matrices[name]
