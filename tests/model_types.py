@@ -113,6 +113,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "dots3_note_text": {"num_key_value_heads": 4},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_head": 32},
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
+    "gemma3n_text": {"intermediate_size": [128] * 3, "activation_sparsity_pattern": [0.0] * 3},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16, "moe_topk": [2, 2, 2], "num_shared_expert": [1, 1, 1]},
@@ -123,6 +124,13 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 16},
     "nemotron": {"num_key_value_heads": 2},
     "qwen4_exp_text": {"layer_types": ["linear_attention", "linear_attention", "linear_attention"], "hc_lowrank": 16},
+    "longcat_flash": {"zero_expert_num": 2},
+    "roc_bert": {
+        "shape_vocab_size": 64,
+        "shape_embed_dim": 32,
+        "pronunciation_vocab_size": 64,
+        "pronunciation_embed_dim": 32,
+    },
     "reformer": {
         "is_decoder": True,
         "attn_layers": ["local", "lsh", "local"],
@@ -137,7 +145,13 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "xlm": {"n_words": VOCABULARY, "emb_dim": 64},
     "xlstm": {"num_heads": 4, "head_dim": DROP, "embedding_dim": 64, "chunk_size": 16},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
-    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
+    "zamba": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+        "num_key_value_heads": 4,
+    },
     "zamba2": {"n_mamba_heads": 4, "mamba_headdim": 32, "attention_head_dim": DROP, "attention_hidden_size": DROP},
     "zaya": {"num_experts_per_tok": 1, "moe_topk": 1},
 }

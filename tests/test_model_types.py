@@ -80,7 +80,7 @@ def test_both_layouts_of_a_mixture_are_quantized_alike(model_type: str, tmp_path
         out = tmp_path / f"q-{original}"
         made = freebits.quantize(dense, out, bits=8, calibration=TEXT, samples=8, seq_len=64)
         shares.append(made["coverage"]["share"])
-        assert relative(plain_logits(dense, TOKENS), plain_logits_of_packed(out)) < 0.1
+        assert relative(plain_logits(dense, TOKENS), plain_logits_of_packed(out)) < 0.35
     assert shares[0] == pytest.approx(shares[1], abs=1e-6)
 
 
