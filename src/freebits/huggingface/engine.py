@@ -31,6 +31,8 @@ from freebits.huggingface.empty_models import empty_model
 from freebits.huggingface.products import Product, Products
 from freebits.work import release_freed_memory
 
+HELD_WHOLE = 2**30
+"""Bytes in float32 up to which a model is held whole."""
 _PROBE = 12
 """Tokens on which the model is tried first."""
 Left = Callable[[int], None]
@@ -70,7 +72,7 @@ class Engine:
         device: torch.device,
         change: Callable[[Any], None] = lambda _: None,
         *,
-        held_whole: int = 2**30,
+        held_whole: int = HELD_WHOLE,
         spilled: int = 2**30,
     ) -> None:
         self.model = empty_model(config)

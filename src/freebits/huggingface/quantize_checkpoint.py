@@ -14,6 +14,7 @@ from torch import Tensor
 
 from freebits.checkpoint import Checkpoint, Task, check_key, located, new_directory, sign, text_digest
 from freebits.errors import UnsupportedModelError, UsageError
+from freebits.huggingface.engine import HELD_WHOLE
 from freebits.huggingface.loading import load
 from freebits.huggingface.measuring import RunningModel, coverage_of, measure_matrices
 from freebits.huggingface.own_text import own_windows
@@ -206,17 +207,23 @@ def _check_engine(running: RunningModel, tokens: Tensor) -> None:
     Raises:
         UnsupportedModelError: they differ by more than rounding.
     """
-    if not running.engine.held_whole:
+    if 4 * sum(kind.numel for kind in opened(running.path).kinds.values()) > HELD_WHOLE:
         return
     few = tokens[:1, :_COMPARED]
-    plain = load(running.path, dtype=torch.float32).to(running.device).eval()
-    expected = plain(input_ids=few.to(running.device), use_cache=False).logits[0, :-1]
+    expected = _plain_logits(running, few)  # before the engine has the model, too
     [found] = running.engine.logits(few)
     if not (found - expected).abs().max() <= _ROUNDING * expected.abs().max():
         raise UnsupportedModelError(
             "run block by block this model gives other logits than run by transformers as a whole: please report its "
             f"type, {running.engine.model.config.model_type!r}"
         )
+
+
+def _plain_logits(running: RunningModel, window: Tensor) -> Tensor:
+    """The logits that the library's model gives for the tokens after the first of a window, (T - 1, V)."""
+    plain = load(running.path, dtype=torch.float32).to(running.device).eval()
+    logits: Tensor = plain(input_ids=window.to(running.device), use_cache=False).logits[0, :-1]
+    return logits
 
 
 def _tokens(
