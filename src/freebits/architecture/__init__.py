@@ -15,7 +15,7 @@ from freebits.architecture.families import (
     transformers_type,
 )
 from freebits.architecture.layout import RANKS, WIDTHS, Layout
-from freebits.architecture.pairs import Pair, Span, pairs_of
+from freebits.architecture.pairs import Pair, Span, pairs_of, unproven_settings
 from freebits.architecture.table import (
     EMBEDDINGS,
     HEAD,
@@ -59,5 +59,6 @@ __all__ = [
     "dense_family",
     "family_of",
     "pairs_of",
+    "unproven_settings",
     "transformers_type",
 ]
