@@ -189,8 +189,8 @@ def test_an_unknown_setting_of_a_later_version_counts_as_unproven() -> None:
 
 
 def test_every_default_of_this_version_of_peft_is_proven() -> None:
-    plain = LoraConfig().to_dict() | {"peft_type": "LORA"}
-    assert unproven_settings(plain) == []
+    plain: dict[str, Any] = LoraConfig().to_dict()  # type: ignore[no-untyped-call]
+    assert unproven_settings(plain | {"peft_type": "LORA"}) == []
 
 
 @pytest.mark.parametrize("codec", ["canonical", "none"])

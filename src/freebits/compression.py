@@ -168,7 +168,7 @@ def _made(
     progress: Progress,
 ) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
     """Do what is planned; what `verify` finds, and how much was rounded."""
-    scratch = directory / "scratch"
+    scratch = directory / ".scratch"
     scratch.mkdir()
     measured = _without_loss(plan, folder, scratch / "made", executor, progress) if plan.way == "lossless" else None
     coverage = None

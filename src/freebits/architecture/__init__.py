@@ -59,6 +59,6 @@ __all__ = [
     "dense_family",
     "family_of",
     "pairs_of",
-    "unproven_settings",
     "transformers_type",
+    "unproven_settings",
 ]

@@ -42,9 +42,8 @@ def verify(
 ) -> dict[str, Any]:
     """Check every digest of a packed checkpoint and, against a model it was made from, how close the two are.
 
-    Against the model that codec `none` packed, config and tensors are compared bit for bit and nothing is run. Of an
-    adapter the config and the product of each layer's two matrices are compared. Against any other
-    model of the history both are run on a text. Three gates say whether they are the same function: every logit is
+    Config and tensors are compared bit for bit if codec `none` packed the model. Of other adapters the config and each
+    layer's product are compared. Any other model of the history is run, as the packed one is, on a text. Three gates say whether they are the same function: every logit is
     finite; the mean KL divergence is small; the perplexities' ratio is near 1 on either side. What is small enough
     depends on the moves between: 0.01 nats and 1.01 where all keep the function, 1 and 1.5 where one is lossy.
 

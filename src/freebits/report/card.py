@@ -34,7 +34,7 @@ def write_card(directory: Path, source: Path, measured: Mapping[str, Any] | None
         measured: what `verify` found, and `text`, on what.
     """
     facts, base = inspect(directory), base_model(source)
-    told, theirs = _card(source / CARD) if stays_inside(source / CARD) else ({}, "")
+    told, theirs = _card(source / CARD) if stays_inside(source / CARD, source) else ({}, "")
     if base is None and CARD_MARK in theirs and isinstance(told.get("base_model"), str):
         base = told["base_model"]
     data = {key: told[key] for key in _CARRIED if isinstance(told.get(key), str | list)} | {  # YAML's `no` is no text
