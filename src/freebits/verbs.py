@@ -69,7 +69,7 @@ def pack(
     with new_directory(out, task) as directory, parallel.executor(piece) as executor:
         work = Work(executor, task.store(directory) if task else None)
         pack_into(directory, source, preset, (entropy, code), sizes, work, progress)
-        write_card(directory, source.path)
+        write_card(directory, source.path, auto_class=_loader(source))
         if sign_with is not None:
             sign(directory, sign_with)
         return inspect(directory)
@@ -84,6 +84,13 @@ def _proven(preset: Preset | None, source: Checkpoint) -> Preset | None:
         settings = one_line(", ".join(unproven), 120)
         _log.warning("freebits: the adapter is kept bit for bit: its update may be no plain product (%s)", settings)
     return None if unproven else preset
+
+
+def _loader(source: Checkpoint) -> str | None:
+    """The Auto class that loads the packed model; transformers takes seconds to import."""
+    from freebits.huggingface import auto_class
+
+    return auto_class(source.config)
 
 
 def _largest_part(source: Checkpoint) -> int:

@@ -42,10 +42,10 @@ def verify(
 ) -> dict[str, Any]:
     """Check every digest of a packed checkpoint and, against a model it was made from, how close the two are.
 
-    Config and tensors are compared bit for bit if codec `none` packed the model. Of other adapters the config and each
-    layer's product are compared. Any other model of the history is run, as the packed one is, on a text. Three gates say whether they are the same function: every logit is
-    finite; the mean KL divergence is small; the perplexities' ratio is near 1 on either side. What is small enough
-    depends on the moves between: 0.01 nats and 1.01 where all keep the function, 1 and 1.5 where one is lossy.
+    Config and tensors are compared bit for bit with what codec `none` packed; of other adapters the config and every
+    layer's product. Other models are run on a text, both of them. Three gates say whether they are the same function:
+    every logit is finite; the mean KL divergence is small; the perplexities' ratio is near 1 on either side. What is
+    small enough depends on the moves between: 0.01 nats and 1.01 if all keep the function, 1 and 1.5 if one is lossy.
 
     Args:
         packed: folder of the packed checkpoint.
