@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    AutoTokenizer,
     PreTrainedConfig,
     pipeline,
 )
@@ -140,3 +141,13 @@ def test_trusted_code_loads_a_classifier_without_an_import(tmp_path: Path) -> No
     command = [sys.executable, "-W", "error", "-c", program, str(tmp_path / "packed")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "LlamaForSequenceClassification", done.stderr
+
+
+def test_a_tokenizer_that_only_the_model_type_names_loads_from_a_packed_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "original"
+    AutoModelForMaskedLM.from_config(tiny_config("bert")).save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "hello", "world"]))
+    freebits.pack(folder, tmp_path / "packed", codec="none")
+    expected, found = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("original", "packed"))
+    assert type(found) is type(expected)
+    assert found("hello world").input_ids == expected("hello world").input_ids == [2, 5, 6, 3]

@@ -143,6 +143,7 @@ def test_code_that_is_not_carried_over_is_not_named(
     (dense / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     (dense / "tokenization_x.py").write_text("")
     (dense / "processor_config.json").write_text("no JSON")
+    (dense / "video_processor_config.json").write_text('{"auto_map": ["tokenization_x.Old", null]}')
     freebits.pack(dense, tmp_path / "exact", codec="none")
     freebits.unpack(tmp_path / "exact", tmp_path / "same")
     assert not caplog.records
@@ -159,6 +160,7 @@ def test_code_that_is_not_carried_over_is_not_named(
     for folder in ("unpacked", "rotated"):
         assert named(folder, "config.json") == {"AutoModel": "maker/x--modeling_x.M"}
         assert named(folder, "tokenizer_config.json") is None
+        assert named(folder, "video_processor_config.json") is None
         assert (tmp_path / folder / "processor_config.json").read_text() == "no JSON"
 
 

@@ -69,8 +69,8 @@ def carry_over(source: Path, target: Path, handled: Iterable[str] = (), *, exact
 
 def write_config(path: Path, config: dict[str, Any]) -> None:
     """Write a config without the entries of `auto_map` whose code is not in the folder, and log which they are."""
-    named = config.get("auto_map")
-    named = named if isinstance(named, dict) else {}
+    named = config.get("auto_map") or {}
+    named = named if isinstance(named, dict) else {"AutoTokenizer": named}  # as old tokenizers have it
     found = {auto: name for auto, name in named.items() if all(_has_code(path.parent, part) for part in _texts(name))}
     if found != named:
         lost = one_line(", ".join(sorted(named.keys() - found.keys())), 120)

@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
+    AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
 )
@@ -114,6 +115,20 @@ class PackedForCausalLM(PackedFactory):
     """The factory for `AutoModelForCausalLM`. Folders name this class in their code."""
 
     auto = AutoModelForCausalLM
+
+
+class PackedTokenizer:
+    """Gives the tokenizer of the model in a packed folder, where only the model's type says which class it has."""
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """The tokenizer; arguments as in transformers."""
+        config = PackedFolder(_local_folder(path, kwargs)).config
+        model_type = str(config.get("model_type"))
+        known: Any = PreTrainedConfig
+        if model_type in CONFIG_MAPPING:  # a lazy mapping, whose `get` finds nothing
+            known = CONFIG_MAPPING[model_type]
+        return AutoTokenizer.from_pretrained(path, *args, config=known.from_dict(with_floats(config)), **kwargs)
 
 
 def _factories() -> Iterable[type[PackedFactory]]:
@@ -221,5 +236,6 @@ def _local_folder(path: str | os.PathLike[str], source: Mapping[str, Any]) -> Pa
 
 
 AutoConfig.register(PackedConfig.model_type, PackedConfig)
+AutoTokenizer.register(PackedConfig, PackedTokenizer)
 for _factory in _factories():
     _factory.auto.register(PackedConfig, _factory)
