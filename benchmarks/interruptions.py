@@ -147,7 +147,7 @@ def ancestors(process: int) -> list[int]:
 
 def n_pieces(scratch: Path) -> int:
     """Finished pieces in the staging directory."""
-    return sum(1 for _ in scratch.glob(".out*/unfinished/*.safetensors"))
+    return sum(1 for _ in scratch.glob(".out*/.unfinished/*.safetensors"))
 
 
 def finished(process: "subprocess.Popen[bytes]", out: Path, scratch: Path) -> bool:

@@ -1,5 +1,6 @@
 """PEFT adapters: packed without what their two matrices say twice, and back."""
 
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -7,15 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoHaConfig, LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.config import BdLoraConfig, KasaConfig
 
 import freebits
 from freebits import CheckpointError
+from freebits.architecture import unproven_settings
 from freebits.checkpoint import Checkpoint
 from freebits.cli import main
 from freebits.packed import PackedFolder
+from freebits.packed.manifest import digest_of_file
 from tests.conftest import content
-from tests.tiny import Make, change_tensors, tiny_model
+from tests.tiny import Make, change_config, change_tensors, redigest, tiny_model
 
 RANK = 4
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it
@@ -38,7 +42,7 @@ def adapter(tmp_path: Path) -> Path:
 
 
 def logits(adapter: Path) -> torch.Tensor:
-    model = PeftModel.from_pretrained(tiny_model(), adapter).double().eval()
+    model = PeftModel.from_pretrained(tiny_model(dtype=torch.float32), adapter).double().eval()
     with torch.no_grad():
         result: torch.Tensor = model(torch.arange(40)[None]).logits
     return result
@@ -111,3 +115,98 @@ def test_what_is_no_model_is_not_taken_for_one(
     (dense / "adapter_config.json").write_text("{}")
     assert main(["pack", str(dense), str(tmp_path / "out")]) == 2
     assert "merge it into the model first" in capsys.readouterr().err
+
+
+def trained(how: Any, folder: Path, **model: Any) -> Path:
+    """An adapter with random numbers in every trained parameter."""
+    adapted: Any = get_peft_model(tiny_model(dtype=torch.float32, **model), how)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted.save_pretrained(folder)
+    return folder
+
+
+QUERIES: dict[str, Any] = {"r": RANK, "target_modules": ["q_proj", "o_proj"], "task_type": "CAUSAL_LM"}
+EXPERTS = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+BLOCKS = BdLoraConfig(target_modules_bd_a=["o_proj"], target_modules_bd_b=["q_proj"], nblocks=2)
+UNPROVEN: dict[str, tuple[Any, dict[str, Any]]] = {
+    "target_parameters": (LoraConfig(**QUERIES, target_parameters=["mlp.experts.down_proj"]), EXPERTS),
+    "peft_type ADALORA": (AdaLoraConfig(init_r=RANK, total_step=9, target_modules=["q_proj"]), {}),
+    "peft_type LOHA": (LoHaConfig(r=RANK, target_modules=["q_proj"]), {}),
+    "kasa_config": (LoraConfig(**QUERIES, kasa_config=KasaConfig()), {}),
+    "use_bdlora": (LoraConfig(**QUERIES, use_bdlora=BLOCKS), {}),
+    "alora_invocation_tokens": (LoraConfig(**QUERIES, alora_invocation_tokens=[1]), {}),
+    "layer_replication": (LoraConfig(**QUERIES, layer_replication=[(0, 2), (1, 3)]), {}),
+    "init_lora_weights mica": (LoraConfig(**QUERIES, init_lora_weights="mica"), {}),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("setting", UNPROVEN)
+def test_an_adapter_that_may_be_no_product_is_kept_bit_for_bit(
+    setting: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    how, model = UNPROVEN[setting]
+    adapter = trained(how, tmp_path / "adapter", **model)
+    assert freebits.pack(adapter, tmp_path / "packed")["codec"] == "none"
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert setting in caplog.text
+    assert freebits.verify(tmp_path / "packed", against=adapter)["fidelity"] == "bit-exact"
+    freebits.unpack(tmp_path / "packed", tmp_path / "back")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "back" / name).read_bytes() == (adapter / name).read_bytes()
+
+
+PROVEN: dict[str, Any] = {
+    "DoRA": LoraConfig(**QUERIES, use_dora=True),
+    "biases": LoraConfig(**QUERIES, lora_bias=True, bias="lora_only"),
+    "ranks": LoraConfig(**QUERIES, rank_pattern={"o_proj": 2}, alpha_pattern={"o_proj": 3}, use_rslora=True),
+    "embeddings": LoraConfig(r=RANK, target_modules=["embed_tokens", "q_proj"], modules_to_save=["lm_head"]),
+    "tokens": LoraConfig(**QUERIES, trainable_token_indices=[3, 5]),
+    "PiSSA": LoraConfig(**QUERIES, init_lora_weights="pissa"),
+    "OLoRA": LoraConfig(**QUERIES, init_lora_weights="olora", layers_to_transform=[0, 2]),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", PROVEN)
+def test_a_setting_that_leaves_the_product_alone_is_packed_as_one(name: str, tmp_path: Path) -> None:
+    adapter = trained(PROVEN[name], tmp_path / "adapter")
+    assert freebits.pack(adapter, tmp_path / "packed")["codec"] == "canonical"
+    assert freebits.verify(tmp_path / "packed", against=adapter)["ok"]
+    freebits.unpack(tmp_path / "packed", tmp_path / "back")
+    expected, base = logits(adapter), tiny_model()(torch.arange(40)[None]).logits
+    assert (logits(tmp_path / "back") - expected).norm() < 1e-4 * (expected - base).norm()
+
+
+def test_an_unknown_setting_of_a_later_version_counts_as_unproven() -> None:
+    assert unproven_settings({"peft_type": "LORA", "r": 8, "use_new_idea": None}) == []
+    assert unproven_settings({"peft_type": "LORA", "r": 8, "use_new_idea": {"a": 1}}) == ["use_new_idea"]
+
+
+def test_every_default_of_this_version_of_peft_is_proven() -> None:
+    plain: dict[str, Any] = LoraConfig().to_dict()  # type: ignore[no-untyped-call]
+    assert unproven_settings(plain | {"peft_type": "LORA"}) == []
+
+
+@pytest.mark.parametrize("codec", ["canonical", "none"])
+def test_verify_compares_the_settings_of_adapters(codec: str, adapter: Path, tmp_path: Path) -> None:
+    freebits.pack(adapter, tmp_path / "packed", codec=codec)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 1}))
+    assert not freebits.verify(tmp_path / "packed", against=adapter)["ok"]
+
+
+def test_verify_does_not_take_an_unproven_adapter_for_products(adapter: Path, tmp_path: Path) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    freebits.pack(adapter, tmp_path / "packed")  # as an earlier version packed it
+    unproven = config | {"target_parameters": ["mlp.experts.down_proj"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(unproven))
+    change_config(tmp_path / "packed", model=unproven)
+    digest = digest_of_file(tmp_path / "packed" / "config.json")
+    redigest(tmp_path / "packed", lambda manifest: manifest.update(config=digest))
+    assert not freebits.verify(tmp_path / "packed", against=adapter)["ok"]

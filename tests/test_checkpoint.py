@@ -49,51 +49,119 @@ def test_other_weights_than_transformers_would_load_are_refused(save_tiny: Make,
         freebits.pack(adapted, tmp_path / "packed", codec="none")
 
 
-def test_what_belongs_to_a_model_is_carried_over_and_nothing_else(
+PICKLES = ("pytorch_model.bin", "x.PKL", "scaler.joblib", "state.dill", "data.npz", "X.BIN", "sub/tokenizer.pickle")
+CODE_AND_WEIGHTS = ("modeling_maker.py", "2_Dense/model.safetensors", "model.gguf", "onnx/model.onnx")
+AUXILIARY = {
+    "LICENSE": "free",
+    "README.md": "# A model",
+    "additional_chat_templates/tools.jinja": "{{ tools }}",
+    "1_Pooling/config.json": "{}",
+    "modules.json": "[]",
+    "tekken.json": "{}",
+    "spiece.model": "binary",
+    "a/deep/folder/data.csv": "1,2",
+}
+
+
+def with_files(dense: Path, secret: Path) -> Path:
+    """A model with auxiliary files, and with files that must be left out."""
+    for name, text in {**AUXILIARY, **dict.fromkeys((*PICKLES, *CODE_AND_WEIGHTS, ".env"), "content")}.items():
+        (dense / name).parent.mkdir(exist_ok=True, parents=True)
+        (dense / name).write_text(text)
+    secret.mkdir()
+    (secret / "secret").write_text("secret")
+    (dense / "modeling_freebits.py").write_text("raise SystemExit('run')")  # as a foe might
+    (dense / "NOTICE").symlink_to(secret / "secret")
+    (dense / "link").symlink_to(secret)
+    (dense / "COPYING").symlink_to("LICENSE")
+    (dense / "1_Pooling" / "up.txt").symlink_to("../LICENSE")
+    (dense / "secret.index.json").symlink_to(secret / "secret")
+    os.mkfifo(dense / "pipe")
+    return dense
+
+
+LEFT_OUT = (*PICKLES, ".env", "NOTICE", "link", "secret.index.json", "pipe")
+
+
+def test_every_file_but_pickles_and_links_out_comes_back_from_a_lossless_folder(
+    save_tiny: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dense = with_files(save_tiny(), tmp_path / "outside")
+    freebits.pack(dense, tmp_path / "packed", codec="none")
+    assert all(name in caplog.records[0].message for name in LEFT_OUT)
+    caplog.clear()
+    freebits.unpack(tmp_path / "packed", tmp_path / "back")
+    assert not caplog.records
+    files = {str(file.relative_to(dense)) for file in dense.rglob("*") if file.is_file()}
+    found = {str(file.relative_to(tmp_path / "back")) for file in (tmp_path / "back").rglob("*") if file.is_file()}
+    assert found == files - {*LEFT_OUT, "modeling_freebits.py"}
+    assert all((tmp_path / "back" / name).read_bytes() == (dense / name).read_bytes() for name in found)
+    assert "secret" not in (tmp_path / "packed" / "freebits.json").read_text()
+
+
+def test_other_folders_have_all_auxiliary_files_but_no_code_and_no_other_weights(
     save_tiny: Make, slice_tiny: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    dense = save_tiny()
-    kept = {"LICENSE": "free", "README.md": "# A model", "additional_chat_templates/tools.jinja": "{{ tools }}"}
-    left = [
-        "pytorch_model.bin",
-        "x.PKL",
-        "scaler.joblib",
-        "state.dill",
-        "data.npz",
-        "modeling_maker.py",
-        "X.BIN",
-        "a.csv",
-    ]
-    left += [".hidden", "tokenizer.pickle", "another/config.json"]
-    for name, text in {**kept, **dict.fromkeys(left, "pickle")}.items():
-        (dense / name).parent.mkdir(exist_ok=True)
-        (dense / name).write_text(text)
-    (dense / "modeling_freebits.py").write_text("raise SystemExit('run')")  # as a foe might
-    secret = tmp_path / "secret"
-    secret.write_text("secret")
-    (dense / "NOTICE").symlink_to(secret)
-    (dense / "COPYING").symlink_to("LICENSE")
-    (dense / "secret.index.json").symlink_to(secret)
-    (dense / "tokenizer.safetensors").write_text("weights")
-    sliced = slice_tiny(dense)
+    sliced = slice_tiny(with_files(save_tiny(), tmp_path / "outside"))
+    assert all(name in caplog.text for name in (*LEFT_OUT, *CODE_AND_WEIGHTS))
+    caplog.clear()
     (sliced / "modeling_freebits.py").write_text("raise SystemExit('run')")
     freebits.pack(sliced, tmp_path / "packed")
-    freebits.pack(sliced, tmp_path / "exact", codec="none")
-    assert "not carried over" in caplog.text
-    assert "a.csv" in caplog.text
-    for name in ("packed", "exact"):
-        freebits.unpack(tmp_path / name, tmp_path / f"un{name}")
-    for folder in (sliced, *(tmp_path / name for name in ("packed", "exact", "unpacked", "unexact"))):
-        for name, text in {**kept, "COPYING": "free"}.items():
+    freebits.unpack(tmp_path / "packed", tmp_path / "unpacked")
+    assert not caplog.records
+    for folder in (sliced, tmp_path / "packed", tmp_path / "unpacked"):
+        for name, text in {**AUXILIARY, "COPYING": "free", "1_Pooling/up.txt": "free"}.items():
             assert text in (folder / name).read_text()  # the card below ours
         assert json.loads((folder / "tokenizer.json").read_text())
-        assert not [name for name in (*left, "NOTICE") if (folder / name).exists()]
+        assert not [name for name in (*LEFT_OUT, *CODE_AND_WEIGHTS) if (folder / name).exists()]
         assert folder == sliced or (folder / "modeling_freebits.py").read_text().count("import") == 1
-        assert not list(folder.rglob("*.json.tmp"))
     assert not (tmp_path / "unpacked" / "freebits.json").exists()
-    (dense / "tokenizer.safetensors").unlink()
-    freebits.pack(dense, tmp_path / "of dense", codec="none")
-    assert "secret" not in (tmp_path / "of dense" / "freebits.json").read_text()
+
+
+def test_what_is_left_out_is_listed_also_with_quiet(save_tiny: Make, tmp_path: Path) -> None:
+    dense = save_tiny()
+    (dense / "optimizer.pt").write_text("pickle")
+    done = subprocess.run(
+        [sys.executable, "-m", "freebits.cli", "pack", dense, tmp_path / "out", "--codec", "none", "--quiet"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (done.stdout, done.stderr.count("\n")) == ("", 1)
+    assert "optimizer.pt" in done.stderr
+
+
+def test_code_that_is_not_carried_over_is_not_named(
+    save_tiny: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dense = save_tiny()
+    names = {"AutoConfig": "configuration_x.C", "AutoModel": "maker/x--modeling_x.M"}
+    change_config(dense, auto_map=names)
+    (dense / "configuration_x.py").write_text("")
+    tokenizer = json.loads((dense / "tokenizer_config.json").read_text())
+    tokenizer |= {"auto_map": {"AutoTokenizer": ["tokenization_x.T", None]}}
+    (dense / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    (dense / "tokenization_x.py").write_text("")
+    (dense / "processor_config.json").write_text("no JSON")
+    (dense / "video_processor_config.json").write_text('{"auto_map": ["tokenization_x.Old", null]}')
+    freebits.pack(dense, tmp_path / "exact", codec="none")
+    freebits.unpack(tmp_path / "exact", tmp_path / "same")
+    assert not caplog.records
+    freebits.pack(dense, tmp_path / "packed")
+    freebits.unpack(tmp_path / "packed", tmp_path / "unpacked")
+    freebits.rotate_model(dense, tmp_path / "rotated")
+    assert "AutoConfig" in caplog.text
+    assert "AutoTokenizer" in caplog.text
+
+    def named(folder: str, file: str) -> object:
+        return json.loads((tmp_path / folder / file).read_text()).get("auto_map")
+
+    assert named("same", "config.json") == names
+    for folder in ("unpacked", "rotated"):
+        assert named(folder, "config.json") == {"AutoModel": "maker/x--modeling_x.M"}
+        assert named(folder, "tokenizer_config.json") is None
+        assert named(folder, "video_processor_config.json") is None
+        assert (tmp_path / folder / "processor_config.json").read_text() == "no JSON"
 
 
 def test_the_files_of_a_cached_model_are_links_and_carried_over(tmp_path: Path) -> None:

@@ -187,3 +187,14 @@ def test_names_that_lead_elsewhere_are_left(memory: Any) -> None:
     folder = located("memory://model")
     assert sorted(file.name for file in folder.rglob("*")) == ["config.json"]
     assert not (folder.parent.parent / "escaped.json").exists()
+
+
+def test_auxiliary_files_at_an_address_come_back(save_tiny: Make, memory: Any, tmp_path: Path) -> None:
+    # A mirror holds zeros for every file that it does not copy, and nothing of a folder in a folder.
+    dense = save_tiny()
+    (dense / "a" / "b").mkdir(parents=True)
+    (dense / "a" / "b" / "picture.png").write_bytes(b"picture")
+    memory.put(str(dense), "/bucket/model", recursive=True)
+    freebits.pack("memory://bucket/model", tmp_path / "packed", codec="none")
+    freebits.unpack(tmp_path / "packed", tmp_path / "back")
+    assert content(tmp_path / "back") == content(dense)

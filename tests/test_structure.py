@@ -28,11 +28,11 @@ FLOORS = {
         *("architecture", "checkpoint", "codes", "errors", "kind", "limits", "moves", "options", "version", "work"),
     },
     "report": {"architecture", "checkpoint", "errors", "kind", "packed"},
-    "verbs": {"architecture", "checkpoint", "errors", "options", "packed", "report", "work"},
     "huggingface": {
         *("architecture", "calibration", "checkpoint", "codes", "errors", "kind", "limits", "moves", "options"),
         *("packed", "quantization", "reduction", "report", "symmetry", "version", "work"),
     },
+    "verbs": {"architecture", "checkpoint", "errors", "huggingface", "options", "packed", "report", "work"},
     "evaluation": {
         *("architecture", "calibration", "checkpoint", "errors", "huggingface", "kind", "moves", "options", "packed"),
         *("report", "work"),

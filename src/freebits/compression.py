@@ -13,7 +13,7 @@ from freebits.calibration import embedded_text
 from freebits.checkpoint import Checkpoint, check_key, located, new_directory, original, sign, unchanged
 from freebits.errors import CheckpointError, UsageError
 from freebits.evaluation import verify
-from freebits.huggingface import WINDOW, Goal, prepare, token_windows
+from freebits.huggingface import WINDOW, Goal, auto_class, prepare, token_windows
 from freebits.packed import PackedFolder, pack_into, stage
 from freebits.report import TYPICAL_ENTROPY, bytes_on_disk, inspect, opened, write_card
 from freebits.work import Executor, Parallel, Progress, Work, WorkStore, silent
@@ -95,7 +95,8 @@ def compress(
         progress: called after each step.
 
     Returns:
-        `plan`; and but for `dry_run` what `inspect(out)` says, `fidelity`, which is what `verify` found, and `seconds`.
+        `plan`. Without `dry_run` also what `inspect(out)` says; `fidelity`, which is what `verify` found; `auto_class`,
+        the class of transformers that loads the folder, or None; and `seconds`.
 
     Raises:
         UsageError: the arguments contradict each other, or the target ruins the model.
@@ -111,7 +112,8 @@ def compress(
     with new_directory(out) as directory:
         with unchanged(folder), parallel.executor() as executor:
             measured, coverage = _made(plan, folder, directory, (calibration, text), device, executor, force, progress)
-        write_card(directory, folder, measured)
+        loader = auto_class(opened(directory).config)
+        write_card(directory, folder, measured, loader)
         if sign_with is not None:
             sign(directory, sign_with)
         facts = inspect(directory)
@@ -120,6 +122,7 @@ def compress(
         "plan": asdict(plan),
         "fidelity": measured,
         "coverage": coverage,
+        "auto_class": loader,
         "seconds": time.perf_counter() - started,
     }
 
@@ -168,7 +171,7 @@ def _made(
     progress: Progress,
 ) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
     """Do what is planned; what `verify` finds, and how much was rounded."""
-    scratch = directory / "scratch"
+    scratch = directory / ".scratch"
     scratch.mkdir()
     measured = _without_loss(plan, folder, scratch / "made", executor, progress) if plan.way == "lossless" else None
     coverage = None

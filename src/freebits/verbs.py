@@ -1,15 +1,18 @@
 """The functions `pack` and `unpack`: check the arguments, write a folder, describe it."""
 
+import logging
 import os
 from typing import Any
 
-from freebits.architecture import Architecture
+from freebits.architecture import Architecture, unproven_settings
 from freebits.checkpoint import Checkpoint, Task, check_key, is_adapter, located, new_directory, sign
-from freebits.errors import CheckpointError
+from freebits.errors import CheckpointError, one_line
 from freebits.options import CANONICAL
-from freebits.packed import PackedFolder, chosen, is_packed, pack_into, stage, unpack_into
+from freebits.packed import PackedFolder, Preset, chosen, is_packed, pack_into, stage, unpack_into
 from freebits.report import inspect, known_sizes, write_card
 from freebits.work import Parallel, Progress, Work, device_of, silent
+
+_log = logging.getLogger(__name__)
 
 
 def pack(
@@ -28,7 +31,8 @@ def pack(
     """Pack a checkpoint without the bits of its rotations and of the bases of its heads, or bit for bit.
 
     The other codecs are function-preserving: the weights are those of a rotated model, rounded once to their
-    dtypes. Codec `none` and the entropy stage are bit-exact.
+    dtypes. Codec `none` and the entropy stage are bit-exact. Codec `canonical` packs an adapter as codec `none` does,
+    with a warning, unless its config proves that every layer adds the product of two matrices.
 
     Args:
         model: folder of a checkpoint, sliced or dense, or of an adapter; bits-back takes sliced ones alone.
@@ -57,6 +61,7 @@ def pack(
     if is_packed(model):
         raise CheckpointError(f"{model} is packed already: unpack it first")
     source = Checkpoint(model)
+    preset = _proven(preset, source)
     sizes = known_sizes(model)
     arguments = {"codec": codec, "entropy": entropy, "threshold": threshold, "device": device}
     task = Task("pack", source.path, arguments, resume) if preset else None  # codec `none` is not worth resuming
@@ -64,10 +69,28 @@ def pack(
     with new_directory(out, task) as directory, parallel.executor(piece) as executor:
         work = Work(executor, task.store(directory) if task else None)
         pack_into(directory, source, preset, (entropy, code), sizes, work, progress)
-        write_card(directory, source.path)
+        write_card(directory, source.path, auto_class=_loader(source))
         if sign_with is not None:
             sign(directory, sign_with)
         return inspect(directory)
+
+
+def _proven(preset: Preset | None, source: Checkpoint) -> Preset | None:
+    """The preset, or None for an adapter that codec `canonical` could change."""
+    if preset is None or preset.name != CANONICAL or not is_adapter(source.config):
+        return preset
+    unproven = unproven_settings(source.config)
+    if unproven:
+        settings = one_line(", ".join(unproven), 120)
+        _log.warning("freebits: the adapter is kept bit for bit: its update may be no plain product (%s)", settings)
+    return None if unproven else preset
+
+
+def _loader(source: Checkpoint) -> str | None:
+    """The Auto class that loads the packed model; transformers takes seconds to import."""
+    from freebits.huggingface import auto_class
+
+    return auto_class(source.config)
 
 
 def _largest_part(source: Checkpoint) -> int:

@@ -83,7 +83,7 @@ def power_cuts(places: list[Place]) -> list[Finding]:
             finding.silent += bool(lost)
             finding.harmless += str(disk.root) in arguments and not lost
             finding.notes += [f"{place.name}: {sorted(Path(path).name for path in lost)}"] if lost else []
-            if renamed and "/unfinished/" in renamed and not Path(renamed).name.startswith("."):
+            if renamed and "/.unfinished/" in renamed and not Path(renamed).name.startswith("."):
                 pieces.times += 1
                 pieces.silent += renamed in disk.unsynced
                 pieces.harmless += renamed not in disk.unsynced

@@ -15,7 +15,7 @@ from freebits.architecture.families import (
     transformers_type,
 )
 from freebits.architecture.layout import RANKS, WIDTHS, Layout
-from freebits.architecture.pairs import Pair, Span, pairs_of
+from freebits.architecture.pairs import Pair, Span, pairs_of, unproven_settings
 from freebits.architecture.table import (
     EMBEDDINGS,
     HEAD,
@@ -60,4 +60,5 @@ __all__ = [
     "family_of",
     "pairs_of",
     "transformers_type",
+    "unproven_settings",
 ]

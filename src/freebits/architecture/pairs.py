@@ -14,6 +14,18 @@ from freebits.architecture.table import Architecture, BoundBranch, Module, Part
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+_PLAIN_SETTINGS = (
+    *("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
+    *("bias", "lora_bias", "use_dora", "trainable_token_indices", "inference_mode"),
+    *("eva_config", "loftq_config"),  # where training begins
+    *("qalora_group_size", "megatron_core"),  # defaults that do nothing on their own
+    *("task_type", "base_model_name_or_path", "revision", "auto_mapping", "peft_type", "peft_version"),
+)
+"""Settings of PEFT's LoRA under which a layer's output depends on its two matrices only through their product."""
+_PLAIN_STARTS = (True, False, "gaussian", "eva", "olora", "pissa", "loftq", "orthogonal")
+"""Values of `init_lora_weights` under which the same holds."""
+
 
 @dataclass(frozen=True)
 class Span:
@@ -89,6 +101,22 @@ def _adapters(part: Part, shapes: Shapes) -> Iterator[Pair]:
         down, up = shapes.get(name, ()), shapes.get(other, ())
         if name != other and len(down) == len(up) == 2 and down[0] == up[1]:
             yield Pair(down[0], (Span(name, 0, ((0,),)),), (Span(other, 1, ((0,),)),))
+
+
+def unproven_settings(adapter: Mapping[str, Any]) -> list[str]:
+    """The settings of a PEFT adapter under which a layer may depend on its two matrices in another way than by product.
+
+    An adapter with such a setting can only be kept as it is, bit for bit.
+
+    Args:
+        adapter: the adapter's `adapter_config.json`.
+    """
+    if adapter.get("peft_type") != "LORA":
+        return [f"peft_type {adapter.get('peft_type')}"]
+    known = {*_PLAIN_SETTINGS, "init_lora_weights"}
+    unproven = [key for key, value in adapter.items() if value and key not in known]
+    start = adapter.get("init_lora_weights", True)
+    return unproven if start in _PLAIN_STARTS else [*unproven, f"init_lora_weights {start}"]
 
 
 def _thin(modules: Iterable[Module], shapes: Shapes) -> Iterator[Pair]:

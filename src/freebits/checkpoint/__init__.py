@@ -6,12 +6,12 @@ from freebits.checkpoint.beside import (
     CARD_MARK,
     REMOTE_CODE,
     auto_map,
-    carry_code,
     carry_over,
     copy,
     kept_cards,
     restore_card,
     stays_inside,
+    write_config,
     write_remote_code,
 )
 from freebits.checkpoint.folder import (
@@ -58,7 +58,6 @@ __all__ = [
     "WeightsFile",
     "WeightsWriter",
     "auto_map",
-    "carry_code",
     "carry_over",
     "check_key",
     "check_signature",
@@ -84,6 +83,7 @@ __all__ = [
     "text_digest",
     "unchanged",
     "url_of",
+    "write_config",
     "write_json",
     "write_remote_code",
 ]

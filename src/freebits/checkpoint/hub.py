@@ -8,10 +8,12 @@ from huggingface_hub import HfApi, snapshot_download
 from freebits.checkpoint.remote import mirror, url_of
 from freebits.errors import CheckpointError, one_line
 
-_WANTED = ("*.json", "*.safetensors", "*.md", "*.model", "*.tiktoken", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
-"""Of a model's files: weights in safetensors, tokenizer, card, licence."""
-_OTHERS = ["consolidated*", "original/*", "metal/*", "onnx/*"]
-"""The same weights in other forms."""
+_UNWANTED = [
+    *("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib", "*.npz", "*.npy"),
+    *("consolidated*", "original/*", "metal/*", "onnx/*", "openvino/*", "coreml/*"),
+    *("*.gguf", "*.h5", "*.msgpack", "*.onnx*", "*.tflite", "*.ot"),
+]
+"""Files that are not downloaded: pickles, and the same weights in other formats."""
 _CONFIG_ONLY = ("config.json",)
 
 
@@ -38,9 +40,9 @@ def located(
     try:
         if not whole:
             return mirror(f"hf://{path.as_posix()}" + (f"@{revision}" if revision else ""))
-        wanted = _CONFIG_ONLY if config_only else _WANTED
+        wanted = list(_CONFIG_ONLY) if config_only else None
         return Path(
-            snapshot_download(path.as_posix(), revision=revision, allow_patterns=list(wanted), ignore_patterns=_OTHERS)
+            snapshot_download(path.as_posix(), revision=revision, allow_patterns=wanted, ignore_patterns=_UNWANTED)
         )
     except CheckpointError:
         raise

@@ -30,7 +30,7 @@ _TRIED = ".freebits"
 _LAST = ("config.json",)
 """Without it a folder is no checkpoint: it is uploaded last."""
 _mirrors: dict[Path, str] = {}
-"""Mirror → URL of the folder."""
+"""Mirror, or a file in it that is a hole → URL."""
 
 
 class Readable(Protocol):
@@ -112,11 +112,11 @@ def mirror(url: str) -> Path:
     try:
         with _as_os_errors():
             system, root = fsspec.url_to_fs(url)
-            found = system.find(root, maxdepth=2, detail=True)
+            found = system.find(root, detail=True)
             if not any(name.endswith("config.json") for name in found):
                 raise FileNotFoundError("there is no config.json")
             for name, told in sorted(found.items()):
-                _stand_in(system, name, told, folder, name[len(root) :].strip("/"))
+                _stand_in(system, name, told, folder, name[len(root) :].strip("/"), url)
     except OSError as error:
         raise CheckpointError(f"{url} cannot be read ({error}): check address, connection and key") from None
     _mirrors[folder] = url
@@ -124,11 +124,22 @@ def mirror(url: str) -> Path:
 
 
 def original(path: Path) -> str | None:
-    """The URL of a file or folder that a mirror stands for; None where it is what it seems."""
-    if path in _mirrors:
-        return _mirrors[path]
-    url = _mirrors.get(path.parent)
-    return f"{url}/{path.name}" if url and not _is_copied(path.name) else None
+    """The URL of a mirror, or of a file that a mirror holds no copy of; None for everything else."""
+    return _mirrors.get(path)
+
+
+def download(url: str, target: Path) -> None:
+    """Download a file.
+
+    Raises:
+        CheckpointError: that fails.
+    """
+    try:
+        with _as_os_errors():
+            system, name = fsspec.url_to_fs(url)
+            system.get_file(name, str(target))
+    except OSError as error:
+        raise CheckpointError(f"{url} cannot be downloaded ({error})") from None
 
 
 def fill(folder: Path) -> None:
@@ -142,12 +153,7 @@ def fill(folder: Path) -> None:
         return
     for file in folder.glob("*.safetensors"):
         part = file.with_suffix(".part")
-        try:
-            with _as_os_errors():
-                system, name = fsspec.url_to_fs(f"{url}/{file.name}")
-                system.get_file(name, str(part))
-        except OSError as error:
-            raise CheckpointError(f"{url}/{file.name} cannot be downloaded ({error})") from None
+        download(f"{url}/{file.name}", part)
         part.replace(file)
 
 
@@ -234,13 +240,13 @@ def _remove_if_empty(system: Any, name: str) -> None:
             system.rmdir(name)
 
 
-def _stand_in(system: Any, name: str, told: dict[str, Any], folder: Path, relative: str) -> None:
+def _stand_in(system: Any, name: str, told: dict[str, Any], folder: Path, relative: str, url: str) -> None:
     """A copy of a small file, a hole for a large one; its time is another if the file is (see `Task`)."""
     parts = PurePosixPath(relative).parts
     if not parts or any(part in ("..", ".") or "\\" in part or part.startswith(".") for part in parts):
         return
     file = folder.joinpath(*parts)
-    file.parent.mkdir(exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     size = told.get("size")
     size = system.info(name)["size"] if size is None else size
     if _is_copied(file.name) and (size or 0) <= COPIED_BYTES:
@@ -248,6 +254,7 @@ def _stand_in(system: Any, name: str, told: dict[str, Any], folder: Path, relati
     else:
         with file.open("wb") as hole:
             hole.truncate(size or 0)
+        _mirrors[file] = f"{url}/{relative}"
     version = int(sha256(repr(_state(told)).encode()).hexdigest()[:12], 16)
     os.utime(file, ns=(version, version))
 

@@ -14,7 +14,7 @@ from freebits.errors import CheckpointError
 from freebits.version import __version__
 from freebits.work import WorkStore
 
-UNFINISHED = "unfinished"
+UNFINISHED = ".unfinished"
 """The folder of finished pieces in a staging directory."""
 _TASK = "task.json"
 

@@ -87,7 +87,12 @@ def run_compress(arguments: Namespace) -> int:
         return OK
     print_facts(result, as_json=False)
     print_fidelity(result["fidelity"])
-    print(f"{result['seconds']:.0f} s; load it with transformers after `import freebits`; see {arguments.out / CARD}")
+    how = (
+        f"load it with {result['auto_class']} after `import freebits`"
+        if result["auto_class"]
+        else "unpack it to load it"
+    )
+    print(f"{result['seconds']:.0f} s; {how}; see {arguments.out / CARD}")
     return OK
 
 

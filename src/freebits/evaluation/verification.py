@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
-from freebits.architecture import Part, Role, Weight
+from freebits.architecture import Part, Role, Weight, unproven_settings
 from freebits.calibration import embedded_text, perplexity
 from freebits.checkpoint import Checkpoint, Source, check_signature, is_adapter, located
 from freebits.errors import CheckpointError, UsageError
@@ -18,7 +18,7 @@ from freebits.evaluation.perplexity import WINDOW, loss
 from freebits.huggingface import token_windows, window_logits
 from freebits.kind import bytes_of
 from freebits.moves import BIT_EXACT, FUNCTION_PRESERVING, LOSSY, free_pairs
-from freebits.packed import PackedFolder, history_of
+from freebits.packed import HISTORY, PackedFolder, history_of
 from freebits.report import opened
 from freebits.work import Progress, silent
 
@@ -42,10 +42,10 @@ def verify(
 ) -> dict[str, Any]:
     """Check every digest of a packed checkpoint and, against a model it was made from, how close the two are.
 
-    Against the model that codec `none` packed, tensors are compared bit for bit and nothing is run. Against any other
-    model of the history both are run on a text. Three gates say whether they are the same function: every logit is
-    finite; the mean KL divergence is small; the perplexities' ratio is near 1 on either side. What is small enough
-    depends on the moves between: 0.01 nats and 1.01 where all keep the function, 1 and 1.5 where one is lossy.
+    Config and tensors are compared bit for bit with what codec `none` packed; of other adapters the config and every
+    layer's product. Other models are run on a text, both of them. Three gates say whether they are the same function:
+    every logit is finite; the mean KL divergence is small; the perplexities' ratio is near 1 on either side. What is
+    small enough depends on the moves between: 0.01 nats and 1.01 if all keep the function, 1 and 1.5 if one is lossy.
 
     Args:
         packed: folder of the packed checkpoint.
@@ -124,20 +124,29 @@ def _fidelity(packed: PackedFolder, before: list[dict[str, Any]]) -> str:
 
 
 def _equal(packed: PackedFolder, reference: Checkpoint | PackedFolder) -> bool:
-    """Whether two folders hold the same tensors, bit for bit."""
+    """Whether two folders have the same config and the same tensors, bit for bit."""
     kinds = packed.model_kinds
     theirs = reference.model_kinds if isinstance(reference, PackedFolder) else reference.kinds
-    if kinds != theirs:
+    if kinds != theirs or _settings(packed) != _settings(reference):
         return False
     return all(bool((bytes_of(tensor) == bytes_of(reference[name])).all()) for name, tensor in packed.model_tensors())
 
 
+def _settings(folder: Checkpoint | PackedFolder) -> dict[str, Any]:
+    """A folder's config without our history."""
+    return {key: value for key, value in folder.config.items() if key != HISTORY}
+
+
 def _same_products(packed: PackedFolder, reference: Checkpoint | PackedFolder) -> dict[str, Any]:
-    """Whether every layer of two adapters adds the same, up to the rounding of its two matrices."""
+    """Whether two adapters have the same config and each layer adds the same, up to the rounding of its two matrices.
+
+    Unless the config proves that a layer adds the product of its matrices, every tensor must be the same.
+    """
     part = Part({name: Weight(name, Role.INNER, "") for name in packed.kinds})
-    pairs = free_pairs(packed.kinds, None, part, dense=True)
+    unproven = unproven_settings(_settings(packed))
+    pairs = [] if unproven else free_pairs(packed.kinds, None, part, dense=True)
     paired = {name for pair in pairs for name in pair.names}
-    same = packed.kinds == reference.kinds
+    same = packed.kinds == reference.kinds and _settings(packed) == _settings(reference)
     same = same and all(torch.equal(packed[name], reference[name]) for name in packed.kinds.keys() - paired)
     for down, up in (pair.names for pair in pairs if same):
         before, after = (of[up].double() @ of[down].double() for of in (reference, packed))

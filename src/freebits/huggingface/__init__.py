@@ -8,6 +8,7 @@ from freebits.huggingface.config_estimate import estimate
 from freebits.huggingface.import_slicegpt import import_slicegpt
 from freebits.huggingface.loading import load
 from freebits.huggingface.low_rank_checkpoint import lowrank
+from freebits.huggingface.packed_models import auto_class
 from freebits.huggingface.quantize_checkpoint import WINDOW, prepare, quantize
 from freebits.huggingface.recover_checkpoint import recover
 from freebits.huggingface.rotate_checkpoint import rotate_model
@@ -19,6 +20,7 @@ from freebits.huggingface.tokens import token_windows
 __all__ = [
     "WINDOW",
     "Goal",
+    "auto_class",
     "estimate",
     "import_slicegpt",
     "load",

@@ -80,7 +80,7 @@ def import_slicegpt(
         with CheckpointWriter(directory, shapes, _SHARD) as writer:
             for name, tensor in tensors.items():
                 writer.write(name, tensor.contiguous())
-        carry_over(folder, directory)
+        carry_over(folder, directory, (file.name for file in folder.glob("model*.safetensors*")))
         write_remote_code(directory, SLICED_IN, architecture.family.sliced_classes)
         sized = any(folder.glob("*.safetensors"))
         move = {

@@ -19,7 +19,7 @@ from transformers import (
 from freebits.checkpoint import CONFIG, Checkpoint, fill, is_adapter, located
 from freebits.errors import CheckpointError, FreebitsError, one_line
 from freebits.huggingface.integer_layers import with_integers
-from freebits.huggingface.packed_models import adopt_generation_settings, from_tensors, with_floats
+from freebits.huggingface.packed_models import adopt_generation_settings, check_complete, from_tensors, with_floats
 from freebits.huggingface.pivoted_layers import with_pivots
 from freebits.packed import PackedFolder
 from freebits.report import opened
@@ -68,8 +68,7 @@ def load(
             options |= {"verify": verify} if packed else {}
             loaded = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **options)
     model, found = loaded
-    if found["missing_keys"]:  # transformers fills them in at random
-        raise CheckpointError(f"tensor {min(found['missing_keys'])} is missing in {path}: the checkpoint is incomplete")
+    check_complete(model, found["missing_keys"], folder.config, path)
     if keep_integers and isinstance(folder, PackedFolder):
         return with_integers(model, folder)
     return with_pivots(model) if keep_pivots else model

@@ -180,7 +180,7 @@ def _write_config(
         HISTORY: {"history": [*history_of(config), move]},
     }
     write_json(directory / CONFIG, config | ours)
-    carry_over(checkpoint.path, directory)
+    carry_over(checkpoint.path, directory, (file.name for file in checkpoint.weight_files))
     write_remote_code(directory, SLICED_IN if sliced else LOW_RANK_IN, classes)
 
 

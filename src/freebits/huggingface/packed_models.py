@@ -1,30 +1,39 @@
-"""Packed folders in transformers: one model type for all of them, whose factory gives the library's own model.
+"""Packed folders in transformers: one model type for all of them, for which every Auto class gives the library's model.
 
-Without freebits that model type is unknown to transformers, which then says so, instead of filling a model with random
-weights. With it `AutoModelForCausalLM.from_pretrained` decodes the folder and hands the tensors to the class of the
-model that is in it: an ordinary model.
+Without freebits that model type is unknown to transformers, which then says so instead of filling a model with random
+weights. With freebits, `from_pretrained` of an Auto class decodes the folder and hands the tensors to the class that
+the Auto class has for the model in it. The result is an ordinary model.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub import snapshot_download
 from transformers import (
     CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
 )
+from transformers.models.auto import modeling_auto
 
 from freebits.errors import CheckpointError, UnsupportedModelError
 from freebits.kind import DTYPES
 from freebits.packed import PackedFolder
 
+AUTO_CLASSES: list[Any] = [
+    getattr(modeling_auto, name) for name in modeling_auto.__all__ if name.startswith("AutoModel")
+]
+"""Every Auto class of models."""
+_PREFERRED = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM)
+"""Auto classes that are named before others that have the same model."""
 _FLOAT = "__float__"
 
 
@@ -46,10 +55,11 @@ class PackedConfig(PreTrainedConfig):
         """Nothing: no folder is written with this config but by packing."""
 
 
-class PackedForCausalLM:
-    """The factory; it has no instances."""
+class PackedFactory:
+    """Gives what an Auto class has for the model in a packed folder. It has no instances."""
 
     config_class = PackedConfig
+    auto: ClassVar[Any]
 
     @classmethod
     def from_pretrained(
@@ -66,23 +76,20 @@ class PackedForCausalLM:
 
         Raises:
             CheckpointError: the folder is damaged, or lacks a tensor of the model.
-            UnsupportedModelError: the model needs code that transformers does not have.
+            UnsupportedModelError: the Auto class has no class for the model.
         """
         del config
         folder = _local_folder(path, kwargs)
         packed = PackedFolder(folder, verify=verify)
         kept = {key: kwargs.pop(key) for key in ("dtype", "torch_dtype", "quantization_config") if key in kwargs}
-        inner, rest = inner_config(packed.config).from_dict(
-            with_floats(packed.config), return_unused_kwargs=True, **kwargs
-        )
-        for name, of in packed.model_kinds.items():
-            if of.code not in DTYPES:
-                raise CheckpointError(f"tensor {name} has dtype {of.code}: unpack it, then load")
+        inner, rest = _config_of(packed.config, cls.auto, return_unused_kwargs=True, **kwargs)
+        for name, kind in packed.model_kinds.items():
+            if kind.code not in DTYPES:
+                raise CheckpointError(f"tensor {name} has dtype {kind.code}: unpack it, then load")
         state = {name: tensor for name, tensor in packed.model_tensors() if tensor.numel()}
         with_info = rest.pop("output_loading_info", False)
-        model, found = from_tensors(inner, state, *args, output_loading_info=True, **rest, **kept)
-        if found["missing_keys"]:  # transformers fills them in at random
-            raise CheckpointError(f"tensor {min(found['missing_keys'])} is missing in {path}: the model is incomplete")
+        model, found = from_tensors(inner, state, *args, auto=cls.auto, output_loading_info=True, **rest, **kept)
+        check_complete(model, found["missing_keys"], packed.config, path)
         model.name_or_path = model.config.name_or_path = str(path)
         adopt_generation_settings(model, folder)
         return (model, found) if with_info else model
@@ -90,39 +97,99 @@ class PackedForCausalLM:
     @classmethod
     def _from_config(cls, config: Any, **kwargs: Any) -> Any:
         """A model with random weights, as `from_config` makes it."""
-        told = getattr(config, "model", None) or PackedFolder(_local_folder(config.name_or_path, {})).config
-        return AutoModelForCausalLM.from_config(inner_config(told).from_dict(with_floats(told)), **kwargs)
+        inner = getattr(config, "model", None) or PackedFolder(_local_folder(config.name_or_path, {})).config
+        return cls.auto.from_config(_config_of(inner, cls.auto), **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
         """Nothing: the models that come out are not of this class."""
 
 
-class PackedModel(PackedForCausalLM):
-    """The factory of models without a head."""
+class PackedModel(PackedFactory):
+    """The factory for `AutoModel`. Folders name this class in their code."""
+
+    auto = AutoModel
+
+
+class PackedForCausalLM(PackedFactory):
+    """The factory for `AutoModelForCausalLM`. Folders name this class in their code."""
+
+    auto = AutoModelForCausalLM
+
+
+class PackedTokenizer:
+    """Gives the tokenizer of the model in a packed folder, where only the model's type says which class it has."""
 
     @classmethod
-    def _from_config(cls, config: Any, **kwargs: Any) -> Any:
-        return super()._from_config(config, **kwargs).base_model
+    def from_pretrained(cls, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """The tokenizer; arguments as in transformers."""
+        config = PackedFolder(_local_folder(path, kwargs)).config
+        model_type = str(config.get("model_type"))
+        known: Any = PreTrainedConfig
+        if model_type in CONFIG_MAPPING:  # a lazy mapping, whose `get` finds nothing
+            known = CONFIG_MAPPING[model_type]
+        return AutoTokenizer.from_pretrained(path, *args, config=known.from_dict(with_floats(config)), **kwargs)
 
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """What is below the head of the model in a packed folder; arguments as above."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        return (loaded[0].base_model, *loaded[1:]) if isinstance(loaded, tuple) else loaded.base_model
+
+def _factories() -> Iterable[type[PackedFactory]]:
+    """One factory for each Auto class."""
+    named: list[type[PackedFactory]] = [PackedModel, PackedForCausalLM]
+    yield from named
+    for auto in AUTO_CLASSES:
+        if auto not in [factory.auto for factory in named]:
+            yield type(auto.__name__.replace("AutoModel", "Packed"), (PackedFactory,), {"auto": auto})
 
 
-def from_tensors(config: PreTrainedConfig, tensors: Mapping[str, Any], *args: Any, **options: Any) -> Any:
-    """What `AutoModelForCausalLM.from_pretrained` gives for a folder with that config and these tensors."""
-    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+def from_tensors(
+    config: PreTrainedConfig, tensors: Mapping[str, Any], *args: Any, auto: Any = AutoModelForCausalLM, **options: Any
+) -> Any:
+    """What an Auto class's `from_pretrained` gives for a folder with that config and these tensors."""
+    kind = _classes(auto, type(config), config.architectures)[0]
     if kind.config_class is config.sub_configs.get("text_config"):  # of a model that sees, too
         config = config.get_text_config()
     return kind.from_pretrained(None, *args, config=config, state_dict=tensors, **options)
 
 
+def check_complete(model: Any, missing: Iterable[str], config: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Check that a folder has every tensor of a model. transformers fills in what is missing at random.
+
+    Raises:
+        CheckpointError: it lacks one. The message names the Auto class that loads the folder, if it is another one.
+    """
+    name = min(missing, default=None)
+    if name is None:
+        return
+    architecture = (config.get("architectures") or [type(model).__name__])[0]
+    if architecture == type(model).__name__:
+        raise CheckpointError(f"tensor {name} is missing in {path}: the checkpoint is incomplete")
+    raise CheckpointError(
+        f"{path} holds a {architecture}, which has no {name}: load it with {auto_class(config) or 'its own class'}"
+    )
+
+
+def auto_class(config: Mapping[str, Any]) -> str | None:
+    """The name of the Auto class that loads the architecture in a config; None if transformers has no such model."""
+    model_type, architectures = str(config.get("model_type")), config.get("architectures")
+    if model_type not in CONFIG_MAPPING:
+        return None
+    kind = CONFIG_MAPPING[model_type]
+    known = [auto for auto in (*_PREFERRED, *AUTO_CLASSES) if kind in auto._model_mapping]
+    for auto in known:
+        if {found.__name__ for found in _classes(auto, kind)} & {*(architectures or ())}:
+            return str(auto.__name__)
+    return known[0].__name__ if known else None
+
+
+def _classes(auto: Any, config_class: type[PreTrainedConfig], architectures: Iterable[str] | None = ()) -> list[Any]:
+    """The classes that an Auto class has for a config, those of these architectures first."""
+    found = auto._model_mapping[config_class]
+    classes = list(found) if isinstance(found, list | tuple) else [found]
+    return sorted(classes, key=lambda kind: kind.__name__ not in (architectures or ()))
+
+
 def adopt_generation_settings(model: Any, folder: Path) -> None:
     """Read `generation_config.json`, which `from_pretrained` skips where it is given the weights."""
-    if (folder / "generation_config.json").exists():
+    if model.can_generate() and (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
@@ -133,19 +200,28 @@ def with_floats(value: Any) -> Any:
     return [with_floats(part) for part in value] if isinstance(value, list) else value
 
 
-def inner_config(config: Mapping[str, Any]) -> type[PreTrainedConfig]:
+def inner_config(config: Mapping[str, Any], auto: Any = AutoModelForCausalLM) -> type[PreTrainedConfig]:
     """The class of a model's own config.
 
     Raises:
-        UnsupportedModelError: transformers does not have it, or it would run the model maker's code.
+        UnsupportedModelError: the Auto class has no class for the model, or it would run the model maker's code.
     """
     model_type = str(config.get("model_type"))
-    if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if model_type in CONFIG_MAPPING and CONFIG_MAPPING[model_type] in auto._model_mapping:
+        return CONFIG_MAPPING[model_type]
+    other = auto_class(config)
+    if other is None:
         raise UnsupportedModelError(
-            f"transformers has no causal language model of type {model_type!r} without custom code: "
+            f"transformers has no model of type {model_type!r} without custom code: "
             "unpack the folder and load it with its maker's code"
         )
-    return CONFIG_MAPPING[model_type]
+    raise UnsupportedModelError(f"{auto.__name__} loads no models of type {model_type!r}, but {other} does")
+
+
+def _config_of(config: Mapping[str, Any], auto: Any, **options: Any) -> Any:
+    """A model's own config, as transformers' `from_dict` gives it; without `auto_map`, as no code of it is run."""
+    plain = {key: value for key, value in with_floats(config).items() if key != "auto_map"}
+    return inner_config(config, auto).from_dict(plain, **options)
 
 
 def _local_folder(path: str | os.PathLike[str], source: Mapping[str, Any]) -> Path:
@@ -160,5 +236,6 @@ def _local_folder(path: str | os.PathLike[str], source: Mapping[str, Any]) -> Pa
 
 
 AutoConfig.register(PackedConfig.model_type, PackedConfig)
-AutoModel.register(PackedConfig, PackedModel)
-AutoModelForCausalLM.register(PackedConfig, PackedForCausalLM)
+AutoTokenizer.register(PackedConfig, PackedTokenizer)
+for _factory in _factories():
+    _factory.auto.register(PackedConfig, _factory)

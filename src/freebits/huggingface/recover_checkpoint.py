@@ -12,14 +12,13 @@ from freebits.checkpoint import (
     CONFIG,
     Checkpoint,
     CheckpointWriter,
-    carry_code,
     carry_over,
     check_key,
     located,
     new_directory,
     shard_bytes,
     sign,
-    write_json,
+    write_config,
     write_remote_code,
 )
 from freebits.errors import CheckpointError, UnsupportedModelError, UsageError
@@ -222,10 +221,8 @@ def _write(directory: Path, source: Checkpoint | PackedFolder, student: Student,
     with CheckpointWriter(directory, shapes, shard_bytes(source)) as writer:
         for name, kind in source.kinds.items():
             writer.write(name, tensors[name].detach().to("cpu", kind.dtype) if name in tensors else source[name])
-    write_json(directory / CONFIG, source.config | {HISTORY: {"history": [*history_of(source.config), move]}})
-    carry_over(source.path, directory)
+    carry_over(source.path, directory, (file.name for file in source.weight_files))
+    write_config(directory / CONFIG, source.config | {HISTORY: {"history": [*history_of(source.config), move]}})
     model = student.model
     if isinstance(model, OwnModel):
         write_remote_code(directory, type(model).__module__, model.classes)
-    else:
-        carry_code(source.path, directory)

@@ -18,7 +18,7 @@ from freebits.checkpoint import (
     located,
     new_directory,
     shard_bytes,
-    write_json,
+    write_config,
 )
 from freebits.errors import UnsupportedModelError, UsageError
 from freebits.huggingface.naming import InMemory, known_config
@@ -69,7 +69,7 @@ def rotate_model(
     Layout().check(shapes, architecture)
     names = shapes | {untied.head.weight: shapes[untied.embedding.weight]}
     with new_directory(out) as directory:
-        carry_over(checkpoint.path, directory)
+        carry_over(checkpoint.path, directory, (file.name for file in checkpoint.weight_files))
         with CheckpointWriter(directory, names, shard_bytes(checkpoint)) as writer:
             for done, part in enumerate(untied.parts, start=1):
                 for name, tensor in rotated_part(dense, untied, part, seed).items():
@@ -83,7 +83,7 @@ def rotate_model(
             "producer": f"freebits {__version__}",
         }
         history = {"history": [*history_of(dense.config), move]}
-        write_json(directory / CONFIG, {**dense.config, "tie_word_embeddings": False, HISTORY: history})
+        write_config(directory / CONFIG, {**dense.config, "tie_word_embeddings": False, HISTORY: history})
         write_card(directory, checkpoint.path)
         return inspect(directory)
 

@@ -125,7 +125,7 @@ def slice_model(
         orientation = seed if random_orientation else None
         slicing = Slice(dense, architecture, runner, work, tokens, held_out, size, orientation, progress)
         measured = _write_parts(directory, checkpoint, slicing, dtypes, progress)
-        carry_over(checkpoint.path, directory)
+        carry_over(checkpoint.path, directory, (file.name for file in checkpoint.weight_files))
         write_remote_code(directory, SLICED_IN, architecture.family.sliced_classes)
         perplexity = _judge(measured, sparsity, force)
         move = {

@@ -4,7 +4,7 @@ from freebits.packed.contents import STEM, Contents, announced, digests_of
 from freebits.packed.manifest import MANIFEST, is_packed, sizes_before
 from freebits.packed.packing import HISTORY, history_of, pack_into, publish
 from freebits.packed.piece import Piece, encoded, plain, stage, staged
-from freebits.packed.presets import bits_back, canonical, chosen
+from freebits.packed.presets import Preset, bits_back, canonical, chosen
 from freebits.packed.reader import PackedFolder
 from freebits.packed.recipe import Recipe
 from freebits.packed.retouching import retouch
@@ -19,6 +19,7 @@ __all__ = [
     "Contents",
     "PackedFolder",
     "Piece",
+    "Preset",
     "Recipe",
     "announced",
     "bits_back",

@@ -9,7 +9,6 @@ from freebits.checkpoint import (
     CheckpointWriter,
     Entry,
     WeightsFile,
-    carry_code,
     config_name,
     read_json,
     read_text,
@@ -27,11 +26,14 @@ def pack_files(source: Checkpoint, directory: Path, stage: str | None, work: Wor
     Raises:
         CheckpointError: a file is damaged.
     """
-    found = (file for file in sorted(source.path.glob("*.safetensors")))
-    files = {file.name: WeightsFile(file) for file in found if file.name in source.weights or stays_inside(file)}
+    folder = source.path
+    found = (file for file in sorted(folder.glob("*.safetensors")))
+    files = {
+        file.name: WeightsFile(file) for file in found if file.name in source.weights or stays_inside(file, folder)
+    }
     contents = Contents(beside=[name for name in files if name not in source.weights])
-    indices = [file for file in sorted(source.path.glob("*.index.json")) if stays_inside(file) and read_json(file)]
-    contents.originals = {file.name: read_text(file) for file in (source.path / config_name(source.path), *indices)}
+    indices = [file for file in sorted(folder.glob("*.index.json")) if stays_inside(file, folder) and read_json(file)]
+    contents.originals = {file.name: read_text(file) for file in (folder / config_name(folder), *indices)}
     contents.originals |= {name: file.header for name, file in files.items()}
     prefixes = {name: f"{name}/" if name in contents.beside else "" for name in files}
     kinds = {prefixes[name] + tensor: e.kind for name, file in files.items() for tensor, e in file.entries.items()}
@@ -41,7 +43,6 @@ def pack_files(source: Checkpoint, directory: Path, stage: str | None, work: Wor
         for done, (piece, digests) in enumerate(pieces, start=1):
             contents.write(writer, piece, digests)
             progress(done, len(entries))
-    carry_code(source.path, directory)
     return contents
 
 

@@ -88,7 +88,8 @@ def publish(
     """
     made_of(contents.stored, contents.recipes)  # what could not be read again is not published
     codec, entropy = packed_with
-    carry_over(source.path, directory)
+    handled = {*contents.originals, *(file.name for file in source.weight_files)}
+    carry_over(source.path, directory, handled, exact=bool(contents.originals))
     write_json(directory / CONFIG, _config(codec, {**model, HISTORY: {"history": history}}))
     write_remote_code(directory, CLASSES_IN, CLASSES)
     Manifest(

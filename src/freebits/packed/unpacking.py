@@ -12,11 +12,10 @@ from freebits.checkpoint import (
     WEIGHTS,
     CheckpointWriter,
     auto_map,
-    carry_code,
     carry_over,
     is_adapter,
     restore_card,
-    write_json,
+    write_config,
     write_remote_code,
 )
 from freebits.kind import bytes_of
@@ -36,7 +35,7 @@ def unpack_into(directory: Path, packed: PackedFolder, parallel: Parallel, progr
     Raises:
         CheckpointError: a tensor is damaged.
     """
-    carry_over(packed.path, directory)
+    carry_over(packed.path, directory, (file.name for file in packed.weight_files), exact=packed.manifest.exact)
     restore_card(directory)
     if packed.manifest.exact:
         _write_files(directory, packed, parallel, progress)
@@ -71,7 +70,7 @@ def _write_tensors(
     progress: Progress,
 ) -> None:
     name, stem = (ADAPTER, ADAPTER_STEM) if is_adapter(config) else (CONFIG, WEIGHTS)
-    write_json(directory / name, config)
+    write_config(directory / name, config)
     shard_bytes = max(file.n_bytes for file in packed.files) if len(packed.files) > 1 else None
     total = len(packed.groups(packed.kinds))
     announced = {name: kind.shape for name, kind in model.kinds.items()}
@@ -86,7 +85,6 @@ def _write_tensors(
 
 
 def _write_files(directory: Path, packed: PackedFolder, parallel: Parallel, progress: Progress) -> None:
-    carry_code(packed.path, directory)
     for file, text in packed.manifest.originals.items():
         if file not in packed.originals:
             (directory / file).write_bytes(text.encode())

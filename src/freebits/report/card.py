@@ -19,22 +19,29 @@ _NAMED = ("move", "fidelity", "producer")
 _FRONT = re.compile(r"\A\ufeff?---\s*\n.*?\n---[ \t]*\n", re.DOTALL)
 _BELOW = "*The card of the model it was made of:*"
 _LOADS = """import freebits  # pip install freebits
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto_class}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("THIS FOLDER", dtype="auto")
+model = {auto_class}.from_pretrained("THIS FOLDER", dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")"""
+_LOADS_UNPACKED = "transformers has no class for this model. Unpack it, then load it with its maker's code:"
 
 
-def write_card(directory: Path, source: Path, measured: Mapping[str, Any] | None = None) -> None:
+def write_card(
+    directory: Path,
+    source: Path,
+    measured: Mapping[str, Any] | None = None,
+    auto_class: str | None = "AutoModelForCausalLM",
+) -> None:
     """Write a folder's `README.md`, above the one that was carried over from what it was made of.
 
     Args:
         directory: the folder, finished but for this.
         source: the folder that it was made of.
         measured: what `verify` found, and `text`, on what.
+        auto_class: the Auto class of transformers that loads the folder; None if it has no such class.
     """
     facts, base = inspect(directory), base_model(source)
-    told, theirs = _card(source / CARD) if stays_inside(source / CARD) else ({}, "")
+    told, theirs = _card(source / CARD) if stays_inside(source / CARD, source) else ({}, "")
     if base is None and CARD_MARK in theirs and isinstance(told.get("base_model"), str):
         base = told["base_model"]
     data = {key: told[key] for key in _CARRIED if isinstance(told.get(key), str | list)} | {  # YAML's `no` is no text
@@ -44,8 +51,8 @@ def write_card(directory: Path, source: Path, measured: Mapping[str, Any] | None
         ),
         **({"base_model": base, "base_model_relation": "quantized"} if base else {}),
     }
-    adapter = config_name(source) != CONFIG
-    parts = (_history(facts), _sizes(facts), _fidelity(measured), _use(facts, adapter=adapter))
+    use = _use(facts, auto_class, adapter=config_name(source) != CONFIG)
+    parts = (_history(facts), _sizes(facts), _fidelity(measured), use)
     text = "\n\n".join([f"# {one_line(base or source.name)}, smaller", *(line for part in parts for line in part)])
     if (directory / CARD).exists():
         (directory / CARD).rename(directory / kept_cards(directory)[-1])
@@ -120,10 +127,12 @@ def _fidelity(measured: Mapping[str, Any] | None) -> list[str]:
     ]
 
 
-def _use(facts: Mapping[str, Any], *, adapter: bool) -> list[str]:
+def _use(facts: Mapping[str, Any], auto_class: str | None, *, adapter: bool) -> list[str]:
     """How to load it, and how to get rid of it; an adapter is for PEFT, once it is unpacked."""
     back = "```bash\nfreebits unpack THIS-FOLDER plain\n```"
     plain = ["A plain checkpoint, for any other tool:", back] if facts["kind"] == "packed" else []
     if adapter:
         return ["## Use", "A PEFT adapter again, to load with PEFT on top of its model:", back]
-    return ["## Use", f"```python\n{_LOADS}\n```", *plain]
+    if auto_class is None:
+        return ["## Use", _LOADS_UNPACKED, back]
+    return ["## Use", f"```python\n{_LOADS.format(auto_class=auto_class)}\n```", *plain]
