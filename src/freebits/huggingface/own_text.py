@@ -82,8 +82,8 @@ def write_windows(model: Any, samples: int, seq_len: int, seed: int, progress: P
     positions = getattr(model.config, "max_position_embeddings", None)
     if isinstance(positions, int) and seq_len > positions:
         raise UsageError(f"texts of {seq_len} tokens, where the model has {positions} positions: lower --seq-len")
-    first = model.config.bos_token_id
-    first = model.config.eos_token_id if first is None else first
+    named = (getattr(model.config, key, None) for key in ("bos_token_id", "eos_token_id"))
+    first = next((token for token in named if token is not None), None)
     first = first[0] if isinstance(first, list) else first
     n_ids = model.get_input_embeddings().weight.shape[0]
     if not isinstance(first, int) or not 0 <= first < n_ids:
