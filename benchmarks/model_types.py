@@ -10,6 +10,7 @@ text that the model writes itself, and whether what is loaded generates.
 """
 
 import argparse
+import csv
 import logging
 import tempfile
 import traceback
@@ -25,7 +26,7 @@ from torch.nn.functional import kl_div
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
 import freebits
-from benchmarks.results import print_table, save_csv
+from benchmarks.results import RESULTS, print_table, save_csv
 from freebits.checkpoint import Checkpoint
 from freebits.errors import FreebitsError
 from freebits.huggingface.engine import Engine
@@ -64,17 +65,23 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.disable(logging.WARNING)
-    rows: list[tuple[str, ...]] = []
+    rows = [row for row in saved() if arguments.types and row[0] not in arguments.types]
     for model_type in arguments.types or causal_types():
         for row in tried(model_type):
             rows.append(row)
             print("; ".join(row), flush=True)
-        if not arguments.types:
-            save_csv("model_types", HEADER, rows)
-            write_page(rows)
+        rows.sort(key=lambda row: row[0])
+        save_csv("model_types", HEADER, rows)
+        write_page(rows)
     print_table(HEADER, rows)
     quantized, built = counted(rows)
     print(f"{quantized} of {built} types that can be built are quantized with a share above 0.9")
+
+
+def saved() -> list[tuple[str, ...]]:
+    """The rows of types that were tried before."""
+    path = RESULTS / "model_types.csv"
+    return [tuple(row) for row in csv.reader(path.read_text().splitlines()[2:])] if path.exists() else []
 
 
 def write_page(rows: list[tuple[str, ...]]) -> None:

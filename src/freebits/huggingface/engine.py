@@ -104,7 +104,13 @@ class Engine:
             self._enclose(name, module, is_block=name in units)
         enclosed = () if self.held_whole else (*inside, *(f"{name}." for name in around))
         self._fill("", self.model, beside=enclosed)
-        self._probe()
+        try:
+            self._probe()
+        except UnsupportedModelError:  # a layer's weight may be used without the layer being called
+            if not around:
+                raise
+            self._fill("", self.model, beside=inside)
+            self._probe()
 
     @property
     def matrices(self) -> dict[str, tuple[int, ...]]:
@@ -214,6 +220,7 @@ class Engine:
         rows = min(_PROBE, self._source.kinds[self.embedding].shape[0]) if self.embedding else _PROBE
         window = torch.arange(rows)[None]
         captured: list[Any] = []
+        self.runs.clear()
 
         def used(product: Product) -> None:
             self.used[product.region.name] = len(self.runs) - 1

@@ -91,7 +91,7 @@ class Products(TorchFunctionMode):
         left, right, labels = operands
         for matrix, other in ((right, left), (left, right)):
             found = self._find(matrix.tensor)
-            if found and matrix.tensor.ndim > 1 and not self._find(other.tensor):
+            if found and min(matrix.tensor.ndim, found[1].ndim) > 1 and not self._find(other.tensor):
                 for seen in _products(*found, matrix, other, labels, result):
                     replaced = self._on_product(seen)
                     result = result if replaced is None else replaced

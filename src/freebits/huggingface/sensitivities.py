@@ -199,7 +199,8 @@ class _Observer:
             seen.result.register_hook(partial(self._gradient, seen.region, seen.at))
 
     def _gradient(self, region: Region, at: Callable[[Tensor], Tensor], gradient: Tensor) -> None:
-        squares = at(gradient).square().sum(0).double().cpu()
+        dense = gradient.to_dense() if gradient.is_sparse else gradient
+        squares = at(dense).square().sum(0).double().cpu()
         self.squares[region] = self.squares[region] + squares if region in self.squares else squares
 
     def _head_gradient(self, gradient: Tensor) -> None:
