@@ -9,7 +9,7 @@ _ABOUT = """# Families
 
 *Written from the table in `architecture/families.py`; a test holds the two together.*
 
-`freebits compress` and `quantize` take any causal language model that transformers runs, `pack --codec none` any that
+`freebits compress` and `quantize` take the types of [this table](model_types.md), `pack --codec none` any that
 has weights in safetensors. Slicing, and the rotations that come with it, need to know where the residual stream runs: a
 row of this table. Where several rows are of one model type, the config decides. How to add one: see CONTRIBUTING.md.
 
