@@ -52,7 +52,8 @@ def test_logits_are_the_librarys(changes: dict[str, Any], held_whole: int, save_
 def test_of_a_large_model_nothing_but_norms_is_in_memory_between_runs(save_tiny: Make) -> None:
     engine = engine_of(save_tiny(), held_whole=0)
     list(engine.logits(WINDOWS))
-    assert {name for name, of in engine.model.named_parameters() if not of.is_meta} == {"model.norm.weight"}
+    held = {name for name, of in engine.model.named_parameters() if not of.is_meta and any(of.stride())}
+    assert held == {"model.norm.weight"}
 
 
 def test_a_missing_tensor_is_named(save_tiny: Make) -> None:

@@ -100,15 +100,15 @@ class Engine:
         self.held_whole = 4 * sum(distinct.values()) <= held_whole
         inside = tuple(f"{name}." for name in units)
         around = {} if self.held_whole else dict(_layers_around(self.model, inside))
+        for name, module in around.items():
+            self._empty[f"{name}.weight"] = module._parameters["weight"] = _placeholder(
+                self._empty[f"{name}.weight"], device
+            )
         for name, module in {**units, **around}.items():
             self._enclose(name, module, is_block=name in units)
         enclosed = () if self.held_whole else (*inside, *(f"{name}." for name in around))
         self._fill("", self.model, beside=enclosed)
-        try:
-            self._probe()
-        except UnsupportedModelError:  # a layer's weight may be used without the layer being called
-            if not around:
-                raise
+        if not self._probe() and around:  # the weight of a layer is used without the layer being called
             self._fill("", self.model, beside=inside)
             self._probe()
 
@@ -211,8 +211,11 @@ class Engine:
         return logits
 
     @torch.no_grad()
-    def _probe(self) -> None:
+    def _probe(self) -> bool:
         """Try the model on a few tokens: which blocks run, in which order, and whether body and head can be told apart.
+
+        Returns:
+            Whether the logits are finite.
 
         Raises:
             UnsupportedModelError: it does not run.
@@ -241,6 +244,7 @@ class Engine:
         if self._splits:
             again = self.tail(captured[0], first(captured[0]), window[0])
             self._splits = again.shape == logits[0].shape and bool(torch.equal(again, logits[0]))
+        return bool(logits.isfinite().all())
 
     def _named_origins(self) -> dict[str, str]:
         """Parameter → tensor of the source: by its own name, or that of a parameter that it is tied to."""
@@ -311,7 +315,7 @@ class Engine:
     @contextmanager
     def _weights_of(self, name: str, module: nn.Module) -> Iterator[None]:
         """Have the weights of a module in memory, for as long as this lasts."""
-        if self.held_whole or any(not parameter.is_meta for parameter in module.parameters()):
+        if self.held_whole or any(not _is_empty(parameter) for parameter in module.parameters()):
             yield
             return
         self._fill(name, module)
@@ -320,7 +324,7 @@ class Engine:
         finally:
             for path, inner in module.named_modules():
                 for key, parameter in inner._parameters.items():
-                    if parameter is not None and not parameter.is_meta:
+                    if parameter is not None and not _is_empty(parameter):
                         self._loaded.pop(parameter.untyped_storage().data_ptr(), None)
                         inner._parameters[key] = self._empty[_joined(name, path, key)]
 
@@ -330,7 +334,7 @@ class Engine:
         for path, inner in module.named_modules():
             for key, empty in inner._parameters.items():
                 full = _joined(name, path, key)
-                if empty is None or not empty.is_meta or full.startswith(tuple(beside)):
+                if empty is None or not _is_empty(empty) or full.startswith(tuple(beside)):
                     continue
                 origin = self._origins[full]
                 if origin not in filled:
@@ -339,6 +343,16 @@ class Engine:
                     filled[origin] = nn.Parameter(wide, requires_grad=False)
                     self._loaded[wide.untyped_storage().data_ptr()] = origin, wide
                 inner._parameters[key] = filled[origin]
+
+
+def _placeholder(parameter: Tensor, device: torch.device) -> nn.Parameter:
+    """A parameter of NaN without memory, on a device that the library may ask for."""
+    return nn.Parameter(torch.full((1,), torch.nan, device=device).expand(parameter.shape), requires_grad=False)
+
+
+def _is_empty(parameter: Tensor) -> bool:
+    """Whether a parameter has no memory of its own."""
+    return parameter.is_meta or (parameter.numel() > 1 and not any(parameter.stride()))
 
 
 def _nothing() -> None:
