@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from freebits.errors import UnsupportedModelError
+from freebits.errors import UnsupportedModelError, one_line
 from freebits.huggingface.engine import Engine, first
 from freebits.huggingface.own_text import drawn
 from freebits.huggingface.products import Product, Products, Region
@@ -131,7 +131,7 @@ def measure(
             if not hidden.requires_grad:
                 raise UnsupportedModelError("no gradient reaches an embedding: it cannot be measured")
             likely, scale, gradients = _through_head(engine, output, windows, start, seed, observer)
-        hidden.backward(gradients)
+        _backward(hidden, gradients)
     return Sums(
         windows.numel(),
         observer.n_inputs,
@@ -141,6 +141,16 @@ def measure(
         likely.cpu(),
         scale,
     )
+
+
+def _backward(hidden: Tensor, gradients: Tensor) -> None:
+    try:
+        hidden.backward(gradients)
+    except Exception as error:  # the library's kinds of error are many
+        finding = one_line(" ".join(str(error).split()) or type(error).__name__, 200)
+        raise UnsupportedModelError(
+            f"no backward pass of this model runs ({finding}): it cannot be measured"
+        ) from error
 
 
 def _through_head(
