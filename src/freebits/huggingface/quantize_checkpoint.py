@@ -212,6 +212,8 @@ def _check_engine(running: RunningModel, tokens: Tensor) -> None:
     few = tokens[:1, :_COMPARED]
     expected = _plain_logits(running, few)  # before the engine has the model, too
     [found] = running.engine.logits(few)
+    if not expected.isfinite().all():
+        return  # which is said once the text has run through it
     if not (found - expected).abs().max() <= _ROUNDING * expected.abs().max():
         raise UnsupportedModelError(
             "run block by block this model gives other logits than run by transformers as a whole: please report its "
