@@ -194,8 +194,10 @@ def measured_group(
 
     def finish(number: int, found: list[Inputs]) -> None:
         for inputs in found:
-            store.put(f"gram-{start}-{inputs.key}", inputs.gram)
-            listed.append(Listed(number, f"gram-{start}-{inputs.key}", inputs.regions, inputs.n))
+            key = f"gram-{start}-{inputs.key}"
+            if key not in store:  # from a run that was stopped
+                store.put(key, inputs.gram)
+            listed.append(Listed(number, key, inputs.regions, inputs.n))
 
     sums = measure(running.engine, windows, start, seed, store.folder, finish, progress)
     return sums, listed
