@@ -157,7 +157,7 @@ def _write_parts(
     announced = Layout.sliced(architecture, slicing.size).shapes(architecture, shapes)
     measured: dict[str, float] = {}
     moved = moved_parts(slicing, dense, architecture.parts, dtypes.__getitem__, slicing.work, slicing.runner.device)
-    parts = slicing.work.map("part", _finished, moved)
+    parts = map(_finished, moved)  # here: a move holds the model that ran
     with CheckpointWriter(directory, announced, shard_bytes(checkpoint)) as writer:
         for done, (tensors, facts) in enumerate(parts, start=1):
             for name, tensor in tensors.items():
