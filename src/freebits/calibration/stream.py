@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 AtSite = Callable[[int, Tensor], Tensor]
-"""Takes a site and the stream there, (windows, T, D), float32; returns what the model goes on with."""
+"""Takes a site and the stream there, (windows, T, D), float32; returns the stream that the model continues with."""
 
 
 class Runner(Protocol):

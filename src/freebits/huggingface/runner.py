@@ -113,6 +113,6 @@ class _Folded:
 def _folded_embeddings(
     source: Source, architecture: Architecture, device: torch.device, part: Part
 ) -> dict[str, Tensor]:
-    """The embeddings of the dense model that slicing starts from, whatever becomes of a tie."""
+    """The embeddings of the dense model that slicing starts from, as if the head were not tied."""
     tensors = {name: source[name].to(device) for name in part.weights if name in source.kinds}
     return fold_embeddings(tensors, architecture.with_tie(False))

@@ -83,7 +83,7 @@ def slice_model(
         device: where to calibrate, in float32.
         dtype: of the sliced weights; by default each keeps its own, and a shortcut has that of the embedding.
         force: write the model even if its perplexity is more than 5 times that of the dense one.
-        parallel: who rotates the weights, once the text has run through the model in this process.
+        parallel: accepted as by the other commands; slicing runs in this process alone.
         resume: go on with what a stopped run of the same arguments left, block by block.
         progress: called after each block.
 
