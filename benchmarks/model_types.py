@@ -31,7 +31,7 @@ from freebits.checkpoint import Checkpoint
 from freebits.errors import FreebitsError
 from freebits.huggingface.engine import Engine
 from freebits.huggingface.naming import InMemory
-from tests.model_types import causal_types, plain_logits, save_tiny_type
+from tests.model_types import causal_types, plain_logits, random_text, save_tiny_type
 
 HEADER = (
     "type",
@@ -48,9 +48,7 @@ BITS, NOISE = 6, 0.1
 MOST = 12_000_000
 """Weights of a model that is tried."""
 PAGE = Path(__file__).parent.parent / "docs" / "model_types.md"
-TEXT = " ".join(
-    f"w{number:03}" for number in (torch.rand(6000, generator=torch.Generator().manual_seed(1)) * 256).int()
-)
+TEXT = random_text(6000)
 TOKENS = torch.randint(5, 250, (4, 64), generator=torch.Generator().manual_seed(0))
 CALIBRATION: dict[str, Any] = {"samples": 16, "seq_len": 64, "bits": BITS}
 

@@ -92,7 +92,8 @@ def main() -> None:
             out = scratch / name.replace(" ", "-").replace(",", "")
             shutil.rmtree(out, ignore_errors=True)
             with new_directory(out) as directory:
-                contents = write_rounded(directory, source, cache.only(chosen), goal, "entropy", executor, silent)
+                of = cache.only(chosen), cache.only(())
+                contents = write_rounded(directory, source, *of, goal, "entropy", executor, silent)
                 history: list[dict[str, Any]] = [{"move": goal.method, "fidelity": "lossy"}]
                 publish(directory, source, contents, source.config, (goal.method, "auto"), history)
             folder = PackedFolder(out)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -232,16 +233,22 @@ def save_tiny_type(
     original_format: bool = True,
     seed: int = 0,
 ) -> Path:
-    """Save a tiny model of a type with a tokenizer of words `w000` to `w255`; the folder."""
+    """Save a tiny model of a type with a tokenizer whose tokens are bytes; the folder."""
     auto: Any = AutoModelForCausalLM if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else AutoModelForImageTextToText
     torch.manual_seed(seed)
     model = auto.from_config(tiny_config(model_type))
     fill(model, seed)
     model.to(dtype).save_pretrained(folder, save_original_format=original_format)
-    words = Tokenizer(models.WordLevel({f"w{i:03}": i for i in range(VOCABULARY)}, unk_token="w000"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w000", eos_token="w001").save_pretrained(folder)
+    bytes_alone = Tokenizer(models.BPE({of: token for token, of in enumerate(sorted(ByteLevel.alphabet()))}, []))
+    bytes_alone.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=bytes_alone, eos_token="Ā").save_pretrained(folder)
     return folder
+
+
+def random_text(n: int, seed: int = 1) -> str:
+    """Letters of one and two bytes, n of them."""
+    numbers = torch.randint(32, 0x7FF, (n,), generator=torch.Generator().manual_seed(seed))
+    return "".join(map(chr, numbers.tolist()))
 
 
 def plain_logits(folder: Path, tokens: Tensor) -> Tensor:

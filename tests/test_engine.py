@@ -134,6 +134,10 @@ def test_groups_of_windows_add_up(changes: dict[str, Any], save_tiny: Make, tmp_
     assert one.keys() == four.keys()
     for key, matrix in one.items():
         other = four[key]
+        assert matrix.information is not None
+        assert other.information is not None
+        assert matrix.factor is not None
+        assert other.factor is not None
         assert (matrix.information - other.information).norm() <= 1e-3 * matrix.information.norm(), key
         diagonal = matrix.factor.diagonal
         assert (diagonal - other.factor.diagonal).norm() <= 1e-2 * diagonal.norm(), key

@@ -13,12 +13,11 @@ from freebits.checkpoint import Checkpoint
 from freebits.huggingface.engine import Engine
 from freebits.huggingface.naming import InMemory
 from freebits.huggingface.streamed import window_logits
-from tests.model_types import plain_logits, save_tiny_type
+from tests.model_types import plain_logits, random_text, save_tiny_type
 from tests.tiny import Make, change_config
 
 TOKENS = torch.randint(5, 250, (2, 32), generator=torch.Generator().manual_seed(0))
-NUMBERS = torch.randint(256, (700,), generator=torch.Generator().manual_seed(1)).tolist()
-TEXT = " ".join(f"w{number:03}" for number in NUMBERS)
+TEXT = random_text(700)
 TYPES = {
     # type: why it is here
     "bloom": "its attention is a baddbmm of activations",

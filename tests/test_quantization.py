@@ -175,7 +175,7 @@ def test_feedback_costs_what_theory_says_and_less_than_rounding(group: int) -> N
 def test_every_number_costs_the_same() -> None:
     W, gram = problem(400, 32)
     U, rows, c = inverse_factor(gram, 0.0), torch.linspace(0.5, 2, 400), 0.3
-    error = (W - stepped(W, U, rows, c).floats(torch.float32)).double()
+    error = (W - stepped(W, U, rows, U.diagonal(), c).floats(torch.float32)).double()
     per_row = torch.einsum("ri,ij,rj->r", error, gram, error) / rows.square()
     assert math.isclose(per_row.mean().item(), 32 * c * c / 12, rel_tol=0.05)
 

@@ -4,16 +4,19 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from freebits.calibration import embedded_text
 from freebits.checkpoint import Checkpoint, check_key, located, new_directory, original, sign, unchanged
 from freebits.errors import CheckpointError, UsageError
 from freebits.evaluation import verify
-from freebits.huggingface import WINDOW, Goal, auto_class, prepare, token_windows
+from freebits.huggingface import FALLBACK_BITS, WINDOW, Goal, auto_class, prepare, reads_text, token_windows
+from freebits.moves import LOSSY
 from freebits.packed import PackedFolder, pack_into, stage
 from freebits.report import TYPICAL_ENTROPY, bytes_on_disk, inspect, opened, write_card
 from freebits.work import Executor, Parallel, Progress, Work, WorkStore, silent
@@ -53,6 +56,18 @@ class Plan:
     max_kl: float | None = None
 
 
+@dataclass(frozen=True)
+class _Options:
+    """What `compress` is told besides its target; see there."""
+
+    calibration: str | None
+    text: str | None
+    keep: Sequence[str]
+    fallback_bits: float
+    device: str
+    force: bool
+
+
 def compress(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -64,6 +79,8 @@ def compress(
     max_kl: float | None = None,
     calibration: str | None = None,
     text: str | None = None,
+    keep: Sequence[str] = (),
+    fallback_bits: float = FALLBACK_BITS,
     revision: str | None = None,
     device: str = "cpu",
     parallel: Parallel = Parallel(),
@@ -85,6 +102,8 @@ def compress(
             any target 0.05.
         calibration: text; by default the model writes its own.
         text: to measure on; by default pages of Python's documentation, on which nothing is calibrated.
+        keep: patterns of names of tensors that stay as they are, see `quantize`.
+        fallback_bits: for each weight of matrices that calibration does not reach, see `quantize`.
         revision: of a model on the hub.
         device: where to run the model.
         parallel: who rounds and codes.
@@ -95,7 +114,8 @@ def compress(
         progress: called after each step.
 
     Returns:
-        `plan`. Without `dry_run` also what `inspect(out)` says; `fidelity`, which is what `verify` found; `auto_class`,
+        `plan`. Without `dry_run` also what `inspect(out)` says; `fidelity`, which is what `verify` found, or of a model
+        that transformers cannot run on a text `weight_error`, the relative error of rounded weights; `auto_class`,
         the class of transformers that loads the folder, or None; and `seconds`.
 
     Raises:
@@ -111,7 +131,8 @@ def compress(
     started = time.perf_counter()
     with new_directory(out) as directory:
         with unchanged(folder), parallel.executor() as executor:
-            measured, coverage = _made(plan, folder, directory, (calibration, text), device, executor, force, progress)
+            options = _Options(calibration, text, keep, fallback_bits, device, force)
+            measured, coverage = _made(plan, folder, directory, options, executor, progress)
         loader = auto_class(opened(directory).config)
         write_card(directory, folder, measured, loader)
         if sign_with is not None:
@@ -164,10 +185,8 @@ def _made(
     plan: Plan,
     folder: Path,
     directory: Path,
-    texts: tuple[str | None, str | None],
-    device: str,
+    options: _Options,
     executor: Executor,
-    force: bool,
     progress: Progress,
 ) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
     """Do what is planned; what `verify` finds, and how much was rounded."""
@@ -176,7 +195,7 @@ def _made(
     measured = _without_loss(plan, folder, scratch / "made", executor, progress) if plan.way == "lossless" else None
     coverage = None
     if measured is None:
-        measured, coverage = _rounded(plan, folder, scratch, texts, device, executor, force, progress)
+        measured, coverage = _rounded(plan, folder, scratch, options, executor, progress)
     for file in (scratch / "made").iterdir():
         file.rename(directory / file.name)
     shutil.rmtree(scratch)
@@ -204,33 +223,44 @@ def _rounded(
     plan: Plan,
     folder: Path,
     scratch: Path,
-    texts: tuple[str | None, str | None],
-    device: str,
+    options: _Options,
     executor: Executor,
-    force: bool,
     progress: Progress,
 ) -> tuple[dict[str, Any], Mapping[str, Any]]:
     """Round to the plan's target, in several tries where that is found by measuring; as `_made`."""
-    calibration, text = texts
-    held_out, positions = embedded_text()[1] if text is None else text, _positions(folder)
-    token_windows(folder, held_out, min(512, positions), 1)  # before anything takes long
+    text, positions = options.text, _positions(folder)
+    held_out = embedded_text()[1] if text is None else text
+    if reads_text(opened(folder).config):
+        token_windows(folder, held_out, min(512, positions), 1)  # before anything takes long
     work = Work(executor, WorkStore(scratch / "finished"))
     prepared = prepare(
-        *(folder, work), calibration=calibration, seq_len=min(WINDOW, positions), device=device, progress=progress
+        *(folder, work),
+        keep=options.keep,
+        calibration=options.calibration,
+        seq_len=min(WINDOW, positions),
+        device=options.device,
+        progress=progress,
     )
+    if not prepared.calibrated:
+        if plan.max_kl not in (None, MAX_KL):
+            raise UsageError(f"--max-kl needs a text, but {prepared.facts['reason']}: give --bits or --target-size")
+        (scratch / "made").mkdir()
+        goal = Goal(plan.bits, plan.at_most, fallback_bits=options.fallback_bits)
+        prepared.write(scratch / "made", goal, "auto", stage("auto"), executor, progress)
+        return _weight_error(folder, PackedFolder(scratch / "made")), prepared.coverage
     wanted = None if plan.max_kl is None else plan.max_kl / 2
     tried: list[tuple[float, float]] = []
     while True:
         shutil.rmtree(scratch / "made", ignore_errors=True)
         (scratch / "made").mkdir()
-        goal = Goal(plan.bits, plan.at_most, wanted)
+        goal = Goal(plan.bits, plan.at_most, wanted, fallback_bits=options.fallback_bits)
         prepared.write(scratch / "made", goal, "auto", stage("auto"), executor, progress)
         measured = verify(
             scratch / "made", against=folder, text=held_out, seq_len=min(512, positions), progress=progress
         ) | {"text": _HELD_OUT if text is None else "the text that was given"}
         kl = measured["mean_kl"]
         searches = plan.max_kl is not None and kl > plan.max_kl
-        if not kl <= RUIN and not force and not searches:
+        if not kl <= RUIN and not options.force and not searches:
             raise UsageError(
                 f"this target ruins the model: mean KL {kl:.2f} nats a token, perplexity x {measured['ratio']:.2f} on "
                 f"{measured['text']}; give it more bytes, or --force"
@@ -245,6 +275,18 @@ def _rounded(
         if len(tried) >= 2 * _TRIES:
             raise UsageError(f"a mean KL of {plan.max_kl} was not reached: {kl:.3g} at the finest steps; give more")
         wanted *= min(0.95 * plan.max_kl / kl, _LEAP) if kl else _LEAP
+
+
+def _weight_error(folder: Path, made: PackedFolder) -> dict[str, Any]:
+    """The relative error of the weights that were rounded, as a root mean square."""
+    source = opened(folder)
+    error = size = 0.0
+    for name in source.kinds:
+        before, after = source[name], made[name]
+        if before.is_floating_point() and not torch.equal(before, after):
+            error += (after.double() - before.double()).square().sum().item()
+            size += before.double().square().sum().item()
+    return {"fidelity": LOSSY, "mean_kl": None, "weight_error": math.sqrt(error / size) if size else 0.0}
 
 
 def _positions(folder: Path) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from freebits.errors import one_line
+from freebits.moves import BIT_EXACT
 from freebits.report import change
 from freebits.work import Progress, silent
 
@@ -85,8 +86,13 @@ def print_plan(plan: dict[str, Any]) -> None:
 
 def print_fidelity(measured: dict[str, Any]) -> None:
     """Print how near a model is to what it was made of."""
-    if measured["mean_kl"] is None:
+    if measured["fidelity"] == BIT_EXACT:
         print("\nbit-exact: every tensor equals the original's")
+        return
+    if measured["mean_kl"] is None:
+        print(
+            f"\nrounded weights differ by {measured['weight_error']:.2%} (root mean square); no text measures the model"
+        )
         return
     perplexity = measured["perplexity"]
     print(
@@ -104,12 +110,11 @@ def print_coverage(coverage: dict[str, Any]) -> None:
             if left["weights"] > _WORTH_A_LINE * total:
                 share = left["weights"] / total
                 print(one_line(f"not quantized: {left['tensors']} ({share:.1%} of the weights): {left['reason']}"))
-    if coverage["unobserved"] > _WORTH_A_LINE:
-        print(
-            f"{coverage['unobserved']:.1%} of the quantized weights are in layers that a text alone does not run: they "
-            "are rounded as an average layer of their block"
-        )
-    if coverage["thin"]:
+    for alone in coverage["alone"]:
+        share = coverage["uncalibrated"] * alone["weights"] / sum(of["weights"] for of in coverage["alone"])
+        if share > _WORTH_A_LINE:
+            print(one_line(f"rounded by their weights alone: {alone['tensors']} ({share:.1%} of the weights)"))
+    if coverage.get("thin"):
         print(
             f"{coverage['thin']} of {coverage['experts']} matrices of experts multiplied fewer than 64 tokens of the "
             "calibration text: they are rounded as the average expert of their block; more --samples measure them"

@@ -106,6 +106,7 @@ def _compress(verbs: Any) -> Any:
     verb.add_argument(
         "--text", metavar="FILE", type=Path, help="text to measure on (default: pages of Python's documentation)"
     )
+    _uncalibrated(verb)
     verb.add_argument("--device", default="cpu", help="where to run the model (default: %(default)s)")
     verb.add_argument(
         "--force", action="store_true", help="keep it even if its mean KL is above 0.5, which ruins a model"
@@ -228,9 +229,11 @@ def _quantize(verbs: Any) -> Any:
     verb = _command(
         verbs,
         "quantize",
-        "quantize a causal language model (lossy)",
+        "quantize a checkpoint (lossy)",
         "Rounds every matrix to integers such that each step costs the same expected loss, then entropy-codes them. "
         "Calibrated on text that the model writes itself, unless a text is given. Runs the model block by block. "
+        "Matrices that no text reaches are rounded by their weights alone, and so is a model that transformers cannot "
+        "run on a text. "
         "Memory: one block and the embedding; all of the model while it writes its text. What is known of each matrix "
         "is kept in OUT's staging directory. Then: freebits verify OUT --against MODEL.",
     )
@@ -259,6 +262,7 @@ def _quantize(verbs: Any) -> Any:
         help="round in a rotated basis: for the other methods, integers gain nothing",
     )
     verb.add_argument("--only", choices=PARTS, help="leave the other matrices as they are")
+    _uncalibrated(verb)
     _calibration(verb, samples=32, seq_len=256)
     verb.add_argument("--device", default="cpu", help="where to run the model (default: %(default)s)")
     _jobs(verb)
@@ -461,6 +465,24 @@ def _calibration(verb: Any, samples: int, seq_len: int) -> None:
     verb.add_argument("--samples", type=int, default=samples, help="windows of text (default: %(default)s)")
     verb.add_argument("--seq-len", type=int, default=seq_len, help="tokens a window (default: %(default)s)")
     verb.add_argument("--seed", type=int, default=0, help="of what is drawn (default: %(default)s)")
+
+
+def _uncalibrated(verb: Any) -> None:
+    verb.add_argument(
+        "--fallback-bits",
+        metavar="BITS",
+        type=float,
+        default=6.0,
+        help="for each weight of matrices that no calibration text reaches, such as those that see images "
+        "(default: %(default)s)",
+    )
+    verb.add_argument(
+        "--keep",
+        metavar="PATTERN",
+        action="append",
+        default=[],
+        help="leave the tensors with such names as they are, such as 'vision_tower.*'; may be given several times",
+    )
 
 
 def _measured_on(verb: Any, limit: int | None, what: str) -> Any:

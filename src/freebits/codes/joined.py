@@ -1,4 +1,4 @@
-"""A tensor made of matrices that stand below each other in it."""
+"""A tensor made of matrices of equal width that stand below each other in it."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,9 +9,9 @@ from freebits.kind import Kind
 
 
 class Joined:
-    """One tensor, seen as (rows, last dimension), of parts that have some of its rows each, from the first on.
+    """One tensor, seen as a matrix, of parts that have some of its rows each, from the first on.
 
-    Params: `rows`, how many each part has.
+    Params: `rows`, how many each part has. Together they say how wide the matrix is.
     """
 
     exact = False
@@ -27,9 +27,9 @@ class Joined:
         return [cat([parts[str(number)] for number in range(len(params["rows"]))]).reshape(kind.shape)]
 
     def parts(self, makes: Sequence[Kind], params: Params) -> dict[str, Kind]:
-        """Matrices with as many rows as are told."""
+        """Matrices with as many rows as are told, which hold all of the tensor."""
         [kind] = makes
         rows = params["rows"]
-        if len(kind.shape) < 2 or not rows or min(rows) < 1 or sum(rows) * kind.shape[-1] != kind.numel:
+        if len(kind.shape) < 2 or not rows or min(rows) < 1 or not kind.numel or kind.numel % sum(rows):
             raise ValueError(f"parts of {rows} rows of {kind}")
-        return {str(number): Kind(kind.code, (n, kind.shape[-1])) for number, n in enumerate(rows)}
+        return {str(number): Kind(kind.code, (n, kind.numel // sum(rows))) for number, n in enumerate(rows)}

@@ -7,15 +7,21 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+from transformers import PreTrainedConfig
+
+from freebits.huggingface.packed_models import class_for_text
 
 BUILDING = threading.Lock()
 """Building a model changes what holds for all threads: transformers sets PyTorch's dtype, we make parameters empty."""
 
 
 def empty_model(config: PreTrainedConfig) -> Any:
-    """The causal language model of a config, to run in float32. Its parameters have no memory; its buffers are real."""
-    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    """The language model of a config, to run in float32. Its parameters have no memory; its buffers are real.
+
+    Raises:
+        UnsupportedModelError: see `class_for_text`.
+    """
+    kind = class_for_text(config)
     if kind.config_class is config.sub_configs.get("text_config"):  # of a model that sees, too
         config = config.get_text_config()
     with BUILDING, _parameters_on_meta():

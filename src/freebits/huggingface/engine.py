@@ -23,7 +23,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.pytorch_utils import Conv1D
 
 from freebits.checkpoint import Source
 from freebits.errors import CheckpointError, FreebitsError, UnsupportedModelError, one_line
@@ -116,13 +115,6 @@ class Engine:
     def matrices(self) -> dict[str, tuple[int, ...]]:
         """The shapes of all parameters of two dimensions and more, by their names in the source."""
         return {self._origins[name]: tuple(of.shape) for name, of in self._empty.items() if of.ndim > 1}
-
-    @property
-    def layers(self) -> set[str]:
-        """The weights of linear layers and embeddings, by their names in the source."""
-        kinds = (nn.Linear, nn.Embedding, Conv1D)
-        names = (f"{name}.weight" for name, module in self.model.named_modules() if isinstance(module, kinds))
-        return {self._origins[name] for name in names if name in self._origins}
 
     def parameter_at(self, tensor: Any) -> tuple[str, Tensor] | None:
         """The parameter, by its name in the source, whose memory a tensor lies in; None while a block is recomputed."""

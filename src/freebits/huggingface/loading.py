@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedTokenizerBase,
 )
@@ -19,7 +18,13 @@ from transformers import (
 from freebits.checkpoint import CONFIG, Checkpoint, fill, is_adapter, located
 from freebits.errors import CheckpointError, FreebitsError, one_line
 from freebits.huggingface.integer_layers import with_integers
-from freebits.huggingface.packed_models import adopt_generation_settings, check_complete, from_tensors, with_floats
+from freebits.huggingface.packed_models import (
+    adopt_generation_settings,
+    auto_class,
+    check_complete,
+    from_tensors,
+    with_floats,
+)
 from freebits.huggingface.pivoted_layers import with_pivots
 from freebits.packed import PackedFolder
 from freebits.report import opened
@@ -59,14 +64,15 @@ def load(
     _check_depth(path, folder.config, len(folder.kinds))
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "output_loading_info": True}
     with one_line_errors(path, "model"):
+        auto = getattr(transformers, auto_class(folder.config) or "AutoModelForCausalLM")
         config = None if packed else AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        if isinstance(folder, Checkpoint) and _is_plain(config):
-            loaded: Any = _from_plain(folder, config, options)
+        if isinstance(folder, Checkpoint) and _is_plain(config, auto):
+            loaded: Any = _from_plain(folder, config, auto, options)
         else:
             if not packed:
                 fill(path)
             options |= {"verify": verify} if packed else {}
-            loaded = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **options)
+            loaded = auto.from_pretrained(path, trust_remote_code=False, **options)
     model, found = loaded
     check_complete(model, found["missing_keys"], folder.config, path)
     if keep_integers and isinstance(folder, PackedFolder):
@@ -74,19 +80,19 @@ def load(
     return with_pivots(model) if keep_pivots else model
 
 
-def _is_plain(config: Any) -> bool:
-    """Whether a model is one of transformers' causal ones, whose tensors are floats."""
-    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(config, "quantization_config")
+def _is_plain(config: Any, auto: Any) -> bool:
+    """Whether a model is one of the library's own, whose tensors are floats."""
+    return type(config) in auto._model_mapping and not hasattr(config, "quantization_config")
 
 
-def _from_plain(folder: Checkpoint, config: Any, options: dict[str, Any]) -> Any:
+def _from_plain(folder: Checkpoint, config: Any, auto: Any, options: dict[str, Any]) -> Any:
     """What `from_pretrained` gives, of tensors that we read: a mapped file that is cut short ends the process."""
     wide = options["dtype"] in (torch.float32, torch.float64)
     state = {}
     for name in folder.kinds:
         tensor = folder[name]
         state[name] = tensor.to(options["dtype"]) if wide and tensor.is_floating_point() else tensor
-    model, found = from_tensors(config, state, **options)
+    model, found = from_tensors(config, state, auto=auto, **options)
     model.name_or_path = model.config.name_or_path = str(folder.path)
     with suppress(OSError, ValueError, TypeError):  # as transformers does
         adopt_generation_settings(model, folder.path)

@@ -10,19 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from freebits.checkpoint import Source
 from freebits.huggingface.engine import Engine
 from freebits.huggingface.naming import InMemory, known_config
 from freebits.huggingface.products import Region
 from freebits.huggingface.sensitivities import THIN, Inputs, Sums, informations, measure, siblings, with_idle
-from freebits.huggingface.sensitivity_cache import Factor, Matrix, SensitivityCache, factor_of
-from freebits.kind import FLOATS
+from freebits.huggingface.sensitivity_cache import Factor, Matrix, factor_of
 from freebits.report import opened
 from freebits.work import Progress, Work, WorkStore, kept, silent
 
-_UNOBSERVED = "unobserved"
 _TEMPER = 0.25
 """Power with which a token's frequency counts: a text tells which tokens are rare, not how rare they are elsewhere."""
 _TINY = torch.finfo(torch.float32).tiny
@@ -63,13 +60,11 @@ class Measured:
         matrices: by the names of the checkpoint.
         n_experts: how many experts the mixtures have, counted by their matrices.
         n_thin: how many of them multiplied fewer than 64 vectors.
-        unobserved: names of the parameters that the text did not reach, which are treated as average ones.
     """
 
     matrices: list[Matrix]
     n_experts: int
     n_thin: int
-    unobserved: list[str]
 
 
 @kept
@@ -133,7 +128,6 @@ def measure_matrices(
             progress(done, len(groups))
         sums = reduce(add, [result[0] for result in results])
         factored = _factored([result[1] for result in results], running.engine, work, rotation)
-    factored += _unobserved(running.engine, factored, sums, work, rotation)
     information = informations(sums, [region for of in factored for region in of.regions])
     matrices = [
         matrix
@@ -145,8 +139,7 @@ def measure_matrices(
     kinds = [siblings(region) for of in factored for region in of.regions]
     experts = [region for of in factored for region in of.regions if kinds.count(siblings(region)) > 1]
     thin = [region for region in experts if sums.n_inputs.get(region, 0) < THIN]
-    guessed = [of.regions[0].name for of in factored if of.factor.key.startswith(_UNOBSERVED)]
-    return Measured(matrices, len(experts), len(thin), guessed)
+    return Measured(matrices, len(experts), len(thin))
 
 
 def groups_of(tokens: Tensor, engine: Engine, at_once: int) -> list[tuple[int, Tensor]]:
@@ -236,24 +229,6 @@ def _factors(number: int, found: list[Inputs], engine: Engine, work: Work, rotat
     return [_Factored(of.regions, factor) for of, factor in zip(inputs, factors, strict=True)]
 
 
-def _unobserved(
-    engine: Engine, factored: list[_Factored], sums: Sums, work: Work, rotation: int | None
-) -> list[_Factored]:
-    """Layers that a text alone does not run, such as attention to an encoder: as an average matrix of their block."""
-    seen = {region.name for of in factored for region in of.regions} | sums.lookups.keys() | {engine.head}
-    inputs: list[Inputs] = []
-    for name in sorted(engine.layers - seen):
-        shape = engine.matrices[name]
-        beside = [of.factor for of in factored if _block(of.regions[0].name) == _block(name)] or [
-            of.factor for of in factored
-        ]
-        typical = sum(factor.diagonal.double().pow(-2).mean().item() for factor in beside) / max(1, len(beside))
-        region = Region(name, 0, prod(shape[:-1]), False)
-        inputs.append(Inputs(f"{_UNOBSERVED}-{len(inputs)}", (region,), 0, typical * torch.eye(shape[-1])))
-    factors = work.map(_UNOBSERVED, partial(factor_of, work.store, rotation), inputs)
-    return [_Factored(of.regions, factor) for of, factor in zip(inputs, factors, strict=True)]
-
-
 def _known(information: Mapping[Region, Tensor], region: Region) -> Tensor | None:
     """The information of a matrix; of one that no gradient reached, the mean of its block (or of all) instead."""
     if region in information:
@@ -326,41 +301,3 @@ def _embeddings(running: RunningModel, sums: Sums, work: Work, rotation: int | N
 def _resized(weight: Tensor, n: int) -> Tensor:
     """For a table of another size than the vocabulary: what is missing counts as the mean does."""
     return torch.cat([weight[:n], weight.new_ones(max(0, n - len(weight)))])
-
-
-def coverage_of(source: Source, cache: SensitivityCache, named: InMemory, engine: Engine) -> dict[str, Any]:
-    """How much of a checkpoint is rounded.
-
-    Returns:
-        `share` of the weights that are, and `left`: for each kind of tensor that is not, `tensors` (its name, numbers
-        as `*`), `weights` and `reason`, the largest first.
-    """
-    rounded = {name for name in source.kinds if name in cache.tensors}
-    total = sum(kind.numel for kind in source.kinds.values())
-    left: dict[tuple[str, str], int] = {}
-    convolutions = {
-        f"{path}.weight"
-        for path, module in engine.model.named_modules()
-        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-    }
-    for name in source.kinds.keys() - rounded:
-        kind = source.kinds[name]
-        memory = next((of for of in engine.matrices if named.in_file(of) == name), None)
-        if len(kind.shape) < 2 or prod(kind.shape) == max(kind.shape):
-            reason = "a vector"
-        elif kind.code not in FLOATS:
-            reason = f"its dtype is {kind.code}"
-        elif memory in convolutions:
-            reason = "a convolution"
-        elif memory is None and name not in named.in_memory:
-            reason = "not in the language model"
-        else:
-            reason = "no text multiplies by it as a matrix"
-        key = re.sub(r"\d+", "*", name), reason
-        left[key] = left.get(key, 0) + kind.numel
-    listed = [
-        {"tensors": tensors, "weights": n, "reason": reason}
-        for (tensors, reason), n in sorted(left.items(), key=lambda item: -item[1])
-    ]
-    share = sum(source.kinds[name].numel for name in rounded) / max(1, total)
-    return {"share": share, "left": listed}

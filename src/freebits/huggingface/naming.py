@@ -22,7 +22,7 @@ from freebits.checkpoint import Source
 from freebits.errors import CheckpointError
 from freebits.huggingface.empty_models import empty_model
 from freebits.huggingface.loading import one_line_errors
-from freebits.huggingface.packed_models import inner_config, with_floats
+from freebits.huggingface.packed_models import auto_for_text, inner_config, with_floats
 from freebits.kind import Kind
 
 
@@ -34,7 +34,7 @@ def known_config(source: Source, path: str | os.PathLike[str]) -> PreTrainedConf
         UnsupportedModelError: transformers has no such model.
     """
     with one_line_errors(path, "model"):
-        config = inner_config(source.config).from_dict(with_floats(source.config))
+        config = inner_config(source.config, auto_for_text(source.config)).from_dict(with_floats(source.config))
     depth = getattr(config.get_text_config(), "num_hidden_layers", None)
     if isinstance(depth, int) and depth > len(source.kinds):
         raise CheckpointError(

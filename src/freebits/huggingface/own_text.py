@@ -4,6 +4,7 @@ import inspect
 import math
 import os
 import time
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -80,9 +81,10 @@ def write_windows(model: Any, samples: int, seq_len: int, seed: int, progress: P
     if samples < 1 or seq_len < 2 or not 0 <= seed < 2**63:
         raise UsageError(f"samples {samples}, windows of {seq_len} tokens, seed {seed}: give 1, 2 and 0 at least")
     positions = getattr(model.config, "max_position_embeddings", None)
-    if isinstance(positions, int) and seq_len > positions:
+    if isinstance(positions, int) and 0 < positions < seq_len:
         raise UsageError(f"texts of {seq_len} tokens, where the model has {positions} positions: lower --seq-len")
-    named = (getattr(model.config, key, None) for key in ("bos_token_id", "eos_token_id"))
+    configs = (model.config, model.config.get_text_config(decoder=True), model.generation_config)
+    named = (getattr(config, key, None) for config in configs for key in ("bos_token_id", "eos_token_id"))
     first = next((token for token in named if token is not None), None)
     first = first[0] if isinstance(first, list) else first
     n_ids = model.get_input_embeddings().weight.shape[0]
@@ -93,20 +95,33 @@ def write_windows(model: Any, samples: int, seq_len: int, seed: int, progress: P
         )
     generator = torch.Generator(model.device).manual_seed(seed)
     tokens = torch.full((samples, 1), first, device=model.device)
-    cache: dict[str, Any] = {cache_name(model): None}
+    cache: dict[str, Any] | None = {cache_name(model): None}
     for done in range(1, seq_len):
-        try:
-            output = model(input_ids=tokens[:, -1:], use_cache=True, **cache)
-            cache = {name: getattr(output, name) for name in cache}
-        except Exception as error:  # the library's kinds of error are many
-            finding = one_line(" ".join(str(error).split()) or type(error).__name__, 200)
-            raise UnsupportedModelError(
-                f"transformers cannot write a text with this model ({finding}): give one with --calibration"
-            ) from error
-        chances = output.logits[:, -1].float().softmax(-1)
-        tokens = torch.cat([tokens, drawn(chances, generator)], dim=1)
+        logits, cache = _predicted(model, tokens, cache)
+        tokens = torch.cat([tokens, drawn(logits.float().softmax(-1), generator)], dim=1)
         progress(done, seq_len - 1)
     return tokens.cpu()
+
+
+def _predicted(model: Any, tokens: Tensor, cache: dict[str, Any] | None) -> tuple[Tensor, dict[str, Any] | None]:
+    """The logits after the last token, (n, vocabulary), and the cache; without a cache where the model has none.
+
+    Raises:
+        UnsupportedModelError: transformers cannot run the model on a text alone.
+    """
+    if cache is not None:
+        with suppress(Exception):  # some models have a cache of another kind; the library's kinds of error are many
+            output = model(input_ids=tokens[:, -1:], use_cache=True, **cache)
+            cache = {name: getattr(output, name) for name in cache}
+            if None not in cache.values():
+                return output.logits[:, -1], cache
+    try:
+        return model(input_ids=tokens, use_cache=False).logits[:, -1], None
+    except Exception as error:
+        finding = one_line(" ".join(str(error).split()) or type(error).__name__, 200)
+        raise UnsupportedModelError(
+            f"transformers cannot write a text with this model ({finding}): give one with --calibration"
+        ) from error
 
 
 def drawn(chances: Tensor, generator: torch.Generator) -> Tensor:

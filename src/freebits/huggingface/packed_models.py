@@ -17,6 +17,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     GenerationConfig,
@@ -32,7 +33,9 @@ AUTO_CLASSES: list[Any] = [
     getattr(modeling_auto, name) for name in modeling_auto.__all__ if name.startswith("AutoModel")
 ]
 """Every Auto class of models."""
-_PREFERRED = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM)
+_WITH_TEXT = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
+"""Auto classes whose models predict the next token of a text."""
+_PREFERRED = (*_WITH_TEXT, AutoModelForSeq2SeqLM)
 """Auto classes that are named before others that have the same model."""
 _FLOAT = "__float__"
 
@@ -180,6 +183,36 @@ def auto_class(config: Mapping[str, Any]) -> str | None:
     return known[0].__name__ if known else None
 
 
+def class_for_text(config: PreTrainedConfig) -> Any:
+    """The library's class for the model in a config, which predicts the next token of a text.
+
+    Raises:
+        UnsupportedModelError: the model does something else, or transformers has no such model.
+    """
+    return _classes(auto_for_text(config.to_dict()), type(config), config.architectures)[0]
+
+
+def reads_text(config: Mapping[str, Any]) -> bool:
+    """Whether transformers has the model in a config, and it predicts the next token of a text."""
+    return auto_class(config) in [auto.__name__ for auto in _WITH_TEXT]
+
+
+def auto_for_text(config: Mapping[str, Any]) -> Any:
+    """The Auto class that loads it.
+
+    Raises:
+        UnsupportedModelError: see `class_for_text`.
+    """
+    name = auto_class(config)
+    if name is None:
+        raise _needs_code(config)
+    found = next((auto for auto in _WITH_TEXT if auto.__name__ == name), None)
+    if found is None:
+        architecture = (config.get("architectures") or [config.get("model_type")])[0]
+        raise UnsupportedModelError(f"a {architecture} does not predict the next token of a text")
+    return found
+
+
 def _classes(auto: Any, config_class: type[PreTrainedConfig], architectures: Iterable[str] | None = ()) -> list[Any]:
     """The classes that an Auto class has for a config, those of these architectures first."""
     found = auto._model_mapping[config_class]
@@ -211,11 +244,15 @@ def inner_config(config: Mapping[str, Any], auto: Any = AutoModelForCausalLM) ->
         return CONFIG_MAPPING[model_type]
     other = auto_class(config)
     if other is None:
-        raise UnsupportedModelError(
-            f"transformers has no model of type {model_type!r} without custom code: "
-            "unpack the folder and load it with its maker's code"
-        )
+        raise _needs_code(config)
     raise UnsupportedModelError(f"{auto.__name__} loads no models of type {model_type!r}, but {other} does")
+
+
+def _needs_code(config: Mapping[str, Any]) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"transformers has no model of type {config.get('model_type')!r} without custom code: "
+        "unpack the folder and load it with its maker's code"
+    )
 
 
 def _config_of(config: Mapping[str, Any], auto: Any, **options: Any) -> Any:

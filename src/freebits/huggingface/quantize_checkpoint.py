@@ -2,10 +2,9 @@
 
 import logging
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,14 @@ from freebits.checkpoint import Checkpoint, Task, check_key, located, new_direct
 from freebits.errors import UnsupportedModelError, UsageError
 from freebits.huggingface.engine import HELD_WHOLE
 from freebits.huggingface.loading import load
-from freebits.huggingface.measuring import RunningModel, coverage_of, measure_matrices
+from freebits.huggingface.measuring import RunningModel, measure_matrices
 from freebits.huggingface.own_text import own_windows
-from freebits.huggingface.rounding import Goal, write_rounded
-from freebits.huggingface.sensitivity_cache import SensitivityCache, whole_tensors
+from freebits.huggingface.rounding import FALLBACK_BITS, Goal, write_rounded
+from freebits.huggingface.sensitivity_cache import Matrix, SensitivityCache, whole_tensors
 from freebits.huggingface.tokens import drawn_windows, token_windows
+from freebits.huggingface.uncalibrated import coverage_of, names_kept, uncalibrated
 from freebits.moves import LOSSY
-from freebits.options import EMBEDDINGS, HADAMARD, INTEGERS, PARTS, ROTATIONS
+from freebits.options import EMBEDDINGS, HADAMARD, INTEGERS, PARTS, ROTATIONS, RTN
 from freebits.packed import PackedFolder, history_of, publish, stage
 from freebits.quantization import Budget
 from freebits.report import inspect, known_sizes, opened, write_card
@@ -30,6 +30,7 @@ from freebits.version import __version__
 from freebits.work import Executor, Parallel, Progress, Work, device_of, silent
 
 _log = logging.getLogger(__name__)
+_NO_TEXT = "none"
 SAMPLES, WINDOW = 32, 256
 _COMPARED, _ROUNDING = 16, 1e-3
 """Tokens on which the engine is compared with the library's model, and the largest difference of logits."""
@@ -45,6 +46,8 @@ def quantize(
     method: str = INTEGERS,
     rotate: str = "none",
     only: str | None = None,
+    keep: Sequence[str] = (),
+    fallback_bits: float = FALLBACK_BITS,
     calibration: str | None = None,
     samples: int = SAMPLES,
     seq_len: int = WINDOW,
@@ -56,7 +59,10 @@ def quantize(
     sign_with: str | os.PathLike[str] | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Quantize the matrices of a causal language model: lossy.
+    """Quantize the matrices of a checkpoint: lossy.
+
+    Those that multiply what becomes of a text are rounded by what calibration tells of them. The others, such as those
+    that see images, are rounded by their weights alone; so is a model that transformers cannot run on a text.
 
     Args:
         model: folder of a dense or sliced checkpoint, or of a packed canonical one.
@@ -69,6 +75,9 @@ def quantize(
         rotate: `hadamard` rounds each matrix rotated on both sides and turns it back when it is decoded: integers gain
             nothing by that, the other methods much.
         only: quantise only the matrices of the blocks (`linear`), or those of embedding and head (`embeddings`).
+        keep: patterns of names of tensors that stay as they are, such as `vision_tower.*`.
+        fallback_bits: for each weight of the matrices that calibration does not reach, on average; if it reaches none,
+            only where there is no other target.
         calibration: text; by default the model writes its own.
         samples: windows of calibration text.
         seq_len: tokens a window.
@@ -86,21 +95,30 @@ def quantize(
     Raises:
         UsageError: an argument makes no sense.
         CheckpointError: `model` is no sound checkpoint, or `out` exists.
-        UnsupportedModelError: transformers does not run it, or not block by block.
+        UnsupportedModelError: what is asked for needs calibration, and transformers cannot run the model on a text.
     """
     check_key(sign_with)
-    goal = Goal(bits, target_size, target_kl, method)
+    goal = Goal(bits, target_size, target_kl, method, fallback_bits)
     if rotate not in ROTATIONS or only not in (None, *PARTS):
         raise UsageError(f"there is no rotation {rotate!r} or no part {only!r}: see freebits quantize --help")
     code, model = stage(entropy), located(model)
-    said = {"method": method, "bits": bits, "size": target_size, "kl": target_kl, "rotate": rotate, "only": only}
+    said: dict[str, Any] = {
+        "method": method,
+        "bits": bits,
+        "size": target_size,
+        "kl": target_kl,
+        "rotate": rotate,
+        "only": only,
+    }
     said |= {"samples": samples, "seq_len": seq_len, "seed": seed, "device": device, "entropy": entropy}
+    said |= {"keep": [*keep], "fallback_bits": fallback_bits}
     task = Task("quantize", Path(model), said | {"text": text_digest(calibration)}, resume)
     with new_directory(out, task) as directory, parallel.executor() as executor:
         prepared = prepare(
             *(model, Work(executor, task.store(directory))),
             rotate=rotate,
             only=only,
+            keep=keep,
             calibration=calibration,
             samples=samples,
             seq_len=seq_len,
@@ -121,7 +139,8 @@ class Prepared:
 
     Attributes:
         source: the model.
-        cache: what is known.
+        cache: what is known of the matrices that are rounded to a goal.
+        alone: what is known of those that no calibration reaches, where it reaches some.
         facts: how that was measured, for the history.
         sizes: what `inspect` says of the model's.
         coverage: see `coverage_of`.
@@ -129,9 +148,15 @@ class Prepared:
 
     source: Checkpoint | PackedFolder
     cache: SensitivityCache
+    alone: SensitivityCache
     facts: Mapping[str, Any]
     sizes: Mapping[str, int]
     coverage: Mapping[str, Any]
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether calibration reached a matrix."""
+        return self.facts["text"] != _NO_TEXT
 
     def expected_kl(self, bits: float) -> float:
         """KL divergence in nats per token, on text as the model writes it, at so many bits per weight on average."""
@@ -142,7 +167,12 @@ class Prepared:
         self, directory: Path, goal: Goal, entropy: str, code: str | None, executor: Executor, progress: Progress
     ) -> None:
         """Round it, and make a packed folder of that."""
-        contents = write_rounded(directory, self.source, self.cache, goal, code, executor, progress)
+        if not self.calibrated:
+            if goal.kl is not None or goal.method not in (INTEGERS, RTN):
+                what = "--target-kl" if goal.kl is not None else f"method {goal.method}"
+                raise UnsupportedModelError(f"{what} needs calibration, but {self.facts['reason']}: give --bits")
+            goal = goal if goal.size or goal.bits else replace(goal, bits=goal.fallback_bits)
+        contents = write_rounded(directory, self.source, self.cache, self.alone, goal, code, executor, progress)
         move = {
             "move": goal.method,
             "fidelity": LOSSY,
@@ -163,6 +193,7 @@ def prepare(
     *,
     rotate: str = "none",
     only: str | None = None,
+    keep: Sequence[str] = (),
     calibration: str | None = None,
     samples: int = SAMPLES,
     seq_len: int = WINDOW,
@@ -181,23 +212,39 @@ def prepare(
         )
     where = device_of(device)
     write = partial(_tokens, source.path, calibration, samples, seq_len, seed, where, progress)
-    tokens = work.once("text", write)
-    running = RunningModel(source.path, where)
-    _check_engine(running, tokens)
-    measured = measure_matrices(running, tokens, work, seed, seed if rotate == HADAMARD else None, progress)
-    engine, named = running.engine, running.named
-    cache = SensitivityCache(work, source, seed if rotate == HADAMARD else None)
-    matrices = whole_tensors(measured.matrices, source)
-    embeddings = {named.in_file(name) for name in (engine.embedding, engine.head) if name}
-    if only is not None:
-        matrices = [matrix for matrix in matrices if (matrix.tensor in embeddings) == (only == EMBEDDINGS)]
-    cache.add(matrices)
-    text = "its own" if calibration is None else "given"
-    facts = {"rotate": rotate, "text": text, "samples": len(tokens), "seq_len": seq_len, "seed": seed}
-    unobserved = sum(prod(engine.matrices[name]) for name in measured.unobserved)
-    coverage = coverage_of(source, cache, named, engine)
-    coverage |= {"experts": measured.n_experts, "thin": measured.n_thin, "unobserved": unobserved / cache.n_weights}
-    return Prepared(source, cache, facts, known_sizes(model), coverage)
+    rotation = seed if rotate == HADAMARD else None
+    kept = names_kept(source, keep)
+    matrices: list[Matrix] = []
+    facts: dict[str, Any] = {"rotate": rotate, "text": _NO_TEXT}
+    experts: dict[str, int] = {}
+    try:
+        running = RunningModel(source.path, where)
+        embeddings = {running.named.in_file(name) for name in (running.engine.embedding, running.engine.head) if name}
+        tokens = work.once("text", write)
+        _check_engine(running, tokens)
+        measured = measure_matrices(running, tokens, work, seed, rotation, progress)
+    except UnsupportedModelError as error:
+        if only is not None or calibration is not None:
+            raise
+        _log.warning("freebits: no calibration, as %s: matrices are rounded by their weights alone", error)
+        facts["reason"] = str(error)
+    else:
+        facts |= {"text": "its own" if calibration is None else "given", "samples": len(tokens), "seq_len": seq_len}
+        facts["seed"] = seed
+        experts = {"experts": measured.n_experts, "thin": measured.n_thin}
+        matrices = [matrix for matrix in whole_tensors(measured.matrices, source) if matrix.tensor not in kept]
+        if only is not None:
+            matrices = [matrix for matrix in matrices if (matrix.tensor in embeddings) == (only == EMBEDDINGS)]
+    cache = SensitivityCache(work, source, rotation)
+    calibrated = {matrix.tensor for matrix in matrices}
+    rest = [] if only is not None else uncalibrated(source, calibrated, kept)
+    cache.add([*matrices, *rest])
+    alone = {matrix.tensor for matrix in rest}
+    coverage = coverage_of(source, calibrated, alone, kept) | experts
+    if not alone and not calibrated:
+        raise UnsupportedModelError(f"{source.path} has no matrix to round: freebits pack keeps every bit of it")
+    goals = calibrated or alone
+    return Prepared(source, cache.only(goals), cache.only(alone - goals), facts, known_sizes(model), coverage)
 
 
 @torch.no_grad()

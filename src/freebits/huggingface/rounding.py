@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from freebits.quantization import (
 )
 from freebits.work import Executor, Progress
 
-BITS, MOST_BITS = 4.0, 12
+BITS, FALLBACK_BITS, MOST_BITS = 4.0, 6.0, 12
 _TOGETHER = 1 << 22
 """Numbers that are coded together at least, where a block has as many."""
 _CODE_OF = {GPTQ: "grid", RTN: "grid"}
@@ -44,12 +44,21 @@ _AROUND = 2048
 
 @dataclass(frozen=True)
 class Goal:
-    """How the matrices are to be rounded, and how finely."""
+    """How the matrices are to be rounded, and how finely.
+
+    Attributes:
+        bits: for each weight on average.
+        size: instead, bytes of the finished folder.
+        kl: instead, KL divergence that is to be expected.
+        method: see `quantize`.
+        fallback_bits: for each weight of the matrices that no calibration reaches, on average.
+    """
 
     bits: float | None = None
     size: int | None = None
     kl: float | None = None
     method: str = INTEGERS
+    fallback_bits: float = FALLBACK_BITS
 
     def __post_init__(self) -> None:
         given = [value for value in (self.bits, self.size, self.kl) if value is not None]
@@ -59,6 +68,8 @@ class Goal:
             raise UsageError("--bits, --target-size and --target-kl are each a target: give one")
         if (given and not 0 < given[0] < math.inf) or not 1 <= self.wanted_bits <= MOST_BITS:
             raise UsageError(f"a target of {given[0]}: give bits from 1 to {MOST_BITS}, or bytes or nats above 0")
+        if not 1 <= self.fallback_bits <= MOST_BITS:
+            raise UsageError(f"--fallback-bits {self.fallback_bits}: give 1 to {MOST_BITS}")
         if self.method != INTEGERS and (self.size or self.kl):
             raise UsageError(f"method {self.method} has a fixed number of bits per weight: give --bits")
         if self.method in (GPTQ, RTN) and self.wanted_bits not in range(2, 9):
@@ -75,12 +86,12 @@ class Goal:
         told = {"bits": self.bits, "target_size": self.size, "target_kl": self.kl}
         return {key: value for key, value in told.items() if value is not None} or {"bits": BITS}
 
-    def tensors(self, W: Tensor, U: Tensor, rows: Tensor, amount: float) -> tuple[Tensor, ...]:
+    def tensors(self, W: Tensor, U: Tensor | None, rows: Tensor, columns: Tensor, amount: float) -> tuple[Tensor, ...]:
         """A matrix as its code takes it; `amount` is the `c` of integers, else bits."""
         if self.method == INTEGERS:
-            matrix = stepped(W, U, rows, amount)
+            matrix = stepped(W, U, rows, columns, amount)
             return matrix.integers, matrix.rows, matrix.columns
-        if self.method == PYRAMID:
+        if self.method == PYRAMID and U is not None:
             return pyramids(W, U, amount)
         return *gridded(W, U if self.method == GPTQ else None, int(amount)), torch.tensor([int(amount), GROUP])
 
@@ -89,19 +100,36 @@ def write_rounded(
     directory: Path,
     source: Checkpoint | PackedFolder,
     cache: SensitivityCache,
+    alone: SensitivityCache,
     goal: Goal,
     stage: str | None,
     executor: Executor,
     progress: Progress,
 ) -> Contents:
-    """Round and write everything."""
-    tensors = cache.tensors
-    n_weights = {name: cache.kind(name).numel for name in cache.budgets}
+    """Round and write everything.
+
+    Args:
+        directory: where to write.
+        source: the checkpoint.
+        cache: the matrices that are rounded to the goal.
+        alone: those that are rounded by their weights alone, at so many bits as the goal has for them.
+        goal: how finely.
+        stage: entropy stage of the other tensors.
+        executor: who rounds.
+        progress: called after each group of matrices.
+    """
+    tensors = alone.tensors | cache.tensors
+    n_weights = {name: of.kind(name).numel for of in (alone, cache) for name in of.budgets}
     together = _TOGETHER if goal.method == INTEGERS else 0
-    groups = grouped(tensors, n_weights, together, {tensor: _numbers(tensor) for tensor in tensors})
+    first, groups = (
+        grouped(of.tensors, n_weights, together, {tensor: _numbers(tensor) for tensor in of.tensors})
+        for of in (alone, cache)
+    )
     last = {names[-1]: tensor for tensor, names in tensors.items()}
     rest = [name for name in source.kinds if name not in tensors]
-    longest = {f"{group[0]}.{part}": Kind("U8", (1 << 39,)) for group in groups for part in _PARTS_OF[goal.method]}
+    by_weights = replace(goal, method=INTEGERS)
+    parts = [(group[0], INTEGERS) for group in first] + [(group[0], goal.method) for group in groups]
+    longest = {f"{name}.{part}": Kind("U8", (1 << 39,)) for name, method in parts for part in _PARTS_OF[method]}
     names = announced({name: source.kinds[name] for name in rest}) | {n: kind.shape for n, kind in longest.items()}
     shards = shard_bytes(source) if isinstance(source, Checkpoint) else None
     contents = Contents()
@@ -109,23 +137,33 @@ def write_rounded(
         for name in rest:
             piece = staged(plain({name: source[name]}), stage)
             contents.write(writer, piece, digests_of(piece))
+
+        def write(of: SensitivityCache, group: list[str], piece: Piece) -> None:
+            complete = [last[name] for name in group if name in last]
+            joining = tuple(recipe for tensor in complete for recipe in of.joining(tensor, tensors[tensor]))
+            contents.write(writer, piece + Piece(recipes=joining), digests_of(piece))
+
+        for done, group in enumerate(first, start=1):
+            n = sum(n_weights[name] for name in group)
+            amount = Budget.sum(alone.budgets[name] for name in group).c(goal.fallback_bits * n)
+            write(alone, group, _rounded_together(alone, by_weights, amount, group, executor))
+            progress(done, len(first) + len(groups))
         rolling = _rolling(cache, goal, groups, partial(_bytes_around, source, cache, contents, groups, names))
-        for done, group in enumerate(groups, start=1):
+        for done, group in enumerate(groups, start=len(first) + 1):
             amount = rolling.next()
             most = 4 * amount
             while True:
-                rounded = executor.map(partial(_rounded, cache, goal, amount), group)
-                piece = _piece(cache, goal, group, [tensor for tensors in rounded for tensor in tensors])
+                piece = _rounded_together(cache, goal, amount, group, executor)
                 excess = rolling.spend(amount, 8.0 * sum(kind.n_bytes for kind, _ in piece.stored.values()))
                 if not excess:
                     break
                 amount *= max(1.002, 2.0 ** min(2.0, excess / max(1, sum(n_weights[name] for name in group))))
+                if amount > most and goal.size is None:  # of a tiny model, whose headers take more than its weights
+                    break
                 if amount > most:
                     raise UsageError("so few bytes do not hold the headers: give more")
-            complete = [last[name] for name in group if name in last]
-            joining = tuple(recipe for tensor in complete for recipe in cache.joining(tensor, tensors[tensor]))
-            contents.write(writer, piece + Piece(recipes=joining), digests_of(piece))
-            progress(done, len(groups))
+            write(cache, group, piece)
+            progress(done, len(first) + len(groups))
     return contents
 
 
@@ -144,6 +182,13 @@ def _rolling(
             f"a target of {goal.size} bytes leaves {max(bits, 0) / n_weights:.2f} bits per weight: give more"
         )
     return Rolling([Budget.sum(cache.budgets[name] for name in group) for group in groups], bits)
+
+
+def _rounded_together(
+    cache: SensitivityCache, goal: Goal, amount: float, group: Sequence[str], executor: Executor
+) -> Piece:
+    rounded = executor.map(partial(_rounded, cache, goal, amount), group)
+    return _piece(cache, goal, group, [tensor for tensors in rounded for tensor in tensors])
 
 
 def _rounded(cache: SensitivityCache, goal: Goal, amount: float, name: str) -> tuple[Tensor, ...]:

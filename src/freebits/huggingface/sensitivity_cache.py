@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from typing import Any
@@ -18,7 +18,7 @@ from freebits.huggingface.sensitivities import Inputs
 from freebits.kind import FLOATS, Kind
 from freebits.options import HADAMARD
 from freebits.packed import Recipe
-from freebits.quantization import DAMPING, Budget, inverse_factor, row_steps
+from freebits.quantization import DAMPING, Budget, inverse_factor, row_steps, typical_steps
 from freebits.work import Work, WorkStore, kept
 
 JOINED = "joined"
@@ -43,23 +43,25 @@ class Factor:
 @kept
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix of a checkpoint: some rows of a tensor, which is seen as (rows, last dimension).
+    """A matrix of a checkpoint: some rows of a tensor, which is seen as (rows, width).
 
     Attributes:
         tensor: name in the checkpoint.
         start: its first row.
         stop: the row after its last.
         transposed: whether it is stored as (inputs, outputs).
-        factor: of its inputs.
-        information: mean squared gradient at each of its outputs, (outputs,), float64.
+        factor: of its inputs; None where nothing is known but the weights.
+        information: mean squared gradient at each of its outputs, (outputs,), float64; None likewise.
+        width: how many weights a row has, if not as many as the tensor's last dimension.
     """
 
     tensor: str
     start: int
     stop: int
     transposed: bool
-    factor: Factor
-    information: Tensor
+    factor: Factor | None
+    information: Tensor | None
+    width: int | None = None
 
     def pieces(self, width: int) -> Iterator["Matrix"]:
         """The matrix in pieces that are small enough to be rounded in little memory, of tensors of a width."""
@@ -69,16 +71,19 @@ class Matrix:
             return
         for start in range(self.start, self.stop, step):
             stop = min(start + step, self.stop)
-            information = self.information[start - self.start : stop - self.start].clone()
-            yield Matrix(self.tensor, start, stop, False, self.factor, information)
+            information = self.information
+            if information is not None:
+                information = information[start - self.start : stop - self.start].clone()
+            yield replace(self, start=start, stop=stop, information=information)
 
 
 @kept
 @dataclass(frozen=True)
 class Known:
-    """The scales of a matrix's rows, and the counts of its budget."""
+    """The relative scales of a matrix's rows and columns, and the counts of its budget."""
 
     rows: Tensor
+    columns: Tensor
     counts: Tensor
 
 
@@ -102,7 +107,7 @@ class SensitivityCache:
         self.seed = seed
         self._work = work
         self._source = _LastRead(source)
-        self._rows: dict[str, Tensor] = {}
+        self._scales: dict[str, tuple[Tensor, Tensor]] = {}
         self._last: tuple[str, Tensor] = "", torch.empty(0)
 
     def add(self, matrices: Iterable[Matrix]) -> None:
@@ -113,12 +118,12 @@ class SensitivityCache:
         """
         for matrix in matrices:
             shape = self._source.kinds[matrix.tensor].shape
-            for piece in matrix.pieces(shape[-1]):
+            for piece in matrix.pieces(matrix.width or shape[-1]):
                 whole = len(shape) == 2 and (piece.start, piece.stop) == (0, shape[0])
                 self.matrices[piece.tensor if whole else f"{piece.tensor}[{piece.start}:{piece.stop}]"] = piece
         known = self._work.map("known", partial(_known, self._source, self.seed), self.matrices.values())
         for name, of in zip(self.matrices, known, strict=True):
-            self._rows[name] = of.rows
+            self._scales[name] = of.rows, of.columns
             self.budgets[name] = Budget(of.counts.numpy())
 
     def only(self, names: Collection[str]) -> "SensitivityCache":
@@ -144,14 +149,16 @@ class SensitivityCache:
         """Dtype and shape of a matrix as it is stored."""
         matrix = self.matrices[name]
         of = self._source.kinds[matrix.tensor]
-        return Kind(of.code, (matrix.stop - matrix.start, of.shape[-1]))
+        return Kind(of.code, (matrix.stop - matrix.start, matrix.width or of.shape[-1]))
 
-    def known(self, name: str) -> tuple[Tensor, Tensor]:
-        """Of a matrix `U` and the scales of its rows."""
-        key, last = self.matrices[name].factor.key, self._last
-        if last[0] != key:
-            self._last = last = key, self._work.store.get(f"U-{key}")
-        return last[1], self._rows[name]
+    def known(self, name: str) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Of a matrix `U`, and the relative scales of its rows and columns."""
+        factor, last = self.matrices[name].factor, self._last
+        if factor is None:
+            return None, *self._scales[name]
+        if last[0] != factor.key:
+            self._last = last = factor.key, self._work.store.get(f"U-{factor.key}")
+        return last[1], *self._scales[name]
 
     def matrix(self, name: str) -> Tensor:
         """A matrix as it is rounded."""
@@ -234,7 +241,7 @@ def factor_of(store: WorkStore, seed: int | None, inputs: Inputs) -> Factor:
 def _known(source: Source, seed: int | None, matrix: Matrix) -> Known:
     """What is derived from a matrix's weights."""
     information = matrix.information
-    if not information.isfinite().all():
+    if information is not None and not information.isfinite().all():
         raise CheckpointError(f"what {matrix.tensor} leads to is not finite: the model overflows or is damaged")
     W = _matrix(source, None, matrix)
     if not W.isfinite().all():
@@ -244,14 +251,18 @@ def _known(source: Source, seed: int | None, matrix: Matrix) -> Known:
             "zero, or keep every bit with --lossless"
         )
     if seed is not None:  # a rotation spreads over all rows what is known of each
-        W, information = rotated(W, seed), information.mean().expand(len(information))
-    rows = row_steps(information)
-    return Known(rows, torch.from_numpy(Budget.of(W, rows, matrix.factor.diagonal).counts))
+        W = rotated(W, seed)
+        information = None if information is None else information.mean().expand(len(information))
+    if matrix.factor is None or information is None:
+        rows, columns = typical_steps(W)
+    else:
+        rows, columns = row_steps(information), matrix.factor.diagonal
+    return Known(rows, columns, torch.from_numpy(Budget.of(W, rows, columns).counts))
 
 
 def _matrix(source: Source, seed: int | None, matrix: Matrix) -> Tensor:
     tensor = source[matrix.tensor]
-    W = tensor.reshape(-1, tensor.shape[-1])[matrix.start : matrix.stop]
+    W = tensor.reshape(-1, matrix.width or tensor.shape[-1])[matrix.start : matrix.stop]
     W = W.T if matrix.transposed else W
     return W if seed is None else rotated(W, seed)
 

@@ -4,7 +4,7 @@ from freebits.quantization.budget import Budget, Fixed, Rolling
 from freebits.quantization.feedback import feedback, inverse_factor
 from freebits.quantization.grids import GROUP, gridded
 from freebits.quantization.pyramids import pyramids
-from freebits.quantization.stepping import DAMPING, Sensitivity, row_steps, stepped
+from freebits.quantization.stepping import DAMPING, Sensitivity, row_steps, stepped, typical_steps
 
 __all__ = [
     "DAMPING",
@@ -19,4 +19,5 @@ __all__ = [
     "pyramids",
     "row_steps",
     "stepped",
+    "typical_steps",
 ]

@@ -42,16 +42,28 @@ def row_steps(information: Tensor) -> Tensor:
     return f.clamp_min(floor).rsqrt()
 
 
-def stepped(W: Tensor, U: Tensor, rows: Tensor, c: float) -> Stepped:
+def typical_steps(W: Tensor) -> tuple[Tensor, Tensor]:
+    """The relative steps of rows and of columns where nothing but a matrix is known, (n,) and (m,), float64.
+
+    One step for all of it, in proportion to its weights: each matrix is then rounded as accurately as any other.
+    """
+    scale = W.double().square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+    return scale.expand(len(W)).clone(), torch.ones(W.shape[1], dtype=torch.float64)
+
+
+def stepped(W: Tensor, U: Tensor | None, rows: Tensor, columns: Tensor, c: float) -> Stepped:
     """A matrix in integers.
 
     Args:
         W: (n, m).
-        U: (m, m), see `inverse_factor`.
+        U: (m, m), see `inverse_factor`; None to round each weight to the nearest.
         rows: (n,), see `row_steps`.
+        columns: (m,), the diagonal of `U`, or see `typical_steps`.
         c: the step where nothing else counts.
     """
-    row_exponents, column_exponents = exponents(rows), exponents(c * U.diagonal())
+    row_exponents, column_exponents = exponents(rows), exponents(c * columns)
     row, column = steps(row_exponents)[:, None], steps(column_exponents)
-    scaled = feedback(W.float() / row, U, lambda w, at: (w / column[at]).round() * column[at])
+    scaled = W.float() / row
+    if U is not None:
+        scaled = feedback(scaled, U, lambda w, at: (w / column[at]).round() * column[at])
     return Stepped((scaled / column).round().clamp(-_MOST, _MOST).to(torch.int32), row_exponents, column_exponents)

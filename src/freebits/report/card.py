@@ -117,6 +117,11 @@ def _fidelity(measured: Mapping[str, Any] | None) -> list[str]:
     """What was measured, and on which text."""
     if measured is None:
         return []
+    if "weight_error" in measured:
+        told = (
+            f"Rounded weights differ by {measured['weight_error']:.2%} (root mean square). No text measures this model."
+        )
+        return ["## Fidelity", told]
     if measured.get("mean_kl") is None:
         return ["## Fidelity", "Bit-exact: every tensor equals the original's."]
     return [
