@@ -189,6 +189,7 @@ def _products(
     inputs = [label for label in matrix.labels if label in other.labels and label not in labels]
     outputs = [label for label in matrix.labels if label not in other.labels and label in labels]
     vectors = [label for label in other.labels if label in labels and label not in batch]
+    ones = dict.fromkeys((label for label in labels if label not in matrix.labels + other.labels), 0)
     used = {*batch, *inputs, *outputs, *vectors}
     if not inputs or not outputs or used != {*matrix.labels, *other.labels} or len(labels) != result.ndim:
         return
@@ -204,6 +205,7 @@ def _products(
     for at in combinations(*(range(size[label]) for label in apart)):
         chosen = dict(zip(apart, at, strict=True))
         offset = int(matrix.tensor.storage_offset()) + sum(stride[label] * index for label, index in chosen.items())
+        chosen |= ones
         region = _region(name, parameter, offset, (n_outputs, across or 0), (n_inputs, within))
         if region is None:
             return
