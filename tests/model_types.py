@@ -115,6 +115,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_head": 32},
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
     "gemma3n_text": {"intermediate_size": [128] * 3, "activation_sparsity_pattern": [0.0] * 3},
+    "glm4v_moe": {"text_config": {"rope_parameters": _ROPE | {"mrope_section": [1, 1, 2]}}},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16, "moe_topk": [2, 2, 2], "num_shared_expert": [1, 1, 1]},
@@ -198,6 +199,8 @@ def shrunk(config: PreTrainedConfig) -> dict[str, Any]:
             changes[key] = SIZES[key]
         elif key in ("rope_scaling", "rope_parameters") and "mrope_section" in str(value):
             changes[key] = value | {"mrope_section": [2, 3, 3]}
+        elif key == "rope_parameters" and "mrope_section" in (config.ignore_keys_at_rope_validation or ()):
+            changes[key] = (value or _ROPE) | {"mrope_section": [2, 3, 3]}
     n_blocks = next((changes[key] for key in ("num_hidden_layers", "n_layer", "num_layers") if key in changes), 3)
     for key, value in told.items():
         if key.endswith(("layer_types", "layers_block_type", "block_types", "_layers_types")) and isinstance(

@@ -18,6 +18,7 @@ from freebits.evaluation import verify
 from freebits.huggingface import FALLBACK_BITS, WINDOW, Goal, auto_class, prepare, reads_text, token_windows
 from freebits.moves import LOSSY
 from freebits.packed import PackedFolder, pack_into, stage
+from freebits.quantized_inputs import readable
 from freebits.report import TYPICAL_ENTROPY, bytes_on_disk, inspect, opened, write_card
 from freebits.work import Executor, Parallel, Progress, Work, WorkStore, silent
 
@@ -279,7 +280,7 @@ def _rounded(
 
 def _weight_error(folder: Path, made: PackedFolder) -> dict[str, Any]:
     """The relative error of the weights that were rounded, as a root mean square."""
-    source = opened(folder)
+    source = readable(folder)
     error = size = 0.0
     for name in source.kinds:
         before, after = source[name], made[name]

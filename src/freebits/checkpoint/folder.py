@@ -147,6 +147,10 @@ class Checkpoint:
     @cached_property
     def kinds(self) -> dict[str, Kind]:
         """Dtype and shape of every tensor."""
+        return self.stored_kinds()
+
+    def stored_kinds(self) -> dict[str, Kind]:
+        """The same, as the files have them."""
         return {name: self.weights[file].entries[name].kind for name, file in self.files.items()}
 
     def read(self, name: str) -> Bytes:

@@ -89,9 +89,9 @@ class Engine:
         self._splits = True
         self._empty = dict(_all_parameters(self.model))
         self._origins = self._named_origins()
-        embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        embedding, self._head = _ends(self.model)
         self.embedding = self._origin_of(embedding)
-        self.head = self._origin_of(head)
+        self.head = self._origin_of(self._head)
         self._fill_buffers()
         units = dict(_blocks(self.model))
         self.blocks = tuple(units)
@@ -171,12 +171,11 @@ class Engine:
     @contextmanager
     def head_loaded(self) -> Iterator[None]:
         """Keep the head in memory, which is called for each window."""
-        head = self.model.get_output_embeddings()
-        name = next((n for n, module in self.model.named_modules() if module is head), None)
-        if head is None or name is None or self.held_whole:
+        name = next((n for n, module in self.model.named_modules() if module is self._head), None)
+        if self._head is None or name is None or self.held_whole:
             yield
             return
-        with self._weights_of(name, head):
+        with self._weights_of(name, self._head):
             yield
 
     @contextmanager
@@ -244,13 +243,17 @@ class Engine:
         for name, parameter in self._empty.items():
             tied.setdefault(id(parameter), []).append(name)
         origins = {}
+        missing: list[str] = []
         for name, parameter in self._empty.items():
             found = [of for of in (name, *tied[id(parameter)]) if of in self._source.kinds]
-            if not found:
-                raise CheckpointError(
-                    f"tensor {name} is missing: the checkpoint is incomplete, or transformers does not know its names"
-                )
-            origins[name] = found[0]
+            origins |= {name: found[0]} if found else {}
+            missing += [] if found else [name]
+        if len(missing) > len(origins):
+            raise UnsupportedModelError(
+                f"transformers expects tensors of other names than the checkpoint has, such as {missing[0]}"
+            )
+        if missing:
+            raise CheckpointError(f"tensor {missing[0]} is missing: the checkpoint is incomplete")
         return origins
 
     def _origin_of(self, module: nn.Module | None) -> str | None:
@@ -335,6 +338,14 @@ class Engine:
                     filled[origin] = nn.Parameter(wide, requires_grad=False)
                     self._loaded[wide.untyped_storage().data_ptr()] = origin, wide
                 inner._parameters[key] = filled[origin]
+
+
+def _ends(model: Any) -> tuple[nn.Module | None, nn.Module | None]:
+    """The token embedding and the output head; None where the library does not say which they are."""
+    try:
+        return model.get_input_embeddings(), model.get_output_embeddings()
+    except NotImplementedError:
+        return None, None
 
 
 def _placeholder(parameter: Tensor, device: torch.device) -> nn.Parameter:

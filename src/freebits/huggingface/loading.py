@@ -10,7 +10,6 @@ import torch
 import transformers
 from transformers import (
     CONFIG_MAPPING,
-    AutoConfig,
     AutoTokenizer,
     PreTrainedTokenizerBase,
 )
@@ -22,11 +21,13 @@ from freebits.huggingface.packed_models import (
     adopt_generation_settings,
     auto_class,
     check_complete,
+    config_of,
     from_tensors,
     with_floats,
 )
 from freebits.huggingface.pivoted_layers import with_pivots
 from freebits.packed import PackedFolder
+from freebits.quantized_inputs import readable
 from freebits.report import opened
 
 _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
@@ -56,7 +57,7 @@ def load(
         CheckpointError: the folder is no sound checkpoint, or a tensor is damaged.
     """
     path = located(path)
-    folder = opened(path)  # which says in one line what is wrong with it
+    folder = readable(path)  # which says in one line what is wrong with it
     packed = isinstance(folder, PackedFolder)
     if is_adapter(folder.config):
         plain = ", once it is unpacked" if packed else ""
@@ -65,24 +66,18 @@ def load(
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "output_loading_info": True}
     with one_line_errors(path, "model"):
         auto = getattr(transformers, auto_class(folder.config) or "AutoModelForCausalLM")
-        config = None if packed else AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        if isinstance(folder, Checkpoint) and _is_plain(config, auto):
-            loaded: Any = _from_plain(folder, config, auto, options)
+        if isinstance(folder, PackedFolder):
+            loaded: Any = auto.from_pretrained(path, trust_remote_code=False, verify=verify, **options)
+        elif folder.config.get("model_type") in CONFIG_MAPPING:
+            loaded = _from_plain(folder, config_of(folder.config, auto), auto, options)
         else:
-            if not packed:
-                fill(path)
-            options |= {"verify": verify} if packed else {}
+            fill(path)
             loaded = auto.from_pretrained(path, trust_remote_code=False, **options)
     model, found = loaded
     check_complete(model, found["missing_keys"], folder.config, path)
     if keep_integers and isinstance(folder, PackedFolder):
         return with_integers(model, folder)
     return with_pivots(model) if keep_pivots else model
-
-
-def _is_plain(config: Any, auto: Any) -> bool:
-    """Whether a model is one of the library's own, whose tensors are floats."""
-    return type(config) in auto._model_mapping and not hasattr(config, "quantization_config")
 
 
 def _from_plain(folder: Checkpoint, config: Any, auto: Any, options: dict[str, Any]) -> Any:

@@ -17,7 +17,7 @@ from freebits.huggingface.naming import InMemory, known_config
 from freebits.huggingface.products import Region
 from freebits.huggingface.sensitivities import THIN, Inputs, Sums, informations, measure, siblings, with_idle
 from freebits.huggingface.sensitivity_cache import Factor, Matrix, factor_of
-from freebits.report import opened
+from freebits.quantized_inputs import readable
 from freebits.work import Progress, Work, WorkStore, kept, silent
 
 _TEMPER = 0.25
@@ -40,7 +40,7 @@ class RunningModel:
     @cached_property
     def named(self) -> InMemory:
         """Its tensors by the names of transformers."""
-        source = opened(self.path)
+        source = readable(self.path)
         return InMemory(source, known_config(source, self.path))
 
     @cached_property

@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 from freebits.errors import CheckpointError, UnsupportedModelError, UsageError, one_line
 from freebits.huggingface.loading import load
 from freebits.kind import HALVES
-from freebits.report import opened
+from freebits.quantized_inputs import readable
 from freebits.work import Progress, physical_memory, silent
 
 _TIMES = 7
@@ -55,7 +55,7 @@ def own_windows(
 
 def _fast_dtype(path: str | os.PathLike[str], device: torch.device) -> torch.dtype | str:
     """Float32 where products of 16-bit floats are slower and a third of the machine's memory holds the model."""
-    kinds = opened(path).kinds.values()
+    kinds = readable(path).kinds.values()
     halves = {kind.dtype for kind in kinds if kind.code in HALVES}
     wide = sum(4 * kind.numel for kind in kinds)
     if device.type != "cpu" or not halves or 3 * wide > physical_memory():

@@ -85,7 +85,7 @@ class PackedFactory:
         folder = _local_folder(path, kwargs)
         packed = PackedFolder(folder, verify=verify)
         kept = {key: kwargs.pop(key) for key in ("dtype", "torch_dtype", "quantization_config") if key in kwargs}
-        inner, rest = _config_of(packed.config, cls.auto, return_unused_kwargs=True, **kwargs)
+        inner, rest = config_of(packed.config, cls.auto, return_unused_kwargs=True, **kwargs)
         for name, kind in packed.model_kinds.items():
             if kind.code not in DTYPES:
                 raise CheckpointError(f"tensor {name} has dtype {kind.code}: unpack it, then load")
@@ -101,7 +101,7 @@ class PackedFactory:
     def _from_config(cls, config: Any, **kwargs: Any) -> Any:
         """A model with random weights, as `from_config` makes it."""
         inner = getattr(config, "model", None) or PackedFolder(_local_folder(config.name_or_path, {})).config
-        return cls.auto.from_config(_config_of(inner, cls.auto), **kwargs)
+        return cls.auto.from_config(config_of(inner, cls.auto), **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
@@ -255,7 +255,7 @@ def _needs_code(config: Mapping[str, Any]) -> UnsupportedModelError:
     )
 
 
-def _config_of(config: Mapping[str, Any], auto: Any, **options: Any) -> Any:
+def config_of(config: Mapping[str, Any], auto: Any, **options: Any) -> Any:
     """A model's own config, as transformers' `from_dict` gives it; without `auto_map`, as no code of it is run."""
     plain = {key: value for key, value in with_floats(config).items() if key != "auto_map"}
     return inner_config(config, auto).from_dict(plain, **options)

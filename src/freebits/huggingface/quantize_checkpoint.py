@@ -25,7 +25,8 @@ from freebits.moves import LOSSY
 from freebits.options import EMBEDDINGS, HADAMARD, INTEGERS, PARTS, ROTATIONS, RTN
 from freebits.packed import PackedFolder, history_of, publish, stage
 from freebits.quantization import Budget
-from freebits.report import inspect, known_sizes, opened, write_card
+from freebits.quantized_inputs import readable
+from freebits.report import inspect, known_sizes, write_card
 from freebits.version import __version__
 from freebits.work import Executor, Parallel, Progress, Work, device_of, silent
 
@@ -205,11 +206,7 @@ def prepare(
 
     What is found is kept in the store of `work`, which must last as long as it is used.
     """
-    source = opened(model)
-    if source.config.get("quantization_config"):
-        raise UnsupportedModelError(
-            f"the weights in {source.path} are quantized already: take the model they came from"
-        )
+    source = readable(model)
     where = device_of(device)
     write = partial(_tokens, source.path, calibration, samples, seq_len, seed, where, progress)
     rotation = seed if rotate == HADAMARD else None
@@ -224,7 +221,7 @@ def prepare(
         _check_engine(running, tokens)
         measured = measure_matrices(running, tokens, work, seed, rotation, progress)
     except UnsupportedModelError as error:
-        if only is not None or calibration is not None:
+        if only is not None:
             raise
         _log.warning("freebits: no calibration, as %s: matrices are rounded by their weights alone", error)
         facts["reason"] = str(error)
@@ -254,7 +251,7 @@ def _check_engine(running: RunningModel, tokens: Tensor) -> None:
     Raises:
         UnsupportedModelError: they differ by more than rounding.
     """
-    if 4 * sum(kind.numel for kind in opened(running.path).kinds.values()) > HELD_WHOLE:
+    if 4 * sum(kind.numel for kind in running.named.kinds.values()) > HELD_WHOLE:
         return
     few = tokens[:1, :_COMPARED]
     expected = _plain_logits(running, few)  # before the engine has the model, too

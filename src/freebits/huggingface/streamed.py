@@ -10,7 +10,7 @@ from freebits.checkpoint import Source
 from freebits.errors import UnsupportedModelError
 from freebits.huggingface.engine import Engine
 from freebits.huggingface.naming import InMemory, known_config
-from freebits.report import opened
+from freebits.quantized_inputs import readable
 
 AT_ONCE = 8192
 """Tokens in a batch."""
@@ -27,7 +27,7 @@ def window_logits(path: Path, windows: Tensor, seen: Callable[[Source], Source] 
     Raises:
         UnsupportedModelError: transformers cannot run it on a text alone.
     """
-    source = opened(path)
+    source = readable(path)
     if source.config.get("quantization_config"):
         raise UnsupportedModelError(f"the weights in {path} are quantized already, which freebits does not read")
     config = known_config(source, path)
