@@ -325,7 +325,7 @@ def test_the_model_makers_code_is_never_run(dense: Path, tmp_path: Path, capsys:
     (dense / "config.json").write_text(json.dumps(config))
     for arguments in (("eval", dense, "--seq-len", 32), ("slice", dense, tmp_path / "out", "--sparsity", 0.2)):
         assert run(*arguments) == 2
-        assert_one_line(capsys, "custom code" if arguments[0] == "eval" else "'evil' has no entry")
+        assert_one_line(capsys, "maker's code" if arguments[0] == "eval" else "'evil' has no entry")
     assert not ran.exists()
 
 

@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from freebits.evaluation import verify
 from freebits.huggingface import FALLBACK_BITS, WINDOW, Goal, auto_class, prepare, reads_text, token_windows
 from freebits.moves import LOSSY
 from freebits.packed import PackedFolder, pack_into, stage
+from freebits.pipelines import components, for_each, is_pipeline
 from freebits.quantized_inputs import readable
 from freebits.report import TYPICAL_ENTROPY, bytes_on_disk, inspect, opened, write_card
 from freebits.work import Executor, Parallel, Progress, Work, WorkStore, silent
@@ -126,7 +128,11 @@ def compress(
     """
     check_key(sign_with)
     folder = located(model, revision, whole=not dry_run)
-    plan = planned(folder, target_size, target_ratio, bits, lossless, max_kl)
+    if is_pipeline(folder):
+        if target_size is not None or max_kl is not None:
+            raise UsageError("--target-size and --max-kl are for one model, not for a pipeline: give --target-ratio")
+        return _pipeline(folder, out, target_ratio, bits, lossless, (keep, fallback_bits), dry_run, progress)
+    plan = planned(folder, target_size, target_ratio, bits, lossless, max_kl, fallback_bits)
     if dry_run:
         return {"plan": asdict(plan)}
     started = time.perf_counter()
@@ -149,6 +155,30 @@ def compress(
     }
 
 
+def _pipeline(
+    folder: Path,
+    out: str | os.PathLike[str],
+    target_ratio: float | None,
+    bits: float | None,
+    lossless: bool,
+    uncalibrated: tuple[Sequence[str], float],
+    dry_run: bool,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Make each model of a pipeline smaller, by the weights alone."""
+    keep, fallback_bits = uncalibrated
+    targets: dict[str, Any] = {"target_ratio": target_ratio, "bits": bits, "lossless": lossless}
+    if dry_run:
+        plans = {name: compress(folder / name, out, **targets, dry_run=True) for name in components(folder)}
+        return {"kind": "pipeline", "components": plans}
+
+    def each(model: Path, made: Path) -> dict[str, Any]:
+        kept = [pattern for pattern in keep if any(fnmatchcase(name, pattern) for name in opened(model).kinds)]
+        return compress(model, made, **targets, keep=kept, fallback_bits=fallback_bits, progress=progress)
+
+    return for_each(folder, out, each)
+
+
 def planned(
     folder: Path,
     target_size: int | None,
@@ -156,6 +186,7 @@ def planned(
     bits: float | None,
     lossless: bool,
     max_kl: float | None,
+    fallback_bits: float,
 ) -> Plan:
     """What to do for a target, of which there is one at most; nothing is read but headers."""
     source, name = opened(folder), original(folder) or str(folder)
@@ -175,6 +206,8 @@ def planned(
         return Plan(name, now, "lossless", at_most=size, about=without_loss)
     if size is not None:
         return Plan(name, now, "integers", at_most=size, about=size)
+    if max_kl is None and not reads_text(source.config):
+        bits = fallback_bits if bits is None else bits
     if bits is not None:
         numbers = sum(kind.numel for kind in kinds if len(kind.shape) > 1)
         rest = sum(kind.n_bytes for kind in kinds if len(kind.shape) < 2)

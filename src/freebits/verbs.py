@@ -2,13 +2,15 @@
 
 import logging
 import os
+from functools import partial
 from typing import Any
 
 from freebits.architecture import Architecture, unproven_settings
 from freebits.checkpoint import Checkpoint, Task, check_key, is_adapter, located, new_directory, sign
 from freebits.errors import CheckpointError, one_line
-from freebits.options import CANONICAL
+from freebits.options import CANONICAL, NONE
 from freebits.packed import PackedFolder, Preset, chosen, is_packed, pack_into, stage, unpack_into
+from freebits.pipelines import for_each, is_pipeline
 from freebits.report import inspect, known_sizes, write_card
 from freebits.work import Parallel, Progress, Work, device_of, silent
 
@@ -58,6 +60,10 @@ def pack(
     check_key(sign_with)
     preset, code = chosen(codec, threshold, device_of(device, float64=True)), stage(entropy)
     model = located(model)
+    if is_pipeline(model):
+        each = partial(pack, codec=NONE, entropy=entropy, parallel=parallel, progress=progress, sign_with=sign_with)
+        _log.warning("freebits: a pipeline: each of its models is packed with codec none, bit for bit")
+        return for_each(model, out, each)
     if is_packed(model):
         raise CheckpointError(f"{model} is packed already: unpack it first")
     source = Checkpoint(model)
@@ -124,7 +130,10 @@ def unpack(
     Raises:
         CheckpointError: the folder is not packed or is damaged, or `out` exists.
     """
-    source = PackedFolder(located(packed))
+    path = located(packed)
+    if is_pipeline(path):
+        return for_each(path, out, partial(unpack, parallel=parallel, progress=progress))
+    source = PackedFolder(path)
     with new_directory(out) as directory:
         unpack_into(directory, source, parallel, progress)
         return inspect(directory)

@@ -18,7 +18,7 @@ from freebits.checkpoint.folder import (
     ADAPTER,
     ADAPTER_STEM,
     CONFIG,
-    INDEX,
+    WEIGHTS,
     Checkpoint,
     Source,
     View,
@@ -28,6 +28,7 @@ from freebits.checkpoint.folder import (
     model_files,
     read_json,
     read_text,
+    stem_of,
     write_json,
 )
 from freebits.checkpoint.hub import located, push
@@ -35,7 +36,7 @@ from freebits.checkpoint.remote import exists, fill, original, url_of
 from freebits.checkpoint.signature import SIGNATURE, check_key, check_signature, sign
 from freebits.checkpoint.task import Task, text_digest, unchanged
 from freebits.checkpoint.weights import ENTRY, LENGTH, Entry, WeightsFile, WeightsWriter, parse_header
-from freebits.checkpoint.writer import WEIGHTS, CheckpointWriter, shard_bytes
+from freebits.checkpoint.writer import CheckpointWriter, shard_bytes
 
 __all__ = [
     "ADAPTER",
@@ -44,7 +45,6 @@ __all__ = [
     "CARD_MARK",
     "CONFIG",
     "ENTRY",
-    "INDEX",
     "LENGTH",
     "REMOTE_CODE",
     "SIGNATURE",
@@ -80,6 +80,7 @@ __all__ = [
     "shard_bytes",
     "sign",
     "stays_inside",
+    "stem_of",
     "text_digest",
     "unchanged",
     "url_of",

@@ -16,10 +16,14 @@ from freebits.kind import Bytes, Kind
 from freebits.limits import JSON_BYTES, JSON_DEPTH
 
 CONFIG = "config.json"
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+WEIGHTS = "model"
+"""How the files of weights begin."""
 ADAPTER, ADAPTER_STEM = "adapter_config.json", "adapter_model"
 """Of a PEFT adapter: its config, and how the file of its weights begins."""
+_DIFFUSERS_CLASS, _DIFFUSERS_STEM = "_class_name", "diffusion_pytorch_model"
+"""Of a component of a diffusion pipeline: what its config has, and how the files of its weights begin."""
+STEMS = (WEIGHTS, _DIFFUSERS_STEM)
+"""How files begin of which there is an index, if there are several."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -130,19 +134,20 @@ class Checkpoint:
         """Tensor name → file name, in the order of the files."""
         if sum(len(weights.entries) for weights in self.weights.values()) > len(self.files):
             raise CheckpointError(f"{self.path}: two of its files hold a tensor of one name: download it again")
-        for name, file in _weight_map(self.path).items() if self._has_index else ():
+        index = self.path / index_of(stem_of(self.config))
+        for name, file in _weight_map(index).items() if self._has_index else ():
             if name not in self.files:
                 raise CheckpointError(f"{self.path / file} lacks tensor {name}: download it again")
 
     @property
     def weight_files(self) -> tuple[Path, ...]:
         """The files that hold the tensors, and the index where there is one."""
-        index = (self.path / INDEX,) if self._has_index else ()
+        index = (self.path / index_of(stem_of(self.config)),) if self._has_index else ()
         return (*(file.path for file in self.weights.values()), *index)
 
     @property
     def _has_index(self) -> bool:
-        return SINGLE not in self.weights and not is_adapter(self.config)
+        return f"{stem_of(self.config)}.safetensors" not in self.weights
 
     @cached_property
     def kinds(self) -> dict[str, Kind]:
@@ -207,34 +212,47 @@ def model_files(path: Path, config: dict[str, Any]) -> list[Path]:
             f"{path / CONFIG} names other weights (transformers_weights), which freebits does not follow: "
             f"load the model and save it again"
         )
+    stem = stem_of(config)
+    single, index = path / f"{stem}.safetensors", path / index_of(stem)
     if is_adapter(config):
-        weights = path / f"{ADAPTER_STEM}.safetensors"
-        if weights.exists():
-            return [weights]
-        raise CheckpointError(f"{path} holds no {weights.name}: save the adapter as safetensors")
+        if single.exists():
+            return [single]
+        raise CheckpointError(f"{path} holds no {single.name}: save the adapter as safetensors")
     if (path / ADAPTER).exists():
         raise CheckpointError(
             f"{path} holds an adapter ({ADAPTER}), which transformers adds to the weights: "
             "merge it into the model first"
         )
-    if (path / SINGLE).exists():  # goes first, as in transformers
-        return [path / SINGLE]
-    if (path / INDEX).exists():
-        return [path / file for file in sorted(set(_weight_map(path).values()))]
+    if single.exists():  # goes first, as in transformers
+        return [single]
+    if index.exists():
+        return [path / file for file in sorted(set(_weight_map(index).values()))]
     pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
     if pickles:
         raise CheckpointError(
             f"{path} holds only pickled weights ({pickles[0]}), which can run code when read: "
             "save the model as safetensors first"
         )
-    raise CheckpointError(f"{path} holds no {SINGLE} and no {INDEX}: it has no weights")
+    raise CheckpointError(f"{path} holds no {single.name} and no {index.name}: it has no weights")
 
 
-def _weight_map(path: Path) -> dict[str, str]:
-    weight_map = read_json(path / INDEX).get("weight_map")
+def stem_of(config: Mapping[str, Any]) -> str:
+    """How the files of a model's weights begin: those of adapters and of diffusers' models have other names."""
+    if is_adapter(config):
+        return ADAPTER_STEM
+    return _DIFFUSERS_STEM if _DIFFUSERS_CLASS in config and "model_type" not in config else WEIGHTS
+
+
+def index_of(stem: str) -> str:
+    """The name of the file that says in which shard each tensor is."""
+    return f"{stem}.safetensors.index.json"
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
-        raise CheckpointError(f"{path / INDEX} has no weight_map: restore the file")
+        raise CheckpointError(f"{index} has no weight_map: restore the file")
     for file in weight_map.values():
         if not isinstance(file, str) or Path(file).name != file:
-            raise CheckpointError(f"{path / INDEX} names {file!r}, which is no file beside it: restore the index")
+            raise CheckpointError(f"{index} names {file!r}, which is no file beside it: restore the index")
     return weight_map

@@ -5,12 +5,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from freebits.checkpoint.folder import INDEX, Checkpoint, write_json
+from freebits.checkpoint.folder import STEMS, WEIGHTS, Checkpoint, index_of, write_json
 from freebits.checkpoint.weights import WeightsWriter
 from freebits.kind import Bytes, Kind, bytes_of
-
-WEIGHTS = "model"
-"""How the files of a checkpoint begin that transformers looks for; it wants an index of them."""
 
 
 def shard_bytes(source: Checkpoint) -> int | None:
@@ -74,7 +71,9 @@ class CheckpointWriter:
         files = [f"{file}.safetensors" for file in (files if len(files) > 1 else [self._stem])]
         for shard, file in zip(self._shards, files, strict=True):
             shard.path.rename(self._directory / file)
-        if len(files) > 1 and self._stem == WEIGHTS:
+        if len(files) > 1 and self._stem in STEMS:
             weight_map = {name: file for shard, file in zip(self._shards, files, strict=True) for name in shard.header}
             total = sum(shard.size for shard in self._shards)
-            write_json(self._directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+            write_json(
+                self._directory / index_of(self._stem), {"metadata": {"total_size": total}, "weight_map": weight_map}
+            )

@@ -13,6 +13,7 @@ from freebits.cli.output import (
     Row,
     announce,
     changes,
+    print_components,
     print_facts,
     print_fidelity,
     print_json,
@@ -84,6 +85,8 @@ def run_compress(arguments: Namespace) -> int:
         result["pushed"] = push(arguments.out, arguments.push_to)
     if arguments.json:
         return print_json(result)
+    if result.get("kind") == "pipeline":
+        return print_components(result)
     print_plan(result["plan"])
     if arguments.dry_run:
         return OK

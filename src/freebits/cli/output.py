@@ -70,6 +70,18 @@ def print_facts(facts: dict[str, Any], as_json: bool) -> int:
     return 0
 
 
+def print_components(result: dict[str, Any]) -> int:
+    """Print what became of each model of a pipeline; the exit code."""
+    rows: list[Row] = [("model", "bytes before", "after", "how")]
+    for name, facts in result["components"].items():
+        plan = facts["plan"]
+        after = facts["bytes"]["packed"] if "bytes" in facts else plan["about"]
+        how = plan["way"] if plan["bits"] is None else f"{plan['bits']:g} bits a weight"
+        rows.append((name, f"{plan['bytes']:,}", f"{after:,}", how))
+    print_table(rows)
+    return 0
+
+
 def print_plan(plan: dict[str, Any]) -> None:
     """Print what `compress` does."""
     size, most = plan["about"], plan["at_most"]
@@ -110,10 +122,9 @@ def print_coverage(coverage: dict[str, Any]) -> None:
             if left["weights"] > _WORTH_A_LINE * total:
                 share = left["weights"] / total
                 print(one_line(f"not quantized: {left['tensors']} ({share:.1%} of the weights): {left['reason']}"))
-    for alone in coverage["alone"]:
-        share = coverage["uncalibrated"] * alone["weights"] / sum(of["weights"] for of in coverage["alone"])
-        if share > _WORTH_A_LINE:
-            print(one_line(f"rounded by their weights alone: {alone['tensors']} ({share:.1%} of the weights)"))
+    if coverage["uncalibrated"] > _WORTH_A_LINE:
+        names = ", ".join(alone["tensors"] for alone in coverage["alone"])
+        print(one_line(f"{coverage['uncalibrated']:.1%} are rounded by their weights alone: {names}", 200))
     if coverage.get("thin"):
         print(
             f"{coverage['thin']} of {coverage['experts']} matrices of experts multiplied fewer than 64 tokens of the "

@@ -242,7 +242,7 @@ class Engine:
         tied: dict[int, list[str]] = {}
         for name, parameter in self._empty.items():
             tied.setdefault(id(parameter), []).append(name)
-        origins = {}
+        origins: dict[str, str] = {}
         missing: list[str] = []
         for name, parameter in self._empty.items():
             found = [of for of in (name, *tied[id(parameter)]) if of in self._source.kinds]

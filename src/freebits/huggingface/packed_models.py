@@ -249,10 +249,8 @@ def inner_config(config: Mapping[str, Any], auto: Any = AutoModelForCausalLM) ->
 
 
 def _needs_code(config: Mapping[str, Any]) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"transformers has no model of type {config.get('model_type')!r} without custom code: "
-        "unpack the folder and load it with its maker's code"
-    )
+    model_type = config.get("model_type", config.get("_class_name"))
+    return UnsupportedModelError(f"transformers has no model of type {model_type!r} without its maker's code")
 
 
 def config_of(config: Mapping[str, Any], auto: Any, **options: Any) -> Any:

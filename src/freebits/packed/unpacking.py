@@ -6,15 +6,14 @@ from typing import Any
 from freebits.architecture import MODEL_TYPES, SLICED_PREFIX, Architecture, transformers_type
 from freebits.checkpoint import (
     ADAPTER,
-    ADAPTER_STEM,
     CONFIG,
     LENGTH,
-    WEIGHTS,
     CheckpointWriter,
     auto_map,
     carry_over,
     is_adapter,
     restore_card,
+    stem_of,
     write_config,
     write_remote_code,
 )
@@ -69,12 +68,11 @@ def _write_tensors(
     parallel: Parallel,
     progress: Progress,
 ) -> None:
-    name, stem = (ADAPTER, ADAPTER_STEM) if is_adapter(config) else (CONFIG, WEIGHTS)
-    write_config(directory / name, config)
+    write_config(directory / (ADAPTER if is_adapter(config) else CONFIG), config)
     shard_bytes = max(file.n_bytes for file in packed.files) if len(packed.files) > 1 else None
     total = len(packed.groups(packed.kinds))
     announced = {name: kind.shape for name, kind in model.kinds.items()}
-    with CheckpointWriter(directory, announced, shard_bytes, stem) as writer:
+    with CheckpointWriter(directory, announced, shard_bytes, stem_of(config)) as writer:
         for done, tensors in enumerate(packed.decoded(packed.kinds, parallel), start=1):
             for name, tensor in tensors.items():
                 if isinstance(model, Expanded):
