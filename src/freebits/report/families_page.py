@@ -17,7 +17,7 @@ row of this table. Where several rows are of one model type, the config decides.
 _REFUSED = """
 ## Not sliced, with the reason
 
-`compress` and `quantize` take these as well, if their weights are floats; `pack --codec none` takes them in any case.
+`compress` and `quantize` take these as well, and `pack --codec none` keeps them bit for bit.
 
 """
 
