@@ -176,3 +176,19 @@ def test_a_pipeline_is_rounded(pipeline: Path, tmp_path: Path, capsys: pytest.Ca
     assert torch.equal(before["to_q.weight"], after["to_q.weight"])
     error = (before["conv.weight"].float() - after["conv.weight"].float()).norm() / before["conv.weight"].float().norm()
     assert 0.005 < error < 0.05
+
+
+def test_the_makers_code_is_not_run_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    dense = save_tiny_type("llama", tmp_path / "dense")
+    config = json.loads((dense / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_maker.MakerForCausalLM"}
+    (dense / "config.json").write_text(json.dumps(config))
+    (dense / "modeling_maker.py").write_text("raise SystemExit")
+    (dense / "generation_config.json").write_text("{broken")
+    freebits.pack(dense, tmp_path / "exact", codec="none")
+    for folder in (dense, tmp_path / "exact"):
+        caplog.clear()
+        assert type(freebits.load(folder)).__name__ == "LlamaForCausalLM"
+        assert "maker's code" in caplog.text
+    freebits.unpack(tmp_path / "exact", tmp_path / "back")
+    assert (tmp_path / "back" / "modeling_maker.py").read_text() == "raise SystemExit"

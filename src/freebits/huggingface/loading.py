@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from freebits.huggingface.packed_models import (
     check_complete,
     config_of,
     from_tensors,
+    warn_of_code,
     with_floats,
 )
 from freebits.huggingface.pivoted_layers import with_pivots
@@ -63,6 +64,7 @@ def load(
         plain = ", once it is unpacked" if packed else ""
         raise CheckpointError(f"{path} holds an adapter: load it with PEFT, on top of its model{plain}")
     _check_depth(path, folder.config, len(folder.kinds))
+    warn_of_code(folder.config, path)
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "output_loading_info": True}
     with one_line_errors(path, "model"):
         auto = getattr(transformers, auto_class(folder.config) or "AutoModelForCausalLM")
@@ -89,8 +91,7 @@ def _from_plain(folder: Checkpoint, config: Any, auto: Any, options: dict[str, A
         state[name] = tensor.to(options["dtype"]) if wide and tensor.is_floating_point() else tensor
     model, found = from_tensors(config, state, auto=auto, **options)
     model.name_or_path = model.config.name_or_path = str(folder.path)
-    with suppress(OSError, ValueError, TypeError):  # as transformers does
-        adopt_generation_settings(model, folder.path)
+    adopt_generation_settings(model, folder.path)
     return model, found
 
 

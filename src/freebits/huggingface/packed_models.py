@@ -5,8 +5,11 @@ weights. With freebits, `from_pretrained` of an Auto class decodes the folder an
 the Auto class has for the model in it. The result is an ordinary model.
 """
 
+import logging
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,7 +28,8 @@ from transformers import (
 )
 from transformers.models.auto import modeling_auto
 
-from freebits.errors import CheckpointError, UnsupportedModelError
+from freebits.checkpoint import REMOTE_CODE
+from freebits.errors import CheckpointError, UnsupportedModelError, one_line
 from freebits.kind import DTYPES
 from freebits.packed import PackedFolder
 
@@ -38,6 +42,7 @@ _WITH_TEXT = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMul
 _PREFERRED = (*_WITH_TEXT, AutoModelForSeq2SeqLM)
 """Auto classes that are named before others that have the same model."""
 _FLOAT = "__float__"
+_log = logging.getLogger(__name__)
 
 
 class PackedConfig(PreTrainedConfig):
@@ -86,6 +91,7 @@ class PackedFactory:
         packed = PackedFolder(folder, verify=verify)
         kept = {key: kwargs.pop(key) for key in ("dtype", "torch_dtype", "quantization_config") if key in kwargs}
         inner, rest = config_of(packed.config, cls.auto, return_unused_kwargs=True, **kwargs)
+        warn_of_code(packed.config, path)
         for name, kind in packed.model_kinds.items():
             if kind.code not in DTYPES:
                 raise CheckpointError(f"tensor {name} has dtype {kind.code}: unpack it, then load")
@@ -151,6 +157,21 @@ def from_tensors(
     if kind.config_class is config.sub_configs.get("text_config"):  # of a model that sees, too
         config = config.get_text_config()
     return kind.from_pretrained(None, *args, config=config, state_dict=tensors, **options)
+
+
+def warn_of_code(config: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Log, once for a folder, that a model comes with its maker's code and that the library's class is run instead."""
+    named = config.get("auto_map")
+    classes = [str(of) for of in named.values()] if isinstance(named, dict) else []
+    if any(f"{Path(REMOTE_CODE).stem}." not in of for of in classes) and auto_class(config) is not None:
+        _warn_once(one_line(path), one_line(config.get("model_type")))
+
+
+@cache
+def _warn_once(path: str, model_type: str) -> None:
+    _log.warning(
+        "freebits: %s names its maker's code, which is not run: transformers' own class for %s is", path, model_type
+    )
 
 
 def check_complete(model: Any, missing: Iterable[str], config: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
@@ -221,9 +242,10 @@ def _classes(auto: Any, config_class: type[PreTrainedConfig], architectures: Ite
 
 
 def adopt_generation_settings(model: Any, folder: Path) -> None:
-    """Read `generation_config.json`, which `from_pretrained` skips where it is given the weights."""
+    """Read `generation_config.json`, unless it is broken; `from_pretrained` skips it where it is given the weights."""
     if model.can_generate() and (folder / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        with suppress(OSError, ValueError, TypeError):  # as transformers does
+            model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
 def with_floats(value: Any) -> Any:
