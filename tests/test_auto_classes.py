@@ -88,9 +88,8 @@ def test_a_missing_head_is_not_filled_in_at_random(auto: Any, tmp_path: Path) ->
     freebits.pack(folder, tmp_path / "packed", codec="none")
     with pytest.raises(CheckpointError, match=r"holds a LlamaModel, which has no .*\.weight: load it with AutoModel$"):
         auto.from_pretrained(tmp_path / "packed")
-    for path in (folder, tmp_path / "packed"):
-        with pytest.raises(CheckpointError, match=r"load it with AutoModel$"):
-            freebits.load(path)
+    for path in (folder, tmp_path / "packed"):  # what has no head gets none
+        assert type(freebits.load(path)).__name__ == "LlamaModel"
 
 
 def test_an_auto_class_that_does_not_know_a_model_names_the_one_that_does(tmp_path: Path) -> None:

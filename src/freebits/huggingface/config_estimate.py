@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+import transformers
 
 from freebits.architecture import FAMILIES, Architecture, dense_family
 from freebits.checkpoint import CONFIG, located, read_json
 from freebits.errors import CheckpointError, UnsupportedModelError
 from freebits.huggingface.empty_models import BUILDING
 from freebits.huggingface.loading import one_line_errors
-from freebits.huggingface.packed_models import with_floats
+from freebits.huggingface.packed_models import auto_class, config_of
 from freebits.kind import DTYPE_CODES
 from freebits.limits import BLOCKS
 from freebits.moves import sliced_size
@@ -102,7 +102,8 @@ def dense_shapes(config: dict[str, Any], path: Path) -> dict[str, tuple[int, ...
         if isinstance(config[key], int) and config[key] > BLOCKS:
             raise CheckpointError(f"{path}: {key} is {config[key]}, more than any model has: restore the file")
     with BUILDING, one_line_errors(path, "config"), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**with_floats(config)), trust_remote_code=False)
+        auto = getattr(transformers, auto_class(config) or "AutoModelForCausalLM")
+        model = auto.from_config(config_of(config, auto), trust_remote_code=False)
     tensors = dict(model.named_parameters())
     tensors |= {name: of for name, of in model.state_dict().items() if name in dict(model.named_buffers())}
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}

@@ -22,6 +22,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoModelForSeq2SeqLM,
+    AutoProcessor,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -129,6 +130,8 @@ class PackedForCausalLM(PackedFactory):
 class PackedTokenizer:
     """Gives the tokenizer of the model in a packed folder, where only the model's type says which class it has."""
 
+    auto: ClassVar[Any] = AutoTokenizer
+
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         """The tokenizer; arguments as in transformers."""
@@ -137,7 +140,14 @@ class PackedTokenizer:
         known: Any = PreTrainedConfig
         if model_type in CONFIG_MAPPING:  # a lazy mapping, whose `get` finds nothing
             known = CONFIG_MAPPING[model_type]
-        return AutoTokenizer.from_pretrained(path, *args, config=known.from_dict(with_floats(config)), **kwargs)
+        kwargs["config"] = known.from_dict(with_floats(config))
+        return cls.auto.from_pretrained(path, *args, **kwargs)
+
+
+class PackedProcessor(PackedTokenizer):
+    """Gives the processor, likewise."""
+
+    auto = AutoProcessor
 
 
 def _factories() -> Iterable[type[PackedFactory]]:
@@ -294,5 +304,6 @@ def _local_folder(path: str | os.PathLike[str], source: Mapping[str, Any]) -> Pa
 
 AutoConfig.register(PackedConfig.model_type, PackedConfig)
 AutoTokenizer.register(PackedConfig, PackedTokenizer)
+AutoProcessor.register(PackedConfig, PackedProcessor)
 for _factory in _factories():
     _factory.auto.register(PackedConfig, _factory)
