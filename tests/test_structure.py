@@ -28,17 +28,22 @@ FLOORS = {
         *("architecture", "checkpoint", "codes", "errors", "kind", "limits", "moves", "options", "version", "work"),
     },
     "report": {"architecture", "checkpoint", "errors", "kind", "packed"},
+    "pipelines": {"checkpoint", "packed"},
+    "quantized_inputs": {"checkpoint", "errors", "kind", "packed", "report"},
     "huggingface": {
         *("architecture", "calibration", "checkpoint", "codes", "errors", "kind", "limits", "moves", "options"),
-        *("packed", "quantization", "reduction", "report", "symmetry", "version", "work"),
+        *("packed", "quantization", "quantized_inputs", "reduction", "report", "symmetry", "version", "work"),
     },
-    "verbs": {"architecture", "checkpoint", "errors", "huggingface", "options", "packed", "report", "work"},
+    "verbs": {
+        *("architecture", "checkpoint", "errors", "huggingface", "options", "packed", "pipelines", "report", "work"),
+    },
     "evaluation": {
         *("architecture", "calibration", "checkpoint", "errors", "huggingface", "kind", "moves", "options", "packed"),
         *("report", "work"),
     },
     "compression": {
-        *("calibration", "checkpoint", "errors", "evaluation", "huggingface", "packed", "report", "work"),
+        *("calibration", "checkpoint", "errors", "evaluation", "huggingface", "moves", "packed", "pipelines"),
+        *("quantized_inputs", "report", "work"),
     },
     "demo": {"calibration", "evaluation", "huggingface", "report", "verbs", "work"},
     "cli": {
@@ -48,6 +53,7 @@ FLOORS = {
         "errors",
         "evaluation",
         "huggingface",
+        "moves",
         "options",
         "report",
         "verbs",

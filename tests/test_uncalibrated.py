@@ -91,6 +91,8 @@ def test_what_needs_calibration_is_refused(saved: tuple[str, Path], tmp_path: Pa
     for options in ({"target_kl": 0.01}, {"only": "linear"}, {"method": "gptq"}):
         with pytest.raises(UnsupportedModelError, match="BertForSequenceClassification"):
             freebits.quantize(dense, tmp_path / "q", **options)
+    with pytest.raises(UnsupportedModelError, match="BertForSequenceClassification"):
+        freebits.evaluate(dense)
     with pytest.raises(UsageError, match="max-kl"):
         freebits.compress(dense, tmp_path / "q", max_kl=0.01)
     assert not (tmp_path / "q").exists()

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ INDEX = "model_index.json"
 
 def is_pipeline(path: str | os.PathLike[str]) -> bool:
     """Whether a folder holds a pipeline."""
-    folder = Path(path)
-    return (folder / INDEX).is_file() and not (folder / CONFIG).exists()
+    with suppress(OSError):  # a name too long, for instance
+        return (Path(path) / INDEX).is_file() and not (Path(path) / CONFIG).exists()
+    return False
 
 
 def components(path: str | os.PathLike[str]) -> list[str]:

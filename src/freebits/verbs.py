@@ -3,6 +3,7 @@
 import logging
 import os
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from freebits.architecture import Architecture, unproven_settings
@@ -61,16 +62,13 @@ def pack(
     preset, code = chosen(codec, threshold, device_of(device, float64=True)), stage(entropy)
     model = located(model)
     if is_pipeline(model):
-        each = partial(pack, codec=NONE, entropy=entropy, parallel=parallel, progress=progress, sign_with=sign_with)
-        _log.warning("freebits: a pipeline: each of its models is packed with codec none, bit for bit")
-        return for_each(model, out, each)
+        return _pack_each(model, out, entropy=entropy, parallel=parallel, progress=progress, sign_with=sign_with)
     if is_packed(model):
         raise CheckpointError(f"{model} is packed already: unpack it first")
-    source = Checkpoint(model)
+    source, sizes = Checkpoint(model), known_sizes(model)
     preset = _proven(preset, source)
-    sizes = known_sizes(model)
-    arguments = {"codec": codec, "entropy": entropy, "threshold": threshold, "device": device}
-    task = Task("pack", source.path, arguments, resume) if preset else None  # codec `none` is not worth resuming
+    told = {"codec": codec, "entropy": entropy, "threshold": threshold, "device": device}
+    task = Task("pack", source.path, told, resume) if preset else None  # codec `none` is not worth resuming
     piece = _largest_part(source) if preset and not is_adapter(source.config) else 0
     with new_directory(out, task) as directory, parallel.executor(piece) as executor:
         work = Work(executor, task.store(directory) if task else None)
@@ -79,6 +77,12 @@ def pack(
         if sign_with is not None:
             sign(directory, sign_with)
         return inspect(directory)
+
+
+def _pack_each(model: Path, out: str | os.PathLike[str], **options: Any) -> dict[str, Any]:
+    """The same for each model of a pipeline."""
+    _log.warning("freebits: a pipeline: each of its models is packed with codec none, bit for bit")
+    return for_each(model, out, partial(pack, codec=NONE, **options))
 
 
 def _proven(preset: Preset | None, source: Checkpoint) -> Preset | None:

@@ -59,7 +59,7 @@ def evaluate(
 
     Raises:
         UsageError: an argument makes no sense, or the extra is not installed.
-        CheckpointError: `model` is no sound checkpoint.
+        CheckpointError: `model` is no sound checkpoint. UnsupportedModelError: it predicts no text.
     """
     if data_dir is not None and not tasks:
         raise UsageError("--data-dir holds the documents of tasks: name them with --tasks")
@@ -70,8 +70,8 @@ def evaluate(
         raise UsageError("activations and cache are simulated for perplexity alone: leave --tasks out")
     if not (perplexity or tasks):
         raise UsageError("there is nothing to measure: name --tasks, or leave --no-perplexity")
-    heldout = embedded_text()[1] if text is None else text
-    windows = token_windows(model, heldout, seq_len, limit) if perplexity else torch.empty(0, 1, dtype=torch.int64)
+    text = embedded_text()[1] if text is None else text
+    windows = token_windows(model, text, seq_len, limit) if perplexity else torch.empty(0, 1, dtype=torch.int64)
     running = load(model, dtype=torch.float32).to(device_of(device)).eval()
     losses = []
     with simulated.activations_of(running):

@@ -242,18 +242,14 @@ class Engine:
         tied: dict[int, list[str]] = {}
         for name, parameter in self._empty.items():
             tied.setdefault(id(parameter), []).append(name)
-        origins: dict[str, str] = {}
-        missing: list[str] = []
+        origins = {}
         for name, parameter in self._empty.items():
             found = [of for of in (name, *tied[id(parameter)]) if of in self._source.kinds]
-            origins |= {name: found[0]} if found else {}
-            missing += [] if found else [name]
-        if len(missing) > len(origins):
-            raise UnsupportedModelError(
-                f"transformers expects tensors of other names than the checkpoint has, such as {missing[0]}"
-            )
-        if missing:
-            raise CheckpointError(f"tensor {missing[0]} is missing: the checkpoint is incomplete")
+            if not found:
+                raise CheckpointError(
+                    f"tensor {name} is missing: the checkpoint is incomplete, or transformers does not know its names"
+                )
+            origins[name] = found[0]
         return origins
 
     def _origin_of(self, module: nn.Module | None) -> str | None:

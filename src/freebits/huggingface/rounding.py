@@ -150,19 +150,7 @@ def write_rounded(
             progress(done, len(first) + len(groups))
         rolling = _rolling(cache, goal, groups, partial(_bytes_around, source, cache, contents, groups, names))
         for done, group in enumerate(groups, start=len(first) + 1):
-            amount = rolling.next()
-            most = 4 * amount
-            while True:
-                piece = _rounded_together(cache, goal, amount, group, executor)
-                excess = rolling.spend(amount, 8.0 * sum(kind.n_bytes for kind, _ in piece.stored.values()))
-                if not excess:
-                    break
-                amount *= max(1.002, 2.0 ** min(2.0, excess / max(1, sum(n_weights[name] for name in group))))
-                if amount > most and goal.size is None:  # of a tiny model, whose headers take more than its weights
-                    break
-                if amount > most:
-                    raise UsageError("so few bytes do not hold the headers: give more")
-            write(cache, group, piece)
+            write(cache, group, _fitting(cache, goal, rolling, group, executor))
             progress(done, len(first) + len(groups))
     return contents
 
@@ -182,6 +170,25 @@ def _rolling(
             f"a target of {goal.size} bytes leaves {max(bits, 0) / n_weights:.2f} bits per weight: give more"
         )
     return Rolling([Budget.sum(cache.budgets[name] for name in group) for group in groups], bits)
+
+
+def _fitting(
+    cache: SensitivityCache, goal: Goal, rolling: Rolling | Fixed, group: Sequence[str], executor: Executor
+) -> Piece:
+    """A group of matrices, rounded as finely as there are bytes left for it."""
+    amount = rolling.next()
+    most = 4 * amount
+    n_weights = max(1, sum(cache.kind(name).numel for name in group))
+    while True:
+        piece = _rounded_together(cache, goal, amount, group, executor)
+        excess = rolling.spend(amount, 8.0 * sum(kind.n_bytes for kind, _ in piece.stored.values()))
+        if not excess:
+            return piece
+        amount *= max(1.002, 2.0 ** min(2.0, excess / n_weights))
+        if amount > most and goal.size is None:  # of a tiny model, whose headers take more than its weights
+            return piece
+        if amount > most:
+            raise UsageError("so few bytes do not hold the headers: give more")
 
 
 def _rounded_together(

@@ -5,9 +5,10 @@ import os
 import torch
 from torch import Tensor
 
-from freebits.checkpoint import located
+from freebits.checkpoint import is_adapter, located
 from freebits.errors import CheckpointError, UsageError
 from freebits.huggingface.loading import load_tokenizer
+from freebits.huggingface.packed_models import auto_for_text
 from freebits.report import opened
 
 
@@ -24,13 +25,17 @@ def token_windows(path: str | os.PathLike[str], text: str, seq_len: int, limit: 
         UsageError: `seq_len` is less than two or more than the model has positions for, `limit` less than one, or the
             text does not fill one window.
         CheckpointError: see `load_tokenizer`; or the tokenizer is another model's.
+        UnsupportedModelError: see `auto_for_text`.
     """
     if seq_len < 2:
         raise UsageError(f"a window of {seq_len} tokens predicts nothing: give --seq-len of at least 2")
     if limit is not None and limit < 1:
         raise UsageError(f"{limit} windows measure nothing: give --limit of at least 1")
     path = located(path)
-    tokenizer, config = load_tokenizer(path), opened(path).config
+    config = opened(path).config
+    if not is_adapter(config):
+        auto_for_text(config)
+    tokenizer = load_tokenizer(path)
     n_positions, n_ids = config.get("max_position_embeddings"), config.get("vocab_size")
     if isinstance(n_positions, int) and seq_len > n_positions:
         raise UsageError(f"a window of {seq_len} tokens, where the model has {n_positions} positions: lower --seq-len")
