@@ -8,6 +8,7 @@ import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -170,11 +171,11 @@ def image_text_types() -> list[str]:
     return sorted(set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) - set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 
 
-def tiny_config(model_type: str) -> PreTrainedConfig:
-    """A config of a type with small sizes."""
+def tiny_config(model_type: str, settings: Mapping[str, Any] = MappingProxyType({})) -> PreTrainedConfig:
+    """A config of a type with small sizes, and some settings of one's own."""
     defaults = AutoConfig.for_model(model_type)
     changes = shrunk(defaults)
-    changes = merged(changes, EXCEPTIONS.get(model_type, {}))
+    changes = merged(merged(changes, EXCEPTIONS.get(model_type, {})), settings)
     return type(defaults)(**{key: value for key, value in changes.items() if value is not DROP})
 
 
@@ -235,13 +236,17 @@ def save_tiny_type(
     dtype: torch.dtype = torch.bfloat16,
     original_format: bool = True,
     seed: int = 0,
+    auto: Any = None,
+    settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> Path:
     """Save a tiny model of a type with a tokenizer whose tokens are bytes; the folder."""
-    auto: Any = AutoModelForCausalLM if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else AutoModelForImageTextToText
+    causal = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    auto = auto or (AutoModelForCausalLM if causal else AutoModelForImageTextToText)
     torch.manual_seed(seed)
-    model = auto.from_config(tiny_config(model_type))
+    model = auto.from_config(tiny_config(model_type, settings))
     fill(model, seed)
-    model.to(dtype).save_pretrained(folder, save_original_format=original_format)
+    model._apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)  # `to` spoils complex
+    model.save_pretrained(folder, save_original_format=original_format)
     bytes_alone = Tokenizer(models.BPE({of: token for token, of in enumerate(sorted(ByteLevel.alphabet()))}, []))
     bytes_alone.pre_tokenizer = ByteLevel(add_prefix_space=False)
     PreTrainedTokenizerFast(tokenizer_object=bytes_alone, eos_token="Ā").save_pretrained(folder)

@@ -115,7 +115,8 @@ def awq(W: Tensor, group: int = 64) -> Made:
 
 
 def _groups(**weights: Any) -> dict[str, Any]:
-    return {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": weights}}}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    return {"quant_method": "compressed-tensors", "config_groups": groups, "quantization_status": "compressed"}
 
 
 _INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}

@@ -26,7 +26,10 @@ def empty_model(config: PreTrainedConfig) -> Any:
         config = config.get_text_config()
     with BUILDING, _parameters_on_meta():
         config._experts_implementation = "eager"  # one after another, so that each can be observed
-        return kind(config).to(torch.float32).eval()
+        model = kind(config).eval()
+        return model._apply(
+            lambda tensor: tensor.float() if tensor.is_floating_point() else tensor
+        )  # `to` spoils complex
 
 
 @contextmanager

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from freebits.checkpoint import Source
 from freebits.errors import CheckpointError, FreebitsError, UnsupportedModelError, one_line
 from freebits.huggingface.empty_models import empty_model
+from freebits.huggingface.naming import InMemory, known_config
 from freebits.huggingface.products import Product, Products
 from freebits.work import release_freed_memory
 
@@ -334,6 +335,35 @@ class Engine:
                     filled[origin] = nn.Parameter(wide, requires_grad=False)
                     self._loaded[wide.untyped_storage().data_ptr()] = origin, wide
                 inner._parameters[key] = filled[origin]
+
+
+def opened_engine(
+    source: Source, path: Path, device: torch.device, seen: Callable[[Source], Source] = lambda source: source
+) -> tuple[InMemory, Engine]:
+    """A model by the names of transformers, and what runs it.
+
+    That is the class that its config names; where it needs more than a text, the language model in it.
+
+    Args:
+        source: its tensors.
+        path: the folder, for messages.
+        device: where to run.
+        seen: gives the tensors in another form.
+
+    Raises:
+        CheckpointError: see `known_config` and `Engine`.
+        UnsupportedModelError: likewise.
+    """
+    config = known_config(source, path)
+    try:
+        named = InMemory(seen(source), config)
+        return named, Engine(named, config, device)
+    except UnsupportedModelError:
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.get_text_config() is config:
+            raise
+    config.architectures = None
+    named = InMemory(seen(source), config)
+    return named, Engine(named, config, device)
 
 
 def _ends(model: Any) -> tuple[nn.Module | None, nn.Module | None]:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freebits.huggingface.engine import Engine
-from freebits.huggingface.naming import InMemory, known_config
+from freebits.huggingface.engine import Engine, opened_engine
+from freebits.huggingface.naming import InMemory
 from freebits.huggingface.products import Region
 from freebits.huggingface.sensitivities import THIN, Inputs, Sums, informations, measure, siblings, with_idle
 from freebits.huggingface.sensitivity_cache import Factor, Matrix, factor_of
@@ -37,16 +37,19 @@ class RunningModel:
     path: Path
     device: torch.device
 
-    @cached_property
+    @property
     def named(self) -> InMemory:
         """Its tensors by the names of transformers."""
-        source = readable(self.path)
-        return InMemory(source, known_config(source, self.path))
+        return self._opened[0]
 
-    @cached_property
+    @property
     def engine(self) -> Engine:
         """What runs it."""
-        return Engine(self.named, known_config(self.named, self.path), self.device)
+        return self._opened[1]
+
+    @cached_property
+    def _opened(self) -> tuple[InMemory, Engine]:
+        return opened_engine(readable(self.path), self.path, self.device)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RunningModel, (self.path, self.device)

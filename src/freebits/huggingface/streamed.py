@@ -3,13 +3,12 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from freebits.checkpoint import Source
 from freebits.errors import UnsupportedModelError
-from freebits.huggingface.engine import Engine
-from freebits.huggingface.naming import InMemory, known_config
+from freebits.huggingface.engine import opened_engine
+from freebits.kind import CPU
 from freebits.quantized_inputs import readable
 
 AT_ONCE = 8192
@@ -29,8 +28,7 @@ def window_logits(path: Path, windows: Tensor, seen: Callable[[Source], Source] 
     """
     source = readable(path)
     if source.config.get("quantization_config"):
-        raise UnsupportedModelError(f"the weights in {path} are quantized already, which freebits does not read")
-    config = known_config(source, path)
-    engine = Engine(InMemory(seen(source) if seen else source, config), config, torch.device("cpu"))
+        raise UnsupportedModelError(f"the weights in {path} are quantized by another tool: unpack it first")
+    _, engine = opened_engine(source, path, CPU, *([seen] if seen else []))
     for batch in windows.split(max(1, AT_ONCE // windows.shape[1])):
         yield from engine.logits(batch)
