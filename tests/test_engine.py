@@ -236,7 +236,7 @@ def test_idle_experts_are_as_important_as_some_tokens_of_the_average_one() -> No
         regions[0]: torch.full((4,), 100.0, dtype=torch.float64),
         regions[1]: torch.zeros(4, dtype=torch.float64),
     }
-    sums = Sums(1000, {regions[0]: 150, regions[1]: 50}, squares, {}, None, torch.zeros(()), 1.0)
+    sums = Sums(1000, {regions[0]: 150, regions[1]: 50}, squares, {}, None, torch.zeros(()), 1.0, frozenset())
     found = informations(sums, regions)
     added = 100 * THIN / 200
     for region, expected in zip(regions, (100 + added, added, added), strict=True):

@@ -11,8 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import freebits
 from freebits.checkpoint import Checkpoint
 from freebits.huggingface.engine import Engine
+from freebits.huggingface.measuring import RunningModel, measure_matrices
 from freebits.huggingface.naming import InMemory
 from freebits.huggingface.streamed import window_logits
+from freebits.kind import CPU
+from freebits.work import Parallel, Work, WorkStore
 from tests.model_types import plain_logits, random_text, save_tiny_type
 from tests.tiny import Make, change_config
 
@@ -133,14 +136,24 @@ def test_a_token_to_begin_with_outside_the_vocabulary_is_refused(save_tiny: Make
 
 def test_what_is_not_quantized_is_said(save_tiny: Make) -> None:
     folder = save_tiny()
+    with_tensor(folder, "table", torch.zeros(200, 300, dtype=torch.int16))
     with_tensor(folder, "vision.weight", torch.randn(200, 300).half())
     made = freebits.quantize(folder, folder.with_name("q"), calibration="w1 w2 " * 200, samples=4, seq_len=32)
     assert made["coverage"]["share"] < 0.9
-    assert made["coverage"]["left"][0] == {
-        "tensors": "vision.weight",
-        "weights": 60000,
-        "reason": "not in the language model",
-    }
+    assert made["coverage"]["left"][0] == {"tensors": "table", "weights": 60000, "reason": "its dtype is I16"}
+    assert made["coverage"]["alone"][0]["tensors"] == "vision.weight"
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_routers_stay_as_they_are(model_type: str, tmp_path: Path) -> None:
+    folder = save_tiny_type(model_type, tmp_path / "dense")
+    running = RunningModel(folder, CPU)
+    with Parallel(jobs=1).executor() as executor:
+        work = Work(executor, WorkStore(tmp_path / "store"))
+        measured = measure_matrices(running, TOKENS, work, 0, None, lambda *_: None)
+    routers = {name for name in Checkpoint(folder).kinds if name.endswith((".gate.weight", ".router.weight"))}
+    assert routers
+    assert measured.choosing == routers
 
 
 def test_an_infinity_in_a_config_survives(tmp_path: Path) -> None:

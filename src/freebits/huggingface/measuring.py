@@ -63,11 +63,13 @@ class Measured:
         matrices: by the names of the checkpoint.
         n_experts: how many experts the mixtures have, counted by their matrices.
         n_thin: how many of them multiplied fewer than 64 vectors.
+        choosing: names of tensors with matrices whose outputs are compared.
     """
 
     matrices: list[Matrix]
     n_experts: int
     n_thin: int
+    choosing: frozenset[str]
 
 
 @kept
@@ -142,7 +144,8 @@ def measure_matrices(
     kinds = [siblings(region) for of in factored for region in of.regions]
     experts = [region for of in factored for region in of.regions if kinds.count(siblings(region)) > 1]
     thin = [region for region in experts if sums.n_inputs.get(region, 0) < THIN]
-    return Measured(matrices, len(experts), len(thin))
+    choosing = {rows.tensor for of in sums.choosing for rows in running.named.rows(of.name, of.start, of.stop)}
+    return Measured(matrices, len(experts), len(thin), frozenset(choosing))
 
 
 def groups_of(tokens: Tensor, engine: Engine, at_once: int) -> list[tuple[int, Tensor]]:

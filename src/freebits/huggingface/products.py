@@ -65,6 +65,7 @@ class Products(TorchFunctionMode):
             takes the place of the call's result.
         on_lookup: called with a parameter's name and the rows that were looked up in it, once they are there; returns
             what takes their place.
+        on_choice: called with a tensor whose values are compared, as those of a router are.
     """
 
     def __init__(
@@ -72,11 +73,13 @@ class Products(TorchFunctionMode):
         find: Find,
         on_product: Callable[[Product], Tensor | None],
         on_lookup: Callable[[str, Tensor], Tensor] | None = None,
+        on_choice: Callable[[Tensor], None] | None = None,
     ) -> None:
         super().__init__()
         self._find = find
         self._on_product = on_product
         self._on_lookup = on_lookup
+        self._on_choice = on_choice
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """One call of any function of torch's."""
@@ -85,6 +88,8 @@ class Products(TorchFunctionMode):
         if name == "embedding" and self._on_lookup is not None:
             found = self._find(_argument(args, kwargs, 1, "weight"))
             return self._on_lookup(found[0], result) if found else result
+        if name in _CHOICES and self._on_choice is not None:
+            self._on_choice(args[0])
         operands = _OPERANDS[name](args, kwargs or {}) if name in _OPERANDS else None
         if operands is None:
             return result
@@ -96,6 +101,9 @@ class Products(TorchFunctionMode):
                     replaced = self._on_product(seen)
                     result = result if replaced is None else replaced
         return result
+
+
+_CHOICES = ("topk", "argmax", "sort", "argsort")
 
 
 class Operand(NamedTuple):

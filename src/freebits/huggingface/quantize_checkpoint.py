@@ -21,7 +21,7 @@ from freebits.huggingface.own_text import own_windows
 from freebits.huggingface.rounding import FALLBACK_BITS, Goal, write_rounded
 from freebits.huggingface.sensitivity_cache import Matrix, SensitivityCache, whole_tensors
 from freebits.huggingface.tokens import drawn_windows, token_windows
-from freebits.huggingface.uncalibrated import coverage_of, names_kept, uncalibrated
+from freebits.huggingface.uncalibrated import choosing_kept, coverage_of, names_kept, uncalibrated
 from freebits.moves import LOSSY
 from freebits.options import EMBEDDINGS, HADAMARD, INTEGERS, PARTS, ROTATIONS, RTN
 from freebits.packed import PackedFolder, history_of, publish, stage
@@ -230,7 +230,9 @@ def prepare(
         facts |= {"text": "its own" if calibration is None else "given", "samples": len(tokens), "seq_len": seq_len}
         facts["seed"] = seed
         experts = {"experts": measured.n_experts, "thin": measured.n_thin}
-        matrices = [matrix for matrix in whole_tensors(measured.matrices, source) if matrix.tensor not in kept]
+        kept = choosing_kept(source, measured.choosing) | kept
+        unknown = {*kept, *measured.choosing}
+        matrices = [matrix for matrix in whole_tensors(measured.matrices, source) if matrix.tensor not in unknown]
         if only is not None:
             matrices = [matrix for matrix in matrices if (matrix.tensor in embeddings) == (only == EMBEDDINGS)]
     cache = SensitivityCache(work, source, rotation)

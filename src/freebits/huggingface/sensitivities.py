@@ -26,6 +26,8 @@ THIN = 64
 _RECENT = 4
 """Inputs that are kept to find out which matrices read the same."""
 _SMALL = 1024
+_STEPS = 16
+"""Steps of the autograd graph from a choice back to a matrix."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Sums:
         head: `Σ x xᵀ` over the head's inputs; None where there is no head.
         likely: for each token of the vocabulary `Σ p (1 - p)` over its probabilities `p`, float64.
         scale: mean square of the derivative of a logit after the head's output, such as that of a final scale.
+        choosing: matrices whose outputs are compared, such as those of routers: gradients do not tell what they do.
     """
 
     n_tokens: int
@@ -71,6 +74,7 @@ class Sums:
     head: Tensor | None
     likely: Tensor
     scale: float
+    choosing: frozenset[Region]
 
     def __add__(self, other: "Sums") -> "Sums":
         head = None if self.head is None or other.head is None else self.head + other.head
@@ -83,6 +87,7 @@ class Sums:
             head,
             self.likely + other.likely,
             share * self.scale + (1 - share) * other.scale,
+            self.choosing | other.choosing,
         )
 
 
@@ -140,6 +145,7 @@ def measure(
         observer.head,
         likely.cpu(),
         scale,
+        frozenset(observer.choosing),
     )
 
 
@@ -193,7 +199,9 @@ class _Observer:
         self.lookups: dict[str, Tensor] = {}
         self.head: Tensor | None = None
         self.at_head = 0.0
-        self.products = Products(engine.parameter_at, self._product, self._lookup)
+        self.choosing: set[Region] = set()
+        self._made: dict[Any, Region] = {}
+        self.products = Products(engine.parameter_at, self._product, self._lookup, self._choice)
 
     def _product(self, seen: Product) -> None:
         if seen.region.name == self._engine.head:
@@ -207,6 +215,15 @@ class _Observer:
         self.n_inputs[seen.region] = self.n_inputs.get(seen.region, 0) + self._grams[number][1]
         if seen.result.requires_grad:
             seen.result.register_hook(partial(self._gradient, seen.region, seen.at))
+            self._made[seen.result.grad_fn] = seen.region
+
+    def _choice(self, compared: Tensor) -> None:
+        """Note the matrices that values come from which are compared, through a few steps of the autograd graph."""
+        nodes = {compared.grad_fn} if isinstance(compared, Tensor) else set()
+        for _ in range(_STEPS):
+            self.choosing |= {self._made[node] for node in nodes if node in self._made}
+            before = (of for node in nodes if node is not None and node not in self._made for of in node.next_functions)
+            nodes = {of for of, _ in before if of is not None}
 
     def _gradient(self, region: Region, at: Callable[[Tensor], Tensor], gradient: Tensor) -> None:
         dense = gradient.to_dense() if gradient.is_sparse else gradient
@@ -238,6 +255,7 @@ class _Observer:
     def left(self, number: int) -> None:
         """An execution of a block is over: hand on the inputs that are complete, and forget them."""
         self._recent.clear()
+        self._made.clear()
         complete = sorted(region for region in self._reads if self._last_use(region) <= number)
         together: dict[tuple[int, ...], list[Region]] = {}
         for region in complete:

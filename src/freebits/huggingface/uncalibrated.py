@@ -10,24 +10,33 @@ from freebits.errors import UsageError
 from freebits.huggingface.sensitivity_cache import Matrix
 from freebits.kind import FLOATS, HALVES, Kind
 
+_SMALL = 0.01
+"""Part of the weights up to which routers stay as they are."""
 _NARROW = 32
 """Rows or columns below which a matrix stays as it is: small convolution kernels, the states of recurrences."""
 
 
-def names_kept(source: Source, patterns: Sequence[str]) -> set[str]:
-    """The tensors whose names match one of the patterns, as in the shell: `*` stands for anything.
+def names_kept(source: Source, patterns: Sequence[str]) -> dict[str, str]:
+    """The tensors whose names match one of the patterns, as in the shell (`*` stands for anything), and the reason.
 
     Raises:
         UsageError: a pattern matches no tensor.
     """
-    kept: set[str] = set()
+    kept: dict[str, str] = {}
     for pattern in patterns:
         matched = {name for name in source.kinds if fnmatchcase(name, pattern)}
         if not matched:
             some = ", ".join(sorted(source.kinds)[:3])
             raise UsageError(f"no tensor's name matches --keep {pattern}: names are as {some}")
-        kept |= matched
+        kept |= dict.fromkeys(matched, "asked for with --keep")
     return kept
+
+
+def choosing_kept(source: Source, choosing: Collection[str]) -> dict[str, str]:
+    """The tensors of a model's routers, and the reason why they stay as they are; none if they are not small."""
+    weights = sum(source.kinds[name].numel for name in choosing)
+    small = weights <= _SMALL * sum(kind.numel for kind in source.kinds.values())
+    return dict.fromkeys(choosing if small else (), "its outputs are compared, as of a router")
 
 
 def uncalibrated(source: Source, calibrated: Collection[str], kept: Collection[str]) -> list[Matrix]:
@@ -56,7 +65,7 @@ def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def coverage_of(
-    source: Source, calibrated: Collection[str], alone: Collection[str], kept: Collection[str]
+    source: Source, calibrated: Collection[str], alone: Collection[str], kept: Mapping[str, str]
 ) -> dict[str, Any]:
     """How much of a checkpoint is rounded.
 
@@ -64,7 +73,7 @@ def coverage_of(
         source: the checkpoint.
         calibrated: names of the tensors that are rounded by what calibration told.
         alone: names of those that are rounded by their weights alone.
-        kept: names of those that stay as they are because the user says so.
+        kept: names of those that stay as they are, and why.
 
     Returns:
         `share` of the weights that are rounded; `uncalibrated`, the share that is rounded by weights alone; and for
@@ -74,7 +83,7 @@ def coverage_of(
     total = max(1, sum(kind.numel for kind in source.kinds.values()))
     halves = _wide_among_halves(source)
     left = {
-        name: "asked for with --keep" if name in kept else _reason(kind, halves) or "of a part that is left out"
+        name: kept.get(name) or _reason(kind, halves) or "of a part that is left out"
         for name, kind in source.kinds.items()
         if name not in calibrated and name not in alone
     }
