@@ -4,19 +4,32 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from freebits.calibration import embedded_text
-from freebits.checkpoint import Checkpoint, check_key, located, new_directory, original, sign, unchanged
+from freebits.checkpoint import (
+    Checkpoint,
+    check_key,
+    gguf_folder,
+    is_gguf,
+    located,
+    new_directory,
+    original,
+    sign,
+    unchanged,
+)
 from freebits.errors import CheckpointError, UsageError
 from freebits.evaluation import verify
 from freebits.huggingface import FALLBACK_BITS, WINDOW, Goal, auto_class, prepare, reads_text, token_windows
+from freebits.huggingface.gguf_models import write_dense
 from freebits.moves import LOSSY
 from freebits.packed import PackedFolder, pack_into, stage
 from freebits.pipelines import components, for_each, is_pipeline
@@ -128,6 +141,13 @@ def compress(
     """
     check_key(sign_with)
     folder = located(model, revision, whole=not dry_run)
+    if is_gguf(folder):
+        given: dict[str, Any] = {"target_size": target_size, "target_ratio": target_ratio, "bits": bits}
+        given |= {"max_kl": max_kl, "lossless": lossless, "calibration": calibration, "text": text, "keep": keep}
+        given |= {"fallback_bits": fallback_bits, "device": device, "parallel": parallel, "force": force}
+        with gguf_folder(folder) if lossless else _in_floats(folder, dry_run) as plain:
+            told = compress(plain, out, **given, dry_run=dry_run, sign_with=sign_with, progress=progress)
+        return told | {"plan": told["plan"] | {"model": str(folder)}}
     if is_pipeline(folder):
         if target_size is not None or max_kl is not None:
             raise UsageError("--target-size and --max-kl are for one model, not for a pipeline: give --target-ratio")
@@ -153,6 +173,16 @@ def compress(
         "auto_class": loader,
         "seconds": time.perf_counter() - started,
     }
+
+
+@contextmanager
+def _in_floats(gguf: Path, dry_run: bool) -> Iterator[Path]:
+    """A folder with a GGUF file's model in floats."""
+    if dry_run:
+        raise UsageError("--dry-run of a GGUF file plans --lossless alone: the file has to be read for other targets")
+    with TemporaryDirectory() as scratch:
+        write_dense(gguf, Path(scratch))
+        yield Path(scratch)
 
 
 def _pipeline(

@@ -7,7 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from freebits.architecture import Architecture, unproven_settings
-from freebits.checkpoint import Checkpoint, Task, check_key, is_adapter, located, new_directory, sign
+from freebits.checkpoint import (
+    Checkpoint,
+    Task,
+    check_key,
+    gguf_folder,
+    is_adapter,
+    is_gguf,
+    located,
+    new_directory,
+    sign,
+)
 from freebits.errors import CheckpointError, one_line
 from freebits.options import CANONICAL, NONE
 from freebits.packed import PackedFolder, Preset, chosen, is_packed, pack_into, stage, unpack_into
@@ -38,7 +48,8 @@ def pack(
     with a warning, unless its config proves that every layer adds the product of two matrices.
 
     Args:
-        model: folder of a checkpoint, sliced or dense, or of an adapter; bits-back takes sliced ones alone.
+        model: folder of a checkpoint, sliced or dense, or of an adapter; bits-back takes sliced ones alone. A GGUF file
+            or a pipeline of several models is kept bit for bit.
         out: folder to create; it appears complete or not at all.
         codec: `canonical` fixes the rotations, so that nothing is left to decode; `bits-back` is the paper's code;
             `none` keeps the files, which `unpack` gives back byte for byte.
@@ -61,8 +72,8 @@ def pack(
     check_key(sign_with)
     preset, code = chosen(codec, threshold, device_of(device, float64=True)), stage(entropy)
     model = located(model)
-    if is_pipeline(model):
-        return _pack_each(model, out, entropy=entropy, parallel=parallel, progress=progress, sign_with=sign_with)
+    if is_gguf(model) or is_pipeline(model):
+        return _pack_exact(model, out, entropy=entropy, parallel=parallel, progress=progress, sign_with=sign_with)
     if is_packed(model):
         raise CheckpointError(f"{model} is packed already: unpack it first")
     source, sizes = Checkpoint(model), known_sizes(model)
@@ -79,8 +90,11 @@ def pack(
         return inspect(directory)
 
 
-def _pack_each(model: Path, out: str | os.PathLike[str], **options: Any) -> dict[str, Any]:
-    """The same for each model of a pipeline."""
+def _pack_exact(model: Path, out: str | os.PathLike[str], **options: Any) -> dict[str, Any]:
+    """What no other codec takes, bit for bit: a GGUF file, or each model of a pipeline."""
+    if is_gguf(model):
+        with gguf_folder(model) as folder:
+            return pack(folder, out, codec=NONE, **options)
     _log.warning("freebits: a pipeline: each of its models is packed with codec none, bit for bit")
     return for_each(model, out, partial(pack, codec=NONE, **options))
 

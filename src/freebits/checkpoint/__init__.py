@@ -18,6 +18,7 @@ from freebits.checkpoint.folder import (
     ADAPTER,
     ADAPTER_STEM,
     CONFIG,
+    GGUF,
     WEIGHTS,
     Checkpoint,
     Source,
@@ -26,11 +27,13 @@ from freebits.checkpoint.folder import (
     existing_folder,
     is_adapter,
     model_files,
+    opened_weights,
     read_json,
     read_text,
     stem_of,
     write_json,
 )
+from freebits.checkpoint.gguf import GgufFile, gguf_folder, is_gguf
 from freebits.checkpoint.hub import located, push
 from freebits.checkpoint.remote import exists, fill, original, url_of
 from freebits.checkpoint.signature import SIGNATURE, check_key, check_signature, sign
@@ -45,6 +48,7 @@ __all__ = [
     "CARD_MARK",
     "CONFIG",
     "ENTRY",
+    "GGUF",
     "LENGTH",
     "REMOTE_CODE",
     "SIGNATURE",
@@ -52,6 +56,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointWriter",
     "Entry",
+    "GgufFile",
     "Source",
     "Task",
     "View",
@@ -66,11 +71,14 @@ __all__ = [
     "existing_folder",
     "exists",
     "fill",
+    "gguf_folder",
     "is_adapter",
+    "is_gguf",
     "kept_cards",
     "located",
     "model_files",
     "new_directory",
+    "opened_weights",
     "original",
     "parse_header",
     "push",

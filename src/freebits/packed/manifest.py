@@ -9,7 +9,7 @@ from typing import Any
 
 import xxhash
 
-from freebits.checkpoint import ADAPTER, CONFIG, read_json, read_text
+from freebits.checkpoint import ADAPTER, CONFIG, GGUF, read_json, read_text
 from freebits.errors import CheckpointError
 from freebits.kind import Bytes, Kind
 from freebits.packed.recipe import Recipe
@@ -114,7 +114,7 @@ class Manifest:
                 raise ValueError(f"{file!r} is no weights file beside the manifest")
         for file in self.originals:
             if Path(file).name != file or not (
-                file in (CONFIG, ADAPTER) or file.endswith((".safetensors", ".index.json"))
+                file in (CONFIG, ADAPTER) or file.endswith((".safetensors", ".index.json", f".{GGUF}"))
             ):
                 raise ValueError(f"{file!r} is no file of a checkpoint")
 

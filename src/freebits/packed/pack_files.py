@@ -5,18 +5,23 @@ from functools import partial
 from pathlib import Path
 
 from freebits.checkpoint import (
+    GGUF,
     Checkpoint,
     CheckpointWriter,
     Entry,
+    GgufFile,
     WeightsFile,
     config_name,
+    opened_weights,
     read_json,
     read_text,
     shard_bytes,
     stays_inside,
 )
+from freebits.codes import CODES
+from freebits.codes.columns import fields_of
 from freebits.packed.contents import STEM, Contents, announced, digests_of
-from freebits.packed.piece import Piece, staged
+from freebits.packed.piece import Piece, encoded, staged
 from freebits.work import Progress, Work
 
 
@@ -27,9 +32,9 @@ def pack_files(source: Checkpoint, directory: Path, stage: str | None, work: Wor
         CheckpointError: a file is damaged.
     """
     folder = source.path
-    found = (file for file in sorted(folder.glob("*.safetensors")))
+    found = (file for ending in ("safetensors", GGUF) for file in sorted(folder.glob(f"*.{ending}")))
     files = {
-        file.name: WeightsFile(file) for file in found if file.name in source.weights or stays_inside(file, folder)
+        file.name: opened_weights(file) for file in found if file.name in source.weights or stays_inside(file, folder)
     }
     contents = Contents(beside=[name for name in files if name not in source.weights])
     indices = [file for file in sorted(folder.glob("*.index.json")) if stays_inside(file, folder) and read_json(file)]
@@ -39,7 +44,14 @@ def pack_files(source: Checkpoint, directory: Path, stage: str | None, work: Wor
     kinds = {prefixes[name] + tensor: e.kind for name, file in files.items() for tensor, e in file.entries.items()}
     entries = [(name, entry) for name, file in files.items() for entry in file.entries.values()]
     pieces = work.map("tensor", partial(_piece, files, prefixes, stage, {*kinds}), entries)
-    with CheckpointWriter(directory, announced(kinds), shard_bytes(source), STEM) as writer:
+    blocks = [(prefixes[name], file.fields) for name, file in files.items() if isinstance(file, GgufFile)]
+    parts = {
+        f"{prefix}{tensor}.{number}": kinds[prefix + tensor]
+        for prefix, fields in blocks
+        for tensor, of in fields.items()
+        for number in range(len(of))
+    }
+    with CheckpointWriter(directory, announced(kinds | parts), shard_bytes(source), STEM) as writer:
         for done, (piece, digests) in enumerate(pieces, start=1):
             contents.write(writer, piece, digests)
             progress(done, len(entries))
@@ -55,6 +67,12 @@ def _piece(
 ) -> tuple[Piece, dict[str, str]]:
     """One tensor of a file, under its name in the packed folder."""
     name, entry = item
-    tensor = entry.kind.view(files[name].read(entry.name))
-    piece = staged(Piece({prefixes[name] + entry.name: (entry.kind, tensor)}), stage, taken)
+    file, target = files[name], prefixes[name] + entry.name
+    tensor = entry.kind.view(file.read(entry.name))
+    if isinstance(file, GgufFile) and entry.name in file.fields:
+        of_fields = fields_of(tensor, file.fields[entry.name])
+        parts = {str(number): part for number, part in enumerate(of_fields)}
+        piece = staged(encoded("columns", CODES["columns"], target, parts, {target: entry.kind}), stage, taken)
+    else:
+        piece = staged(Piece({target: (entry.kind, tensor)}), stage, taken)
     return piece, digests_of(piece)

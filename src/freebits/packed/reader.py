@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from freebits.architecture import SLICED_PREFIX, Architecture, Layout
-from freebits.checkpoint import ADAPTER, CONFIG, Entry, WeightsFile, existing_folder, parse_header, read_json
+from freebits.checkpoint import ADAPTER, CONFIG, GGUF, Entry, WeightsFile, existing_folder, parse_header, read_json
 from freebits.codes import CODES, Integers
 from freebits.codes.integers import Stepped
 from freebits.errors import CheckpointError
@@ -65,7 +65,7 @@ class PackedFolder:
             layout = Layout.of(self.config, architecture)
             layout.check({name: kind.shape for name, kind in self.kinds.items()}, architecture)
             self._check_shortcuts(layout, architecture)
-        headers = (file for file in self.manifest.originals if file.endswith(".safetensors"))
+        headers = (file for file in self.manifest.originals if file.endswith((".safetensors", f".{GGUF}")))
         self.originals = {file: self._entries(file) for file in headers}
         listed = {name for entries in self.originals.values() for name in entries}
         if self.manifest.exact and listed != self.kinds.keys():

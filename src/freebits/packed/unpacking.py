@@ -7,6 +7,7 @@ from freebits.architecture import MODEL_TYPES, SLICED_PREFIX, Architecture, tran
 from freebits.checkpoint import (
     ADAPTER,
     CONFIG,
+    GGUF,
     LENGTH,
     CheckpointWriter,
     auto_map,
@@ -90,7 +91,8 @@ def _write_files(directory: Path, packed: PackedFolder, parallel: Parallel, prog
     for file, entries in packed.originals.items():
         header = packed.manifest.originals[file].encode()
         with (directory / file).open("wb") as target:
-            target.write(len(header).to_bytes(LENGTH, "little") + header)
+            if not file.endswith(f".{GGUF}"):  # of which a tensor is what comes first
+                target.write(len(header).to_bytes(LENGTH, "little") + header)
             for tensors in packed.decoded(entries, parallel):
                 for tensor in tensors.values():
                     target.write(bytes_of(tensor).data)
