@@ -10,10 +10,7 @@ for pixels alone.
 """
 
 import argparse
-import csv
-import logging
 import tempfile
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +22,7 @@ from transformers import AutoModelForImageTextToText
 
 import freebits
 from benchmarks.model_types import BITS, CALIBRATION, TEXT, attempt, one
-from benchmarks.results import RESULTS, print_table, save_csv
+from benchmarks.results import many_small_models, print_table, save_csv, saved_rows, write_page
 from tests.model_types import image_text_types, save_tiny_type
 
 HEADER = (
@@ -45,42 +42,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("types", nargs="*")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logging.disable(logging.WARNING)
-    path = RESULTS / "image_text_types.csv"
-    before = [tuple(row) for row in csv.reader(path.read_text().splitlines()[2:])] if path.exists() else []
+    many_small_models()
+    before = saved_rows("image_text_types")
     rows = [row for row in before if arguments.types and row[0] not in arguments.types]
     for model_type in arguments.types or image_text_types():
         rows.append((model_type, *tried(model_type)))
         print("; ".join(rows[-1]), flush=True)
         rows.sort()
         save_csv("image_text_types", HEADER, rows)
-        write_page(rows)
+        page(rows)
     print_table(HEADER, rows)
 
 
-def write_page(rows: list[tuple[str, ...]]) -> None:
+def page(rows: list[tuple[str, ...]]) -> None:
     """The table as a page of the documentation."""
     built = [row for row in rows if row[1] != "cannot be built"]
     quantized = [row for row in built if row[2] == "yes" and float(row[3]) > 0.9]
-    lines = [
-        "# Models that see, by type",
-        "",
+    about = (
         f"Made by `python -m benchmarks.image_text_types` with transformers {transformers.__version__}: a tiny random "
         "model of every type in the image-text mapping that is not in the causal one. "
         f"{len(quantized)} of the {len(built)} types that can be built are quantized at {BITS} bits with a share above "
         "0.9. *By weights alone* is the share of the weights that no text reaches, which are rounded without "
         "calibration. Of types that transformers does not run on a text alone that is all. The vision towers of these "
-        "tiny models are larger than their language models.",
-        "",
-        "| " + " | ".join(HEADER) + " |",
-        "|" + "---|" * len(HEADER),
-        *("| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows),
-    ]
-    PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        "tiny models are larger than their language models."
+    )
+    write_page(PAGE, "Models that see, by type", about, HEADER, rows)
 
 
 def tried(model_type: str) -> tuple[str, ...]:

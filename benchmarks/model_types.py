@@ -10,11 +10,8 @@ text that the model writes itself, and whether what is loaded generates.
 """
 
 import argparse
-import csv
-import logging
 import tempfile
 import traceback
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +23,7 @@ from torch.nn.functional import kl_div
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
 import freebits
-from benchmarks.results import RESULTS, print_table, save_csv
+from benchmarks.results import many_small_models, print_table, save_csv, saved_rows, write_page
 from freebits.checkpoint import Checkpoint
 from freebits.errors import FreebitsError
 from freebits.huggingface.engine import Engine
@@ -58,47 +55,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("types", nargs="*")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logging.disable(logging.WARNING)
-    rows = [row for row in saved() if arguments.types and row[0] not in arguments.types]
+    many_small_models()
+    rows = [row for row in saved_rows("model_types") if arguments.types and row[0] not in arguments.types]
     for model_type in arguments.types or causal_types():
         for row in tried(model_type):
             rows.append(row)
             print("; ".join(row), flush=True)
         rows.sort(key=lambda row: row[0])
         save_csv("model_types", HEADER, rows)
-        write_page(rows)
+        page(rows)
     print_table(HEADER, rows)
     quantized, built = counted(rows)
     print(f"{quantized} of {built} types that can be built are quantized with a share above 0.9")
 
 
-def saved() -> list[tuple[str, ...]]:
-    """The rows of types that were tried before."""
-    path = RESULTS / "model_types.csv"
-    return [tuple(row) for row in csv.reader(path.read_text().splitlines()[2:])] if path.exists() else []
-
-
-def write_page(rows: list[tuple[str, ...]]) -> None:
+def page(rows: list[tuple[str, ...]]) -> None:
     """The table as a page of the documentation."""
     quantized, built = counted(rows)
-    lines = [
-        "# Model types that were tried",
-        "",
+    about = (
         f"Made by `python -m benchmarks.model_types` with transformers {transformers.__version__}: a tiny random model "
         "of every type in the causal language mapping, saved in both layouts where a mixture has two, quantized at "
         f"{BITS} bits. {quantized} of the {built} types that can be built are quantized with a share above 0.9. "
         "*Engine against plain* is the largest difference of a logit, relative to the largest logit, in float32. "
-        "KL in nats per token.",
-        "",
-        "| " + " | ".join(HEADER) + " |",
-        "|" + "---|" * len(HEADER),
-        *("| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows),
-    ]
-    PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        "KL in nats per token."
+    )
+    write_page(PAGE, "Model types that were tried", about, HEADER, rows)
 
 
 def counted(rows: list[tuple[str, ...]]) -> tuple[int, int]:

@@ -10,10 +10,7 @@ the weights alone, and the mean KL divergence of what `from_pretrained` loads fr
 """
 
 import argparse
-import csv
-import logging
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,7 @@ import transformers
 
 import freebits
 from benchmarks.model_types import BITS, CALIBRATION, TEXT, TOKENS, attempt, kl, one
-from benchmarks.results import RESULTS, print_table, save_csv
+from benchmarks.results import many_small_models, print_table, save_csv, saved_rows, write_page
 from freebits.huggingface import window_logits
 from tests.published import LAYOUTS, auto_of, save_layout
 
@@ -46,37 +43,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logging.disable(logging.WARNING)
-    path = RESULTS / "published_layouts.csv"
-    before = [tuple(row) for row in csv.reader(path.read_text().splitlines()[2:])] if path.exists() else []
+    many_small_models()
+    before = saved_rows("published_layouts")
     rows = [row for row in before if arguments.names and row[0] not in arguments.names]
     for name in arguments.names or LAYOUTS:
         rows.append((name, *tried(name)))
         print("; ".join(rows[-1]), flush=True)
         rows.sort(key=lambda row: [*LAYOUTS].index(row[0]))
         save_csv("published_layouts", HEADER, rows)
-        write_page(rows)
+        page(rows)
     print_table(HEADER, rows)
 
 
-def write_page(rows: list[tuple[str, ...]]) -> None:
+def page(rows: list[tuple[str, ...]]) -> None:
     """The table as a page of the documentation."""
-    lines = [
-        "# Published layouts that were tried",
-        "",
+    about = (
         f"Made by `python -m benchmarks.published_layouts` with transformers {transformers.__version__}: small random "
         "models, each laid out as a published checkpoint is on the hub. *Alone* is the share that is rounded by its "
-        f"weights alone. Quantized at {BITS} bits; KL in nats per token.",
-        "",
-        "| " + " | ".join(HEADER) + " |",
-        "|" + "---|" * len(HEADER),
-        *("| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows),
-    ]
-    PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        f"weights alone. Quantized at {BITS} bits; KL in nats per token."
+    )
+    write_page(PAGE, "Published layouts that were tried", about, HEADER, rows)
 
 
 def tried(name: str) -> tuple[str, ...]:

@@ -1,11 +1,16 @@
 """Where results go, and on what machine they were made."""
 
 import csv
+import logging
 import os
 import platform
+import warnings
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+
+import torch
+import transformers
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -33,3 +38,25 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None
     """Print a Markdown table."""
     for row in (header, ["---"] * len(header), *rows):
         print("| " + " | ".join(map(str, row)) + " |")
+
+
+def saved_rows(name: str) -> list[tuple[str, ...]]:
+    """The rows of a table that was saved before."""
+    path = RESULTS / f"{name}.csv"
+    return [tuple(row) for row in csv.reader(path.read_text().splitlines()[2:])] if path.exists() else []
+
+
+def write_page(path: Path, title: str, about: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table as a page of the documentation."""
+    cells = (" | ".join(cell.replace("|", "/") for cell in row) for row in rows)
+    lines = [f"# {title}", "", about, "", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    path.write_text("\n".join([*lines, *(f"| {row} |" for row in cells)]) + "\n", encoding="utf-8")
+
+
+def many_small_models() -> None:
+    """Settings for trying one small model after another: one thread, and nothing said by transformers."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.disable(logging.WARNING)
