@@ -36,7 +36,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embed_dim", "dim", "word_embed_proj_dim", "n_embed"), 64),
     **dict.fromkeys(("attention_hidden_size", "linear_attn_hidden_size", "lru_width", "w_lora", "embedding_size"), 64),
     **dict.fromkeys(
-        ("intermediate_size", "ffn_dim", "n_inner", "dff", "d_ff", "ffn_hidden_size", "encoder_ffn_dim"), 128
+        ("intermediate_size", "ffn_dim", "n_inner", "dff", "d_ff", "dim_ff", "ffn_hidden_size", "encoder_ffn_dim"), 128
     ),
     **dict.fromkeys(("decoder_ffn_dim", "shared_expert_intermediate_size", "shared_intermediate_size"), 96),
     **dict.fromkeys(("dense_intermediate_size", "intermediate_size_mlp", "block_ff_dim", "ffn_size"), 96),
