@@ -273,6 +273,6 @@ def test_a_config_with_another_inside_loads_as_in_transformers(tmp_path: Path) -
     vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 32}
     config = AutoConfig.for_model("qwen3_5", text_config=text, vision_config=vision)
     AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "both")
-    ours, theirs = load(tmp_path / "both"), AutoModelForCausalLM.from_pretrained(tmp_path / "both").eval()
+    ours, theirs = load(tmp_path / "both"), AutoModelForImageTextToText.from_pretrained(tmp_path / "both").eval()
     assert type(ours) is type(theirs)
     assert torch.equal(ours(TOKENS).logits, theirs(TOKENS).logits)

@@ -18,6 +18,7 @@ from freebits.huggingface.engine import HELD_WHOLE
 from freebits.huggingface.loading import load
 from freebits.huggingface.measuring import RunningModel, measure_matrices
 from freebits.huggingface.own_text import own_windows
+from freebits.huggingface.packed_models import auto_for_text
 from freebits.huggingface.rounding import FALLBACK_BITS, Goal, write_rounded
 from freebits.huggingface.sensitivity_cache import Matrix, SensitivityCache, whole_tensors
 from freebits.huggingface.tokens import drawn_windows, token_windows
@@ -216,8 +217,8 @@ def prepare(
     facts: dict[str, Any] = {"rotate": rotate, "text": _NO_TEXT}
     experts: dict[str, int] = {}
     try:
+        auto_for_text(source.config)
         running = RunningModel(source.path, where)
-        embeddings = {running.named.in_file(name) for name in (running.engine.embedding, running.engine.head) if name}
         tokens = work.once("text", write)
         _check_engine(running, tokens)
         measured = measure_matrices(running, tokens, work, seed, rotation, progress)
@@ -234,6 +235,8 @@ def prepare(
         unknown = {*kept, *measured.choosing}
         matrices = [matrix for matrix in whole_tensors(measured.matrices, source) if matrix.tensor not in unknown]
         if only is not None:
+            ends = (running.engine.embedding, running.engine.head)
+            embeddings = {running.named.in_file(name) for name in ends if name}
             matrices = [matrix for matrix in matrices if (matrix.tensor in embeddings) == (only == EMBEDDINGS)]
     cache = SensitivityCache(work, source, rotation)
     calibrated = {matrix.tensor for matrix in matrices}
@@ -254,7 +257,7 @@ def _check_engine(running: RunningModel, tokens: Tensor) -> None:
     Raises:
         UnsupportedModelError: they differ by more than rounding.
     """
-    if 4 * sum(kind.numel for kind in running.named.kinds.values()) > HELD_WHOLE:
+    if 4 * sum(kind.numel for kind in readable(running.path).kinds.values()) > HELD_WHOLE:
         return
     few = tokens[:1, :_COMPARED]
     expected = _plain_logits(running, few)  # before the engine has the model, too
