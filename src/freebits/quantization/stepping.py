@@ -20,6 +20,8 @@ DAMPING = 0.03
 _MOST = 2**30
 _LEAST_INFORMATION = 1e-4
 """Of a row, in means of all rows."""
+_LEAST_SCALE = 0.05
+"""Of a row, in root mean squares of all rows."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,11 @@ def row_steps(information: Tensor) -> Tensor:
 def typical_steps(W: Tensor) -> tuple[Tensor, Tensor]:
     """The relative steps of rows and of columns where nothing but a matrix is known, (n,) and (m,), float64.
 
-    One step for all of it, in proportion to its weights: each matrix is then rounded as accurately as any other.
+    Each row is rounded in proportion to the root mean square of its weights, so all are rounded as accurately.
     """
-    scale = W.double().square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
-    return scale.expand(len(W)).clone(), torch.ones(W.shape[1], dtype=torch.float64)
+    rows = W.double().square().mean(1).sqrt()
+    least = max(_LEAST_SCALE * rows.square().mean().sqrt().item(), torch.finfo(torch.float32).tiny)
+    return rows.clamp_min(least), torch.ones(W.shape[1], dtype=torch.float64)
 
 
 def stepped(W: Tensor, U: Tensor | None, rows: Tensor, columns: Tensor, c: float) -> Stepped:
