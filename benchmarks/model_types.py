@@ -77,7 +77,8 @@ def page(rows: list[tuple[str, ...]]) -> None:
         "of every type in the causal language mapping, saved in both layouts where a mixture has two, quantized at "
         f"{BITS} bits. {quantized} of the {built} types that can be built are quantized with a share above 0.9. "
         "*Engine against plain* is the largest difference of a logit, relative to the largest logit, in float32. "
-        "KL in nats per token. What transformers does not run backwards (reformer, xlm) is rounded by its weights alone."
+        "KL in nats per token. What transformers does not run backwards (reformer, xlm) is rounded by its weights "
+        "alone."
     )
     write_page(PAGE, "Model types that were tried", about, HEADER, rows)
 
