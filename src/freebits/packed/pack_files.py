@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 
 from freebits.checkpoint import (
-    GGUF,
     Checkpoint,
     CheckpointWriter,
     Entry,
@@ -32,7 +31,7 @@ def pack_files(source: Checkpoint, directory: Path, stage: str | None, work: Wor
         CheckpointError: a file is damaged.
     """
     folder = source.path
-    found = (file for ending in ("safetensors", GGUF) for file in sorted(folder.glob(f"*.{ending}")))
+    found = sorted({*folder.glob("*.safetensors"), *(of.path for of in source.weights.values())})
     files = {
         file.name: opened_weights(file) for file in found if file.name in source.weights or stays_inside(file, folder)
     }
