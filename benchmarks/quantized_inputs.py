@@ -42,9 +42,9 @@ def main() -> None:
     parser.add_argument("--formats", default="")
     parser.add_argument("--lossless-only", action="store_true")
     arguments = parser.parse_args()
-    texts = [
-        (arguments.data / "wikitext-2-raw" / f"wiki.{part}.raw").read_text()[:300_000] for part in ("train", "valid")
-    ]
+    folder_ = arguments.data / "wikitext-2-raw"
+    names = ("wikitext2_train.txt", "wiki.valid.raw")
+    texts = [(folder_ / name).read_text(encoding="utf-8")[:300_000] for name in names]
     rows = []
     with tempfile.TemporaryDirectory() as made:
         scratch = arguments.scratch or Path(made)

@@ -11,7 +11,7 @@ from freebits.kind import Kind
 from freebits.packed import bits_back, canonical
 
 WORD_BITS = 16
-TYPICAL_ENTROPY = {"F16": 0.85, "BF16": 0.67, "F32": 0.84}
+TYPICAL_ENTROPY = {"F16": 0.85, "BF16": 0.67, "F32": 0.84, "F8_E4M3": 0.83, "I8": 0.91, "I32": 0.93, "U8": 0.95}
 """What the entropy stage leaves of weights, measured on several models; see `docs/measurements.md`."""
 
 Kinds = Mapping[str, Kind]
