@@ -17,7 +17,7 @@ from freebits.report import bytes_on_disk, inspect, opened
 from freebits.verbs import pack, unpack
 from freebits.work import Progress
 
-BITS, SPARSITY, SAMPLES = 4.0, 0.2, 16
+BITS, SPARSITY, SAMPLES = 4.0, 0.2, 32
 PACKED = {
     "bits-back": ("bits-back", "none"),
     "canonical": ("canonical", "none"),
@@ -26,7 +26,7 @@ PACKED = {
 """Ways to pack, by codec and entropy stage, the default last."""
 STAGES = ("quantised", "sliced", *PACKED, "unpacked")
 OWN_SAMPLES = 16
-WINDOWS = 8
+WINDOWS = 16
 PROMPT = "In Python, a dictionary is"
 
 
