@@ -151,7 +151,8 @@ def compress(
     if is_pipeline(folder):
         if target_size is not None or max_kl is not None:
             raise UsageError("--target-size and --max-kl are for one model, not for a pipeline: give --target-ratio")
-        return _pipeline(folder, out, target_ratio, bits, lossless, (keep, fallback_bits), dry_run, progress)
+        more = {"fallback_bits": fallback_bits, "device": device, "parallel": parallel, "sign_with": sign_with}
+        return _pipeline(folder, out, target_ratio, bits, lossless, keep, more, dry_run, progress)
     plan = planned(folder, target_size, target_ratio, bits, lossless, max_kl, fallback_bits)
     if dry_run:
         return {"plan": asdict(plan)}
@@ -191,12 +192,12 @@ def _pipeline(
     target_ratio: float | None,
     bits: float | None,
     lossless: bool,
-    uncalibrated: tuple[Sequence[str], float],
+    keep: Sequence[str],
+    more: Mapping[str, Any],
     dry_run: bool,
     progress: Progress,
 ) -> dict[str, Any]:
     """Make each model of a pipeline smaller, by the weights alone."""
-    keep, fallback_bits = uncalibrated
     targets: dict[str, Any] = {"target_ratio": target_ratio, "bits": bits, "lossless": lossless}
     if dry_run:
         plans = {name: compress(folder / name, out, **targets, dry_run=True) for name in components(folder)}
@@ -204,7 +205,7 @@ def _pipeline(
 
     def each(model: Path, made: Path) -> dict[str, Any]:
         kept = [pattern for pattern in keep if any(fnmatchcase(name, pattern) for name in opened(model).kinds)]
-        return compress(model, made, **targets, keep=kept, fallback_bits=fallback_bits, progress=progress)
+        return compress(model, made, **targets, keep=kept, progress=progress, **more)
 
     return for_each(folder, out, each)
 

@@ -64,8 +64,8 @@ def quantize(
 ) -> dict[str, Any]:
     """Quantize the matrices of a checkpoint: lossy.
 
-    Those that multiply what becomes of a text are rounded by what calibration tells of them. The others, such as those
-    that see images, are rounded by their weights alone; so is a model that transformers cannot run on a text.
+    Matrices of the language model are calibrated on a text. The others, such as those of a vision tower, are rounded
+    by their weights alone; so is a model that transformers cannot run on a text.
 
     Args:
         model: folder of a dense or sliced checkpoint, or of a packed canonical one.
