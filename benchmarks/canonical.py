@@ -11,9 +11,9 @@ import torch
 
 import freebits
 from benchmarks.results import print_table, save_csv
-from freebits.calibration import embedded_text
-from freebits.huggingface.demo_model import demo_model
-from freebits.report import change
+from examples.demo_model import demo_model
+from freebits.calibration.tokens import embedded_text
+from freebits.evaluation.sizes import change
 
 SAMPLES = 32
 WINDOWS = 16

@@ -17,10 +17,11 @@ import torch
 
 import freebits
 from benchmarks.results import print_table, save_csv
-from freebits.architecture import Architecture, Layout
-from freebits.checkpoint import CheckpointWriter
-from freebits.huggingface.config_estimate import dense_shapes
-from freebits.moves import sliced_size
+from freebits.api.estimate import dense_shapes
+from freebits.models.layout import Layout
+from freebits.models.table import Architecture
+from freebits.storage.writer import CheckpointWriter
+from freebits.transforms.slicing import sliced_size
 
 CONFIG = Path(__file__).parent / "configs" / "opt-1.3b.json"
 PAPER_MINUTES = {0.2: (3.9, 1.5), 0.3: (3.5, 1.5)}

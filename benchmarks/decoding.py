@@ -15,12 +15,15 @@ from pathlib import Path
 import torch
 
 from benchmarks.results import print_table, save_csv
-from freebits.checkpoint import CheckpointWriter
-from freebits.codes import CODES
-from freebits.kind import Kind
-from freebits.packed import STEM, Contents, Piece, Recipe, digests_of, publish
+from freebits.codecs.registry import CODES
+from freebits.execution.executor import Parallel
+from freebits.packed.contents import STEM, Contents, digests_of
+from freebits.packed.packing import publish
+from freebits.packed.piece import Piece
 from freebits.packed.reader import PackedFolder
-from freebits.work import Parallel
+from freebits.packed.recipe import Recipe
+from freebits.storage.writer import CheckpointWriter
+from freebits.types import Kind
 
 SHAPES = {"q_proj": (4096, 4096), "k_proj": (4096, 4096), "v_proj": (4096, 4096), "o_proj": (4096, 4096)} | {
     "gate_proj": (11008, 4096),

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 import freebits
 from benchmarks.results import print_table, save_csv
 from benchmarks.scale import CONFIGS, n_bytes, write_sliced
-from freebits.huggingface import load
+from freebits.integrations.loading import load
 
 ALIKE = ("verb", "logits, CPU from source", "device from source", "device from CPU", "seconds, CPU", "seconds, device")
 FAST = ("model", "codec", "seconds, CPU", "seconds, device", "CPU / device", "bytes, CPU", "bytes, device")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import freebits
 from benchmarks.results import print_table, save_csv
-from freebits.calibration import embedded_text
-from freebits.huggingface.demo_model import demo_model
+from examples.demo_model import demo_model
+from freebits.calibration.tokens import embedded_text
 
 SAMPLES = 32
 WINDOWS = 16

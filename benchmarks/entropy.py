@@ -26,12 +26,12 @@ import torch
 import freebits
 from benchmarks.folders import stored_tensors
 from benchmarks.results import print_table, save_csv
-from freebits.calibration import embedded_text
-from freebits.codes.entropy import compress, decompress
-from freebits.codes.planes import merge, split
-from freebits.codes.zstd import zstd
-from freebits.huggingface.demo_model import demo_model
-from freebits.kind import Bytes
+from examples.demo_model import demo_model
+from freebits.calibration.tokens import embedded_text
+from freebits.codecs.bits import zstd
+from freebits.codecs.entropy import compress, decompress
+from freebits.codecs.planes import merge, split
+from freebits.types import Bytes
 
 RUNS = 7
 HEADER = ("tensors", "coder", "bytes", "of the tensors", "of ZipNN", "compress, MB/s", "decompress, MB/s")

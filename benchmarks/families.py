@@ -13,9 +13,9 @@ import torch
 
 import freebits
 from benchmarks.results import print_table, save_csv
-from freebits.architecture import Architecture
-from freebits.report.families_page import families_page
-from freebits.symmetry import random_orthogonal, rotate
+from freebits.models.families_page import families_page
+from freebits.models.table import Architecture
+from freebits.transforms.orthogonal import random_orthogonal, rotate
 from tests.test_families import differs, logits_of
 from tests.test_symmetry import folded_state, unsliced
 from tests.tiny import FAMILIES, in_float64, random_text, tiny_config, tiny_model, tiny_tokenizer

@@ -13,10 +13,10 @@ import torch
 
 import freebits
 from benchmarks.results import RESULTS, save_csv
-from freebits.calibration import embedded_text
-from freebits.codes.rotation_words import n_words_taken
-from freebits.huggingface.demo_model import demo_model
-from freebits.packed import PackedFolder
+from examples.demo_model import demo_model
+from freebits.calibration.tokens import embedded_text
+from freebits.codecs.rotation_words import n_words_taken
+from freebits.packed.reader import PackedFolder
 
 QUANTILES = (0.5, 0.9, 0.99, 0.999, 0.9999, 1.0)
 

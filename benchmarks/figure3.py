@@ -10,9 +10,9 @@ import matplotlib.pyplot as plt
 
 import freebits
 from benchmarks.results import RESULTS, print_table, save_csv
-from freebits.calibration import embedded_text
-from freebits.huggingface.demo_model import demo_model
-from freebits.report import change
+from examples.demo_model import demo_model
+from freebits.calibration.tokens import embedded_text
+from freebits.evaluation.sizes import change
 
 THRESHOLDS = (0.05, 0.02, 0.01, 0.005, 0.002, 0.001)
 WINDOWS = 16

@@ -21,8 +21,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks.results import RESULTS, print_table, save_csv
-from freebits.calibration import embedded_text
-from freebits.huggingface.demo_model import demo_model
+from examples.demo_model import demo_model
+from freebits.calibration.tokens import embedded_text
 
 HEADER = ("command", "how", "interruptions", "finished pieces found again", "seconds of the plain run", "result")
 ONE, RAY = "one process", "Ray"

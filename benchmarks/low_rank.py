@@ -23,7 +23,8 @@ import freebits
 from benchmarks.off_grid import off_grid
 from benchmarks.quantise import compared
 from benchmarks.results import print_table, save_csv
-from freebits.huggingface import load, token_windows
+from freebits.calibration.tokens import token_windows
+from freebits.integrations.loading import load
 
 HEADER = (
     *("model", "budget", "bytes, plain", "bytes, canonical", "perplexity", "ratio", "mean KL", "PIQA acc"),

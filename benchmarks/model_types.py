@@ -24,10 +24,10 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 
 import freebits
 from benchmarks.results import many_small_models, print_table, save_csv, saved_rows, write_page
-from freebits.checkpoint import Checkpoint
+from freebits.calibration.engine import Engine
 from freebits.errors import FreebitsError
-from freebits.huggingface.engine import Engine
-from freebits.huggingface.naming import InMemory
+from freebits.integrations.naming import InMemory
+from freebits.storage.folder import Checkpoint
 from tests.model_types import causal_types, plain_logits, random_text, save_tiny_type
 
 HEADER = (

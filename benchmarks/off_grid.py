@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from freebits.huggingface.demo_model import demo_model
+from examples.demo_model import demo_model
 
 SPREAD = 0.15
 """Standard deviation of the scales' logarithms."""

@@ -16,11 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import freebits
 from benchmarks.results import print_table, save_csv
-from freebits.architecture import Architecture, pairs_of
-from freebits.checkpoint import Checkpoint
-from freebits.huggingface.demo_model import demo_model
-from freebits.moves.paired import pivoted, product_difference
-from freebits.packed import PackedFolder
+from examples.demo_model import demo_model
+from freebits.models.pairs import pairs_of
+from freebits.models.table import Architecture
+from freebits.packed.reader import PackedFolder
+from freebits.storage.folder import Checkpoint
+from freebits.transforms.paired import pivoted, product_difference
 
 HEADER = (
     *(

@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from benchmarks.off_grid import off_grid
 from benchmarks.quantise import WINDOWS, compared
 from benchmarks.results import RESULTS, print_table, save_csv
-from freebits.huggingface import load, token_windows
+from freebits.calibration.tokens import token_windows
+from freebits.integrations.loading import load
 
 HEADER = ("row", "bytes", "perplexity", "ratio", "mean_kl")
 IMPORTANCE = "imatrix, WikiText-2 training text"

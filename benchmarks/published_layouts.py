@@ -20,7 +20,7 @@ import transformers
 import freebits
 from benchmarks.model_types import BITS, CALIBRATION, TEXT, TOKENS, attempt, kl, one
 from benchmarks.results import many_small_models, print_table, save_csv, saved_rows, write_page
-from freebits.huggingface import window_logits
+from freebits.calibration.streamed import window_logits
 from tests.published import LAYOUTS, auto_of, save_layout
 
 HEADER = (

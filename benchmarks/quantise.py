@@ -22,18 +22,24 @@ from tqdm import tqdm
 
 from benchmarks.off_grid import off_grid
 from benchmarks.results import save_csv
-from freebits.calibration import perplexity
-from freebits.checkpoint import Checkpoint, new_directory
+from freebits.api.quantize import SAMPLES, WINDOW
+from freebits.calibration.groups import RunningModel
+from freebits.calibration.self_generated import own_windows
+from freebits.calibration.tokens import token_windows
 from freebits.evaluation.perplexity import logits, loss
-from freebits.huggingface import load, token_windows
-from freebits.huggingface.measuring import RunningModel, measure_matrices
-from freebits.huggingface.own_text import own_windows
-from freebits.huggingface.quantize_checkpoint import SAMPLES, WINDOW
-from freebits.huggingface.rounding import Goal, write_rounded
-from freebits.huggingface.sensitivity_cache import SensitivityCache, whole_tensors
-from freebits.packed import PackedFolder, publish
-from freebits.report import bytes_on_disk
-from freebits.work import Parallel, Work, WorkStore, silent
+from freebits.evaluation.sizes import bytes_on_disk
+from freebits.execution.executor import Parallel
+from freebits.execution.progress import silent
+from freebits.execution.work_store import Work, WorkStore
+from freebits.integrations.loading import load
+from freebits.packed.packing import publish
+from freebits.packed.reader import PackedFolder
+from freebits.quantization.measuring import measure_matrices
+from freebits.quantization.rounding import Goal, write_rounded
+from freebits.quantization.sensitivity_cache import SensitivityCache, whole_tensors
+from freebits.storage.folder import Checkpoint
+from freebits.storage.staging import new_directory
+from freebits.transforms.slicing import perplexity
 
 RESULTS = Path(__file__).parent / "results" / "quantise.csv"
 HEADER = ("row", "bits", "bytes", "perplexity", "ratio", "mean_kl")

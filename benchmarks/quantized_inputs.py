@@ -20,13 +20,13 @@ from torch import Tensor
 
 import freebits
 from benchmarks.results import print_table, save_csv
-from freebits.checkpoint import Checkpoint
+from examples.demo_model import demo_model
+from freebits.calibration.tokens import token_windows
+from freebits.evaluation.sizes import bits_by_tensor
 from freebits.evaluation.verification import compared
-from freebits.huggingface import token_windows
-from freebits.huggingface.demo_model import demo_model
-from freebits.kind import bytes_of
-from freebits.packed import PackedFolder
-from freebits.report.account import bits_by_tensor
+from freebits.packed.reader import PackedFolder
+from freebits.storage.folder import Checkpoint
+from freebits.types import bytes_of
 from tests.quantized_inputs import MAKERS, save_quantized
 
 HEADER = ("format", "bits per weight", "lossless", "weights", "entropy", "scales", "KL at 4 bits")

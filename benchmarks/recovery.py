@@ -20,7 +20,8 @@ from benchmarks.low_rank import size
 from benchmarks.off_grid import off_grid
 from benchmarks.quantise import compared
 from benchmarks.results import print_table, save_csv
-from freebits.huggingface import load, token_windows
+from freebits.calibration.tokens import token_windows
+from freebits.integrations.loading import load
 
 HEADER = ("model", "windows trained on", "bytes", "perplexity", "ratio", "mean KL", "KL on its own text", "minutes")
 

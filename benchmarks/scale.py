@@ -35,11 +35,13 @@ from torch import Tensor
 
 import freebits
 from benchmarks.results import RESULTS, print_table, save_csv
-from freebits.architecture import Architecture, Layout, Role, Weight
-from freebits.checkpoint import CheckpointWriter, write_json
-from freebits.huggingface.config_estimate import dense_shapes
-from freebits.moves import sliced_size
-from freebits.symmetry import random_orthogonal
+from freebits.api.estimate import dense_shapes
+from freebits.models.layout import Layout
+from freebits.models.table import Architecture, Role, Weight
+from freebits.storage.folder import write_json
+from freebits.storage.writer import CheckpointWriter
+from freebits.transforms.orthogonal import random_orthogonal
+from freebits.transforms.slicing import sliced_size
 
 CONFIGS = Path(__file__).parent / "configs"
 SPARSITY = 0.2

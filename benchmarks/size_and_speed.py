@@ -29,11 +29,11 @@ import freebits
 from benchmarks.folders import stored_tensors, weights_file
 from benchmarks.results import RESULTS, print_table, save_csv
 from benchmarks.timing import timed
-from freebits.calibration import embedded_text
-from freebits.checkpoint import WeightsWriter
-from freebits.codes.zstd import zstd
-from freebits.huggingface.demo_model import demo_model
-from freebits.kind import Kind, bytes_of
+from examples.demo_model import demo_model
+from freebits.calibration.tokens import embedded_text
+from freebits.codecs.bits import zstd
+from freebits.storage.weights import WeightsWriter
+from freebits.types import Kind, bytes_of
 
 RUNS = 5
 WINDOWS = 8

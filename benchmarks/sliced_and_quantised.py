@@ -18,7 +18,8 @@ import freebits
 from benchmarks.off_grid import off_grid
 from benchmarks.quantise import MB, WINDOWS, compared
 from benchmarks.results import print_table, save_csv
-from freebits.huggingface import load, token_windows
+from freebits.calibration.tokens import token_windows
+from freebits.integrations.loading import load
 
 HEADER = ("sliced", "MB", "bytes", "perplexity", "ratio", "mean KL")
 SPARSITIES, SIZES = (0.1, 0.2), (52,)

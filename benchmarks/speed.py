@@ -17,12 +17,13 @@ import torch
 import freebits
 from benchmarks.results import print_table, save_csv
 from benchmarks.timing import interleaved
-from freebits.architecture import Architecture, Layout
-from freebits.calibration import embedded_text
-from freebits.checkpoint import Checkpoint
-from freebits.huggingface import sliced_models as modeling
-from freebits.huggingface.demo_model import demo_model
-from freebits.symmetry import random_orthogonal
+from examples.demo_model import demo_model
+from freebits.calibration.tokens import embedded_text
+from freebits.models import sliced as modeling
+from freebits.models.layout import Layout
+from freebits.models.table import Architecture
+from freebits.storage.folder import Checkpoint
+from freebits.transforms.orthogonal import random_orthogonal
 
 CODECS = ("canonical", "bits-back")
 RUNS = 7

@@ -18,7 +18,7 @@ import torch
 
 import freebits
 from benchmarks.results import print_table, save_csv
-from freebits.huggingface.demo_model import demo_model
+from examples.demo_model import demo_model
 
 WAYS = ("dense", "expanded", "integers kept")
 N_TOKENS = 64

@@ -19,10 +19,9 @@ import torch
 import freebits
 from benchmarks.off_grid import off_grid
 from benchmarks.results import print_table, save_csv
+from examples.demo_model import demo_model
 from freebits.evaluation.tasks import METRICS, prepare, zero_shot
-from freebits.huggingface import load
-from freebits.huggingface.demo_model import demo_model
-from freebits.huggingface.loading import load_tokenizer
+from freebits.integrations.loading import load, load_tokenizer
 
 THRESHOLDS = (0.01, 0.005)
 SIZES = (90, 68, 60)

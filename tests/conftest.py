@@ -15,8 +15,8 @@ import torch
 import transformers
 
 import freebits
-from freebits.calibration import embedded_text
-from freebits.huggingface.demo_model import demo_model
+from examples.demo_model import demo_model
+from freebits.calibration.tokens import embedded_text
 from tests.tiny import Make, random_text, tiny_model, tiny_tokenizer
 
 transformers.logging.disable_progress_bar()

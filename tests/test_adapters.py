@@ -13,11 +13,11 @@ from peft.tuners.lora.config import BdLoraConfig, KasaConfig
 
 import freebits
 from freebits import CheckpointError
-from freebits.architecture import unproven_settings
-from freebits.checkpoint import Checkpoint
-from freebits.cli import main
-from freebits.packed import PackedFolder
+from freebits.cli.main import main
+from freebits.models.pairs import unproven_settings
 from freebits.packed.manifest import digest_of_file
+from freebits.packed.reader import PackedFolder
+from freebits.storage.folder import Checkpoint
 from tests.conftest import content
 from tests.tiny import Make, change_config, change_tensors, redigest, tiny_model
 

@@ -24,10 +24,9 @@ from transformers import (
 )
 
 import freebits
-from freebits.cli import main
+from freebits.cli.main import main
 from freebits.errors import CheckpointError, UnsupportedModelError
-from freebits.huggingface import auto_class
-from freebits.huggingface.packed_models import AUTO_CLASSES, PackedConfig
+from freebits.integrations.packed_models import AUTO_CLASSES, PackedConfig, auto_class
 from tests.tiny import tiny_config, tiny_tokenizer
 
 TOKENS = torch.randint(96, (2, 12), generator=torch.Generator().manual_seed(0))

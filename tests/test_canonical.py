@@ -13,18 +13,13 @@ from torch import Tensor
 
 import freebits
 from freebits import UsageError
-from freebits.architecture import Architecture, Layout
-from freebits.checkpoint import Checkpoint
-from freebits.moves import Expanded
-from freebits.packed import PackedFolder
-from freebits.symmetry import (
-    carried_rotation,
-    polar_form,
-    random_orthogonal,
-    shortcut_from_factor,
-    trapezoid,
-    triangular_rotation,
-)
+from freebits.models.layout import Layout
+from freebits.models.table import Architecture
+from freebits.packed.reader import PackedFolder
+from freebits.storage.folder import Checkpoint
+from freebits.transforms.expanded import Expanded
+from freebits.transforms.orthogonal import random_orthogonal
+from freebits.transforms.polar import carried_rotation, polar_form, shortcut_from_factor, trapezoid, triangular_rotation
 from tests.test_packed import without_history
 from tests.tiny import VARIANTS, Make, change_config, change_tensors, in_float64, tensors_of, tiny_config
 

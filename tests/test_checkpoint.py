@@ -12,10 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 import freebits
-from freebits.checkpoint import Checkpoint, WeightsFile, WeightsWriter, carry_over, new_directory, parse_header
 from freebits.errors import CheckpointError, one_line
-from freebits.huggingface import load
-from freebits.kind import Kind, bytes_of
+from freebits.integrations.loading import load
+from freebits.storage.auxiliary_files import carry_over
+from freebits.storage.folder import Checkpoint
+from freebits.storage.staging import new_directory
+from freebits.storage.weights import WeightsFile, WeightsWriter, parse_header
+from freebits.types import Kind, bytes_of
 from tests.tiny import Make, change_config
 
 
@@ -310,7 +313,7 @@ def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path: Path, caplog: p
 
 KILLED = """
 import os, signal, sys
-from freebits.checkpoint import new_directory
+from freebits.storage.staging import new_directory
 
 with new_directory(sys.argv[1]) as staging:
     (staging / "half").write_text("half")

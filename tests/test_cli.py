@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import freebits
-from freebits.cli import main
+from freebits.calibration.tokens import token_windows
+from freebits.cli.main import main
 from freebits.errors import UsageError
 from tests.tiny import Make, change_config, random_text, redigest
 
@@ -176,7 +177,7 @@ def test_perplexity_is_what_it_should_be(dense: Path, text: Path) -> None:
     found = freebits.evaluate(dense, text=text.read_text(), seq_len=32, limit=5)
     model = freebits.load(dense, dtype=torch.float64)
     total = count = 0.0
-    for window in freebits.huggingface.token_windows(dense, text.read_text(), 32, 5):
+    for window in token_windows(dense, text.read_text(), 32, 5):
         with torch.no_grad():
             odds = torch.softmax(model(window[None]).logits[0].double(), -1)
         for position in range(31):

@@ -9,10 +9,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from freebits.codes import CODES, BitsBack, Code, Coded, Declined, Lower, Pivots, Symmetric, canonical_direction
-from freebits.codes.bits import as_tensor, bytes_from, pack_bits, unpack_bits
-from freebits.codes.corrections import apply_corrections, encode_corrections, read_corrections
-from freebits.codes.rotation_words import (
+from freebits.codecs.bits import as_tensor, bytes_from, pack_bits, unpack_bits
+from freebits.codecs.bits_back import BitsBack
+from freebits.codecs.code import Code, Coded, Declined
+from freebits.codecs.corrections import apply_corrections, encode_corrections, read_corrections
+from freebits.codecs.pivots import Pivots
+from freebits.codecs.registry import CODES
+from freebits.codecs.rotation_words import (
+    canonical_direction,
     n_words_taken,
     rotation_from_words,
     rotation_signs,
@@ -20,8 +24,8 @@ from freebits.codes.rotation_words import (
     with_signs,
     words_from_rotation,
 )
-from freebits.codes.triangles import n_lower_words
-from freebits.kind import Kind, bytes_of
+from freebits.codecs.triangles import Lower, Symmetric, n_lower_words
+from freebits.types import Kind, bytes_of
 
 DTYPES = (torch.float16, torch.bfloat16)
 seeds = st.integers(0, 2**32)

@@ -10,9 +10,10 @@ from huggingface_hub import metadata_load
 
 import freebits
 from freebits import CheckpointError
-from freebits.checkpoint import Checkpoint
-from freebits.cli import main
-from freebits.report import TYPICAL_ENTROPY, bytes_on_disk
+from freebits.cli.main import main
+from freebits.evaluation.estimation import TYPICAL_ENTROPY
+from freebits.evaluation.sizes import bytes_on_disk
+from freebits.storage.folder import Checkpoint
 from tests.tiny import Make, random_text
 
 SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "head_dim": 32}
@@ -66,7 +67,7 @@ def test_what_needs_no_loss_has_none(dense: Path, tmp_path: Path) -> None:
 def test_what_cannot_be_had_without_loss_is_rounded(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("freebits.compression.TYPICAL_ENTROPY", dict.fromkeys(TYPICAL_ENTROPY, 0.1))  # hopes too much
+    monkeypatch.setattr("freebits.api.compress.TYPICAL_ENTROPY", dict.fromkeys(TYPICAL_ENTROPY, 0.1))  # hopes too much
     least = compress(dense, tmp_path / "whole", lossless=True)["bytes"]["packed"]
     result = compress(dense, tmp_path / "out", target_size=least - 1)
     assert result["plan"]["way"] == "lossless"
@@ -146,7 +147,7 @@ def test_a_model_that_changes_meanwhile_is_not_compressed(
         os.utime(dense / "model.safetensors", (0, 0))  # after everything was read from it
         return found
 
-    monkeypatch.setattr("freebits.compression.verify", changed)
+    monkeypatch.setattr("freebits.api.compress.verify", changed)
     with pytest.raises(CheckpointError, match="was changed while it was read"):
         freebits.compress(dense, tmp_path / "out", lossless=True)
     assert not (tmp_path / "out").exists()

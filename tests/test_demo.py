@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from freebits.cli import main
-from freebits.demo import STAGES
-from freebits.huggingface import demo_model
-from freebits.report import bytes_on_disk, opened
+from examples import demo_model
+from examples.demo import STAGES
+from freebits.cli.main import main
+from freebits.evaluation.sizes import bytes_on_disk
+from freebits.packed.reader import opened
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import freebits
-from freebits.cli import main
+from freebits.cli.main import main
 from tests.tiny import random_text
 
 ROOT = Path(__file__).parent.parent

@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from freebits.checkpoint import Checkpoint
+from freebits.calibration.engine import Engine
+from freebits.calibration.groups import RunningModel
+from freebits.calibration.products import Product, Products, Region
+from freebits.calibration.sensitivities import THIN, Inputs, Sums, gram, informations, measure, with_idle
 from freebits.errors import CheckpointError
-from freebits.huggingface.engine import Engine
-from freebits.huggingface.measuring import RunningModel, measure_matrices
-from freebits.huggingface.naming import InMemory
-from freebits.huggingface.products import Product, Products, Region
-from freebits.huggingface.sensitivities import THIN, Inputs, Sums, gram, informations, measure, with_idle
-from freebits.work import Parallel, Work, WorkStore
+from freebits.execution.executor import Parallel
+from freebits.execution.work_store import Work, WorkStore
+from freebits.integrations.naming import InMemory
+from freebits.quantization.measuring import measure_matrices
+from freebits.storage.folder import Checkpoint
 from tests.tiny import Make
 
 CPU = torch.device("cpu")
@@ -94,7 +96,7 @@ def by_autograd(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def labels(logits: Tensor, number: int) -> Tensor:
-    from freebits.huggingface.own_text import drawn
+    from freebits.calibration.self_generated import drawn
 
     return drawn(logits.detach().softmax(-1), torch.Generator().manual_seed(number))[:, 0]
 

@@ -16,14 +16,14 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import freebits
-from freebits.checkpoint import Checkpoint
-from freebits.codes import entropy as entropy_code
-from freebits.codes.entropy import compress, decompress
-from freebits.codes.planes import merge, n_planes, split
+from freebits.codecs import entropy as entropy_code
+from freebits.codecs.entropy import compress, decompress
+from freebits.codecs.planes import merge, n_planes, split
 from freebits.errors import CheckpointError
-from freebits.kind import Bytes
 from freebits.options import CODECS, ENTROPIES
-from freebits.packed import PackedFolder
+from freebits.packed.reader import PackedFolder
+from freebits.storage.folder import Checkpoint
+from freebits.types import Bytes
 from tests.tiny import Make, flip, random_text, redigest, tensors_of
 
 CODES = ("F16", "BF16", "F32", "F64", "I8", "U8", "BOOL", "I16", "I64", "U32", "F8_E4M3", "F4")

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 import freebits
-from freebits.checkpoint import Checkpoint
-from freebits.cli import main
-from freebits.codes.triangles import n_lower_words
+from freebits.cli.main import main
+from freebits.codecs.triangles import n_lower_words
 from freebits.errors import CheckpointError, UnsupportedModelError
-from freebits.packed import PackedFolder
+from freebits.packed.reader import PackedFolder
+from freebits.storage.folder import Checkpoint
 from tests.tiny import VARIANTS, Make, change_config
 
 CONFIGS = Path(__file__).parent.parent / "benchmarks" / "configs"

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import freebits
-from freebits.architecture import FAMILIES as ROWS
-from freebits.architecture import Architecture
-from freebits.checkpoint import Checkpoint
-from freebits.packed import PackedFolder
-from freebits.report.families_page import families_page
-from freebits.symmetry import random_orthogonal, rotate
+from freebits.models.families import FAMILIES as ROWS
+from freebits.models.families_page import families_page
+from freebits.models.table import Architecture
+from freebits.packed.reader import PackedFolder
+from freebits.storage.folder import Checkpoint
+from freebits.transforms.orthogonal import random_orthogonal, rotate
 from tests.test_symmetry import folded_state, unsliced
 from tests.tiny import FAMILIES, Make, in_float64, random_text, tiny_config, tiny_model
 

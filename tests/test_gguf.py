@@ -10,10 +10,10 @@ import torch
 from gguf.quants import quantize
 
 import freebits
-from freebits.cli import main
-from freebits.codes.columns import Columns, fields_of
-from freebits.kind import Kind
-from freebits.packed import PackedFolder
+from freebits.cli.main import main
+from freebits.codecs.columns import Columns, fields_of
+from freebits.packed.reader import PackedFolder
+from freebits.types import Kind
 
 TYPES = ("F32", "F16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "BF16", "TQ1_0")
 _SIZES = {"Q2_K": 84, "Q3_K": 110, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210, "MXFP4": 17}

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 import freebits
-from freebits.packed import PackedFolder
 from freebits.packed.manifest import FORMAT
+from freebits.packed.reader import PackedFolder
 from tests.golden.make import METHODS, THRESHOLDS
 from tests.tiny import tensors_of
 

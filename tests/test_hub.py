@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from freebits import CheckpointError
-from freebits.checkpoint import hub as hub_module
-from freebits.checkpoint import located
+from freebits.storage import hub as hub_module
+from freebits.storage.hub import located
 from tests.serving import Answer, serving
 from tests.tiny import Make
 

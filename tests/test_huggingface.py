@@ -22,9 +22,9 @@ from transformers import (
 )
 
 import freebits
-from freebits.checkpoint import WeightsFile
 from freebits.errors import CheckpointError
-from freebits.huggingface import load
+from freebits.integrations.loading import load
+from freebits.storage.weights import WeightsFile
 from tests.tiny import VARIANTS, Make
 
 
@@ -172,7 +172,7 @@ def test_a_folder_is_loaded_with_an_import_or_with_trusted_code_and_else_not_at_
     if way == "neither":
         assert done.stdout.count("True\n") == 4, done.stdout
         return
-    ours, theirs = "freebits.huggingface.sliced_models SlicedLlama", "transformers.models.llama.modeling_llama Llama"
+    ours, theirs = "freebits.models.sliced SlicedLlama", "transformers.models.llama.modeling_llama Llama"
     assert done.stdout.splitlines() == [f"{kind}ForCausalLM" for kind in (ours, ours, ours, theirs)], done.stderr
     for folder in folders:
         saved = folder.with_name(f"{folder.name} saved")

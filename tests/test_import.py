@@ -12,10 +12,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import freebits
-from freebits.cli import main
+from freebits.calibration.tokens import token_windows
+from freebits.cli.main import main
 from freebits.errors import CheckpointError
-from freebits.huggingface import load, token_windows
-from freebits.symmetry import random_orthogonal
+from freebits.integrations.loading import load
+from freebits.transforms.orthogonal import random_orthogonal
 from tests.tiny import Make, random_text
 
 LLAMA = {

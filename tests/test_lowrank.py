@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 
 import freebits
 from freebits import CheckpointError, UnsupportedModelError, UsageError
-from freebits.checkpoint import Checkpoint
-from freebits.packed import PackedFolder
-from freebits.reduction import allocated, n_numbers, rank_for, reduced, spectrum
+from freebits.packed.reader import PackedFolder
+from freebits.storage.folder import Checkpoint
+from freebits.transforms.low_rank import allocated, n_numbers, rank_for, reduced, spectrum
 from tests.conftest import content
 from tests.tiny import FAMILIES, Make, random_text
 
@@ -126,7 +126,7 @@ def test_a_reduced_model_is_saved_and_loaded_by_the_library(save_tiny: Make, tmp
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     model.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(tmp_path / "again"), logits(tmp_path / "out"))
-    assert "freebits.huggingface.low_rank_models" in (tmp_path / "again" / "modeling_freebits.py").read_text()
+    assert "freebits.models.low_rank" in (tmp_path / "again" / "modeling_freebits.py").read_text()
 
 
 @pytest.mark.parametrize("order", ["slice first", "reduce first"])

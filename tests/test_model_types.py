@@ -9,13 +9,15 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import freebits
-from freebits.checkpoint import Checkpoint
-from freebits.huggingface.engine import Engine
-from freebits.huggingface.measuring import RunningModel, measure_matrices
-from freebits.huggingface.naming import InMemory
-from freebits.huggingface.streamed import window_logits
-from freebits.kind import CPU
-from freebits.work import Parallel, Work, WorkStore
+from freebits.calibration.engine import Engine
+from freebits.calibration.groups import RunningModel
+from freebits.calibration.streamed import window_logits
+from freebits.execution.executor import Parallel
+from freebits.execution.work_store import Work, WorkStore
+from freebits.integrations.naming import InMemory
+from freebits.quantization.measuring import measure_matrices
+from freebits.storage.folder import Checkpoint
+from freebits.types import CPU
 from tests.model_types import plain_logits, random_text, save_tiny_type
 from tests.tiny import Make, change_config
 

@@ -15,15 +15,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import freebits
-from freebits.checkpoint import Checkpoint
-from freebits.codes import CODES, Coded
-from freebits.codes.corrections import read_corrections
+from freebits.codecs.code import Coded
+from freebits.codecs.corrections import read_corrections
+from freebits.codecs.registry import CODES
 from freebits.errors import CheckpointError, UsageError
-from freebits.huggingface.sliced_models import SlicedLlamaConfig, SlicedLlamaForCausalLM
-from freebits.kind import Kind, bytes_of
+from freebits.execution.executor import threads
+from freebits.models.sliced import SlicedLlamaConfig, SlicedLlamaForCausalLM
 from freebits.options import CODECS
-from freebits.packed import PackedFolder
-from freebits.work import threads
+from freebits.packed.reader import PackedFolder
+from freebits.storage.folder import Checkpoint
+from freebits.types import Kind, bytes_of
 from tests.tiny import VARIANTS, Make, change_config, flip, random_text, redigest, tensors_of, tiny_config
 
 THRESHOLD = 0.005
@@ -412,7 +413,7 @@ def test_pools_open_at_once_give_their_threads_back() -> None:
 
 
 WATCH = """
-import sys, threading, freebits, freebits.huggingface
+import sys, threading, freebits, freebits.integrations.auto_classes
 from pathlib import Path
 
 def anonymous():

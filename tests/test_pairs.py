@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 import freebits
 from freebits import CheckpointError
-from freebits.architecture import Architecture, pairs_of
-from freebits.checkpoint import Checkpoint
-from freebits.packed import PackedFolder
-from freebits.symmetry import act, pivot_bases, pivot_rows
+from freebits.models.pairs import pairs_of
+from freebits.models.table import Architecture
+from freebits.packed.reader import PackedFolder
+from freebits.storage.folder import Checkpoint
+from freebits.transforms.pivoting import act, pivot_bases, pivot_rows
 from tests.test_symmetry import folded_state, unsliced
 from tests.tiny import FAMILIES, Make, change_tensors, in_float64, tiny_config, tiny_model
 

@@ -13,15 +13,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import freebits
-from freebits.codes import CODES, ans, enumeration
-from freebits.codes.integers import Stepped, exponents, steps
+from freebits.codecs import ans, enumeration
+from freebits.codecs.hadamard import hadamard, hadamard_inverse
+from freebits.codecs.integers import Stepped, exponents, steps
+from freebits.codecs.registry import CODES
 from freebits.errors import UsageError
-from freebits.huggingface.integer_layers import IntegerLinear
-from freebits.huggingface.simulation import asymmetric, symmetric
-from freebits.kind import Kind
-from freebits.quantization import GROUP, feedback, gridded, inverse_factor, pyramids, stepped
-from freebits.quantization.pyramids import nearest_points
-from freebits.symmetry import hadamard, hadamard_inverse
+from freebits.evaluation.simulation import asymmetric, symmetric
+from freebits.integrations.integer_layers import IntegerLinear
+from freebits.quantization.error_compensation import feedback, inverse_factor
+from freebits.quantization.group_rounding import GROUP, gridded
+from freebits.quantization.pyramids import nearest_points, pyramids
+from freebits.quantization.scales import stepped
+from freebits.types import Kind
 from tests.tiny import VARIANTS, Make, change_tensors, in_float64, random_text
 
 numbers = st.lists(st.tuples(st.sampled_from(list(ans.LEVELS)), st.lists(st.integers(-(2**31), 2**31 - 1))), max_size=5)

@@ -10,9 +10,9 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import freebits
-from freebits.checkpoint import write_json
 from freebits.errors import CheckpointError, UnsupportedModelError
-from freebits.quantized_inputs import Dequantized
+from freebits.quantized_inputs.source import Dequantized
+from freebits.storage.folder import Checkpoint, write_json
 from tests.quantized_inputs import MAKERS, fp8_blocks, save_quantized
 from tests.tiny import Make, random_text
 
@@ -29,7 +29,7 @@ def dense(save_tiny: Make) -> Path:
 def test_matrices_are_read_as_the_package_reads_them(format_: str, dense: Path, tmp_path: Path) -> None:
     expected = save_quantized(dense, tmp_path / "q", format_)
     source = Dequantized(tmp_path / "q")
-    plain = freebits.checkpoint.Checkpoint(dense)
+    plain = Checkpoint(dense)
     assert source.kinds.keys() == plain.kinds.keys()
     assert all(source.kinds[name].shape == kind.shape for name, kind in plain.kinds.items())
     for name, kind in plain.kinds.items():

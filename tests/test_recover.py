@@ -10,14 +10,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import freebits
-from freebits.checkpoint import Checkpoint
-from freebits.cli import main
-from freebits.codes import Integers
+from freebits.api import recover as recover_checkpoint
+from freebits.api.recover import _student
+from freebits.cli.main import main
+from freebits.codecs.integers import Integers
 from freebits.errors import CheckpointError, UsageError
-from freebits.huggingface import load, recover_checkpoint
-from freebits.huggingface.recover_checkpoint import _student
-from freebits.huggingface.students import Adapted, Rescaled
-from freebits.packed import PackedFolder
+from freebits.integrations.loading import load
+from freebits.integrations.trainable_adapters import Adapted, Rescaled
+from freebits.packed.reader import PackedFolder
+from freebits.storage.folder import Checkpoint
 from tests.tiny import Make, random_text
 
 TOKENS = torch.randint(96, (2, 20), generator=torch.Generator().manual_seed(3))

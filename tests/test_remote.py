@@ -11,9 +11,12 @@ import torch
 
 import freebits
 from freebits import CheckpointError
-from freebits.checkpoint import Task, located, url_of
-from freebits.checkpoint import remote as remote_module
-from freebits.cli import main
+from freebits.cli.main import main
+from freebits.storage import remote as remote_module
+from freebits.storage.folder import Checkpoint
+from freebits.storage.hub import located
+from freebits.storage.remote import url_of
+from freebits.storage.task import Task
 from tests.conftest import content
 from tests.serving import Answer, serving
 from tests.tiny import Make
@@ -145,9 +148,9 @@ def test_what_cannot_be_uploaded_lies_here(
 
 def test_a_file_that_changes_is_noticed(sliced: Path, memory: Any) -> None:
     memory.put(str(sliced), "/models/sliced", recursive=True)
-    source = freebits.checkpoint.Checkpoint(located("memory://models/sliced"))
+    source = Checkpoint(located("memory://models/sliced"))
     name = next(iter(source.kinds))
-    assert torch.equal(source[name], freebits.checkpoint.Checkpoint(sliced)[name])
+    assert torch.equal(source[name], Checkpoint(sliced)[name])
     memory.pipe("/models/sliced/model.safetensors", (sliced / "model.safetensors").read_bytes())
     with pytest.raises(CheckpointError, match="was changed while it was read"):
         source[name]

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 
 import freebits
 from freebits import CheckpointError
-from freebits.checkpoint import Checkpoint
-from freebits.cli import main
+from freebits.cli.main import main
 from freebits.evaluation.reporting import Coarse
+from freebits.storage.folder import Checkpoint
 from tests.tiny import Make, random_text, redigest
 
 VOID = {"meta", "path", "use", "line", "circle", "rect", "br"}

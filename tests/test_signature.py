@@ -8,7 +8,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 import freebits
 from freebits import CheckpointError
-from freebits.cli import main
+from freebits.cli.main import main
 from tests.tiny import Make, flip
 
 PRIVATE = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())

@@ -13,17 +13,18 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import freebits
-from freebits.architecture import MODEL_TYPES, Architecture
-from freebits.calibration import covariance, perplexity, principal_axes
-from freebits.checkpoint import Checkpoint
+from freebits.api import slice as slice_checkpoint
+from freebits.api.slice import HELD_OUT
+from freebits.calibration.sliced_runner import FoldedRunner
+from freebits.calibration.tokens import drawn_windows, token_windows
 from freebits.errors import CheckpointError, UsageError
-from freebits.huggingface import load, slice_checkpoint, token_windows
-from freebits.huggingface.naming import InMemory
-from freebits.huggingface.runner import FoldedRunner
-from freebits.huggingface.slice_checkpoint import HELD_OUT
-from freebits.huggingface.tokens import drawn_windows
-from freebits.moves import sliced_size
-from freebits.symmetry import random_orthogonal
+from freebits.integrations.loading import load
+from freebits.integrations.naming import InMemory
+from freebits.models.families import MODEL_TYPES
+from freebits.models.table import Architecture
+from freebits.storage.folder import Checkpoint
+from freebits.transforms.orthogonal import random_orthogonal
+from freebits.transforms.slicing import covariance, perplexity, principal_axes, sliced_size
 from tests.tiny import VARIANTS, Make, change_config, random_text
 
 

@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import freebits
-from freebits.calibration import embedded_text
-from freebits.checkpoint import Checkpoint
-from freebits.codes import CODES, bitsback
-from freebits.demo import PROMPT, generate
-from freebits.packed import PackedFolder
+from examples.demo import PROMPT, generate
+from freebits.calibration.tokens import embedded_text
+from freebits.codecs import bits_back as bitsback
+from freebits.codecs.registry import CODES
+from freebits.packed.reader import PackedFolder
 from freebits.packed.recipe import Recipe
+from freebits.storage.folder import Checkpoint
 from tests.conftest import DemoRun
 from tests.tiny import tensors_of
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import freebits  # noqa: F401  (registers the sliced models)
-from freebits.architecture import Architecture, Axis
-from freebits.symmetry import fold_embeddings, fold_head, fold_sublayers, random_orthogonal, rotate
+from freebits.models.table import Architecture, Axis
+from freebits.transforms.folding import fold_embeddings, fold_head, fold_sublayers
+from freebits.transforms.orthogonal import random_orthogonal, rotate
 from tests.tiny import VARIANTS, in_float64, tiny_config, tiny_model
 
 

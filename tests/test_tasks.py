@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import freebits
-from freebits.cli import main
-from freebits.huggingface.loading import load_tokenizer
+from freebits.cli.main import main
+from freebits.integrations.loading import load_tokenizer
 from tests.tiny import Make, random_text
 
 Choices = list[tuple[str, str]]

@@ -21,11 +21,11 @@ from transformers import (
 )
 
 import freebits
-from freebits.checkpoint import Checkpoint
-from freebits.cli import main
+from freebits.cli.main import main
 from freebits.errors import UnsupportedModelError, UsageError
-from freebits.huggingface.uncalibrated import as_matrix
-from freebits.packed import PackedFolder
+from freebits.packed.reader import PackedFolder
+from freebits.quantization.weights_only import as_matrix
+from freebits.storage.folder import Checkpoint
 from tests.model_types import random_text, save_tiny_type
 
 TOKENS = torch.arange(3, 23)[None]

@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 
 import freebits
 from freebits import Parallel
-from freebits.cli import main
-from freebits.codes import canonical_direction
-from freebits.symmetry import PolarForm
-from freebits.work import Work, WorkStore, threads
-from freebits.work.saved import read, save
+from freebits.cli.main import main
+from freebits.codecs.rotation_words import canonical_direction
+from freebits.execution.executor import threads
+from freebits.execution.stored_values import read, save
+from freebits.execution.work_store import Work, WorkStore
+from freebits.transforms.polar import PolarForm
 from tests.tiny import Make, random_text
 
 TEXT = random_text(600)
@@ -173,12 +174,12 @@ def test_finished_pieces_are_not_computed_again(dense: Path, slice_tiny: Make, t
         return canonical_direction(A)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("freebits.moves.diagonal.canonical_direction", counted)
+        patch.setattr("freebits.transforms.diagonal.canonical_direction", counted)
         stop_after(6, patch)
         freebits.pack(sliced, tmp_path / "out", codec="bits-back", parallel=Parallel(jobs=1))
     before = len(made)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("freebits.moves.diagonal.canonical_direction", counted)
+        patch.setattr("freebits.transforms.diagonal.canonical_direction", counted)
         freebits.pack(sliced, tmp_path / "out", codec="bits-back", parallel=Parallel(jobs=1))
     assert before > 0
     assert len(made) == 8  # one a sublayer
@@ -186,8 +187,8 @@ def test_finished_pieces_are_not_computed_again(dense: Path, slice_tiny: Make, t
 
 KILLED = """
 import os, signal, sys
-from freebits.cli import main
-from freebits.work import WorkStore
+from freebits.cli.main import main
+from freebits.execution.work_store import WorkStore
 
 left, put = int(sys.argv[1]), WorkStore.put
 

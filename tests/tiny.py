@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
 
-from freebits.packed import PackedFolder
+from freebits.packed.reader import PackedFolder
 
 Make = Callable[..., Path]
 """What makes a folder: the fixtures `save_tiny`, `slice_tiny` and `pack_tiny`."""

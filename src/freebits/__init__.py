@@ -7,25 +7,25 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from freebits.errors import CheckpointError, FreebitsError, UnsupportedModelError, UsageError
-from freebits.import_hook import register_with_transformers
+from freebits.integrations.import_hook import register_with_transformers
 from freebits.version import __version__
 
 if TYPE_CHECKING:
-    from freebits.compression import compress
-    from freebits.evaluation import evaluate, verify, write_report
-    from freebits.huggingface import (
-        estimate,
-        import_slicegpt,
-        load,
-        lowrank,
-        quantize,
-        recover,
-        rotate_model,
-        slice_model,
-    )
-    from freebits.report import inspect
-    from freebits.verbs import pack, unpack
-    from freebits.work import Parallel
+    from freebits.api.compress import compress
+    from freebits.api.estimate import estimate
+    from freebits.api.import_slicegpt import import_slicegpt
+    from freebits.api.lowrank import lowrank
+    from freebits.api.pack import pack, unpack
+    from freebits.api.quantize import quantize
+    from freebits.api.recover import recover
+    from freebits.api.rotate import rotate_model
+    from freebits.api.slice import slice_model
+    from freebits.evaluation.inspection import inspect
+    from freebits.evaluation.perplexity import evaluate
+    from freebits.evaluation.reporting import write_report
+    from freebits.evaluation.verification import verify
+    from freebits.execution.executor import Parallel
+    from freebits.integrations.loading import load
 
 __all__ = [
     "CheckpointError",
@@ -51,31 +51,31 @@ __all__ = [
     "write_report",
 ]
 
-_VERBS = {
-    "Parallel": "work",
-    "compress": "compression",
-    "estimate": "huggingface",
-    "evaluate": "evaluation",
-    "import_slicegpt": "huggingface",
-    "inspect": "report",
-    "load": "huggingface",
-    "lowrank": "huggingface",
-    "pack": "verbs",
-    "quantize": "huggingface",
-    "recover": "huggingface",
-    "rotate_model": "huggingface",
-    "slice_model": "huggingface",
-    "unpack": "verbs",
-    "verify": "evaluation",
-    "write_report": "evaluation",
+_MODULES = {
+    "Parallel": "execution.executor",
+    "compress": "api.compress",
+    "estimate": "api.estimate",
+    "evaluate": "evaluation.perplexity",
+    "import_slicegpt": "api.import_slicegpt",
+    "inspect": "evaluation.inspection",
+    "load": "integrations.loading",
+    "lowrank": "api.lowrank",
+    "pack": "api.pack",
+    "quantize": "api.quantize",
+    "recover": "api.recover",
+    "rotate_model": "api.rotate",
+    "slice_model": "api.slice",
+    "unpack": "api.pack",
+    "verify": "evaluation.verification",
+    "write_report": "evaluation.reporting",
 }
-"""Function → module that is imported when it is first asked for: PyTorch and transformers take seconds."""
+"""Name → its module, which is imported on first use: importing PyTorch and transformers takes seconds."""
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _VERBS:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_VERBS[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 register_with_transformers()

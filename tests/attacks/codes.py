@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from freebits.codes.zstd import zstd
-from freebits.kind import Kind, bytes_of
+from freebits.codecs.bits import zstd
 from freebits.packed.manifest import digest
+from freebits.types import Kind, bytes_of
 from tests.attacks import attack
 from tests.tiny import redigest
 

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from freebits.cli import main
+from freebits.cli.main import main
 from tests.attacks import load_all
 
 DENSE = {"dense", "sliced", "low rank"}

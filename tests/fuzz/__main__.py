@@ -9,7 +9,7 @@ import sys
 
 import atheris
 
-with atheris.instrument_imports(include=["freebits.packed", "freebits.codes", "freebits.checkpoint", "freebits.kind"]):
+with atheris.instrument_imports(include=["freebits.packed", "freebits.codecs", "freebits.storage", "freebits.types"]):
     from tests.fuzz import spoiling
 
 

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from freebits.checkpoint import parse_header
 from freebits.errors import FreebitsError
-from freebits.kind import Kind
-from freebits.packed import PackedFolder
+from freebits.execution.executor import Parallel
 from freebits.packed.manifest import digest
-from freebits.work import Parallel
+from freebits.packed.reader import PackedFolder
+from freebits.storage.weights import parse_header
+from freebits.types import Kind
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "v1"
 CODECS = ("bits-back", "canonical", "gptq", "integers", "none", "pyramid")

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import freebits
-from freebits.huggingface.sliced_models import SlicedLlamaConfig, SlicedLlamaForCausalLM
-from freebits.packed import PackedFolder
+from freebits.models.sliced import SlicedLlamaConfig, SlicedLlamaForCausalLM
 from freebits.packed.manifest import FORMAT
-from freebits.symmetry import random_orthogonal
+from freebits.packed.reader import PackedFolder
+from freebits.transforms.orthogonal import random_orthogonal
 from tests.tiny import tiny_config
 
 GOLDEN = Path(__file__).parent / f"v{FORMAT}"

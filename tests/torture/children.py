@@ -84,7 +84,7 @@ def command(argv: Sequence[str], log: Path, before: Callable[[], object] | None 
     """A child that runs a command line."""
 
     def run() -> int:
-        from freebits.cli import main
+        from freebits.cli.main import main
 
         if before:
             before()
@@ -101,5 +101,4 @@ def import_everything() -> None:
     """What the verbs import, so that children need not."""
     from transformers import LlamaForCausalLM  # noqa: F401
 
-    import freebits.cli.commands
-    import freebits.huggingface  # noqa: F401
+    import freebits.integrations.auto_classes  # noqa: F401

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import freebits
 from freebits.errors import FreebitsError
-from freebits.packed import PackedFolder
+from freebits.packed.reader import PackedFolder
 from tests.attacks.bases import TEXT
 from tests.tiny import tensors_of, tiny_model, tiny_tokenizer
 from tests.torture.findings import Finding
@@ -91,7 +91,7 @@ def samples(folder: Path, count: int = SAMPLES) -> Finding:
 
 def demo_folder(scratch: Path) -> Path:
     """The demo model, packed."""
-    from freebits.huggingface.demo_model import demo_model
+    from examples.demo_model import demo_model
 
     freebits.pack(demo_model(), scratch / "demo")
     return scratch / "demo"

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from freebits.packed import PackedFolder
+from freebits.packed.reader import PackedFolder
 
 
 def main() -> None:

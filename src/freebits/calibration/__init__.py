@@ -1,7 +1,4 @@
-"""What is known of a model's residual stream: the text that runs through it, and its principal axes."""
+"""Measures how much a model's output depends on each matrix: text, engine, observers and sensitivities.
 
-from freebits.calibration.axes import covariance, principal_axes
-from freebits.calibration.stream import AtSite, Runner, perplexity
-from freebits.calibration.text import embedded_text
-
-__all__ = ["AtSite", "Runner", "covariance", "embedded_text", "perplexity", "principal_axes"]
+Rounding weights according to these measurements belongs in `quantization`.
+"""

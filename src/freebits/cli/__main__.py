@@ -2,6 +2,6 @@
 
 import sys
 
-from freebits.cli import main
+from freebits.cli.main import main
 
 sys.exit(main())

@@ -7,8 +7,16 @@ from pathlib import Path
 import torch
 import transformers
 
-from freebits import demo
-from freebits.checkpoint import CARD, push, url_of
+from examples import demo
+from freebits.api.compress import compress
+from freebits.api.estimate import estimate
+from freebits.api.import_slicegpt import import_slicegpt
+from freebits.api.lowrank import lowrank
+from freebits.api.pack import pack, unpack
+from freebits.api.quantize import quantize
+from freebits.api.recover import recover
+from freebits.api.rotate import rotate_model
+from freebits.api.slice import slice_model
 from freebits.cli.output import (
     Row,
     announce,
@@ -23,13 +31,15 @@ from freebits.cli.output import (
     progress_bar,
 )
 from freebits.cli.parser import build_parser
-from freebits.compression import compress
 from freebits.errors import CheckpointError, UsageError
-from freebits.evaluation import evaluate, verify, write_report
-from freebits.huggingface import estimate, import_slicegpt, lowrank, quantize, recover, rotate_model, slice_model
-from freebits.report import inspect
-from freebits.verbs import pack, unpack
-from freebits.work import Parallel
+from freebits.evaluation.inspection import inspect
+from freebits.evaluation.perplexity import evaluate
+from freebits.evaluation.reporting import write_report
+from freebits.evaluation.verification import verify
+from freebits.execution.executor import Parallel
+from freebits.storage.auxiliary_files import CARD
+from freebits.storage.hub import push
+from freebits.storage.remote import url_of
 
 OK, FAILED = 0, 1
 

@@ -14,9 +14,9 @@ from typing import Any
 from tqdm import tqdm
 
 from freebits.errors import one_line
-from freebits.moves import BIT_EXACT
-from freebits.report import change
-from freebits.work import Progress, silent
+from freebits.evaluation.sizes import change
+from freebits.execution.progress import Progress, silent
+from freebits.transforms.transform import BIT_EXACT
 
 Row = tuple[str, ...]
 

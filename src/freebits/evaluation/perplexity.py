@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from freebits.calibration import embedded_text
-from freebits.calibration import perplexity as perplexity_of
+from freebits.calibration.self_generated import cache_name
+from freebits.calibration.tokens import embedded_text, token_windows
 from freebits.errors import UsageError
-from freebits.huggingface import load, token_windows
-from freebits.huggingface.loading import load_tokenizer
-from freebits.huggingface.own_text import cache_name
-from freebits.huggingface.simulation import Simulation
-from freebits.work import Progress, device_of, silent
+from freebits.evaluation.simulation import Simulation
+from freebits.execution.machine import device_of
+from freebits.execution.progress import Progress, silent
+from freebits.integrations.loading import load, load_tokenizer
+from freebits.transforms.slicing import perplexity as perplexity_of
 
 WINDOW = 512
 

@@ -11,17 +11,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from freebits.calibration import embedded_text
-from freebits.checkpoint import Checkpoint, View, located
+from freebits.calibration.tokens import embedded_text, token_windows
 from freebits.errors import CheckpointError
+from freebits.evaluation.charts import check_charts
+from freebits.evaluation.inspection import inspect
+from freebits.evaluation.page import page
 from freebits.evaluation.perplexity import WINDOW
+from freebits.evaluation.sizes import bits_by_tensor, bytes_on_disk
 from freebits.evaluation.verification import WINDOWS, compared
-from freebits.huggingface import token_windows
-from freebits.kind import FLOATS, Kind
+from freebits.execution.progress import Progress, silent
 from freebits.options import METHODS, NONE
-from freebits.packed import history_of
-from freebits.report import bits_by_tensor, bytes_on_disk, check_charts, inspect, opened, page
-from freebits.work import Progress, silent
+from freebits.packed.packing import history_of
+from freebits.packed.reader import opened
+from freebits.storage.folder import Checkpoint, View
+from freebits.storage.hub import located
+from freebits.types import FLOATS, Kind
 
 COARSE = (8, 4)
 """Bits of the models beside which this one is shown."""

@@ -18,7 +18,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from freebits.errors import CheckpointError, UsageError
-from freebits.work import Progress, silent
+from freebits.execution.progress import Progress, silent
 
 BATCH = 16
 METRICS = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")

@@ -10,17 +10,22 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
-from freebits.architecture import Part, Role, Weight, unproven_settings
-from freebits.calibration import embedded_text, perplexity
-from freebits.checkpoint import Checkpoint, Source, check_signature, is_adapter, located
+from freebits.calibration.streamed import window_logits
+from freebits.calibration.tokens import embedded_text, token_windows
 from freebits.errors import CheckpointError, UsageError
 from freebits.evaluation.perplexity import WINDOW, loss
-from freebits.huggingface import token_windows, window_logits
-from freebits.kind import bytes_of
-from freebits.moves import BIT_EXACT, FUNCTION_PRESERVING, LOSSY, free_pairs
-from freebits.packed import HISTORY, PackedFolder, history_of
-from freebits.report import opened
-from freebits.work import Progress, silent
+from freebits.execution.progress import Progress, silent
+from freebits.models.pairs import unproven_settings
+from freebits.models.table import Part, Role, Weight
+from freebits.packed.packing import HISTORY, history_of
+from freebits.packed.reader import PackedFolder, opened
+from freebits.storage.folder import Checkpoint, Source, is_adapter
+from freebits.storage.hub import located
+from freebits.storage.signature import check_signature
+from freebits.transforms.paired import free_pairs
+from freebits.transforms.slicing import perplexity
+from freebits.transforms.transform import BIT_EXACT, FUNCTION_PRESERVING, LOSSY
+from freebits.types import bytes_of
 
 TOLERANCES = {FUNCTION_PRESERVING: (0.01, 1.01), LOSSY: (1.0, 1.5)}
 """Fidelity of the moves between two models → largest mean KL, in nats per token, and largest ratio of perplexities."""

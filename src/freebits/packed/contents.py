@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from freebits.checkpoint import CheckpointWriter
-from freebits.kind import Kind, bytes_of
 from freebits.packed.manifest import digest
 from freebits.packed.piece import Piece
 from freebits.packed.recipe import Recipe
+from freebits.storage.writer import CheckpointWriter
+from freebits.types import Kind, bytes_of
 
 STEM = "packed"
 """With which the weights files' names begin: not `model`, so that nothing takes them for a model's as they are."""

@@ -9,10 +9,10 @@ from typing import Any
 
 import xxhash
 
-from freebits.checkpoint import ADAPTER, CONFIG, GGUF, read_json, read_text
 from freebits.errors import CheckpointError
-from freebits.kind import Bytes, Kind
 from freebits.packed.recipe import Recipe
+from freebits.storage.folder import ADAPTER, CONFIG, GGUF, read_json, read_text
+from freebits.types import Bytes, Kind
 from freebits.version import __version__
 
 FORMAT = 1

@@ -4,24 +4,17 @@ from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 
-from freebits.checkpoint import (
-    Checkpoint,
-    CheckpointWriter,
-    Entry,
-    GgufFile,
-    WeightsFile,
-    config_name,
-    opened_weights,
-    read_json,
-    read_text,
-    shard_bytes,
-    stays_inside,
-)
-from freebits.codes import CODES
-from freebits.codes.columns import fields_of
+from freebits.codecs.columns import fields_of
+from freebits.codecs.registry import CODES
+from freebits.execution.progress import Progress
+from freebits.execution.work_store import Work
 from freebits.packed.contents import STEM, Contents, announced, digests_of
 from freebits.packed.piece import Piece, encoded, staged
-from freebits.work import Progress, Work
+from freebits.storage.auxiliary_files import stays_inside
+from freebits.storage.folder import Checkpoint, config_name, opened_weights, read_json, read_text
+from freebits.storage.gguf import GgufFile
+from freebits.storage.weights import Entry, WeightsFile
+from freebits.storage.writer import CheckpointWriter, shard_bytes
 
 
 def pack_files(source: Checkpoint, directory: Path, stage: str | None, work: Work, progress: Progress) -> Contents:

@@ -7,16 +7,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from freebits.architecture import SLICED_PREFIX, Architecture, Layout, Part, Role, Weight
-from freebits.checkpoint import Checkpoint, CheckpointWriter, Source, is_adapter, shard_bytes
 from freebits.errors import CheckpointError
-from freebits.kind import FLOATS, Kind
-from freebits.moves import Expanded, Placed, Turn, free_pairs, moved_parts
+from freebits.execution.progress import Progress
+from freebits.execution.work_store import Work
+from freebits.models.families import SLICED_PREFIX
+from freebits.models.layout import Layout
+from freebits.models.table import Architecture, Part, Role, Weight
 from freebits.options import CANONICAL, NONE
 from freebits.packed.contents import STEM, Contents, announced, digests_of
 from freebits.packed.piece import Piece, staged
 from freebits.packed.presets import Preset, canonical
-from freebits.work import Progress, Work
+from freebits.storage.folder import Checkpoint, Source, is_adapter
+from freebits.storage.writer import CheckpointWriter, shard_bytes
+from freebits.transforms.expanded import Expanded
+from freebits.transforms.paired import Placed, free_pairs
+from freebits.transforms.transform import Turn, moved_parts
+from freebits.types import FLOATS, Kind
 
 MovedPart = tuple[Part, Turn, Callable[[], dict[str, Tensor]]]
 

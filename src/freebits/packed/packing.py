@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from freebits.checkpoint import CONFIG, Checkpoint, auto_map, carry_over, write_json, write_remote_code
-from freebits.moves import BIT_EXACT, FUNCTION_PRESERVING, Expanded
+from freebits.execution.progress import Progress
+from freebits.execution.work_store import Work
 from freebits.options import NONE
 from freebits.packed.contents import STEM, Contents
 from freebits.packed.manifest import FORMAT, Manifest, digest_of_file
@@ -14,8 +14,11 @@ from freebits.packed.pack_parts import pack_parts
 from freebits.packed.presets import Preset
 from freebits.packed.reader import MODEL, PackedFolder
 from freebits.packed.recipe import made_of
+from freebits.storage.auxiliary_files import auto_map, carry_over, write_remote_code
+from freebits.storage.folder import CONFIG, Checkpoint, write_json
+from freebits.transforms.expanded import Expanded
+from freebits.transforms.transform import BIT_EXACT, FUNCTION_PRESERVING
 from freebits.version import __version__
-from freebits.work import Progress, Work
 
 HISTORY = "freebits"
 """Key in a sliced model's `config.json` under which its history stands."""
@@ -25,7 +28,7 @@ CLASSES = {
     "AutoModel": "PackedModel",
     "AutoModelForCausalLM": "PackedForCausalLM",
 }
-CLASSES_IN = "freebits.huggingface.packed_models"
+CLASSES_IN = "freebits.integrations.packed_models"
 
 
 def pack_into(

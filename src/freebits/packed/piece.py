@@ -6,12 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from freebits.codes import CODES, Code, Declined
+from freebits.codecs.code import Code, Declined
+from freebits.codecs.registry import CODES
 from freebits.errors import UsageError
-from freebits.kind import Kind
+from freebits.execution.stored_values import kept
 from freebits.options import ENTROPIES
 from freebits.packed.recipe import Recipe
-from freebits.work import kept
+from freebits.types import Kind
 
 kept(Kind)
 kept(Recipe)
@@ -84,7 +85,7 @@ def staged(piece: Piece, code: str | None, taken: Collection[str] = ()) -> Piece
 
     Args:
         piece: what is stored so far.
-        code: of `freebits.codes.CODES`, or None for no such stage.
+        code: of `freebits.codecs.registry.CODES`, or None for no such stage.
         taken: names that what is stored may not have.
     """
     if code is None:

@@ -10,15 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freebits.architecture import Architecture, Layout, Part
-from freebits.codes import CODES, BitsBack, Code, Declined, Pivots
-from freebits.codes.bitsback import THRESHOLD
+from freebits.codecs.bits_back import THRESHOLD, BitsBack
+from freebits.codecs.code import Code, Declined
+from freebits.codecs.pivots import Pivots
+from freebits.codecs.registry import CODES
 from freebits.errors import UsageError
-from freebits.kind import CPU, FLOATS, HALVES, Kind
-from freebits.moves import Canonical, Diagonal, Move, Pairs, Placed, Turn, free_pairs
+from freebits.models.layout import Layout
+from freebits.models.table import Architecture, Part
 from freebits.options import BITS_BACK, CANONICAL, CODECS, NONE
 from freebits.packed.piece import Piece, encoded, plain
 from freebits.packed.recipe import Recipe
+from freebits.transforms.canonical import Canonical
+from freebits.transforms.diagonal import Diagonal
+from freebits.transforms.paired import Pairs, Placed, free_pairs
+from freebits.transforms.transform import Move, Turn
+from freebits.types import CPU, FLOATS, HALVES, Kind
 
 PIVOTS = "pivots"
 
@@ -30,7 +36,7 @@ class Group:
     Attributes:
         site: whose rotation makes them redundant.
         name: where that went: a sublayer, or for site 0 the layer that reads it.
-        code: a key of `freebits.codes.CODES`; empty where none takes them, for a `reason`.
+        code: a key of `freebits.codecs.registry.CODES`; empty where none takes them, for a `reason`.
         tensors: their names, in the code's order.
         label: begins the names of what is stored.
         params: parameters to plan sizes with, before encoding.

@@ -8,16 +8,19 @@ from typing import Any
 
 from torch import Tensor
 
-from freebits.architecture import SLICED_PREFIX, Architecture, Layout
-from freebits.checkpoint import ADAPTER, CONFIG, GGUF, Entry, WeightsFile, existing_folder, parse_header, read_json
-from freebits.codes import CODES, Integers
-from freebits.codes.integers import Stepped
+from freebits.codecs.integers import Integers, Stepped
+from freebits.codecs.registry import CODES
 from freebits.errors import CheckpointError
-from freebits.kind import Kind
+from freebits.execution.executor import Parallel
 from freebits.limits import check_expansion
-from freebits.packed.manifest import Manifest, digest
+from freebits.models.families import SLICED_PREFIX
+from freebits.models.layout import Layout
+from freebits.models.table import Architecture
+from freebits.packed.manifest import Manifest, digest, is_packed
 from freebits.packed.recipe import Recipe, made_of
-from freebits.work import Parallel
+from freebits.storage.folder import ADAPTER, CONFIG, GGUF, Checkpoint, existing_folder, read_json
+from freebits.storage.weights import Entry, WeightsFile, parse_header
+from freebits.types import Kind
 
 MODEL = "model"
 """Key of the packed `config.json` under which the model's own config stands."""
@@ -209,3 +212,12 @@ class PackedFolder:
 
     def _damaged(self, finding: str) -> CheckpointError:
         return CheckpointError(f"{self.path} is damaged: {finding}; download it again")
+
+
+def opened(path: str | os.PathLike[str]) -> Checkpoint | PackedFolder:
+    """The checkpoint in a folder, packed or not.
+
+    Raises:
+        CheckpointError: the folder is no sound checkpoint.
+    """
+    return PackedFolder(path) if is_packed(path) else Checkpoint(path)

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from freebits.codes import CODES
-from freebits.kind import Kind
+from freebits.codecs.registry import CODES
 from freebits.limits import RECIPE_STEPS, check_expansion
+from freebits.types import Kind
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class Recipe:
     """One step of decoding.
 
     Attributes:
-        code: a key of `freebits.codes.CODES`.
+        code: a key of `freebits.codecs.registry.CODES`.
         takes: the code's part → the tensor it takes, stored or made by a recipe before.
         makes: the tensors that it makes, in the code's order.
         params: what the code needs besides.

@@ -5,13 +5,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from freebits.checkpoint import CheckpointWriter
-from freebits.codes import Integers
-from freebits.kind import Kind
+from freebits.codecs.integers import Integers
 from freebits.packed.contents import STEM, Contents, announced, digests_of
 from freebits.packed.piece import Piece, plain, stage, staged
 from freebits.packed.reader import PackedFolder
 from freebits.packed.recipe import Recipe
+from freebits.storage.writer import CheckpointWriter
+from freebits.types import Kind
 
 
 def retouch(

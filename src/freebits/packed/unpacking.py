@@ -3,29 +3,21 @@
 from pathlib import Path
 from typing import Any
 
-from freebits.architecture import MODEL_TYPES, SLICED_PREFIX, Architecture, transformers_type
-from freebits.checkpoint import (
-    ADAPTER,
-    CONFIG,
-    GGUF,
-    LENGTH,
-    CheckpointWriter,
-    auto_map,
-    carry_over,
-    is_adapter,
-    restore_card,
-    stem_of,
-    write_config,
-    write_remote_code,
-)
-from freebits.kind import bytes_of
-from freebits.moves import Expanded
+from freebits.execution.executor import Parallel
+from freebits.execution.progress import Progress
+from freebits.models.families import MODEL_TYPES, SLICED_PREFIX, transformers_type
+from freebits.models.table import Architecture
 from freebits.packed.packing import HISTORY
 from freebits.packed.reader import PackedFolder
-from freebits.work import Parallel, Progress
+from freebits.storage.auxiliary_files import auto_map, carry_over, restore_card, write_config, write_remote_code
+from freebits.storage.folder import ADAPTER, CONFIG, GGUF, is_adapter, stem_of
+from freebits.storage.weights import LENGTH
+from freebits.storage.writer import CheckpointWriter
+from freebits.transforms.expanded import Expanded
+from freebits.types import bytes_of
 
-SLICED_IN = "freebits.huggingface.sliced_models"
-LOW_RANK_IN = "freebits.huggingface.low_rank_models"
+SLICED_IN = "freebits.models.sliced"
+LOW_RANK_IN = "freebits.models.low_rank"
 """The modules that have the classes of sliced models, and of those with layers of low rank."""
 
 

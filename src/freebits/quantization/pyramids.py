@@ -7,8 +7,8 @@ the best for the roots of such numbers. Measured at 3.6 bits in all: of 3 to 6 b
 import torch
 from torch import Tensor
 
-from freebits.codes import enumeration
-from freebits.quantization.feedback import feedback
+from freebits.codecs import enumeration
+from freebits.quantization.error_compensation import feedback
 
 SCALE_BITS = 3
 _ROUNDS = 30
@@ -29,7 +29,7 @@ def pulses(size: int, bits: float) -> int:
 
 
 def pyramids(W: Tensor, U: Tensor, bits: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A matrix (n, m) as points, scales, norms and levels; see `freebits.codes.Pyramid`.
+    """A matrix (n, m) as points, scales, norms and levels; see `freebits.codecs.pyramid.Pyramid`.
 
     Args:
         W: the matrix.

@@ -1,9 +1,4 @@
-"""Checkpoints whose weights are quantized already, by the formats in which others publish them, read as floats.
+"""Reads checkpoints that other tools have quantized (FP8, MXFP4, NVFP4, INT4, GPTQ, AWQ) as floats.
 
-A format is a class that says how it recognizes a matrix and how it reads it, and one line in `FORMATS`. What freebits
-itself writes is in `freebits.codes`.
+A new input format takes one class, and one line in `source.FORMATS`. What freebits writes itself is in `codecs`.
 """
-
-from freebits.quantized_inputs.source import FORMATS, Dequantized, is_quantized, readable
-
-__all__ = ["FORMATS", "Dequantized", "is_quantized", "readable"]

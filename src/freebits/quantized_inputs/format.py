@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from freebits.kind import Kind
+from freebits.types import Kind
 
 Settings = Mapping[str, Any]
 """The `quantization_config` of a checkpoint."""

@@ -5,8 +5,8 @@ from functools import partial
 
 from torch import Tensor
 
-from freebits.kind import Kind
 from freebits.quantized_inputs.format import Settings, Stored, fp4, powers, spread
+from freebits.types import Kind
 
 _BLOCKS = "_blocks"
 _PACKED = "_packed"

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from freebits.errors import UnsupportedModelError
-from freebits.kind import Kind
 from freebits.quantized_inputs.format import Settings, Stored, beside, spread, unpacked
+from freebits.types import Kind
 
 _BITS = (2, 4, 8)
 

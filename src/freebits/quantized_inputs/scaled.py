@@ -5,8 +5,8 @@ from functools import partial
 
 from torch import Tensor
 
-from freebits.kind import Kind
 from freebits.quantized_inputs.format import Settings, Stored, beside, fp4, powers, spread
+from freebits.types import Kind
 
 _CODES = ("F8_E4M3", "F8_E5M2", "I8")
 _MX_BLOCK = 32

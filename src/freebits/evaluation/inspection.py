@@ -1,0 +1,64 @@
+"""Say what a checkpoint folder holds and how large it is."""
+
+import os
+from typing import Any
+
+from freebits.errors import CheckpointError, UnsupportedModelError
+from freebits.evaluation.sizes import bytes_on_disk, dense_bytes, groups, side_bytes
+from freebits.models.table import Architecture
+from freebits.packed.manifest import sizes_before
+from freebits.packed.packing import history_of
+from freebits.packed.reader import PackedFolder, opened
+from freebits.storage.folder import is_adapter
+from freebits.storage.hub import located
+
+
+def known_sizes(path: str | os.PathLike[str]) -> dict[str, int]:
+    """Bytes on disk, as `inspect` says them, as far as it does."""
+    return {key: n for key, n in inspect(path)["bytes"].items() if n is not None}
+
+
+def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a folder holds, a model (dense, sliced or packed) or an adapter: bytes on disk, sites, how it was made.
+
+    Args:
+        path: folder of a checkpoint.
+
+    Returns:
+        `kind`, `codec`, `entropy`, `bytes` {`dense`, `dense_untied`, `sliced`, `packed`, `corrections`}, `sites`,
+        `history`; `groups`, bytes on disk by what they are for, which add up to all; `parameters` of the model as it
+        runs.
+        A size that the folder does not tell is None. `dense` is the file the model was made from, `dense_untied`
+        the same with a head of its own, as the paper counts.
+
+    Raises:
+        CheckpointError: the folder is no sound checkpoint. Headers are read, not the tensors: see `verify`.
+    """
+    folder = opened(located(path))
+    sizes: dict[str, int | None] = dict.fromkeys(("dense", "dense_untied", "sliced", "packed", "corrections"))
+    facts: dict[str, Any] = {"kind": "dense", "codec": None, "entropy": None, "bytes": sizes, "sites": []}
+    facts["groups"] = groups(folder)
+    facts["history"] = history_of(folder.config)
+    kinds = folder.kinds
+    if isinstance(folder, PackedFolder):
+        manifest, kinds = folder.manifest, folder.model_kinds
+        facts |= {"kind": "packed", "codec": manifest.codec, "entropy": manifest.entropy}
+        facts |= {"sites": manifest.notes, "history": manifest.history}
+        before = sizes_before(manifest.history)
+        sizes |= {key: before.get(key) for key in ("dense", "dense_untied", "sliced")}
+        sizes |= {"packed": bytes_on_disk(folder), "corrections": side_bytes(folder, "corrections")}
+    elif "site_sizes" in folder.config:
+        before = sizes_before(facts["history"])
+        sizes |= {key: before.get(key) for key in ("dense", "dense_untied")}
+        sizes["sliced"] = bytes_on_disk(folder)
+        facts["kind"] = "sliced"
+    elif is_adapter(folder.config):
+        facts["kind"] = "adapter"
+        sizes["dense"] = bytes_on_disk(folder)
+    else:
+        try:
+            sizes |= dense_bytes(folder, Architecture.of(folder.config, len(kinds)))
+        except (UnsupportedModelError, CheckpointError):  # whatever it is, this is its size
+            sizes["dense"] = bytes_on_disk(folder)
+    facts["parameters"] = sum(kind.numel for kind in kinds.values())
+    return facts

@@ -1,0 +1,6 @@
+"""Registers the configs and models of freebits with transformers' Auto classes; importing this module does it."""
+
+from freebits.integrations import packed_models
+from freebits.models import low_rank, sliced
+
+__all__ = ["low_rank", "packed_models", "sliced"]

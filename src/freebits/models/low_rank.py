@@ -1,0 +1,95 @@
+"""Models some of whose linear layers are two thin ones, as reduced-order modelling makes them, in transformers.
+
+For each family a configuration and a model class are derived from the library's: `low_ranks` names the layers, with
+their ranks. A sliced model with the same key has such layers, too.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers import PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from freebits.codecs.pivots import identity_columns
+from freebits.models.families import LOW_RANKS, MODEL_TYPES
+from freebits.models.registration import OwnModel, derive
+
+
+class LowRankLinear(nn.Module):
+    """`x ↦ (x Dᵀ) Uᵀ + b`: `down.weight` is `D: (rank, inputs)`, `up.weight` is `U: (outputs, rank)`."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int, *, bias: bool) -> None:
+        super().__init__()
+        self.in_features, self.out_features = inputs, outputs
+        self.down: Any = nn.Linear(inputs, rank, bias=False)
+        self.up = nn.Linear(rank, outputs, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Through the narrow space."""
+        result: Tensor = self.up(self.down(x))
+        return result
+
+
+def split_layers(model: nn.Module, config: PreTrainedConfig) -> None:
+    """Put two thin layers in the place of each that the config names."""
+    for name, rank in (getattr(config, LOW_RANKS, None) or {}).items():
+        layer: Any = model.get_submodule(name)
+        outputs, inputs = layer.weight.shape[::-1] if isinstance(layer, Conv1D) else layer.weight.shape
+        thin = LowRankLinear(inputs, outputs, rank, bias=layer.bias is not None)
+        model.set_submodule(name, thin.to(layer.weight.device, layer.weight.dtype))
+
+
+class LowRankModel(OwnModel):
+    """What a model with such layers adds to the library's class."""
+
+    make_ours = staticmethod(split_layers)
+
+
+_ABOUT = f"with layers of low rank: `{LOW_RANKS}` has their ranks."
+_CLASSES: dict[str, type] = {}
+for _family in MODEL_TYPES.values():
+    _types = _family.low_rank_model_type, _family.low_rank_classes
+    _CLASSES |= derive(_family, LowRankModel, *_types, _ABOUT)
+
+
+def __getattr__(name: str) -> Any:
+    """The derived classes, by name: `LowRankLlamaConfig`, `LowRankLlamaForCausalLM` and so on."""
+    if name not in _CLASSES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _CLASSES[name]
+
+
+class PivotedLinear(nn.Module):
+    """`y = x[pivots] + x[others] Tᵀ` for a matrix `(r, n_in)` with the identity among its columns: `r²` numbers less.
+
+    Args:
+        weight: the matrix.
+        pivots: (r,), which columns are the identity's, in its order.
+    """
+
+    pivots: Tensor
+    others: Tensor
+
+    def __init__(self, weight: Tensor, pivots: Tensor) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        others = torch.ones(self.in_features, dtype=torch.bool, device=weight.device)
+        others[pivots] = False
+        self.register_buffer("pivots", pivots)
+        self.register_buffer("others", others.nonzero().flatten())
+        self.rest = nn.Parameter(weight[:, others].contiguous(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, n_in) to (…, r)."""
+        return linear(x[..., self.others], self.rest) + x[..., self.pivots]
+
+
+def with_pivots(model: Any) -> Any:
+    """A loaded model, the first matrix of its layers of low rank replaced where it has pivots."""
+    for layer in [module for module in model.modules() if isinstance(module, LowRankLinear)]:
+        columns = identity_columns(layer.down.weight.detach()) if isinstance(layer.down, nn.Linear) else None
+        if columns is not None:
+            layer.down = PivotedLinear(layer.down.weight.detach(), columns)
+    return model

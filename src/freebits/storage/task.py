@@ -1,0 +1,84 @@
+"""Commands that resume: a staging directory records which command began it."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from freebits.errors import CheckpointError
+from freebits.execution.work_store import WorkStore
+from freebits.version import __version__
+
+UNFINISHED = ".unfinished"
+"""The folder of finished pieces in a staging directory."""
+_TASK = "task.json"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A command that can be stopped and resumed.
+
+    Attributes:
+        command: its name.
+        source: the folder that it reads.
+        arguments: everything else that the result depends on.
+        resume: whether to use the pieces that a stopped run finished.
+    """
+
+    command: str
+    source: Path
+    arguments: Mapping[str, Any]
+    resume: bool = True
+
+    @property
+    def facts(self) -> str:
+        """Command, source and software versions as JSON. A run resumes another one only if these are equal."""
+        states = _states(self.source)
+        versions = {"freebits": __version__, "torch": torch.__version__}
+        facts = {"command": self.command, "arguments": dict(self.arguments), "source": states, **versions}
+        return json.dumps(facts, indent=2, sort_keys=True, default=str)
+
+    def began(self, staging: Path) -> bool:
+        """Whether this task began a staging directory."""
+        path = staging / UNFINISHED / _TASK
+        return path.is_file() and path.read_text(encoding="utf-8") == self.facts
+
+    def store(self, staging: Path) -> WorkStore:
+        """The store of finished pieces in a staging directory."""
+        store = WorkStore(staging / UNFINISHED)
+        if not self.began(staging):
+            (staging / UNFINISHED / _TASK).write_text(self.facts, encoding="utf-8")
+        return store
+
+
+@contextmanager
+def unchanged(source: Path) -> Iterator[None]:
+    """Require that a folder stays the same while the block runs.
+
+    Raises:
+        CheckpointError: a file was changed, added or removed.
+    """
+    before = _states(source)
+    yield
+    try:
+        after = _states(source)
+    except FileNotFoundError:
+        after = []
+    if after != before:
+        raise CheckpointError(f"{source} was changed while it was read: try again when nothing writes to it")
+
+
+def _states(source: Path) -> list[tuple[str, int, int]]:
+    """Name, size and modification time of each file of a model."""
+    files = sorted(file for file in source.glob("*") if file.suffix in (".json", ".safetensors") and file.is_file())
+    return [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
+
+
+def text_digest(text: str | None) -> str | None:
+    """The digest of a text that is an argument; None if there is none."""
+    return None if text is None else sha256(text.encode()).hexdigest()

@@ -1,0 +1,79 @@
+"""Write weights, a tensor at a time, in as many files as it takes."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from freebits.storage.folder import STEMS, WEIGHTS, Checkpoint, index_of, write_json
+from freebits.storage.weights import WeightsWriter
+from freebits.types import Bytes, Kind, bytes_of
+
+
+def shard_bytes(source: Checkpoint) -> int | None:
+    """How large the largest file of a sharded checkpoint is, tensors alone; None where it is one file."""
+    return max(file.n_bytes for file in source.weights.values()) if len(source.weights) > 1 else None
+
+
+class CheckpointWriter:
+    """Stream tensors into safetensors files, a new one when the next tensor would pass `shard_bytes`.
+
+    Args:
+        directory: where to write.
+        announced: every tensor that may come, by its name and a shape that is no shorter to write.
+        shard_bytes: see above; None makes one file.
+        stem: with which the names of the files begin.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        announced: Mapping[str, tuple[int, ...]],
+        shard_bytes: int | None = None,
+        stem: str = WEIGHTS,
+    ) -> None:
+        self._directory = directory
+        self._announced = announced
+        self._shard_bytes = shard_bytes
+        self._stem = stem
+        self._shards: list[WeightsWriter] = []
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Append one tensor."""
+        self.write_bytes(name, Kind.of(tensor), bytes_of(tensor))
+
+    def write_bytes(self, name: str, kind: Kind, data: Bytes) -> None:
+        """Append one tensor, given its bytes."""
+        full = self._shards and self._shard_bytes and self._shards[-1].size + kind.n_bytes > self._shard_bytes
+        if full or not self._shards:
+            self._next_shard()
+        self._shards[-1].write(name, kind, data)
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is None:
+            if not self._shards:  # a file without tensors is a file
+                self._next_shard()
+            self._shards[-1].close()
+            self._name_shards()
+        elif self._shards:
+            self._shards[-1].__exit__(kind, *error)
+
+    def _next_shard(self) -> None:
+        if self._shards:
+            self._shards[-1].close()
+        self._shards.append(WeightsWriter(self._directory / f"{len(self._shards)}.part", self._announced))
+
+    def _name_shards(self) -> None:
+        files = [f"{self._stem}-{number:05}-of-{len(self._shards):05}" for number in range(1, len(self._shards) + 1)]
+        files = [f"{file}.safetensors" for file in (files if len(files) > 1 else [self._stem])]
+        for shard, file in zip(self._shards, files, strict=True):
+            shard.path.rename(self._directory / file)
+        if len(files) > 1 and self._stem in STEMS:
+            weight_map = {name: file for shard, file in zip(self._shards, files, strict=True) for name in shard.header}
+            total = sum(shard.size for shard in self._shards)
+            write_json(
+                self._directory / index_of(self._stem), {"metadata": {"total_size": total}, "weight_map": weight_map}
+            )

@@ -1,0 +1,54 @@
+"""Rotate tensors along their residual axes (paper, Remark 3.1).
+
+In the layout `(d_out, d_in)` of `nn.Linear`, a producer `W ← Qᵀ W` and a consumer `W ← W Q` are the same
+operation: contract the residual axis with `Q`. So are slicing (`Q` with fewer columns) and the making of a
+shortcut, which is an identity rotated at both of its ends.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from freebits.models.table import Axis
+
+_ROWS = 8192
+
+
+def rotate(
+    tensor: Tensor,
+    axes: tuple[Axis, ...],
+    rotations: Mapping[int, Tensor],
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """`tensor` with each residual axis multiplied by the rotation of its site.
+
+    The arithmetic is float64; a large tensor is converted a few rows at a time.
+
+    Args:
+        tensor: any shape, any float dtype.
+        axes: its residual axes.
+        rotations: site → `Q: (d, d')`, float64; a site without entry is left alone.
+        dtype: of the result, rounded once.
+    """
+    rotated = [axis for axis in axes if axis.site in rotations]
+    for axis in rotated[:-1]:
+        tensor = _contract(tensor, axis.dim, rotations[axis.site], torch.float64)
+    for axis in rotated[-1:]:
+        tensor = _contract(tensor, axis.dim, rotations[axis.site], dtype)
+    return tensor.to(dtype)
+
+
+def _contract(tensor: Tensor, dim: int, Q: Tensor, dtype: torch.dtype) -> Tensor:
+    if tensor.ndim == 2 and dim == 0:  # without transposing
+        return torch.cat([(Q.T @ chunk.double()).to(dtype) for chunk in tensor.split(_ROWS, dim=1)], dim=1)
+    rows = tensor.movedim(dim, -1).reshape(-1, len(Q))
+    product = torch.cat([(chunk.double() @ Q).to(dtype) for chunk in rows.split(_ROWS)])
+    kept = [size for index, size in enumerate(tensor.shape) if index != dim]
+    return product.reshape(*kept, Q.shape[1]).movedim(-1, dim)
+
+
+def random_orthogonal(size: int, generator: torch.Generator) -> Tensor:
+    """A Haar-distributed orthogonal matrix, `(size, size)`, float64 (Stewart 1980, by QR)."""
+    Q, R = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+    return Q * R.diagonal().sign()
