@@ -81,8 +81,8 @@ def equal_bytes(scratch: Path) -> list[tuple[object, ...]]:
 
 def estimated_bytes(width: int, hidden_size: int) -> int:
     """Of the canonical form in 16-bit words, without headers, ranks taken full."""
-    n_words: int = freebits.estimate(demo_model(), 1 - width / hidden_size)["params"]["canonical"]
-    return 2 * n_words
+    n_values: int = freebits.estimate(demo_model(), 1 - width / hidden_size)["params"]["canonical"]
+    return 2 * n_values
 
 
 def packed_at(width: int, codec: str, hidden_size: int, scratch: Path) -> tuple[Path, int]:

@@ -1,9 +1,9 @@
 """Perplexity with simulated activations and KV cache (QuaRot's setting), rotated and not. About twelve minutes.
 
-    python -m benchmarks.coarse DATA [QUANTISED]
+    python -m benchmarks.coarse DATA [QUANTIZED]
 
 DATA has wikitext-2-raw/wiki.valid.raw: its first 6 windows of 1024 tokens. The model is the off-grid demo model, and,
-if given, a folder that was quantised from it to 4 bits.
+if given, a folder that was quantized from it to 4 bits.
 """
 
 import sys

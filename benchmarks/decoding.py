@@ -1,4 +1,4 @@
-"""How fast quantised matrices are decoded, and with how much memory. Two minutes.
+"""How fast quantized matrices are decoded, and with how much memory. Two minutes.
 
     python -m benchmarks.decoding
 
@@ -23,7 +23,7 @@ from freebits.packed.piece import Piece
 from freebits.packed.reader import PackedFolder
 from freebits.packed.recipe import Recipe
 from freebits.storage.writer import CheckpointWriter
-from freebits.types import Kind
+from freebits.types import TensorSpec
 
 SHAPES = {"q_proj": (4096, 4096), "k_proj": (4096, 4096), "v_proj": (4096, 4096), "o_proj": (4096, 4096)} | {
     "gate_proj": (11008, 4096),
@@ -45,10 +45,10 @@ def write(directory: Path) -> None:
             rows, columns = SHAPES[name.split(".")[1]]
             integers = (torch.randn(rows, columns, generator=generator) * 2.7).round().int()
             steps = (torch.zeros(size, dtype=torch.int16) for size in (rows, columns))
-            makes = {name: Kind("BF16", (rows, columns))}
+            makes = {name: TensorSpec("BF16", (rows, columns))}
             coded = CODES["integers"].encode([integers, *steps], list(makes.values()))
             message = coded.parts["message"]
-            stored = {f"{name}.message": (Kind.of(message), message)}
+            stored = {f"{name}.message": (TensorSpec.of(message), message)}
             piece = Piece(stored, (Recipe("integers", {"message": f"{name}.message"}, makes, coded.params),))
             contents.write(writer, piece, digests_of(piece))
     source = PackedFolder.__new__(PackedFolder)

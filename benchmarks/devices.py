@@ -95,7 +95,7 @@ def alike(scratch: Path, device: str) -> list[tuple[object, ...]]:
 
 
 def quantizing(method: str, calibrated: dict[str, Any]) -> Verb:
-    """Quantise by a method."""
+    """Quantize by a method."""
     return lambda source, out, device: freebits.quantize(
         source, out, bits=4, method=method, device=device, **calibrated
     )

@@ -56,7 +56,7 @@ def freebits_() -> Coder:
 
 def zipnn() -> Coder:
     """ZipNN, which writes into what it reads: it gets a copy."""
-    coders = {code: import_module("zipnn").ZipNN(bytearray_dtype=kind, threads=1) for code, kind in KINDS.items()}
+    coders = {code: import_module("zipnn").ZipNN(bytearray_dtype=spec, threads=1) for code, spec in KINDS.items()}
     return Coder(
         lambda data, code: coders[code].compress(data),
         lambda coded, code, _: coders[code].decompress(coded),
@@ -176,13 +176,13 @@ def main() -> None:
     rows: list[tuple[object, ...]] = []
     with tempfile.TemporaryDirectory() as directory:
         for dtype in (torch.float16, torch.bfloat16):
-            kind = KINDS[CODES[dtype]]
-            sliced, canonical = Path(directory) / f"sliced {kind}", Path(directory) / f"canonical {kind}"
+            spec = KINDS[CODES[dtype]]
+            sliced, canonical = Path(directory) / f"sliced {spec}", Path(directory) / f"canonical {spec}"
             freebits.slice_model(
                 demo_model(), sliced, sparsity=0.2, calibration=embedded_text()[0], dtype=dtype, samples=32
             )
             freebits.pack(sliced, canonical, entropy="none")
-            rows += race(f"20%, {kind}, sliced", sliced) + race(f"20%, {kind}, canonical", canonical)
+            rows += race(f"20%, {spec}, sliced", sliced) + race(f"20%, {spec}, canonical", canonical)
         rows += race("dense (was 4 bits), float16", demo_model())
     save_csv("entropy", HEADER, rows)
     print_table(HEADER, rows)

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 import freebits
+from benchmarks.families_page import families_page
 from benchmarks.results import print_table, save_csv
-from freebits.models.families_page import families_page
 from freebits.models.table import Architecture
 from freebits.transforms.orthogonal import random_orthogonal, rotate
 from tests.test_families import differs, logits_of
@@ -23,7 +23,7 @@ from tests.tiny import FAMILIES, in_float64, random_text, tiny_config, tiny_mode
 PAGE = Path(__file__).parent.parent / "docs" / "families.md"
 HEADER = (
     *("family", "identity in float64", "dense, bytes", "sliced 25 %", "canonical", "bits-back"),
-    *("canonical, of the logits' deviation", "bits-back", "quantised, expected KL 1e-6", "generated"),
+    *("canonical, of the logits' deviation", "bits-back", "quantized, expected KL 1e-6", "generated"),
 )
 SIZES = {"hidden_size": 64, "intermediate_size": 128}
 
@@ -66,8 +66,8 @@ def all_the_way(scratch: Path, changes: dict[str, Any]) -> tuple[str, ...]:
     for codec in ("canonical", "bits-back"):
         sizes.append(freebits.pack(sliced, scratch / codec, codec=codec)["bytes"]["packed"])
         differences.append(differs(logits_of(scratch / codec), logits_of(sliced)))
-    freebits.quantize(dense, scratch / "quantised", target_kl=1e-6, **options)
-    differences.append(differs(logits_of(scratch / "quantised"), logits_of(dense)))
+    freebits.quantize(dense, scratch / "quantized", target_kl=1e-6, **options)
+    differences.append(differs(logits_of(scratch / "quantized"), logits_of(dense)))
     return (*(f"{size:,}" for size in sizes), *(f"{difference:.1e}" for difference in differences), "yes")
 
 

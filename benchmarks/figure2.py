@@ -15,7 +15,7 @@ import freebits
 from benchmarks.results import RESULTS, save_csv
 from examples.demo_model import demo_model
 from freebits.calibration.tokens import embedded_text
-from freebits.codecs.rotation_words import n_words_taken
+from freebits.codecs.rotation_values import n_values_taken
 from freebits.packed.reader import PackedFolder
 
 QUANTILES = (0.5, 0.9, 0.99, 0.999, 0.9999, 1.0)
@@ -32,7 +32,7 @@ def errors(sliced: Path, folder: Path) -> dict[str, torch.Tensor]:
     [decoded] = raw.decoded(recipe.makes)
     wrong = {name: (tensor.double() - true[name].double()).abs().flatten() for name, tensor in decoded.items()}
     *message, output = recipe.makes
-    words = torch.cat([wrong[name] for name in message])[-n_words_taken(recipe.params["rank"]) :]
+    words = torch.cat([wrong[name] for name in message])[-n_values_taken(recipe.params["rank"]) :]
     return {f"W_o of {output}": wrong[output], "words borrowed by its site": words}
 
 

@@ -44,7 +44,7 @@ def main() -> None:
     scratch: Path = arguments.scratch
     scratch.mkdir(parents=True)
     (scratch / "text").write_text(embedded_text()[0], encoding="utf-8")
-    model, draw = demo_model(), random.Random(0)  # noqa: S311  (no secret)
+    model, draw = demo_model(), random.Random(0)  # noqa: S311
     ways = [way.strip() for way in arguments.ways.split(";")]
     rows: list[tuple[object, ...]] = [row for row in saved() if f"{row[0]}: {row[1]}" not in ways]
     for name, options in SAMPLES.items():

@@ -21,7 +21,7 @@ import torch
 
 import freebits
 from benchmarks.off_grid import off_grid
-from benchmarks.quantise import compared
+from benchmarks.quantize import compared
 from benchmarks.results import print_table, save_csv
 from freebits.calibration.tokens import token_windows
 from freebits.integrations.loading import load

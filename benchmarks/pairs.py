@@ -49,8 +49,8 @@ def main() -> None:
             plain = freebits.pack(dense, Path(made) / f"{name} plain", codec="none", entropy="none")
             packed = freebits.pack(dense, Path(made) / f"{name} canonical", entropy="none")
             stored = PackedFolder(Path(made) / f"{name} canonical").stored
-            words = sum(kind.numel for key, kind in stored.items() if not key.endswith(".pivots"))
-            fewer = sum(kind.numel for kind in Checkpoint(dense).kinds.values()) - words
+            words = sum(spec.numel for key, spec in stored.items() if not key.endswith(".pivots"))
+            fewer = sum(spec.numel for spec in Checkpoint(dense).specs.values()) - words
             found = freebits.verify(Path(made) / f"{name} canonical", against=dense)
             told = f"{found['ratio']:.5f}", f"{found['mean_kl']:.1e}", f"{found['max_abs_logit_diff']:.3f}"
             sizes = plain["bytes"]["packed"], packed["bytes"]["packed"], fewer
@@ -64,7 +64,7 @@ def products(dense: Path, dtype: torch.dtype) -> tuple[str, str]:
     """By how much a pair's product misses once it is rounded, in its own basis and in pivots; medians."""
     checkpoint = Checkpoint(dense)
     architecture = Architecture.of(checkpoint.config)
-    shapes = {name: kind.shape for name, kind in checkpoint.kinds.items()}
+    shapes = {name: spec.shape for name, spec in checkpoint.specs.items()}
     generator = torch.Generator().manual_seed(0)
     found: tuple[list[float], list[float]] = [], []
     for pair in (pair for part in architecture.parts for pair in pairs_of(architecture, part, shapes, dense=True)):

@@ -1,4 +1,4 @@
-"""What others make of the off-grid demo model, on the text and with the measure of `benchmarks.quantise`.
+"""What others make of the off-grid demo model, on the text and with the measure of `benchmarks.quantize`.
 
     python -m benchmarks.peers --data DATA [--llama-cpp SOURCE --binaries BIN] [--only "NAME; …"]
 
@@ -22,7 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from benchmarks.off_grid import off_grid
-from benchmarks.quantise import WINDOWS, compared
+from benchmarks.quantize import WINDOWS, compared
 from benchmarks.results import RESULTS, print_table, save_csv
 from freebits.calibration.tokens import token_windows
 from freebits.integrations.loading import load
@@ -32,7 +32,7 @@ IMPORTANCE = "imatrix, WikiText-2 training text"
 LLAMA_CPP = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")
 WITH_IMPORTANCE = ("Q4_K_M", "IQ4_XS", "Q3_K_M", "IQ3_M", "IQ2_M")
 LIBRARIES: dict[str, Callable[[], Any]] = {
-    "bitsandbytes NF4, scales quantised": lambda: BitsAndBytesConfig(
+    "bitsandbytes NF4, scales quantized": lambda: BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
@@ -86,22 +86,22 @@ def all_rows(
     if source and binaries:
         gguf, importance = scratch / "dense.gguf", scratch / "importance.gguf"
         run(sys.executable, source / "convert_hf_to_gguf.py", dense, "--outtype", "f16", "--outfile", gguf)
-        for kind in LLAMA_CPP:
-            yield f"llama.cpp {kind}", partial(from_gguf, binaries, gguf, kind)
+        for spec in LLAMA_CPP:
+            yield f"llama.cpp {spec}", partial(from_gguf, binaries, gguf, spec)
         train = scratch / "train.txt"
         text = (texts / "wikitext2_train.txt").read_text(encoding="utf-8")
         train.write_text(text[: text.rindex("\n")], encoding="utf-8")
         run(binaries / "llama-imatrix", "-m", gguf, "-f", train, "-o", importance, "--chunks", "100", "-c", "512")
-        for kind in WITH_IMPORTANCE:
-            yield f"llama.cpp {kind}, {IMPORTANCE}", partial(from_gguf, binaries, gguf, kind, "--imatrix", importance)
+        for spec in WITH_IMPORTANCE:
+            yield f"llama.cpp {spec}, {IMPORTANCE}", partial(from_gguf, binaries, gguf, spec, "--imatrix", importance)
     for name, config in LIBRARIES.items():
         yield name, partial(from_library, dense, scratch / "saved", config)
 
 
-def from_gguf(binaries: Path, gguf: Path, kind: str, *options: Any) -> tuple[int, Any]:
-    """Quantised by llama.cpp, and turned back by transformers."""
-    out = gguf.with_name(f"{kind}.gguf")
-    run(binaries / "llama-quantize", *options, gguf, out, kind)
+def from_gguf(binaries: Path, gguf: Path, spec: str, *options: Any) -> tuple[int, Any]:
+    """Quantized by llama.cpp, and turned back by transformers."""
+    out = gguf.with_name(f"{spec}.gguf")
+    run(binaries / "llama-quantize", *options, gguf, out, spec)
     size = out.stat().st_size
     model: Any = AutoModelForCausalLM.from_pretrained(out.parent, gguf_file=out.name, dtype=torch.float32).eval()
     out.unlink()
@@ -109,7 +109,7 @@ def from_gguf(binaries: Path, gguf: Path, kind: str, *options: Any) -> tuple[int
 
 
 def from_library(dense: Path, out: Path, config: Callable[[], Any]) -> tuple[int, Any]:
-    """Quantised while transformers loads it; what it writes is measured."""
+    """Quantized while transformers loads it; what it writes is measured."""
     model: Any = AutoModelForCausalLM.from_pretrained(dense, quantization_config=config(), dtype=torch.float32).eval()
     model.save_pretrained(out)
     return sum(file.stat().st_size for file in out.iterdir()), model

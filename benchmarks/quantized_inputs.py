@@ -70,21 +70,21 @@ def lossless(dense: Path, folder: Path, packed: Path) -> tuple[str, ...]:
     """Bits of a weight before, and what is left of the bytes of quantized layers, in per cent."""
     shutil.rmtree(packed, ignore_errors=True)
     freebits.pack(folder, packed, codec="none")
-    plain = Checkpoint(dense).kinds
+    plain = Checkpoint(dense).specs
     source, stored = Checkpoint(folder), PackedFolder(packed)
     bits = bits_by_tensor(stored)
     before: dict[str, int] = {"weights": 0, "scales": 0}
     after = dict.fromkeys(before, 0.0)
     counts = torch.zeros(256, dtype=torch.int64)
-    for name, kind in source.kinds.items():
-        if plain.get(name) == kind:
+    for name, spec in source.specs.items():
+        if plain.get(name) == spec:
             continue
-        large = kind.n_bytes >= 0.2 * sum(
-            of.n_bytes for n, of in source.kinds.items() if n.rpartition(".")[0] == name.rpartition(".")[0]
+        large = spec.n_bytes >= 0.2 * sum(
+            of.n_bytes for n, of in source.specs.items() if n.rpartition(".")[0] == name.rpartition(".")[0]
         )
         part = "weights" if large else "scales"
-        before[part] += kind.n_bytes
-        after[part] += bits[name] * kind.numel / 8
+        before[part] += spec.n_bytes
+        after[part] += bits[name] * spec.numel / 8
         counts += torch.bincount(torch.from_numpy(bytes_of(source[name])).int(), minlength=256) if large else 0
     n_weights = sum(of.numel for name, of in plain.items() if name.endswith("proj.weight"))
     left = [f"{100 * after[part] / max(1, before[part]):.1f} %" for part in ("weights", "scales")]

@@ -33,7 +33,7 @@ from examples.demo_model import demo_model
 from freebits.calibration.tokens import embedded_text
 from freebits.codecs.bits import zstd
 from freebits.storage.weights import WeightsWriter
-from freebits.types import Kind, bytes_of
+from freebits.types import TensorSpec, bytes_of
 
 RUNS = 5
 WINDOWS = 8
@@ -116,21 +116,21 @@ def zipnn() -> Form:
         copy_beside(source, out)
         index = []
         for number, (name, tensor) in enumerate(stored_tensors(source).items()):
-            raw, kind = bytes_of(tensor), KINDS.get(tensor.dtype, "")
+            raw, spec = bytes_of(tensor), KINDS.get(tensor.dtype, "")
             copy = bytearray(raw.data)  # which ZipNN writes into
-            coded: Any = coder(kind).compress(copy) if kind and copy else raw
+            coded: Any = coder(spec).compress(copy) if spec and copy else raw
             smaller = len(coded) < len(raw)
             (out / f"model.{number}").write_bytes(coded if smaller else raw.data)
-            index.append((name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), kind if smaller else ""))
+            index.append((name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), spec if smaller else ""))
         (out / "model.json").write_text(json.dumps({"file": weights_file(source).name, "tensors": index}))
 
     def told(packed: Path) -> Any:
         return json.loads((packed / "model.json").read_text())
 
     def tensors(packed: Path) -> Iterator[tuple[str, torch.Tensor]]:
-        for number, (name, dtype, shape, kind) in enumerate(told(packed)["tensors"]):
+        for number, (name, dtype, shape, spec) in enumerate(told(packed)["tensors"]):
             content = (packed / f"model.{number}").read_bytes()
-            data = np.frombuffer(coder(kind).decompress(content) if kind else content, np.uint8)
+            data = np.frombuffer(coder(spec).decompress(content) if spec else content, np.uint8)
             yield name, torch.from_numpy(np.require(data, requirements="W")).view(getattr(torch, dtype)).reshape(shape)
 
     def decompress(packed: Path, out: Path) -> None:
@@ -138,7 +138,7 @@ def zipnn() -> Form:
         shapes = {name: tuple(shape) for name, _, shape, _ in told(packed)["tensors"]}
         with WeightsWriter(out / told(packed)["file"], shapes) as file:
             for name, tensor in tensors(packed):
-                file.write(name, Kind.of(tensor), bytes_of(tensor))
+                file.write(name, TensorSpec.of(tensor), bytes_of(tensor))
 
     def load(packed: Path, _: Path) -> object:
         config = AutoConfig.from_pretrained(packed)
@@ -149,9 +149,9 @@ def zipnn() -> Form:
     return Form(compress, decompress, load)
 
 
-def coder(kind: str) -> Any:
+def coder(spec: str) -> Any:
     """A ZipNN coder for a dtype."""
-    return import_module("zipnn").ZipNN(bytearray_dtype=kind, threads=2)
+    return import_module("zipnn").ZipNN(bytearray_dtype=spec, threads=2)
 
 
 def both(inner: Form, outer: Form) -> Form:
@@ -190,8 +190,8 @@ def forms(sliced: bool) -> dict[str, Form]:
 
 def size(folder: Path, source: Path) -> int:
     """Bytes of a form; everything counted but what the source has beside its weights and config: tokenizer and such."""
-    beside = {file.name for file in source.iterdir()} - {"config.json", "model.safetensors"}
-    return sum(file.stat().st_size for file in folder.iterdir() if file.name not in beside)
+    auxiliary = {file.name for file in source.iterdir()} - {"config.json", "model.safetensors"}
+    return sum(file.stat().st_size for file in folder.iterdir() if file.name not in auxiliary)
 
 
 def seconds(step: Callable[[], object], *leftovers: Path) -> float:

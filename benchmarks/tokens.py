@@ -1,4 +1,4 @@
-"""Tokens a second and memory of the quantised demo model, expanded and with its integers kept. Five minutes.
+"""Tokens a second and memory of the quantized demo model, expanded and with its integers kept. Five minutes.
 
     python -m benchmarks.tokens
 
@@ -22,11 +22,11 @@ from examples.demo_model import demo_model
 
 WAYS = ("dense", "expanded", "integers kept")
 N_TOKENS = 64
-HEADER = ("model", "tokens a second, one sequence", "tokens a second, prompt of 512", "MB in memory")
+HEADER = ("model", "tokens per second, one sequence", "tokens per second, prompt of 512", "MB in memory")
 
 
 def measure(way: str, folder: str) -> None:
-    """Print tokens a second and bytes."""
+    """Print tokens per second and bytes."""
     before = own_memory()
     kept = {"keep_integers": True} if way == WAYS[2] else {}
     model: Any = freebits.load(folder, dtype=torch.bfloat16, **kept).eval()
@@ -56,12 +56,12 @@ def main() -> None:
         measure(*sys.argv[1:])
         return
     with tempfile.TemporaryDirectory() as scratch:
-        quantised = Path(scratch) / "quantised"
-        freebits.quantize(demo_model(), quantised, bits=4)
+        quantized = Path(scratch) / "quantized"
+        freebits.quantize(demo_model(), quantized, bits=4)
         runs: dict[str, list[tuple[float, ...]]] = {way: [] for way in WAYS}
         for _ in range(3):
             for way in WAYS:
-                folder = demo_model() if way == WAYS[0] else quantised
+                folder = demo_model() if way == WAYS[0] else quantized
                 command = [sys.executable, "-m", "benchmarks.tokens", way, str(folder)]
                 output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
                 runs[way].append(tuple(map(float, output.split()[-3:])))

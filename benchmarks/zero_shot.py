@@ -1,8 +1,8 @@
 """Zero-shot accuracy of the demo model and of what is made of it.
 
-    python -m benchmarks.zero_shot DATA_DIR [sliced | quantised]
+    python -m benchmarks.zero_shot DATA_DIR [sliced | quantized]
 
-`sliced`: 20 % on WikiText-2, and packed; an hour and a half on two cores. `quantised`: off its grid, to three sizes, on
+`sliced`: 20 % on WikiText-2, and packed; an hour and a half on two cores. `quantized`: off its grid, to three sizes, on
 fewer documents; half an hour.
 
 DATA_DIR has folders piqa, winogrande and hellaswag as `freebits eval --data-dir` wants them, and wikitext-2-raw with
@@ -27,13 +27,13 @@ THRESHOLDS = (0.01, 0.005)
 SIZES = (90, 68, 60)
 DOCUMENTS: dict[str, dict[str, int | None]] = {
     "sliced": {"piqa": None, "winogrande": None, "hellaswag": 1000},
-    "quantised": {"piqa": 600, "winogrande": 600, "hellaswag": 300},
+    "quantized": {"piqa": 600, "winogrande": 600, "hellaswag": 300},
 }
 WINDOWS = 128
 HEADER = ("model", "WikiText-2 perplexity", "task", "documents", *METRICS)
 
 
-def quantised(_: Path, scratch: Path) -> Iterator[tuple[str, Path]]:
+def quantized(_: Path, scratch: Path) -> Iterator[tuple[str, Path]]:
     """The off-grid dense model, and of three sizes."""
     dense = off_grid(scratch / "off-grid")
     yield "dense", dense
@@ -62,7 +62,7 @@ def sliced_and_packed(data_dir: Path, scratch: Path) -> Iterator[tuple[str, Path
 def main() -> None:
     """Measure, print and save, after each model what is there."""
     data_dir, which = Path(sys.argv[1]), (sys.argv[2:] or ["sliced"])[0]
-    models = {"sliced": sliced_and_packed, "quantised": quantised}[which]
+    models = {"sliced": sliced_and_packed, "quantized": quantized}[which]
     text = (data_dir / "wikitext-2-raw" / "wiki.valid.raw").read_text(encoding="utf-8")
     rows: list[tuple[object, ...]] = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -75,7 +75,7 @@ def main() -> None:
                 cells = ("" if value is None else f"{value:.4f}" for value in values)
                 rows.append((name, f"{perplexity:.3f}", task, limit or "all", *cells))
                 print(rows[-1], flush=True)
-            save_csv("zero_shot" if which == "sliced" else "zero_shot_quantised", HEADER, rows)
+            save_csv("zero_shot" if which == "sliced" else "zero_shot_quantized", HEADER, rows)
     print_table(HEADER, rows)
 
 

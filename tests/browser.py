@@ -64,7 +64,7 @@ def main() -> int:
 
 
 def written(scratch: Path) -> Path:
-    """The page of a small model, quantised."""
+    """The page of a small model, quantized."""
     tiny_model().half().save_pretrained(scratch / "dense")
     tiny_tokenizer().save_pretrained(scratch / "dense")
     text: dict[str, Any] = {"samples": 4, "seq_len": 32}

@@ -212,8 +212,8 @@ def shrunk(config: PreTrainedConfig) -> dict[str, Any]:
         if key.endswith(("layer_types", "layers_block_type", "block_types", "_layers_types")) and isinstance(
             value, list
         ):
-            kinds = sorted(set(map(str, value)), key=list(map(str, value)).index)
-            changes[key] = [kinds[number % len(kinds)] for number in range(n_blocks)]
+            specs = sorted(set(map(str, value)), key=list(map(str, value)).index)
+            changes[key] = [specs[number % len(specs)] for number in range(n_blocks)]
     if "qk_rope_head_dim" in changes:
         changes |= {"head_dim": changes["qk_rope_head_dim"]} if "head_dim" in changes else {}
         changes |= {"num_key_value_heads": changes["num_attention_heads"]} if "num_key_value_heads" in changes else {}

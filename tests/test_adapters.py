@@ -54,8 +54,8 @@ def test_an_adapter_comes_back_as_the_same_function(
     facts = freebits.pack(adapter, tmp_path / "packed", entropy="none")
     assert freebits.inspect(adapter)["kind"] == "adapter"
     n_layers = 21
-    spared = sum(k.numel for k in Checkpoint(adapter).kinds.values()) - sum(
-        kind.numel for name, kind in PackedFolder(tmp_path / "packed").stored.items() if not name.endswith(".pivots")
+    spared = sum(k.numel for k in Checkpoint(adapter).specs.values()) - sum(
+        spec.numel for name, spec in PackedFolder(tmp_path / "packed").stored.items() if not name.endswith(".pivots")
     )
     assert spared == n_layers * RANK**2
     assert facts["bytes"]["dense"] == freebits.inspect(adapter)["bytes"]["dense"]

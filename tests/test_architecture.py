@@ -74,7 +74,7 @@ def test_tensors_that_no_model_reads_are_ignored() -> None:
         ({"model_type": "opt", "hidden_size": 1024, "word_embed_proj_dim": 512}, "another width"),
         ({}, "'' has no entry"),
         ({**CONFIG, "model_type": "sliced_llama"}, "sliced already"),
-        ({**CONFIG, "quantization_config": {"quant_method": "gptq"}}, r"quantised \(gptq\)"),
+        ({**CONFIG, "quantization_config": {"quant_method": "gptq"}}, r"quantized \(gptq\)"),
     ],
 )
 def test_a_model_without_a_free_rotation_is_refused_with_the_reason(config: dict[str, Any], message: str) -> None:

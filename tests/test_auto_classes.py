@@ -67,8 +67,8 @@ def test_an_auto_class_loads_what_it_loads_from_the_original(
     assert main(["compress", str(folder), str(tmp_path / "packed"), "--lossless"]) == 0
     assert f"load it with {auto.__name__} after" in capsys.readouterr().out
     assert f"{auto.__name__}.from_pretrained" in (tmp_path / "packed" / "README.md").read_text()
-    (kind, expected), (found_kind, found) = (outputs(auto, tmp_path / name) for name in ("original", "packed"))
-    assert found_kind is kind
+    (spec, expected), (found_kind, found) = (outputs(auto, tmp_path / name) for name in ("original", "packed"))
+    assert found_kind is spec
     assert torch.equal(found, expected)
     assert auto_class(auto.from_pretrained(folder).config.to_dict()) == auto.__name__
 
@@ -76,8 +76,8 @@ def test_an_auto_class_loads_what_it_loads_from_the_original(
 def test_automodel_of_a_model_with_a_head_is_the_model_below_it(tmp_path: Path) -> None:
     folder = save(AutoModelForCausalLM, tmp_path / "original", tiny_config())
     freebits.pack(folder, tmp_path / "packed", codec="none")
-    (kind, expected), (found_kind, found) = (outputs(AutoModel, tmp_path / name) for name in ("original", "packed"))
-    assert found_kind is kind
+    (spec, expected), (found_kind, found) = (outputs(AutoModel, tmp_path / name) for name in ("original", "packed"))
+    assert found_kind is spec
     assert torch.equal(found, expected)
 
 

@@ -117,7 +117,7 @@ def test_unpacked_it_is_a_sliced_checkpoint_like_any_other(save_tiny: Make, slic
     freebits.pack(sliced, tmp_path / "packed")
     freebits.unpack(tmp_path / "packed", tmp_path / "unpacked")
     before, after = Checkpoint(sliced), Checkpoint(tmp_path / "unpacked")
-    assert after.kinds == before.kinds
+    assert after.specs == before.specs
     assert without_history(after.config) == without_history(before.config)
 
 
@@ -224,7 +224,7 @@ def test_less_than_half_the_width_is_stored_symmetric(save_tiny: Make, slice_tin
 def test_every_tensor_can_be_read_alone(save_tiny: Make, slice_tiny: Make, tmp_path: Path) -> None:
     freebits.pack(slice_tiny(save_tiny()), tmp_path / "packed")
     packed, everything = PackedFolder(tmp_path / "packed"), tensors_of(tmp_path / "packed")
-    assert packed.kinds.keys() == everything.keys()
+    assert packed.specs.keys() == everything.keys()
     assert all(torch.equal(packed[name], tensor) for name, tensor in everything.items())
 
 

@@ -18,7 +18,7 @@ from freebits.storage.auxiliary_files import carry_over
 from freebits.storage.folder import Checkpoint
 from freebits.storage.staging import new_directory
 from freebits.storage.weights import WeightsFile, WeightsWriter, parse_header
-from freebits.types import Kind, bytes_of
+from freebits.types import TensorSpec, bytes_of
 from tests.tiny import Make, change_config
 
 
@@ -228,12 +228,12 @@ def test_a_tensor_that_was_not_announced_does_not_overwrite_another(tmp_path: Pa
     tensor = torch.arange(8.0)
     writer = WeightsWriter(tmp_path / "a.safetensors", {"a": (8,)})
     for name in ("a", "b" * 200):
-        writer.write(name, Kind.of(tensor), bytes_of(tensor))
+        writer.write(name, TensorSpec.of(tensor), bytes_of(tensor))
     with pytest.raises(AssertionError, match="in a room of"):
         writer.close()
     with WeightsWriter(tmp_path / "b.safetensors", {"a": (8,), "b": (8,)}) as sound:
-        sound.write("a", Kind.of(tensor), bytes_of(tensor))
-        sound.write("b", Kind.of(tensor), bytes_of(tensor))
+        sound.write("a", TensorSpec.of(tensor), bytes_of(tensor))
+        sound.write("b", TensorSpec.of(tensor), bytes_of(tensor))
     assert torch.equal(load_file(tmp_path / "b.safetensors")["a"], tensor)
     assert WeightsFile(tmp_path / "b.safetensors").read("b").tobytes() == bytes_of(tensor).tobytes()
 

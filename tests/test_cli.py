@@ -19,6 +19,7 @@ import freebits
 from freebits.calibration.tokens import token_windows
 from freebits.cli.main import main
 from freebits.errors import UsageError
+from freebits.execution.progress import Progress
 from tests.tiny import Make, change_config, random_text, redigest
 
 CaptureFixture = pytest.CaptureFixture[str]
@@ -56,7 +57,7 @@ def test_the_verbs_in_their_order(dense: Path, text: Path, tmp_path: Path, capsy
     assert "stored plain: model.layers.2.mlp: the tied head pins it" in output.out
     assert "bits-back (function-preserving), freebits" in output.out
     assert "every digest matches" in output.out
-    assert "within the tolerance of function-preserving moves" in output.out
+    assert "within tolerance for function-preserving steps" in output.out
     assert "perplexity" in output.out.splitlines()[-1]
     assert output.err == ""  # no terminal, no progress bar
 
@@ -161,7 +162,7 @@ def test_the_dense_model_is_a_reference_too(
     assert found["mean_kl"] > 0.01  # more than codecs may change
     options = ("--text", text, "--seq-len", 32, "--kl", 0, "--ratio", 1)
     assert run("verify", packed, "--against", dense, *options) == 1
-    assert "NOT within the tolerance (kl, ratio) of lossy moves" in capsys.readouterr().out
+    assert "NOT within tolerance (kl, ratio) for lossy steps" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("options", [{"kl": -1.0}, {"ratio": 0.5}, {"kl": float("nan")}, {"ratio": float("inf")}])
@@ -347,10 +348,11 @@ def in_the_foreground() -> Iterator[None]:
 def test_a_signal_leaves_only_what_the_rerun_command_resumes(
     number: signal.Signals, dense: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(_step: str) -> Callable[[int, int], None]:
-        return lambda _done, _total: os.kill(os.getpid(), number)
+    def interrupted() -> Progress:
+        return lambda _step, _unit, _done, _total: os.kill(os.getpid(), number)
 
-    monkeypatch.setattr("freebits.cli.commands.progress_bar", interrupted)
+    for name in ("slice", "rotate"):
+        monkeypatch.setattr(f"freebits.cli.commands.{name}.progress_bar", interrupted)
     before = sorted(tmp_path.rglob("*"))
     command = ("slice", dense, tmp_path / "new" / "out", "--sparsity", 0.2, "--calibration", text, "--seq-len", 32)
     other = ("rotate", dense, tmp_path / "rotated")
@@ -405,7 +407,7 @@ def test_names_of_strangers_are_printed_in_one_line(dense: Path, tmp_path: Path,
     freebits.pack(dense, tmp_path / "packed", codec="none")
 
     def rename(manifest: dict[str, Any]) -> None:
-        manifest["history"][0]["move"] = "x\x1b[2J\n" * 10**5
+        manifest["history"][0]["transform"] = "x\x1b[2J\n" * 10**5
         manifest["notes"] = [{"site": 0, "name": "a\nb", "reason": "\x07"}]
 
     redigest(tmp_path / "packed", rename)

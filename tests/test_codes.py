@@ -15,17 +15,17 @@ from freebits.codecs.code import Code, Coded, Declined
 from freebits.codecs.corrections import apply_corrections, encode_corrections, read_corrections
 from freebits.codecs.pivots import Pivots
 from freebits.codecs.registry import CODES
-from freebits.codecs.rotation_words import (
+from freebits.codecs.rotation_values import (
     canonical_direction,
-    n_words_taken,
-    rotation_from_words,
+    n_values_taken,
+    rotation_from_values,
     rotation_signs,
     unsigned_rotation,
+    values_from_rotation,
     with_signs,
-    words_from_rotation,
 )
-from freebits.codecs.triangles import Lower, Symmetric, n_lower_words
-from freebits.types import Kind, bytes_of
+from freebits.codecs.triangles import Lower, Symmetric, n_lower_values
+from freebits.types import TensorSpec, bytes_of
 
 DTYPES = (torch.float16, torch.bfloat16)
 seeds = st.integers(0, 2**32)
@@ -34,23 +34,23 @@ seeds = st.integers(0, 2**32)
 def site(seed: int, dtype: torch.dtype, rows: int, size: int, spare: int = 40) -> tuple[Tensor, Tensor]:
     """A message of words and a matrix in canonical direction, with a spectrum that decays as in real models."""
     generator = torch.Generator().manual_seed(seed)
-    message = (0.05 * torch.randn(n_words_taken(size) + spare, generator=generator)).to(dtype)
+    message = (0.05 * torch.randn(n_values_taken(size) + spare, generator=generator)).to(dtype)
     W = torch.randn(rows, size, generator=generator, dtype=torch.float64) * torch.linspace(1, 3, size)
     return message, W @ canonical_direction(W)
 
 
-def round_trip(code: Code, tensors: list[Tensor], makes: list[Kind]) -> tuple[Coded, list[Tensor]]:
+def round_trip(code: Code, tensors: list[Tensor], makes: list[TensorSpec]) -> tuple[Coded, list[Tensor]]:
     """Encode, check that the parts are what the code plans, decode."""
     coded = code.encode(tensors, makes)
-    assert {part: Kind.of(tensor) for part, tensor in coded.parts.items()} == code.parts(makes, coded.params)
+    assert {part: TensorSpec.of(tensor) for part, tensor in coded.parts.items()} == code.parts(makes, coded.params)
     decoded = code.decode(coded.parts, makes, coded.params)
-    assert [Kind.of(tensor) for tensor in decoded] == makes
+    assert [TensorSpec.of(tensor) for tensor in decoded] == makes
     return coded, decoded
 
 
 def coded_site(message: Tensor, W: Tensor, threshold: float) -> tuple[Coded, Tensor, Tensor]:
     """A site encoded and decoded: its code, the words and the matrix that come back."""
-    makes = [Kind.of(message), Kind.of(W.T.to(message.dtype))]
+    makes = [TensorSpec.of(message), TensorSpec.of(W.T.to(message.dtype))]
     coded, (words, matrix) = round_trip(BitsBack(threshold), [message, W.T], makes)
     return coded, words, matrix.T
 
@@ -71,7 +71,7 @@ def test_decoding_returns_every_word(seed: int, dtype: torch.dtype, size: int, r
         assume(False)
     rank = coded.params["rank"]
     assert len(coded.parts["message"]) == len(message) - rank * (rank - 1) // 2
-    kept = len(message) - n_words_taken(rank)
+    kept = len(message) - n_values_taken(rank)
     assert torch.equal(words[:kept], message[:kept])
     true = torch.cat([message[kept:], W[:, size - rank :].to(dtype).flatten()])
     decoded = torch.cat([words[kept:], matrix[:, size - rank :].flatten()])
@@ -123,9 +123,9 @@ def test_a_costly_site_is_declined() -> None:
 @settings(max_examples=40, deadline=None)
 @given(seed=seeds, size=st.integers(2, 40))
 def test_rotation_and_words_are_inverse(seed: int, size: int) -> None:
-    words = torch.randn(n_words_taken(size), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    Q, eigenvalues = rotation_from_words(words, size)
-    assert torch.allclose(words_from_rotation(Q, eigenvalues), words, atol=1e-12)
+    words = torch.randn(n_values_taken(size), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    Q, eigenvalues = rotation_from_values(words, size)
+    assert torch.allclose(values_from_rotation(Q, eigenvalues), words, atol=1e-12)
     _, W = site(seed, torch.float16, 4 * size, size)
     unsigned = unsigned_rotation(W @ Q)
     recovered = with_signs(unsigned, rotation_signs(unsigned, Q))
@@ -173,22 +173,22 @@ def test_bits_round_trip(values: list[int]) -> None:
 @given(rows=st.integers(1, 9), columns=st.integers(0, 9), seed=seeds)
 def test_triangles_come_back(rows: int, columns: int, seed: int) -> None:
     matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).half()
-    coded, [lower] = round_trip(Lower(), [matrix], [Kind.of(matrix)])
+    coded, [lower] = round_trip(Lower(), [matrix], [TensorSpec.of(matrix)])
     assert torch.equal(lower, matrix.tril())
-    assert coded.parts["words"].numel() == n_lower_words(rows, columns)
+    assert coded.parts["words"].numel() == n_lower_values(rows, columns)
     symmetric = matrix @ matrix.T
-    _, [square] = round_trip(Symmetric(), [symmetric], [Kind.of(symmetric)])
+    _, [square] = round_trip(Symmetric(), [symmetric], [TensorSpec.of(symmetric)])
     assert torch.equal(square, symmetric)
 
 
 def test_a_symmetric_matrix_is_square() -> None:
     with pytest.raises(ValueError, match="symmetric matrix"):
-        Symmetric().parts([Kind("F16", (3, 4))], {})
+        Symmetric().parts([TensorSpec("F16", (3, 4))], {})
 
 
 def test_a_rotation_that_this_machine_does_not_find_is_noticed() -> None:
     message, W = site(0, torch.float16, 128, 32)
-    makes = [Kind.of(message), Kind.of(W.T.half())]
+    makes = [TensorSpec.of(message), TensorSpec.of(W.T.half())]
     code = BitsBack(0.05)
     coded = code.encode([message, W.T], makes)
     words, _ = code.decode(coded.parts, makes, coded.params)
@@ -207,7 +207,7 @@ def test_a_rotation_that_this_machine_does_not_find_is_noticed() -> None:
 def test_forged_numbers_that_are_not_finite_are_a_value_error(part: str, value: float) -> None:
     # eigh raised LinAlgError, a traceback.
     message, W = site(0, torch.float16, 128, 32)
-    makes = [Kind.of(message), Kind.of(W.T.half())]
+    makes = [TensorSpec.of(message), TensorSpec.of(W.T.half())]
     coded = BitsBack(0.05).encode([message, W.T], makes)
     forged = coded.parts[part].clone()
     forged[-1] = value
@@ -230,7 +230,7 @@ def test_forged_numbers_that_are_not_finite_are_a_value_error(part: str, value: 
     ],
 )
 def test_parameters_that_make_no_sense_are_refused(change: dict[str, Any]) -> None:
-    makes = [Kind("F16", (600,)), Kind("F16", (32, 128))]
+    makes = [TensorSpec("F16", (600,)), TensorSpec("F16", (32, 128))]
     sound = {"rank": 32, "corrections": 0, "sums": [0.0] * 4}
     assert CODES["bits-back"].parts(makes, sound).keys() == {"message", "matrix", "signs"}
     with pytest.raises(ValueError, match=r"rotation|bytes|sums|kind"):
@@ -266,7 +266,7 @@ def test_pivots_are_not_stored(
         pivots = torch.randperm(columns, generator=generator)[:size].sort().values
         matrix[start : start + size, pivots] = torch.eye(size, dtype=dtype)
     tensor = matrix.movedim(0, dim).contiguous()
-    coded, [decoded] = round_trip(Pivots(spaces, dim), [tensor], [Kind.of(tensor)])
+    coded, [decoded] = round_trip(Pivots(spaces, dim), [tensor], [TensorSpec.of(tensor)])
     assert torch.equal(decoded, tensor)
     assert coded.parts["words"].numel() == tensor.numel() - sum(size**2 for _, size in spaces)
 
@@ -274,10 +274,10 @@ def test_pivots_are_not_stored(
 def test_a_matrix_without_pivots_is_declined() -> None:
     matrix = torch.randn(4, 8).half()
     with pytest.raises(Declined):
-        Pivots([(0, 2)]).encode([matrix], [Kind.of(matrix)])
+        Pivots([(0, 2)]).encode([matrix], [TensorSpec.of(matrix)])
     matrix[:2, [5, 3]] = torch.eye(2).half()  # not ascending
     with pytest.raises(Declined):
-        Pivots([(0, 2)]).encode([matrix], [Kind.of(matrix)])
+        Pivots([(0, 2)]).encode([matrix], [TensorSpec.of(matrix)])
 
 
 @pytest.mark.parametrize(
@@ -297,12 +297,12 @@ def test_a_matrix_without_pivots_is_declined() -> None:
 )
 def test_spaces_that_make_no_sense_are_refused(spaces: object, dim: int) -> None:
     with pytest.raises((ValueError, TypeError)):
-        CODES["pivots"].parts([Kind("F16", (4, 8))], {"spaces": spaces, "dim": dim})
+        CODES["pivots"].parts([TensorSpec("F16", (4, 8))], {"spaces": spaces, "dim": dim})
 
 
 @pytest.mark.parametrize("pivots", [[1, 1], [2, 1], [1, 8], [-1, 2], [1, 2**31 - 1]])
 def test_pivots_that_are_no_columns_are_refused(pivots: list[int]) -> None:
-    kind, params = Kind("F16", (4, 8)), {"spaces": [[1, 2]], "dim": 0}
+    spec, params = TensorSpec("F16", (4, 8)), {"spaces": [[1, 2]], "dim": 0}
     parts = {"pivots": torch.tensor(pivots, dtype=torch.int32), "words": torch.zeros(28).half()}
     with pytest.raises(ValueError, match="pivots that are no columns"):
-        CODES["pivots"].decode(parts, [kind], params)
+        CODES["pivots"].decode(parts, [spec], params)

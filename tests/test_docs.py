@@ -40,7 +40,7 @@ def test_the_readmes_commands_and_its_example_run(
         assert code == 0 or (code == 1 and measures), command  # a tiny random model may differ by more than 1 %
     [example] = snippets("python")
     capsys.readouterr()
-    exec(compile(example, "README.md", "exec"), {})  # noqa: S102  (the example under test)
+    exec(compile(example, "README.md", "exec"), {})  # noqa: S102
     assert len(capsys.readouterr().out.split()) > 10
 
 

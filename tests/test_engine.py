@@ -15,7 +15,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from freebits.calibration.engine import Engine
 from freebits.calibration.groups import RunningModel
 from freebits.calibration.products import Product, Products, Region
-from freebits.calibration.sensitivities import THIN, Inputs, Sums, gram, informations, measure, with_idle
+from freebits.calibration.sensitivities import (
+    ENOUGH_VECTORS,
+    InputStatistics,
+    Sums,
+    gram,
+    informations,
+    measure,
+    with_idle,
+)
 from freebits.errors import CheckpointError
 from freebits.execution.executor import Parallel
 from freebits.execution.work_store import Work, WorkStore
@@ -63,8 +71,8 @@ def test_a_missing_tensor_is_named(save_tiny: Make) -> None:
 
     class Without(Checkpoint):
         @property
-        def kinds(self) -> Any:
-            return {name: of for name, of in super().kinds.items() if "layers.1.mlp.up_proj" not in name}
+        def specs(self) -> Any:
+            return {name: of for name, of in super().specs.items() if "layers.1.mlp.up_proj" not in name}
 
     config = AutoConfig.from_pretrained(folder)
     with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is missing"):
@@ -107,7 +115,7 @@ def test_what_is_observed_is_what_autograd_gives(options: dict[str, int], save_t
     grams, squares = by_autograd(folder)
     found: dict[str, Tensor] = {}
 
-    def finish(_: int, inputs: list[Inputs]) -> None:
+    def finish(_: int, inputs: list[InputStatistics]) -> None:
         found.update({region.name: of.gram for of in inputs for region in of.regions})
         keys = {region.name.rpartition(".")[0].rpartition(".")[2]: of.key for of in inputs for region in of.regions}
         assert keys["q_proj"] == keys["k_proj"] == keys["v_proj"] != keys["o_proj"]
@@ -209,8 +217,8 @@ def test_gram(m: int) -> None:
     assert torch.allclose(gram(x), x.T @ x)
 
 
-def expert(number: int, n: int, scale: float) -> Inputs:
-    return Inputs(
+def expert(number: int, n: int, scale: float) -> InputStatistics:
+    return InputStatistics(
         str(number), (Region("layers.0.experts", 4 * number, 4 * number + 4, False),), n, scale * torch.eye(6)
     )
 
@@ -222,7 +230,9 @@ def test_experts_share_what_few_tokens_tell() -> None:
     average = (1000 + 50) / 1010
     assert by_region[1] is by_region[3]
     assert math.isclose(by_region[1].gram[0, 0].item(), average, rel_tol=1e-5)
-    assert math.isclose(by_region[2].gram[0, 0].item(), (50 + THIN * average) / (10 + THIN), rel_tol=1e-5)
+    assert math.isclose(
+        by_region[2].gram[0, 0].item(), (50 + ENOUGH_VECTORS * average) / (10 + ENOUGH_VECTORS), rel_tol=1e-5
+    )
     assert math.isclose(by_region[0].gram[0, 0].item(), 1, rel_tol=0.01)
 
 
@@ -240,6 +250,6 @@ def test_idle_experts_are_as_important_as_some_tokens_of_the_average_one() -> No
     }
     sums = Sums(1000, {regions[0]: 150, regions[1]: 50}, squares, {}, None, torch.zeros(()), 1.0, frozenset())
     found = informations(sums, regions)
-    added = 100 * THIN / 200
+    added = 100 * ENOUGH_VECTORS / 200
     for region, expected in zip(regions, (100 + added, added, added), strict=True):
         assert torch.allclose(found[region], torch.full((4,), expected / 1000, dtype=torch.float64))

@@ -268,7 +268,7 @@ def _edit_header(manifest: dict[str, Any], change: Callable[[dict[str, Any]], ob
         lambda m: m["digests"].popitem(),
         lambda m: m["originals"].pop("config.json"),
         lambda m: m["originals"].update({"config.json": "no json"}),
-        lambda m: m.update(beside=["model.safetensors"]),
+        lambda m: m.update(auxiliary=["model.safetensors"]),
     ],
 )
 def test_an_exact_manifest_that_cannot_be_is_refused(
@@ -283,12 +283,12 @@ def test_an_exact_manifest_that_cannot_be_is_refused(
 
 
 @pytest.mark.parametrize("kind", ["F16[10000000000000]", "F16[-1]", "F16", "[2]", "F99[4]", "F16[x]", "F16[3]"])
-def test_a_kind_that_makes_no_sense_is_refused(kind: str, save_tiny: Make, slice_tiny: Make, pack_tiny: Make) -> None:
+def test_a_kind_that_makes_no_sense_is_refused(spec: str, save_tiny: Make, slice_tiny: Make, pack_tiny: Make) -> None:
     packed = pack_tiny(slice_tiny(save_tiny(hidden_size=64, intermediate_size=160)))
 
     def spoil(manifest: dict[str, Any]) -> None:
         [made] = next(recipe["makes"] for recipe in manifest["recipes"] if recipe["code"] == "entropy")
-        made[1] = kind
+        made[1] = spec
 
     redigest(packed, spoil)
     with pytest.raises(CheckpointError) as caught:
@@ -350,7 +350,7 @@ def test_what_is_mapped_elsewhere_cannot_be_cut_under_us(save_tiny: Make, tmp_pa
 
     for name, spoil in (("overwritten", overwrite), ("truncated", truncate), ("replaced", replace)):
 
-        def progress(done: int, _total: int, spoil: Callable[[], None] = spoil) -> None:
+        def progress(_step: str, _unit: str, done: int, _total: int, spoil: Callable[[], None] = spoil) -> None:
             if done == 1:
                 spoil()
 

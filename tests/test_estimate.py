@@ -8,7 +8,7 @@ import pytest
 
 import freebits
 from freebits.cli.main import main
-from freebits.codecs.triangles import n_lower_words
+from freebits.codecs.triangles import n_lower_values
 from freebits.errors import CheckpointError, UnsupportedModelError
 from freebits.packed.reader import PackedFolder
 from freebits.storage.folder import Checkpoint
@@ -48,17 +48,17 @@ def test_the_estimate_is_what_the_files_hold(variant: str, save_tiny: Make, slic
     estimate = freebits.estimate(dense, 0.25)
     sliced = slice_tiny(dense, untie=True)
     freebits.pack(sliced, tmp_path / "packed", codec="bits-back", entropy="none", threshold=1e9)
-    norms = {name for name in Checkpoint(dense).kinds if "norm" in name}
+    norms = {name for name in Checkpoint(dense).specs if "norm" in name}
     head_bias = 96 if "opt" in variant else 0  # the final norm's, which the paper's count leaves out
     counts = {
-        "dense": sum(kind.numel for name, kind in Checkpoint(dense).kinds.items() if name not in norms),
-        "sliced": sum(kind.numel for kind in Checkpoint(sliced).kinds.values()) - head_bias,
+        "dense": sum(spec.numel for name, spec in Checkpoint(dense).specs.items() if name not in norms),
+        "sliced": sum(spec.numel for spec in Checkpoint(sliced).specs.values()) - head_bias,
     }
     assert counts == {form: estimate["params"][form] for form in counts}
-    assert estimate["bytes"]["dense"] == sum(kind.n_bytes for kind in Checkpoint(dense).kinds.values())
-    assert estimate["bytes"]["sliced"] == sum(kind.n_bytes for kind in Checkpoint(sliced).kinds.values())
+    assert estimate["bytes"]["dense"] == sum(spec.n_bytes for spec in Checkpoint(dense).specs.values())
+    assert estimate["bytes"]["sliced"] == sum(spec.n_bytes for spec in Checkpoint(sliced).specs.values())
     stored = {n: k for n, k in PackedFolder(tmp_path / "packed").stored.items() if not n.endswith(".signs")}
-    words = sum(kind.numel for kind in stored.values()) - head_bias
+    words = sum(spec.numel for spec in stored.values()) - head_bias
     n_signs = 6 * 8 // 2  # for each site 8 bytes, in words
     if "narrow" not in variant:  # a matrix of less than full rank has fewer words than the estimate promises
         assert words + n_signs == estimate["params"]["bits_back"]
@@ -69,9 +69,11 @@ def test_the_estimate_is_what_the_files_hold(variant: str, save_tiny: Make, slic
     for form, folder in forms.items():
         freebits.pack(folder, tmp_path / form, entropy="none")
         packed = PackedFolder(tmp_path / form)
-        words = sum(kind.numel for name, kind in packed.stored.items() if name not in norms)
+        words = sum(spec.numel for name, spec in packed.stored.items() if name not in norms)
         ranks = [rank for rank in packed.config.get("shortcut_ranks", []) if rank]
-        spared = sum(n_lower_words(48, 16) - n_lower_words(48, rank) for rank in ranks)  # the estimate takes them full
+        spared = sum(
+            n_lower_values(48, 16) - n_lower_values(48, rank) for rank in ranks
+        )  # the estimate takes them full
         assert words - (head_bias if form == "canonical" else 0) + spared == estimate["params"][form]
 
 

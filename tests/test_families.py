@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import freebits
+from benchmarks.families_page import families_page
 from freebits.models.families import FAMILIES as ROWS
-from freebits.models.families_page import families_page
 from freebits.models.table import Architecture
 from freebits.packed.reader import PackedFolder
 from freebits.storage.folder import Checkpoint
@@ -66,7 +66,7 @@ def test_a_model_goes_all_the_way(name: str, save_tiny: Make, slice_tiny: Make, 
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_matrix_of_a_model_is_quantised(name: str, save_tiny: Make) -> None:
+def test_every_matrix_of_a_model_is_quantized(name: str, save_tiny: Make) -> None:
     dense = save_tiny(**FAMILIES[name], dtype=torch.float16)
     expected = logits_of(dense)
     for rotation in freebits.options.ROTATIONS:
@@ -79,11 +79,11 @@ def test_every_matrix_of_a_model_is_quantised(name: str, save_tiny: Make) -> Non
     folder = PackedFolder(out)
     recipes = {made: recipe for recipe in folder.manifest.recipes for made in recipe.makes}
     left = []
-    for name, kind in Checkpoint(dense).kinds.items():
+    for name, spec in Checkpoint(dense).specs.items():
         made = recipes.get(name)
         while made and made.code in ("transposed", "hadamard"):
             made = recipes.get(next(iter(made.takes.values())))
-        if len(kind.shape) > 1 and (made is None or made.code == "entropy"):
+        if len(spec.shape) > 1 and (made is None or made.code == "entropy"):
             left.append(name)
     routers_and_positions = 4
     assert len(left) <= routers_and_positions, left
@@ -110,11 +110,11 @@ def test_names_as_old_checkpoints_have_them(save_tiny: Make, slice_tiny: Make, t
     freebits.unpack(tmp_path / "out", tmp_path / "back")
     for folder in ("out", "back"):
         assert differs(logits_of(tmp_path / folder), expected) < MOST
-    assert {*Checkpoint(tmp_path / "back").kinds} == {*state}
+    assert {*Checkpoint(tmp_path / "back").specs} == {*state}
 
 
 @pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "olmo2", "olmo3", "cohere"])
-def test_what_cannot_be_sliced_can_be_quantised(model_type: str, save_tiny: Make, tmp_path: Path) -> None:
+def test_what_cannot_be_sliced_can_be_quantized(model_type: str, save_tiny: Make, tmp_path: Path) -> None:
     dense = save_tiny(model_type=model_type, num_key_value_heads=2, dtype=torch.float16)
     with pytest.raises(freebits.UnsupportedModelError, match="freebits quantize any that transformers runs"):
         freebits.slice_model(dense, tmp_path / "sliced", sparsity=0.2)

@@ -13,7 +13,7 @@ import freebits
 from freebits.cli.main import main
 from freebits.codecs.columns import Columns, fields_of
 from freebits.packed.reader import PackedFolder
-from freebits.types import Kind
+from freebits.types import TensorSpec
 
 TYPES = ("F32", "F16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "BF16", "TQ1_0")
 _SIZES = {"Q2_K": 84, "Q3_K": 110, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210, "MXFP4": 17}
@@ -49,9 +49,9 @@ def test_a_file_comes_back_byte_for_byte(file: Path, tmp_path: Path) -> None:
     assert made["bytes"]["packed"] < file.stat().st_size
     freebits.unpack(tmp_path / "small", tmp_path / "back")
     assert filecmp.cmp(file, tmp_path / "back" / file.name, shallow=False)
-    kinds = PackedFolder(tmp_path / "small").kinds
-    assert {f"{name}.weight" for name in (*TYPES, *_SIZES)} < kinds.keys()
-    assert kinds["Q4_K.weight"] == Kind("U8", (60, 144))
+    specs = PackedFolder(tmp_path / "small").specs
+    assert {f"{name}.weight" for name in (*TYPES, *_SIZES)} < specs.keys()
+    assert specs["Q4_K.weight"] == TensorSpec("U8", (60, 144))
 
 
 def test_fields_are_coded_apart(file: Path, tmp_path: Path) -> None:
@@ -77,14 +77,14 @@ def test_a_damaged_file_is_refused_in_one_line(
 
 def test_columns_and_their_inverse() -> None:
     tensor = torch.randint(256, (7, 20), dtype=torch.uint8)
-    coded = Columns().encode(fields_of(tensor, [("F16", 1), ("U8", 2), ("F32", 4)]), [Kind.of(tensor)])
-    assert Columns().parts([Kind.of(tensor)], coded.params) == {
-        name: Kind.of(part) for name, part in coded.parts.items()
+    coded = Columns().encode(fields_of(tensor, [("F16", 1), ("U8", 2), ("F32", 4)]), [TensorSpec.of(tensor)])
+    assert Columns().parts([TensorSpec.of(tensor)], coded.params) == {
+        name: TensorSpec.of(part) for name, part in coded.parts.items()
     }
-    assert torch.equal(Columns().decode(coded.parts, [Kind.of(tensor)], coded.params)[0], tensor)
+    assert torch.equal(Columns().decode(coded.parts, [TensorSpec.of(tensor)], coded.params)[0], tensor)
     for fields in ([["F16", 1]], [["F16", 0], ["U8", 20]], [], [["U8", 21]]):
         with pytest.raises(ValueError, match="fields"):
-            Columns().parts([Kind.of(tensor)], {"fields": fields})
+            Columns().parts([TensorSpec.of(tensor)], {"fields": fields})
 
 
 def test_dry_runs(file: Path, tmp_path: Path) -> None:

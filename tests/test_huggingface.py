@@ -85,8 +85,8 @@ def test_padding_on_the_left_changes_nothing(folder: Path) -> None:
     mask = torch.cat([torch.zeros(2, 5, dtype=torch.int64), torch.ones_like(TOKENS)], dim=1)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     alone = model(TOKENS).logits
-    beside = model(padded, attention_mask=mask, position_ids=positions).logits[:, 5:]
-    assert (alone - beside).abs().max() < 1e-4
+    auxiliary = model(padded, attention_mask=mask, position_ids=positions).logits[:, 5:]
+    assert (alone - auxiliary).abs().max() < 1e-4
 
 
 def test_it_can_be_trained(folder: Path) -> None:
@@ -173,7 +173,7 @@ def test_a_folder_is_loaded_with_an_import_or_with_trusted_code_and_else_not_at_
         assert done.stdout.count("True\n") == 4, done.stdout
         return
     ours, theirs = "freebits.models.sliced SlicedLlama", "transformers.models.llama.modeling_llama Llama"
-    assert done.stdout.splitlines() == [f"{kind}ForCausalLM" for kind in (ours, ours, ours, theirs)], done.stderr
+    assert done.stdout.splitlines() == [f"{spec}ForCausalLM" for spec in (ours, ours, ours, theirs)], done.stderr
     for folder in folders:
         saved = folder.with_name(f"{folder.name} saved")
         code = {file.name: file.read_text().count("\n") for file in saved.glob("*.py")}
@@ -238,9 +238,9 @@ def test_odd_ways_to_load_lead_to_the_same_model(folder: Path, tmp_path: Path) -
         {"pretrained_model_name_or_path": folder, "use_cache": False},
         {"pretrained_model_name_or_path": folder, "device_map": "cpu"},
     ]
-    kind = type(from_pretrained(folder))
+    spec = type(from_pretrained(folder))
     for way in ways:
-        for loader in (AutoModelForCausalLM, kind) if folder.name == "sliced" else (AutoModelForCausalLM,):
+        for loader in (AutoModelForCausalLM, spec) if folder.name == "sliced" else (AutoModelForCausalLM,):
             model: Any = loader.from_pretrained(**way, dtype=torch.float32)
             assert type(model).__name__ == "SlicedLlamaForCausalLM"
             assert torch.equal(model.eval()(TOKENS).logits, expected), way

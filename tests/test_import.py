@@ -103,9 +103,9 @@ def test_what_they_sliced_is_the_same_to_the_bit(
     sliced = slice_tiny(dense, untie=True, force=True)
     theirs = {}
     for name, tensor in load(sliced).state_dict().items():
-        kind = name.removesuffix("_shortcut.weight").rpartition(".")[2]
-        short = {"attention": "attn", "parallel": "attn", "mlp": "mlp"}.get(kind)
-        shortened = name.replace(f"{kind}_shortcut.weight", f"{short}_shortcut_Q")
+        spec = name.removesuffix("_shortcut.weight").rpartition(".")[2]
+        short = {"attention": "attn", "parallel": "attn", "mlp": "mlp"}.get(spec)
+        shortened = name.replace(f"{spec}_shortcut.weight", f"{short}_shortcut_Q")
         theirs[shortened] = tensor.T if "shortcut" in name else tensor
     if cuts_head:  # to the widths of the sites before
         last, k = f"layers.2.{'attn' if model_type == 'phi' else 'mlp'}_shortcut_Q", 24

@@ -15,7 +15,7 @@ import freebits
 from freebits import CheckpointError, UnsupportedModelError, UsageError
 from freebits.packed.reader import PackedFolder
 from freebits.storage.folder import Checkpoint
-from freebits.transforms.low_rank import allocated, n_numbers, rank_for, reduced, spectrum
+from freebits.transforms.low_rank import allocated, n_weights_of, rank_for, reduced, spectrum
 from tests.conftest import content
 from tests.tiny import FAMILIES, Make, random_text
 
@@ -49,8 +49,8 @@ def test_a_reduced_layer_is_the_best_of_its_rank(seed: int, n: int, m: int, data
 def test_a_rank_takes_its_budget_and_no_more(n: int, m: int, budget: float) -> None:
     rank = rank_for(n, m, budget)
     assert 1 <= rank <= min(n, m)
-    assert n_numbers(n, m, rank) <= budget * n * m or rank == 1
-    assert rank == min(n, m) or n_numbers(n, m, rank + 1) > budget * n * m
+    assert n_weights_of(n, m, rank) <= budget * n * m or rank == 1
+    assert rank == min(n, m) or n_weights_of(n, m, rank + 1) > budget * n * m
     plain = rank_for(n, m, budget, paired=False)
     assert plain * (n + m) <= budget * n * m or plain == 1
 
@@ -64,7 +64,7 @@ def test_ranks_go_where_they_are_worth_most() -> None:
     spectra = {"flat": torch.ones(8).double(), "steep": 100 * 0.1 ** torch.arange(8).double()}
     ranks = allocated(spectra, {"flat": (8, 8), "steep": (8, 8)}, 0.8)
     assert ranks["steep"] < (ranks["flat"] or 8)
-    taken = sum(n_numbers(8, 8, rank or 8) for rank in ranks.values())
+    taken = sum(n_weights_of(8, 8, rank or 8) for rank in ranks.values())
     assert taken <= 0.8 * 128
 
 
@@ -88,7 +88,7 @@ def expanded(folder: Path, dense: Path) -> Any:
 def test_a_model_goes_all_the_way(name: str, save_tiny: Make, tmp_path: Path) -> None:
     dense = save_tiny(**FAMILIES[name], dtype=torch.float32)
     facts = freebits.lowrank(dense, tmp_path / "out", budget=0.7, allocate="uniform", **OPTIONS)
-    assert facts["history"][-1]["move"] == "lowrank"
+    assert facts["history"][-1]["transform"] == "lowrank"
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["model_type"].startswith("lowrank_")
     assert len(config["low_ranks"]) >= 9  # of three blocks
@@ -99,13 +99,13 @@ def test_a_model_goes_all_the_way(name: str, save_tiny: Make, tmp_path: Path) ->
         )
     packed = freebits.pack(tmp_path / "out", tmp_path / "packed", entropy="none")
     assert packed["parameters"] == facts["parameters"]
-    stored = sum(kind.numel for kind in PackedFolder(tmp_path / "packed").stored.values())
+    stored = sum(spec.numel for spec in PackedFolder(tmp_path / "packed").stored.values())
     assert stored < 0.9 * facts["parameters"]
     assert (logits(tmp_path / "packed") - expected).abs().max() < 1e-2 < expected.std()
     pivots = [n for n in PackedFolder(tmp_path / "packed").stored if n.endswith(".down.weight.pivots")]
     assert len(pivots) == len(config["low_ranks"])  # a pair that comes later does not undo those before
     freebits.unpack(tmp_path / "packed", tmp_path / "plain")
-    assert Checkpoint(tmp_path / "plain").kinds == Checkpoint(tmp_path / "out").kinds
+    assert Checkpoint(tmp_path / "plain").specs == Checkpoint(tmp_path / "out").specs
     assert (logits(tmp_path / "plain") - expected).abs().max() < 1e-2
 
 
@@ -131,7 +131,7 @@ def test_a_reduced_model_is_saved_and_loaded_by_the_library(save_tiny: Make, tmp
 
 @pytest.mark.parametrize("order", ["slice first", "reduce first"])
 @pytest.mark.parametrize("name", ["Llama 3", "OPT"])
-def test_reducing_slicing_and_quantising_compose(
+def test_reducing_slicing_and_quantizing_compose(
     name: str, order: str, save_tiny: Make, slice_tiny: Make, tmp_path: Path
 ) -> None:
     dense = save_tiny(**FAMILIES[name], dtype=torch.float32)
@@ -143,13 +143,13 @@ def test_reducing_slicing_and_quantising_compose(
         freebits.slice_model(tmp_path / "reduced", out, sparsity=0.25, force=True, **OPTIONS)
     expected = logits(out)
     facts = freebits.pack(out, tmp_path / "packed")
-    assert {move["move"] for move in facts["history"]} == {"slice", "lowrank", "canonical"}
+    assert {transform["transform"] for transform in facts["history"]} == {"slice", "lowrank", "canonical"}
     assert (logits(tmp_path / "packed") - expected).abs().max() < 1e-2
     freebits.unpack(tmp_path / "packed", tmp_path / "plain")
     assert (logits(tmp_path / "plain") - expected).abs().max() < 1e-2
-    facts = freebits.quantize(out, tmp_path / "quantised", target_kl=1e-6, **OPTIONS)
+    facts = freebits.quantize(out, tmp_path / "quantized", target_kl=1e-6, **OPTIONS)
     assert len(facts["history"]) == 3
-    assert (logits(tmp_path / "quantised") - expected).abs().max() < 0.1 < expected.std()
+    assert (logits(tmp_path / "quantized") - expected).abs().max() < 0.1 < expected.std()
 
 
 @pytest.mark.parametrize("allocate", ["uniform", "paper", "slope"])
@@ -160,19 +160,19 @@ def test_budgets_are_kept(allocate: str, save_tiny: Make, tmp_path: Path) -> Non
     ranks = after.config["low_ranks"]
     blocks = {name.split(".")[2] for name in ranks}
     assert blocks == ({"2"} if allocate == "paper" else {"0", "1", "2"})
-    matrices = [k.shape for n, k in before.kinds.items() if n.startswith("model.layers") and len(k.shape) == 2]
+    matrices = [k.shape for n, k in before.specs.items() if n.startswith("model.layers") and len(k.shape) == 2]
     numbers_ = sum(n * m for n, m in matrices)
-    shapes = {name: before.kinds[f"{name}.weight"].shape for name in ranks}
-    spared = sum(n * m - n_numbers(n, m, ranks[name]) for name, (n, m) in shapes.items())
+    shapes = {name: before.specs[f"{name}.weight"].shape for name in ranks}
+    spared = sum(n * m - n_weights_of(n, m, ranks[name]) for name, (n, m) in shapes.items())
     assert spared >= (0.19 if allocate != "paper" else 0.15) * numbers_
 
 
 def test_a_target_size_is_kept(save_tiny: Make, tmp_path: Path) -> None:
     dense = save_tiny()
-    whole = sum(kind.n_bytes for kind in Checkpoint(dense).kinds.values())
+    whole = sum(spec.n_bytes for spec in Checkpoint(dense).specs.values())
     target = int(0.85 * whole)
     freebits.lowrank(dense, tmp_path / "out", target_size=target, **OPTIONS)
-    size = sum(kind.n_bytes for kind in Checkpoint(tmp_path / "out").kinds.values())
+    size = sum(spec.n_bytes for spec in Checkpoint(tmp_path / "out").specs.values())
     assert 0.97 * target < size <= target
 
 
@@ -182,7 +182,7 @@ def test_a_stopped_run_is_gone_on_with(save_tiny: Make, tmp_path: Path) -> None:
 
     calls: list[int] = []
 
-    def stop(*_: int) -> None:
+    def stop(*_: object) -> None:
         calls.append(1)
         if len(calls) in (2, 5, 9):
             raise KeyboardInterrupt

@@ -65,9 +65,9 @@ class TestType:
         assert made["coverage"]["share"] > 0.9
         freebits.unpack(tmp_path / "q", tmp_path / "plain")
         before, after = Checkpoint(folder), Checkpoint(tmp_path / "plain")
-        assert before.kinds == after.kinds
-        changed = sum(kind.numel for name, kind in before.kinds.items() if not torch.equal(before[name], after[name]))
-        assert changed > 0.9 * sum(kind.numel for kind in before.kinds.values())
+        assert before.specs == after.specs
+        changed = sum(spec.numel for name, spec in before.specs.items() if not torch.equal(before[name], after[name]))
+        assert changed > 0.9 * sum(spec.numel for spec in before.specs.values())
         assert relative(plain_logits(folder, TOKENS), plain_logits(tmp_path / "plain", TOKENS)) < 0.35
 
 
@@ -153,7 +153,7 @@ def test_routers_stay_as_they_are(model_type: str, tmp_path: Path) -> None:
     with Parallel(jobs=1).executor() as executor:
         work = Work(executor, WorkStore(tmp_path / "store"))
         measured = measure_matrices(running, TOKENS, work, 0, None, lambda *_: None)
-    routers = {name for name in Checkpoint(folder).kinds if name.endswith((".gate.weight", ".router.weight"))}
+    routers = {name for name in Checkpoint(folder).specs if name.endswith((".gate.weight", ".router.weight"))}
     assert routers
     assert measured.choosing == routers
 

@@ -24,7 +24,7 @@ from freebits.models.sliced import SlicedLlamaConfig, SlicedLlamaForCausalLM
 from freebits.options import CODECS
 from freebits.packed.reader import PackedFolder
 from freebits.storage.folder import Checkpoint
-from freebits.types import Kind, bytes_of
+from freebits.types import TensorSpec, bytes_of
 from tests.tiny import VARIANTS, Make, change_config, flip, random_text, redigest, tensors_of, tiny_config
 
 THRESHOLD = 0.005
@@ -55,7 +55,7 @@ def test_unpacking_gives_back_every_tensor_of_the_sliced_model(
     facts = pack(sliced, tmp_path / "packed", threshold=0.3)
     freebits.unpack(tmp_path / "packed", tmp_path / "unpacked")
     before, after = Checkpoint(sliced), Checkpoint(tmp_path / "unpacked")
-    assert after.kinds == before.kinds
+    assert after.specs == before.specs
     assert without_history(after.config) == without_history(before.config)
     assert [site.get("code") for site in facts["sites"]] == [None] + ["bits-back"] * SITES
     assert facts["bytes"]["packed"] < facts["bytes"]["sliced"]
@@ -63,16 +63,16 @@ def test_unpacking_gives_back_every_tensor_of_the_sliced_model(
 
 def test_the_saving_is_the_papers_count_and_every_byte_is_counted(packed: Path, sliced: Path) -> None:
     before, after = Checkpoint(sliced), PackedFolder(packed)
-    words = sum(kind.numel for kind in before.kinds.values())
-    side = {name: kind for name, kind in after.stored.items() if name.endswith((".signs", ".corrections"))}
-    stored = sum(kind.numel for name, kind in after.stored.items() if name not in side)
+    words = sum(spec.numel for spec in before.specs.values())
+    side = {name: spec for name, spec in after.stored.items() if name.endswith((".signs", ".corrections"))}
+    stored = sum(spec.numel for name, spec in after.stored.items() if name not in side)
     sizes = [48, 48, 48, 48, 48, 64]
     assert words - stored == sum(k * (k - 1) // 2 for k in sizes)
     files = (packed / name for name in ("packed.safetensors", "config.json", "freebits.json"))
     facts = freebits.inspect(packed)
     assert facts["bytes"]["packed"] == sum(file.stat().st_size for file in files) == sum(facts["groups"].values())
     assert facts["bytes"]["corrections"] == sum(k.n_bytes for n, k in side.items() if n.endswith("corrections")) > 0
-    assert facts["groups"]["side data"] == sum(kind.n_bytes for kind in side.values())
+    assert facts["groups"]["side data"] == sum(spec.n_bytes for spec in side.values())
     assert facts["bytes"]["sliced"] == freebits.inspect(sliced)["bytes"]["sliced"]
 
 
@@ -185,7 +185,7 @@ def test_nothing_is_left_behind_when_writing_fails(sliced: Path, tmp_path: Path)
     content = (sliced / "model.safetensors").read_bytes()
     before = sorted(tmp_path.iterdir())
 
-    def stop(_done: int, _total: int) -> None:
+    def stop(_step: str, _unit: str, _done: int, _total: int) -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(CheckpointError, match="cannot be written: No space left"):
@@ -277,7 +277,7 @@ def test_a_recipe_cannot_take_away_a_tensor_of_the_model(packed: Path, tmp_path:
     redigest(packed, rename)
     assert "lm_head.weight" in tensors_of(packed)
     freebits.unpack(packed, tmp_path / "unpacked")
-    assert "lm_head.weight" in Checkpoint(tmp_path / "unpacked").kinds
+    assert "lm_head.weight" in Checkpoint(tmp_path / "unpacked").specs
 
     def reuse(manifest: dict[str, Any]) -> None:
         parts = manifest["recipes"][0]["takes"]
@@ -293,14 +293,19 @@ class Reversed:
 
     exact = True
 
-    def encode(self, tensors: Sequence[Tensor], makes: Sequence[Kind]) -> Coded:  # noqa: ARG002
+    def encode(self, tensors: Sequence[Tensor], makes: Sequence[TensorSpec]) -> Coded:  # noqa: ARG002
         return Coded({"reversed": torch.from_numpy(bytes_of(tensors[0])[::-1].copy())})
 
-    def decode(self, parts: Mapping[str, Tensor], makes: Sequence[Kind], params: Mapping[str, Any]) -> list[Tensor]:  # noqa: ARG002
+    def decode(
+        self,
+        parts: Mapping[str, Tensor],
+        makes: Sequence[TensorSpec],
+        params: Mapping[str, Any],  # noqa: ARG002
+    ) -> list[Tensor]:
         return [makes[0].view(parts["reversed"].numpy()[::-1].copy())]
 
-    def parts(self, makes: Sequence[Kind], params: Mapping[str, Any]) -> dict[str, Kind]:  # noqa: ARG002
-        return {"reversed": Kind("U8", (makes[0].n_bytes,))}
+    def parts(self, makes: Sequence[TensorSpec], params: Mapping[str, Any]) -> dict[str, TensorSpec]:  # noqa: ARG002
+        return {"reversed": TensorSpec("U8", (makes[0].n_bytes,))}
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -332,8 +337,8 @@ def test_mixed_dtypes_are_packed_as_they_are(save_tiny: Make, slice_tiny: Make, 
     sliced = slice_tiny(dense)
     for codec, threshold in (("canonical", None), ("bits-back", 0.3), ("none", None)):
         facts = freebits.pack(sliced, tmp_path / codec, codec=codec, threshold=threshold)
-        kinds = {name: tensor.dtype for name, tensor in tensors_of(tmp_path / codec).items()}
-        wide = {name for name, dtype in kinds.items() if dtype == torch.float32}
+        specs = {name: tensor.dtype for name, tensor in tensors_of(tmp_path / codec).items()}
+        wide = {name for name, dtype in specs.items() if dtype == torch.float32}
         assert wide == {"model.layers.1.mlp.up_proj.weight"}
         if codec == "bits-back":
             plain = {site["site"]: site["reason"] for site in facts["sites"] if "code" not in site}
@@ -354,7 +359,10 @@ def test_a_model_and_its_own_unpacking_are_the_same(packed: Path, sliced: Path, 
     histories = [freebits.inspect(folder)["history"] for folder in (sliced, packed, tmp_path / "unpacked")]
     freebits.load(packed).save_pretrained(tmp_path / "saved")
     histories.append(freebits.inspect(tmp_path / "saved")["history"])
-    assert [[move["move"] for move in history] for history in histories] == [["slice"], *[["slice", "bits-back"]] * 3]
+    assert [[transform["transform"] for transform in history] for history in histories] == [
+        ["slice"],
+        *[["slice", "bits-back"]] * 3,
+    ]
 
 
 def test_the_code_that_a_foe_names_is_not_named_again(sliced: Path, tmp_path: Path) -> None:
@@ -389,10 +397,10 @@ def test_an_unknown_sliced_model_packed_byte_for_byte_can_be_unpacked(sliced: Pa
 
 def test_a_chain_without_end_is_refused(packed: Path) -> None:
     def chain(manifest: dict[str, Any]) -> None:
-        kind = "U8[64]"
+        spec = "U8[64]"
         for number in range(40):
             takes = {"entropy": f"x{number - 1}" if number else "model.layers.0.attention.signs"}
-            made = [[f"x{number}", kind.replace("64", str(64 + 8 * number))]]
+            made = [[f"x{number}", spec.replace("64", str(64 + 8 * number))]]
             params = {"bytes": 8 if not number else 56 + 8 * number}
             manifest["recipes"].insert(number, {"code": "entropy", "takes": takes, "makes": made, "params": params})
 
@@ -481,7 +489,7 @@ def test_whatever_is_done_to_a_dense_model_holds_a_few_blocks(save_tiny: Make, r
     for n_blocks in (4, 20):
         dense = save_tiny(f"dense {n_blocks}", num_hidden_layers=n_blocks, shard="20MB", **sizes)
         for verb, steps in OF_DENSE.items():
-            out = dense.with_name(f"{'sliced' if verb == 'slice' else 'quantised'} {n_blocks}")
+            out = dense.with_name(f"{'sliced' if verb == 'slice' else 'quantized'} {n_blocks}")
             peaks[verb][n_blocks] = peak_memory(f"{TEXT}\n{steps}", dense, out)
     model = freebits.inspect(dense)["bytes"]["dense"]
     block = model // 20

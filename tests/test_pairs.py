@@ -104,7 +104,7 @@ def test_in_pivot_bases_a_head_has_the_identity() -> None:
 
 
 def numbers_stored(folder: Path) -> int:
-    return sum(kind.numel for name, kind in PackedFolder(folder).stored.items() if not name.endswith(".pivots"))
+    return sum(spec.numel for name, spec in PackedFolder(folder).stored.items() if not name.endswith(".pivots"))
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "DeepSeek V3"])
@@ -115,17 +115,17 @@ def test_a_dense_model_is_packed_without_the_bits_of_its_pairs(name: str, save_t
     assert (facts["kind"], facts["codec"], facts["sites"]) == ("packed", "canonical", [])
     checkpoint = Checkpoint(dense)
     architecture = Architecture.of(checkpoint.config)
-    shapes = {key: kind.shape for key, kind in checkpoint.kinds.items()}
+    shapes = {key: spec.shape for key, spec in checkpoint.specs.items()}
     pairs = [pair for part in architecture.parts for pair in pairs_of(architecture, part, shapes, dense=True)]
     free = sum(pair.n_spaces * pair.size**2 for pair in pairs)
-    spared = sum(kind.numel for kind in checkpoint.kinds.values()) - numbers_stored(tmp_path / "out")
+    spared = sum(spec.numel for spec in checkpoint.specs.values()) - numbers_stored(tmp_path / "out")
     assert spared == free > 0
     tokens = torch.arange(40)[None]
     expected = freebits.load(dense)(tokens).logits
     assert (freebits.load(tmp_path / "out")(tokens).logits - expected).abs().max() < 1e-3 < expected.std()
     freebits.unpack(tmp_path / "out", tmp_path / "plain")
     assert freebits.inspect(tmp_path / "plain")["kind"] == "dense"
-    assert Checkpoint(tmp_path / "plain").kinds == checkpoint.kinds
+    assert Checkpoint(tmp_path / "plain").specs == checkpoint.specs
 
 
 def test_a_head_without_full_rank_is_left_as_it_is(save_tiny: Make, tmp_path: Path) -> None:

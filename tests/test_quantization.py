@@ -1,4 +1,4 @@
-"""Quantisation: the codes, the rounding, and the verb."""
+"""Quantization: the codes, the rounding, and the verb."""
 
 import itertools
 import math
@@ -15,16 +15,16 @@ from torch import Tensor
 import freebits
 from freebits.codecs import ans, enumeration
 from freebits.codecs.hadamard import hadamard, hadamard_inverse
-from freebits.codecs.integers import Stepped, exponents, steps
+from freebits.codecs.integers import ScaledIntegers, exponents, steps
 from freebits.codecs.registry import CODES
 from freebits.errors import UsageError
 from freebits.evaluation.simulation import asymmetric, symmetric
 from freebits.integrations.integer_layers import IntegerLinear
-from freebits.quantization.error_compensation import feedback, inverse_factor
+from freebits.quantization.error_compensation import compensated_rounding, inverse_factor
 from freebits.quantization.group_rounding import GROUP, gridded
 from freebits.quantization.pyramids import nearest_points, pyramids
-from freebits.quantization.scales import stepped
-from freebits.types import Kind
+from freebits.quantization.scales import scaled_integers
+from freebits.types import TensorSpec
 from tests.tiny import VARIANTS, Make, change_tensors, in_float64, random_text
 
 numbers = st.lists(st.tuples(st.sampled_from(list(ans.LEVELS)), st.lists(st.integers(-(2**31), 2**31 - 1))), max_size=5)
@@ -75,14 +75,14 @@ def test_matrices_of_integers_come_back(n: int, m: int, seed: int, size: float) 
     generator = torch.Generator().manual_seed(seed)
     matrix = (torch.randn(n, m, generator=generator) * 10 ** torch.rand(n, 1, generator=generator) * size).round()
     other = torch.zeros(m, n)
-    tensors, kinds = [], []
+    tensors, specs = [], []
     for integers in (matrix, other):
         rows, columns = (torch.randint(-200, 200, (size,), generator=generator).short() for size in integers.shape)
         tensors += [integers.int(), rows, columns]
-        kinds.append(Kind("F32", tuple(integers.shape)))
-    coded = CODES["integers"].encode(tensors, kinds)
-    decoded = CODES["integers"].decode(coded.parts, kinds, coded.params)
-    assert torch.equal(decoded[0], Stepped(*tensors[:3]).floats(torch.float32))
+        specs.append(TensorSpec("F32", tuple(integers.shape)))
+    coded = CODES["integers"].encode(tensors, specs)
+    decoded = CODES["integers"].decode(coded.parts, specs, coded.params)
+    assert torch.equal(decoded[0], ScaledIntegers(*tensors[:3]).floats(torch.float32))
     assert torch.equal(decoded[1], other)
 
 
@@ -90,7 +90,7 @@ def test_matrices_of_integers_come_back(n: int, m: int, seed: int, size: float) 
 def test_large_integers_take_their_entropy_too(octaves: int) -> None:
     integers = (torch.randn(256, 1024, generator=torch.Generator().manual_seed(0)) * 2**octaves).round().int()
     tensors = [integers, *(torch.zeros(size, dtype=torch.int16) for size in integers.shape)]
-    coded = CODES["integers"].encode(tensors, [Kind("F32", (256, 1024))])
+    coded = CODES["integers"].encode(tensors, [TensorSpec("F32", (256, 1024))])
     bits = 8 * len(coded.parts["message"]) / integers.numel()
     assert abs(bits - octaves - math.log2(2 * math.pi * math.e) / 2) < 0.05
 
@@ -166,7 +166,7 @@ def test_feedback_costs_what_theory_says_and_less_than_rounding(group: int) -> N
         made[at] = w.clone()
         return w.round()
 
-    rounded = feedback(W, U, to, group)
+    rounded = compensated_rounding(W, U, to, group)
     inverses = [torch.linalg.inv(U.double()[at : at + group, at : at + group]) for at in made]
     told = sum(
         ((w - w.round()).double() @ of).square().sum().item() for w, of in zip(made.values(), inverses, strict=True)
@@ -178,7 +178,7 @@ def test_feedback_costs_what_theory_says_and_less_than_rounding(group: int) -> N
 def test_every_number_costs_the_same() -> None:
     W, gram = problem(400, 32)
     U, rows, c = inverse_factor(gram, 0.0), torch.linspace(0.5, 2, 400), 0.3
-    error = (W - stepped(W, U, rows, U.diagonal(), c).floats(torch.float32)).double()
+    error = (W - scaled_integers(W, U, rows, U.diagonal(), c).floats(torch.float32)).double()
     per_row = torch.einsum("ri,ij,rj->r", error, gram, error) / rows.square()
     assert math.isclose(per_row.mean().item(), 32 * c * c / 12, rel_tol=0.05)
 
@@ -187,7 +187,7 @@ def test_every_number_costs_the_same() -> None:
 def test_grids_and_pyramids_come_back_and_get_finer(bits: int) -> None:
     W, gram = problem(24, 96)
     U = inverse_factor(gram, 0.01)
-    kind = [Kind("F32", tuple(W.shape))]
+    spec = [TensorSpec("F32", tuple(W.shape))]
     fed, nearest = gridded(W, U, bits), gridded(W, None, bits)
     losses = []
     for tensors, code in (
@@ -195,15 +195,17 @@ def test_grids_and_pyramids_come_back_and_get_finer(bits: int) -> None:
         ((*nearest, torch.tensor([bits, GROUP])), "grid"),
         (pyramids(W, U, min(bits, 4)), "pyramid"),
     ):
-        coded = CODES[code].encode(tensors, kind)
-        assert {name: Kind.of(part) for name, part in coded.parts.items()} == CODES[code].parts(kind, coded.params)
-        [decoded] = CODES[code].decode(coded.parts, kind, coded.params)
+        coded = CODES[code].encode(tensors, spec)
+        assert {name: TensorSpec.of(part) for name, part in coded.parts.items()} == CODES[code].parts(
+            spec, coded.params
+        )
+        [decoded] = CODES[code].decode(coded.parts, spec, coded.params)
         losses.append(loss(W, decoded, gram) / loss(W, torch.zeros_like(W), gram))
     assert losses[0] < losses[1] < 8 * 4.0**-bits
     assert losses[2] < 2 * 4.0 ** -min(bits, 4)
 
 
-def quantised(model: Path, out: Path, **options: Any) -> dict[str, Any]:
+def quantized(model: Path, out: Path, **options: Any) -> dict[str, Any]:
     defaults: dict[str, Any] = {"calibration": random_text(600), "samples": 8, "seq_len": 32}
     return freebits.quantize(model, out, **(defaults | options))
 
@@ -211,9 +213,9 @@ def quantised(model: Path, out: Path, **options: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "changes", [{}, {"tie_word_embeddings": True}, {"model_type": "opt"}, {"model_type": "gpt2"}], ids=str
 )
-def test_a_model_is_quantised_loaded_and_unpacked(changes: dict[str, Any], save_tiny: Make, tmp_path: Path) -> None:
+def test_a_model_is_quantized_loaded_and_unpacked(changes: dict[str, Any], save_tiny: Make, tmp_path: Path) -> None:
     dense = save_tiny(**changes)
-    facts = quantised(dense, tmp_path / "out", bits=8)
+    facts = quantized(dense, tmp_path / "out", bits=8)
     assert facts["bytes"]["packed"] < 0.95 * facts["bytes"]["dense"]
     result = freebits.verify(tmp_path / "out", against=dense, text=random_text(200), seq_len=32, limit=4)
     assert result["mean_kl"] < 0.02
@@ -227,29 +229,29 @@ def test_a_model_is_quantised_loaded_and_unpacked(changes: dict[str, Any], save_
 @pytest.mark.parametrize("rotate", ["none", "hadamard"])
 def test_other_methods_and_rotations_load_too(method: str, rotate: str, save_tiny: Make, tmp_path: Path) -> None:
     dense = save_tiny()
-    quantised(dense, tmp_path / "out", bits=4, method=method, rotate=rotate, only="linear")
+    quantized(dense, tmp_path / "out", bits=4, method=method, rotate=rotate, only="linear")
     result = freebits.verify(tmp_path / "out", against=dense, text=random_text(200), seq_len=32, limit=4)
-    assert result["mean_kl"] < 0.6  # 4 bits a number are few for a model of noise
+    assert result["mean_kl"] < 0.6  # 4 bits per weight are few for a model of noise
     weights = [dict(freebits.load(path).named_parameters()) for path in (dense, tmp_path / "out")]
     for name, weight in weights[0].items():
         assert (weights[1][name] - weight).norm() < 0.4 * weight.norm(), (
             name
         )  # feedback moves weights more than rounding
     history = freebits.inspect(tmp_path / "out")["history"]
-    assert (history[-1]["move"], history[-1]["rotate"], history[-1]["fidelity"]) == (method, rotate, "lossy")
+    assert (history[-1]["transform"], history[-1]["rotate"], history[-1]["fidelity"]) == (method, rotate, "lossy")
 
 
 def test_a_target_size_is_met_and_never_passed(save_tiny: Make, tmp_path: Path) -> None:
     dense = save_tiny(hidden_size=64, intermediate_size=256)
     target = 190_000
-    facts = quantised(dense, tmp_path / "out", target_size=target)
+    facts = quantized(dense, tmp_path / "out", target_size=target)
     assert 0.97 * target < facts["bytes"]["packed"] <= target
 
 
 def test_a_target_divergence_is_about_what_comes_out(save_tiny: Make, tmp_path: Path) -> None:
     dense = save_tiny()
     for target in (0.003, 0.03):
-        quantised(dense, tmp_path / str(target), target_kl=target)
+        quantized(dense, tmp_path / str(target), target_kl=target)
         result = freebits.verify(tmp_path / str(target), against=dense, text=random_text(300), seq_len=32, limit=8)
         assert target / 4 < result["mean_kl"] < 4 * target
 
@@ -258,17 +260,17 @@ def test_a_model_that_overflows_is_refused(save_tiny: Make, tmp_path: Path) -> N
     dense = save_tiny()
     change_tensors(dense, model__layers__1__mlp__up_proj__weight=lambda weight: weight.fill_(torch.inf))
     with pytest.raises(freebits.CheckpointError, match="not finite"):
-        quantised(dense, tmp_path / "out")
+        quantized(dense, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_sliced_and_canonical_models_are_quantised(
+def test_sliced_and_canonical_models_are_quantized(
     tied: bool, save_tiny: Make, slice_tiny: Make, pack_tiny: Make, tmp_path: Path
 ) -> None:
     sliced = slice_tiny(save_tiny(tie_word_embeddings=tied))
     for name, model in (("sliced", sliced), ("canonical", pack_tiny(sliced))):
-        quantised(model, tmp_path / f"{name}-4", bits=8)
+        quantized(model, tmp_path / f"{name}-4", bits=8)
         result = freebits.verify(tmp_path / f"{name}-4", against=model, text=random_text(200), seq_len=32, limit=4)
         assert result["ok"], result
         assert result["mean_kl"] < 0.02
@@ -293,7 +295,7 @@ def test_a_model_writes_the_text_that_it_is_calibrated_on(save_tiny: Make, tmp_p
 )  # fmt: skip
 def test_targets_that_make_no_sense_are_refused(options: dict[str, Any], save_tiny: Make, tmp_path: Path) -> None:
     with pytest.raises(UsageError):
-        quantised(save_tiny(), tmp_path / "out", **options)
+        quantized(save_tiny(), tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 
@@ -344,7 +346,7 @@ def test_what_rotation_would_break_is_refused(save_tiny: Make, tmp_path: Path) -
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_integers_can_be_kept_in_memory(dtype: torch.dtype, save_tiny: Make, tmp_path: Path) -> None:
-    quantised(save_tiny(attention_bias=True, mlp_bias=True, hidden_size=64), tmp_path / "out", bits=4)
+    quantized(save_tiny(attention_bias=True, mlp_bias=True, hidden_size=64), tmp_path / "out", bits=4)
     tokens = torch.randint(0, 96, (2, 20), generator=torch.Generator().manual_seed(0))
     kept = freebits.load(tmp_path / "out", dtype=dtype, keep_integers=True)
     layers = [module for module in kept.modules() if isinstance(module, IntegerLinear)]

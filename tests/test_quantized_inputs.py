@@ -30,14 +30,14 @@ def test_matrices_are_read_as_the_package_reads_them(format_: str, dense: Path, 
     expected = save_quantized(dense, tmp_path / "q", format_)
     source = Dequantized(tmp_path / "q")
     plain = Checkpoint(dense)
-    assert source.kinds.keys() == plain.kinds.keys()
-    assert all(source.kinds[name].shape == kind.shape for name, kind in plain.kinds.items())
-    for name, kind in plain.kinds.items():
+    assert source.specs.keys() == plain.specs.keys()
+    assert all(source.specs[name].shape == spec.shape for name, spec in plain.specs.items())
+    for name, spec in plain.specs.items():
         near = source[name].float()
         if name in expected:
             assert (near - expected[name].float()).abs().max() <= BFLOAT16 * expected[name].abs().max(), name
         assert (near - plain[name].float()).norm() <= 0.2 * plain[name].float().norm(), name
-        assert tuple(near.shape) == kind.shape
+        assert tuple(near.shape) == spec.shape
 
 
 @pytest.mark.parametrize("powers", [False, True])

@@ -32,7 +32,7 @@ def logits(folder: Path) -> Tensor:
     return result
 
 
-def quantised(dense: Path, out: Path, **options: Any) -> Path:
+def quantized(dense: Path, out: Path, **options: Any) -> Path:
     freebits.quantize(dense, out, **{"bits": 3, **CALIBRATED, **options})
     return out
 
@@ -55,17 +55,17 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 @pytest.mark.parametrize("variant", [{}, {"model_type": "gpt2"}, {"model_type": "opt"}, {"tie_word_embeddings": True}])
 @pytest.mark.parametrize("entropy", ["auto", "none"])
-def test_steps_and_norms_of_a_quantised_folder_are_trained_and_its_integers_stay(
+def test_steps_and_norms_of_a_quantized_folder_are_trained_and_its_integers_stay(
     tmp_path: Path, save_tiny: Make, trained: list[Tensor], variant: dict[str, Any], entropy: str
 ) -> None:
     dense = save_tiny(dtype=torch.float32, **variant)
-    before = quantised(dense, tmp_path / "three", entropy=entropy, bits=4 if variant.get("model_type") == "opt" else 3)
+    before = quantized(dense, tmp_path / "three", entropy=entropy, bits=4 if variant.get("model_type") == "opt" else 3)
     facts = freebits.recover(before, tmp_path / "out", against=dense, **OPTIONS)
     assert facts["kl"]["after"] < 0.95 * facts["kl"]["before"]
-    assert [move["move"] for move in facts["history"]] == ["integers", "recover"]
+    assert [transform["transform"] for transform in facts["history"]] == ["integers", "recover"]
     assert (facts["codec"], facts["entropy"]) == ("integers", entropy)
     old, new = PackedFolder(before), PackedFolder(tmp_path / "out")
-    assert old.kinds == new.kinds
+    assert old.specs == new.specs
     code, grown = Integers(), 0
     for recipe, again in zip(old.manifest.recipes, new.manifest.recipes, strict=True):
         assert (recipe.code, recipe.makes) == (again.code, again.makes)
@@ -89,12 +89,12 @@ def test_linear_layers_of_a_plain_folder_are_trained_by_lora(
     elif form == "narrow":
         freebits.lowrank(dense, before, budget=0.6, **CALIBRATED)
     else:
-        freebits.unpack(quantised(dense, tmp_path / "three"), before)
+        freebits.unpack(quantized(dense, tmp_path / "three"), before)
     facts = freebits.recover(before, tmp_path / "out", against=dense, rank=4, **OPTIONS)
     assert facts["kl"]["after"] < 0.95 * facts["kl"]["before"]
     assert facts["history"][-1]["trained"] == "LoRA of rank 4"
     old, new = Checkpoint(before), Checkpoint(tmp_path / "out")
-    assert old.kinds == new.kinds
+    assert old.specs == new.specs
     assert len(old.weights) == len(new.weights)
     embedding = "model.embed_tokens.weight"
     assert torch.equal(old[embedding], new[embedding])
@@ -106,7 +106,7 @@ def test_linear_layers_of_a_plain_folder_are_trained_by_lora(
 
 def test_the_same_seed_trains_the_same_and_a_text_can_be_given(tmp_path: Path, save_tiny: Make) -> None:
     dense = save_tiny()
-    before = quantised(dense, tmp_path / "three")
+    before = quantized(dense, tmp_path / "three")
     (tmp_path / "text").write_text(random_text(64 * 16))
     options = ["--against", str(dense), "--calibration", str(tmp_path / "text"), "--samples", "40", "--seq-len", "16"]
     for out in ("one", "other"):
@@ -119,7 +119,7 @@ def test_the_same_seed_trains_the_same_and_a_text_can_be_given(tmp_path: Path, s
 
 def test_matrices_that_were_rounded_rotated_keep_their_steps(tmp_path: Path, save_tiny: Make) -> None:
     dense = save_tiny()
-    before = PackedFolder(quantised(dense, tmp_path / "turned", rotate="hadamard"))
+    before = PackedFolder(quantized(dense, tmp_path / "turned", rotate="hadamard"))
     student = _student(before, load(before.path, dtype=torch.float32), 4, 0)
     assert isinstance(student, Rescaled)
     assert not student.steps()
@@ -143,16 +143,16 @@ def test_all_linear_layers_are_found_and_nothing_else(
     tmp_path: Path, save_tiny: Make, slice_tiny: Make, variant: dict[str, Any], form: str, count: int
 ) -> None:
     dense = save_tiny(dtype=torch.float32, **variant)
-    before = slice_tiny(dense, force=True) if form == "sliced" else quantised_then_plain(dense, tmp_path)
+    before = slice_tiny(dense, force=True) if form == "sliced" else quantized_then_plain(dense, tmp_path)
     student = _student(Checkpoint(before), load(before), 4, 0)
     assert len(student.tensors) == count
     freebits.recover(before, tmp_path / "out", against=dense, force=True, samples=4, seq_len=16)
     old, new = Checkpoint(before), Checkpoint(tmp_path / "out")
-    assert {name for name in old.kinds if not torch.equal(old[name], new[name])} == student.tensors.keys()
+    assert {name for name in old.specs if not torch.equal(old[name], new[name])} == student.tensors.keys()
 
 
-def quantised_then_plain(dense: Path, tmp_path: Path) -> Path:
-    freebits.unpack(quantised(dense, tmp_path / "packed", bits=4), tmp_path / "plain")
+def quantized_then_plain(dense: Path, tmp_path: Path) -> Path:
+    freebits.unpack(quantized(dense, tmp_path / "packed", bits=4), tmp_path / "plain")
     return tmp_path / "plain"
 
 
@@ -160,7 +160,7 @@ def test_names_may_lack_the_models_prefix(tmp_path: Path, save_tiny: Make) -> No
     dense = save_tiny(model_type="gpt2")
     state = {name.removeprefix("transformer."): of for name, of in load_file(dense / "model.safetensors").items()}
     save_file(state, dense / "model.safetensors", metadata={"format": "pt"})
-    before = quantised(dense, tmp_path / "three")
+    before = quantized(dense, tmp_path / "three")
     student = _student(PackedFolder(before), load(before), 4, 0)
     assert isinstance(student, Rescaled)
     assert len(student.steps()) == 12
@@ -173,7 +173,7 @@ def test_what_cannot_be_recovered_gets_one_line(
 ) -> None:
     dense, out = save_tiny(), tmp_path / "out"
     sliced = slice_tiny(dense)
-    with pytest.raises(CheckpointError, match="packed and not quantised: unpack it"):
+    with pytest.raises(CheckpointError, match="packed and not quantized: unpack it"):
         freebits.recover(pack_tiny(sliced), out, against=dense)
     with pytest.raises(UsageError, match="rank 0"):
         freebits.recover(sliced, out, against=dense, rank=0)

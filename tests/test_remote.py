@@ -149,7 +149,7 @@ def test_what_cannot_be_uploaded_lies_here(
 def test_a_file_that_changes_is_noticed(sliced: Path, memory: Any) -> None:
     memory.put(str(sliced), "/models/sliced", recursive=True)
     source = Checkpoint(located("memory://models/sliced"))
-    name = next(iter(source.kinds))
+    name = next(iter(source.specs))
     assert torch.equal(source[name], Checkpoint(sliced)[name])
     memory.pipe("/models/sliced/model.safetensors", (sliced / "model.safetensors").read_bytes())
     with pytest.raises(CheckpointError, match="was changed while it was read"):

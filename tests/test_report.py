@@ -52,15 +52,15 @@ class Nested(HTMLParser):
 
 
 @pytest.fixture
-def quantised(save_tiny: Make, tmp_path: Path) -> Path:
+def quantized(save_tiny: Make, tmp_path: Path) -> Path:
     freebits.quantize(save_tiny(), tmp_path / "small", bits=5, calibration=random_text(600), samples=4, seq_len=32)
     return tmp_path / "small"
 
 
-def test_a_page_holds_what_it_shows(quantised: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_page_holds_what_it_shows(quantized: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text").write_text(random_text(400))
     page = tmp_path / "page.html"
-    command = ["report", str(quantised), "--against", str(tmp_path / "dense"), "-o", str(page)]
+    command = ["report", str(quantized), "--against", str(tmp_path / "dense"), "-o", str(page)]
     assert main([*command, "--text", str(tmp_path / "text"), "--seq-len", "32", "--limit", "4", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     content = page.read_text(encoding="utf-8")
@@ -76,23 +76,23 @@ def test_a_page_holds_what_it_shows(quantised: Path, tmp_path: Path, capsys: pyt
         assert section in told
     assert content.count("<svg") == 5
     assert "$" not in told  # mathematics, unset
-    ratio = freebits.verify(quantised, against=tmp_path / "dense", text=random_text(400), seq_len=32, limit=4)["ratio"]
+    ratio = freebits.verify(quantized, against=tmp_path / "dense", text=random_text(400), seq_len=32, limit=4)["ratio"]
     assert found["against"]["ratio"] == pytest.approx(ratio)
 
 
-def test_a_folder_alone_is_shown_without_being_run(quantised: Path, tmp_path: Path) -> None:
-    result = freebits.write_report(quantised, tmp_path / "page.html")
+def test_a_folder_alone_is_shown_without_being_run(quantized: Path, tmp_path: Path) -> None:
+    result = freebits.write_report(quantized, tmp_path / "page.html")
     assert result["against"] is None
     assert "Quality" not in (tmp_path / "page.html").read_text(encoding="utf-8")
     freebits.write_report(tmp_path / "dense", tmp_path / "page.html")  # what has no history has a page, too
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "page.html", "small"]
 
 
-def test_what_a_folder_says_of_itself_is_text(quantised: Path, tmp_path: Path) -> None:
+def test_what_a_folder_says_of_itself_is_text(quantized: Path, tmp_path: Path) -> None:
     foul = "</pre><script>alert(1)</script>"
-    odd = {foul: foul, "move": foul, "bytes": {"dense": 10**400, "sliced": True, foul: -1}}
-    redigest(quantised, lambda manifest: manifest["history"][0].update(odd))
-    freebits.write_report(quantised, tmp_path / "page.html")
+    odd = {foul: foul, "transform": foul, "bytes": {"dense": 10**400, "sliced": True, foul: -1}}
+    redigest(quantized, lambda manifest: manifest["history"][0].update(odd))
+    freebits.write_report(quantized, tmp_path / "page.html")
     content = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "<script" not in content
     assert "script" not in Nested(content).tags
@@ -115,18 +115,18 @@ def test_errors_are_shown_where_the_basis_is_the_same(save_tiny: Make, tmp_path:
     assert "Error of each matrix" not in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
-def test_any_two_models_of_one_vocabulary_can_be_compared(quantised: Path, save_tiny: Make, tmp_path: Path) -> None:
+def test_any_two_models_of_one_vocabulary_can_be_compared(quantized: Path, save_tiny: Make, tmp_path: Path) -> None:
     other = save_tiny("other", num_hidden_layers=2)
     options: dict[str, Any] = {"text": random_text(60), "seq_len": 8, "limit": 1}
-    redigest(quantised, lambda manifest: manifest["history"][0].update(move=[]))
-    for folder in (quantised, tmp_path / "dense"):
+    redigest(quantized, lambda manifest: manifest["history"][0].update(transform=[]))
+    for folder in (quantized, tmp_path / "dense"):
         assert freebits.write_report(folder, tmp_path / "page.html", against=other, **options)["against"]["ratio"] > 0
 
 
-def test_a_page_that_cannot_be_written_is_said(quantised: Path, tmp_path: Path) -> None:
+def test_a_page_that_cannot_be_written_is_said(quantized: Path, tmp_path: Path) -> None:
     for out in (tmp_path / "nowhere" / "page.html", tmp_path, "/", "."):
         with pytest.raises(CheckpointError, match="cannot be written"):
-            freebits.write_report(quantised, out)
+            freebits.write_report(quantized, out)
 
 
 def test_coarse_models_are_rounded_in_groups(save_tiny: Make) -> None:

@@ -113,9 +113,9 @@ def test_config_and_shapes_of_a_sliced_checkpoint(save_tiny: Make, slice_tiny: M
     assert state["model.layers.2.mlp_shortcut.weight"].shape == (32, 24)
     assert state["lm_head.weight"].shape == (96, 32)
     assert not [name for name in state if "norm" in name]
-    [move] = config["freebits"]["history"]
-    assert (move["move"], move["fidelity"], move["sparsity"]) == ("slice", "lossy", 0.25)
-    untied = move["bytes"]["dense_untied"] - move["bytes"]["dense"]
+    [transform] = config["freebits"]["history"]
+    assert (transform["transform"], transform["fidelity"], transform["sparsity"]) == ("slice", "lossy", 0.25)
+    untied = transform["bytes"]["dense_untied"] - transform["bytes"]["dense"]
     assert untied == 96 * 32 * 2
 
 

@@ -40,8 +40,8 @@ def saved(packed: Path) -> float:
 
 def test_slicing_costs_what_it_should(demo_run: DemoRun, report: Report) -> None:
     perplexity = freebits.evaluate(demo_run.sliced, limit=4)["perplexity"]
-    [move] = freebits.inspect(demo_run.sliced)["history"]
-    measured = move["perplexity"]
+    [transform] = freebits.inspect(demo_run.sliced)["history"]
+    measured = transform["perplexity"]
     report(f"sliced: perplexity {perplexity:.3f} on held-out topics; {measured} on held-out windows")
     assert perplexity < 26
     assert 1 < measured["sliced"] / measured["dense"] < 1.5
@@ -83,8 +83,10 @@ def test_the_canonical_model_is_the_sliced_one(demo_run: DemoRun, report: Report
 def test_four_bits_a_number_are_four_bits_and_cost_little(demo_run: DemoRun, tmp_path: Path, report: Report) -> None:
     text = embedded_text()[0]
     facts = freebits.quantize(demo_run.dense, tmp_path / "four", bits=4, calibration=text, samples=8)
-    n_numbers = sum(kind.numel for kind in Checkpoint(demo_run.dense).kinds.values() if len(kind.shape) == 2)
-    assert 0.995 < 2 * facts["bytes"]["packed"] / n_numbers < 1.004  # half a byte each, headers and manifest included
+    n_weights_of = sum(spec.numel for spec in Checkpoint(demo_run.dense).specs.values() if len(spec.shape) == 2)
+    assert (
+        0.995 < 2 * facts["bytes"]["packed"] / n_weights_of < 1.004
+    )  # half a byte each, headers and manifest included
     result = freebits.verify(tmp_path / "four", against=demo_run.dense, limit=4)
     report(f"4 bits: {facts['bytes']['packed']:,} bytes, mean KL {result['mean_kl']:.4f}, ratio {result['ratio']:.4f}")
     assert result["mean_kl"] < 0.15
@@ -157,23 +159,23 @@ def elsewhere(environment: dict[str, str], verb: str, source: Path, out: Path) -
 
 def test_other_threads_and_kernels_decode_the_same_words(demo_run: DemoRun, tmp_path: Path, report: Report) -> None:
     reference = tensors_of(demo_run.bits_back)
-    n_words = sum(tensor.numel() for tensor in reference.values())
+    n_values = sum(tensor.numel() for tensor in reference.values())
     for number, (machine, environment) in enumerate(MACHINES.items()):
         decoded = elsewhere(environment, "unpack", demo_run.bits_back, tmp_path / str(number))
         assert decoded.keys() == reference.keys()
         differences = [(decoded[name].double() - reference[name].double()).abs() for name in reference]
         n_different = sum(int((difference > 0).sum()) for difference in differences)
         largest = max(difference.max().item() for difference in differences)
-        report(f"bits-back, {machine}: {n_different} of {n_words} words differ, by at most {largest:.1e}")
+        report(f"bits-back, {machine}: {n_different} of {n_values} words differ, by at most {largest:.1e}")
         assert largest <= THRESHOLD
-        assert n_different <= n_words // 10_000
+        assert n_different <= n_values // 10_000
 
 
 def test_other_threads_and_kernels_pack_the_same_canonical_words(
     demo_run: DemoRun, tmp_path: Path, report: Report
 ) -> None:
     reference = load_file(demo_run.canonical / "packed.safetensors")
-    n_words = sum(tensor.numel() for tensor in reference.values())
+    n_values = sum(tensor.numel() for tensor in reference.values())
     for number, (machine, environment) in enumerate(MACHINES.items()):
         packed = elsewhere(environment, "pack", demo_run.sliced, tmp_path / str(number))
         assert packed.keys() == reference.keys()
@@ -185,5 +187,5 @@ def test_other_threads_and_kernels_pack_the_same_canonical_words(
             difference = (packed[name].double() - expected.double()).abs()
             assert (difference <= rounding).all(), name
             n_different += int((difference > 0).sum())
-        report(f"canonical, {machine}: {n_different} of {n_words} words differ, each by one rounding")
-        assert n_different <= n_words // 100_000
+        report(f"canonical, {machine}: {n_different} of {n_values} words differ, each by one rounding")
+        assert n_different <= n_values // 100_000

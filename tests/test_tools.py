@@ -1,4 +1,4 @@
-"""What people do with a model, done with every form that freebits writes: sliced, canonical, quantised, narrow."""
+"""What people do with a model, done with every form that freebits writes: sliced, canonical, quantized, narrow."""
 
 import copy
 import pickle
@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 import freebits
 from tests.tiny import Make, random_text
 
-FORMS = ("sliced", "canonical", "quantised", "low rank")
+FORMS = ("sliced", "canonical", "quantized", "low rank")
 TOKENS = torch.randint(96, (2, 12), generator=torch.Generator().manual_seed(0))
 ADAPTED = ["q_proj", "v_proj", "down_proj"]
 
@@ -23,7 +23,7 @@ def folder(request: pytest.FixtureRequest, save_tiny: Make, slice_tiny: Make, tm
     dense = save_tiny(hidden_size=64, intermediate_size=160, num_key_value_heads=2)
     options: dict[str, Any] = {"calibration": random_text(600), "samples": 4, "seq_len": 32}
     out = tmp_path / request.param.replace(" ", "-")
-    if request.param == "quantised":
+    if request.param == "quantized":
         freebits.quantize(dense, out, bits=5, **options)
     elif request.param == "low rank":
         freebits.lowrank(dense, out, budget=0.8, **options)
@@ -94,7 +94,7 @@ def test_it_is_traced_whole_copied_and_pickled(folder: Path) -> None:
     torch._dynamo.reset()
     compiled: Any = torch.compile(model, backend="eager", fullgraph=True)  # what another backend would get
     torch.testing.assert_close(compiled(TOKENS, use_cache=False).logits, expected)
-    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301  (our own)
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301
         assert torch.equal(again(TOKENS).logits, expected)
 
 

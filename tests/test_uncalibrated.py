@@ -55,9 +55,9 @@ AUTO: dict[str, Any] = {
 
 @pytest.fixture
 def saved(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[str, Path]:
-    kind, config = MODELS[request.param]
+    spec, config = MODELS[request.param]
     torch.manual_seed(0)
-    kind(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    spec(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
     return request.param, tmp_path / "model"
 
 
@@ -71,17 +71,17 @@ def outputs(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("saved", MODELS, indirect=True)
 def test_a_model_that_writes_no_text_is_compressed(saved: tuple[str, Path], tmp_path: Path) -> None:
-    kind, dense = saved
+    spec, dense = saved
     made = freebits.compress(dense, tmp_path / "small")
-    assert made["auto_class"] == AUTO[kind].__name__
+    assert made["auto_class"] == AUTO[spec].__name__
     assert made["coverage"]["share"] > 0.95
     assert made["coverage"]["uncalibrated"] == pytest.approx(made["coverage"]["share"])
     assert 0 < made["fidelity"]["weight_error"] < 0.05
-    before, after = (outputs(AUTO[kind].from_pretrained(folder)) for folder in (dense, tmp_path / "small"))
+    before, after = (outputs(AUTO[spec].from_pretrained(folder)) for folder in (dense, tmp_path / "small"))
     assert (after - before).norm() < 0.2 * before.norm()
     source, packed = Checkpoint(dense), PackedFolder(tmp_path / "small")
-    matrices = sum(of.numel for of in source.kinds.values() if len(of.shape) > 1)
-    vectors = sum(of.n_bytes for of in source.kinds.values() if len(of.shape) < 2)
+    matrices = sum(of.numel for of in source.specs.values() if len(of.shape) > 1)
+    vectors = sum(of.n_bytes for of in source.specs.values() if len(of.shape) < 2)
     assert sum(of.n_bytes for of in packed.stored.values()) < 1.1 * (6 * matrices / 8 + vectors)
 
 
@@ -169,7 +169,7 @@ def test_a_pipeline_comes_back_byte_for_byte(pipeline: Path, tmp_path: Path) -> 
 def test_a_pipeline_is_rounded(pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compress", str(pipeline), str(tmp_path / "plan"), "--dry-run"]) == 0
     assert main(["compress", str(pipeline), str(tmp_path / "small"), "--keep", "to_q*"]) == 0
-    assert capsys.readouterr().out.count("6 bits a weight") == 4
+    assert capsys.readouterr().out.count("6 bits per weight") == 4
     assert main(["compress", str(pipeline), str(tmp_path / "sized"), "--target-size", "1MB"]) == 2
     freebits.unpack(tmp_path / "small", tmp_path / "back")
     before, after = (

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import freebits
 from freebits import Parallel
 from freebits.cli.main import main
-from freebits.codecs.rotation_words import canonical_direction
+from freebits.codecs.rotation_values import canonical_direction
 from freebits.execution.executor import threads
 from freebits.execution.stored_values import read, save
 from freebits.execution.work_store import Work, WorkStore

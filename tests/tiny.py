@@ -128,9 +128,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", eos_token="w1")
 
 
-def random_text(n_words: int, seed: int = 0) -> str:
+def random_text(n_values: int, seed: int = 0) -> str:
     """Text for the tiny models' tokenizer."""
-    numbers = torch.randint(96, (n_words,), generator=torch.Generator().manual_seed(seed))
+    numbers = torch.randint(96, (n_values,), generator=torch.Generator().manual_seed(seed))
     return " ".join(f"w{number}" for number in numbers.tolist())
 
 

@@ -4,7 +4,7 @@ JSON_BYTES, JSON_DEPTH = 2**27, 100
 """Of a config, an index, a manifest: bytes, and how deep it may nest."""
 HEADER_BYTES = 100_000_000
 """Of a safetensors header: the library's own bound."""
-TENSOR_NUMBERS = 2**40
+TENSOR_VALUES = 2**40
 """Of a tensor."""
 RECIPE_STEPS = 16
 """From what is stored to what the model has."""

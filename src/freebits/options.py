@@ -1,4 +1,4 @@
-"""Names by which users choose; without imports, so that the command line can list them at once."""
+"""Names of options and fidelities. Without imports, so that the command line can list them at once."""
 
 CANONICAL, BITS_BACK, NONE = "canonical", "bits-back", "none"
 CODECS = (CANONICAL, BITS_BACK, NONE)
@@ -14,3 +14,5 @@ SLOPE, UNIFORM, PAPER = "slope", "uniform", "paper"
 ALLOCATIONS = (SLOPE, UNIFORM, PAPER)
 THREADS, RAY = "threads", "ray"
 BACKENDS = (THREADS, RAY)
+LOSSY, FUNCTION_PRESERVING, BIT_EXACT = "lossy", "function-preserving", "bit-exact"
+"""What a step preserves of a model."""

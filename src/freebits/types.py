@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from freebits.limits import TENSOR_NUMBERS
+from freebits.limits import TENSOR_VALUES
 
 Bytes = NDArray[np.uint8]
 
@@ -47,7 +47,7 @@ _BITS = {code: 8 * dtype.itemsize for code, dtype in DTYPES.items()} | {
 
 
 @dataclass(frozen=True)
-class Kind:
+class TensorSpec:
     """Dtype and shape of a tensor, written `F16[456, 576]`; the dtype by its safetensors name.
 
     Raises:
@@ -58,27 +58,27 @@ class Kind:
     shape: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        sizes = all(type(size) is int and 0 <= size <= TENSOR_NUMBERS for size in self.shape)
-        if self.code not in _BITS or not sizes or prod(self.shape) > TENSOR_NUMBERS or prod(self.shape) * self.bits % 8:
+        sizes = all(type(size) is int and 0 <= size <= TENSOR_VALUES for size in self.shape)
+        if self.code not in _BITS or not sizes or prod(self.shape) > TENSOR_VALUES or prod(self.shape) * self.bits % 8:
             raise ValueError(f"no tensor is of the kind {self}")
 
     @classmethod
-    def of(cls, tensor: Tensor) -> "Kind":
+    def of(cls, tensor: Tensor) -> "TensorSpec":
         """The kind of a tensor."""
         return cls(DTYPE_CODES[tensor.dtype], tuple(tensor.shape))
 
     @classmethod
-    def parse(cls, text: str) -> "Kind":
+    def parse(cls, text: str) -> "TensorSpec":
         """The inverse of `str`.
 
         Raises:
             ValueError: the text is none.
         """
         code, _, sizes = text.removesuffix("]").partition("[")
-        kind = cls(code, tuple(int(size) for size in sizes.split(", ") if size))
-        if str(kind) != text:
+        spec = cls(code, tuple(int(size) for size in sizes.split(", ") if size))
+        if str(spec) != text:
             raise ValueError(f"{text!r} is no dtype and shape")
-        return kind
+        return spec
 
     def __str__(self) -> str:
         return f"{self.code}{list(self.shape)}"

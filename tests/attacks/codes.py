@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from freebits.codecs.bits import zstd
 from freebits.packed.manifest import digest
-from freebits.types import Kind, bytes_of
+from freebits.types import TensorSpec, bytes_of
 from tests.attacks import attack
 from tests.tiny import redigest
 
@@ -25,7 +25,7 @@ def change_stored(folder: Path, change: Callable[[Tensors, dict[str, Any]], obje
 
     def both(manifest: dict[str, Any]) -> None:
         change(tensors, manifest)
-        manifest["digests"] = {name: digest(Kind.of(t), bytes_of(t)) for name, t in tensors.items()}
+        manifest["digests"] = {name: digest(TensorSpec.of(t), bytes_of(t)) for name, t in tensors.items()}
 
     redigest(folder, both)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})

@@ -50,9 +50,9 @@ def recipes_twice(folder: Path) -> None:
 @attack("canonical")
 def recipes_by_the_hundred_thousand(folder: Path) -> None:
     def chain(manifest: dict[str, Any]) -> None:
-        kind = "U8[8]"
+        spec = "U8[8]"
         manifest["recipes"] += [
-            {"code": "entropy", "takes": {"entropy": f"x{n}"}, "makes": [[f"x{n + 1}", kind]], "params": {"bytes": 7}}
+            {"code": "entropy", "takes": {"entropy": f"x{n}"}, "makes": [[f"x{n + 1}", spec]], "params": {"bytes": 7}}
             for n in range(100_000)
         ]
 
@@ -106,7 +106,7 @@ def reason_with_escapes_for_the_terminal(folder: Path) -> None:
 
 @attack("canonical")
 def history_that_makes_no_sense(folder: Path) -> None:
-    redigest(folder, lambda manifest: manifest.update(history=[{"bytes": {"dense": 10**400}}, {"move": ["\x1b"]}]))
+    redigest(folder, lambda manifest: manifest.update(history=[{"bytes": {"dense": 10**400}}, {"transform": ["\x1b"]}]))
 
 
 @attack("canonical")

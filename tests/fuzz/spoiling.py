@@ -17,7 +17,7 @@ from freebits.execution.executor import Parallel
 from freebits.packed.manifest import digest
 from freebits.packed.reader import PackedFolder
 from freebits.storage.weights import parse_header
-from freebits.types import Kind
+from freebits.types import TensorSpec
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "v1"
 CODECS = ("bits-back", "canonical", "gptq", "integers", "none", "pyramid")
@@ -109,7 +109,7 @@ def write(spoiled: Sound, folder: Path) -> None:
     manifest["config"] = xxhash.xxh3_128_hexdigest(config)
     try:
         entries = parse_header(header.decode(), len(spoiled.data))
-        true = {entry.name: _digest(entry.kind, spoiled.data[entry.begin : entry.end]) for entry in entries}
+        true = {entry.name: _digest(entry.spec, spoiled.data[entry.begin : entry.end]) for entry in entries}
         manifest["digests"] = {name: true.get(name, of) for name, of in manifest["digests"].items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
@@ -118,8 +118,8 @@ def write(spoiled: Sound, folder: Path) -> None:
     (folder / "freebits.json").write_text(json.dumps(manifest))
 
 
-def _digest(kind: Kind, data: bytes) -> str:
-    return digest(kind, np.frombuffer(data, np.uint8))
+def _digest(spec: TensorSpec, data: bytes) -> str:
+    return digest(spec, np.frombuffer(data, np.uint8))
 
 
 def read(folder: Path) -> bool:

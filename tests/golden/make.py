@@ -23,7 +23,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "pyramid": {"rotate": "hadamard", "only": "linear"},
     "gptq": {"only": "linear"},
 }
-"""How matrices are quantised."""
+"""How matrices are quantized."""
 
 
 def main() -> None:
@@ -50,10 +50,10 @@ def main() -> None:
         save_file(dict(PackedFolder(GOLDEN / codec).model_tensors()), GOLDEN / f"{codec}.safetensors")
     freebits.pack(GOLDEN / "sliced", GOLDEN / "none", codec="none")  # entropy-coded where that gains
     (GOLDEN / "none" / "modeling_freebits.py").unlink()
-    quantised()
+    quantized()
 
 
-def quantised() -> None:
+def quantized() -> None:
     """The same model with its matrices in integers, and in rotated pyramids and grids."""
     for method, options in METHODS.items():
         out = GOLDEN / method

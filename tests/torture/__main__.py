@@ -93,7 +93,7 @@ def faults(scratch: Path, arguments: argparse.Namespace) -> list[Finding]:
     """What happens to runs that write."""
     from tests.torture import faults
 
-    draw, times = random.Random(0), arguments.times  # noqa: S311  (no secret)
+    draw, times = random.Random(0), arguments.times  # noqa: S311
     places, few = places_in(scratch), max(1, times // 10)
     return [
         faults.stopped(places, signal.SIGKILL, times, draw),
@@ -164,7 +164,7 @@ def write(findings: list[Finding], parts: list[str]) -> None:
     text = PAGE.read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
     PAGE.write_text(before + BEGIN + table(rows) + END + rest.partition(END)[2], encoding="utf-8")
-    print(table(rows))  # noqa: T201  (its result)
+    print(table(rows))  # noqa: T201
 
 
 if __name__ == "__main__":

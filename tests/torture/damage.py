@@ -61,7 +61,7 @@ def every_bit(folder: Path, name: str) -> list[Finding]:
 def samples(folder: Path, count: int = SAMPLES) -> Finding:
     """Flipped bits of a large folder, drawn at random; of a weight, what is made of it is read, of the rest all."""
     finding = Finding("damage", "a flipped bit of the demo model's folder (canonical, entropy-coded), at random")
-    packed, draw = PackedFolder(folder), random.Random(0)  # noqa: S311  (no secret)
+    packed, draw = PackedFolder(folder), random.Random(0)  # noqa: S311
     made_of = _dependants(packed)
     files = [*packed.weight_files, folder / "freebits.json", folder / "config.json"]
     sizes = [file.stat().st_size for file in files]
@@ -148,4 +148,4 @@ def _dependants(packed: PackedFolder) -> dict[str, str]:
         for part in recipe.takes.values() if recipe else ():
             yield from roots(part)
 
-    return {root: name for name in packed.kinds for root in roots(name)}
+    return {root: name for name in packed.specs for root in roots(name)}

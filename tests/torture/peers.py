@@ -32,7 +32,7 @@ def peers(python: str | None) -> list[Finding]:
 
 def flipped(name: str, content: bytes, true: dict[str, Tensor], read: Callable[[bytes], dict[str, Tensor]]) -> Finding:
     """A file with one bit flipped at a time, at places drawn at random."""
-    finding, draw = Finding("peers", f"a flipped bit, read by {name}"), random.Random(0)  # noqa: S311  (no secret)
+    finding, draw = Finding("peers", f"a flipped bit, read by {name}"), random.Random(0)  # noqa: S311
     for _ in range(FLIPS):
         changed = bytearray(content)
         changed[draw.randrange(len(changed))] ^= 1 << draw.randrange(8)

@@ -28,6 +28,7 @@ from freebits.execution.progress import Progress, silent
 from freebits.execution.work_store import Work, WorkStore
 from freebits.integrations.gguf_models import write_dense
 from freebits.integrations.packed_models import auto_class, reads_text
+from freebits.options import LOSSY
 from freebits.packed.packing import pack_into
 from freebits.packed.piece import stage
 from freebits.packed.reader import PackedFolder, opened
@@ -40,10 +41,9 @@ from freebits.storage.remote import original
 from freebits.storage.signature import check_key, sign
 from freebits.storage.staging import new_directory
 from freebits.storage.task import unchanged
-from freebits.transforms.transform import LOSSY
 
 MAX_KL = 0.05
-"""Without a target: the largest mean KL divergence, in nats a token."""
+"""Without a target: the largest mean KL divergence, in nats per token."""
 RUIN = 0.5
 """Mean KL divergence above which a model is not written without `force`."""
 _TRIES = 3
@@ -119,7 +119,7 @@ def compress(
         target_ratio: the same as a part of what the model takes now, in (0, 1).
         bits: for each number of a matrix on average.
         lossless: keep every bit: `unpack` gives the files back byte for byte.
-        max_kl: the mean KL divergence from the model, in nats a token, that the result has at most on `text`; without
+        max_kl: the mean KL divergence from the model, in nats per token, that the result has at most on `text`; without
             any target 0.05.
         calibration: text; by default the model writes its own.
         text: to measure on; by default pages of Python's documentation, on which nothing is calibrated.
@@ -209,7 +209,7 @@ def _pipeline(
         return {"kind": "pipeline", "components": plans}
 
     def each(model: Path, made: Path) -> dict[str, Any]:
-        kept = [pattern for pattern in keep if any(fnmatchcase(name, pattern) for name in opened(model).kinds)]
+        kept = [pattern for pattern in keep if any(fnmatchcase(name, pattern) for name in opened(model).specs)]
         return compress(model, made, **targets, keep=kept, progress=progress, **more)
 
     return for_each(folder, out, each)
@@ -232,10 +232,10 @@ def planned(
     if target_ratio is not None and not 0 < target_ratio < 1:
         raise UsageError(f"--target-ratio {target_ratio}: give a part of the model's size, such as 0.4")
     if max_kl is not None and not 0 < max_kl < math.inf:
-        raise UsageError(f"--max-kl {max_kl}: give nats a token, such as 0.05")
+        raise UsageError(f"--max-kl {max_kl}: give nats per token, such as 0.05")
     size = target_size if target_ratio is None else math.floor(target_ratio * now)
-    kinds = source.kinds.values()
-    without_loss = round(sum(TYPICAL_ENTROPY.get(kind.code, 1.0) * kind.n_bytes for kind in kinds))
+    specs = source.specs.values()
+    without_loss = round(sum(TYPICAL_ENTROPY.get(spec.code, 1.0) * spec.n_bytes for spec in specs))
     if lossless or (size is not None and 1.05 * without_loss < size and not isinstance(source, PackedFolder)):
         if isinstance(source, PackedFolder):
             raise CheckpointError(f"{folder} is packed already: it has no bits to lose")
@@ -245,8 +245,8 @@ def planned(
     if max_kl is None and not reads_text(source.config):
         bits = fallback_bits if bits is None else bits
     if bits is not None:
-        numbers = sum(kind.numel for kind in kinds if len(kind.shape) > 1)
-        rest = sum(kind.n_bytes for kind in kinds if len(kind.shape) < 2)
+        numbers = sum(spec.numel for spec in specs if len(spec.shape) > 1)
+        rest = sum(spec.n_bytes for spec in specs if len(spec.shape) < 2)
         return Plan(name, now, "integers", about=round(bits * numbers / 8) + rest, bits=bits)
     return Plan(name, now, "integers", max_kl=MAX_KL if max_kl is None else max_kl)
 
@@ -332,8 +332,8 @@ def _rounded(
         searches = plan.max_kl is not None and kl > plan.max_kl
         if not kl <= RUIN and not options.force and not searches:
             raise UsageError(
-                f"this target ruins the model: mean KL {kl:.2f} nats a token, perplexity x {measured['ratio']:.2f} on "
-                f"{measured['text']}; give it more bytes, or --force"
+                f"this target ruins the model: mean KL {kl:.2f} nats per token, perplexity x {measured['ratio']:.2f} "
+                f"on {measured['text']}; choose a larger target, or set `force`"
             )
         if wanted is None or plan.max_kl is None or not math.isfinite(kl):
             return measured, prepared.coverage
@@ -351,7 +351,7 @@ def _weight_error(folder: Path, made: PackedFolder) -> dict[str, Any]:
     """The relative error of the weights that were rounded, as a root mean square."""
     source = readable(folder)
     error = size = 0.0
-    for name in source.kinds:
+    for name in source.specs:
         before, after = source[name], made[name]
         if before.is_floating_point() and not torch.equal(before, after):
             error += (after.double() - before.double()).square().sum().item()

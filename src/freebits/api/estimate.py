@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from freebits.errors import CheckpointError, UnsupportedModelError
-from freebits.evaluation.estimation import TYPICAL_ENTROPY, n_bytes, n_words, planned_forms
+from freebits.evaluation.estimation import TYPICAL_ENTROPY, n_bytes, n_values, planned_forms
 from freebits.evaluation.sizes import change
 from freebits.integrations.empty_models import BUILDING
 from freebits.integrations.loading import one_line_errors
@@ -62,8 +62,8 @@ def estimate(
         planned = planned_forms(architecture, dense_shapes(content, path), k, code)
     except ValueError as error:
         raise CheckpointError(f"{path} describes a model too large for any machine ({error})") from None
-    params = {form: None if kinds is None else n_words(architecture, kinds) for form, kinds in planned.items()}
-    sizes = {form: None if kinds is None else n_bytes(kinds.values()) for form, kinds in planned.items()}
+    params = {form: None if specs is None else n_values(architecture, specs) for form, specs in planned.items()}
+    sizes = {form: None if specs is None else n_bytes(specs.values()) for form, specs in planned.items()}
     packed = sizes["canonical_tied"] or sizes["canonical"] or 0
     forms = ("dense_canonical", "sliced", "bits_back", "canonical", "canonical_tied")
     return {

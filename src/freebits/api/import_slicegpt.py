@@ -21,6 +21,7 @@ from freebits.integrations.loading import one_line_errors
 from freebits.models.families import dense_family
 from freebits.models.layout import Layout
 from freebits.models.table import Architecture
+from freebits.options import LOSSY
 from freebits.packed.packing import history_of
 from freebits.packed.unpacking import SLICED_IN
 from freebits.storage.auxiliary_files import carry_over, write_remote_code
@@ -29,7 +30,6 @@ from freebits.storage.hub import located
 from freebits.storage.staging import new_directory
 from freebits.storage.weights import WeightsFile
 from freebits.storage.writer import CheckpointWriter
-from freebits.transforms.transform import LOSSY
 from freebits.types import DTYPE_CODES, FLOATS
 from freebits.version import __version__
 
@@ -82,15 +82,15 @@ def import_slicegpt(
         carry_over(folder, directory, (file.name for file in folder.glob("model*.safetensors*")))
         write_remote_code(directory, SLICED_IN, architecture.family.sliced_classes)
         sized = any(folder.glob("*.safetensors"))
-        move = {
-            "move": "slice",
+        transform = {
+            "transform": "slice",
             "fidelity": LOSSY,
             "by": "TransformerCompression",
             **({"bytes": dense_bytes(Checkpoint(folder), dense)} if sized else {}),
             "producer": f"freebits {__version__}",
         }
         dtype = tensors[architecture.sublayers[0].shortcut.weight].dtype
-        write_sliced_config(directory, config, architecture, layout, dtype, [*history_of(content), move])
+        write_sliced_config(directory, config, architecture, layout, dtype, [*history_of(content), transform])
         write_card(directory, folder)
         return inspect(directory)
 
@@ -101,7 +101,7 @@ def _tensors(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{file} is no file: give the .pt that run_slicegpt.py saved")
     if file.suffix == ".safetensors":
         weights = WeightsFile(file)
-        found: Any = {name: entry.kind.view(weights.read(name)) for name, entry in weights.entries.items()}
+        found: Any = {name: entry.spec.view(weights.read(name)) for name, entry in weights.entries.items()}
     else:
         found = _unpickled(file)
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
@@ -151,8 +151,8 @@ def _renamed(theirs: Mapping[str, Tensor], architecture: Architecture, file: Pat
     """The tensors by our names, in our order; a shortcut is the matrix of a linear layer here."""
     names = {}
     for sub in architecture.sublayers:
-        block, _, kind = sub.name.rpartition(".")
-        names[sub.shortcut.weight] = f"{block}.{_SHORTCUTS[kind]}"
+        block, _, spec = sub.name.rpartition(".")
+        names[sub.shortcut.weight] = f"{block}.{_SHORTCUTS[spec]}"
     known = {name: names.get(name, name) for name in architecture.weights}
     for name in architecture.without_ignored(sorted(theirs.keys() - known.values())):
         raise CheckpointError(

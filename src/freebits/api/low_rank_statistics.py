@@ -54,13 +54,13 @@ class Layers:
             UsageError: there are no such blocks.
             UnsupportedModelError: the table does not know it.
         """
-        architecture = Architecture.of(checkpoint.config, len(checkpoint.kinds))
+        architecture = Architecture.of(checkpoint.config, len(checkpoint.specs))
         if architecture.low_ranks:
             raise UnsupportedModelError(f"{path} has layers of low rank already: reduce the model it was made from")
         running = RunningModel(path, device)
         source, engine = running.named, running.engine
         layers = {f"{name}.weight": type(of) for name, of in engine.model.named_modules() if isinstance(of, _LAYERS)}
-        transposed = frozenset(name for name, kind in layers.items() if issubclass(kind, Conv1D))
+        transposed = frozenset(name for name, spec in layers.items() if issubclass(spec, Conv1D))
         match = re.fullmatch(r"all|last:([1-9]\d*)", blocks)
         n_blocks = len(engine.blocks)
         if not match or int(match[1] or 1) > n_blocks:
@@ -71,8 +71,8 @@ class Layers:
         for number in chosen:
             subs = architecture.sublayers[number * per_block : (number + 1) * per_block]
             modules = [module for sub in subs for branch in sub.branches for module in (*branch.reads, *branch.writes)]
-            kinds = {module.weight: source.kinds.get(module.weight) for module in modules if not module.stacked}
-            shapes = {name: kind.shape for name, kind in kinds.items() if kind and kind.code in FLOATS}
+            specs = {module.weight: source.specs.get(module.weight) for module in modules if not module.stacked}
+            shapes = {name: spec.shape for name, spec in specs.items() if spec and spec.code in FLOATS}
             shapes = {name: s[::-1] if name in transposed else s for name, s in shapes.items()}
             sizes[number] = {n: (s[0], s[1]) for n, s in shapes.items() if n in layers and min(s) > 1}
         return cls(source, architecture, running, sizes, transposed)
@@ -146,15 +146,15 @@ def _ranks_for_size(layers: Layers, ranks: Callable[[float], dict[str, int]], ta
     Raises:
         UsageError: there are none.
     """
-    kinds, sizes = layers.source.kinds, layers.all_sizes
-    whole = sum(kind.n_bytes for kind in kinds.values())
+    specs, sizes = layers.source.specs, layers.all_sizes
+    whole = sum(spec.n_bytes for spec in specs.values())
 
     def total(chosen: Mapping[str, int]) -> int:
         saved = 0
         for name, rank in chosen.items():
             if rank:
                 n, m = sizes[name]
-                saved += kinds[name].n_bytes // (n * m) * (n * m - rank * (n + m))
+                saved += specs[name].n_bytes // (n * m) * (n * m - rank * (n + m))
         return whole - saved
 
     low, high = 0.0, 1.0
@@ -178,7 +178,7 @@ def reduce_layers(layers: Layers, ranks: Mapping[str, int], tokens: Tensor, work
 
     def left(number: int) -> None:
         recent.clear()
-        progress(number + 1, len(engine.runs))
+        progress("reducing", "block", number + 1, len(engine.runs))
 
     with Products(engine.parameter_at, reducer):
         engine.hidden(tokens, left)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from freebits.api.low_rank_statistics import PAPERS_BLOCKS, Layers, ranks_of, reduce_layers
-from freebits.calibration.self_generated import own_windows
+from freebits.calibration.self_generated import self_generated_windows
 from freebits.calibration.streamed import window_logits
 from freebits.calibration.tokens import drawn_windows, token_windows
 from freebits.errors import CheckpointError, UsageError
@@ -22,7 +22,7 @@ from freebits.execution.machine import device_of
 from freebits.execution.progress import Progress, silent
 from freebits.execution.work_store import Work
 from freebits.models.families import LOW_RANKS, SLICED_PREFIX, Family
-from freebits.options import ALLOCATIONS, PAPER, SLOPE
+from freebits.options import ALLOCATIONS, LOSSY, PAPER, SLOPE
 from freebits.packed.manifest import is_packed
 from freebits.packed.packing import HISTORY, history_of
 from freebits.packed.unpacking import LOW_RANK_IN, SLICED_IN
@@ -34,7 +34,6 @@ from freebits.storage.staging import new_directory
 from freebits.storage.task import Task, text_digest
 from freebits.storage.writer import CheckpointWriter, shard_bytes
 from freebits.transforms.slicing import perplexity
-from freebits.transforms.transform import LOSSY
 from freebits.version import __version__
 
 HELD_OUT = 4
@@ -110,7 +109,9 @@ def lowrank(
         work = Work(executor, task.store(directory))
         if calibration is None:
             where = device_of(device)
-            written = partial(own_windows, checkpoint.path, samples + HELD_OUT, seq_len, seed, where, progress)
+            written = partial(
+                self_generated_windows, checkpoint.path, samples + HELD_OUT, seq_len, seed, where, progress
+            )
             windows = work.once("text", written)
         else:
             windows = token_windows(checkpoint.path, calibration, seq_len)
@@ -118,8 +119,8 @@ def lowrank(
         ranks = ranks_of(layers, tokens, work, (budget, target_size, allocate), seed, progress)
         reduce_layers(layers, ranks, tokens, work, progress)
         ranks = _write(directory, checkpoint, layers, ranks, work)
-        move = {
-            "move": "lowrank",
+        transform = {
+            "transform": "lowrank",
             "fidelity": LOSSY,
             "budget": budget,
             "allocate": allocate,
@@ -131,7 +132,7 @@ def lowrank(
             "bytes": known_sizes(checkpoint.path),
             "producer": f"freebits {__version__}",
         }
-        _write_config(directory, checkpoint, layers.architecture.family, ranks, move)
+        _write_config(directory, checkpoint, layers.architecture.family, ranks, transform)
         cost = _cost(checkpoint.path, directory, held_out)
         write_card(directory, checkpoint.path)
         if sign_with is not None:
@@ -143,13 +144,13 @@ def _write(
     directory: Path, checkpoint: Checkpoint, layers: Layers, ranks: Mapping[str, int], work: Work
 ) -> dict[str, int]:
     """The weights; the ranks of layers that have low rank now."""
-    source, kinds, reduced = layers.source, layers.source.kinds, dict[str, int]()
-    announced = {f"{name}.down.up": (*kind.shape, *kind.shape) for name, kind in kinds.items()} | {
-        f"{name}.up.down": kind.shape for name, kind in kinds.items()
+    source, specs, reduced = layers.source, layers.source.specs, dict[str, int]()
+    announced = {f"{name}.down.up": (*spec.shape, *spec.shape) for name, spec in specs.items()} | {
+        f"{name}.up.down": spec.shape for name, spec in specs.items()
     }
     found = {name: work.result(f"factors-{name}") for name in ranks if work.has(f"factors-{name}")}
     with CheckpointWriter(directory, announced, shard_bytes(checkpoint)) as writer:
-        for name in kinds:
+        for name in specs:
             layer, _, what = name.rpartition(".")
             if f"{layer}.weight" not in found:
                 writer.write(name, source[name])
@@ -164,7 +165,7 @@ def _write(
 
 
 def _write_config(
-    directory: Path, checkpoint: Checkpoint, family: Family, ranks: Mapping[str, int], move: Mapping[str, Any]
+    directory: Path, checkpoint: Checkpoint, family: Family, ranks: Mapping[str, int], transform: Mapping[str, Any]
 ) -> None:
     config = checkpoint.config
     sliced = str(config["model_type"]).startswith(SLICED_PREFIX)
@@ -174,7 +175,7 @@ def _write_config(
         "architectures": [classes["AutoModelForCausalLM"]],
         "auto_map": auto_map(classes),
         LOW_RANKS: dict(ranks),
-        HISTORY: {"history": [*history_of(config), move]},
+        HISTORY: {"history": [*history_of(config), transform]},
     }
     write_json(directory / CONFIG, config | ours)
     carry_over(checkpoint.path, directory, (file.name for file in checkpoint.weight_files))

@@ -124,9 +124,9 @@ def _loader(source: Checkpoint) -> str | None:
 
 def _largest_part(source: Checkpoint) -> int:
     """Bytes of the part of a model that has most."""
-    kinds = source.kinds
-    parts = Architecture.of(source.config, len(kinds)).parts
-    return max(sum(kinds[name].n_bytes for name in part.weights if name in kinds) for part in parts)
+    specs = source.specs
+    parts = Architecture.of(source.config, len(specs)).parts
+    return max(sum(specs[name].n_bytes for name in part.weights if name in specs) for part in parts)
 
 
 def unpack(

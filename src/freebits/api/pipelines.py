@@ -39,7 +39,7 @@ def for_each(
         act: makes the new folder of a model from its folder.
 
     Returns:
-        `kind`, which is `pipeline`, and `components`: name → what `act` says.
+        `spec`, which is `pipeline`, and `components`: name → what `act` says.
 
     Raises:
         CheckpointError: `out` exists, or `act` says so.

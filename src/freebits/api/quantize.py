@@ -14,7 +14,7 @@ from torch import Tensor
 
 from freebits.calibration.engine import HELD_WHOLE
 from freebits.calibration.groups import RunningModel
-from freebits.calibration.self_generated import own_windows
+from freebits.calibration.self_generated import self_generated_windows
 from freebits.calibration.tokens import drawn_windows, token_windows
 from freebits.errors import UnsupportedModelError, UsageError
 from freebits.evaluation.card import write_card
@@ -25,22 +25,21 @@ from freebits.execution.progress import Progress, silent
 from freebits.execution.work_store import Work
 from freebits.integrations.loading import load
 from freebits.integrations.packed_models import auto_for_text
-from freebits.options import EMBEDDINGS, HADAMARD, INTEGERS, PARTS, ROTATIONS, RTN
+from freebits.options import EMBEDDINGS, HADAMARD, INTEGERS, LOSSY, PARTS, ROTATIONS, RTN
 from freebits.packed.packing import history_of, publish
 from freebits.packed.piece import stage
 from freebits.packed.reader import PackedFolder
 from freebits.quantization.measuring import measure_matrices
-from freebits.quantization.rate_control import Budget
+from freebits.quantization.rate_control import RateModel
 from freebits.quantization.rounding import FALLBACK_BITS, Goal, write_rounded
 from freebits.quantization.sensitivity_cache import Matrix, SensitivityCache, whole_tensors
-from freebits.quantization.weights_only import choosing_kept, coverage_of, names_kept, uncalibrated
+from freebits.quantization.weights_only import choosing_kept, coverage_of, names_to_keep, uncalibrated
 from freebits.quantized_inputs.source import readable
 from freebits.storage.folder import Checkpoint
 from freebits.storage.hub import located
 from freebits.storage.signature import check_key, sign
 from freebits.storage.staging import new_directory
 from freebits.storage.task import Task, text_digest
-from freebits.transforms.transform import LOSSY
 from freebits.version import __version__
 
 _log = logging.getLogger(__name__)
@@ -83,12 +82,12 @@ def quantize(
         out: folder to create; it appears complete or not at all.
         bits: for each number of a matrix on average, everything counted that the matrices take; by default 4.
         target_size: instead, bytes that the finished folder takes at most, as `inspect` counts them.
-        target_kl: instead, KL divergence in nats a token that is to be expected on text as the model writes it.
+        target_kl: instead, KL divergence in nats per token that is to be expected on text as the model writes it.
         method: `integers` of any size, at steps worth the same everywhere, entropy-coded; `pyramid` vectors; or, to
             compare with, `gptq` and `rtn`: whole bits in groups of 64, with feedback and to the nearest.
         rotate: `hadamard` rounds each matrix rotated on both sides and turns it back when it is decoded: integers gain
             nothing by that, the other methods much.
-        only: quantise only the matrices of the blocks (`linear`), or those of embedding and head (`embeddings`).
+        only: quantize only the matrices of the blocks (`linear`), or those of embedding and head (`embeddings`).
         keep: patterns of names of tensors that stay as they are, such as `vision_tower.*`.
         fallback_bits: for each weight of the matrices that calibration does not reach, on average; if it reaches none,
             only where there is no other target.
@@ -97,7 +96,7 @@ def quantize(
         seq_len: tokens a window.
         seed: of everything that is drawn.
         device: where to run the model.
-        entropy: stage for what is not quantised, as in `pack`.
+        entropy: stage for what is not quantized, as in `pack`.
         parallel: who rounds, and who measures where the text has several groups of windows: threads, or Ray.
         resume: go on with what a stopped run of the same arguments left, block by block.
         sign_with: file of a private key (PEM), with which every file of the folder is signed; see `verify`.
@@ -175,7 +174,7 @@ class Prepared:
     def expected_kl(self, bits: float) -> float:
         """KL divergence in nats per token, on text as the model writes it, at so many bits per weight on average."""
         n_weights = self.cache.n_weights
-        return float(Budget.sum(self.cache.budgets.values()).c(bits * n_weights)) ** 2 * n_weights / 24
+        return float(RateModel.sum(self.cache.rate_models.values()).c(bits * n_weights)) ** 2 * n_weights / 24
 
     def write(
         self, directory: Path, goal: Goal, entropy: str, code: str | None, executor: Executor, progress: Progress
@@ -187,8 +186,8 @@ class Prepared:
                 raise UnsupportedModelError(f"{what} needs calibration, but {self.facts['reason']}: give --bits")
             goal = goal if goal.size or goal.bits else replace(goal, bits=goal.fallback_bits)
         contents = write_rounded(directory, self.source, self.cache, self.alone, goal, code, executor, progress)
-        move = {
-            "move": goal.method,
+        transform = {
+            "transform": goal.method,
             "fidelity": LOSSY,
             **goal.facts,
             **self.facts,
@@ -198,7 +197,7 @@ class Prepared:
         }
         source = self.source
         before = source.manifest.history if isinstance(source, PackedFolder) else history_of(source.config)
-        publish(directory, source, contents, source.config, (goal.method, entropy), [*before, move])
+        publish(directory, source, contents, source.config, (goal.method, entropy), [*before, transform])
 
 
 def prepare(
@@ -223,7 +222,7 @@ def prepare(
     where = device_of(device)
     write = partial(_tokens, source.path, calibration, samples, seq_len, seed, where, progress)
     rotation = seed if rotate == HADAMARD else None
-    kept = names_kept(source, keep)
+    kept = names_to_keep(source, keep)
     matrices: list[Matrix] = []
     facts: dict[str, Any] = {"rotate": rotate, "text": _NO_TEXT}
     experts: dict[str, int] = {}
@@ -241,7 +240,7 @@ def prepare(
     else:
         facts |= {"text": "its own" if calibration is None else "given", "samples": len(tokens), "seq_len": seq_len}
         facts["seed"] = seed
-        experts = {"experts": measured.n_experts, "thin": measured.n_thin}
+        experts = {"experts": measured.n_experts, "undersampled": measured.n_undersampled}
         kept = choosing_kept(source, measured.choosing) | kept
         unknown = {*kept, *measured.choosing}
         matrices = [matrix for matrix in whole_tensors(measured.matrices, source) if matrix.tensor not in unknown]
@@ -268,7 +267,7 @@ def _check_engine(running: RunningModel, tokens: Tensor) -> None:
     Raises:
         UnsupportedModelError: they differ by more than rounding.
     """
-    if 4 * sum(kind.numel for kind in readable(running.path).kinds.values()) > HELD_WHOLE:
+    if 4 * sum(spec.numel for spec in readable(running.path).specs.values()) > HELD_WHOLE:
         return
     few = tokens[:1, :_COMPARED]
     expected = _plain_logits(running, few)  # before the engine has the model, too
@@ -298,7 +297,7 @@ def _tokens(
 ) -> Tensor:
     """The calibration windows, (samples, seq_len)."""
     if text is None:
-        return own_windows(path, samples, seq_len, seed, device, progress)
+        return self_generated_windows(path, samples, seq_len, seed, device, progress)
     windows = drawn_windows(token_windows(path, text, seq_len), samples, 0, seed)[0]
     if len(windows) < samples:
         _log.warning(

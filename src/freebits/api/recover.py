@@ -17,9 +17,9 @@ from freebits.execution.machine import device_of
 from freebits.execution.progress import Progress, silent
 from freebits.integrations.loading import load
 from freebits.integrations.naming import InMemory, known_config
-from freebits.integrations.trainable_adapters import Adapted, Rescaled, Student
+from freebits.integrations.trainable_adapters import Adapted, Rescaled, Trainable
 from freebits.models.registration import OwnModel
-from freebits.options import INTEGERS, PYRAMID
+from freebits.options import INTEGERS, LOSSY, PYRAMID
 from freebits.packed.packing import HISTORY, history_of, publish
 from freebits.packed.reader import PackedFolder, opened
 from freebits.packed.retouching import retouch
@@ -29,13 +29,12 @@ from freebits.storage.hub import located
 from freebits.storage.signature import check_key, sign
 from freebits.storage.staging import new_directory
 from freebits.storage.writer import CheckpointWriter, shard_bytes
-from freebits.transforms.transform import LOSSY
 from freebits.version import __version__
 
 HELD_OUT = 8
 """Windows on which is measured what was gained."""
 _WARM_UP, _AT_ONCE = 10, 32
-_QUANTISED = (INTEGERS, PYRAMID, "grid")
+_QUANTIZED = (INTEGERS, PYRAMID, "grid")
 
 
 def recover(
@@ -53,17 +52,17 @@ def recover(
     sign_with: str | os.PathLike[str] | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Make good a part of what slicing or quantising cost: lossy, as they are, in a folder as large.
+    """Make good a part of what slicing or quantizing cost: lossy, as they are, in a folder as large.
 
     What can be trained without growing is trained to predict what the model predicts that the folder was made from
-    (KL divergence, Adam, each window once): of a quantised folder the steps of its linear layers' rows, in the grid
+    (KL divergence, Adam, each window once): of a quantized folder the steps of its linear layers' rows, in the grid
     that they are stored in, norms and biases; of a plain one every linear layer, by LoRA, merged in the end. (Shortcuts
     of a sliced one, too, which codec `canonical` then stores whole.)
 
     Both models are in memory, in float32, and what training one window takes.
 
     Args:
-        folder: of a sliced, narrow or other plain checkpoint, or of one that was quantised to integers.
+        folder: of a sliced, narrow or other plain checkpoint, or of one that was quantized to integers.
         out: folder to create; it appears complete or not at all.
         against: folder of the model that it was made from.
         calibration: text to train on; by default that model writes its own.
@@ -77,7 +76,7 @@ def recover(
         progress: called after each token that is written, then after each window.
 
     Returns:
-        What `inspect(out)` says, and `kl`, mean nats a token from `against` on windows that were not trained on:
+        What `inspect(out)` says, and `kl`, mean nats per token from `against` on windows that were not trained on:
         {`before`, `after`}.
 
     Raises:
@@ -90,8 +89,8 @@ def recover(
     check_key(sign_with)
     where, folder, against = device_of(device), located(folder), located(against)
     source = opened(folder)
-    if isinstance(source, PackedFolder) and not any(recipe.code in _QUANTISED for recipe in source.manifest.recipes):
-        raise CheckpointError(f"{folder} is packed and not quantised: unpack it, recover that, and pack it again")
+    if isinstance(source, PackedFolder) and not any(recipe.code in _QUANTIZED for recipe in source.manifest.recipes):
+        raise CheckpointError(f"{folder} is packed and not quantized: unpack it, recover that, and pack it again")
     with new_directory(out) as directory:
         student = _student(source, load(folder, dtype=torch.float32).to(where).eval(), rank, seed)
         teacher = load(against, dtype=torch.float32).to(where).eval().requires_grad_(False)
@@ -105,15 +104,15 @@ def recover(
             raise UsageError(f"the text is one window of {seq_len} tokens: give more, or a lower --seq-len")
         before = _mean_divergence(teacher, student.model, held_out)
         train(student, teacher, tokens, progress)
-        student.finish(source.kinds)
+        student.finish(source.specs)
         after = _mean_divergence(teacher, student.model, held_out)
         if not after < before and not force:
             raise UsageError(
                 f"training did not help: mean KL {before:.4f} before and {after:.4f} after, on windows that were not "
                 "trained on: give more --samples, or --force"
             )
-        move = {
-            "move": "recover",
+        transform = {
+            "transform": "recover",
             "fidelity": LOSSY,
             "trained": student.what,
             "text": "its own" if calibration is None else "given",
@@ -124,14 +123,14 @@ def recover(
             "bytes": known_sizes(folder),
             "producer": f"freebits {__version__}",
         }
-        _write(directory, source, student, move)
+        _write(directory, source, student, transform)
         write_card(directory, source.path)
         if sign_with is not None:
             sign(directory, sign_with)
-        return inspect(directory) | {"kl": move["kl"]}
+        return inspect(directory) | {"kl": transform["kl"]}
 
 
-def _student(source: Checkpoint | PackedFolder, model: Any, rank: int, seed: int) -> Student:
+def _student(source: Checkpoint | PackedFolder, model: Any, rank: int, seed: int) -> Trainable:
     """What is trained of a model.
 
     Raises:
@@ -141,10 +140,10 @@ def _student(source: Checkpoint | PackedFolder, model: Any, rank: int, seed: int
     names = {}
     for name, parameter in model.named_parameters():
         theirs = named.in_file(name)
-        if theirs is not None and source.kinds[theirs].shape == tuple(parameter.shape):
+        if theirs is not None and source.specs[theirs].shape == tuple(parameter.shape):
             names[name] = theirs
     if isinstance(source, PackedFolder):
-        student: Student = Rescaled(model, names, source)
+        student: Trainable = Rescaled(model, names, source)
     else:
         student = Adapted(model, names, rank, seed)
     if not student.trained:
@@ -158,7 +157,7 @@ def _written(teacher: Any, samples: int, seq_len: int, seed: int, progress: Prog
     return torch.cat([write_windows(teacher, n, seq_len, seed + part, progress) for part, n in enumerate(parts)])
 
 
-def train(student: Student, teacher: Any, windows: Tensor, progress: Progress = silent) -> None:
+def train(student: Trainable, teacher: Any, windows: Tensor, progress: Progress = silent) -> None:
     """Train a student on each window once, with Adam at a rate that rises, then falls to nothing.
 
     Args:
@@ -184,11 +183,11 @@ def train(student: Student, teacher: Any, windows: Tensor, progress: Progress = 
         optimizer.step()
         optimizer.zero_grad()
         rate.step()
-        progress(done, n)
+        progress("training", "window", done, n)
 
 
 def _divergence(teacher: Any, student: Any, window: Tensor) -> Tensor:
-    """Mean KL divergence of a window's predictions, nats a token."""
+    """Mean KL divergence of a window's predictions, nats per token."""
     tokens = window[None].to(teacher.device)
     with torch.no_grad():
         expected = teacher(input_ids=tokens, use_cache=False).logits[0].log_softmax(-1)
@@ -205,21 +204,21 @@ def _mean_divergence(teacher: Any, student: Any, windows: Tensor) -> float:
     return sum(_divergence(teacher, student, window).item() for window in windows) / max(1, len(windows))
 
 
-def _write(directory: Path, source: Checkpoint | PackedFolder, student: Student, move: dict[str, Any]) -> None:
+def _write(directory: Path, source: Checkpoint | PackedFolder, student: Trainable, transform: dict[str, Any]) -> None:
     """The same folder, what was trained in the place of what was."""
     tensors = student.tensors
     if isinstance(source, PackedFolder):
         manifest = source.manifest
         contents = retouch(directory, source, student.steps() if isinstance(student, Rescaled) else {}, tensors)
         packed_with = manifest.codec, manifest.entropy
-        publish(directory, source, contents, source.config, packed_with, [*manifest.history, move])
+        publish(directory, source, contents, source.config, packed_with, [*manifest.history, transform])
         return
-    shapes = {name: kind.shape for name, kind in source.kinds.items()}
+    shapes = {name: spec.shape for name, spec in source.specs.items()}
     with CheckpointWriter(directory, shapes, shard_bytes(source)) as writer:
-        for name, kind in source.kinds.items():
-            writer.write(name, tensors[name].detach().to("cpu", kind.dtype) if name in tensors else source[name])
+        for name, spec in source.specs.items():
+            writer.write(name, tensors[name].detach().to("cpu", spec.dtype) if name in tensors else source[name])
     carry_over(source.path, directory, (file.name for file in source.weight_files))
-    write_config(directory / CONFIG, source.config | {HISTORY: {"history": [*history_of(source.config), move]}})
+    write_config(directory / CONFIG, source.config | {HISTORY: {"history": [*history_of(source.config), transform]}})
     model = student.model
     if isinstance(model, OwnModel):
         write_remote_code(directory, type(model).__module__, model.classes)

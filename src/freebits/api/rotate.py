@@ -1,4 +1,4 @@
-"""Rotate a dense checkpoint into another that computes the same, without outliers for a quantiser to stumble over."""
+"""Rotate a dense checkpoint into another that computes the same, without outliers for a quantizer to stumble over."""
 
 import os
 from collections.abc import Mapping
@@ -19,6 +19,7 @@ from freebits.models.families import dense_family
 from freebits.models.layout import Layout
 from freebits.models.pairs import pairs_of
 from freebits.models.table import Architecture, Part
+from freebits.options import FUNCTION_PRESERVING
 from freebits.packed.packing import HISTORY, history_of
 from freebits.storage.auxiliary_files import carry_over, write_config
 from freebits.storage.folder import CONFIG, Checkpoint, Source
@@ -28,7 +29,6 @@ from freebits.storage.writer import CheckpointWriter, shard_bytes
 from freebits.transforms.folding import fold_embeddings, fold_head, fold_sublayers
 from freebits.transforms.orthogonal import rotate
 from freebits.transforms.pivoting import act
-from freebits.transforms.transform import FUNCTION_PRESERVING
 from freebits.version import __version__
 
 
@@ -39,7 +39,7 @@ def rotate_model(
 
     Norms are folded into what reads them, then one randomised Hadamard matrix rotates the stream, another each head
     (QuaRot, sections 3.1 and 4, as far as it needs no transform while the model runs). The result is an ordinary
-    checkpoint for any quantiser. A tied head becomes a matrix of its own, as the final norm goes into it.
+    checkpoint for any quantizer. A tied head becomes a matrix of its own, as the final norm goes into it.
 
     Args:
         model: folder of a dense checkpoint.
@@ -63,11 +63,11 @@ def rotate_model(
             "its norms subtract a mean, which a rotated stream would not forgive: slice takes it"
         )
     dense = InMemory(checkpoint, known_config(checkpoint, model))
-    architecture = Architecture.of(dense.config, len(dense.kinds))
+    architecture = Architecture.of(dense.config, len(dense.specs))
     baselines = dense_bytes(checkpoint, architecture)
     untied = architecture.with_tie(False)
-    general = dense.kinds[architecture.embedding.weight].dtype
-    shapes = {name: kind.shape for name, kind in dense.kinds.items()}
+    general = dense.specs[architecture.embedding.weight].dtype
+    shapes = {name: spec.shape for name, spec in dense.specs.items()}
     Layout().check(shapes, architecture)
     names = shapes | {untied.head.weight: shapes[untied.embedding.weight]}
     with new_directory(out) as directory:
@@ -75,16 +75,16 @@ def rotate_model(
         with CheckpointWriter(directory, names, shard_bytes(checkpoint)) as writer:
             for done, part in enumerate(untied.parts, start=1):
                 for name, tensor in rotated_part(dense, untied, part, seed).items():
-                    writer.write(name, tensor.to(dense.kinds[name].dtype if name in dense.kinds else general))
-                progress(done, len(untied.parts))
-        move = {
-            "move": "rotate",
+                    writer.write(name, tensor.to(dense.specs[name].dtype if name in dense.specs else general))
+                progress("rotating", "block", done, len(untied.parts))
+        transform = {
+            "transform": "rotate",
             "fidelity": FUNCTION_PRESERVING,
             "seed": seed,
             "bytes": baselines,
             "producer": f"freebits {__version__}",
         }
-        history = {"history": [*history_of(dense.config), move]}
+        history = {"history": [*history_of(dense.config), transform]}
         write_config(directory / CONFIG, {**dense.config, "tie_word_embeddings": False, HISTORY: history})
         write_card(directory, checkpoint.path)
         return inspect(directory)
@@ -92,7 +92,7 @@ def rotate_model(
 
 def rotated_part(dense: Source, architecture: Architecture, part: Part, seed: int) -> dict[str, Tensor]:
     """A part's tensors, rotated, in float64; its norms have scale 1."""
-    tensors = {name: dense[name] for name in part.weights if name in dense.kinds}
+    tensors = {name: dense[name] for name in part.weights if name in dense.specs}
     norms = [norm.weight for sub in part.sublayers for norm in sub.norms]
     if part.sublayers:
         folded = _turn_heads(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from freebits.api.estimate import dense_shapes
-from freebits.calibration.self_generated import own_windows
+from freebits.calibration.self_generated import self_generated_windows
 from freebits.calibration.sliced_runner import FoldedRunner
 from freebits.calibration.tokens import drawn_windows, token_windows
 from freebits.errors import CheckpointError, UsageError
@@ -27,7 +27,7 @@ from freebits.integrations.naming import InMemory, known_config
 from freebits.models.families import dense_family
 from freebits.models.layout import WIDTHS, Layout
 from freebits.models.table import Architecture, Part
-from freebits.options import DTYPES
+from freebits.options import DTYPES, LOSSY
 from freebits.packed.manifest import is_packed
 from freebits.packed.packing import HISTORY, history_of
 from freebits.packed.unpacking import SLICED_IN
@@ -38,7 +38,7 @@ from freebits.storage.staging import new_directory
 from freebits.storage.task import Task, text_digest
 from freebits.storage.writer import CheckpointWriter, shard_bytes
 from freebits.transforms.slicing import Slice, sliced_size
-from freebits.transforms.transform import LOSSY, Turn, moved_parts
+from freebits.transforms.transform import Turn, transform_parts
 from freebits.types import FLOATS
 from freebits.version import __version__
 
@@ -76,7 +76,7 @@ def slice_model(
         untie: give a head that is tied to the token embedding a matrix of its own, as SliceGPT does. By default
             that matrix is kept once, bit for bit (unless `dtype` is another), with a factor between it and the
             sliced stream.
-        calibration: text to calibrate on; by default the model writes its own, see `own_windows`.
+        calibration: text to calibrate on; by default the model writes its own, see `self_generated_windows`.
         samples: windows of calibration text, drawn without replacement; all but a few where the text has fewer.
         seq_len: tokens a window.
         seed: of that draw, and of the random orientation.
@@ -117,7 +117,9 @@ def slice_model(
     with new_directory(out, task) as directory, parallel.executor() as executor:
         work = Work(executor, task.store(directory))
         if calibration is None:
-            written = partial(own_windows, checkpoint.path, samples + HELD_OUT, seq_len, seed, where, progress)
+            written = partial(
+                self_generated_windows, checkpoint.path, samples + HELD_OUT, seq_len, seed, where, progress
+            )
             windows = work.once("text", written)
         else:
             windows = token_windows(checkpoint.path, calibration, seq_len)
@@ -129,8 +131,8 @@ def slice_model(
         carry_over(checkpoint.path, directory, (file.name for file in checkpoint.weight_files))
         write_remote_code(directory, SLICED_IN, architecture.family.sliced_classes)
         perplexity = _judge(measured, sparsity, force)
-        move = {
-            "move": "slice",
+        transform = {
+            "transform": "slice",
             "fidelity": LOSSY,
             "sparsity": sparsity,
             "text": "its own" if calibration is None else "given",
@@ -143,7 +145,7 @@ def slice_model(
             "perplexity": perplexity,
         }
         dtype = dtypes[architecture.sublayers[0].shortcut.weight]
-        layout, history = Layout.sliced(architecture, size), [*history_of(dense.config), move]
+        layout, history = Layout.sliced(architecture, size), [*history_of(dense.config), transform]
         write_sliced_config(directory, checkpoint.config, architecture, layout, dtype, history)
         write_card(directory, checkpoint.path)
         return inspect(directory) | {"perplexity": perplexity}
@@ -154,17 +156,17 @@ def _write_parts(
 ) -> dict[str, float]:
     """Write the sliced tensors, part by part; what was measured on the way."""
     architecture, dense = slicing.architecture, slicing.source
-    shapes = {name: kind.shape for name, kind in dense.kinds.items()}
+    shapes = {name: spec.shape for name, spec in dense.specs.items()}
     announced = Layout.sliced(architecture, slicing.size).shapes(architecture, shapes)
     measured: dict[str, float] = {}
-    moved = moved_parts(slicing, dense, architecture.parts, dtypes.__getitem__, slicing.work, slicing.runner.device)
+    moved = transform_parts(slicing, dense, architecture.parts, dtypes.__getitem__, slicing.work, slicing.runner.device)
     parts = map(_finished, moved)  # here: a move holds the model that ran
     with CheckpointWriter(directory, announced, shard_bytes(checkpoint)) as writer:
         for done, (tensors, facts) in enumerate(parts, start=1):
             for name, tensor in tensors.items():
                 writer.write(name, tensor)
             measured |= facts
-            progress(done, len(architecture.parts))
+            progress("slicing", "block", done, len(architecture.parts))
     return measured
 
 
@@ -176,19 +178,19 @@ def _finished(work: tuple[Part, Turn, Callable[[], dict[str, Tensor]]]) -> tuple
 
 def _checked_architecture(dense: Source, path: Path) -> Architecture:
     """What is in a dense checkpoint, once every tensor is what its config says."""
-    architecture = Architecture.of(dense.config, len(dense.kinds))
-    shapes = {name: kind.shape for name, kind in dense.kinds.items()}
+    architecture = Architecture.of(dense.config, len(dense.specs))
+    shapes = {name: spec.shape for name, spec in dense.specs.items()}
     Layout().check(shapes, architecture)
     expected = dense_shapes(dict(dense.config), path)
     head, embedding = architecture.head.weight, architecture.embedding.weight
-    for name in architecture.without_ignored(dense.kinds):
+    for name in architecture.without_ignored(dense.specs):
         if shapes[name] != expected.get(name, expected[embedding] if name == head else None):
             raise CheckpointError(f"tensor {name} has shape {list(shapes[name])}, which config.json contradicts")
-        if dense.kinds[name].code not in FLOATS:
-            raise CheckpointError(f"tensor {name} is {dense.kinds[name].code}: slicing needs floating-point weights")
-    for name in expected.keys() - dense.kinds.keys() - {head}:
+        if dense.specs[name].code not in FLOATS:
+            raise CheckpointError(f"tensor {name} is {dense.specs[name].code}: slicing needs floating-point weights")
+    for name in expected.keys() - dense.specs.keys() - {head}:
         raise CheckpointError(f"tensor {name} is missing: the checkpoint is incomplete")
-    if architecture.tied and head in dense.kinds and not torch.equal(dense[head], dense[embedding]):
+    if architecture.tied and head in dense.specs and not torch.equal(dense[head], dense[embedding]):
         return architecture.with_tie(False)  # transformers, too, then takes the head that is there
     return architecture
 
@@ -197,7 +199,7 @@ def _dtypes(dense: Source, architecture: Architecture, dtype: torch.dtype | None
     """What each tensor of the sliced model is rounded to."""
     if dtype is not None and str(dtype).removeprefix("torch.") not in (*DTYPES, "float64"):
         raise UsageError(f"dtype {dtype}: sliced weights are floats of 16 bits or more, {', '.join(DTYPES)}")
-    dtypes = {name: dtype or kind.dtype for name, kind in dense.kinds.items()}
+    dtypes = {name: dtype or spec.dtype for name, spec in dense.specs.items()}
     general = dtypes[architecture.embedding.weight]
     for part in architecture.parts:
         for sub in part.sublayers:  # a bias that folding makes is as precise as the matrix beside it

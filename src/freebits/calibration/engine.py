@@ -107,9 +107,9 @@ class Engine:
         for name, module in {**units, **around}.items():
             self._enclose(name, module, is_block=name in units)
         enclosed = () if self.held_whole else (*inside, *(f"{name}." for name in around))
-        self._fill("", self.model, beside=enclosed)
+        self._fill("", self.model, auxiliary=enclosed)
         if not self._probe() and around:  # the weight of a layer is used without the layer being called
-            self._fill("", self.model, beside=inside)
+            self._fill("", self.model, auxiliary=inside)
             self._probe()
 
     @property
@@ -212,7 +212,7 @@ class Engine:
         Raises:
             UnsupportedModelError: it does not run.
         """
-        rows = min(_PROBE, self._source.kinds[self.embedding].shape[0]) if self.embedding else _PROBE
+        rows = min(_PROBE, self._source.specs[self.embedding].shape[0]) if self.embedding else _PROBE
         window = torch.arange(rows)[None]
         captured: list[Any] = []
         self.runs.clear()
@@ -245,7 +245,7 @@ class Engine:
             tied.setdefault(id(parameter), []).append(name)
         origins = {}
         for name, parameter in self._empty.items():
-            found = [of for of in (name, *tied[id(parameter)]) if of in self._source.kinds]
+            found = [of for of in (name, *tied[id(parameter)]) if of in self._source.specs]
             if not found:
                 raise CheckpointError(
                     f"tensor {name} is missing: the checkpoint is incomplete, or transformers does not know its names"
@@ -262,7 +262,7 @@ class Engine:
         for path, module in self.model.named_modules():
             for key, buffer in module._buffers.items():
                 name = f"{path}.{key}" if path else key
-                if buffer is not None and name in self._source.kinds and key not in module._non_persistent_buffers_set:
+                if buffer is not None and name in self._source.specs and key not in module._non_persistent_buffers_set:
                     tensor = self._source[name]
                     buffer = tensor.float() if tensor.is_floating_point() else tensor
                 module._buffers[key] = None if buffer is None else buffer.to(self.device)
@@ -320,13 +320,13 @@ class Engine:
                         self._loaded.pop(parameter.untyped_storage().data_ptr(), None)
                         inner._parameters[key] = self._empty[_joined(name, path, key)]
 
-    def _fill(self, name: str, module: nn.Module, beside: Sequence[str] = ()) -> None:
+    def _fill(self, name: str, module: nn.Module, auxiliary: Sequence[str] = ()) -> None:
         """Read the weights of a module that are not in memory, but for those whose names begin in some way."""
         filled: dict[str, nn.Parameter] = {}
         for path, inner in module.named_modules():
             for key, empty in inner._parameters.items():
                 full = _joined(name, path, key)
-                if empty is None or not _is_empty(empty) or full.startswith(tuple(beside)):
+                if empty is None or not _is_empty(empty) or full.startswith(tuple(auxiliary)):
                     continue
                 origin = self._origins[full]
                 if origin not in filled:
@@ -388,7 +388,7 @@ def _nothing() -> None:
     """Tell nobody."""
 
 
-class _Stopped(Exception):  # noqa: N818  (no error)
+class _Stopped(Exception):  # noqa: N818
     """The body has run; carries what it gave."""
 
     def __init__(self, output: Any) -> None:

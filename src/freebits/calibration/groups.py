@@ -10,7 +10,7 @@ from torch import Tensor
 
 from freebits.calibration.engine import Engine, opened_engine
 from freebits.calibration.products import Region
-from freebits.calibration.sensitivities import Inputs, Sums, measure
+from freebits.calibration.sensitivities import InputStatistics, Sums, measure
 from freebits.execution.progress import Progress, silent
 from freebits.execution.stored_values import kept
 from freebits.execution.work_store import WorkStore
@@ -50,14 +50,14 @@ class RunningModel:
 
 @kept
 @dataclass(frozen=True)
-class Listed:
+class StoredStatistics:
     """Inputs whose Gram matrix is in the store.
 
     Attributes:
         number: of the execution of a block after which they were complete.
-        key: see `Inputs`.
-        regions: see `Inputs`.
-        n: see `Inputs`.
+        key: see `InputStatistics`.
+        regions: see `InputStatistics`.
+        n: see `InputStatistics`.
     """
 
     number: int
@@ -83,7 +83,7 @@ def groups_of(tokens: Tensor, engine: Engine, at_once: int) -> list[tuple[int, T
 
 def measured_group(
     running: RunningModel, store: WorkStore, seed: int, group: tuple[int, Tensor], progress: Progress = silent
-) -> tuple[Sums, list[Listed]]:
+) -> tuple[Sums, list[StoredStatistics]]:
     """Measure one group of windows; Gram matrices go to the store.
 
     Args:
@@ -94,14 +94,14 @@ def measured_group(
         progress: called after each block, forwards and backwards.
     """
     start, windows = group
-    listed: list[Listed] = []
+    listed: list[StoredStatistics] = []
 
-    def finish(number: int, found: list[Inputs]) -> None:
+    def finish(number: int, found: list[InputStatistics]) -> None:
         for inputs in found:
             key = f"gram-{start}-{inputs.key}"
             if key not in store:  # from a run that was stopped
                 store.put(key, inputs.gram)
-            listed.append(Listed(number, key, inputs.regions, inputs.n))
+            listed.append(StoredStatistics(number, key, inputs.regions, inputs.n))
 
     sums = measure(running.engine, windows, start, seed, store.folder, finish, progress)
     return sums, listed

@@ -23,7 +23,7 @@ _SLOWER = 1.3
 """By how much 16-bit floats must be slower for float32 to be chosen: a choice that noise does not change."""
 
 
-def own_windows(
+def self_generated_windows(
     path: str | os.PathLike[str],
     samples: int,
     seq_len: int,
@@ -56,9 +56,9 @@ def own_windows(
 
 def _fast_dtype(path: str | os.PathLike[str], device: torch.device) -> torch.dtype | str:
     """Float32 where products of 16-bit floats are slower and a third of the machine's memory holds the model."""
-    kinds = readable(path).kinds.values()
-    halves = {kind.dtype for kind in kinds if kind.code in HALVES}
-    wide = sum(4 * kind.numel for kind in kinds)
+    specs = readable(path).specs.values()
+    halves = {spec.dtype for spec in specs if spec.code in HALVES}
+    wide = sum(4 * spec.numel for spec in specs)
     if device.type != "cpu" or not halves or 3 * wide > physical_memory():
         return "auto"
     half = max(halves, key=str)
@@ -100,7 +100,7 @@ def write_windows(model: Any, samples: int, seq_len: int, seed: int, progress: P
     for done in range(1, seq_len):
         logits, cache = _predicted(model, tokens, cache)
         tokens = torch.cat([tokens, drawn(logits.float().softmax(-1), generator)], dim=1)
-        progress(done, seq_len - 1)
+        progress("writing calibration text", "token", done, seq_len - 1)
     return tokens.cpu()
 
 

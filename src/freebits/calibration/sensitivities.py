@@ -22,7 +22,7 @@ from freebits.errors import UnsupportedModelError, one_line
 from freebits.execution.progress import Progress
 from freebits.execution.stored_values import kept
 
-THIN = 64
+ENOUGH_VECTORS = 64
 """Inputs below which an expert is thinly observed. As many of the average expert's inputs are added to each one's."""
 _RECENT = 4
 """Inputs that are kept to find out which matrices read the same."""
@@ -32,7 +32,7 @@ _STEPS = 16
 
 
 @dataclass(frozen=True)
-class Inputs:
+class InputStatistics:
     """What goes into matrices that read the same.
 
     Attributes:
@@ -48,7 +48,7 @@ class Inputs:
     gram: Tensor
 
 
-Finish = Callable[[int, list[Inputs]], None]
+Finish = Callable[[int, list[InputStatistics]], None]
 """Takes the inputs that are complete after an execution of a block, with the number of the execution."""
 
 
@@ -122,7 +122,7 @@ def measure(
     def step() -> None:
         nonlocal done
         done += 1
-        progress(done, 2 * n_runs)
+        progress("calibrating", "block", done, 2 * n_runs)
 
     def left(number: int) -> None:
         observer.left(number)
@@ -261,11 +261,11 @@ class _Observer:
         together: dict[tuple[int, ...], list[Region]] = {}
         for region in complete:
             together.setdefault(tuple(self._reads.pop(region)), []).append(region)
-        found: list[Inputs] = []
+        found: list[InputStatistics] = []
         for numbers, regions in together.items():
             n = sum(self._grams[of][1] for of in numbers)
             total = sum((self._grams[of][0] for of in numbers[1:]), self._grams[numbers[0]][0])
-            found.append(Inputs(f"{number}-{len(found)}", tuple(regions), n, total.cpu() / max(1, n)))
+            found.append(InputStatistics(f"{number}-{len(found)}", tuple(regions), n, total.cpu() / max(1, n)))
         needed = {of for numbers in self._reads.values() for of in numbers}
         for at in range(len(self._grams)):
             if at not in needed:
@@ -320,25 +320,27 @@ def siblings(region: Region) -> tuple[str, int, bool]:
     """What experts of one mixture have in common: the name but for numbers after the block's, rows, how they lie."""
     parts = region.name.split(".")
     block = next((at for at, part in enumerate(parts) if part.isdigit()), len(parts))
-    kind = [*parts[: block + 1], *("*" if part.isdigit() else part for part in parts[block + 1 :])]
-    return ".".join(kind), region.stop - region.start, region.transposed
+    spec = [*parts[: block + 1], *("*" if part.isdigit() else part for part in parts[block + 1 :])]
+    return ".".join(spec), region.stop - region.start, region.transposed
 
 
-def with_idle(found: Sequence[Inputs], matrices: Mapping[str, tuple[int, ...]], key: str) -> list[Inputs]:
+def with_idle(
+    found: Sequence[InputStatistics], matrices: Mapping[str, tuple[int, ...]], key: str
+) -> list[InputStatistics]:
     """Inputs of a block, each expert's mixed with the average expert's (shrinkage).
 
-    Each expert gets `THIN` vectors of the average one added. Experts that no text reached have the average's alone.
+    Each expert gets `ENOUGH_VECTORS` vectors of the average one added; an expert that no text reached has only those.
 
     Args:
         found: inputs in a block.
         matrices: the shapes of all matrices there, by the names of parameters.
         key: for what idle experts read.
     """
-    groups: dict[tuple[tuple[str, int, bool], int], list[Inputs]] = {}
+    groups: dict[tuple[tuple[str, int, bool], int], list[InputStatistics]] = {}
     for inputs in found:
         groups.setdefault((siblings(inputs.regions[0]), len(inputs.gram)), []).append(inputs)
     seen = {region for inputs in found for region in inputs.regions if inputs.n}
-    result: list[Inputs] = []
+    result: list[InputStatistics] = []
     for number, group in enumerate(groups.values()):
         idle = {of for inputs in group for region in inputs.regions for of in _idle(region, seen, matrices)}
         n = sum(inputs.n for inputs in group)
@@ -348,10 +350,10 @@ def with_idle(found: Sequence[Inputs], matrices: Mapping[str, tuple[int, ...]], 
         average = sum((inputs.gram * (inputs.n / n) for inputs in group[1:]), group[0].gram * (group[0].n / n))
         for inputs in group:
             if inputs.n:
-                mixed = (inputs.gram * inputs.n + average * THIN) / (inputs.n + THIN)
+                mixed = (inputs.gram * inputs.n + average * ENOUGH_VECTORS) / (inputs.n + ENOUGH_VECTORS)
                 result.append(replace(inputs, gram=mixed))
         if idle:
-            result.append(Inputs(f"{key}-idle-{number}", tuple(sorted(idle)), 0, average))
+            result.append(InputStatistics(f"{key}-idle-{number}", tuple(sorted(idle)), 0, average))
     return result
 
 
@@ -362,12 +364,12 @@ def _idle(region: Region, seen: set[Region], matrices: Mapping[str, tuple[int, .
     n_rows = prod(shape[:-1])
     if region.start % height or n_rows % height:
         return set()
-    kind = siblings(region)
+    spec = siblings(region)
     experts = {
         Region(name, start, start + height, region.transposed)
         for name, of in matrices.items()
         for start in range(0, n_rows, height)
-        if of == shape and siblings(replace(region, name=name)) == kind
+        if of == shape and siblings(replace(region, name=name)) == spec
     }
     return experts - seen
 
@@ -387,6 +389,6 @@ def informations(sums: Sums, regions: Iterable[Region]) -> dict[Region, Tensor]:
         if not n:
             continue
         total = sum((sums.squares[region] for region in reached[1:]), sums.squares[reached[0]])
-        added = total * (THIN / n if len(group) > 1 else 0.0)
+        added = total * (ENOUGH_VECTORS / n if len(group) > 1 else 0.0)
         found |= {region: (sums.squares.get(region, 0.0) + added) / sums.n_tokens for region in group}
     return found

@@ -15,7 +15,7 @@ from freebits.models.table import Architecture, Part
 from freebits.storage.folder import Source
 from freebits.transforms.folding import fold_embeddings
 from freebits.transforms.slicing import AtSite, folded_part
-from freebits.types import Kind
+from freebits.types import TensorSpec
 
 
 class FoldedRunner:
@@ -87,16 +87,16 @@ class _Folded:
         self._parts = {name: number for number, part in enumerate(architecture.parts) for name in part.weights}
 
     @cached_property
-    def kinds(self) -> dict[str, Kind]:
+    def specs(self) -> dict[str, TensorSpec]:
         """Of the dense tensors, and of those that folding makes."""
         head, embedding = self._architecture.head.weight, self._architecture.embedding.weight
-        made = {head: self._source.kinds.get(head, self._source.kinds[embedding])}
-        return dict.fromkeys(self._parts, Kind("F32", ())) | dict(self._source.kinds) | made
+        made = {head: self._source.specs.get(head, self._source.specs[embedding])}
+        return dict.fromkeys(self._parts, TensorSpec("F32", ())) | dict(self._source.specs) | made
 
     def __getitem__(self, name: str) -> Tensor:
         architecture, number = self._architecture, self._parts.get(name, -1)
         if number == len(architecture.parts) - 1 or number < 0:
-            if name == architecture.head.weight and name not in self._source.kinds:
+            if name == architecture.head.weight and name not in self._source.specs:
                 return self._source[architecture.embedding.weight]
             return self._source[name]
         if self._last[0] != number:
@@ -113,5 +113,5 @@ def _folded_embeddings(
     source: Source, architecture: Architecture, device: torch.device, part: Part
 ) -> dict[str, Tensor]:
     """The embeddings of the dense model that slicing starts from, as if the head were not tied."""
-    tensors = {name: source[name].to(device) for name in part.weights if name in source.kinds}
+    tensors = {name: source[name].to(device) for name in part.weights if name in source.specs}
     return fold_embeddings(tensors, architecture.with_tie(False))

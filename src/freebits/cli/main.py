@@ -1,56 +1,74 @@
-"""The command line: parse, call, print. PyTorch and transformers are imported when a verb needs them."""
+"""The entry point of the command line: parses, runs the command, and turns errors into one line and an exit code."""
 
-import importlib
 import io
 import os
+import re
 import signal
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 
 from freebits.cli.parser import BAD_INPUT, build_parser
+from freebits.cli.progress import verbosity
 from freebits.errors import FreebitsError, one_line
 
 _NO_MEMORY = ("DefaultCPUAllocator", "CUDA out of memory", "bad_alloc", "can't start new thread")
-"""What PyTorch, C++ and Python say when there is none."""
+"""Parts of the messages of PyTorch, C++ and Python when memory runs out."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0 done, 1 a check did not hold, 2 bad input or usage."""
+    """Run the command line.
+
+    Returns:
+        The exit code: 0 done, 1 a check failed, 2 bad input or usage, 128 + n stopped by signal n.
+    """
+    arguments = Namespace()
     for name in ("SIGTERM", "SIGHUP"):  # so that staging directories are removed
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_DFL:  # not under nohup
             signal.signal(getattr(signal, name), lambda number, _: sys.exit(128 + number))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that has no delta
+            stream.reconfigure(errors="replace")  # some terminals cannot print a delta
     try:
         arguments = build_parser().parse_args(argv)
-        commands, output = (importlib.import_module(f"freebits.cli.{name}") for name in ("commands", "output"))
-        with output.speaking(quiet=arguments.quiet, verbose=arguments.verbose):
-            code = int(getattr(commands, arguments.run)(arguments))
-        if sys.stdout is not None:  # closed by whoever started us
+        with verbosity(quiet=arguments.quiet, verbose=arguments.verbose):
+            code = int(arguments.run(arguments))
+        if sys.stdout is not None:  # None if the caller closed it
             sys.stdout.flush()
     except FreebitsError as error:
-        return _refuse(error)
+        return _print_error(error, arguments)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not any(said in str(error) for said in _NO_MEMORY):
+        if not isinstance(error, MemoryError) and not any(message in str(error) for message in _NO_MEMORY):
             raise
-        return _refuse(FreebitsError("out of memory: where there is --jobs, less is held at once with --jobs 1"))
+        return _print_error(FreebitsError("out of memory: if the command has `jobs`, try 1"), arguments)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except BrokenPipeError:
-        return _without_reader()
-    except OSError as error:  # mostly of printing: what concerns a checkpoint has become a FreebitsError
-        return _refuse(error) if error.filename is not None else _without_reader(error)
+        return _close_stdout()
+    except OSError as error:  # of printing; errors about checkpoints have become a FreebitsError
+        if error.filename is not None:
+            return _print_error(error, arguments)
+        _close_stdout()
+        return _print_error(error, arguments)
     return code
 
 
-def _refuse(error: Exception) -> int:
-    print(f"freebits: error: {one_line(error)}", file=sys.stderr)
+def _print_error(error: Exception, arguments: Namespace) -> int:
+    """Print one line. Parameters, which errors of the library quote, become the flags of the command line."""
+    values = vars(arguments)
+
+    def flag(match: re.Match[str]) -> str:
+        name = match[1]
+        if name in ("model", "out", "packed"):
+            return name.upper()
+        return f"--{name.replace('_', '-')}" if name in values or name == "jobs" else match[0]
+
+    print(f"freebits: error: {one_line(re.sub('`([a-z_]+)`', flag, str(error)))}", file=sys.stderr)
     return BAD_INPUT
 
 
-def _without_reader(error: Exception | None = None) -> int:
-    """What we print has nowhere to go; nor has what Python would still flush at exit."""
+def _close_stdout() -> int:
+    """Redirect what Python flushes at exit, as nobody reads our output any more; returns the exit code."""
     if sys.stdout is not None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return BAD_INPUT if error is None else _refuse(error)
+    return BAD_INPUT

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, cat
 
 from freebits.codecs.code import Coded, Params
-from freebits.types import Kind
+from freebits.types import TensorSpec
 
 TRANSPOSED = "transposed"
 
@@ -15,21 +15,21 @@ class Transposed:
 
     exact = False
 
-    def encode(self, tensors: Sequence[Tensor], makes: Sequence[Kind]) -> Coded:  # noqa: ARG002
+    def encode(self, tensors: Sequence[Tensor], makes: Sequence[TensorSpec]) -> Coded:  # noqa: ARG002
         """The matrix, transposed."""
         [matrix] = tensors
         return Coded({TRANSPOSED: matrix.T.contiguous()})
 
-    def decode(self, parts: Mapping[str, Tensor], makes: Sequence[Kind], params: Params) -> list[Tensor]:  # noqa: ARG002
+    def decode(self, parts: Mapping[str, Tensor], makes: Sequence[TensorSpec], params: Params) -> list[Tensor]:  # noqa: ARG002
         """The matrix."""
         return [parts[TRANSPOSED].T.contiguous()]
 
-    def parts(self, makes: Sequence[Kind], params: Params) -> dict[str, Kind]:  # noqa: ARG002
+    def parts(self, makes: Sequence[TensorSpec], params: Params) -> dict[str, TensorSpec]:  # noqa: ARG002
         """The same numbers."""
-        [kind] = makes
-        if len(kind.shape) != 2:
-            raise ValueError(f"a transposed {kind}")
-        return {TRANSPOSED: Kind(kind.code, kind.shape[::-1])}
+        [spec] = makes
+        if len(spec.shape) != 2:
+            raise ValueError(f"a transposed {spec}")
+        return {TRANSPOSED: TensorSpec(spec.code, spec.shape[::-1])}
 
 
 class Joined:
@@ -40,20 +40,20 @@ class Joined:
 
     exact = False
 
-    def encode(self, tensors: Sequence[Tensor], makes: Sequence[Kind]) -> Coded:  # noqa: ARG002
+    def encode(self, tensors: Sequence[Tensor], makes: Sequence[TensorSpec]) -> Coded:  # noqa: ARG002
         """The parts, as they are."""
         parts = {str(number): tensor for number, tensor in enumerate(tensors)}
         return Coded(parts, {"rows": [len(tensor) for tensor in tensors]})
 
-    def decode(self, parts: Mapping[str, Tensor], makes: Sequence[Kind], params: Params) -> list[Tensor]:
+    def decode(self, parts: Mapping[str, Tensor], makes: Sequence[TensorSpec], params: Params) -> list[Tensor]:
         """The tensor."""
-        [kind] = makes
-        return [cat([parts[str(number)] for number in range(len(params["rows"]))]).reshape(kind.shape)]
+        [spec] = makes
+        return [cat([parts[str(number)] for number in range(len(params["rows"]))]).reshape(spec.shape)]
 
-    def parts(self, makes: Sequence[Kind], params: Params) -> dict[str, Kind]:
+    def parts(self, makes: Sequence[TensorSpec], params: Params) -> dict[str, TensorSpec]:
         """Matrices with as many rows as are told, which hold all of the tensor."""
-        [kind] = makes
+        [spec] = makes
         rows = params["rows"]
-        if len(kind.shape) < 2 or not rows or min(rows) < 1 or not kind.numel or kind.numel % sum(rows):
-            raise ValueError(f"parts of {rows} rows of {kind}")
-        return {str(number): Kind(kind.code, (n, kind.numel // sum(rows))) for number, n in enumerate(rows)}
+        if len(spec.shape) < 2 or not rows or min(rows) < 1 or not spec.numel or spec.numel % sum(rows):
+            raise ValueError(f"parts of {rows} rows of {spec}")
+        return {str(number): TensorSpec(spec.code, (n, spec.numel // sum(rows))) for number, n in enumerate(rows)}

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from freebits.types import Bytes, Kind
+from freebits.types import Bytes, TensorSpec
 
 if sys.version_info >= (3, 14):
     from compression import zstd as zstd
@@ -37,12 +37,12 @@ def unpack_bits(content: bytes, count: int, n_bits: int) -> NDArray[np.int64]:
 
 def as_tensor(content: bytes) -> Tensor:
     """Bytes as uint8, filled with zeros to a multiple of 8 so that what follows in a file stays aligned."""
-    kind = bytes_kind(len(content))
-    padded = content.ljust(kind.n_bytes, b"\0")
+    spec = bytes_spec(len(content))
+    padded = content.ljust(spec.n_bytes, b"\0")
     return torch.frombuffer(bytearray(padded), dtype=torch.uint8) if padded else torch.empty(0, dtype=torch.uint8)
 
 
-def bytes_kind(n_bytes: int) -> Kind:
+def bytes_spec(n_bytes: int) -> TensorSpec:
     """The kind of so many bytes as a tensor.
 
     Raises:
@@ -50,7 +50,7 @@ def bytes_kind(n_bytes: int) -> Kind:
     """
     if type(n_bytes) is not int or n_bytes < 0:
         raise ValueError(f"{n_bytes!r} is no number of bytes")
-    return Kind("U8", (-(-n_bytes // _ALIGNMENT) * _ALIGNMENT,))
+    return TensorSpec("U8", (-(-n_bytes // _ALIGNMENT) * _ALIGNMENT,))
 
 
 def bytes_from(tensor: Tensor, n_bytes: int) -> Bytes:

@@ -13,18 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from freebits.codecs.bits import as_tensor, bytes_from, bytes_kind, pack_bits, unpack_bits
+from freebits.codecs.bits import as_tensor, bytes_from, bytes_spec, pack_bits, unpack_bits
 from freebits.codecs.code import Coded, Declined, Params
 from freebits.codecs.corrections import apply_corrections, encode_corrections, read_corrections
-from freebits.codecs.rotation_words import (
-    n_words_taken,
-    rotation_from_words,
+from freebits.codecs.rotation_values import (
+    n_values_taken,
+    rotation_from_values,
     rotation_signs,
     unsigned_rotation,
+    values_from_rotation,
     with_signs,
-    words_from_rotation,
 )
-from freebits.types import CPU, HALVES, Kind
+from freebits.types import CPU, HALVES, TensorSpec
 
 THRESHOLD = 0.01
 MESSAGE, MATRIX, SIGNS, CORRECTIONS = "message", "matrix", "signs", "corrections"
@@ -50,7 +50,7 @@ class BitsBack:
     device: torch.device = CPU
     exact = False
 
-    def encode(self, tensors: Sequence[Tensor], makes: Sequence[Kind]) -> Coded:
+    def encode(self, tensors: Sequence[Tensor], makes: Sequence[TensorSpec]) -> Coded:
         """Store the output matrix in a random rotation that the message pays for.
 
         Args:
@@ -66,11 +66,11 @@ class BitsBack:
         message = torch.cat([tensor.flatten() for tensor in taken])
         rank = _rank(W, dtype, self.threshold)
         zeros, W = W[:, : W.shape[1] - rank], W[:, W.shape[1] - rank :]
-        n_taken = n_words_taken(rank)
+        n_taken = n_values_taken(rank)
         if len(message) < n_taken:
             raise Declined(f"the message has {len(message)} words, the rotation takes {n_taken}")
         kept, last = message[: len(message) - n_taken], message[len(message) - n_taken :]
-        Q, eigenvalues = rotation_from_words(_finite(last, "a word of the message").to(self.device), rank)
+        Q, eigenvalues = rotation_from_values(_finite(last, "a word of the message").to(self.device), rank)
         coded_values = _finite(eigenvalues.to(dtype), "an eigenvalue")
         rows = [(some.to(self.device) @ Q).to(dtype) for some in W.split(_ROWS)]
         matrix = _finite(torch.cat(rows), "a rotated weight")
@@ -94,7 +94,7 @@ class BitsBack:
         n_corrected = len(read_corrections(corrections, dtype)[0])
         return Coded({name: part for name, part in parts.items() if len(part)}, params, n_corrected)
 
-    def decode(self, parts: Mapping[str, Tensor], makes: Sequence[Kind], params: Params) -> list[Tensor]:
+    def decode(self, parts: Mapping[str, Tensor], makes: Sequence[TensorSpec], params: Params) -> list[Tensor]:
         """The message's tensors and the output matrix in canonical direction, all in words."""
         *taken, output = makes
         rank = params["rank"]
@@ -109,36 +109,36 @@ class BitsBack:
             raise ValueError(str(error)) from None
         decoded = apply_corrections(decoded, parts.get(CORRECTIONS, torch.empty(0, dtype=torch.uint8)))
         _check_sums(decoded, params["sums"])
-        words = torch.cat([kept, decoded[: n_words_taken(rank)]]).split([kind.numel for kind in taken])
-        W = decoded[n_words_taken(rank) :].reshape(-1, rank)
+        words = torch.cat([kept, decoded[: n_values_taken(rank)]]).split([spec.numel for spec in taken])
+        W = decoded[n_values_taken(rank) :].reshape(-1, rank)
         zeros = torch.zeros(len(W), output.shape[0] - rank, dtype=W.dtype)
-        shaped = [part.reshape(kind.shape) for part, kind in zip(words, taken, strict=True)]
+        shaped = [part.reshape(spec.shape) for part, spec in zip(words, taken, strict=True)]
         return [*shaped, torch.cat([zeros, W], dim=1).T.contiguous()]
 
-    def parts(self, makes: Sequence[Kind], params: Params) -> dict[str, Kind]:
+    def parts(self, makes: Sequence[TensorSpec], params: Params) -> dict[str, TensorSpec]:
         """The message left, the rotated matrix, a sign for each row of the rotation, and corrections if any."""
         *taken, output = makes
         (k, m), rank = output.shape, params["rank"]
-        n_words = sum(kind.numel for kind in taken)
-        if {kind.code for kind in makes} != {output.code} or output.code not in HALVES:
+        n_values = sum(spec.numel for spec in taken)
+        if {spec.code for spec in makes} != {output.code} or output.code not in HALVES:
             raise ValueError("words of different dtypes, or none of 16 bits")
-        if type(rank) is not int or not (0 < rank <= k and n_words >= n_words_taken(rank)):
-            raise ValueError(f"a rotation of size {rank!r} for {output} and a message of {n_words} words")
+        if type(rank) is not int or not (0 < rank <= k and n_values >= n_values_taken(rank)):
+            raise ValueError(f"a rotation of size {rank!r} for {output} and a message of {n_values} words")
         sums = params["sums"]
         if len(sums) != _N_SUMS or not all(isinstance(value, float) and math.isfinite(value) for value in sums):
             raise ValueError("sums that are none")
         parts = {
-            MESSAGE: Kind(output.code, (n_words - n_words_taken(rank) + rank,)),
-            MATRIX: Kind(output.code, (rank, m)),
-            SIGNS: bytes_kind(-(-rank // 8)),
-            CORRECTIONS: bytes_kind(params[CORRECTIONS]),
+            MESSAGE: TensorSpec(output.code, (n_values - n_values_taken(rank) + rank,)),
+            MATRIX: TensorSpec(output.code, (rank, m)),
+            SIGNS: bytes_spec(-(-rank // 8)),
+            CORRECTIONS: bytes_spec(params[CORRECTIONS]),
         }
-        return {name: kind for name, kind in parts.items() if kind.n_bytes}
+        return {name: spec for name, spec in parts.items() if spec.n_bytes}
 
 
 def _decoded(eigenvalues: Tensor, matrix: Tensor, Q: Tensor) -> Tensor:
     """The words taken and then the matrix by rows, before correction. The encoder runs this, too."""
-    words = words_from_rotation(Q, eigenvalues).to(matrix.dtype)
+    words = values_from_rotation(Q, eigenvalues).to(matrix.dtype)
     rows = [(some.double() @ Q.T).to(matrix.dtype).flatten() for some in matrix.split(_ROWS)]
     return torch.cat([words, *rows])
 

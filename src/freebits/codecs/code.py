@@ -6,12 +6,12 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from freebits.types import Kind
+from freebits.types import TensorSpec
 
 Params = Mapping[str, Any]
 
 
-class Declined(Exception):  # noqa: N818  (no error: the tensors are stored as they are)
+class Declined(Exception):  # noqa: N818
     """These tensors cannot be encoded, or not at a gain; the message says why."""
 
 
@@ -37,21 +37,21 @@ class Code(Protocol):
     def exact(self) -> bool:
         """Whether it takes any tensor alone and gives it back bit for bit, so that it can follow any other code."""
 
-    def encode(self, tensors: Sequence[Tensor], makes: Sequence[Kind]) -> Coded:
+    def encode(self, tensors: Sequence[Tensor], makes: Sequence[TensorSpec]) -> Coded:
         """Encode tensors; `makes` is what decoding is to make of them.
 
         Raises:
             Declined: they are better stored as they are.
         """
 
-    def decode(self, parts: Mapping[str, Tensor], makes: Sequence[Kind], params: Params) -> list[Tensor]:
+    def decode(self, parts: Mapping[str, Tensor], makes: Sequence[TensorSpec], params: Params) -> list[Tensor]:
         """The tensors, of the kinds `makes`; `parts` have been found to be of the kinds that `parts` tells.
 
         Raises:
             ValueError: the parts are damaged.
         """
 
-    def parts(self, makes: Sequence[Kind], params: Params) -> dict[str, Kind]:
+    def parts(self, makes: Sequence[TensorSpec], params: Params) -> dict[str, TensorSpec]:
         """The kinds of the parts for tensors of these kinds; nothing is read or allocated.
 
         Raises:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from freebits.codecs.code import Coded, Params
-from freebits.types import Kind, bytes_of
+from freebits.types import TensorSpec, bytes_of
 
 
 class Columns:
@@ -18,26 +18,26 @@ class Columns:
 
     exact = False
 
-    def encode(self, tensors: Sequence[Tensor], makes: Sequence[Kind]) -> Coded:  # noqa: ARG002
+    def encode(self, tensors: Sequence[Tensor], makes: Sequence[TensorSpec]) -> Coded:  # noqa: ARG002
         """The parts, as they are."""
         parts = {str(number): tensor for number, tensor in enumerate(tensors)}
-        return Coded(parts, {"fields": [[Kind.of(tensor).code, tensor.shape[1]] for tensor in tensors]})
+        return Coded(parts, {"fields": [[TensorSpec.of(tensor).code, tensor.shape[1]] for tensor in tensors]})
 
-    def decode(self, parts: Mapping[str, Tensor], makes: Sequence[Kind], params: Params) -> list[Tensor]:
+    def decode(self, parts: Mapping[str, Tensor], makes: Sequence[TensorSpec], params: Params) -> list[Tensor]:
         """The tensor."""
-        [kind] = makes
+        [spec] = makes
         ordered = (parts[str(number)] for number in range(len(params["fields"])))
-        rows = [bytes_of(part).reshape(kind.shape[0], -1) for part in ordered]
+        rows = [bytes_of(part).reshape(spec.shape[0], -1) for part in ordered]
         return [torch.from_numpy(np.concatenate(rows, axis=1))]
 
-    def parts(self, makes: Sequence[Kind], params: Params) -> dict[str, Kind]:
+    def parts(self, makes: Sequence[TensorSpec], params: Params) -> dict[str, TensorSpec]:
         """Tensors with as many rows as the tensor, whose rows take as many bytes."""
-        [kind] = makes
-        if kind.code != "U8" or len(kind.shape) != 2 or not params["fields"]:
-            raise ValueError(f"fields of {kind}")
-        parts = {str(n): Kind(code, (kind.shape[0], size)) for n, (code, size) in enumerate(params["fields"])}
-        if min(part.numel for part in parts.values()) < 1 or sum(of.n_bytes for of in parts.values()) != kind.n_bytes:
-            raise ValueError(f"fields {params['fields']} of {kind}")
+        [spec] = makes
+        if spec.code != "U8" or len(spec.shape) != 2 or not params["fields"]:
+            raise ValueError(f"fields of {spec}")
+        parts = {str(n): TensorSpec(code, (spec.shape[0], size)) for n, (code, size) in enumerate(params["fields"])}
+        if min(part.numel for part in parts.values()) < 1 or sum(of.n_bytes for of in parts.values()) != spec.n_bytes:
+            raise ValueError(f"fields {params['fields']} of {spec}")
         return parts
 
 
@@ -45,8 +45,8 @@ def fields_of(tensor: Tensor, fields: Sequence[tuple[str, int]]) -> list[Tensor]
     """The parts of a tensor of bytes, (rows, size)."""
     data, at, parts = bytes_of(tensor).reshape(tuple(tensor.shape)), 0, []
     for code, n in fields:
-        size = Kind(code, (n,)).n_bytes
+        size = TensorSpec(code, (n,)).n_bytes
         column = np.ascontiguousarray(data[:, at : at + size]).reshape(-1)
-        parts.append(Kind(code, (len(data), n)).view(column))
+        parts.append(TensorSpec(code, (len(data), n)).view(column))
         at += size
     return parts

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from freebits.codecs.bits import as_tensor, bytes_kind, pack_bits, unpack_bits
+from freebits.codecs.bits import as_tensor, bytes_spec, pack_bits, unpack_bits
 
 _HEADER = struct.Struct("<II")
 _MOST_GAP_BITS = 40
@@ -70,7 +70,7 @@ def read_corrections(corrections: Tensor, dtype: torch.dtype) -> tuple[Tensor, T
     count, n_bits = _HEADER.unpack_from(content.ljust(_HEADER.size, b"\0"))
     words_end = _HEADER.size + count * dtype.itemsize
     end = words_end + -(-count * n_bits // 8)
-    if n_bits > _MOST_GAP_BITS or len(content) != bytes_kind(end).n_bytes or any(content[end:]):
+    if n_bits > _MOST_GAP_BITS or len(content) != bytes_spec(end).n_bytes or any(content[end:]):
         raise ValueError(f"{len(content)} bytes do not hold {count} corrections")
     gaps = unpack_bits(content[words_end:], count, n_bits)
     words = torch.frombuffer(bytearray(content[_HEADER.size : words_end]), dtype=dtype)

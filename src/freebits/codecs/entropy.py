@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from torch import Tensor
 
-from freebits.codecs.bits import as_tensor, bytes_from, bytes_kind, zstd
+from freebits.codecs.bits import as_tensor, bytes_from, bytes_spec, zstd
 from freebits.codecs.code import Coded, Declined, Params
 from freebits.codecs.planes import merge, n_planes, split
-from freebits.types import Bytes, Kind, bytes_of
+from freebits.types import Bytes, TensorSpec, bytes_of
 
 PART = "entropy"
 CHUNK, FINE_CHUNK = 1 << 20, 1 << 15
@@ -36,25 +36,25 @@ class Entropy:
 
     exact = True
 
-    def encode(self, tensors: Sequence[Tensor], makes: Sequence[Kind]) -> Coded:
+    def encode(self, tensors: Sequence[Tensor], makes: Sequence[TensorSpec]) -> Coded:
         """One tensor; declined where it gains less than 1 %."""
-        [tensor], [kind] = tensors, makes
-        coded = compress(bytes_of(tensor), kind.code)
+        [tensor], [spec] = tensors, makes
+        coded = compress(bytes_of(tensor), spec.code)
         if coded is None:
             raise Declined("its numbers are spread too evenly")
         return Coded({PART: as_tensor(coded)}, {"bytes": len(coded)})
 
-    def decode(self, parts: Mapping[str, Tensor], makes: Sequence[Kind], params: Params) -> list[Tensor]:
+    def decode(self, parts: Mapping[str, Tensor], makes: Sequence[TensorSpec], params: Params) -> list[Tensor]:
         """The tensor."""
-        [kind] = makes
-        return [kind.view(decompress(bytes_from(parts[PART], params["bytes"]), kind.code, kind.n_bytes))]
+        [spec] = makes
+        return [spec.view(decompress(bytes_from(parts[PART], params["bytes"]), spec.code, spec.n_bytes))]
 
-    def parts(self, makes: Sequence[Kind], params: Params) -> dict[str, Kind]:
+    def parts(self, makes: Sequence[TensorSpec], params: Params) -> dict[str, TensorSpec]:
         """Bytes, as many as coding found it to take; fewer than of the tensor."""
-        [kind], n_bytes = makes, params["bytes"]
-        stored = bytes_kind(n_bytes)
-        if not n_bytes < kind.n_bytes:
-            raise ValueError(f"{n_bytes} bytes for {kind}")
+        [spec], n_bytes = makes, params["bytes"]
+        stored = bytes_spec(n_bytes)
+        if not n_bytes < spec.n_bytes:
+            raise ValueError(f"{n_bytes} bytes for {spec}")
         return {PART: stored}
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from freebits.codecs.code import Coded, Params
-from freebits.types import FLOATS, Kind
+from freebits.types import FLOATS, TensorSpec
 
 _LARGEST = 512
 """Order of a matrix that is multiplied by as a whole."""
@@ -105,23 +105,23 @@ class Hadamard:
     def __init__(self, seed: int = 0) -> None:
         self._seed = seed
 
-    def encode(self, tensors: Sequence[Tensor], makes: Sequence[Kind]) -> Coded:  # noqa: ARG002
+    def encode(self, tensors: Sequence[Tensor], makes: Sequence[TensorSpec]) -> Coded:  # noqa: ARG002
         """The matrix, rotated."""
         [matrix] = tensors
         return Coded({ROTATED: rotated(matrix, self._seed)}, {"seed": self._seed})
 
-    def decode(self, parts: Mapping[str, Tensor], makes: Sequence[Kind], params: Params) -> list[Tensor]:
+    def decode(self, parts: Mapping[str, Tensor], makes: Sequence[TensorSpec], params: Params) -> list[Tensor]:
         """The matrix, in float64 and then rounded."""
-        [kind], seed = makes, params["seed"]
+        [spec], seed = makes, params["seed"]
         columns = hadamard_inverse(parts[ROTATED].double(), seed)
-        return [hadamard_inverse(columns.T, seed).T.to(kind.dtype).contiguous()]
+        return [hadamard_inverse(columns.T, seed).T.to(spec.dtype).contiguous()]
 
-    def parts(self, makes: Sequence[Kind], params: Params) -> dict[str, Kind]:
+    def parts(self, makes: Sequence[TensorSpec], params: Params) -> dict[str, TensorSpec]:
         """A matrix of that shape in float32."""
-        [kind], seed = makes, params["seed"]
-        if kind.code not in FLOATS or len(kind.shape) != 2 or type(seed) is not int or not 0 <= seed < 2**63:
-            raise ValueError(f"a rotation {seed!r} of {kind}")
-        return {ROTATED: Kind("F32", kind.shape)}
+        [spec], seed = makes, params["seed"]
+        if spec.code not in FLOATS or len(spec.shape) != 2 or type(seed) is not int or not 0 <= seed < 2**63:
+            raise ValueError(f"a rotation {seed!r} of {spec}")
+        return {ROTATED: TensorSpec("F32", spec.shape)}
 
 
 def rotated(matrix: Tensor, seed: int) -> Tensor:

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from freebits.codecs import ans
-from freebits.codecs.bits import as_tensor, bytes_from, bytes_kind, pack_bits, unpack_bits, zstd
+from freebits.codecs.bits import as_tensor, bytes_from, bytes_spec, pack_bits, unpack_bits, zstd
 from freebits.codecs.code import Coded, Params
-from freebits.types import FLOATS, Kind
+from freebits.types import FLOATS, TensorSpec
 
 MESSAGE = "message"
 FINENESS = 16
@@ -31,7 +31,7 @@ _TOP = ans.LEVELS[-1] + 18 * ans.PER_OCTAVE
 
 
 @dataclass(frozen=True)
-class Stepped:
+class ScaledIntegers:
     """A matrix `integers * 2^(rows / 16) * 2^(columns / 16)`.
 
     Attributes:
@@ -74,9 +74,9 @@ class Integers:
 
     exact = False
 
-    def encode(self, tensors: Sequence[Tensor], makes: Sequence[Kind]) -> Coded:  # noqa: ARG002
-        """Three tensors for each matrix, see `Stepped`."""
-        matrices = [Stepped(*tensors[at : at + 3]) for at in range(0, len(tensors), 3)]
+    def encode(self, tensors: Sequence[Tensor], makes: Sequence[TensorSpec]) -> Coded:  # noqa: ARG002
+        """Three tensors for each matrix, see `ScaledIntegers`."""
+        matrices = [ScaledIntegers(*tensors[at : at + 3]) for at in range(0, len(tensors), 3)]
         levels = [_levels(matrix.integers) for matrix in matrices]
         numbers = [
             matrix.integers.numpy()[np.ix_(*map(_order, told))] for matrix, told in zip(matrices, levels, strict=True)
@@ -100,39 +100,41 @@ class Integers:
         message = b"".join([head, side, escaped.astype("<i4").tobytes(), *lower, words.astype("<u2").tobytes()])
         return Coded({MESSAGE: as_tensor(message)}, {"bytes": len(message)})
 
-    def decode(self, parts: Mapping[str, Tensor], makes: Sequence[Kind], params: Params) -> list[Tensor]:
+    def decode(self, parts: Mapping[str, Tensor], makes: Sequence[TensorSpec], params: Params) -> list[Tensor]:
         """The matrices, in floats; a few rows at a time, which stay near the processor."""
         decoded = []
-        for kind, (ordered, rows, columns, of_rows, of_columns) in zip(makes, _read(parts, makes, params), strict=True):
-            matrix = torch.empty(kind.shape, dtype=kind.dtype)
+        for spec, (ordered, rows, columns, of_rows, of_columns) in zip(makes, _read(parts, makes, params), strict=True):
+            matrix = torch.empty(spec.shape, dtype=spec.dtype)
             column, row = steps(of_columns), steps(of_rows)[:, None]
-            chunk = max(1, _CHUNK // max(1, kind.shape[1]))
-            for start in range(0, kind.shape[0], chunk):
+            chunk = max(1, _CHUNK // max(1, spec.shape[1]))
+            for start in range(0, spec.shape[0], chunk):
                 here = slice(start, start + chunk)
                 integers = ordered.index_select(0, rows[here]).index_select(1, columns)
                 matrix[here] = integers.float().mul_(column).mul_(row[here])
             decoded.append(matrix)
         return decoded
 
-    def parts(self, makes: Sequence[Kind], params: Params) -> dict[str, Kind]:
+    def parts(self, makes: Sequence[TensorSpec], params: Params) -> dict[str, TensorSpec]:
         """Bytes, as many as coding found it to take."""
-        for kind in makes:
-            if kind.code not in FLOATS or len(kind.shape) != 2:
-                raise ValueError(f"a matrix of steps {kind}")
-        return {MESSAGE: bytes_kind(params["bytes"])}
+        for spec in makes:
+            if spec.code not in FLOATS or len(spec.shape) != 2:
+                raise ValueError(f"a matrix of steps {spec}")
+        return {MESSAGE: bytes_spec(params["bytes"])}
 
-    def stepped(self, parts: Mapping[str, Tensor], makes: Sequence[Kind], params: Params) -> Iterator[Stepped]:
+    def scaled_integers(
+        self, parts: Mapping[str, Tensor], makes: Sequence[TensorSpec], params: Params
+    ) -> Iterator[ScaledIntegers]:
         """The matrices as integers and exponents.
 
         Raises:
             ValueError: the message is damaged.
         """
         for ordered, rows, columns, of_rows, of_columns in _read(parts, makes, params):
-            yield Stepped(ordered[rows][:, columns].int(), of_rows, of_columns)
+            yield ScaledIntegers(ordered[rows][:, columns].int(), of_rows, of_columns)
 
 
 def _read(
-    parts: Mapping[str, Tensor], makes: Sequence[Kind], params: Params
+    parts: Mapping[str, Tensor], makes: Sequence[TensorSpec], params: Params
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
     """Of each matrix the integers by level, where its rows and its columns are among them, and their exponents."""
     message = bytes_from(parts[MESSAGE], params["bytes"])
@@ -143,7 +145,7 @@ def _read(
     if at + 4 * n_escaped > len(message):
         raise ValueError("a message that is cut off")
     escaped = np.frombuffer(message[at : at + 4 * n_escaped].tobytes(), "<i4").astype(np.int32)
-    shapes = [kind.shape for kind in makes]
+    shapes = [spec.shape for spec in makes]
     told = list(_side(message[_HEAD:at].tobytes(), shapes))
     blocks = _blocks([side[2:] for side in told])
     lengths: dict[int, int] = {}

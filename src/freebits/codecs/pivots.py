@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from freebits.codecs.code import Coded, Declined, Params
-from freebits.types import FLOATS, Kind
+from freebits.types import FLOATS, TensorSpec
 
 WORDS, PIVOTS = "words", "pivots"
 
@@ -24,7 +24,7 @@ class Pivots:
     def __init__(self, spaces: Sequence[tuple[int, int]] = (), dim: int = 0) -> None:
         self.params: Params = {"spaces": [list(space) for space in spaces], "dim": dim}
 
-    def encode(self, tensors: Sequence[Tensor], makes: Sequence[Kind]) -> Coded:  # noqa: ARG002
+    def encode(self, tensors: Sequence[Tensor], makes: Sequence[TensorSpec]) -> Coded:  # noqa: ARG002
         """One matrix.
 
         Raises:
@@ -45,11 +45,11 @@ class Pivots:
         words.append(matrix[_others(len(matrix), self.params)].flatten())
         return Coded({PIVOTS: torch.cat(pivots).int(), WORDS: torch.cat(words)}, dict(self.params))
 
-    def decode(self, parts: Mapping[str, Tensor], makes: Sequence[Kind], params: Params) -> list[Tensor]:
+    def decode(self, parts: Mapping[str, Tensor], makes: Sequence[TensorSpec], params: Params) -> list[Tensor]:
         """The matrix."""
-        [kind] = makes
+        [spec] = makes
         dim, words = params["dim"], parts[WORDS]
-        n, m = kind.shape[dim], kind.shape[1 - dim]
+        n, m = spec.shape[dim], spec.shape[1 - dim]
         matrix = torch.empty(n, m, dtype=words.dtype)
         sizes = [size for _, size in params["spaces"]]
         pivots = parts[PIVOTS].long().split(sizes)
@@ -66,13 +66,13 @@ class Pivots:
         matrix[_others(n, params)] = words[at:].reshape(-1, m)
         return [matrix.movedim(0, dim).contiguous()]
 
-    def parts(self, makes: Sequence[Kind], params: Params) -> dict[str, Kind]:
+    def parts(self, makes: Sequence[TensorSpec], params: Params) -> dict[str, TensorSpec]:
         """So many pivots, and the words that are left."""
-        [kind] = makes
+        [spec] = makes
         spaces, dim = params["spaces"], params["dim"]
-        if kind.code not in FLOATS or len(kind.shape) != 2 or type(dim) is not int or dim not in (0, 1):
-            raise ValueError(f"spaces along {dim!r} of {kind}")
-        n, m = kind.shape[dim], kind.shape[1 - dim]
+        if spec.code not in FLOATS or len(spec.shape) != 2 or type(dim) is not int or dim not in (0, 1):
+            raise ValueError(f"spaces along {dim!r} of {spec}")
+        n, m = spec.shape[dim], spec.shape[1 - dim]
         end = count = squares = 0
         for start, size in spaces:
             if type(start) is not int or type(size) is not int or not 0 < size <= m or start < end:
@@ -80,7 +80,7 @@ class Pivots:
             end, count, squares = start + size, count + size, squares + size**2
         if end > n or not count:
             raise ValueError(f"{count} pivots, up to row {end}, in {n} rows")
-        return {PIVOTS: Kind("I32", (count,)), WORDS: Kind(kind.code, (n * m - squares,))}
+        return {PIVOTS: TensorSpec("I32", (count,)), WORDS: TensorSpec(spec.code, (n * m - squares,))}
 
 
 def identity_columns(space: Tensor) -> Tensor | None:

@@ -16,7 +16,7 @@ from freebits.storage.folder import CONFIG, config_name
 
 _CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag", "datasets")
 """What of a model's own front matter holds for what is made of it, too."""
-_NAMED = ("move", "fidelity", "producer")
+_NAMED = ("transform", "fidelity", "producer")
 _FRONT = re.compile(r"\A\ufeff?---\s*\n.*?\n---[ \t]*\n", re.DOTALL)
 _BELOW = "*The card of the model it was made of:*"
 _LOADS = """import freebits  # pip install freebits
@@ -48,7 +48,7 @@ def write_card(
     data = {key: told[key] for key in _CARRIED if isinstance(told.get(key), str | list)} | {  # YAML's `no` is no text
         "library_name": "transformers",
         "tags": sorted(
-            {*_texts(told.get("tags")), "freebits", *_texts([move.get("move") for move in facts["history"]])}
+            {*_texts(told.get("tags")), "freebits", *_texts([entry.get("transform") for entry in facts["history"]])}
         ),
         **({"base_model": base, "base_model_relation": "quantized"} if base else {}),
     }
@@ -57,7 +57,7 @@ def write_card(
     text = "\n\n".join([f"# {one_line(base or source.name)}, smaller", *(line for part in parts for line in part)])
     if (directory / CARD).exists():
         (directory / CARD).rename(directory / kept_cards(directory)[-1])
-    if below := _own_text(theirs):
+    if below := _existing_text(theirs):
         text += f"\n\n---\n\n{_BELOW}\n\n{below}"
     front = ModelCardData(**data).to_yaml()
     (directory / CARD).write_text(f"---\n{front}\n---\n\n{CARD_MARK}\n\n{text}\n", encoding="utf-8", newline="\n")
@@ -86,7 +86,7 @@ def _texts(values: object) -> list[str]:
     return [value for value in values if isinstance(value, str)] if isinstance(values, list) else []
 
 
-def _own_text(text: str) -> str:
+def _existing_text(text: str) -> str:
     """A card's text, less what we wrote above it."""
     return text.partition(_BELOW)[2].strip() if CARD_MARK in text else text.strip()
 
@@ -94,12 +94,12 @@ def _own_text(text: str) -> str:
 def _history(facts: Mapping[str, Any]) -> list[str]:
     """What was done."""
     rows = []
-    for move in facts["history"]:
-        options = {key: value for key, value in move.items() if isinstance(value, (int, float, str))}
+    for transform in facts["history"]:
+        options = {key: value for key, value in transform.items() if isinstance(value, (int, float, str))}
         told = ", ".join(
-            f"{key} {value}" for key, value in options.items() if key not in ("move", "fidelity", "producer")
+            f"{key} {value}" for key, value in options.items() if key not in ("transform", "fidelity", "producer")
         )
-        told = f"**{move.get('move')}** ({move.get('fidelity')}; {move.get('producer')}): {told}"
+        told = f"**{transform.get('transform')}** ({transform.get('fidelity')}; {transform.get('producer')}): {told}"
         rows.append(f"1. {one_line(told, 400)}")
     return ["## What was done", "\n".join(rows)] if rows else []
 
@@ -129,7 +129,7 @@ def _fidelity(measured: Mapping[str, Any] | None) -> list[str]:
         "## Fidelity",
         f"Measured on {measured['text']}: perplexity {measured['perplexity']['packed']:.3f}, "
         f"{measured['perplexity']['reference']:.3f} before (x {measured['ratio']:.4f}); mean KL divergence "
-        f"{measured['mean_kl']:.4f} nats a token. Other text may suffer more or less.",
+        f"{measured['mean_kl']:.4f} nats per token. Other text may suffer more or less.",
     ]
 
 

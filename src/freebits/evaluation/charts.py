@@ -48,8 +48,8 @@ def bars(sizes: Mapping[str, float], unit: str, told: Mapping[str, str]) -> str:
     names, values = list(sizes), list(sizes.values())
 
     def draw(axes: Any) -> None:
-        beside = axes.barh(range(len(names)), values, color=_COLOURS[0], height=0.62)
-        axes.bar_label(beside, [told[name] for name in names], padding=4)
+        auxiliary = axes.barh(range(len(names)), values, color=_COLOURS[0], height=0.62)
+        axes.bar_label(auxiliary, [told[name] for name in names], padding=4)
         axes.set_yticks(range(len(names)), [_label(name) for name in names])
         axes.invert_yaxis()
         axes.set_xlim(0, 1.3 * max(values))

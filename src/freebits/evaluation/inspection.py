@@ -25,7 +25,7 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
         path: folder of a checkpoint.
 
     Returns:
-        `kind`, `codec`, `entropy`, `bytes` {`dense`, `dense_untied`, `sliced`, `packed`, `corrections`}, `sites`,
+        `spec`, `codec`, `entropy`, `bytes` {`dense`, `dense_untied`, `sliced`, `packed`, `corrections`}, `sites`,
         `history`; `groups`, bytes on disk by what they are for, which add up to all; `parameters` of the model as it
         runs.
         A size that the folder does not tell is None. `dense` is the file the model was made from, `dense_untied`
@@ -39,9 +39,9 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     facts: dict[str, Any] = {"kind": "dense", "codec": None, "entropy": None, "bytes": sizes, "sites": []}
     facts["groups"] = groups(folder)
     facts["history"] = history_of(folder.config)
-    kinds = folder.kinds
+    specs = folder.specs
     if isinstance(folder, PackedFolder):
-        manifest, kinds = folder.manifest, folder.model_kinds
+        manifest, specs = folder.manifest, folder.model_specs
         facts |= {"kind": "packed", "codec": manifest.codec, "entropy": manifest.entropy}
         facts |= {"sites": manifest.notes, "history": manifest.history}
         before = sizes_before(manifest.history)
@@ -57,8 +57,8 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
         sizes["dense"] = bytes_on_disk(folder)
     else:
         try:
-            sizes |= dense_bytes(folder, Architecture.of(folder.config, len(kinds)))
+            sizes |= dense_bytes(folder, Architecture.of(folder.config, len(specs)))
         except (UnsupportedModelError, CheckpointError):  # whatever it is, this is its size
             sizes["dense"] = bytes_on_disk(folder)
-    facts["parameters"] = sum(kind.numel for kind in kinds.values())
+    facts["parameters"] = sum(spec.numel for spec in specs.values())
     return facts

@@ -33,7 +33,7 @@ th, td { text-align: right; padding: .3rem .5rem; border-bottom: 1px solid var(-
 th:first-child, td:first-child { text-align: left; }
 pre { background: var(--card); border-radius: .5rem; padding: .8rem; overflow-x: auto; font-size: .85rem; }
 """
-_SHOWN = ("move", "fidelity", "bytes", "producer", "perplexity")
+_SHOWN = ("transform", "fidelity", "bytes", "producer", "perplexity")
 """Of a move what is shown elsewhere."""
 
 
@@ -43,8 +43,8 @@ def page(title: str, facts: Mapping[str, Any], measured: Mapping[str, Any]) -> s
     Args:
         title: of the model.
         facts: what `inspect` says of the folder.
-        measured: `bits`, name of a matrix → bits a number, `part` of each, `errors` and `against`, what `verify` found,
-            with `text` and `coarse`, as far as there are these.
+        measured: `bits`, name of a matrix → bits per weight, `part` of each, `errors`, and `against`, the result of
+            `verify`, with `text` and `coarse`; each may be missing.
     """
     sections = [_facts(facts, measured), *_sizes(facts), *_quality(measured), *_matrices(measured), *_sites(facts)]
     sections += _history(facts)
@@ -73,7 +73,7 @@ def _facts(facts: Mapping[str, Any], measured: Mapping[str, Any]) -> str:
     if (against := measured.get("against")) and against["ratio"] is not None:
         told += [
             (f"{against['ratio']:.4f}", "of its model's perplexity"),
-            (f"{against['mean_kl']:.2g}", "mean KL, nats a token"),
+            (f"{against['mean_kl']:.2g}", "mean KL, nats per token"),
         ]
     codec = f", codec {facts['codec']}, entropy {facts['entropy']}" if facts["codec"] else ""
     boxes = "".join(f"<div><b>{_safe(value)}</b><span>{_safe(what)}</span></div>" for value, what in told)
@@ -103,7 +103,7 @@ def _quality(measured: Mapping[str, Any]) -> Iterator[str]:
     for bits, of in measured.get("coarse", {}).items():
         rows.append((f"{bits} bits", f"{of['perplexity']['packed']:.4f}", f"{of['ratio']:.5f}", f"{of['mean_kl']:.3g}"))
         points[f"{bits} bits"] = ([of["size"] / scale], [max(of["mean_kl"], 1e-9)])
-    chart = charts.scatter(points, unit, "mean KL, nats a token", names=True, log=True)
+    chart = charts.scatter(points, unit, "mean KL, nats per token", names=True, log=True)
     note = (
         f"Measured on {measured['text']}, beside the model it was made from, and that model with every matrix rounded "
         "to the nearest of 2^b steps in groups of 32 with a 16-bit scale, as common 8-bit and 4-bit files are; the "
@@ -118,7 +118,7 @@ def _matrices(measured: Mapping[str, Any]) -> Iterator[str]:
         (
             "bits",
             "Bits of each matrix",
-            "bits a number",
+            "bits per weight",
             "Stored bytes of a matrix by how many numbers it has as it runs.",
         ),
         (
@@ -153,11 +153,15 @@ def _history(facts: Mapping[str, Any]) -> Iterator[str]:
     if not facts["history"]:
         return
     lines = []
-    for move in facts["history"]:
-        options = " ".join(f"{key}={move[key]}" for key in move if key not in _SHOWN)
-        lines.append(f"{move.get('move')} ({move.get('fidelity')}): {options}  [{move.get('producer')}]")
-        if isinstance(move.get("perplexity"), dict):
-            lines.append("    perplexity, held out: " + ", ".join(f"{k} {v}" for k, v in move["perplexity"].items()))
+    for transform in facts["history"]:
+        options = " ".join(f"{key}={transform[key]}" for key in transform if key not in _SHOWN)
+        lines.append(
+            f"{transform.get('transform')} ({transform.get('fidelity')}): {options}  [{transform.get('producer')}]"
+        )
+        if isinstance(transform.get("perplexity"), dict):
+            lines.append(
+                "    perplexity, held out: " + ", ".join(f"{k} {v}" for k, v in transform["perplexity"].items())
+            )
     told = "\n".join(_safe(line) for line in lines)
     yield f"<h2>How it was made</h2><p>In this order; with these values the commands repeat it.</p><pre>{told}</pre>"
 

@@ -77,7 +77,7 @@ def evaluate(
     with simulated.activations_of(running):
         for done, window in enumerate(windows, start=1):
             losses.append(loss(logits(running, window, simulated.cache()), window))
-            progress(done, len(windows))
+            progress("measuring perplexity", "window", done, len(windows))
     answers = {}
     if lm_eval:
         answers = lm_eval.zero_shot(running, load_tokenizer(model), prepared, limit=limit, progress=progress)

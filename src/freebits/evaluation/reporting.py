@@ -25,7 +25,7 @@ from freebits.packed.packing import history_of
 from freebits.packed.reader import opened
 from freebits.storage.folder import Checkpoint, View
 from freebits.storage.hub import located
-from freebits.types import FLOATS, Kind
+from freebits.types import FLOATS, TensorSpec
 
 COARSE = (8, 4)
 """Bits of the models beside which this one is shown."""
@@ -92,8 +92,8 @@ def write_report(
 def _alone(path: Path) -> dict[str, Any]:
     """What a folder tells without being run."""
     source = opened(path)
-    bits = {name: of for name, of in bits_by_tensor(source).items() if len(source.kinds[name].shape) == 2}
-    return {"bits": bits, "part": {name: _part(name) for name in source.kinds}, "size": bytes_on_disk(source)}
+    bits = {name: of for name, of in bits_by_tensor(source).items() if len(source.specs[name].shape) == 2}
+    return {"bits": bits, "part": {name: _part(name) for name in source.specs}, "size": bytes_on_disk(source)}
 
 
 def _against(path: Path, model: Path, windows: Tensor, progress: Progress) -> dict[str, Any]:
@@ -103,13 +103,16 @@ def _against(path: Path, model: Path, windows: Tensor, progress: Progress) -> di
     coarse = {}
     for bits in COARSE:
         rounded = compared(model, model, windows, progress, partial(Coarse, bits=bits))
-        coarse[str(bits)] = {**rounded, "size": _coarse_bytes(dense.kinds, bits)}
+        coarse[str(bits)] = {**rounded, "size": _coarse_bytes(dense.specs, bits)}
     errors = {}
     before = history_of(dense.config) if isinstance(dense, Checkpoint) else dense.manifest.history
     after = history_of(source.config) if isinstance(source, Checkpoint) else source.manifest.history
-    if {str(move.get("move")) for move in after[len(before) :]} <= {*METHODS, NONE}:  # others change the basis
-        for name, kind in dense.kinds.items():
-            if len(kind.shape) == 2 and kind == source.kinds.get(name) and kind.code in FLOATS:
+    if {str(transform.get("transform")) for transform in after[len(before) :]} <= {
+        *METHODS,
+        NONE,
+    }:  # others change the basis
+        for name, spec in dense.specs.items():
+            if len(spec.shape) == 2 and spec == source.specs.get(name) and spec.code in FLOATS:
                 true = dense[name].double()
                 errors[name] = ((source[name].double() - true).norm() / true.norm()).item()
     return {"against": against, "coarse": coarse, "errors": errors}
@@ -133,12 +136,12 @@ class Coarse(View):
         return ((groups / scales).round().clamp(-most, most) * scales).flatten(-2)[..., :width].to(tensor.dtype)
 
 
-def _coarse_bytes(kinds: Mapping[str, Kind], bits: int) -> int:
+def _coarse_bytes(specs: Mapping[str, TensorSpec], bits: int) -> int:
     """What a file of such a model takes, less its header."""
     a_number = (bits + _SCALE_BITS / _GROUP) / 8
-    rounded = (len(kind.shape) > 1 and kind.code in FLOATS for kind in kinds.values())
+    rounded = (len(spec.shape) > 1 and spec.code in FLOATS for spec in specs.values())
     return round(
-        sum(kind.numel * a_number if of else kind.n_bytes for kind, of in zip(kinds.values(), rounded, strict=True))
+        sum(spec.numel * a_number if of else spec.n_bytes for spec, of in zip(specs.values(), rounded, strict=True))
     )
 
 

@@ -1,8 +1,8 @@
 """Simulate activations and the KV cache at a few bits, in QuaRot's setting: computed in floats, with the error made.
 
-Activations are quantised where a linear layer of a block reads them: per token, symmetric, clipped at 0.9 of the
+Activations are quantized where a linear layer of a block reads them: per token, symmetric, clipped at 0.9 of the
 largest; keys (after the rotary embedding) and values where the cache takes them: per group of 128 along the head,
-asymmetric, clipped at 0.95 (QuaRot, section 4). Rotated, each is quantised in a randomised Hadamard basis and turned
+asymmetric, clipped at 0.95 (QuaRot, section 4). Rotated, each is quantized in a randomised Hadamard basis and turned
 back, which is what rotated weights and online transforms compute.
 """
 

@@ -25,8 +25,8 @@ def dense_bytes(dense: Checkpoint, architecture: Architecture) -> dict[str, int]
     """The two baselines: `dense`, the files as they are, and `dense_untied`, the paper's, with a head of its own."""
     on_disk = bytes_on_disk(dense)
     head, embedding = architecture.head.weight, architecture.embedding.weight
-    shared = architecture.tied and head not in dense.kinds and embedding in dense.kinds
-    return {"dense": on_disk, "dense_untied": on_disk + (dense.kinds[embedding].n_bytes if shared else 0)}
+    shared = architecture.tied and head not in dense.specs and embedding in dense.specs
+    return {"dense": on_disk, "dense_untied": on_disk + (dense.specs[embedding].n_bytes if shared else 0)}
 
 
 def groups(folder: Checkpoint | PackedFolder) -> dict[str, int]:
@@ -41,10 +41,10 @@ def groups(folder: Checkpoint | PackedFolder) -> dict[str, int]:
 
 def bits_by_tensor(folder: Checkpoint | PackedFolder) -> dict[str, float]:
     """Name of a tensor → stored bits for each of its numbers, side data counted in."""
-    sizes = dict.fromkeys(folder.kinds, 0)
+    sizes = dict.fromkeys(folder.specs, 0)
     for size, tensor, _ in _uses(folder):
         sizes[tensor] += size
-    return {name: 8 * size / folder.kinds[name].numel for name, size in sizes.items() if folder.kinds[name].numel}
+    return {name: 8 * size / folder.specs[name].numel for name, size in sizes.items() if folder.specs[name].numel}
 
 
 def side_bytes(folder: PackedFolder, part: str) -> int:
@@ -60,7 +60,7 @@ def change(n_bytes: int | None, baseline: int | None) -> float | None:
 def _table(folder: Checkpoint | PackedFolder) -> dict[str, str]:
     """Tensor → group of the table; empty for an architecture that is not known."""
     try:
-        architecture = Architecture.of(folder.config, len(folder.kinds))
+        architecture = Architecture.of(folder.config, len(folder.specs))
     except (UnsupportedModelError, CheckpointError):
         return {}
     return {name: weight.group for name, weight in architecture.weights.items()}
@@ -68,19 +68,19 @@ def _table(folder: Checkpoint | PackedFolder) -> dict[str, str]:
 
 def _uses(folder: Checkpoint | PackedFolder) -> Iterator[tuple[int, str, str]]:
     """For each stored tensor bytes, a tensor of the model in which they end up, and which part of its code they are."""
-    stored, recipes = folder.kinds, []
+    stored, recipes = folder.specs, []
     if isinstance(folder, PackedFolder):
         stored, recipes = folder.stored, folder.manifest.recipes
     takers = {name: (recipe, part) for recipe in recipes for part, name in recipe.takes.items()}
-    left = [(kind.n_bytes, name, "") for name, kind in stored.items()]
+    left = [(spec.n_bytes, name, "") for name, spec in stored.items()]
     while left:
         size, name, part = left.pop()
         if name not in takers:
             yield size, name, part
             continue
         recipe, part = takers[name]
-        total, shared = sum(kind.numel for kind in recipe.makes.values()), 0
-        for number, (made, kind) in enumerate(recipe.makes.items(), start=1):  # each by how many numbers it has
-            share = size - shared if number == len(recipe.makes) else size * kind.numel // (total or 1)
+        total, shared = sum(spec.numel for spec in recipe.makes.values()), 0
+        for number, (made, spec) in enumerate(recipe.makes.items(), start=1):  # each by how many numbers it has
+            share = size - shared if number == len(recipe.makes) else size * spec.numel // (total or 1)
             shared += share
             left.append((share, made, part))

@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -163,17 +163,17 @@ class _Reporting(HFLM):  # type: ignore[misc]  # lm-eval is not typed
 
     def __init__(self, model: Any, tokenizer: Any, progress: Progress) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=BATCH)
-        self.progress = progress
+        self._report = partial(progress, "measuring tasks", "request")
         self.done = self.total = 0
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         self.done, self.total = 0, len(requests)
         likelihoods: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm)
-        self.progress(self.total, self.total)  # requests that share a forward pass are not counted on the way
+        self._report(self.total, self.total)  # requests that share a forward pass are not counted on the way
         return likelihoods
 
     def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         logits: torch.Tensor = super()._model_call(inps, *args, **kwargs)
         self.done += len(inps)
-        self.progress(self.done, self.total)
+        self._report(self.done, self.total)
         return logits

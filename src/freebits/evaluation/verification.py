@@ -17,6 +17,7 @@ from freebits.evaluation.perplexity import WINDOW, loss
 from freebits.execution.progress import Progress, silent
 from freebits.models.pairs import unproven_settings
 from freebits.models.table import Part, Role, Weight
+from freebits.options import BIT_EXACT, FUNCTION_PRESERVING, LOSSY
 from freebits.packed.packing import HISTORY, history_of
 from freebits.packed.reader import PackedFolder, opened
 from freebits.storage.folder import Checkpoint, Source, is_adapter
@@ -24,7 +25,6 @@ from freebits.storage.hub import located
 from freebits.storage.signature import check_signature
 from freebits.transforms.paired import free_pairs
 from freebits.transforms.slicing import perplexity
-from freebits.transforms.transform import BIT_EXACT, FUNCTION_PRESERVING, LOSSY
 from freebits.types import bytes_of
 
 TOLERANCES = {FUNCTION_PRESERVING: (0.01, 1.01), LOSSY: (1.0, 1.5)}
@@ -120,9 +120,9 @@ def _failed(measured: dict[str, Any], max_kl: float, most_ratio: float) -> list[
 
 def _fidelity(packed: PackedFolder, before: list[dict[str, Any]]) -> str:
     """The worst of the moves that lead from the reference to the packed model, lossy where they are not known."""
-    moves = packed.manifest.history
-    between = moves[len(before) :] if moves[: len(before)] == before else [{"fidelity": LOSSY}]
-    told = {str(move.get("fidelity")) for move in between}
+    transforms = packed.manifest.history
+    between = transforms[len(before) :] if transforms[: len(before)] == before else [{"fidelity": LOSSY}]
+    told = {str(transform.get("fidelity")) for transform in between}
     if packed.manifest.exact and told == {BIT_EXACT}:
         return BIT_EXACT
     return FUNCTION_PRESERVING if told <= {BIT_EXACT, FUNCTION_PRESERVING} else LOSSY
@@ -130,9 +130,9 @@ def _fidelity(packed: PackedFolder, before: list[dict[str, Any]]) -> str:
 
 def _equal(packed: PackedFolder, reference: Checkpoint | PackedFolder) -> bool:
     """Whether two folders have the same config and the same tensors, bit for bit."""
-    kinds = packed.model_kinds
-    theirs = reference.model_kinds if isinstance(reference, PackedFolder) else reference.kinds
-    if kinds != theirs or _settings(packed) != _settings(reference):
+    specs = packed.model_specs
+    theirs = reference.model_specs if isinstance(reference, PackedFolder) else reference.specs
+    if specs != theirs or _settings(packed) != _settings(reference):
         return False
     return all(bool((bytes_of(tensor) == bytes_of(reference[name])).all()) for name, tensor in packed.model_tensors())
 
@@ -147,15 +147,15 @@ def _same_products(packed: PackedFolder, reference: Checkpoint | PackedFolder) -
 
     Unless the config proves that a layer adds the product of its matrices, every tensor must be the same.
     """
-    part = Part({name: Weight(name, Role.INNER, "") for name in packed.kinds})
+    part = Part({name: Weight(name, Role.INNER, "") for name in packed.specs})
     unproven = unproven_settings(_settings(packed))
-    pairs = [] if unproven else free_pairs(packed.kinds, None, part, dense=True)
+    pairs = [] if unproven else free_pairs(packed.specs, None, part, dense=True)
     paired = {name for pair in pairs for name in pair.names}
-    same = packed.kinds == reference.kinds and _settings(packed) == _settings(reference)
-    same = same and all(torch.equal(packed[name], reference[name]) for name in packed.kinds.keys() - paired)
+    same = packed.specs == reference.specs and _settings(packed) == _settings(reference)
+    same = same and all(torch.equal(packed[name], reference[name]) for name in packed.specs.keys() - paired)
     for down, up in (pair.names for pair in pairs if same):
         before, after = (of[up].double() @ of[down].double() for of in (reference, packed))
-        eps = max(torch.finfo(packed.kinds[name].dtype).eps for name in (down, up))
+        eps = max(torch.finfo(packed.specs[name].dtype).eps for name in (down, up))
         same = bool((after - before).norm() <= 2 * eps * before.norm())
         if not same:
             break
@@ -181,7 +181,7 @@ def compared(
         divergence += kl_div(log_q, log_p, log_target=True, reduction="batchmean").item() / len(windows)
         for values, output in zip(losses, (reference, decoded), strict=True):
             values.append(loss(output, window))
-        progress(done, len(windows))
+        progress("comparing", "window", done, len(windows))
     perplexities = dict(zip(("reference", "packed"), map(perplexity, losses), strict=True))
     finite = all(map(math.isfinite, perplexities.values()))
     return {

@@ -98,9 +98,9 @@ def _taken(value: Any, tensors: dict[str, Tensor], names: dict[int, str]) -> Any
         return {"class": f"{type(value).__module__}.{type(value).__qualname__}", "fields": told}
     if isinstance(value, dict):
         return {"dict": [[_taken(part, tensors, names) for part in item] for item in value.items()]}
-    for kind in (tuple, list, frozenset):
-        if isinstance(value, kind):
-            return {kind.__name__: [_taken(part, tensors, names) for part in value]}
+    for spec in (tuple, list, frozenset):
+        if isinstance(value, spec):
+            return {spec.__name__: [_taken(part, tensors, names) for part in value]}
     raise TypeError(f"no file can hold {type(value)}")
 
 
@@ -112,8 +112,8 @@ def _made(tree: Any, tensors: dict[str, Tensor]) -> Any:
         return tensors[tree["tensor"]]
     if "class" in tree:
         return _CLASSES[tree["class"]](**{name: _made(part, tensors) for name, part in tree["fields"].items()})
-    [(kind, parts)] = tree.items()
-    made = [_made(part, tensors) for part in parts] if kind != "dict" else []
-    if kind == "dict":
+    [(spec, parts)] = tree.items()
+    made = [_made(part, tensors) for part in parts] if spec != "dict" else []
+    if spec == "dict":
         return {_made(key, tensors): _made(part, tensors) for key, part in parts}
-    return {"tuple": tuple, "list": list, "frozenset": frozenset}[kind](made)
+    return {"tuple": tuple, "list": list, "frozenset": frozenset}[spec](made)

@@ -20,12 +20,12 @@ def empty_model(config: PreTrainedConfig) -> Any:
     Raises:
         UnsupportedModelError: see `class_for_text`.
     """
-    kind = class_for_text(config)
-    if kind.config_class is config.sub_configs.get("text_config"):  # of a model that sees, too
+    spec = class_for_text(config)
+    if spec.config_class is config.sub_configs.get("text_config"):  # of a model that sees, too
         config = config.get_text_config()
     with BUILDING, _parameters_on_meta():
         config._experts_implementation = "eager"  # one after another, so that each can be observed
-        model = kind(config).eval()
+        model = spec(config).eval()
         return model._apply(
             lambda tensor: tensor.float() if tensor.is_floating_point() else tensor
         )  # `to` spoils complex

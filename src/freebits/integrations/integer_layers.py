@@ -1,11 +1,11 @@
-"""Linear layers that keep their quantised integers, a byte each, and multiply from there."""
+"""Linear layers that keep their quantized integers, a byte each, and multiply from there."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from freebits.codecs.integers import Integers, Stepped, steps
+from freebits.codecs.integers import Integers, ScaledIntegers, steps
 from freebits.codecs.registry import CODES
 from freebits.packed.reader import PackedFolder
 
@@ -24,7 +24,7 @@ class IntegerLinear(nn.Module):
     rows: Tensor
     columns: Tensor
 
-    def __init__(self, matrix: Stepped, bias: Tensor | None) -> None:
+    def __init__(self, matrix: ScaledIntegers, bias: Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = matrix.integers.shape
         self.register_buffer("integers", matrix.integers.to(torch.int8).contiguous())
@@ -56,5 +56,5 @@ def with_integers(model: Any, packed: PackedFolder) -> Any:
     return model
 
 
-def _fits(matrix: Stepped) -> bool:
+def _fits(matrix: ScaledIntegers) -> bool:
     return bool((matrix.integers.abs() <= _MOST).all())

@@ -50,7 +50,7 @@ def load(
         path: folder of the checkpoint.
         dtype: of the weights in memory; `auto` is the checkpoint's own.
         verify: check the digest of every tensor of a packed folder.
-        keep_integers: of a quantised folder, leave the blocks' linear layers as integers of a byte each. They take half
+        keep_integers: of a quantized folder, leave the blocks' linear layers as integers of a byte each. They take half
             the memory of 16 bits, once loaded; in bfloat16 PyTorch multiplies from there.
         keep_pivots: of a model with layers of low rank in canonical form, do not multiply by their columns of the
             identity: `rank²` multiplications and numbers less for each.
@@ -64,7 +64,7 @@ def load(
     if is_adapter(folder.config):
         plain = ", once it is unpacked" if packed else ""
         raise CheckpointError(f"{path} holds an adapter: load it with PEFT, on top of its model{plain}")
-    _check_depth(path, folder.config, len(folder.kinds))
+    _check_depth(path, folder.config, len(folder.specs))
     warn_of_code(folder.config, path)
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "output_loading_info": True}
     with one_line_errors(path, "model"):
@@ -87,7 +87,7 @@ def _from_plain(folder: Checkpoint, config: Any, auto: Any, options: dict[str, A
     """What `from_pretrained` gives, of tensors that we read: a mapped file that is cut short ends the process."""
     wide = options["dtype"] in (torch.float32, torch.float64)
     state = {}
-    for name in folder.kinds:
+    for name in folder.specs:
         tensor = folder[name]
         state[name] = tensor.to(options["dtype"]) if wide and tensor.is_floating_point() else tensor
     model, found = from_tensors(config, state, auto=auto, **options)

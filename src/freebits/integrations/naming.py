@@ -23,7 +23,7 @@ from freebits.integrations.empty_models import empty_model
 from freebits.integrations.loading import one_line_errors
 from freebits.integrations.packed_models import auto_for_text, inner_config, with_floats
 from freebits.storage.folder import Source
-from freebits.types import Kind
+from freebits.types import TensorSpec
 
 
 def known_config(source: Source, path: str | os.PathLike[str]) -> PreTrainedConfig:
@@ -36,9 +36,9 @@ def known_config(source: Source, path: str | os.PathLike[str]) -> PreTrainedConf
     with one_line_errors(path, "model"):
         config = inner_config(source.config, auto_for_text(source.config)).from_dict(with_floats(source.config))
     depth = getattr(config.get_text_config(), "num_hidden_layers", None)
-    if isinstance(depth, int) and depth > len(source.kinds):
+    if isinstance(depth, int) and depth > len(source.specs):
         raise CheckpointError(
-            f"config.json asks for {depth} blocks, but there are {len(source.kinds)} tensors: the "
+            f"config.json asks for {depth} blocks, but there are {len(source.specs)} tensors: the "
             "checkpoint is incomplete"
         )
     return config
@@ -94,7 +94,7 @@ class InMemory:
         self._names = set(theirs)
         self._renamed: dict[str, str] = {}
         conversions: dict[str, _Conversion] = {}
-        for name in source.kinds:
+        for name in source.specs:
             renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, theirs)
             if pattern is not None:
                 conversion = conversions.setdefault(renamed, _Conversion(by_pattern[pattern], renamed))
@@ -102,12 +102,12 @@ class InMemory:
             else:
                 self._renamed[renamed if renamed in theirs else name] = name
         self._conversions: dict[str, _Conversion] = {}
-        self._converted_kinds: dict[str, Kind] = {}
+        self._converted_kinds: dict[str, TensorSpec] = {}
         for conversion in conversions.values():
-            code = source.kinds[next(iter(conversion.patterns))].code
+            code = source.specs[next(iter(conversion.patterns))].code
             for name, shape in self._shapes(conversion).items():
                 self._conversions[name] = conversion
-                self._converted_kinds[name] = Kind(code, shape)
+                self._converted_kinds[name] = TensorSpec(code, shape)
         self._last: tuple[_Conversion | None, dict[str, Tensor]] = None, {}
 
     @cached_property
@@ -117,9 +117,9 @@ class InMemory:
         return converted | {of for name, of in self._renamed.items() if name in self._names}
 
     @cached_property
-    def kinds(self) -> Mapping[str, Kind]:
+    def specs(self) -> Mapping[str, TensorSpec]:
         """Dtype and shape of every tensor, as transformers has it."""
-        return self._converted_kinds | {name: self._source.kinds[of] for name, of in self._renamed.items()}
+        return self._converted_kinds | {name: self._source.specs[of] for name, of in self._renamed.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         """The tensor called `name`, read, merged and split now."""
@@ -165,7 +165,7 @@ class InMemory:
             return []
         first, last = int(rows[0, 0]), int(rows[0, -1]) + 1
         number = int(torch.bucketize(rows[0, 0], offsets, right=True)) - 1
-        if last - first != rows.shape[1] or len(columns) != self._source.kinds[tensors[number]].shape[-1]:
+        if last - first != rows.shape[1] or len(columns) != self._source.specs[tensors[number]].shape[-1]:
             return []
         offset = int(offsets[number])
         return [FileRows(tensors[number], first - offset, last - offset, columns.argsort(), swapped=True)]
@@ -187,7 +187,7 @@ class InMemory:
         ids: dict[str, Tensor] = {}
         n_rows = 0
         for tensor in tensors:
-            shape = self._source.kinds[tensor].shape
+            shape = self._source.specs[tensor].shape
             ids[tensor] = torch.arange(n_rows, n_rows + self._n_rows(tensor)).reshape(*shape[:-1], 1)
             n_rows += self._n_rows(tensor)
         shape = self._converted_kinds[name].shape
@@ -195,7 +195,7 @@ class InMemory:
             rows = self._converted(conversion, ids.__getitem__)[name]
             if tuple(rows.shape) == (*shape[:-1], 1):
                 return tensors, rows.flatten(), None
-        shapes = {tensor: self._source.kinds[tensor].shape for tensor in tensors}
+        shapes = {tensor: self._source.specs[tensor].shape for tensor in tensors}
         whole = {tensor: of.expand(shapes[tensor]).contiguous() for tensor, of in ids.items()}
         rows = self._converted(conversion, whole.__getitem__)[name].reshape(-1, shape[-1])
         if (rows == rows[:, :1]).all():
@@ -205,15 +205,15 @@ class InMemory:
         return tensors, rows, columns[:, 0]
 
     def _n_rows(self, tensor: str) -> int:
-        shape = self._source.kinds[tensor].shape
-        return Kind("U8", shape).numel // max(1, shape[-1]) if shape else 1
+        shape = self._source.specs[tensor].shape
+        return TensorSpec("U8", shape).numel // max(1, shape[-1]) if shape else 1
 
     def _shapes(self, conversion: _Conversion) -> dict[str, tuple[int, ...]]:
         """What tensors become, without reading them."""
-        kinds = self._source.kinds
+        specs = self._source.specs
 
         def empty(name: str) -> Tensor:
-            return torch.empty(kinds[name].shape, dtype=torch.float32, device="meta")
+            return torch.empty(specs[name].shape, dtype=torch.float32, device="meta")
 
         return {name: tuple(tensor.shape) for name, tensor in self._converted(conversion, empty).items()}
 

@@ -93,9 +93,9 @@ class PackedFactory:
         kept = {key: kwargs.pop(key) for key in ("dtype", "torch_dtype", "quantization_config") if key in kwargs}
         inner, rest = config_of(packed.config, cls.auto, return_unused_kwargs=True, **kwargs)
         warn_of_code(packed.config, path)
-        for name, kind in packed.model_kinds.items():
-            if kind.code not in DTYPES:
-                raise CheckpointError(f"tensor {name} has dtype {kind.code}: unpack it, then load")
+        for name, spec in packed.model_specs.items():
+            if spec.code not in DTYPES:
+                raise CheckpointError(f"tensor {name} has dtype {spec.code}: unpack it, then load")
         state = {name: tensor for name, tensor in packed.model_tensors() if tensor.numel()}
         with_info = rest.pop("output_loading_info", False)
         model, found = from_tensors(inner, state, *args, auto=cls.auto, output_loading_info=True, **rest, **kept)
@@ -163,10 +163,10 @@ def from_tensors(
     config: PreTrainedConfig, tensors: Mapping[str, Any], *args: Any, auto: Any = AutoModelForCausalLM, **options: Any
 ) -> Any:
     """What an Auto class's `from_pretrained` gives for a folder with that config and these tensors."""
-    kind = _classes(auto, type(config), config.architectures)[0]
-    if kind.config_class is config.sub_configs.get("text_config"):  # of a model that sees, too
+    spec = _classes(auto, type(config), config.architectures)[0]
+    if spec.config_class is config.sub_configs.get("text_config"):  # of a model that sees, too
         config = config.get_text_config()
-    return kind.from_pretrained(None, *args, config=config, state_dict=tensors, **options)
+    return spec.from_pretrained(None, *args, config=config, state_dict=tensors, **options)
 
 
 def warn_of_code(config: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
@@ -206,10 +206,10 @@ def auto_class(config: Mapping[str, Any]) -> str | None:
     model_type, architectures = str(config.get("model_type")), config.get("architectures")
     if model_type not in CONFIG_MAPPING:
         return None
-    kind = CONFIG_MAPPING[model_type]
-    known = [auto for auto in (*_PREFERRED, *AUTO_CLASSES) if kind in auto._model_mapping]
+    spec = CONFIG_MAPPING[model_type]
+    known = [auto for auto in (*_PREFERRED, *AUTO_CLASSES) if spec in auto._model_mapping]
     for auto in known:
-        if {found.__name__ for found in _classes(auto, kind)} & {*(architectures or ())}:
+        if {found.__name__ for found in _classes(auto, spec)} & {*(architectures or ())}:
             return str(auto.__name__)
     return known[0].__name__ if known else None
 
@@ -248,7 +248,7 @@ def _classes(auto: Any, config_class: type[PreTrainedConfig], architectures: Ite
     """The classes that an Auto class has for a config, those of these architectures first."""
     found = auto._model_mapping[config_class]
     classes = list(found) if isinstance(found, list | tuple) else [found]
-    return sorted(classes, key=lambda kind: kind.__name__ not in (architectures or ()))
+    return sorted(classes, key=lambda spec: spec.__name__ not in (architectures or ()))
 
 
 def adopt_generation_settings(model: Any, folder: Path) -> None:

@@ -14,13 +14,13 @@ from freebits.codecs.integers import FINENESS
 from freebits.errors import UsageError
 from freebits.options import INTEGERS
 from freebits.packed.reader import PackedFolder
-from freebits.types import Kind
+from freebits.types import TensorSpec
 
 Names = Mapping[str, str]
 """Name of a parameter in memory → in the folder, where both are one tensor."""
 
 
-class Student(Protocol):
+class Trainable(Protocol):
     """A model in float32, some of which is trained; the rest is frozen.
 
     Attributes:
@@ -37,7 +37,7 @@ class Student(Protocol):
     tensors: dict[str, nn.Parameter]
     rate: float
 
-    def finish(self, kinds: Mapping[str, Kind]) -> None:
+    def finish(self, specs: Mapping[str, TensorSpec]) -> None:
         """Put what was learnt into the tensors, and round them, so that the model computes what will be written."""
 
 
@@ -69,18 +69,18 @@ class Adapted:
                 inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=[*layers]), model)
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
-    def finish(self, kinds: Mapping[str, Kind]) -> None:
+    def finish(self, specs: Mapping[str, TensorSpec]) -> None:
         """Merge the updates."""
         from peft.tuners.lora import LoraLayer
 
         for module in self.model.modules():
             if isinstance(module, LoraLayer):
                 module.merge()
-        _round(self.tensors, kinds)
+        _round(self.tensors, specs)
 
 
 class Rescaled:
-    """The steps of the rows of a quantised folder's linear layers, in the grid that they are stored in; norms, biases.
+    """The steps of the rows of a quantized folder's linear layers, in the grid that they are stored in; norms, biases.
 
     The integers stay as they are, and so do the steps of matrices rounded in a rotated basis or by another method.
 
@@ -116,9 +116,9 @@ class Rescaled:
         for parameter in self.trained:
             parameter.requires_grad_(True)
 
-    def finish(self, kinds: Mapping[str, Kind]) -> None:
+    def finish(self, specs: Mapping[str, TensorSpec]) -> None:
         """Norms and biases; steps are in their grid."""
-        _round(self.tensors, kinds)
+        _round(self.tensors, specs)
 
     def steps(self) -> dict[str, Tensor]:
         """By how much the exponents of rows have grown, in their grid, int16: of each matrix as it is rounded."""
@@ -167,7 +167,7 @@ def linear_layers(model: Any) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _round(tensors: Mapping[str, nn.Parameter], kinds: Mapping[str, Kind]) -> None:
+def _round(tensors: Mapping[str, nn.Parameter], specs: Mapping[str, TensorSpec]) -> None:
     """To the dtypes in which they are stored."""
     for name, tensor in tensors.items():
-        tensor.copy_(tensor.to(kinds[name].dtype))
+        tensor.copy_(tensor.to(specs[name].dtype))

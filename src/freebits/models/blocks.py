@@ -69,7 +69,7 @@ class FactoredEmbedding(nn.Embedding):
         super().__init__(dense.num_embeddings, dense.embedding_dim, dense.padding_idx, _weight=dense.weight)
         self.factor = nn.Parameter(torch.eye(dense.embedding_dim))
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (the library's name)
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """The stream at site 0, (…, k), for token ids (…)."""
         return super().forward(input) @ self.factor
 

@@ -505,7 +505,7 @@ def dense_family(config: Mapping[str, Any]) -> Family:
     """The family of a dense model that can be folded and sliced.
 
     Raises:
-        UnsupportedModelError: as `family_of`; or the model is sliced already, or its weights are quantised.
+        UnsupportedModelError: as `family_of`; or the model is sliced already, or its weights are quantized.
     """
     family = family_of(config)
     if str(config["model_type"]).startswith(SLICED_PREFIX):
@@ -514,5 +514,5 @@ def dense_family(config: Mapping[str, Any]) -> Family:
     if quantization:
         named = isinstance(quantization, dict) and quantization.get("quant_method")
         method = named or "an unnamed method"
-        raise UnsupportedModelError(f"the weights are quantised ({method}): slice the model it was made from")
+        raise UnsupportedModelError(f"the weights are quantized ({method}): slice the model it was made from")
     return family

@@ -120,8 +120,8 @@ class Layout:
         for name in sorted(n for n, row in rows.items() if not row.optional and n not in shapes and n not in empty):
             raise CheckpointError(f"tensor {name} is missing: the checkpoint is incomplete")
         for name in architecture.without_ignored(sorted(shapes.keys() - rows.keys())):
-            kind = architecture.family.sliced_model_type if self.widths else architecture.family.model_type
-            raise CheckpointError(f"tensor {name} is not part of a {kind} model as freebits knows it")
+            spec = architecture.family.sliced_model_type if self.widths else architecture.family.model_type
+            raise CheckpointError(f"tensor {name} is not part of a {spec} model as freebits knows it")
         for name in rows.keys() & shapes.keys():
             if rows[name].ndim not in (None, len(shapes[name])):
                 raise CheckpointError(f"tensor {name} has shape {list(shapes[name])}, another number of dimensions")

@@ -94,4 +94,4 @@ def derive(
         about_it = {"__doc__": f"A {theirs.__name__} {about}"}
         made.append(type(classes[auto.__name__], (mixin, theirs), {**told, **about_it}))
         auto.register(config_class, made[-1])
-    return {kind.__name__: kind for kind in made}
+    return {spec.__name__: spec for spec in made}

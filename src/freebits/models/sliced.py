@@ -68,11 +68,11 @@ def _crop(module: nn.Module, parameter: str, axis: Axis, widths: tuple[int, ...]
     cropped = getattr(module, parameter).detach().narrow(axis.dim, 0, size).clone()
     setattr(module, parameter, nn.Parameter(cropped))
     if cropped.ndim == 2:  # keep what the module says of itself true
-        for kind, features in _FEATURES.items():
-            if isinstance(module, kind) and parameter == "weight":
+        for spec, features in _FEATURES.items():
+            if isinstance(module, spec) and parameter == "weight":
                 setattr(module, features[axis.dim], size)
     if hasattr(module, "hidden_dim") and not axis.writes:  # a router's, an expert's
-        setattr(module, "hidden_dim", size)  # noqa: B010  (mypy takes it for a parameter)
+        setattr(module, "hidden_dim", size)  # noqa: B010
 
 
 _FEATURES: dict[type[nn.Module], tuple[str, str]] = {

@@ -8,7 +8,7 @@ from freebits.packed.manifest import digest
 from freebits.packed.piece import Piece
 from freebits.packed.recipe import Recipe
 from freebits.storage.writer import CheckpointWriter
-from freebits.types import Kind, bytes_of
+from freebits.types import TensorSpec, bytes_of
 
 STEM = "packed"
 """With which the weights files' names begin: not `model`, so that nothing takes them for a model's as they are."""
@@ -21,26 +21,26 @@ class Contents:
 
     recipes: list[Recipe] = field(default_factory=list)
     notes: list[dict[str, Any]] = field(default_factory=list)
-    stored: dict[str, Kind] = field(default_factory=dict)
+    stored: dict[str, TensorSpec] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
     originals: dict[str, str] = field(default_factory=dict)
-    beside: list[str] = field(default_factory=list)
+    auxiliary: list[str] = field(default_factory=list)
 
     def write(self, writer: CheckpointWriter, piece: Piece, digests: Mapping[str, str]) -> None:
         """Write a piece, and note it."""
-        for name, (kind, tensor) in piece.stored.items():
-            writer.write_bytes(name, kind, bytes_of(tensor))
+        for name, (spec, tensor) in piece.stored.items():
+            writer.write_bytes(name, spec, bytes_of(tensor))
         self.recipes += piece.recipes
         self.notes += piece.notes
-        self.stored |= {name: kind for name, (kind, _) in piece.stored.items()}
+        self.stored |= {name: spec for name, (spec, _) in piece.stored.items()}
         self.digests |= digests
 
 
 def digests_of(piece: Piece) -> dict[str, str]:
     """The digest of each stored tensor."""
-    return {name: digest(kind, bytes_of(tensor)) for name, (kind, tensor) in piece.stored.items()}
+    return {name: digest(spec, bytes_of(tensor)) for name, (spec, tensor) in piece.stored.items()}
 
 
-def announced(kinds: Mapping[str, Kind]) -> dict[str, tuple[int, ...]]:
+def announced(specs: Mapping[str, TensorSpec]) -> dict[str, tuple[int, ...]]:
     """What a writer is told may come: tensors by the names that they have at most, entropy-coded rows of bytes."""
-    return {name + LONGEST_STAGE: (*kind.shape, 10) for name, kind in kinds.items()}
+    return {name + LONGEST_STAGE: (*spec.shape, 10) for name, spec in specs.items()}

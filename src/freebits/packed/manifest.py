@@ -12,7 +12,7 @@ import xxhash
 from freebits.errors import CheckpointError
 from freebits.packed.recipe import Recipe
 from freebits.storage.folder import ADAPTER, CONFIG, GGUF, read_json, read_text
-from freebits.types import Bytes, Kind
+from freebits.types import Bytes, TensorSpec
 from freebits.version import __version__
 
 FORMAT = 1
@@ -34,7 +34,7 @@ class Manifest:
         config: digest of `config.json`.
         originals: with codec `none` what is needed to write the original files again: the text of `config.json` and of
             an index, the header of each weights file.
-        beside: of those weights files, the ones that are not the model.
+        auxiliary: of those weights files, the ones that are not the model.
     """
 
     codec: str
@@ -46,7 +46,7 @@ class Manifest:
     files: list[str]
     config: str
     originals: dict[str, str] = field(default_factory=dict)
-    beside: list[str] = field(default_factory=list)
+    auxiliary: list[str] = field(default_factory=list)
     format: int = FORMAT
     producer: str = f"freebits {__version__}"
 
@@ -93,19 +93,21 @@ class Manifest:
         Raises:
             ValueError: a value that this format does not know.
         """
-        lists = (self.history, self.notes, self.files, self.beside)
+        lists = (self.history, self.notes, self.files, self.auxiliary)
         tables = (self.digests, self.originals)
         if not all(isinstance(part, list) for part in lists) or not all(isinstance(part, dict) for part in tables):
             raise ValueError("a list or a table that is none")
-        texts = [self.codec, self.entropy, self.config, *self.files, *self.beside]
+        texts = [self.codec, self.entropy, self.config, *self.files, *self.auxiliary]
         texts += [text for table in tables for pair in table.items() for text in pair]
         if not all(isinstance(text, str) for text in texts) or not all(
             isinstance(e, dict) for e in lists[0] + lists[1]
         ):
             raise ValueError("a text or an entry that is none")
-        if any("\0" in file for file in (*self.files, *self.originals, *self.beside)) or any(map(_unwritable, texts)):
+        if any("\0" in file for file in (*self.files, *self.originals, *self.auxiliary)) or any(
+            map(_unwritable, texts)
+        ):
             raise ValueError("a text that no file can hold")
-        if (self.beside and not self.exact) or bool(self.originals) != self.exact:
+        if (self.auxiliary and not self.exact) or bool(self.originals) != self.exact:
             raise ValueError("original files without a config")
         if not all(type(note.get("site")) is type(note.get("corrections", 0)) is int for note in self.notes):
             raise ValueError("a note without its site")
@@ -148,9 +150,9 @@ def sizes_before(history: object) -> dict[str, int]:
     return {key: n for key, n in told.items() if type(n) is int and 0 < n < 2**62}
 
 
-def digest(kind: Kind, data: Bytes) -> str:
+def digest(spec: TensorSpec, data: Bytes) -> str:
     """XXH3-128 over the kind and the bytes of a tensor, 32 hexadecimal digits."""
-    code = xxhash.xxh3_128(str(kind).encode())
+    code = xxhash.xxh3_128(str(spec).encode())
     code.update(data.data)
     return code.hexdigest()
 

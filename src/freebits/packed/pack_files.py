@@ -28,25 +28,25 @@ def pack_files(source: Checkpoint, directory: Path, stage: str | None, work: Wor
     files = {
         file.name: opened_weights(file) for file in found if file.name in source.weights or stays_inside(file, folder)
     }
-    contents = Contents(beside=[name for name in files if name not in source.weights])
+    contents = Contents(auxiliary=[name for name in files if name not in source.weights])
     indices = [file for file in sorted(folder.glob("*.index.json")) if stays_inside(file, folder) and read_json(file)]
     contents.originals = {file.name: read_text(file) for file in (folder / config_name(folder), *indices)}
     contents.originals |= {name: file.header for name, file in files.items()}
-    prefixes = {name: f"{name}/" if name in contents.beside else "" for name in files}
-    kinds = {prefixes[name] + tensor: e.kind for name, file in files.items() for tensor, e in file.entries.items()}
+    prefixes = {name: f"{name}/" if name in contents.auxiliary else "" for name in files}
+    specs = {prefixes[name] + tensor: e.spec for name, file in files.items() for tensor, e in file.entries.items()}
     entries = [(name, entry) for name, file in files.items() for entry in file.entries.values()]
-    pieces = work.map("tensor", partial(_piece, files, prefixes, stage, {*kinds}), entries)
+    pieces = work.map("tensor", partial(_piece, files, prefixes, stage, {*specs}), entries)
     blocks = [(prefixes[name], file.fields) for name, file in files.items() if isinstance(file, GgufFile)]
     parts = {
-        f"{prefix}{tensor}.{number}": kinds[prefix + tensor]
+        f"{prefix}{tensor}.{number}": specs[prefix + tensor]
         for prefix, fields in blocks
         for tensor, of in fields.items()
         for number in range(len(of))
     }
-    with CheckpointWriter(directory, announced(kinds | parts), shard_bytes(source), STEM) as writer:
+    with CheckpointWriter(directory, announced(specs | parts), shard_bytes(source), STEM) as writer:
         for done, (piece, digests) in enumerate(pieces, start=1):
             contents.write(writer, piece, digests)
-            progress(done, len(entries))
+            progress("packing", "tensor", done, len(entries))
     return contents
 
 
@@ -60,11 +60,11 @@ def _piece(
     """One tensor of a file, under its name in the packed folder."""
     name, entry = item
     file, target = files[name], prefixes[name] + entry.name
-    tensor = entry.kind.view(file.read(entry.name))
+    tensor = entry.spec.view(file.read(entry.name))
     if isinstance(file, GgufFile) and entry.name in file.fields:
         of_fields = fields_of(tensor, file.fields[entry.name])
         parts = {str(number): part for number, part in enumerate(of_fields)}
-        piece = staged(encoded("columns", CODES["columns"], target, parts, {target: entry.kind}), stage, taken)
+        piece = staged(encoded("columns", CODES["columns"], target, parts, {target: entry.spec}), stage, taken)
     else:
-        piece = staged(Piece({target: (entry.kind, tensor)}), stage, taken)
+        piece = staged(Piece({target: (entry.spec, tensor)}), stage, taken)
     return piece, digests_of(piece)

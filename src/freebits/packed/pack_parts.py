@@ -21,10 +21,10 @@ from freebits.storage.folder import Checkpoint, Source, is_adapter
 from freebits.storage.writer import CheckpointWriter, shard_bytes
 from freebits.transforms.expanded import Expanded
 from freebits.transforms.paired import Placed, free_pairs
-from freebits.transforms.transform import Turn, moved_parts
-from freebits.types import FLOATS, Kind
+from freebits.transforms.transform import Turn, transform_parts
+from freebits.types import FLOATS, TensorSpec
 
-MovedPart = tuple[Part, Turn, Callable[[], dict[str, Tensor]]]
+TransformedPart = tuple[Part, Turn, Callable[[], dict[str, Tensor]]]
 
 
 def pack_parts(
@@ -35,7 +35,7 @@ def pack_parts(
     Raises:
         CheckpointError: the codec finds nothing that is free in the model, or the model is not in a dtype it knows.
     """
-    architecture = None if is_adapter(source.config) else Architecture.of(source.config, len(source.kinds))
+    architecture = None if is_adapter(source.config) else Architecture.of(source.config, len(source.specs))
     dense = not str(source.config.get("model_type")).startswith(SLICED_PREFIX)
     model: Source = source
     layout = Layout()
@@ -50,16 +50,16 @@ def pack_parts(
     contents = Contents()
     ranks: dict[int, int] = {}
     encoder = _Encoder.of(preset, model, architecture, stage)
-    move = preset.move(Placed(model, preset.device), architecture)
-    moved = moved_parts(move, model, parts, encoder.dtype, work, preset.device)
+    transform = preset.transform(Placed(model, preset.device), architecture)
+    moved = transform_parts(transform, model, parts, encoder.dtype, work, preset.device)
     names = _announced(preset, model, architecture, parts, layout)
     with CheckpointWriter(directory, names, shard_bytes(source), STEM) as writer:
         pieces = work.map("part", encoder, moved)
         for done, (part, (piece, digests)) in enumerate(zip(parts, pieces, strict=True), start=1):
             contents.write(writer, piece, digests)
-            made = {name: kind for recipe in piece.recipes for name, kind in recipe.makes.items()}
+            made = {name: spec for recipe in piece.recipes for name, spec in recipe.makes.items()}
             ranks |= {s.site: made[s.shortcut.factor].shape[1] for s in part.sublayers if s.shortcut.factor in made}
-            progress(done, len(parts))
+            progress("packing", "block", done, len(parts))
     if architecture is None or dense:
         return contents, layout
     return contents, Layout(layout.widths, tuple(ranks.get(sub.site) for sub in architecture.sublayers))
@@ -70,7 +70,7 @@ def _all_parts(architecture: Architecture | None, source: Source) -> tuple[Part,
     named = architecture.parts if architecture else ()
     known = {name for part in named for name in part.weights}
     layers: dict[str, dict[str, Weight]] = {}
-    for name in source.kinds:
+    for name in source.specs:
         if name not in known:
             layer = name.partition(".lora_")[0] if architecture is None else ""
             layers.setdefault(layer, {})[name] = Weight(name, Role.INNER, "", ndim=None)
@@ -85,7 +85,7 @@ def _of_dense(preset: Preset, source: Checkpoint, architecture: Architecture | N
             f"{source.path} is {what}, of which codec {preset.name} takes nothing: "
             f"{'slice it first, or ' if architecture else ''}pack it with --codec {CANONICAL} or {NONE}"
         )
-    if not any(free_pairs(source.kinds, architecture, part, dense=True) for part in parts):
+    if not any(free_pairs(source.specs, architecture, part, dense=True) for part in parts):
         raise CheckpointError(
             f"{source.path} has no heads or layers whose basis is free, as far as freebits knows: pack it with "
             f"--codec {NONE}"
@@ -95,32 +95,32 @@ def _of_dense(preset: Preset, source: Checkpoint, architecture: Architecture | N
 
 @dataclass(frozen=True)
 class _Encoder:
-    """Encodes and digests a part of a model that was moved; `kinds` are what its tensors are rounded to."""
+    """Encodes and digests a part of a model that was moved; `specs` are what its tensors are rounded to."""
 
     preset: Preset
     architecture: Architecture | None
     stage: str | None
-    kinds: Mapping[str, Kind]
+    specs: Mapping[str, TensorSpec]
 
     @classmethod
     def of(cls, preset: Preset, model: Source, architecture: Architecture | None, stage: str | None) -> "_Encoder":
-        kinds = dict(model.kinds)
+        specs = dict(model.specs)
         for sub in (
             architecture.sublayers if architecture else ()
         ):  # a factor is as precise as the shortcut for which it stands
-            if sub.shortcut.weight in kinds:
-                kinds[sub.shortcut.factor] = kinds[sub.shortcut.weight]
-        return cls(preset, architecture, stage, kinds)
+            if sub.shortcut.weight in specs:
+                specs[sub.shortcut.factor] = specs[sub.shortcut.weight]
+        return cls(preset, architecture, stage, specs)
 
     def dtype(self, name: str) -> torch.dtype:
-        return self.kinds[name].dtype
+        return self.specs[name].dtype
 
-    def __call__(self, moved_part: MovedPart) -> tuple[Piece, dict[str, str]]:
+    def __call__(self, moved_part: TransformedPart) -> tuple[Piece, dict[str, str]]:
         part, turn, moved = moved_part
         tensors = moved()
-        here = {name: Kind(self.kinds[name].code, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        here = {name: TensorSpec(self.specs[name].code, tuple(tensor.shape)) for name, tensor in tensors.items()}
         notes = tuple(
-            {"site": site, "name": _owner(self.architecture, site, self.kinds), "reason": why}
+            {"site": site, "name": _owner(self.architecture, site, self.specs), "reason": why}
             for site, why in turn.reasons.items()
             if self.architecture is not None
         )
@@ -130,29 +130,29 @@ class _Encoder:
         return piece, digests_of(piece)
 
 
-def _owner(architecture: Architecture, site: int, kinds: Mapping[str, Kind]) -> str:
+def _owner(architecture: Architecture, site: int, specs: Mapping[str, TensorSpec]) -> str:
     """Where a site's rotation goes: the sublayer that leads to it, or for site 0 the layer that reads it."""
-    return architecture.sublayers[site - 1].name if site else architecture.sublayers[0].first_read(kinds).name
+    return architecture.sublayers[site - 1].name if site else architecture.sublayers[0].first_read(specs).name
 
 
 def _announced(
     preset: Preset, model: Source, architecture: Architecture | None, parts: Iterable[Part], layout: Layout
 ) -> dict[str, tuple[int, ...]]:
     """Everything that may be stored: what is planned, and what it is made of, should a code decline it."""
-    shapes = {name: kind.shape for name, kind in model.kinds.items()}
+    shapes = {name: spec.shape for name, spec in model.specs.items()}
     moved = shapes
     if architecture is not None and layout.widths:
         moved = preset.layout(architecture, layout).shapes(architecture, shapes)
-    code = next((kind.code for kind in model.kinds.values() if kind.code in FLOATS), "F32")
-    kinds = {name: Kind(code, shape) for name, shape in moved.items()}
-    planned = dict(model.kinds)
+    code = next((spec.code for spec in model.specs.values() if spec.code in FLOATS), "F32")
+    specs = {name: TensorSpec(code, shape) for name, shape in moved.items()}
+    planned = dict(model.specs)
     for part in parts:
-        planned |= preset.plan(architecture, part, kinds)
+        planned |= preset.plan(architecture, part, specs)
     return announced(planned)
 
 
 def _check_floats(model: Source, architecture: Architecture, preset: Preset) -> None:
-    codes = {name: model.kinds[name].code for name in architecture.weights if name in model.kinds}
+    codes = {name: model.specs[name].code for name in architecture.weights if name in model.specs}
     for name, code in codes.items():
         if code not in FLOATS:
             raise CheckpointError(f"tensor {name} is {code}, which cannot be rotated: slice the dense model again")

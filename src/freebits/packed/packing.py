@@ -6,7 +6,7 @@ from typing import Any
 
 from freebits.execution.progress import Progress
 from freebits.execution.work_store import Work
-from freebits.options import NONE
+from freebits.options import BIT_EXACT, FUNCTION_PRESERVING, NONE
 from freebits.packed.contents import STEM, Contents
 from freebits.packed.manifest import FORMAT, Manifest, digest_of_file
 from freebits.packed.pack_files import pack_files
@@ -17,7 +17,6 @@ from freebits.packed.recipe import made_of
 from freebits.storage.auxiliary_files import auto_map, carry_over, write_remote_code
 from freebits.storage.folder import CONFIG, Checkpoint, write_json
 from freebits.transforms.expanded import Expanded
-from freebits.transforms.transform import BIT_EXACT, FUNCTION_PRESERVING
 from freebits.version import __version__
 
 HISTORY = "freebits"
@@ -61,14 +60,16 @@ def pack_into(
     else:
         contents, layout = pack_parts(source, directory, preset, code, work, progress)
         model = {**Expanded.plain_config(source.config), **layout.to_config()}
-    move = {
-        "move": preset.name if preset else NONE,
+    transform = {
+        "transform": preset.name if preset else NONE,
         "fidelity": FUNCTION_PRESERVING if preset else BIT_EXACT,
         **(preset.facts if preset else {}),
         "bytes": dict(sizes),
         "producer": f"freebits {__version__}",
     }
-    publish(directory, source, contents, model, (move["move"], entropy), [*history_of(source.config), move])
+    publish(
+        directory, source, contents, model, (transform["transform"], entropy), [*history_of(source.config), transform]
+    )
 
 
 def publish(
@@ -105,7 +106,7 @@ def publish(
         files=sorted(file.name for file in directory.glob(f"{STEM}*.safetensors")),
         config=digest_of_file(directory / CONFIG),
         originals=contents.originals,
-        beside=contents.beside,
+        auxiliary=contents.auxiliary,
     ).write(directory)
 
 
@@ -113,7 +114,7 @@ def history_of(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The moves that made a model, as its `config.json` tells them; none where it makes no sense."""
     told = config.get(HISTORY)
     history = told.get("history") if isinstance(told, dict) else None
-    return [move for move in history if isinstance(move, dict)] if isinstance(history, list) else []
+    return [transform for transform in history if isinstance(transform, dict)] if isinstance(history, list) else []
 
 
 def _config(codec: str, model: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from freebits.errors import UsageError
 from freebits.execution.stored_values import kept
 from freebits.options import ENTROPIES
 from freebits.packed.recipe import Recipe
-from freebits.types import Kind
+from freebits.types import TensorSpec
 
-kept(Kind)
+kept(TensorSpec)
 kept(Recipe)
 
 AUTO = "entropy"
@@ -32,7 +32,7 @@ class Piece:
         notes: what became of a site, for people.
     """
 
-    stored: Mapping[str, tuple[Kind, Tensor]] = field(default_factory=dict)
+    stored: Mapping[str, tuple[TensorSpec, Tensor]] = field(default_factory=dict)
     recipes: tuple[Recipe, ...] = ()
     notes: tuple[dict[str, Any], ...] = ()
 
@@ -42,7 +42,7 @@ class Piece:
 
 def plain(tensors: Mapping[str, Tensor]) -> Piece:
     """Tensors stored as they are."""
-    return Piece({name: (Kind.of(tensor), tensor) for name, tensor in tensors.items()})
+    return Piece({name: (TensorSpec.of(tensor), tensor) for name, tensor in tensors.items()})
 
 
 def encoded(
@@ -50,7 +50,7 @@ def encoded(
     code: Code,
     label: str,
     tensors: Mapping[str, Tensor],
-    makes: Mapping[str, Kind],
+    makes: Mapping[str, TensorSpec],
     note: dict[str, Any] | None = None,
 ) -> Piece:
     """Tensors in a code; what is stored is called `label.part`. A note, if there is one, tells of the code.
@@ -62,7 +62,7 @@ def encoded(
     takes = {part: f"{label}.{part}" for part in coded.parts}
     told = {"code": name} | ({"corrections": coded.corrected} if coded.corrected else {})
     return Piece(
-        {takes[part]: (Kind.of(tensor), tensor) for part, tensor in coded.parts.items()},
+        {takes[part]: (TensorSpec.of(tensor), tensor) for part, tensor in coded.parts.items()},
         (Recipe(name, takes, makes, coded.params),),
         () if note is None else (note | told,),
     )
@@ -91,15 +91,15 @@ def staged(piece: Piece, code: str | None, taken: Collection[str] = ()) -> Piece
     if code is None:
         return piece
     stored, recipes = {}, []
-    for name, (kind, tensor) in piece.stored.items():
+    for name, (spec, tensor) in piece.stored.items():
         try:
-            coded = CODES[code].encode([tensor], [kind])
+            coded = CODES[code].encode([tensor], [spec])
         except Declined:
-            stored[name] = (kind, tensor)
+            stored[name] = (spec, tensor)
             continue
         takes = {part: _fresh(f"{name}.{part}", taken) for part in coded.parts}
-        stored |= {takes[part]: (Kind.of(part_), part_) for part, part_ in coded.parts.items()}
-        recipes.append(Recipe(code, takes, {name: kind}, coded.params))
+        stored |= {takes[part]: (TensorSpec.of(part_), part_) for part, part_ in coded.parts.items()}
+        recipes.append(Recipe(code, takes, {name: spec}, coded.params))
     return Piece(stored, (*recipes, *piece.recipes), piece.notes)
 
 

@@ -23,8 +23,8 @@ from freebits.packed.recipe import Recipe
 from freebits.transforms.canonical import Canonical
 from freebits.transforms.diagonal import Diagonal
 from freebits.transforms.paired import Pairs, Placed, free_pairs
-from freebits.transforms.transform import Move, Turn
-from freebits.types import CPU, FLOATS, HALVES, Kind
+from freebits.transforms.transform import Transform, Turn
+from freebits.types import CPU, FLOATS, HALVES, TensorSpec
 
 PIVOTS = "pivots"
 
@@ -58,7 +58,7 @@ class Preset:
 
     Attributes:
         name: by which users choose it.
-        move: from a sliced model with dense shortcuts, or from a dense one.
+        transform: from a sliced model with dense shortcuts, or from a dense one.
         groups: what of a part is encoded together, given the kinds of the tensors that the move leaves.
         pivots: which of a part's tensors have the identity among their columns, with the code for each.
         layout: what the move makes of a layout, for a model of that architecture.
@@ -69,9 +69,9 @@ class Preset:
     """
 
     name: str
-    move: Callable[[Placed, Any], Move[Any, Any]]
-    groups: Callable[[Part, Mapping[str, Kind]], Iterator[Group]]
-    pivots: Callable[[Architecture | None, Part, Mapping[str, Kind]], Mapping[str, Pivots]]
+    transform: Callable[[Placed, Any], Transform[Any, Any]]
+    groups: Callable[[Part, Mapping[str, TensorSpec]], Iterator[Group]]
+    pivots: Callable[[Architecture | None, Part, Mapping[str, TensorSpec]], Mapping[str, Pivots]]
     layout: Callable[[Architecture, Layout], Layout]
     codes: Mapping[str, Code]
     floats: tuple[str, ...]
@@ -84,12 +84,12 @@ class Preset:
         part: Part,
         turn: Turn,
         tensors: dict[str, Tensor],
-        kinds: Mapping[str, Kind],
+        specs: Mapping[str, TensorSpec],
     ) -> Piece:
-        """A part of the moved model, in the codes that take it; `kinds` are what its tensors are rounded to."""
+        """A part of the moved model, in the codes that take it; `specs` are what its tensors are rounded to."""
         piece = Piece()
         left = dict(tensors)
-        for group in self.groups(part, kinds):
+        for group in self.groups(part, specs):
             if group.site not in turn.rotations:
                 continue  # its reason is the move's to tell
             note = {"site": group.site, "name": group.name}
@@ -97,26 +97,28 @@ class Preset:
                 piece += Piece(notes=(note | {"reason": group.reason},))
                 continue
             code = self.codes.get(group.code) or CODES[group.code]
-            makes = {name: kinds[name] for name in group.tensors}
+            makes = {name: specs[name] for name in group.tensors}
             try:
                 piece += encoded(group.code, code, group.label, {n: tensors[n] for n in makes}, makes, note)
                 left = {name: tensor for name, tensor in left.items() if name not in makes}
             except Declined as reason:
                 piece += Piece(notes=(note | {"reason": str(reason)},))
-        for name, code in self.pivots(architecture, part, kinds).items():
+        for name, code in self.pivots(architecture, part, specs).items():
             if name in left:
                 with suppress(Declined):
-                    piece += encoded(PIVOTS, code, name, {name: left[name]}, {name: kinds[name]})
+                    piece += encoded(PIVOTS, code, name, {name: left[name]}, {name: specs[name]})
                     del left[name]
-        return piece + plain({name: tensor.to(kinds[name].dtype) for name, tensor in left.items()})
+        return piece + plain({name: tensor.to(specs[name].dtype) for name, tensor in left.items()})
 
-    def plan(self, architecture: Architecture | None, part: Part, kinds: Mapping[str, Kind]) -> dict[str, Kind]:
+    def plan(
+        self, architecture: Architecture | None, part: Part, specs: Mapping[str, TensorSpec]
+    ) -> dict[str, TensorSpec]:
         """What would be stored for a part, from kinds alone."""
-        stored = {name: kinds[name] for name in part.weights if name in kinds}
-        for group in self.groups(part, kinds):
+        stored = {name: specs[name] for name in part.weights if name in specs}
+        for group in self.groups(part, specs):
             if architecture is not None and group.site in architecture.free_sites and group.code:
                 stored = _planned(stored, group.code, group.tensors, group.label, group.params)
-        for name, code in self.pivots(architecture, part, kinds).items():
+        for name, code in self.pivots(architecture, part, specs).items():
             if name in stored:
                 stored = _planned(stored, PIVOTS, (name,), name, code.params)
         return stored
@@ -158,16 +160,16 @@ def chosen(codec: str, threshold: float | None = None, device: torch.device = CP
 
 
 def _planned(
-    stored: Mapping[str, Kind], code: str, names: Sequence[str], label: str, params: Mapping[str, Any]
-) -> dict[str, Kind]:
+    stored: Mapping[str, TensorSpec], code: str, names: Sequence[str], label: str, params: Mapping[str, Any]
+) -> dict[str, TensorSpec]:
     """What is stored once a code has taken some of it; the same where it will decline."""
     makes = {name: stored[name] for name in names}
     try:
         parts = Recipe(code, {}, makes, params).parts()
     except ValueError:
         return dict(stored)
-    left = {name: kind for name, kind in stored.items() if name not in makes}
-    return left | {f"{label}.{part}": kind for part, kind in parts.items()}
+    left = {name: spec for name, spec in stored.items() if name not in makes}
+    return left | {f"{label}.{part}": spec for part, spec in parts.items()}
 
 
 def _as_it_is(architecture: Architecture, layout: Layout) -> Layout:  # noqa: ARG001
@@ -175,40 +177,40 @@ def _as_it_is(architecture: Architecture, layout: Layout) -> Layout:  # noqa: AR
 
 
 def _identities(
-    architecture: Architecture | None, part: Part, kinds: Mapping[str, Kind], *, dense: bool = False
+    architecture: Architecture | None, part: Part, specs: Mapping[str, TensorSpec], *, dense: bool = False
 ) -> dict[str, Pivots]:
     """The tensors that pairs in canonical form have pivots in."""
     spaces: dict[str, list[tuple[int, int]]] = {}
     dims: dict[str, int] = {}
-    for pair in free_pairs(kinds, architecture, part, dense=dense):
+    for pair in free_pairs(specs, architecture, part, dense=dense):
         span = pair.writes[0]
         dims[span.name] = span.dim
         spaces.setdefault(span.name, []).extend((start, pair.size) for [start] in span.starts)
     return {name: Pivots(sorted(of), dims[name]) for name, of in spaces.items()}
 
 
-def _triangles(part: Part, kinds: Mapping[str, Kind]) -> Iterator[Group]:
+def _triangles(part: Part, specs: Mapping[str, TensorSpec]) -> Iterator[Group]:
     for sub in part.sublayers:
         if sub.site == 1:
-            read = sub.first_read(kinds)
+            read = sub.first_read(specs)
             yield Group(0, read.name, "lower", (read.weight,), read.weight)
         factor, weight = sub.shortcut.factor, sub.shortcut.weight
-        if factor in kinds:
+        if factor in specs:
             yield Group(sub.site, sub.name, "lower", (factor,), factor)
-        elif len(set(kinds[weight].shape)) == 1:
+        elif len(set(specs[weight].shape)) == 1:
             yield Group(sub.site, sub.name, "symmetric", (weight,), weight)
         else:
             yield Group(sub.site, sub.name, "", reason="too few singular values of its shortcut are 1")
 
 
-def _messages(part: Part, kinds: Mapping[str, Kind]) -> Iterator[Group]:
+def _messages(part: Part, specs: Mapping[str, TensorSpec]) -> Iterator[Group]:
     for sub in part.sublayers:
-        if sub.write.weight not in kinds:
+        if sub.write.weight not in specs:
             continue  # the move has told why
-        reads = (read.weight for read in sub.reads if read.weight in kinds)
+        reads = (read.weight for read in sub.reads if read.weight in specs)
         names = (sub.shortcut.weight, *reads, sub.write.weight)
-        params = {"rank": min(kinds[sub.write.weight].shape), "corrections": 0, "sums": [0.0] * 4}
-        codes = {kinds[name].code for name in names}
+        params = {"rank": min(specs[sub.write.weight].shape), "corrections": 0, "sums": [0.0] * 4}
+        codes = {specs[name].code for name in names}
         if len(codes) == 1 and codes <= {*HALVES}:
             yield Group(sub.site, sub.name, BITS_BACK, names, sub.name, params)
         else:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from freebits.codecs.integers import Integers, Stepped
+from freebits.codecs.integers import Integers, ScaledIntegers
 from freebits.codecs.registry import CODES
 from freebits.errors import CheckpointError
 from freebits.execution.executor import Parallel
@@ -20,7 +20,7 @@ from freebits.packed.manifest import Manifest, digest, is_packed
 from freebits.packed.recipe import Recipe, made_of
 from freebits.storage.folder import ADAPTER, CONFIG, GGUF, Checkpoint, existing_folder, read_json
 from freebits.storage.weights import Entry, WeightsFile, parse_header
-from freebits.types import Kind
+from freebits.types import TensorSpec
 
 MODEL = "model"
 """Key of the packed `config.json` under which the model's own config stands."""
@@ -33,7 +33,7 @@ class PackedFolder:
         manifest: what the folder says of itself.
         files: the weights files.
         stored: the stored tensors, in the order of the files.
-        kinds: the tensors that it holds; with codec `none` those of other weights files, as `file/name`, too.
+        specs: the tensors that it holds; with codec `none` those of other weights files, as `file/name`, too.
         config: the model's.
 
     Args:
@@ -51,28 +51,28 @@ class PackedFolder:
         self._verify = verify
         self.files = [WeightsFile(self.path / file) for file in self.manifest.files]
         self._files = {name: file for file in self.files for name in file.entries}
-        self.stored = {name: file.entries[name].kind for name, file in self._files.items()}
+        self.stored = {name: file.entries[name].spec for name, file in self._files.items()}
         if sum(len(file.entries) for file in self.files) > len(self.stored):
             raise self._damaged("two of its files hold a tensor of one name")
         for name in sorted(self.stored.keys() ^ self.manifest.digests.keys()):
             raise self._damaged(f"tensor {name} is in the manifest or in a file, but not in both")
         try:
-            self.kinds: Mapping[str, Kind] = made_of(self.stored, self.manifest.recipes)
+            self.specs: Mapping[str, TensorSpec] = made_of(self.stored, self.manifest.recipes)
         except ValueError as error:
             raise self._damaged(str(error)) from None
         self._recipes = {name: recipe for recipe in self.manifest.recipes for name in recipe.makes}
         self._last: tuple[str, dict[str, Tensor]] = "", {}
         self.config = self._config()
         if str(self.config.get("model_type", "")).startswith(SLICED_PREFIX) and not self.manifest.exact:
-            architecture = Architecture.of(self.config, len(self.kinds))
+            architecture = Architecture.of(self.config, len(self.specs))
             layout = Layout.of(self.config, architecture)
-            layout.check({name: kind.shape for name, kind in self.kinds.items()}, architecture)
+            layout.check({name: spec.shape for name, spec in self.specs.items()}, architecture)
             self._check_shortcuts(layout, architecture)
         headers = (file for file in self.manifest.originals if file.endswith((".safetensors", f".{GGUF}")))
         self.originals = {file: self._entries(file) for file in headers}
         listed = {name for entries in self.originals.values() for name in entries}
-        if self.manifest.exact and listed != self.kinds.keys():
-            raise self._damaged(f"{min(self.kinds.keys() ^ listed)} is in no header of an original file")
+        if self.manifest.exact and listed != self.specs.keys():
+            raise self._damaged(f"{min(self.specs.keys() ^ listed)} is in no header of an original file")
         """With codec `none`, each original file's tensors by the names they have here."""
 
     @property
@@ -82,7 +82,7 @@ class PackedFolder:
 
     def __getitem__(self, name: str) -> Tensor:
         """The tensor called `name`, decoded from just what it takes."""
-        if name not in self.kinds:
+        if name not in self.specs:
             raise CheckpointError(f"tensor {name} is missing in {self.path}: the checkpoint is incomplete")
         root, (last, made) = self._root(name), self._last
         if last != root:
@@ -108,7 +108,7 @@ class PackedFolder:
     def decoded(self, names: Iterable[str], parallel: Parallel = Parallel()) -> Iterator[dict[str, Tensor]]:
         """The named tensors in their order, one group after the other; several groups are decoded at once."""
         groups = self.groups(names)
-        together = (sum(self.kinds[name].n_bytes for name in names) for names in groups if len(names) > 1)
+        together = (sum(self.specs[name].n_bytes for name in names) for names in groups if len(names) > 1)
         with parallel.executor(max(together, default=0)) as executor:  # a single tensor needs no linear algebra
             yield from executor.map(self._decoded_group, groups)
 
@@ -118,14 +118,14 @@ class PackedFolder:
 
     def model_tensors(self, parallel: Parallel = Parallel()) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors of the model, without those of other weights files."""
-        for tensors in self.decoded(self.model_kinds, parallel):
+        for tensors in self.decoded(self.model_specs, parallel):
             yield from tensors.items()
 
     @property
-    def model_kinds(self) -> dict[str, Kind]:
+    def model_specs(self) -> dict[str, TensorSpec]:
         """The model's tensors; not those of other weights beside it."""
-        beside = {name for file in self.manifest.beside for name in self.originals.get(file, {})}
-        return {name: kind for name, kind in self.kinds.items() if name not in beside}
+        auxiliary = {name for file in self.manifest.auxiliary for name in self.originals.get(file, {})}
+        return {name: spec for name, spec in self.specs.items() if name not in auxiliary}
 
     def check(self, parallel: Parallel = Parallel()) -> None:
         """Read and decode everything.
@@ -133,7 +133,7 @@ class PackedFolder:
         Raises:
             CheckpointError: a tensor is damaged.
         """
-        for _ in self.decoded(self.kinds, parallel):
+        for _ in self.decoded(self.specs, parallel):
             pass
 
     def _decoded(self, name: str, made: dict[str, Tensor]) -> Tensor:
@@ -154,11 +154,11 @@ class PackedFolder:
             raise self._damaged(f"{next(iter(recipe.makes))} cannot be decoded ({error})") from None
         return dict(zip(recipe.makes, tensors, strict=True))
 
-    def matrices(self, recipe: Recipe, code: Integers) -> list[Stepped]:
+    def matrices(self, recipe: Recipe, code: Integers) -> list[ScaledIntegers]:
         """What a recipe of code `integers` makes, still as integers."""
         parts = {part: self._decoded(name, {}) for part, name in recipe.takes.items()}
         try:
-            return list(code.stepped(parts, list(recipe.makes.values()), recipe.params))
+            return list(code.scaled_integers(parts, list(recipe.makes.values()), recipe.params))
         except (ValueError, KeyError) as error:
             raise self._damaged(f"{next(iter(recipe.makes))} cannot be decoded ({error})") from None
 
@@ -191,10 +191,10 @@ class PackedFolder:
             entries = parse_header(self.manifest.originals[file])
         except (KeyError, ValueError) as error:
             raise self._damaged(f"the header of {file} ({error})") from None
-        prefix = f"{file}/" if file in self.manifest.beside else ""
+        prefix = f"{file}/" if file in self.manifest.auxiliary else ""
         named = {prefix + entry.name: entry for entry in entries}
         for name, entry in named.items():
-            if self.kinds.get(name) != entry.kind:
+            if self.specs.get(name) != entry.spec:
                 raise self._damaged(f"{name} is not what the header of {file} says")
         return named
 
@@ -204,7 +204,7 @@ class PackedFolder:
         thin = [sub.site for sub in architecture.sublayers if layout.rank(sub.site) is not None]
         try:
             check_expansion(
-                sum(kind.n_bytes for kind in self.stored.values()),
+                sum(spec.n_bytes for spec in self.stored.values()),
                 sum(2 * widths[site - 1] * widths[site] for site in thin),
             )
         except ValueError as error:

@@ -6,7 +6,7 @@ from typing import Any
 
 from freebits.codecs.registry import CODES
 from freebits.limits import RECIPE_STEPS, check_expansion
-from freebits.types import Kind
+from freebits.types import TensorSpec
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,13 @@ class Recipe:
 
     code: str
     takes: Mapping[str, str]
-    makes: Mapping[str, Kind]
+    makes: Mapping[str, TensorSpec]
     params: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def facts(self) -> dict[str, Any]:
         """The recipe as JSON, which does not keep the order of an object's keys."""
-        makes = [[name, str(kind)] for name, kind in self.makes.items()]
+        makes = [[name, str(spec)] for name, spec in self.makes.items()]
         told = {"code": self.code, "takes": dict(self.takes), "makes": makes}
         return told | ({"params": dict(self.params)} if self.params else {})
 
@@ -39,14 +39,14 @@ class Recipe:
         Raises:
             ValueError, TypeError, KeyError: it is none.
         """
-        makes = {name: Kind.parse(kind) for name, kind in facts["makes"]}
+        makes = {name: TensorSpec.parse(spec) for name, spec in facts["makes"]}
         objects = isinstance(facts["takes"], dict) and isinstance(facts.get("params", {}), dict)
         names = (facts["code"], *facts["takes"].values(), *makes)
         if not objects or not all(isinstance(name, str) for name in names) or not 0 < len(makes) == len(facts["makes"]):
             raise ValueError("names that are none, one that is made twice, or nothing that is made")
         return cls(facts["code"], dict(facts["takes"]), makes, dict(facts.get("params", {})))
 
-    def parts(self) -> dict[str, Kind]:
+    def parts(self) -> dict[str, TensorSpec]:
         """The kinds of what it takes, by part.
 
         Raises:
@@ -60,7 +60,7 @@ class Recipe:
             raise ValueError(f"its parameters are not those of code {self.code} ({error!r})") from None
 
 
-def made_of(stored: Mapping[str, Kind], recipes: Iterable[Recipe]) -> dict[str, Kind]:
+def made_of(stored: Mapping[str, TensorSpec], recipes: Iterable[Recipe]) -> dict[str, TensorSpec]:
     """The tensors that a folder holds, those without recipe as they are stored. Nothing is read or allocated.
 
     Args:
@@ -75,8 +75,8 @@ def made_of(stored: Mapping[str, Kind], recipes: Iterable[Recipe]) -> dict[str, 
             the recipe implies; or more is made than any packing leaves to be made of so few bytes.
     """
     recipes = list(recipes)
-    made = sum(kind.n_bytes for recipe in recipes for kind in recipe.makes.values())
-    check_expansion(sum(kind.n_bytes for kind in stored.values()), made)
+    made = sum(spec.n_bytes for recipe in recipes for spec in recipe.makes.values())
+    check_expansion(sum(spec.n_bytes for spec in stored.values()), made)
     left = dict(stored)
     depth = dict.fromkeys(stored, 0)
     place = {name: number for number, name in enumerate(stored)}
@@ -86,16 +86,16 @@ def made_of(stored: Mapping[str, Kind], recipes: Iterable[Recipe]) -> dict[str, 
         if parts.keys() != recipe.takes.keys():
             raise ValueError(f"{label} takes other parts than code {recipe.code} has")
         first, deepest = len(place), 0
-        for part, kind in parts.items():
+        for part, spec in parts.items():
             name = recipe.takes[part]
-            if left.pop(name, None) != kind:
-                raise ValueError(f"{label} takes {name}, which is missing, taken already, or not {kind}")
+            if left.pop(name, None) != spec:
+                raise ValueError(f"{label} takes {name}, which is missing, taken already, or not {spec}")
             first, deepest = min(first, place[name]), max(deepest, depth[name])
         if deepest >= RECIPE_STEPS:
             raise ValueError(f"{label} is one of more than {RECIPE_STEPS} steps")
-        for name, kind in recipe.makes.items():
+        for name, spec in recipe.makes.items():
             if name in place:
                 raise ValueError(f"{label} makes {name}, which is there already")
-            left[name] = kind
+            left[name] = spec
             place[name], depth[name] = first, deepest + 1
     return dict(sorted(left.items(), key=lambda item: place[item[0]]))

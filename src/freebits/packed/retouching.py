@@ -11,7 +11,7 @@ from freebits.packed.piece import Piece, plain, stage, staged
 from freebits.packed.reader import PackedFolder
 from freebits.packed.recipe import Recipe
 from freebits.storage.writer import CheckpointWriter
-from freebits.types import Kind
+from freebits.types import TensorSpec
 
 
 def retouch(
@@ -26,8 +26,8 @@ def retouch(
         tensors: what stands in the place of tensors that are stored as they are, but for an entropy stage.
     """
     contents = Contents(notes=[*packed.manifest.notes])
-    longest = {name: Kind("U8", (1 << 39,)) if of.code == "U8" else of for name, of in packed.stored.items()}
-    names = announced(longest | {name: packed.kinds[name] for name in tensors})
+    longest = {name: TensorSpec("U8", (1 << 39,)) if of.code == "U8" else of for name, of in packed.stored.items()}
+    names = announced(longest | {name: packed.specs[name] for name in tensors})
     size = max(file.n_bytes for file in packed.files) if len(packed.files) > 1 else None
     with CheckpointWriter(directory, names, size, STEM) as writer:
         for piece in _pieces(packed, rows, tensors):
@@ -47,21 +47,21 @@ def _pieces(packed: PackedFolder, rows: Mapping[str, Tensor], tensors: Mapping[s
         groups.setdefault(next(iter(recipe.makes)) if recipe else name, (recipe, []))[1].append(name)
     for made, (recipe, parts) in groups.items():
         if made in tensors:
-            yield staged(plain({made: tensors[made].detach().to("cpu", packed.kinds[made].dtype)}), code)
+            yield staged(plain({made: tensors[made].detach().to("cpu", packed.specs[made].dtype)}), code)
         elif recipe and rows.keys() & recipe.makes.keys():
-            yield _restepped(packed, recipe, rows)
+            yield _rescaled(packed, recipe, rows)
         else:
             stored = {part: (packed.stored[part], packed.stored_tensor(part)) for part in parts}
             yield Piece(stored, (recipe,) if recipe else ())
     yield Piece({}, tuple(recipe for recipe in recipes if not packed.stored.keys() & {*recipe.takes.values()}))
 
 
-def _restepped(packed: PackedFolder, recipe: Recipe, rows: Mapping[str, Tensor]) -> Piece:
+def _rescaled(packed: PackedFolder, recipe: Recipe, rows: Mapping[str, Tensor]) -> Piece:
     """The integers of some matrices, with other steps."""
     code, encoded = Integers(), []
     for name, matrix in zip(recipe.makes, packed.matrices(recipe, code), strict=True):
         grown = matrix.rows + rows[name] if name in rows else matrix.rows
         encoded += [matrix.integers, grown, matrix.columns]
     coded = code.encode(encoded, list(recipe.makes.values()))
-    stored = {recipe.takes[part]: (Kind.of(tensor), tensor) for part, tensor in coded.parts.items()}
+    stored = {recipe.takes[part]: (TensorSpec.of(tensor), tensor) for part, tensor in coded.parts.items()}
     return Piece(stored, (Recipe(recipe.code, recipe.takes, recipe.makes, coded.params),))

@@ -47,7 +47,7 @@ def unpack_into(directory: Path, packed: PackedFolder, parallel: Parallel, progr
 
 
 def _write_sliced(directory: Path, packed: PackedFolder, parallel: Parallel, progress: Progress) -> None:
-    architecture = Architecture.of(packed.config, len(packed.kinds))
+    architecture = Architecture.of(packed.config, len(packed.specs))
     model = Expanded(packed, architecture)
     ours = {"auto_map": auto_map(architecture.family.sliced_classes), HISTORY: {"history": packed.manifest.history}}
     _write_tensors(directory, packed, model, {**model.config, **ours}, parallel, progress)
@@ -63,23 +63,23 @@ def _write_tensors(
 ) -> None:
     write_config(directory / (ADAPTER if is_adapter(config) else CONFIG), config)
     shard_bytes = max(file.n_bytes for file in packed.files) if len(packed.files) > 1 else None
-    total = len(packed.groups(packed.kinds))
-    announced = {name: kind.shape for name, kind in model.kinds.items()}
+    total = len(packed.groups(packed.specs))
+    announced = {name: spec.shape for name, spec in model.specs.items()}
     with CheckpointWriter(directory, announced, shard_bytes, stem_of(config)) as writer:
-        for done, tensors in enumerate(packed.decoded(packed.kinds, parallel), start=1):
+        for done, tensors in enumerate(packed.decoded(packed.specs, parallel), start=1):
             for name, tensor in tensors.items():
                 if isinstance(model, Expanded):
                     writer.write(model.name(name), model.expand(name, tensor))
                 else:
                     writer.write(name, tensor)
-            progress(done, total)
+            progress("unpacking", "group of tensors", done, total)
 
 
 def _write_files(directory: Path, packed: PackedFolder, parallel: Parallel, progress: Progress) -> None:
     for file, text in packed.manifest.originals.items():
         if file not in packed.originals:
             (directory / file).write_bytes(text.encode())
-    total, done = len(packed.kinds), 0
+    total, done = len(packed.specs), 0
     for file, entries in packed.originals.items():
         header = packed.manifest.originals[file].encode()
         with (directory / file).open("wb") as target:
@@ -88,4 +88,4 @@ def _write_files(directory: Path, packed: PackedFolder, parallel: Parallel, prog
             for tensors in packed.decoded(entries, parallel):
                 for tensor in tensors.values():
                     target.write(bytes_of(tensor).data)
-                progress(done := done + 1, total)
+                progress("unpacking", "tensor", done := done + 1, total)

@@ -62,7 +62,7 @@ def _invert_lower(L: Tensor) -> None:
     L[half:, :half] = -(L[half:, half:] @ L[half:, :half]) @ L[:half, :half]
 
 
-def feedback(W: Tensor, U: Tensor, to: Round, group: int = 1) -> Tensor:
+def compensated_rounding(W: Tensor, U: Tensor, to: Round, group: int = 1) -> Tensor:
     """`Ŵ`: what `to` makes of each group of columns once the errors before it have been made up for.
 
     Args:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from freebits.quantization.error_compensation import feedback
+from freebits.quantization.error_compensation import compensated_rounding
 
 GROUP = 64
 
@@ -30,6 +30,6 @@ def gridded(W: Tensor, U: Tensor | None, bits: int) -> tuple[Tensor, Tensor, Ten
     if U is None:
         rounded = torch.cat([to(group, at * GROUP) for at, group in enumerate(groups)], 1)
     else:
-        rounded = feedback(W, U, to)
+        rounded = compensated_rounding(W, U, to)
     spread = [of.repeat_interleave(GROUP, 1)[:, : W.shape[1]] for of in (scales.float(), zeros)]
     return (rounded / spread[0] + spread[1]).round().to(torch.uint8), scales, zeros.to(torch.uint8)

@@ -11,9 +11,17 @@ import torch
 from torch import Tensor
 
 from freebits.calibration.engine import Engine
-from freebits.calibration.groups import Listed, RunningModel, groups_of, measured_group
+from freebits.calibration.groups import RunningModel, StoredStatistics, groups_of, measured_group
 from freebits.calibration.products import Region
-from freebits.calibration.sensitivities import THIN, Inputs, Sums, informations, measure, siblings, with_idle
+from freebits.calibration.sensitivities import (
+    ENOUGH_VECTORS,
+    InputStatistics,
+    Sums,
+    informations,
+    measure,
+    siblings,
+    with_idle,
+)
 from freebits.execution.progress import Progress
 from freebits.execution.stored_values import kept
 from freebits.execution.work_store import Work
@@ -32,13 +40,13 @@ class Measured:
     Attributes:
         matrices: by the names of the checkpoint.
         n_experts: how many experts the mixtures have, counted by their matrices.
-        n_thin: how many of them multiplied fewer than 64 vectors.
+        n_undersampled: how many of them multiplied fewer than 64 vectors.
         choosing: names of tensors with matrices whose outputs are compared.
     """
 
     matrices: list[Matrix]
     n_experts: int
-    n_thin: int
+    n_undersampled: int
     choosing: frozenset[str]
 
 
@@ -82,7 +90,7 @@ def measure_matrices(
         results = []
         for done, result in enumerate(work.map_large("group", measure_group, groups), start=1):
             results.append(result)
-            progress(done, len(groups))
+            progress("calibrating", "group of windows", done, len(groups))
         sums = reduce(add, [result[0] for result in results])
         factored = _factored([result[1] for result in results], running.engine, work, rotation)
     information = informations(sums, [region for of in factored for region in of.regions])
@@ -93,9 +101,9 @@ def measure_matrices(
         for matrix in _as_stored(region, of.factor, _known(information, region), running.named)
     ]
     matrices += _embeddings(running, sums, work, rotation)
-    kinds = [siblings(region) for of in factored for region in of.regions]
-    experts = [region for of in factored for region in of.regions if kinds.count(siblings(region)) > 1]
-    thin = [region for region in experts if sums.n_inputs.get(region, 0) < THIN]
+    specs = [siblings(region) for of in factored for region in of.regions]
+    experts = [region for of in factored for region in of.regions if specs.count(siblings(region)) > 1]
+    thin = [region for region in experts if sums.n_inputs.get(region, 0) < ENOUGH_VECTORS]
     choosing = {rows.tensor for of in sums.choosing for rows in running.named.rows(of.name, of.start, of.stop)}
     return Measured(matrices, len(experts), len(thin), frozenset(choosing))
 
@@ -106,16 +114,18 @@ def _measured_at_once(
     """All windows in one group."""
     factored: list[_Factored] = []
 
-    def finish(number: int, found: list[Inputs]) -> None:
+    def finish(number: int, found: list[InputStatistics]) -> None:
         factored.extend(_factors(number, found, running.engine, work, rotation))
 
     sums = measure(running.engine, tokens, 0, seed, work.store.folder, finish, progress)
     return sums, factored
 
 
-def _factored(groups: list[list[Listed]], engine: Engine, work: Work, rotation: int | None) -> list[_Factored]:
+def _factored(
+    groups: list[list[StoredStatistics]], engine: Engine, work: Work, rotation: int | None
+) -> list[_Factored]:
     """What is known of what matrices read, from the Gram matrices of all groups."""
-    read: dict[Region, list[Listed]] = {}
+    read: dict[Region, list[StoredStatistics]] = {}
     for group in groups:
         for listed in group:
             for region in listed.regions:
@@ -131,7 +141,7 @@ def _factored(groups: list[list[Listed]], engine: Engine, work: Work, rotation: 
             found = read[regions[0]]
             n = sum(listed.n for listed in found)
             parts = [work.store.get(listed.key) * (listed.n / max(1, n)) for listed in found]
-            inputs.append(Inputs(f"{number}-{place}", tuple(regions), n, sum(parts[1:], parts[0])))
+            inputs.append(InputStatistics(f"{number}-{place}", tuple(regions), n, sum(parts[1:], parts[0])))
         factored += _factors(number, inputs, engine, work, rotation)
         for keys in together:
             for key in keys:
@@ -139,7 +149,9 @@ def _factored(groups: list[list[Listed]], engine: Engine, work: Work, rotation: 
     return factored
 
 
-def _factors(number: int, found: list[Inputs], engine: Engine, work: Work, rotation: int | None) -> list[_Factored]:
+def _factors(
+    number: int, found: list[InputStatistics], engine: Engine, work: Work, rotation: int | None
+) -> list[_Factored]:
     """What is known of the inputs that are complete after a block; the largest last, for all threads."""
     inputs = sorted(with_idle(found, engine.matrices, str(number)), key=lambda inputs: len(inputs.gram))
     factors = work.map(f"factor-{number}", partial(factor_of, work.store, rotation), inputs)
@@ -151,9 +163,9 @@ def _known(information: Mapping[Region, Tensor], region: Region) -> Tensor | Non
     if region in information:
         return information[region]
     block = _block(region.name)
-    beside = [of.mean() for other, of in information.items() if _block(other.name) == block]
-    beside = beside or [of.mean() for of in information.values()]
-    return torch.stack(beside).mean() if beside else None
+    auxiliary = [of.mean() for other, of in information.items() if _block(other.name) == block]
+    auxiliary = auxiliary or [of.mean() for of in information.values()]
+    return torch.stack(auxiliary).mean() if auxiliary else None
 
 
 def _block(name: str) -> str:
@@ -167,7 +179,7 @@ def _as_stored(region: Region, factor: Factor, information: Tensor | None, named
         return
     m = len(factor.diagonal)
     height = region.stop - region.start
-    n_outputs = prod(named.kinds[region.name].shape[-1:]) if region.transposed else height
+    n_outputs = prod(named.specs[region.name].shape[-1:]) if region.transposed else height
     information = information.expand(n_outputs) if information.ndim == 0 else information
     for rows in named.rows(region.name, region.start, region.stop):
         in_order = torch.equal(rows.order, torch.arange(len(rows.order)))
@@ -194,17 +206,17 @@ def _embeddings(running: RunningModel, sums: Sums, work: Work, rotation: int | N
     tempered *= (likely / tempered).mean() / likely.mean()
     per_row: dict[str, tuple[Tensor, Tensor]] = {}
     for name, outer in sums.lookups.items():
-        n_rows = prod(named.kinds[name].shape[:-1])
+        n_rows = prod(named.specs[name].shape[:-1])
         weight = _resized(tempered, n_rows)
         per_row[name] = outer.double() / sums.n_tokens / n_rows, weight
     if engine.head is not None and sums.head is not None:
         of_head = sums.head.double() / sums.n_tokens * likely.mean()
         before = per_row.get(engine.head)
         of_both = of_head if before is None else of_head + before[0]
-        per_row[engine.head] = of_both, _resized(tempered, prod(named.kinds[engine.head].shape[:-1]))
-    regions = [Region(name, 0, prod(named.kinds[name].shape[:-1]), False) for name in per_row]
+        per_row[engine.head] = of_both, _resized(tempered, prod(named.specs[engine.head].shape[:-1]))
+    regions = [Region(name, 0, prod(named.specs[name].shape[:-1]), False) for name in per_row]
     inputs = [
-        Inputs(f"embedding-{number}", (region,), sums.n_tokens, per_row[region.name][0])
+        InputStatistics(f"embedding-{number}", (region,), sums.n_tokens, per_row[region.name][0])
         for number, region in enumerate(regions)
     ]
     factors = work.map("embedding", partial(factor_of, work.store, rotation), inputs)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from freebits.codecs import enumeration
-from freebits.quantization.error_compensation import feedback
+from freebits.quantization.error_compensation import compensated_rounding
 
 SCALE_BITS = 3
 _ROUNDS = 30
@@ -21,7 +21,7 @@ def group_size(n_columns: int) -> int:
 
 
 def pulses(size: int, bits: float) -> int:
-    """The most for which points and scales take no more than so many bits a number; at least one."""
+    """The most for which points and scales take no more than so many bits per weight; at least one."""
     most = 1
     while most < 128 and enumeration.n_bits(size, most + 1) + SCALE_BITS <= min(bits * size, 62 + SCALE_BITS):
         most += 1
@@ -51,7 +51,7 @@ def pyramids(W: Tensor, U: Tensor, bits: float) -> tuple[Tensor, Tensor, Tensor,
         points[:, at // size], scales[:, at // size] = point.long(), scale.to(torch.uint8)
         return direction * (levels.float()[scale] * norms.float())[:, None]
 
-    feedback(W, U, to, group=size)
+    compensated_rounding(W, U, to, group=size)
     return points, scales, norms, levels
 
 

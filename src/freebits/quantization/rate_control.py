@@ -13,7 +13,7 @@ _PER_OCTAVE = 16
 _OCTAVES = range(-40, 41)
 
 
-class Budget:
+class RateModel:
     """How the size of some matrices depends on `c`: their numbers, counted by how large they are in steps of `c = 1`.
 
     Numbers of one size are taken to be normal; the rounding errors fed back are counted in.
@@ -26,7 +26,7 @@ class Budget:
         self.counts = np.zeros(len(_OCTAVES) * _PER_OCTAVE) if counts is None else counts
 
     @classmethod
-    def of(cls, W: Tensor, rows: Tensor, columns: Tensor) -> "Budget":
+    def of(cls, W: Tensor, rows: Tensor, columns: Tensor) -> "RateModel":
         """Of one matrix (n, m), and its steps but for `c`."""
         squares = (W.float() / rows[:, None].float() / columns.float()).square_()
         columns = squares.mean(0).clamp_min_(1e-30)
@@ -35,13 +35,13 @@ class Budget:
         size = len(_OCTAVES) * _PER_OCTAVE
         return cls(np.bincount(logs.clamp_(0, size - 1).flatten().numpy(), minlength=size).astype(np.float64))
 
-    def __add__(self, other: "Budget") -> "Budget":
-        return Budget(self.counts + other.counts)
+    def __add__(self, other: "RateModel") -> "RateModel":
+        return RateModel(self.counts + other.counts)
 
     @classmethod
-    def sum(cls, budgets: Iterable["Budget"]) -> "Budget":
+    def sum(cls, rate_models: Iterable["RateModel"]) -> "RateModel":
         """Of all matrices."""
-        return sum(budgets, cls())
+        return sum(rate_models, cls())
 
     def bits(self, c: float) -> float:
         """Bits of all integers."""
@@ -72,23 +72,23 @@ def _curve() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     return np.concatenate([far[0], logs, far[1]]), np.concatenate([[0.0], bits, [bits[-1] + 80 - logs[-1]]])
 
 
-class Rolling:
+class RateController:
     """Spends bits on matrices in order, so that what one takes more or less is made up for by those that follow.
 
     Args:
-        budgets: of the matrices, or groups of them.
+        rate_models: of the matrices, or groups of them.
         bits: for all of them.
     """
 
-    def __init__(self, budgets: list[Budget], bits: float) -> None:
-        self._budgets = list(budgets)
+    def __init__(self, rate_models: list[RateModel], bits: float) -> None:
+        self._budgets = list(rate_models)
         self._left = bits
         self._taken = self._expected = 0.0
 
     def next(self) -> float:
         """The `c` for the first that is left."""
         ratio = self._taken / self._expected if self._expected else 1.0
-        return Budget.sum(self._budgets).c(self._left / ratio)
+        return RateModel.sum(self._budgets).c(self._left / ratio)
 
     def spend(self, c: float, bits: float) -> float:
         """How many bits they take too many; if none, they no longer count as left. The last may take what is left."""
@@ -100,7 +100,7 @@ class Rolling:
         return 0.0
 
 
-class Fixed:
+class FixedRate:
     """The same for all matrices, whatever they take."""
 
     def __init__(self, amount: float) -> None:

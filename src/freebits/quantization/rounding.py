@@ -21,13 +21,13 @@ from freebits.packed.reader import PackedFolder
 from freebits.packed.recipe import Recipe
 from freebits.quantization.group_rounding import GROUP, gridded
 from freebits.quantization.pyramids import pyramids
-from freebits.quantization.rate_control import Budget, Fixed, Rolling
-from freebits.quantization.scales import stepped
+from freebits.quantization.rate_control import FixedRate, RateController, RateModel
+from freebits.quantization.scales import scaled_integers
 from freebits.quantization.sensitivity_cache import SensitivityCache, grouped
 from freebits.storage.folder import Checkpoint, Source
 from freebits.storage.weights import ENTRY
 from freebits.storage.writer import CheckpointWriter, shard_bytes
-from freebits.types import Kind
+from freebits.types import TensorSpec
 
 BITS, FALLBACK_BITS, MOST_BITS = 4.0, 6.0, 12
 _TOGETHER = 1 << 22
@@ -74,7 +74,7 @@ class Goal:
         if self.method != INTEGERS and (self.size or self.kl):
             raise UsageError(f"method {self.method} has a fixed number of bits per weight: give --bits")
         if self.method in (GPTQ, RTN) and self.wanted_bits not in range(2, 9):
-            raise UsageError(f"method {self.method} has 2 to 8 whole bits a number, not {self.bits}")
+            raise UsageError(f"method {self.method} has 2 to 8 whole bits per weight, not {self.bits}")
 
     @property
     def wanted_bits(self) -> float:
@@ -90,7 +90,7 @@ class Goal:
     def tensors(self, W: Tensor, U: Tensor | None, rows: Tensor, columns: Tensor, amount: float) -> tuple[Tensor, ...]:
         """A matrix as its code takes it; `amount` is the `c` of integers, else bits."""
         if self.method == INTEGERS:
-            matrix = stepped(W, U, rows, columns, amount)
+            matrix = scaled_integers(W, U, rows, columns, amount)
             return matrix.integers, matrix.rows, matrix.columns
         if self.method == PYRAMID and U is not None:
             return pyramids(W, U, amount)
@@ -120,20 +120,21 @@ def write_rounded(
         progress: called after each group of matrices.
     """
     tensors = alone.tensors | cache.tensors
-    n_weights = {name: of.kind(name).numel for of in (alone, cache) for name in of.budgets}
+    n_weights = {name: of.spec(name).numel for of in (alone, cache) for name in of.rate_models}
     together = _TOGETHER if goal.method == INTEGERS else 0
     first, groups = (
         grouped(of.tensors, n_weights, together, {tensor: _numbers(tensor) for tensor in of.tensors})
         for of in (alone, cache)
     )
     last = {names[-1]: tensor for tensor, names in tensors.items()}
-    rest = [name for name in source.kinds if name not in tensors]
+    rest = [name for name in source.specs if name not in tensors]
     by_weights = replace(goal, method=INTEGERS)
     parts = [(group[0], INTEGERS) for group in first] + [(group[0], goal.method) for group in groups]
-    longest = {f"{name}.{part}": Kind("U8", (1 << 39,)) for name, method in parts for part in _PARTS_OF[method]}
-    names = announced({name: source.kinds[name] for name in rest}) | {n: kind.shape for n, kind in longest.items()}
+    longest = {f"{name}.{part}": TensorSpec("U8", (1 << 39,)) for name, method in parts for part in _PARTS_OF[method]}
+    names = announced({name: source.specs[name] for name in rest}) | {n: spec.shape for n, spec in longest.items()}
     shards = shard_bytes(source) if isinstance(source, Checkpoint) else None
     contents = Contents()
+    done, total = 0, sum(of.spec(name).n_bytes for of in (alone, cache) for name in of.rate_models)
     with CheckpointWriter(directory, names, shards, STEM) as writer:
         for name in rest:
             piece = staged(plain({name: source[name]}), stage)
@@ -143,46 +144,51 @@ def write_rounded(
             complete = [last[name] for name in group if name in last]
             joining = tuple(recipe for tensor in complete for recipe in of.joining(tensor, tensors[tensor]))
             contents.write(writer, piece + Piece(recipes=joining), digests_of(piece))
+            nonlocal done
+            done += sum(of.spec(name).n_bytes for name in group)
+            progress("quantizing", "byte", done, total)
 
-        for done, group in enumerate(first, start=1):
+        for group in first:
             n = sum(n_weights[name] for name in group)
-            amount = Budget.sum(alone.budgets[name] for name in group).c(goal.fallback_bits * n)
+            amount = RateModel.sum(alone.rate_models[name] for name in group).c(goal.fallback_bits * n)
             write(alone, group, _rounded_together(alone, by_weights, amount, group, executor))
-            progress(done, len(first) + len(groups))
-        rolling = _rolling(cache, goal, groups, partial(_bytes_around, source, cache, contents, groups, names))
-        for done, group in enumerate(groups, start=len(first) + 1):
-            write(cache, group, _fitting(cache, goal, rolling, group, executor))
-            progress(done, len(first) + len(groups))
+        controller = _controller(cache, goal, groups, partial(_bytes_around, source, cache, contents, groups, names))
+        for group in groups:
+            write(cache, group, _fitting(cache, goal, controller, group, executor))
     return contents
 
 
-def _rolling(
+def _controller(
     cache: SensitivityCache, goal: Goal, groups: list[list[str]], around: Callable[[], int]
-) -> Rolling | Fixed:
+) -> RateController | FixedRate:
     """What says how finely each group is rounded."""
     n_weights = cache.n_weights
     if goal.method != INTEGERS:
-        return Fixed(goal.wanted_bits)
+        return FixedRate(goal.wanted_bits)
     if goal.kl is not None:
-        return Fixed(math.sqrt(24 * goal.kl / n_weights))
+        return FixedRate(math.sqrt(24 * goal.kl / n_weights))
     bits = goal.wanted_bits * n_weights if goal.size is None else 8.0 * (goal.size - around())
     if bits < n_weights / 4:
         raise UsageError(
             f"a target of {goal.size} bytes leaves {max(bits, 0) / n_weights:.2f} bits per weight: give more"
         )
-    return Rolling([Budget.sum(cache.budgets[name] for name in group) for group in groups], bits)
+    return RateController([RateModel.sum(cache.rate_models[name] for name in group) for group in groups], bits)
 
 
 def _fitting(
-    cache: SensitivityCache, goal: Goal, rolling: Rolling | Fixed, group: Sequence[str], executor: Executor
+    cache: SensitivityCache,
+    goal: Goal,
+    controller: RateController | FixedRate,
+    group: Sequence[str],
+    executor: Executor,
 ) -> Piece:
     """A group of matrices, rounded as finely as there are bytes left for it."""
-    amount = rolling.next()
+    amount = controller.next()
     most = 4 * amount
-    n_weights = max(1, sum(cache.kind(name).numel for name in group))
+    n_weights = max(1, sum(cache.spec(name).numel for name in group))
     while True:
         piece = _rounded_together(cache, goal, amount, group, executor)
-        excess = rolling.spend(amount, 8.0 * sum(kind.n_bytes for kind, _ in piece.stored.values()))
+        excess = controller.spend(amount, 8.0 * sum(spec.n_bytes for spec, _ in piece.stored.values()))
         if not excess:
             return piece
         amount *= max(1.002, 2.0 ** min(2.0, excess / n_weights))
@@ -209,7 +215,7 @@ def _piece(cache: SensitivityCache, goal: Goal, group: Sequence[str], tensors: l
     code = _CODE_OF.get(goal.method, goal.method)
     coded = CODES[code].encode(tensors, list(makes.values()))
     takes = {part: f"{group[0]}.{part}" for part in coded.parts}
-    stored = {takes[part]: (Kind.of(tensor), tensor) for part, tensor in coded.parts.items()}
+    stored = {takes[part]: (TensorSpec.of(tensor), tensor) for part, tensor in coded.parts.items()}
     return Piece(stored, (Recipe(code, takes, makes, coded.params), *recipes))
 
 
@@ -226,7 +232,7 @@ def _bytes_around(
     names: Mapping[str, tuple[int, ...]],
 ) -> int:
     """At most what the finished folder has besides the messages: other tensors, headers, manifest, config."""
-    tensors = sum(kind.n_bytes for kind in contents.stored.values())
+    tensors = sum(spec.n_bytes for spec in contents.stored.values())
     header = sum(len(name) + len(str(list(shape))) + ENTRY for name, shape in names.items())
     planned = [recipe for tensor, of in cache.tensors.items() for recipe in cache.joining(tensor, of)]
     for group in groups:

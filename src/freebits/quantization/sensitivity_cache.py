@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freebits.calibration.sensitivities import Inputs
+from freebits.calibration.sensitivities import InputStatistics
 from freebits.codecs.arrangement import TRANSPOSED
 from freebits.codecs.hadamard import rotated
 from freebits.errors import CheckpointError
@@ -19,10 +19,10 @@ from freebits.execution.work_store import Work, WorkStore
 from freebits.options import HADAMARD
 from freebits.packed.recipe import Recipe
 from freebits.quantization.error_compensation import inverse_factor
-from freebits.quantization.rate_control import Budget
-from freebits.quantization.scales import DAMPING, row_steps, typical_steps
+from freebits.quantization.rate_control import RateModel
+from freebits.quantization.scales import DAMPING, row_scales, typical_scales
 from freebits.storage.folder import Source
-from freebits.types import FLOATS, Kind
+from freebits.types import FLOATS, TensorSpec
 
 JOINED = "joined"
 _PIECE = 1 << 24
@@ -95,7 +95,7 @@ class SensitivityCache:
 
     Attributes:
         matrices: what each is.
-        budgets: of each.
+        rate_models: of each.
         seed: of the rotation in which matrices are rounded; None for none.
 
     Args:
@@ -106,7 +106,7 @@ class SensitivityCache:
 
     def __init__(self, work: Work, source: Source, seed: int | None) -> None:
         self.matrices: dict[str, Matrix] = {}
-        self.budgets: dict[str, Budget] = {}
+        self.rate_models: dict[str, RateModel] = {}
         self.seed = seed
         self._work = work
         self._source = _LastRead(source)
@@ -120,39 +120,41 @@ class SensitivityCache:
             CheckpointError: a weight is not finite.
         """
         for matrix in matrices:
-            shape = self._source.kinds[matrix.tensor].shape
+            shape = self._source.specs[matrix.tensor].shape
             for piece in matrix.pieces(matrix.width or shape[-1]):
                 whole = len(shape) == 2 and (piece.start, piece.stop) == (0, shape[0])
                 self.matrices[piece.tensor if whole else f"{piece.tensor}[{piece.start}:{piece.stop}]"] = piece
         known = self._work.map("known", partial(_known, self._source, self.seed), self.matrices.values())
         for name, of in zip(self.matrices, known, strict=True):
             self._scales[name] = of.rows, of.columns
-            self.budgets[name] = Budget(of.counts.numpy())
+            self.rate_models[name] = RateModel(of.counts.numpy())
 
     def only(self, names: Collection[str]) -> "SensitivityCache":
         """The same for the matrices of some tensors."""
         some = copy(self)
-        some.budgets = {name: budget for name, budget in self.budgets.items() if self.matrices[name].tensor in names}
+        some.rate_models = {
+            name: budget for name, budget in self.rate_models.items() if self.matrices[name].tensor in names
+        }
         return some
 
     @property
     def tensors(self) -> dict[str, list[str]]:
         """The tensors that are rounded as a whole, and the names of their matrices, from the first row to the last."""
         found: dict[str, list[str]] = {}
-        for name in self.budgets:
+        for name in self.rate_models:
             found.setdefault(self.matrices[name].tensor, []).append(name)
         return {tensor: sorted(names, key=lambda name: self.matrices[name].start) for tensor, names in found.items()}
 
     @property
     def n_weights(self) -> int:
         """How many weights all matrices have."""
-        return sum(self.kind(name).numel for name in self.budgets)
+        return sum(self.spec(name).numel for name in self.rate_models)
 
-    def kind(self, name: str) -> Kind:
+    def spec(self, name: str) -> TensorSpec:
         """Dtype and shape of a matrix as it is stored."""
         matrix = self.matrices[name]
-        of = self._source.kinds[matrix.tensor]
-        return Kind(of.code, (matrix.stop - matrix.start, matrix.width or of.shape[-1]))
+        of = self._source.specs[matrix.tensor]
+        return TensorSpec(of.code, (matrix.stop - matrix.start, matrix.width or of.shape[-1]))
 
     def known(self, name: str) -> tuple[Tensor | None, Tensor, Tensor]:
         """Of a matrix `U`, and the relative scales of its rows and columns."""
@@ -167,17 +169,17 @@ class SensitivityCache:
         """A matrix as it is rounded."""
         return _matrix(self._source, self.seed, self.matrices[name])
 
-    def recipes(self, names: Collection[str]) -> tuple[dict[str, Kind], tuple[Recipe, ...]]:
+    def recipes(self, names: Collection[str]) -> tuple[dict[str, TensorSpec], tuple[Recipe, ...]]:
         """What is rounded in the place of matrices, and how they are made of it."""
         recipes: list[Recipe] = []
-        rounded: dict[str, Kind] = {}
+        rounded: dict[str, TensorSpec] = {}
         for name in names:
-            now, of = name, self.kind(name)
+            now, of = name, self.spec(name)
             if self.matrices[name].transposed:
-                stored, now, of = {name: of}, f"{name}.transposed", Kind(of.code, of.shape[::-1])
+                stored, now, of = {name: of}, f"{name}.transposed", TensorSpec(of.code, of.shape[::-1])
                 recipes.append(Recipe(TRANSPOSED, {TRANSPOSED: now}, stored))
             if self.seed is not None:
-                turned = Kind("F32", of.shape)
+                turned = TensorSpec("F32", of.shape)
                 recipes.append(Recipe(HADAMARD, {"rotated": f"{now}.rotated"}, {now: of}, {"seed": self.seed}))
                 now, of = f"{now}.rotated", turned
             rounded[now] = of
@@ -189,14 +191,14 @@ class SensitivityCache:
             return ()
         takes = {str(number): name for number, name in enumerate(names)}
         rows = [self.matrices[name].stop - self.matrices[name].start for name in names]
-        return (Recipe(JOINED, takes, {tensor: self._source.kinds[tensor]}, {"rows": rows}),)
+        return (Recipe(JOINED, takes, {tensor: self._source.specs[tensor]}, {"rows": rows}),)
 
 
 class _LastRead:
     """A source that keeps the tensor that was read last, as a tensor may be read for each of its matrices."""
 
     def __init__(self, source: Source) -> None:
-        self.kinds, self.config = source.kinds, source.config
+        self.specs, self.config = source.specs, source.config
         self._source = source
         self._last: tuple[str, Tensor] = "", torch.empty(0)
 
@@ -217,16 +219,16 @@ def whole_tensors(matrices: Iterable[Matrix], source: Source) -> list[Matrix]:
         by_tensor.setdefault(matrix.tensor, []).append(matrix)
     found = []
     for tensor, of in by_tensor.items():
-        kind = source.kinds[tensor]
+        spec = source.specs[tensor]
         of.sort(key=lambda matrix: (matrix.start, -matrix.stop))
         ends = [0, *(matrix.stop for matrix in of)]
         meet = all(matrix.start == end for matrix, end in zip(of, ends, strict=False))
-        if kind.code in FLOATS and len(kind.shape) > 1 and meet and ends[-1] == prod(kind.shape[:-1]):
+        if spec.code in FLOATS and len(spec.shape) > 1 and meet and ends[-1] == prod(spec.shape[:-1]):
             found += of
     return found
 
 
-def factor_of(store: WorkStore, seed: int | None, inputs: Inputs) -> Factor:
+def factor_of(store: WorkStore, seed: int | None, inputs: InputStatistics) -> Factor:
     """Put the factor of inputs into a store.
 
     Raises:
@@ -257,10 +259,10 @@ def _known(source: Source, seed: int | None, matrix: Matrix) -> Known:
         W = rotated(W, seed)
         information = None if information is None else information.mean().expand(len(information))
     if matrix.factor is None or information is None:
-        rows, columns = typical_steps(W)
+        rows, columns = typical_scales(W)
     else:
-        rows, columns = row_steps(information), matrix.factor.diagonal
-    return Known(rows, columns, torch.from_numpy(Budget.of(W, rows, columns).counts))
+        rows, columns = row_scales(information), matrix.factor.diagonal
+    return Known(rows, columns, torch.from_numpy(RateModel.of(W, rows, columns).counts))
 
 
 def _matrix(source: Source, seed: int | None, matrix: Matrix) -> Tensor:

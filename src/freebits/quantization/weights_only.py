@@ -8,7 +8,7 @@ from typing import Any
 from freebits.errors import UsageError
 from freebits.quantization.sensitivity_cache import Matrix
 from freebits.storage.folder import Source
-from freebits.types import FLOATS, HALVES, Kind
+from freebits.types import FLOATS, HALVES, TensorSpec
 
 _SMALL = 0.01
 """Part of the weights up to which routers stay as they are."""
@@ -16,7 +16,7 @@ _NARROW = 32
 """Rows or columns below which a matrix stays as it is: small convolution kernels, the states of recurrences."""
 
 
-def names_kept(source: Source, patterns: Sequence[str]) -> dict[str, str]:
+def names_to_keep(source: Source, patterns: Sequence[str]) -> dict[str, str]:
     """The tensors whose names match one of the patterns, as in the shell (`*` stands for anything), and the reason.
 
     Raises:
@@ -24,9 +24,9 @@ def names_kept(source: Source, patterns: Sequence[str]) -> dict[str, str]:
     """
     kept: dict[str, str] = {}
     for pattern in patterns:
-        matched = {name for name in source.kinds if fnmatchcase(name, pattern)}
+        matched = {name for name in source.specs if fnmatchcase(name, pattern)}
         if not matched:
-            some = ", ".join(sorted(source.kinds)[:3])
+            some = ", ".join(sorted(source.specs)[:3])
             raise UsageError(f"no tensor's name matches --keep {pattern}: names are as {some}")
         kept |= dict.fromkeys(matched, "asked for with --keep")
     return kept
@@ -34,8 +34,8 @@ def names_kept(source: Source, patterns: Sequence[str]) -> dict[str, str]:
 
 def choosing_kept(source: Source, choosing: Collection[str]) -> dict[str, str]:
     """The tensors of a model's routers, and the reason why they stay as they are; none if they are not small."""
-    weights = sum(source.kinds[name].numel for name in choosing)
-    small = weights <= _SMALL * sum(kind.numel for kind in source.kinds.values())
+    weights = sum(source.specs[name].numel for name in choosing)
+    small = weights <= _SMALL * sum(spec.numel for spec in source.specs.values())
     return dict.fromkeys(choosing if small else (), "its outputs are compared, as of a router")
 
 
@@ -48,9 +48,9 @@ def uncalibrated(source: Source, calibrated: Collection[str], kept: Collection[s
         kept: names of the tensors that stay as they are.
     """
     found = []
-    for name, kind in source.kinds.items():
-        if name not in calibrated and name not in kept and _reason(kind, _wide_among_halves(source)) is None:
-            rows, width = as_matrix(kind.shape)
+    for name, spec in source.specs.items():
+        if name not in calibrated and name not in kept and _reason(spec, _wide_among_halves(source)) is None:
+            rows, width = as_matrix(spec.shape)
             found.append(Matrix(name, 0, rows, False, None, None, width))
     return found
 
@@ -80,14 +80,14 @@ def coverage_of(
         each kind of tensor of these, `alone`, and of those that are not rounded, `left`: `tensors` (its name, numbers
         as `*`), `weights` and `reason`, the largest first.
     """
-    total = max(1, sum(kind.numel for kind in source.kinds.values()))
+    total = max(1, sum(spec.numel for spec in source.specs.values()))
     halves = _wide_among_halves(source)
     left = {
-        name: kept.get(name) or _reason(kind, halves) or "of a part that is left out"
-        for name, kind in source.kinds.items()
+        name: kept.get(name) or _reason(spec, halves) or "of a part that is left out"
+        for name, spec in source.specs.items()
         if name not in calibrated and name not in alone
     }
-    weights = {name: kind.numel for name, kind in source.kinds.items()}
+    weights = {name: spec.numel for name, spec in source.specs.items()}
     return {
         "share": 1 - sum(weights[name] for name in left) / total,
         "uncalibrated": sum(weights[name] for name in alone) / total,
@@ -107,18 +107,18 @@ def _listed(reasons: Mapping[str, str], weights: Mapping[str, int]) -> list[dict
 
 def _wide_among_halves(source: Source) -> bool:
     """Whether most of a checkpoint's floats have 16 bits, so that one of 32 bits is there for its precision."""
-    sizes = [(kind.code in HALVES, kind.numel) for kind in source.kinds.values() if kind.code in FLOATS]
+    sizes = [(spec.code in HALVES, spec.numel) for spec in source.specs.values() if spec.code in FLOATS]
     return 2 * sum(n for is_half, n in sizes if is_half) > sum(n for _, n in sizes)
 
 
-def _reason(kind: Kind, wide_among_halves: bool) -> str | None:
+def _reason(spec: TensorSpec, wide_among_halves: bool) -> str | None:
     """Why a tensor is not rounded; None if it is."""
-    if kind.code not in FLOATS:
-        return f"its dtype is {kind.code}"
-    if len(kind.shape) < 2 or kind.numel == max(kind.shape):
+    if spec.code not in FLOATS:
+        return f"its dtype is {spec.code}"
+    if len(spec.shape) < 2 or spec.numel == max(spec.shape):
         return "a vector"
-    if wide_among_halves and kind.code not in HALVES:
-        return f"{kind.code} where the rest has 16 bits"
-    if min(as_matrix(kind.shape)) < _NARROW:
+    if wide_among_halves and spec.code not in HALVES:
+        return f"{spec.code} where the rest has 16 bits"
+    if min(as_matrix(spec.shape)) < _NARROW:
         return f"fewer than {_NARROW} rows or columns"
     return None

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from freebits.types import Kind
+from freebits.types import TensorSpec
 
 Settings = Mapping[str, Any]
 """The `quantization_config` of a checkpoint."""
@@ -37,13 +37,13 @@ class Format(Protocol):
     def name(self) -> str:
         """Under which people know it."""
 
-    def found(self, name: str, kinds: Mapping[str, Kind], settings: Settings) -> Stored | None:
+    def found(self, name: str, specs: Mapping[str, TensorSpec], settings: Settings) -> Stored | None:
         """How a matrix is stored whose quantized weights are in the tensor of that name; None if not in this format."""
 
 
-def beside(kinds: Mapping[str, Kind], parts: Mapping[str, str]) -> dict[str, str]:
+def auxiliary(specs: Mapping[str, TensorSpec], parts: Mapping[str, str]) -> dict[str, str]:
     """Those of some tensors that are there, by role."""
-    return {role: name for role, name in parts.items() if name in kinds}
+    return {role: name for role, name in parts.items() if name in specs}
 
 
 def powers(scale: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from functools import partial
 from torch import Tensor
 
 from freebits.quantized_inputs.format import Settings, Stored, fp4, powers, spread
-from freebits.types import Kind
+from freebits.types import TensorSpec
 
 _BLOCKS = "_blocks"
 _PACKED = "_packed"
@@ -17,14 +17,19 @@ class StackedMXFP4:
 
     name = "MXFP4"
 
-    def found(self, name: str, kinds: Mapping[str, Kind], settings: Settings) -> Stored | None:  # noqa: ARG002
+    def found(self, name: str, specs: Mapping[str, TensorSpec], settings: Settings) -> Stored | None:  # noqa: ARG002
         """See `Format`."""
         stem = name.removesuffix(_BLOCKS)
         scale = f"{stem}_scales"
-        kind = kinds[name]
-        if stem == name or kind.code != "U8" or kinds.get(scale) != Kind("U8", kind.shape[:-1]) or len(kind.shape) != 4:
+        spec = specs[name]
+        if (
+            stem == name
+            or spec.code != "U8"
+            or specs.get(scale) != TensorSpec("U8", spec.shape[:-1])
+            or len(spec.shape) != 4
+        ):
             return None
-        n, rows, blocks, size = kind.shape
+        n, rows, blocks, size = spec.shape
         return Stored(stem, (n, 2 * size * blocks, rows), {"values": name, "scale": scale}, _stacked)
 
 
@@ -41,23 +46,23 @@ class FP4:
 
     name = "NVFP4 or MXFP4"
 
-    def found(self, name: str, kinds: Mapping[str, Kind], settings: Settings) -> Stored | None:  # noqa: ARG002
+    def found(self, name: str, specs: Mapping[str, TensorSpec], settings: Settings) -> Stored | None:  # noqa: ARG002
         """See `Format`."""
-        kind, stem = kinds[name], name.removesuffix(_PACKED)
+        spec, stem = specs[name], name.removesuffix(_PACKED)
         scale = f"{stem}_scale"
-        if kind.code != "U8" or len(kind.shape) < 2 or scale not in kinds:
+        if spec.code != "U8" or len(spec.shape) < 2 or scale not in specs:
             return None
-        of = kinds[scale]
-        shape = (*kind.shape[:-1], 2 * kind.shape[-1])
+        of = specs[scale]
+        shape = (*spec.shape[:-1], 2 * spec.shape[-1])
         if of.shape[:-1] != shape[:-1] or shape[-1] not in (16 * of.shape[-1], 32 * of.shape[-1]):
             return None
         parts = {"values": name, "scale": scale}
         divides, multiplies = f"{stem}_global_scale", f"{stem}_scale_2"
-        if divides in kinds:
+        if divides in specs:
             parts["global"] = divides
-        elif multiplies in kinds:
+        elif multiplies in specs:
             parts["global"] = multiplies
-        return Stored(stem, shape, parts, partial(_decoded, divides=divides in kinds))
+        return Stored(stem, shape, parts, partial(_decoded, divides=divides in specs))
 
 
 def _decoded(parts: Mapping[str, Tensor], divides: bool) -> Tensor:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from freebits.errors import UnsupportedModelError
-from freebits.quantized_inputs.format import Settings, Stored, beside, spread, unpacked
-from freebits.types import Kind
+from freebits.quantized_inputs.format import Settings, Stored, auxiliary, spread, unpacked
+from freebits.types import TensorSpec
 
 _BITS = (2, 4, 8)
 
@@ -19,19 +19,19 @@ class CompressedIntegers:
 
     name = "compressed-tensors integers"
 
-    def found(self, name: str, kinds: Mapping[str, Kind], settings: Settings) -> Stored | None:
+    def found(self, name: str, specs: Mapping[str, TensorSpec], settings: Settings) -> Stored | None:
         """See `Format`."""
         stem = name.removesuffix("_packed")
         scale = f"{stem}_scale"
-        if stem == name or kinds[name].code != "I32" or scale not in kinds:
+        if stem == name or specs[name].code != "I32" or scale not in specs:
             return None
         bits, group = _weights_of(settings)
-        rows, n_words = kinds[name].shape
-        width = n_words * (32 // bits)
-        if group and 0 <= width - group * kinds[scale].shape[-1] < 32 // bits:  # the last word may be half empty
-            width = group * kinds[scale].shape[-1]
+        rows, n_values = specs[name].shape
+        width = n_values * (32 // bits)
+        if group and 0 <= width - group * specs[scale].shape[-1] < 32 // bits:  # the last word may be half empty
+            width = group * specs[scale].shape[-1]
         parts = {"values": name, "scale": scale}
-        parts |= beside(kinds, {"zeros": f"{stem}_zero_point", "groups": f"{stem}_g_idx"})
+        parts |= auxiliary(specs, {"zeros": f"{stem}_zero_point", "groups": f"{stem}_g_idx"})
         return Stored(stem, (rows, width), parts, partial(_compressed, bits=bits, shape=(rows, width)))
 
 
@@ -69,16 +69,16 @@ class GPTQ:
 
     name = "GPTQ"
 
-    def found(self, name: str, kinds: Mapping[str, Kind], settings: Settings) -> Stored | None:
+    def found(self, name: str, specs: Mapping[str, TensorSpec], settings: Settings) -> Stored | None:
         """See `Format`."""
         stem = name.removesuffix("qweight")
-        if stem == name or settings.get("quant_method") not in ("gptq", "auto-round") or kinds[name].code != "I32":
+        if stem == name or settings.get("quant_method") not in ("gptq", "auto-round") or specs[name].code != "I32":
             return None
         bits = _checked(settings.get("bits"))
-        n_words, n_outputs = kinds[name].shape
-        shape = (n_outputs, n_words * (32 // bits))
+        n_values, n_outputs = specs[name].shape
+        shape = (n_outputs, n_values * (32 // bits))
         parts = {"values": name, "scale": f"{stem}scales", "zeros": f"{stem}qzeros"}
-        parts |= beside(kinds, {"groups": f"{stem}g_idx"})
+        parts |= auxiliary(specs, {"groups": f"{stem}g_idx"})
         less = 0 if settings.get("checkpoint_format") == "gptq_v2" else 1
         return Stored(f"{stem}weight", shape, parts, partial(_gptq, bits=bits, shape=shape, less=less))
 
@@ -99,16 +99,16 @@ class AWQ:
     _ORDER = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
     """Where each of eight numbers is in a word."""
 
-    def found(self, name: str, kinds: Mapping[str, Kind], settings: Settings) -> Stored | None:
+    def found(self, name: str, specs: Mapping[str, TensorSpec], settings: Settings) -> Stored | None:
         """See `Format`."""
         stem = name.removesuffix("qweight")
-        if stem == name or settings.get("quant_method") != "awq" or kinds[name].code != "I32":
+        if stem == name or settings.get("quant_method") != "awq" or specs[name].code != "I32":
             return None
         if settings.get("bits", settings.get("w_bit")) != 4 or settings.get("version", "gemm").lower() != "gemm":
             raise UnsupportedModelError("AWQ weights are read in 4 bits and version 'gemm' alone")
-        n_inputs, n_words = kinds[name].shape
-        parts = {"values": name, "scale": f"{stem}scales"} | beside(kinds, {"zeros": f"{stem}qzeros"})
-        return Stored(f"{stem}weight", (8 * n_words, n_inputs), parts, self._decoded)
+        n_inputs, n_values = specs[name].shape
+        parts = {"values": name, "scale": f"{stem}scales"} | auxiliary(specs, {"zeros": f"{stem}qzeros"})
+        return Stored(f"{stem}weight", (8 * n_values, n_inputs), parts, self._decoded)
 
     def _decoded(self, parts: Mapping[str, Tensor]) -> Tensor:
         scale = parts["scale"].float()

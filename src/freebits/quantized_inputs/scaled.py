@@ -5,8 +5,8 @@ from functools import partial
 
 from torch import Tensor
 
-from freebits.quantized_inputs.format import Settings, Stored, beside, fp4, powers, spread
-from freebits.types import Kind
+from freebits.quantized_inputs.format import Settings, Stored, auxiliary, fp4, powers, spread
+from freebits.types import TensorSpec
 
 _CODES = ("F8_E4M3", "F8_E5M2", "I8")
 _MX_BLOCK = 32
@@ -21,20 +21,20 @@ class Scaled:
 
     name = "FP8 or INT8 with scales"
 
-    def found(self, name: str, kinds: Mapping[str, Kind], settings: Settings) -> Stored | None:
+    def found(self, name: str, specs: Mapping[str, TensorSpec], settings: Settings) -> Stored | None:
         """See `Format`."""
-        kind = kinds[name]
+        spec = specs[name]
         stem = name.removesuffix("weight")
         scales = (f"{name}_scale_inv", f"{name}_scale", f"{stem}scale" if stem != name else "")
-        scale = next((of for of in scales if of in kinds), None)
-        if kind.code not in _CODES or scale is None:
+        scale = next((of for of in scales if of in specs), None)
+        if spec.code not in _CODES or scale is None:
             return None
-        parts = {"values": name, "scale": scale} | beside(kinds, {"zeros": f"{name}_zero_point"})
-        if kind.code == "I8" and 2 * kind.shape[-1] == _MX_BLOCK * (kinds[scale].shape or (1,))[-1]:
-            return Stored(name, (*kind.shape[:-1], 2 * kind.shape[-1]), parts, _pairs)
+        parts = {"values": name, "scale": scale} | auxiliary(specs, {"zeros": f"{name}_zero_point"})
+        if spec.code == "I8" and 2 * spec.shape[-1] == _MX_BLOCK * (specs[scale].shape or (1,))[-1]:
+            return Stored(name, (*spec.shape[:-1], 2 * spec.shape[-1]), parts, _pairs)
         told = settings.get("weight_block_size")
         blocks = tuple(told) if isinstance(told, list | tuple) else None
-        return Stored(name, kind.shape, parts, partial(_decoded, blocks=blocks))
+        return Stored(name, spec.shape, parts, partial(_decoded, blocks=blocks))
 
 
 def _decoded(parts: Mapping[str, Tensor], blocks: tuple[int, ...] | None) -> Tensor:

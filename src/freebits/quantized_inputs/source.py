@@ -15,7 +15,7 @@ from freebits.quantized_inputs.fp4 import FP4, StackedMXFP4
 from freebits.quantized_inputs.packed_integers import AWQ, GPTQ, CompressedIntegers
 from freebits.quantized_inputs.scaled import Scaled
 from freebits.storage.folder import Checkpoint
-from freebits.types import DTYPES, HALVES, Kind
+from freebits.types import DTYPES, HALVES, TensorSpec
 
 FORMATS: tuple[Format, ...] = (StackedMXFP4(), FP4(), CompressedIntegers(), GPTQ(), AWQ(), Scaled())
 """Those that are known; the first that recognizes a tensor reads it."""
@@ -56,7 +56,7 @@ class Dequantized(Checkpoint):
         super().__init__(path)
         settings = _settings(self.config)
         method = settings.get("quant_method")
-        stored = self.stored_kinds()
+        stored = self.stored_specs()
         self._stored: dict[str, Stored] = {}
         used: set[str] = set()
         for name in stored:
@@ -75,13 +75,13 @@ class Dequantized(Checkpoint):
                 "model they came from, or keep every bit with --lossless"
             )
         self._code = _code_of(self.config)
-        self._rest = {n: kind for n, kind in stored.items() if n not in used and not n.endswith(_OF_ACTIVATIONS)}
+        self._rest = {n: spec for n, spec in stored.items() if n not in used and not n.endswith(_OF_ACTIVATIONS)}
         self.config = _without_settings(self.config)
 
     @cached_property
-    def kinds(self) -> dict[str, Kind]:
+    def specs(self) -> dict[str, TensorSpec]:
         """Dtype and shape of every tensor, dequantized."""
-        return self._rest | {name: Kind(self._code, of.shape) for name, of in self._stored.items()}
+        return self._rest | {name: TensorSpec(self._code, of.shape) for name, of in self._stored.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         """The tensor called `name`, dequantized in float32 and rounded once."""
@@ -99,12 +99,12 @@ class Dequantized(Checkpoint):
     def _raw(self, name: str) -> Tensor:
         """A tensor as stored; of a dtype that PyTorch cannot compute with its bytes."""
         data = self.read(name)
-        kind = self.weights[self.files[name]].entries[name].kind
-        return kind.view(data) if kind.code in DTYPES else torch.from_numpy(data).reshape(kind.shape)
+        spec = self.weights[self.files[name]].entries[name].spec
+        return spec.view(data) if spec.code in DTYPES else torch.from_numpy(data).reshape(spec.shape)
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor with its name, read one at a time."""
-        return ((name, self[name]) for name in self.kinds)
+        return ((name, self[name]) for name in self.specs)
 
 
 def _settings(config: Mapping[str, Any]) -> Settings:

@@ -13,7 +13,7 @@ from torch import Tensor
 from freebits.errors import CheckpointError
 from freebits.limits import JSON_BYTES, JSON_DEPTH
 from freebits.storage.weights import WeightsFile, open_regular
-from freebits.types import Bytes, Kind
+from freebits.types import Bytes, TensorSpec
 
 CONFIG = "config.json"
 WEIGHTS = "model"
@@ -39,7 +39,7 @@ def read_text(path: Path) -> str:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             if size > JSON_BYTES:
-                raise ValueError(f"more than {JSON_BYTES} bytes")  # noqa: TRY301  (told in one line with the others)
+                raise ValueError(f"more than {JSON_BYTES} bytes")  # noqa: TRY301
             return file.read(size + 1).decode()
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: this is not a complete checkpoint") from None
@@ -89,7 +89,7 @@ class Source(Protocol):
         """What `config.json` says of the model."""
 
     @property
-    def kinds(self) -> Mapping[str, Kind]:
+    def specs(self) -> Mapping[str, TensorSpec]:
         """The model's tensors, in the order in which they are stored."""
 
     def __getitem__(self, name: str) -> Tensor:
@@ -112,9 +112,9 @@ class View:
         return self.source.config
 
     @property
-    def kinds(self) -> Mapping[str, Kind]:
+    def specs(self) -> Mapping[str, TensorSpec]:
         """The model's tensors."""
-        return self.source.kinds
+        return self.source.specs
 
 
 class Checkpoint:
@@ -152,13 +152,13 @@ class Checkpoint:
         return f"{stem_of(self.config)}.safetensors" not in self.weights and self.config.get("model_type") != GGUF
 
     @cached_property
-    def kinds(self) -> dict[str, Kind]:
+    def specs(self) -> dict[str, TensorSpec]:
         """Dtype and shape of every tensor."""
-        return self.stored_kinds()
+        return self.stored_specs()
 
-    def stored_kinds(self) -> dict[str, Kind]:
+    def stored_specs(self) -> dict[str, TensorSpec]:
         """The same, as the files have them."""
-        return {name: self.weights[file].entries[name].kind for name, file in self.files.items()}
+        return {name: self.weights[file].entries[name].spec for name, file in self.files.items()}
 
     def read(self, name: str) -> Bytes:
         """The bytes of a tensor."""
@@ -169,7 +169,7 @@ class Checkpoint:
     def __getitem__(self, name: str) -> Tensor:
         """The tensor called `name`, as stored."""
         data = self.read(name)
-        return self.kinds[name].view(data)
+        return self.specs[name].view(data)
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor with its name, read one at a time."""

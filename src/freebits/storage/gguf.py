@@ -16,7 +16,7 @@ from freebits.errors import CheckpointError
 from freebits.storage.folder import CONFIG, GGUF, write_json
 from freebits.storage.remote import Readable
 from freebits.storage.weights import Entry, WeightsFile
-from freebits.types import Kind
+from freebits.types import TensorSpec
 
 Fields = tuple[tuple[str, int], ...]
 """What a block is made of: dtype, and how many numbers of it."""
@@ -61,25 +61,25 @@ class GgufFile(WeightsFile):
         tensors = sorted(reader.tensors(), key=lambda tensor: tensor.begin)
         at = 0
         self.fields: dict[str, Fields] = {}
-        listed: dict[str, tuple[Kind, int]] = {}
+        listed: dict[str, tuple[TensorSpec, int]] = {}
         for number, tensor in enumerate([*tensors, None]):
             begin = file.size if tensor is None else tensor.begin
             if begin < at:
                 raise ValueError("tensors that overlap, or lie outside of the file")
             if begin > at:
-                listed[f"gguf.{number}"] = Kind("U8", (begin - at,)), at
+                listed[f"gguf.{number}"] = TensorSpec("U8", (begin - at,)), at
             if tensor is not None:
                 end = tensors[number + 1].begin if number + 1 < len(tensors) else file.size
-                kind, fields = tensor.kind(end - begin)
-                listed[tensor.name] = kind, begin
+                spec, fields = tensor.spec(end - begin)
+                listed[tensor.name] = spec, begin
                 self.fields |= {tensor.name: fields} if fields else {}
-                at = begin + kind.n_bytes
+                at = begin + spec.n_bytes
         told = {
-            name: {"dtype": kind.code, "shape": kind.shape, "data_offsets": [begin, begin + kind.n_bytes]}
-            for name, (kind, begin) in listed.items()
+            name: {"dtype": spec.code, "shape": spec.shape, "data_offsets": [begin, begin + spec.n_bytes]}
+            for name, (spec, begin) in listed.items()
         }
         self.header = json.dumps(told, separators=(",", ":"))
-        self.entries = {name: Entry(name, kind, begin, begin + kind.n_bytes) for name, (kind, begin) in listed.items()}
+        self.entries = {name: Entry(name, spec, begin, begin + spec.n_bytes) for name, (spec, begin) in listed.items()}
         self._start = 0
         if len(self.entries) != len(tensors) + sum(name.startswith("gguf.") for name in self.entries):
             raise ValueError("two tensors of one name")
@@ -93,19 +93,19 @@ class _Tensor(NamedTuple):
     type: int
     begin: int
 
-    def kind(self, room: int) -> tuple[Kind, Fields]:
+    def spec(self, room: int) -> tuple[TensorSpec, Fields]:
         """What it is stored as, in so many bytes at most, and the fields of its blocks."""
         n = prod(self.shape)
         weights, fields = _BLOCKS.get(self.type, (1, ()))
         if self.type in _FLOATS:
-            kind = Kind(_FLOATS[self.type], (n,))
+            spec = TensorSpec(_FLOATS[self.type], (n,))
         elif fields and n % weights == 0:
-            kind = Kind("U8", (n // weights, sum(Kind(code, (count,)).n_bytes for code, count in fields)))
+            spec = TensorSpec("U8", (n // weights, sum(TensorSpec(code, (count,)).n_bytes for code, count in fields)))
         else:
-            kind, fields = Kind("U8", (room,)), ()
-        if kind.n_bytes > room:
+            spec, fields = TensorSpec("U8", (room,)), ()
+        if spec.n_bytes > room:
             raise ValueError(f"tensor {self.name} does not lie where its type and shape say")
-        return kind, fields
+        return spec, fields
 
 
 class _Reader:

@@ -18,15 +18,15 @@ from typing import Any
 import numpy as np
 
 from freebits.errors import CheckpointError, one_line
-from freebits.limits import HEADER_BYTES, TENSOR_NUMBERS
+from freebits.limits import HEADER_BYTES, TENSOR_VALUES
 from freebits.storage.remote import Readable, Remote, original
-from freebits.types import Bytes, Kind
+from freebits.types import Bytes, TensorSpec
 
 LENGTH = 8
 """Bytes of the number that a safetensors file begins with: the length of its header."""
 METADATA = "__metadata__"
 _FREE = '{"__metadata__":{"format":"pt"}}'
-ENTRY = len('"":{"dtype":"F8_E4M3FNUZ","shape":,"data_offsets":[,]},') + 2 * len(str(TENSOR_NUMBERS))
+ENTRY = len('"":{"dtype":"F8_E4M3FNUZ","shape":,"data_offsets":[,]},') + 2 * len(str(TENSOR_VALUES))
 """An upper bound on the bytes of one header entry, less its name and shape."""
 
 
@@ -35,7 +35,7 @@ class Entry:
     """A tensor as the header of a file describes it; its bytes lie at `begin` to `end` behind the header."""
 
     name: str
-    kind: Kind
+    spec: TensorSpec
     begin: int
     end: int
 
@@ -50,7 +50,8 @@ def parse_header(text: str, n_bytes: int | None = None) -> list[Entry]:
         told = json.loads(text, object_pairs_hook=_without_duplicates)
         told.pop(METADATA, None)
         entries = [
-            Entry(name, Kind(str(of["dtype"]), tuple(of["shape"])), *of["data_offsets"]) for name, of in told.items()
+            Entry(name, TensorSpec(str(of["dtype"]), tuple(of["shape"])), *of["data_offsets"])
+            for name, of in told.items()
         ]
         text.encode()
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -60,7 +61,7 @@ def parse_header(text: str, n_bytes: int | None = None) -> list[Entry]:
     entries.sort(key=lambda entry: (entry.begin, entry.end))
     at = 0
     for entry in entries:
-        if entry.begin != at or entry.end - entry.begin != entry.kind.n_bytes:
+        if entry.begin != at or entry.end - entry.begin != entry.spec.n_bytes:
             raise ValueError(f"tensor {entry.name} does not lie where its dtype and shape say")
         at = entry.end
     if n_bytes is not None and n_bytes != at:
@@ -99,7 +100,7 @@ class WeightsFile:
     @property
     def n_bytes(self) -> int:
         """Bytes of all its tensors."""
-        return sum(entry.kind.n_bytes for entry in self.entries.values())
+        return sum(entry.spec.n_bytes for entry in self.entries.values())
 
     def read(self, name: str) -> Bytes:
         """The bytes of a tensor.
@@ -110,7 +111,7 @@ class WeightsFile:
         entry = self.entries[name]
         try:
             with self._opened() as file:
-                data = file.read(self._start + entry.begin, entry.kind.n_bytes)
+                data = file.read(self._start + entry.begin, entry.spec.n_bytes)
                 changed = file.state != self._state
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.path}: tensor {name} cannot be read ({error}): download it again") from None
@@ -174,16 +175,16 @@ class WeightsWriter:
     def __enter__(self) -> "WeightsWriter":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
+    def __exit__(self, spec: type[BaseException] | None, *_: object) -> None:
+        if spec is None:
             self.close()
         else:
             self._file.close()
 
-    def write(self, name: str, kind: Kind, data: Bytes) -> None:
+    def write(self, name: str, spec: TensorSpec, data: Bytes) -> None:
         """Append one tensor."""
-        end = self.size + kind.n_bytes
-        self.header[name] = {"dtype": kind.code, "shape": list(kind.shape), "data_offsets": [self.size, end]}
+        end = self.size + spec.n_bytes
+        self.header[name] = {"dtype": spec.code, "shape": list(spec.shape), "data_offsets": [self.size, end]}
         self._file.write(data.data)
         self.size = end
 

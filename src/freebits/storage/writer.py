@@ -7,7 +7,7 @@ from torch import Tensor
 
 from freebits.storage.folder import STEMS, WEIGHTS, Checkpoint, index_of, write_json
 from freebits.storage.weights import WeightsWriter
-from freebits.types import Bytes, Kind, bytes_of
+from freebits.types import Bytes, TensorSpec, bytes_of
 
 
 def shard_bytes(source: Checkpoint) -> int | None:
@@ -43,23 +43,23 @@ class CheckpointWriter:
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Append one tensor."""
-        self.write_bytes(name, Kind.of(tensor), bytes_of(tensor))
+        self.write_bytes(name, TensorSpec.of(tensor), bytes_of(tensor))
 
-    def write_bytes(self, name: str, kind: Kind, data: Bytes) -> None:
+    def write_bytes(self, name: str, spec: TensorSpec, data: Bytes) -> None:
         """Append one tensor, given its bytes."""
-        full = self._shards and self._shard_bytes and self._shards[-1].size + kind.n_bytes > self._shard_bytes
+        full = self._shards and self._shard_bytes and self._shards[-1].size + spec.n_bytes > self._shard_bytes
         if full or not self._shards:
             self._next_shard()
-        self._shards[-1].write(name, kind, data)
+        self._shards[-1].write(name, spec, data)
 
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        if kind is None:
+    def __exit__(self, spec: type[BaseException] | None, *error: object) -> None:
+        if spec is None:
             if not self._shards:  # a file without tensors is a file
                 self._next_shard()
             self._shards[-1].close()
             self._name_shards()
         elif self._shards:
-            self._shards[-1].__exit__(kind, *error)
+            self._shards[-1].__exit__(spec, *error)
 
     def _next_shard(self) -> None:
         if self._shards:

@@ -64,7 +64,7 @@ class Canonical:
         free = [sub for sub in part.sublayers if not self._obstacle(sub) and sub.site not in unsound]
         forms = {sub.site: self._form(sub) for sub in free}
         readers = [
-            sub.first_read(self.source.kinds).weight for sub in part.sublayers if sub.site == 1 and 0 not in unsound
+            sub.first_read(self.source.specs).weight for sub in part.sublayers if sub.site == 1 and 0 not in unsound
         ]
         first = triangular_rotation(self.source[readers[0]].double()).cpu() if readers else None
         return Seen(unsound, forms, first)
@@ -117,11 +117,11 @@ class Canonical:
         return PolarForm(form.rotation.cpu(), None if form.factor is None else form.factor.cpu())
 
     def _pairs(self, part: Part) -> list[Pair]:
-        return free_pairs(self.source.kinds, self.architecture, part, dense=False)
+        return free_pairs(self.source.specs, self.architecture, part, dense=False)
 
     def _widths(self, sub: Sublayer) -> tuple[int, int]:
         """Of the sites before and after a sublayer."""
-        after, before = self.source.kinds[sub.shortcut.weight].shape
+        after, before = self.source.specs[sub.shortcut.weight].shape
         return before, after
 
     def _obstacle(self, sub: Sublayer) -> str:

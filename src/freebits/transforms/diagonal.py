@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from freebits.codecs.rotation_words import canonical_direction
+from freebits.codecs.rotation_values import canonical_direction
 from freebits.execution.stored_values import kept
 from freebits.models.table import Architecture, Part, Sublayer
 from freebits.storage.folder import Source
@@ -56,7 +56,7 @@ class Diagonal:
         )
 
     def _fits(self, sub: Sublayer) -> bool:
-        return sub.write.weight in self.source.kinds and not sub.write.stacked
+        return sub.write.weight in self.source.specs and not sub.write.stacked
 
     def finish(self, part: Part, tensors: dict[str, Tensor], dtype: Dtypes) -> None:
         """Nothing: the code rotates the output matrices once more before they are rounded."""

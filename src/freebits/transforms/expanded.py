@@ -12,7 +12,7 @@ from freebits.models.layout import RANKS, Layout
 from freebits.models.table import Architecture
 from freebits.storage.folder import Source
 from freebits.transforms.polar import shortcut_from_factor
-from freebits.types import Kind
+from freebits.types import TensorSpec
 
 
 class Expanded:
@@ -25,7 +25,7 @@ class Expanded:
     def __init__(self, source: Source, architecture: Architecture) -> None:
         self._source = source
         self._layout = Layout.of(source.config, architecture)
-        self._layout.check({name: kind.shape for name, kind in source.kinds.items()}, architecture)
+        self._layout.check({name: spec.shape for name, spec in source.specs.items()}, architecture)
         subs = [sub for sub in architecture.sublayers if self._layout.rank(sub.site) is not None]
         self._dense = {sub.shortcut.factor: sub.shortcut.weight for sub in subs}
         self._factors = {sub.shortcut.weight: sub for sub in subs}
@@ -41,22 +41,22 @@ class Expanded:
         return {key: value for key, value in config.items() if key != RANKS}
 
     @cached_property
-    def kinds(self) -> Mapping[str, Kind]:
+    def specs(self) -> Mapping[str, TensorSpec]:
         """The tensors, those of dense shortcuts among them."""
-        kinds = {self.name(name): kind for name, kind in self._source.kinds.items()}
-        some = next(kind.code for kind in kinds.values())
+        specs = {self.name(name): spec for name, spec in self._source.specs.items()}
+        some = next(spec.code for spec in specs.values())
         for name, sub in self._factors.items():
             after, before = (self._widths[sub.site], self._widths[sub.site - 1])
-            kinds[name] = Kind(kinds[name].code if name in kinds else some, (after, before))
-        return kinds
+            specs[name] = TensorSpec(specs[name].code if name in specs else some, (after, before))
+        return specs
 
     def __getitem__(self, name: str) -> Tensor:
         """The tensor called `name`."""
         if name not in self._factors:
             return self._source[name]
         factor = self._factors[name].shortcut.factor
-        if factor not in self._source.kinds:  # of rank 0, of which nothing needs to be stored
-            return self.expand(factor, torch.empty(self.kinds[name].shape[1], 0, dtype=self.kinds[name].dtype))
+        if factor not in self._source.specs:  # of rank 0, of which nothing needs to be stored
+            return self.expand(factor, torch.empty(self.specs[name].shape[1], 0, dtype=self.specs[name].dtype))
         return self.expand(factor, self._source[factor])
 
     def name(self, name: str) -> str:

@@ -38,7 +38,7 @@ def spectrum(W: Tensor, gram: Tensor, information: Tensor | None = None) -> Tens
     return values[: min(W.shape)].clamp_min(0)
 
 
-def n_numbers(n: int, m: int, rank: int) -> int:
+def n_weights_of(n: int, m: int, rank: int) -> int:
     """Numbers of a layer of a rank in canonical form: `rank²` of the two matrices say nothing (`symmetry.pivoting`)."""
     return rank * (n + m - rank)
 
@@ -82,7 +82,7 @@ def allocated(spectra: Mapping[str, Tensor], sizes: Mapping[str, tuple[int, int]
     names, slopes, costs = [], [], []
     for name, values in spectra.items():
         n, m = sizes[name]
-        cost = np.diff([n_numbers(n, m, rank) for rank in range(len(values) + 1)])
+        cost = np.diff([n_weights_of(n, m, rank) for rank in range(len(values) + 1)])
         gain = values.numpy() / np.maximum(cost, 1)
         names += [name] * len(values)
         slopes.append(np.minimum.accumulate(gain))  # a rank has all directions before its last

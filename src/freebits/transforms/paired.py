@@ -12,7 +12,7 @@ from freebits.models.table import Architecture, Part
 from freebits.storage.folder import Source, View
 from freebits.transforms.pivoting import act, pivot_bases
 from freebits.transforms.transform import Dtypes, Turn
-from freebits.types import FLOATS, Kind
+from freebits.types import FLOATS, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -62,22 +62,24 @@ class Pairs:
         turn_pairs(self._pairs(part), tensors, dtype)
 
     def _pairs(self, part: Part) -> list[Pair]:
-        return free_pairs(self.source.kinds, self.architecture, part, dense=True)
+        return free_pairs(self.source.specs, self.architecture, part, dense=True)
 
 
-def free_pairs(kinds: Mapping[str, Kind], architecture: Architecture | None, part: Part, *, dense: bool) -> list[Pair]:
+def free_pairs(
+    specs: Mapping[str, TensorSpec], architecture: Architecture | None, part: Part, *, dense: bool
+) -> list[Pair]:
     """A part's pairs of which another basis undoes nothing: the first matrix that reads a sliced stream is triangular.
 
     Args:
-        kinds: of the model's tensors.
+        specs: of the model's tensors.
         architecture: the model's; None for an adapter.
         part: the part.
         dense: whether the model is dense.
     """
-    shapes = {name: kinds[name].shape for name in part.weights if name in kinds}
+    shapes = {name: specs[name].shape for name in part.weights if name in specs}
     pairs = pairs_of(architecture, part, shapes, dense=dense)
-    floats = {name for name in shapes if kinds[name].code in FLOATS}
-    taken = set() if dense else {sub.first_read(kinds).weight for sub in part.sublayers if sub.site == 1}
+    floats = {name for name in shapes if specs[name].code in FLOATS}
+    taken = set() if dense else {sub.first_read(specs).weight for sub in part.sublayers if sub.site == 1}
     return [pair for pair in pairs if floats.issuperset(pair.names) and not taken & {*pair.names}]
 
 

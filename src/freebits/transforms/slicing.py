@@ -173,7 +173,7 @@ class Slice:
     def _projected(self, site: int, x: Tensor) -> Tensor:
         """The stream of all windows on the axes of a site, which those of the calibration text determine."""
         axes = self._rotation(site, x[: len(self.tokens)]).to(x.device, x.dtype)
-        self.progress(site + 1, self.architecture.n_sites)
+        self.progress("calibrating", "site", site + 1, self.architecture.n_sites)
         if axes.shape[1] == axes.shape[0]:
             return x
         return torch.cat([(window @ axes) @ axes.T for window in x.split(1)])
@@ -219,4 +219,4 @@ def folded_part(source: Source, architecture: Architecture, device: torch.device
 
 
 def _tensors(source: Source, part: Part, device: torch.device) -> dict[str, Tensor]:
-    return {name: source[name].to(device) for name in part.weights if name in source.kinds}
+    return {name: source[name].to(device) for name in part.weights if name in source.specs}

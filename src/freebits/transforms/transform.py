@@ -21,8 +21,6 @@ from freebits.types import CPU
 
 Rotations = Mapping[int, Tensor]
 """Site → `Q: (d, d')`, float64; a site without entry stays as it is."""
-LOSSY, FUNCTION_PRESERVING, BIT_EXACT = "lossy", "function-preserving", "bit-exact"
-"""How faithful a move is."""
 
 State = TypeVar("State")
 Seen = TypeVar("Seen")
@@ -47,7 +45,7 @@ class Turn:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Move(Protocol[State, Seen]):
+class Transform(Protocol[State, Seen]):
     """One move, bound to a source and to what it needs. `begin`, `look` and `step` return what they found."""
 
     def begin(self) -> State:
@@ -67,23 +65,28 @@ Dtypes = Callable[[str], torch.dtype]
 """Name of a tensor → dtype to which it is rounded, once, at the end."""
 
 
-def moved_parts(
-    move: Move[Any, Any], source: Source, parts: Sequence[Part], dtype: Dtypes, work: Work, device: torch.device = CPU
+def transform_parts(
+    transform: Transform[Any, Any],
+    source: Source,
+    parts: Sequence[Part],
+    dtype: Dtypes,
+    work: Work,
+    device: torch.device = CPU,
 ) -> Iterator[tuple[Part, Turn, Callable[[], dict[str, Tensor]]]]:
     """Apply a move to a model: yields each part, its turn, and a function that returns its tensors on any machine.
 
     The tensors are rotated on `device` and returned on the CPU. The results of `look` are kept as stage `look`.
     """
-    looks = chain(work.map("look", move.look, parts), [None])
-    state = move.begin()
+    looks = chain(work.map("look", transform.look, parts), [None])
+    state = transform.begin()
     for part, (seen, following) in zip(parts, pairwise(looks), strict=True):
-        state, turn = move.step(state, part, seen, following)
-        yield part, turn, _Turned(move, source, dtype, part, turn, device)
+        state, turn = transform.step(state, part, seen, following)
+        yield part, turn, _Turned(transform, source, dtype, part, turn, device)
 
 
 @dataclass(frozen=True)
 class _Turned:
-    move: Move[Any, Any]
+    transform: Transform[Any, Any]
     source: Source
     dtype: Dtypes
     part: Part
@@ -95,12 +98,12 @@ class _Turned:
         tensors, replaced = {}, self.turn.replaced()
         rotations = {site: Q.to(self.device) for site, Q in self.turn.rotations.items()}
         for name, weight in self.part.weights.items():
-            ours = self.source[name] if name in self.source.kinds and name not in replaced else None
+            ours = self.source[name] if name in self.source.specs and name not in replaced else None
             tensor = replaced.get(name, ours)
             if tensor is not None:
                 dtype = torch.float64 if name in self.turn.unrounded else self.dtype(name)
                 tensors[name] = rotate(tensor.to(self.device), weight.axes, rotations, dtype)
-        self.move.finish(self.part, tensors, self.dtype)
+        self.transform.finish(self.part, tensors, self.dtype)
         return {name: tensor.cpu() for name, tensor in tensors.items()}
 
 
@@ -108,7 +111,7 @@ def unsound_sites(source: Source, part: Part) -> dict[int, str]:
     """The sites at which nothing can be rotated, as a tensor of this part is not finite or might overflow; and why."""
     unsound: dict[int, str] = {}
     for name, weight in part.weights.items():
-        if name not in source.kinds or not weight.axes or not source.kinds[name].numel:
+        if name not in source.specs or not weight.axes or not source.specs[name].numel:
             continue
         tensor = source[name]
         most, dims = torch.finfo(tensor.dtype).max, [axis.dim for axis in weight.axes]

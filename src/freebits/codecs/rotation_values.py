@@ -11,12 +11,12 @@ _ROWS = 8192
 """So many are widened to float64 at a time."""
 
 
-def n_words_taken(size: int) -> int:
+def n_values_taken(size: int) -> int:
     """Words that make a rotation of `size`: the upper triangle and diagonal of a symmetric matrix."""
     return size * (size + 1) // 2
 
 
-def rotation_from_words(words: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def rotation_from_values(words: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Decode a rotation from the message (Algorithm 3).
 
     Args:
@@ -34,8 +34,8 @@ def rotation_from_words(words: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return Q, eigenvalues
 
 
-def words_from_rotation(Q: Tensor, eigenvalues: Tensor) -> Tensor:
-    """Encode a rotation back into words (Algorithm 4), the inverse of `rotation_from_words`; float64."""
+def values_from_rotation(Q: Tensor, eigenvalues: Tensor) -> Tensor:
+    """Encode a rotation back into words (Algorithm 4), the inverse of `rotation_from_values`; float64."""
     row, column = torch.triu_indices(len(Q), len(Q), device=Q.device)
     X = Q * eigenvalues.double() @ Q.T
     return X[row, column]

@@ -1,10 +1,10 @@
-"""Bytes and bits against perplexity and KL divergence: every way to quantise, on the off-grid demo model.
+"""Bytes and bits against perplexity and KL divergence: every way to quantize, on the off-grid demo model.
 
-    python -m benchmarks.quantise --data DATA [--only "NAME; …"]
+    python -m benchmarks.quantize --data DATA [--only "NAME; …"]
 
 DATA is a folder with `wikitext-2-raw/wiki.valid.raw`. Everything is calibrated on text that the model writes itself,
 and measured on the first 16 windows of 1024 tokens of WikiText-2's validation text. Bits are those of everything that
-the quantised matrices take on disk; bytes are of the finished folder.
+the quantized matrices take on disk; bytes are of the finished folder.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from benchmarks.off_grid import off_grid
 from benchmarks.results import save_csv
 from freebits.api.quantize import SAMPLES, WINDOW
 from freebits.calibration.groups import RunningModel
-from freebits.calibration.self_generated import own_windows
+from freebits.calibration.self_generated import self_generated_windows
 from freebits.calibration.tokens import token_windows
 from freebits.evaluation.perplexity import logits, loss
 from freebits.evaluation.sizes import bytes_on_disk
@@ -41,7 +41,7 @@ from freebits.storage.folder import Checkpoint
 from freebits.storage.staging import new_directory
 from freebits.transforms.slicing import perplexity
 
-RESULTS = Path(__file__).parent / "results" / "quantise.csv"
+RESULTS = Path(__file__).parent / "results" / "quantize.csv"
 HEADER = ("row", "bits", "bytes", "perplexity", "ratio", "mean_kl")
 WINDOWS = 16
 MB = 1_000_000
@@ -100,18 +100,18 @@ def main() -> None:
             with new_directory(out) as directory:
                 of = cache.only(chosen), cache.only(())
                 contents = write_rounded(directory, source, *of, goal, "entropy", executor, silent)
-                history: list[dict[str, Any]] = [{"move": goal.method, "fidelity": "lossy"}]
+                history: list[dict[str, Any]] = [{"transform": goal.method, "fidelity": "lossy"}]
                 publish(directory, source, contents, source.config, (goal.method, "auto"), history)
             folder = PackedFolder(out)
-            n_numbers = sum(source.kinds[n].numel for n in chosen)
+            n_weights_of = sum(source.specs[n].numel for n in chosen)
             coded = sum(
-                kind.n_bytes for n, kind in folder.stored.items() if n.partition(".weight.")[0] + ".weight" in chosen
+                spec.n_bytes for n, spec in folder.stored.items() if n.partition(".weight.")[0] + ".weight" in chosen
             )
             result = compared(reference, load(out, dtype=torch.float32).eval(), windows)
-            row = {"row": name, "bits": f"{8 * coded / n_numbers:.3f}", "bytes": bytes_on_disk(folder), **result}
+            row = {"row": name, "bits": f"{8 * coded / n_weights_of:.3f}", "bytes": bytes_on_disk(folder), **result}
             print(row, flush=True)
             rows = {of[0]: of for of in saved()} | {name: tuple(map(str, row.values()))}
-            save_csv("quantise", HEADER, [rows[of] for of in ROWS if of in rows])
+            save_csv("quantize", HEADER, [rows[of] for of in ROWS if of in rows])
             plot()
 
 
@@ -165,7 +165,7 @@ def peers() -> list[tuple[str, int, float]]:
 def calibrated(dense: Path, work: Work) -> tuple[dict[str, SensitivityCache], Checkpoint]:
     """What is known of each matrix, as it is and rotated."""
     source, running = Checkpoint(dense), RunningModel(dense, torch.device("cpu"))
-    tokens = own_windows(dense, SAMPLES, WINDOW, 0, torch.device("cpu"))
+    tokens = self_generated_windows(dense, SAMPLES, WINDOW, 0, torch.device("cpu"))
     caches = {}
     for name, rotation in (("none", None), ("hadamard", 0)):
         apart = Work(work.executor, WorkStore(work.store.folder / name))

@@ -1,11 +1,11 @@
-"""Whether slicing pays before quantising: finished folders of the off-grid demo model. Twenty minutes.
+"""Whether slicing pays before quantizing: finished folders of the off-grid demo model. Twenty minutes.
 
-The dense model quantised to the same bytes is in `benchmarks.quantise`.
+The dense model quantized to the same bytes is in `benchmarks.quantize`.
 
-    python -m benchmarks.sliced_and_quantised DATA
+    python -m benchmarks.sliced_and_quantized DATA
 
 DATA has wikitext-2-raw: slices are calibrated on its training text (the domain that is measured: slicing at its best),
-quantisers on the model's own text, and all is measured on the first 16 windows of 1024 tokens of its validation text.
+quantizers on the model's own text, and all is measured on the first 16 windows of 1024 tokens of its validation text.
 """
 
 import sys
@@ -16,7 +16,7 @@ import torch
 
 import freebits
 from benchmarks.off_grid import off_grid
-from benchmarks.quantise import MB, WINDOWS, compared
+from benchmarks.quantize import MB, WINDOWS, compared
 from benchmarks.results import print_table, save_csv
 from freebits.calibration.tokens import token_windows
 from freebits.integrations.loading import load
@@ -51,7 +51,7 @@ def main() -> None:
                 measured = compared(reference, load(out, dtype=torch.float32).eval(), windows).values()
                 rows.append((name, size or "16 bits", of["packed"] or of["dense"], *measured))
                 print(rows[-1], flush=True)
-                save_csv("sliced_and_quantised", HEADER, rows)
+                save_csv("sliced_and_quantized", HEADER, rows)
     print_table(HEADER, rows)
 
 

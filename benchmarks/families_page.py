@@ -34,9 +34,9 @@ def _row(family: Family) -> str:
     form = "side by side" if len(family.sublayers) < len(branches) else "one after another"
     norms = "LayerNorm" if family.centred else "RMS norm"
     head = "tied unless the config says else" if family.tied_by_default else "its own unless the config says else"
-    moves = "; ".join(f"{_names(branch.reads)} → {_names(branch.writes)}" for branch in branches)
+    transforms = "; ".join(f"{_names(branch.reads)} → {_names(branch.writes)}" for branch in branches)
     needs = "".join(f"; not with another `{need.key}`: {need.reason}" for need in family.requirements)
-    return f"| `{family.model_type}` | {when} | {form}{needs} | {norms} | {head} | {moves} |"
+    return f"| `{family.model_type}` | {when} | {form}{needs} | {norms} | {head} | {transforms} |"
 
 
 def _names(names: Iterable[str]) -> str:

@@ -1,0 +1,1 @@
+"""Programs that use freebits from end to end."""

@@ -1,0 +1,32 @@
+"""`freebits completion`."""
+
+from argparse import ArgumentParser, Namespace
+from typing import Any
+
+from freebits.cli.arguments import command
+from freebits.errors import UsageError
+
+
+def add(commands: Any) -> ArgumentParser:
+    """Declare the arguments."""
+    parser = command(
+        commands,
+        "completion",
+        "print a completion script for a shell",
+        "For bash: freebits completion bash > ~/.local/share/bash-completion/completions/freebits. For zsh: write it "
+        "to a file _freebits in a folder of fpath. Needs pip install 'freebits[completion]'.",
+    )
+    parser.add_argument("shell", choices=("bash", "zsh", "tcsh"))
+    return parser
+
+
+def run(arguments: Namespace) -> int:
+    """Run the command."""
+    from freebits.cli.parser import build_parser
+
+    try:
+        import shtab
+    except ImportError:
+        raise UsageError("completion needs the package shtab: pip install 'freebits[completion]'") from None
+    print(shtab.complete(build_parser(), arguments.shell))
+    return 0

@@ -1,0 +1,27 @@
+"""`freebits inspect`."""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
+from freebits.cli.arguments import ELSEWHERE, command
+from freebits.cli.output import print_facts
+
+
+def add(commands: Any) -> ArgumentParser:
+    """Declare the arguments."""
+    parser = command(
+        commands,
+        "inspect",
+        "print what a folder holds and how large it is",
+        "Reads headers, not tensors.",
+    )
+    parser.add_argument("path", metavar="PATH", type=Path, help=f"folder of any checkpoint{ELSEWHERE}")
+    return parser
+
+
+def run(arguments: Namespace) -> int:
+    """Run the command."""
+    from freebits.evaluation.inspection import inspect
+
+    return print_facts(inspect(arguments.path), arguments.json)

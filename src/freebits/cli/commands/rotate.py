@@ -1,0 +1,33 @@
+"""`freebits rotate`."""
+
+from argparse import ArgumentParser, Namespace
+from typing import Any
+
+from freebits.cli.arguments import add_model, add_out, command
+from freebits.cli.output import print_facts
+from freebits.cli.progress import progress_bar
+
+
+def add(commands: Any) -> ArgumentParser:
+    """Declare the arguments."""
+    parser = command(
+        commands,
+        "rotate",
+        "rotate a checkpoint for other quantizers (QuaRot; function-preserving, research)",
+        "Folds the norms and applies randomized Hadamard matrices to the residual stream and to the values of each "
+        "head, so that no weight or activation is much larger than the others. Use it before GPTQ, AWQ or "
+        "bitsandbytes; freebits quantize does not need it. OUT is a plain checkpoint; a tied head becomes a separate "
+        "matrix.",
+    )
+    add_model(parser, "folder of a plain checkpoint")
+    add_out(parser)
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    return parser
+
+
+def run(arguments: Namespace) -> int:
+    """Run the command."""
+    from freebits.api.rotate import rotate_model
+
+    facts = rotate_model(arguments.model, arguments.out, seed=arguments.seed, progress=progress_bar())
+    return print_facts(facts, arguments.json)

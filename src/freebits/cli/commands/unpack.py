@@ -1,0 +1,33 @@
+"""`freebits unpack`."""
+
+from argparse import ArgumentParser, Namespace
+from typing import Any
+
+from freebits.cli.arguments import add_jobs, add_out, add_packed, command
+from freebits.cli.output import print_json
+from freebits.cli.progress import progress_bar
+
+
+def add(commands: Any) -> ArgumentParser:
+    """Declare the arguments."""
+    parser = command(
+        commands,
+        "unpack",
+        "write the plain checkpoint that a packed folder holds",
+        "Use it for vLLM, llama.cpp's converter and other tools. OUT is as large as the model was before packing. A "
+        "lossy folder gives the rounded weights, not the original ones; a sliced model still needs `import freebits`. "
+        "Memory: one block per job and one embedding.",
+    )
+    add_packed(parser)
+    add_out(parser)
+    add_jobs(parser)
+    return parser
+
+
+def run(arguments: Namespace) -> int:
+    """Run the command."""
+    from freebits.api.pack import unpack
+    from freebits.execution.executor import Parallel
+
+    facts = unpack(arguments.packed, arguments.out, parallel=Parallel(jobs=arguments.jobs), progress=progress_bar())
+    return print_json(facts) if arguments.json else 0

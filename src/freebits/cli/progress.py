@@ -1,0 +1,102 @@
+"""Progress bars for a terminal, lines for a log, and how much a command prints."""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from pathlib import Path
+
+from tqdm import tqdm
+
+from freebits.execution.progress import Progress, silent
+
+_log = logging.getLogger("freebits")
+_SECONDS_BETWEEN_LINES = 10.0
+_BAR = "{desc}, {unit} {n} of {total} |{bar:20}| {remaining} left"
+_BYTE_BAR = "{desc}, {n_fmt} of {total_fmt}B |{bar:20}| {remaining} left"
+
+
+@contextmanager
+def verbosity(*, quiet: bool, verbose: bool) -> Iterator[None]:
+    """Print only errors, or log lines with times, until the block ends."""
+    import transformers  # quiet, as our own messages say what matters
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    handler = logging.StreamHandler(sys.stderr) if verbose else None
+    if handler:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        _log.addHandler(handler)
+    _log.setLevel(logging.ERROR if quiet else logging.INFO if verbose else logging.NOTSET)
+    try:
+        with (
+            Path(os.devnull).open("w", encoding="utf-8", errors="replace") if quiet else nullcontext(sys.stdout) as out,
+            redirect_stdout(out),
+        ):
+            yield
+    finally:
+        _log.setLevel(logging.NOTSET)
+        if handler:
+            _log.removeHandler(handler)
+
+
+def progress_bar() -> Progress:
+    """What shows the progress of a command: a bar in a terminal, log lines with `--verbose`, else nothing."""
+    if _log.isEnabledFor(logging.INFO):
+        return _lines()
+    return _bars() if _log.isEnabledFor(logging.WARNING) else silent
+
+
+def _bars() -> Progress:
+    """One bar for each step that takes over a second."""
+    bar: tqdm | None = None  # type: ignore[type-arg]
+    name = ""
+
+    def show(step: str, unit: str, done: int, total: int) -> None:
+        nonlocal bar, name
+        if bar is None or step != name or done < bar.n:  # the next step
+            if bar is not None:
+                bar.close()
+            in_bytes = unit == "byte"
+            bar = tqdm(
+                desc=step,
+                unit=unit,
+                unit_scale=in_bytes,
+                bar_format=_BYTE_BAR if in_bytes else _BAR,
+                disable=None,
+                leave=False,
+                delay=1,
+                file=sys.stderr,
+            )
+            name = step
+        bar.total = total
+        bar.update(done - bar.n)
+        if done == total:
+            bar.close()
+            bar = None
+
+    return show
+
+
+def _lines() -> Progress:
+    """A log line every ten seconds, and one at the end of each step that says how long it took."""
+    begin = last = time.monotonic()
+    name = ""
+
+    def show(step: str, unit: str, done: int, total: int) -> None:
+        nonlocal begin, last, name
+        now = time.monotonic()
+        if step != name:
+            name, begin = step, now if name else begin
+        if done == total:
+            _log.info("%s: done in %.1f s", step, now - begin)
+            begin, name = now, ""
+        elif now - last > _SECONDS_BETWEEN_LINES:
+            last = now
+            seconds_left = (now - begin) * (total - done) / max(1, done)
+            amount = f"{done / 1e9:.1f} of {total / 1e9:.1f} GB" if unit == "byte" else f"{unit} {done} of {total}"
+            _log.info("%s, %s, %.0f s left", step, amount, seconds_left)
+
+    return show
