@@ -1,1 +1,1 @@
-"""One script for each table or figure; `benchmarks/results/` holds what they printed."""
+"""One script for each table or figure. Scripts write their tables to `benchmarks/results/`."""

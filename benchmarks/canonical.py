@@ -1,6 +1,8 @@
-"""Size and fidelity of both codecs on the demo model, without entropy coding; what equal bytes buy. Ten minutes.
+"""Compare size and fidelity of both codecs on the demo model, without entropy coding. Ten minutes.
 
-python -m benchmarks.canonical
+A second table compares both codecs at equal bytes.
+
+    python -m benchmarks.canonical
 """
 
 import tempfile
@@ -18,7 +20,7 @@ from freebits.evaluation.sizes import change
 SAMPLES = 32
 WINDOWS = 16
 FORMS = (("float16", True), ("float16", False), ("bfloat16", True), ("float32", True))
-"""Dtype, and whether the head is untied."""
+"""(dtype, whether the head is untied)."""
 HEADER = (
     "dtype", "head", "form", "bytes", "vs dense, %", "vs dense untied, %", "perplexity", "ratio to sliced", "mean KL",
     "max |Δlogit|",
@@ -27,7 +29,7 @@ EQUAL_HEADER = ("form", "sparsity", "width", "bytes", "perplexity")
 
 
 def sliced(folder: Path, sparsity: float, **options: Any) -> Path:
-    """Slice the demo model."""
+    """Slice the demo model into a folder, and return the folder."""
     freebits.slice_model(
         demo_model(), folder, sparsity=sparsity, calibration=embedded_text()[0], samples=SAMPLES, **options
     )
@@ -35,13 +37,13 @@ def sliced(folder: Path, sparsity: float, **options: Any) -> Path:
 
 
 def fidelity(scratch: Path) -> list[tuple[object, ...]]:
-    """One row for each form at 20 %."""
+    """Return one row for each form, sliced by 20 %."""
     rows: list[tuple[object, ...]] = []
     for dtype, untie in FORMS:
         name = f"{dtype} {untie}"
         source = sliced(scratch / name, 0.2, untie=untie, dtype=getattr(torch, dtype))
         sizes = freebits.inspect(source)["bytes"]
-        head = "own" if untie else "tied"
+        head = "untied" if untie else "tied"
         codecs = ("canonical",) if dtype == "float32" else ("bits-back", "canonical")
         measured = []
         for codec in codecs:
@@ -62,31 +64,33 @@ def fidelity(scratch: Path) -> list[tuple[object, ...]]:
 
 
 def equal_bytes(scratch: Path) -> list[tuple[object, ...]]:
-    """Bits-back at 20 % and 30 %, and the widest model whose canonical file is no larger; heads of their own."""
+    """Compare bits-back at 20 % and 30 % with the widest canonical model that is no larger; heads are untied."""
     rows: list[tuple[object, ...]] = []
     dense = demo_model()
     hidden_size = freebits.estimate(dense, 0.2)["hidden_size"]
     for sparsity in (0.2, 0.3):
         width = freebits.estimate(dense, sparsity)["sliced_size"]
-        packed, budget = packed_at(width, "bits-back", hidden_size, scratch)
+        packed, max_bytes = packed_at(width, "bits-back", hidden_size, scratch)
         rows.append(measured("bits-back", width, hidden_size, packed))
         wider = width + 32
-        while estimated_bytes(wider, hidden_size) > 1.005 * budget:  # not worth trying
+        while estimated_bytes(wider, hidden_size) > 1.005 * max_bytes:  # clearly too large
             wider -= 8
-        while (found := packed_at(wider, "canonical", hidden_size, scratch))[1] > budget:
+        packed, size = packed_at(wider, "canonical", hidden_size, scratch)
+        while size > max_bytes:
             wider -= 8
-        rows.append(measured("canonical", wider, hidden_size, found[0]))
+            packed, size = packed_at(wider, "canonical", hidden_size, scratch)
+        rows.append(measured("canonical", wider, hidden_size, packed))
     return rows
 
 
 def estimated_bytes(width: int, hidden_size: int) -> int:
-    """Of the canonical form in 16-bit words, without headers, ranks taken full."""
+    """Estimate the bytes of the canonical form in 16-bit values, without headers, for full ranks."""
     n_values: int = freebits.estimate(demo_model(), 1 - width / hidden_size)["params"]["canonical"]
     return 2 * n_values
 
 
 def packed_at(width: int, codec: str, hidden_size: int, scratch: Path) -> tuple[Path, int]:
-    """The demo model sliced to a width and packed, and its size."""
+    """Slice the demo model to a width and pack it; return the folder and its bytes."""
     source, packed = scratch / f"sliced {width}", scratch / f"{codec} {width}"
     if not source.exists():
         sliced(source, 1 - width / hidden_size, untie=True)
@@ -94,18 +98,16 @@ def packed_at(width: int, codec: str, hidden_size: int, scratch: Path) -> tuple[
 
 
 def measured(codec: str, width: int, hidden_size: int, packed: Path) -> tuple[object, ...]:
-    """One row of the comparison."""
-    size, perplexity = (
-        freebits.inspect(packed)["bytes"]["packed"],
-        freebits.evaluate(packed, limit=WINDOWS)["perplexity"],
-    )
+    """Return a row of the comparison at equal bytes."""
+    size = freebits.inspect(packed)["bytes"]["packed"]
+    perplexity = freebits.evaluate(packed, limit=WINDOWS)["perplexity"]
     row = (codec, f"{1 - width / hidden_size:.4f}", width, size, f"{perplexity:.3f}")
     print(row, flush=True)
     return row
 
 
 def main() -> None:
-    """Measure, print and save."""
+    """Measure, print and save both tables."""
     with tempfile.TemporaryDirectory() as scratch:
         for name, header, measure in (
             ("canonical", HEADER, fidelity),

@@ -1,9 +1,9 @@
-"""Perplexity with simulated activations and KV cache (QuaRot's setting), rotated and not. About twelve minutes.
+"""Measure perplexity with simulated activations and KV cache (as in QuaRot), with and without rotation. 12 minutes.
 
     python -m benchmarks.coarse DATA [QUANTIZED]
 
-DATA has wikitext-2-raw/wiki.valid.raw: its first 6 windows of 1024 tokens. The model is the off-grid demo model, and,
-if given, a folder that was quantized from it to 4 bits.
+The text is the first 6 windows of 1024 tokens of DATA/wikitext-2-raw/wiki.valid.raw. The model is the off-grid demo
+model. QUANTIZED is a folder with the same model quantized to 4 bits.
 """
 
 import sys
@@ -20,7 +20,7 @@ SETTINGS = ((None, None), (8, None), (6, None), (4, None), (None, 4), (4, 4))
 
 
 def main() -> None:
-    """Measure, print and save the ratios to the dense model's perplexity."""
+    """Measure, print and save perplexities relative to the dense model's."""
     text = (Path(sys.argv[1]) / "wikitext-2-raw" / "wiki.valid.raw").read_text(encoding="utf-8")
     rows: list[tuple[str, ...]] = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -36,9 +36,9 @@ def main() -> None:
         for name, model in models.items():
             for activations, kv in SETTINGS:
                 if (activations, kv) != (None, None) or model is not dense:
-                    ways = ("none", "hadamard") if activations or kv else ("none",)
-                    ratios = [f"{perplexity(model, activations, kv, way) / exact:.3f}" for way in ways]
-                    bits = (str(of) if of else "floats" for of in (activations, kv))
+                    rotations = ("none", "hadamard") if activations or kv else ("none",)
+                    ratios = [f"{perplexity(model, activations, kv, rotate) / exact:.3f}" for rotate in rotations]
+                    bits = (str(value) if value else "floats" for value in (activations, kv))
                     rows.append((name, *bits, *ratios, *[""] * (2 - len(ratios))))
                     print(rows[-1], flush=True)
                     save_csv("coarse", HEADER, rows)

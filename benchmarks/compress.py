@@ -1,9 +1,9 @@
-"""One command each: the off-grid demo model at parts of its size, at the default bound, and without loss.
+"""Compress the off-grid demo model to several sizes, at the default KL bound, and without loss.
 
     python -m benchmarks.compress DATA [SCRATCH]
 
-DATA has wikitext-2-raw/wiki.valid.raw: its first 16 windows of 1024 tokens. Five minutes a row; what is in SCRATCH
-already is measured, not made again.
+The text is the first 16 windows of 1024 tokens of DATA/wikitext-2-raw/wiki.valid.raw. Each row takes five minutes.
+Folders that exist in SCRATCH are reused.
 """
 
 import filecmp
@@ -30,30 +30,30 @@ TARGETS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    """Make, measure, print and save."""
+    """Compress, measure, print and save."""
     text = (Path(sys.argv[1]) / "wikitext-2-raw" / "wiki.valid.raw").read_text(encoding="utf-8")
     rows: list[tuple[str, ...]] = []
-    with tempfile.TemporaryDirectory() as made:
-        scratch = Path(sys.argv[2]) if len(sys.argv) > 2 else Path(made)
+    with tempfile.TemporaryDirectory() as temporary:
+        scratch = Path(sys.argv[2]) if len(sys.argv) > 2 else Path(temporary)
         dense = scratch / "off-grid"
         if not dense.is_dir():
             off_grid(dense)
         for name, target in TARGETS.items():
             result = compressed(dense, scratch / name, **target)
-            of_wikitext = freebits.verify(scratch / name, against=dense, text=text, seq_len=1024, limit=16)
+            verdict = freebits.verify(scratch / name, against=dense, text=text, seq_len=1024, limit=16)
             size = result["bytes"]["packed"]
             rows.append(
                 (
                     *(name, f"{size:,}", f"{size / result['bytes']['dense'] - 1:.1%}"),
                     f"{result['fidelity']['mean_kl']:.4f}",
-                    *(f"{of_wikitext['ratio']:.4f}", f"{of_wikitext['mean_kl']:.4f}", f"{result['seconds']:.0f}"),
+                    *(f"{verdict['ratio']:.4f}", f"{verdict['mean_kl']:.4f}", f"{result['seconds']:.0f}"),
                 )
             )
             print(rows[-1], flush=True)
         result = compressed(dense, scratch / "--lossless", lossless=True)
-        freebits.unpack(scratch / "--lossless", Path(made) / "back")
+        freebits.unpack(scratch / "--lossless", Path(temporary) / "unpacked")
         names = [file.name for file in dense.iterdir()]
-        equal, *different = filecmp.cmpfiles(dense, Path(made) / "back", names, shallow=False)
+        equal, *different = filecmp.cmpfiles(dense, Path(temporary) / "unpacked", names, shallow=False)
         assert sorted(equal) == sorted(names), different
         size = result["bytes"]["packed"]
         change = f"{size / result['bytes']['dense'] - 1:.1%}"
@@ -63,11 +63,11 @@ def main() -> None:
 
 
 def compressed(dense: Path, out: Path, **target: Any) -> dict[str, Any]:
-    """What `compress` says of it."""
-    said = out.with_name(f"{out.name}.json")
+    """Return the result of `compress`, which is saved as JSON next to the folder."""
+    saved = out.with_name(f"{out.name}.json")
     if not out.is_dir():
-        said.write_text(json.dumps(freebits.compress(dense, out, **target)))
-    result: dict[str, Any] = json.loads(said.read_text())
+        saved.write_text(json.dumps(freebits.compress(dense, out, **target)))
+    result: dict[str, Any] = json.loads(saved.read_text())
     return result
 
 

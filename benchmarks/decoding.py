@@ -1,9 +1,10 @@
-"""How fast quantized matrices are decoded, and with how much memory. Two minutes.
+"""Measure speed and memory of decoding quantized matrices. Two minutes.
 
     python -m benchmarks.decoding
 
-Two blocks of the shapes of Llama-2-7B, of random integers of 3.5 bits, in bfloat16: bytes of output a second by one
-thread and by two, and the memory of a process that decodes them all, in blocks of bfloat16 beyond what it had.
+The folder contains two blocks with the shapes of Llama-2-7B: random integers of 3.5 bits that decode to bfloat16. The
+figures are output bytes per second with one and two threads, and the peak memory added by decoding, in units of one
+block in bfloat16.
 """
 
 import subprocess
@@ -32,11 +33,12 @@ SHAPES = {"q_proj": (4096, 4096), "k_proj": (4096, 4096), "v_proj": (4096, 4096)
 }
 N_BLOCKS = 2
 BLOCK = 2 * sum(rows * columns for rows, columns in SHAPES.values())
-HEADER = ("threads", "MB of bfloat16 a second", "peak memory, blocks")
+"""Bytes of one block in bfloat16."""
+HEADER = ("threads", "MB of bfloat16 per second", "peak memory, blocks")
 
 
 def write(directory: Path) -> None:
-    """The folder; its config is of a model that nobody runs."""
+    """Write the packed folder. Its config is a stub, because the model is never run."""
     generator = torch.Generator().manual_seed(0)
     contents = Contents()
     names = {f"{block}.{name}.weight" for block in range(N_BLOCKS) for name in SHAPES}
@@ -44,9 +46,9 @@ def write(directory: Path) -> None:
         for name in sorted(names):
             rows, columns = SHAPES[name.split(".")[1]]
             integers = (torch.randn(rows, columns, generator=generator) * 2.7).round().int()
-            steps = (torch.zeros(size, dtype=torch.int16) for size in (rows, columns))
+            scales = (torch.zeros(size, dtype=torch.int16) for size in (rows, columns))
             makes = {name: TensorSpec("BF16", (rows, columns))}
-            coded = CODES["integers"].encode([integers, *steps], list(makes.values()))
+            coded = CODES["integers"].encode([integers, *scales], list(makes.values()))
             message = coded.parts["message"]
             stored = {f"{name}.message": (TensorSpec.of(message), message)}
             piece = Piece(stored, (Recipe("integers", {"message": f"{name}.message"}, makes, coded.params),))
@@ -57,7 +59,7 @@ def write(directory: Path) -> None:
 
 
 def decode(directory: Path, jobs: int) -> None:
-    """Print seconds and peak memory of decoding everything."""
+    """Decode all tensors; print seconds and added peak memory in bytes."""
     torch.set_num_threads(jobs)
     packed = PackedFolder(directory)
     before = peak()
@@ -68,7 +70,7 @@ def decode(directory: Path, jobs: int) -> None:
 
 
 def peak() -> int:
-    """Most bytes that this process has held so far, as Linux counts them."""
+    """Return the peak resident set of this process so far, in bytes (Linux)."""
     [line] = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return 1024 * int(line.split()[1])
 

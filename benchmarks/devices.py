@@ -1,10 +1,9 @@
-"""Linear algebra on another device: the same results, and how much sooner.
+"""Compare results and speed of the CPU and another device.
 
     python -m benchmarks.devices SCRATCH [--device cuda] [--only alike | fast] [--blocks 2]
 
-First every verb that takes a device, of a small random Llama, on the CPU and on the device: how the logits of both
-results differ from what they were made of, and from each other. Then packing of OPT-6.7B's shape, few
-blocks, on both, in turn.
+`alike` runs every command that takes a device, on both, with a small random Llama. It reports the relative differences
+of the logits between source, CPU result and device result. `fast` packs a few blocks of OPT-6.7B's shape on both.
 """
 
 import argparse
@@ -25,10 +24,18 @@ from benchmarks.results import print_table, save_csv
 from benchmarks.scale import CONFIGS, n_bytes, write_sliced
 from freebits.integrations.loading import load
 
-ALIKE = ("verb", "logits, CPU from source", "device from source", "device from CPU", "seconds, CPU", "seconds, device")
+ALIKE = (
+    "command",
+    "logits, CPU from source",
+    "device from source",
+    "device from CPU",
+    "seconds, CPU",
+    "seconds, device",
+)
 FAST = ("model", "codec", "seconds, CPU", "seconds, device", "CPU / device", "bytes, CPU", "bytes, device")
 WORDS = 512
-Verb = Callable[[Path, Path, str], object]
+Command = Callable[[Path, Path, str], object]
+"""Takes source, output and device."""
 
 
 def main() -> None:
@@ -53,10 +60,10 @@ def report(name: str, header: tuple[str, ...], rows: list[tuple[object, ...]]) -
 
 
 def alike(scratch: Path, device: str) -> list[tuple[object, ...]]:
-    """Every verb on both devices; one that fails there says so."""
+    """Run every command on both devices; rows of failed commands contain FAILED."""
     dense, text = small(scratch / "dense"), words(40_000)
     calibrated: dict[str, Any] = {"calibration": text, "samples": 16, "seq_len": 128}
-    verbs: dict[str, tuple[str, Verb]] = {
+    commands: dict[str, tuple[str, Command]] = {  # name → (name of the source folder, command)
         "slice": (
             "dense",
             lambda s, o, d: freebits.slice_model(s, o, sparsity=0.25, device=d, force=True, **calibrated),
@@ -71,22 +78,23 @@ def alike(scratch: Path, device: str) -> list[tuple[object, ...]]:
         },
     }
     folders, rows = {"dense": dense}, list[tuple[object, ...]]()
-    for name, (source, verb) in verbs.items():
+    for name, (source, command) in commands.items():
         outs, seconds = {}, {}
         for where in ("cpu", device):
             outs[where] = scratch / f"{name}, {where}"
             start = time.perf_counter()
             try:
-                verb(folders[source], outs[where], where)
+                command(folders[source], outs[where], where)
             except Exception:
                 print(name, where, traceback.format_exc(limit=-4), flush=True)
                 break
             seconds[where] = time.perf_counter() - start
         else:
             folders[name] = outs["cpu"]
-            before, cpu, there = (logits(of) for of in (folders[source], outs["cpu"], outs[device]))
-            differ = (f"{(a - b).norm() / b.norm():.1e}" for a, b in ((cpu, before), (there, before), (there, cpu)))
-            rows.append((name, *differ, *(f"{value:.1f}" for value in seconds.values())))
+            before, on_cpu, on_device = map(logits, (folders[source], outs["cpu"], outs[device]))
+            pairs = ((on_cpu, before), (on_device, before), (on_device, on_cpu))
+            differences = (f"{(a - b).norm() / b.norm():.1e}" for a, b in pairs)
+            rows.append((name, *differences, *(f"{value:.1f}" for value in seconds.values())))
             print(rows[-1], flush=True)
             continue
         rows.append((name, "", "FAILED", "", "", ""))
@@ -94,15 +102,15 @@ def alike(scratch: Path, device: str) -> list[tuple[object, ...]]:
     return rows
 
 
-def quantizing(method: str, calibrated: dict[str, Any]) -> Verb:
-    """Quantize by a method."""
+def quantizing(method: str, calibrated: dict[str, Any]) -> Command:
+    """Return the command that quantizes by a method."""
     return lambda source, out, device: freebits.quantize(
         source, out, bits=4, method=method, device=device, **calibrated
     )
 
 
 def fast(scratch: Path, device: str, blocks: int) -> list[tuple[object, ...]]:
-    """Packing a large shape on both, the device first warmed by one small product."""
+    """Pack a model with large matrices on both devices, after one small product that initializes the device."""
     scratch.mkdir()
     torch.ones(8, 8, device=device, dtype=torch.float64) @ torch.ones(8, 8, device=device, dtype=torch.float64)
     write_sliced(scratch / "sliced", json.loads((CONFIGS / "opt-6.7b.json").read_text()), blocks)
@@ -124,7 +132,7 @@ def fast(scratch: Path, device: str, blocks: int) -> list[tuple[object, ...]]:
 
 
 def small(folder: Path) -> Path:
-    """A random Llama in float16 and a tokenizer of words."""
+    """Write a random Llama in float16 and a tokenizer that splits at spaces."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         "llama",
@@ -145,14 +153,14 @@ def small(folder: Path) -> Path:
 
 
 def words(count: int) -> str:
-    """Text for it."""
+    """Return a random text for the tokenizer of `small`."""
     numbers = torch.randint(WORDS, (count,), generator=torch.Generator().manual_seed(0))
     return " ".join(f"w{number}" for number in numbers.tolist())
 
 
 @torch.no_grad()
 def logits(folder: Path) -> torch.Tensor:
-    """Of a window."""
+    """Return the logits of one window in float64."""
     model = load(folder, dtype=torch.float32).eval()
     result: torch.Tensor = model(input_ids=torch.arange(128)[None] % WORDS).logits
     return result.double()

@@ -1,8 +1,8 @@
-"""What slicing costs on text that it was not calibrated on: the demo model sliced by 20 %. Eight minutes.
+"""Measure the demo model, sliced by 20 %, on text from other domains than its calibration data. Eight minutes.
 
     python -m benchmarks.domains DATA_DIR
 
-DATA_DIR has wikitext-2-raw with wikitext2_train.txt (its last line is taken to be cut off) and wiki.valid.raw.
+DATA_DIR/wikitext-2-raw contains wikitext2_train.txt, whose incomplete last line is dropped, and wiki.valid.raw.
 """
 
 import sys
@@ -25,7 +25,7 @@ def main() -> None:
     train, valid = ((folder / name).read_text(encoding="utf-8") for name in ("wikitext2_train.txt", "wiki.valid.raw"))
     documentation, held_out = embedded_text()
     texts = {
-        "its own text": None,
+        "self-generated data": None,
         "Python's documentation": documentation,
         "WikiText-2, training": train[: train.rindex("\n")],
     }
@@ -37,8 +37,10 @@ def main() -> None:
                 freebits.slice_model(
                     demo_model(), path, sparsity=0.2, calibration=texts[name], samples=SAMPLES, force=True
                 )
-            measured = [freebits.evaluate(path, text=t, limit=WINDOWS)["perplexity"] for t in (held_out, valid)]
-            rows.append((name, *(f"{perplexity:.2f}" for perplexity in measured)))
+            perplexities = [
+                freebits.evaluate(path, text=text, limit=WINDOWS)["perplexity"] for text in (held_out, valid)
+            ]
+            rows.append((name, *(f"{perplexity:.2f}" for perplexity in perplexities)))
             print(rows[-1], flush=True)
             save_csv("domains", HEADER, rows)
     print_table(HEADER, rows)

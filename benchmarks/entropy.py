@@ -1,9 +1,9 @@
-"""The entropy stage beside other coders: the same tensors, in memory, one thread. Eight minutes.
+"""Compare the entropy stage with other coders on the same tensors, in memory, with one thread. Eight minutes.
 
     pip install zipnn pcodec dahuffman && pip install --no-deps dfloat11
     python -m benchmarks.entropy
 
-Of DFloat11 only the encoder runs; its decoder needs a GPU.
+Only the encoder of DFloat11 is measured; its decoder needs a GPU.
 """
 
 import statistics
@@ -35,72 +35,78 @@ from freebits.types import Bytes
 
 RUNS = 7
 HEADER = ("tensors", "coder", "bytes", "of the tensors", "of ZipNN", "compress, MB/s", "decompress, MB/s")
-CODES = {torch.float16: "F16", torch.bfloat16: "BF16"}
-KINDS = {"F16": "float16", "BF16": "bfloat16"}
+DTYPE_NAMES = {torch.float16: "F16", torch.bfloat16: "BF16"}
+TORCH_NAMES = {"F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True)
 class Coder:
-    """To bytes, given the dtype, or None if that is not worth it; and back, given also the number of bytes."""
+    """A coder of tensors.
+
+    Attributes:
+        compress: takes bytes and the name of their dtype; returns None for tensors that the coder skips.
+        decompress: takes encoded bytes, the name of the dtype and the number of decoded bytes.
+        prepare: makes the input of `compress` from bytes; not timed.
+    """
 
     compress: Callable[[Bytes, str], bytes | None]
     decompress: Callable[[bytes, str, int], object] | None
     prepare: Callable[[Bytes], Any] = lambda data: data
-    """Not timed."""
 
 
 def freebits_() -> Coder:
-    """Ours."""
-    return Coder(compress, lambda coded, code, n: decompress(np.frombuffer(coded, np.uint8), code, n))
+    """Return the entropy stage of freebits."""
+    return Coder(compress, lambda coded, dtype_name, n: decompress(np.frombuffer(coded, np.uint8), dtype_name, n))
 
 
 def zipnn() -> Coder:
-    """ZipNN, which writes into what it reads: it gets a copy."""
-    coders = {code: import_module("zipnn").ZipNN(bytearray_dtype=spec, threads=1) for code, spec in KINDS.items()}
+    """Return ZipNN on copies of the tensors, because it overwrites its input."""
+    zipnn_class = import_module("zipnn").ZipNN
+    coders = {name: zipnn_class(bytearray_dtype=torch_name, threads=1) for name, torch_name in TORCH_NAMES.items()}
     return Coder(
-        lambda data, code: coders[code].compress(data),
-        lambda coded, code, _: coders[code].decompress(coded),
+        lambda data, dtype_name: coders[dtype_name].compress(data),
+        lambda coded, dtype_name, _: coders[dtype_name].decompress(coded),
         prepare=lambda data: bytearray(data.data),
     )
 
 
 def zstd_file(level: int) -> Coder:
-    """Zstd on the numbers as they are."""
+    """Return zstd on the bytes of the values."""
     return Coder(lambda data, _: zstd.compress(data.data, level), lambda coded, *_: zstd.decompress(coded))
 
 
 def zstd_planes(level: int) -> Coder:
-    """Zstd on the exponents, with its search for matches on; the rest as it is."""
+    """Return zstd, with its search for matches, on the exponents; signs and mantissas are stored as they are."""
 
-    def pack(data: Bytes, code: str) -> bytes:
-        exponents, rest = split(data, code)
-        return zstd.compress(exponents.data, level) + rest.tobytes()
+    def pack(data: Bytes, dtype_name: str) -> bytes:
+        exponents, mantissas = split(data, dtype_name)
+        return zstd.compress(exponents.data, level) + mantissas.tobytes()
 
-    def unpack(coded: bytes, code: str, n_bytes: int) -> Bytes:
-        rest = np.frombuffer(coded, np.uint8)[len(coded) - n_bytes // 2 :]
+    def unpack(coded: bytes, dtype_name: str, n_bytes: int) -> Bytes:
+        mantissas = np.frombuffer(coded, np.uint8)[len(coded) - n_bytes // 2 :]
         exponents = zstd.decompress(memoryview(coded)[: len(coded) - n_bytes // 2])
         data = np.empty(n_bytes, np.uint8)
-        merge([np.frombuffer(exponents, np.uint8), rest], code, data)
+        merge([np.frombuffer(exponents, np.uint8), mantissas], dtype_name, data)
         return data
 
     return Coder(pack, unpack)
 
 
 def pcodec() -> Coder:
-    """Pcodec at its default level, of float16 as such, of bfloat16 as unsigned integers."""
+    """Return pcodec at its default level, on float16 values or, for bfloat16, on unsigned integers."""
     pco = import_module("pcodec")
     config = pco.ChunkConfig(compression_level=8)
 
-    def pack(data: Bytes, code: str) -> bytes:
-        numbers = data.view(np.float16 if code == "F16" else np.uint16)
-        coded: bytes = pco.standalone.simple_compress(numbers, config)
+    def pack(data: Bytes, dtype_name: str) -> bytes:
+        values = data.view(np.float16 if dtype_name == "F16" else np.uint16)
+        coded: bytes = pco.standalone.simple_compress(values, config)
         return coded
 
     return Coder(pack, lambda coded, *_: pco.standalone.simple_decompress(coded))
 
 
 def dfloat11() -> Coder:
-    """DFloat11's encoder, for the matrices, its tables not counted. Its package cannot be imported without a GPU."""
+    """Return DFloat11's encoder for matrices, its tables not counted; its package cannot be imported without a GPU."""
     package = find_spec("dfloat11")
     sys.path.extend((package and package.submodule_search_locations) or [])
     utils = import_module("dfloat11_utils")
@@ -128,21 +134,21 @@ CODERS: dict[str, Callable[[], Coder]] = {
 
 
 def race(name: str, source: Path) -> list[tuple[object, ...]]:
-    """Every coder on every tensor of a checkpoint, taking turns."""
-    found = [tensor for tensor in stored_tensors(source).values() if tensor.dtype in CODES]
-    tensors = [(tensor.reshape(-1).view(torch.uint8).numpy().copy(), CODES[tensor.dtype]) for tensor in found]
+    """Measure every coder on all tensors of a checkpoint, in interleaved runs."""
+    halves = [tensor for tensor in stored_tensors(source).values() if tensor.dtype in DTYPE_NAMES]
+    tensors = [(tensor.reshape(-1).view(torch.uint8).numpy().copy(), DTYPE_NAMES[tensor.dtype]) for tensor in halves]
     total = sum(len(data) for data, _ in tensors)
-    half = {code for _, code in tensors} == {"F16"}
-    coders = {label: make() for label, make in CODERS.items() if not (half and label == "DFloat11")}
+    only_float16 = {dtype_name for _, dtype_name in tensors} == {"F16"}
+    coders = {label: make() for label, make in CODERS.items() if not (only_float16 and label == "DFloat11")}
     times: dict[str, tuple[list[float], list[float]]] = {label: ([], []) for label in coders}
     sizes: dict[str, int] = {}
     for run in range(RUNS):
         for label, coder in coders.items():
             if not coder.decompress and run:
-                continue  # minutes, which hardly vary
-            prepared = [(coder.prepare(data), code) for data, code in tensors]
+                continue  # DFloat11 takes minutes, which hardly vary
+            prepared = [(coder.prepare(data), dtype_name) for data, dtype_name in tensors]
             start = time.perf_counter()
-            coded = [coder.compress(data, code) for data, code in prepared]
+            coded = [coder.compress(data, dtype_name) for data, dtype_name in prepared]
             times[label][0].append(time.perf_counter() - start)
             pairs = [(content, *tensor) for content, tensor in zip(coded, tensors, strict=True)]
             sizes[label] = sum(
@@ -162,27 +168,27 @@ def race(name: str, source: Path) -> list[tuple[object, ...]]:
 def decompression(
     decompress: Callable[[bytes, str, int], object], pairs: list[tuple[bytes | None, Bytes, str]], check: bool
 ) -> float:
-    """Seconds for all tensors."""
+    """Decompress all tensors and return the seconds; with `check`, compare the results with the originals."""
     start = time.perf_counter()
-    for content, data, code in pairs:
-        back: Any = data if content is None else decompress(content, code, len(data))
+    for content, data, dtype_name in pairs:
+        decoded: Any = data if content is None else decompress(content, dtype_name, len(data))
         if check:
-            assert np.array_equal(np.frombuffer(memoryview(back).cast("B"), np.uint8), data)
+            assert np.array_equal(np.frombuffer(memoryview(decoded).cast("B"), np.uint8), data)
     return time.perf_counter() - start
 
 
 def main() -> None:
-    """Measure and save."""
+    """Measure, print and save."""
     rows: list[tuple[object, ...]] = []
     with tempfile.TemporaryDirectory() as directory:
         for dtype in (torch.float16, torch.bfloat16):
-            spec = KINDS[CODES[dtype]]
-            sliced, canonical = Path(directory) / f"sliced {spec}", Path(directory) / f"canonical {spec}"
+            name = str(dtype).removeprefix("torch.")
+            sliced, canonical = Path(directory) / f"sliced {name}", Path(directory) / f"canonical {name}"
             freebits.slice_model(
                 demo_model(), sliced, sparsity=0.2, calibration=embedded_text()[0], dtype=dtype, samples=32
             )
             freebits.pack(sliced, canonical, entropy="none")
-            rows += race(f"20%, {spec}, sliced", sliced) + race(f"20%, {spec}, canonical", canonical)
+            rows += race(f"20%, {name}, sliced", sliced) + race(f"20%, {name}, canonical", canonical)
         rows += race("dense (was 4 bits), float16", demo_model())
     save_csv("entropy", HEADER, rows)
     print_table(HEADER, rows)

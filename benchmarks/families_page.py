@@ -1,4 +1,4 @@
-"""Which families freebits knows, as a page: written from the architecture table."""
+"""Generate `docs/families.md` from the table of families."""
 
 from collections.abc import Iterable
 
@@ -6,24 +6,24 @@ from freebits.models.families import FAMILIES, REFUSALS, Family
 
 _ABOUT = """# Families
 
-*Written from the table in `architecture/families.py`; a test holds the two together.*
+*Generated from `models/families.py` by `python -m benchmarks.families`; a test compares the two.*
 
-`freebits compress` and `quantize` take the types of [this table](model_types.md), `pack --codec none` any that
-has weights in safetensors. Slicing, and the rotations that come with it, need to know where the residual stream runs: a
-row of this table. Where several rows are of one model type, the config decides. How to add one: see CONTRIBUTING.md.
+`freebits compress` and `quantize` take the types in [this table](model_types.md). `pack --codec none` takes any model
+with safetensors weights. Slicing and rotation need a row in the table below, which says which layers read and write the
+residual stream. If a model type has several rows, the config decides. CONTRIBUTING.md explains how to add a row.
 
 """
 _REFUSED = """
-## Not sliced, with the reason
+## Types that cannot be sliced
 
-`compress` and `quantize` take these as well, and `pack --codec none` keeps them bit for bit.
+`compress`, `quantize` and `pack --codec none` take these types too.
 
 """
 
 
 def families_page() -> str:
-    """The page, in Markdown."""
-    columns = ("model type", "when", "branches", "norms", "head", "what is read → written in a block")
+    """Return the page in Markdown."""
+    columns = ("model type", "when", "branches", "norms", "head", "layers that read → write the stream")
     rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     return _ABOUT + "\n".join([*rows, *map(_row, FAMILIES)]) + "\n" + _REFUSED + _refusals()
 
@@ -31,12 +31,15 @@ def families_page() -> str:
 def _row(family: Family) -> str:
     when = ", ".join(f"`{need.key}` is `{need.value}`" for need in family.when)
     branches = [branch for sub in family.sublayers for branch in sub.branches]
-    form = "side by side" if len(family.sublayers) < len(branches) else "one after another"
+    order = "parallel" if len(family.sublayers) < len(branches) else "sequential"
     norms = "LayerNorm" if family.centred else "RMS norm"
-    head = "tied unless the config says else" if family.tied_by_default else "its own unless the config says else"
-    transforms = "; ".join(f"{_names(branch.reads)} → {_names(branch.writes)}" for branch in branches)
-    needs = "".join(f"; not with another `{need.key}`: {need.reason}" for need in family.requirements)
-    return f"| `{family.model_type}` | {when} | {form}{needs} | {norms} | {head} | {transforms} |"
+    head = "tied by default" if family.tied_by_default else "untied by default"
+    branch_names = "; ".join(f"{_names(branch.reads)} → {_names(branch.writes)}" for branch in branches)
+    needs = "".join(
+        f"; refused unless `{need.key}` is `{need.same_as or need.value}`: {need.reason}"
+        for need in family.requirements
+    )
+    return f"| `{family.model_type}` | {when} | {order}{needs} | {norms} | {head} | {branch_names} |"
 
 
 def _names(names: Iterable[str]) -> str:

@@ -1,6 +1,6 @@
-"""Paper, Figure 2: how far decoded weights are from the true ones, without corrections. A minute.
+"""Reproduce Figure 2 of the paper: errors of decoded weights without corrections. One minute.
 
-W_o of the last block of the demo model at 20 %, and the words that its site borrowed.
+Measured on W_o of the last block of the demo model at 20 %, and on the values that the rotation of its site encodes.
 
     python -m benchmarks.figure2
 """
@@ -22,22 +22,21 @@ QUANTILES = (0.5, 0.9, 0.99, 0.999, 0.9999, 1.0)
 
 
 def errors(sliced: Path, folder: Path) -> dict[str, torch.Tensor]:
-    """Absolute errors of one site: of its output matrix, and of the words it borrowed."""
-    freebits.pack(
-        sliced, folder / "true", codec="bits-back", entropy="none", threshold=0
-    )  # nothing gains: every site is rotated and stored plain
+    """Return absolute errors of one site: of its output matrix, and of the values that its rotation encodes."""
+    # At threshold 0 no site gains, so every site is rotated and stored plain: these are the true values.
+    freebits.pack(sliced, folder / "true", codec="bits-back", entropy="none", threshold=0)
     freebits.pack(sliced, folder / "raw", codec="bits-back", entropy="none", threshold=1e9)  # nothing is corrected
     true, raw = (PackedFolder(folder / name) for name in ("true", "raw"))
     recipe = raw.manifest.recipes[-2]
     [decoded] = raw.decoded(recipe.makes)
-    wrong = {name: (tensor.double() - true[name].double()).abs().flatten() for name, tensor in decoded.items()}
+    error = {name: (tensor.double() - true[name].double()).abs().flatten() for name, tensor in decoded.items()}
     *message, output = recipe.makes
-    words = torch.cat([wrong[name] for name in message])[-n_values_taken(recipe.params["rank"]) :]
-    return {f"W_o of {output}": wrong[output], "words borrowed by its site": words}
+    values = torch.cat([error[name] for name in message])[-n_values_taken(recipe.params["rank"]) :]
+    return {f"W_o of {output}": error[output], "values encoded in its rotation": values}
 
 
 def main() -> None:
-    """Draw the figure and save its quantiles."""
+    """Measure, draw the figure, and save quantiles of the errors."""
     with tempfile.TemporaryDirectory() as scratch:
         sliced = Path(scratch) / "sliced"
         freebits.slice_model(demo_model(), sliced, sparsity=0.2, calibration=embedded_text()[0], untie=True, samples=32)

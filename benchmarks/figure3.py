@@ -1,6 +1,8 @@
-"""Paper, Figure 3: size and perplexity against the correction threshold, on the demo model at 20 %. Five minutes.
+"""Reproduce Figure 3 of the paper: size and perplexity against the correction threshold. Five minutes.
 
-python -m benchmarks.figure3
+Measured on the demo model at 20 %.
+
+    python -m benchmarks.figure3
 """
 
 import tempfile
@@ -20,7 +22,7 @@ HEADER = ("threshold", "bytes", "corrections", "vs dense untied", "perplexity")
 
 
 def main() -> None:
-    """Measure, draw and save."""
+    """Measure, print, save and draw."""
     with tempfile.TemporaryDirectory() as scratch:
         sliced = Path(scratch) / "sliced"
         sizes = freebits.slice_model(

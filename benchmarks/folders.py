@@ -1,4 +1,4 @@
-"""What lies in a model's folder, packed or not."""
+"""Read the weights file of a model's folder, packed or not."""
 
 from pathlib import Path
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 def weights_file(folder: Path) -> Path:
-    """The safetensors file of a folder that has one."""
+    """Return the path of a folder's only safetensors file."""
     [file] = folder.glob("*.safetensors")
     return file
 
 
 def stored_tensors(folder: Path) -> dict[str, Tensor]:
-    """Its tensors as they are stored."""
+    """Return the stored tensors of a folder, not decoded."""
     return load_file(weights_file(folder))

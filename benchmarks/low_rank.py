@@ -1,12 +1,12 @@
-"""Narrow layers beside narrow streams and beside rounding, at equal bytes: the off-grid demo model. An hour.
+"""Compare low-rank layers with slicing and quantization at equal bytes, on the off-grid demo model. One hour.
 
     python -m benchmarks.low_rank DATA
 
-DATA has wikitext-2-raw and piqa. Everything is calibrated on 32 windows of text that the model writes itself, and
-measured on the first 8 windows of 1024 tokens of WikiText-2's validation text, which is another domain, and on 300
-items of PIQA. Bytes are finished folders' without the entropy stage, so that they say what the form saves. Slices are
-of the sparsity whose canonical folder is next to that of `slope` at the same budget. Multiplications are those of the
-blocks' matrices for a token; speed is a prompt of 512 tokens, median of 5.
+DATA contains wikitext-2-raw and piqa. All methods calibrate on 32 windows of self-generated data. They are measured on
+the first 8 windows of 1024 tokens of WikiText-2's validation text, which is another domain, and on 300 items of PIQA.
+Bytes are those of finished folders without the entropy stage. The sparsity of a slice is chosen so that its canonical
+folder is about as large as that of `slope` at the same budget. Multiplications count the matrices of the blocks for one
+token; speed is the median of 5 runs on a prompt of 512 tokens.
 """
 
 import statistics
@@ -21,7 +21,7 @@ import torch
 
 import freebits
 from benchmarks.off_grid import off_grid
-from benchmarks.quantize import compared
+from benchmarks.quantize import compare
 from benchmarks.results import print_table, save_csv
 from freebits.calibration.tokens import token_windows
 from freebits.integrations.loading import load
@@ -36,25 +36,25 @@ BITS = 4
 
 
 def main() -> None:
-    """Make, measure, print and save."""
+    """Convert, measure, print and save."""
     data = Path(sys.argv[1])
     valid = (data / "wikitext-2-raw" / "wiki.valid.raw").read_text(encoding="utf-8")
     rows: list[tuple[object, ...]] = []
-    with tempfile.TemporaryDirectory() as made:
-        scratch = Path(made)
+    with tempfile.TemporaryDirectory() as temporary:
+        scratch = Path(temporary)
         dense = off_grid(scratch / "off-grid")
         windows = token_windows(dense, valid, 1024, 8)
         reference = load(dense, dtype=torch.float32).eval()
 
         def measure(name: str, budget: object, plain: Path, packed: Path) -> int:
             model = load(packed, dtype=torch.float32).eval()
-            found = compared(reference, model, windows).values()
+            comparison = compare(reference, model, windows).values()
             tasks = freebits.evaluate(packed, tasks=["piqa"], data_dir=data, limit=300, perplexity=False)
             sizes = [size(folder) for folder in (plain, packed)]
-            figures = [*found, tasks["tasks"]["piqa"]["acc"]]
+            accuracy = tasks["tasks"]["piqa"]["acc"]
             with_pivots = load(packed, dtype=torch.float32, keep_pivots=True).eval()
-            work = [f"{multiplications(with_pivots) / 1e6:.1f}", f"{speed(with_pivots):.0f}"]
-            rows.append((name, budget, *sizes, *figures, *work))
+            cost = [f"{multiplications(with_pivots) / 1e6:.1f}", f"{speed(with_pivots):.0f}"]
+            rows.append((name, budget, *sizes, *comparison, accuracy, *cost))
             print(rows[-1], flush=True)
             save_csv("low_rank", HEADER, rows)
             return sizes[1]
@@ -76,11 +76,11 @@ def main() -> None:
 
         measure("dense", 1, dense, packed("dense", dense))
         for budget in BUDGETS:
-            bytes_ = 0
+            slope_bytes = 0
             for allocate in ("paper", "slope") if budget != 0.8 else ("paper", "uniform", "slope"):
                 name, plain = low_rank(dense, budget, allocate)
-                bytes_ = measure(f"low rank, {allocate}", budget, plain, packed(name, plain))
-            name, plain = sliced(sparsity_of(dense, bytes_))
+                slope_bytes = measure(f"low rank, {allocate}", budget, plain, packed(name, plain))
+            name, plain = sliced(sparsity_of(dense, slope_bytes))
             measure(name, budget, plain, packed(name, plain))
             if budget == 0.8:
                 name, plain = sliced(0.05)
@@ -103,38 +103,38 @@ def main() -> None:
 
 
 def size(folder: Path) -> int:
-    """Bytes on disk."""
+    """Return the bytes of a folder's weights and metadata on disk."""
     sizes = freebits.inspect(folder)["bytes"]
     return int(sizes["packed"] or sizes["sliced"] or sum(f.stat().st_size for f in folder.glob("*.safetensors")))
 
 
 def sparsity_of(dense: Path, target: int) -> float:
-    """With which the canonical folder of a slice takes about so many bytes."""
+    """Return the sparsity at which the canonical folder of a slice takes about `target` bytes."""
     low, high = 0.0, 0.9
     for _ in range(20):
         middle = (low + high) / 2
-        of = freebits.estimate(dense, middle)["bytes"]["canonical_tied"]
-        low, high = (low, middle) if of < target else (middle, high)
+        estimated = freebits.estimate(dense, middle)["bytes"]["canonical_tied"]
+        low, high = (low, middle) if estimated < target else (middle, high)
     return round(high, 3)
 
 
 def multiplications(model: Any) -> int:
-    """Of a token, by the matrices of the blocks."""
+    """Count the multiplications of one token by the matrices of the blocks."""
     layers = (
         module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and "layers." in name
     )
-    factors = [of for name, of in model.named_parameters() if name.endswith("_shortcut.factor")]
-    pivoted = [of for name, of in model.named_parameters() if name.endswith(".down.rest")]
+    factors = [tensor for name, tensor in model.named_parameters() if name.endswith("_shortcut.factor")]
+    pivoted = [tensor for name, tensor in model.named_parameters() if name.endswith(".down.rest")]
     return (
         sum(layer.weight.numel() for layer in layers)
-        + sum(2 * of.numel() for of in factors)
-        + sum(of.numel() for of in pivoted)
+        + sum(2 * factor.numel() for factor in factors)
+        + sum(tensor.numel() for tensor in pivoted)
     )
 
 
 @torch.no_grad()
 def speed(model: Any) -> float:
-    """Tokens a second of a prompt."""
+    """Return the tokens per second of a prompt."""
     prompt = torch.arange(512)[None]
     run: Callable[[], Any] = lambda: model(input_ids=prompt, use_cache=False)  # noqa: E731
     run()

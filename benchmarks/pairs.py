@@ -1,10 +1,11 @@
-"""What the basis of each head wastes: the dense demo model, off the grid of its dtype or on it, in two dtypes.
+"""Measure what the canonical basis of pairs saves on the dense demo model, in two dtypes.
 
     python -m benchmarks.pairs
 
-Bytes are finished folders' without the entropy stage; perplexity and KL divergence are against the folder that was
-packed, on pages of Python's documentation. The product of a pair is compared on random vectors with that of its exact
-matrices, which are moved off the grid for it: in the basis they have, and in pivots.
+Bytes are those of finished folders without the entropy stage. Perplexity and KL divergence are relative to the dense
+model, on pages of Python's documentation. The last columns compare the product of a rounded pair with that of its exact
+matrices on random vectors, in the original basis and in pivots. The exact matrices are perturbed so that they are not
+on the grid of the dtype.
 """
 
 import statistics
@@ -24,60 +25,52 @@ from freebits.storage.folder import Checkpoint
 from freebits.transforms.paired import pivoted, product_difference
 
 HEADER = (
-    *(
-        "dtype",
-        "bytes, codec none",
-        "bytes, canonical",
-        "numbers less",
-        "perplexity ratio",
-        "mean KL",
-        "max abs Δlogit",
-    ),
-    *("product, own basis", "product, pivots"),
+    *("dtype", "bytes, codec none", "bytes, canonical", "weights saved", "perplexity ratio", "mean KL"),
+    *("max abs Δlogit", "product error, original basis", "product error, pivots"),
 )
 
 
 def main() -> None:
     """Pack, measure, print and save."""
     rows: list[tuple[object, ...]] = []
-    with tempfile.TemporaryDirectory() as made:
+    with tempfile.TemporaryDirectory() as scratch:
         for dtype in (torch.float16, torch.bfloat16):
             name = str(dtype).removeprefix("torch.")
-            dense = Path(made) / name
+            dense, canonical = Path(scratch) / name, Path(scratch) / f"{name} canonical"
             AutoModelForCausalLM.from_pretrained(demo_model(), dtype=dtype).save_pretrained(dense)
             AutoTokenizer.from_pretrained(demo_model()).save_pretrained(dense)
-            plain = freebits.pack(dense, Path(made) / f"{name} plain", codec="none", entropy="none")
-            packed = freebits.pack(dense, Path(made) / f"{name} canonical", entropy="none")
-            stored = PackedFolder(Path(made) / f"{name} canonical").stored
-            words = sum(spec.numel for key, spec in stored.items() if not key.endswith(".pivots"))
-            fewer = sum(spec.numel for spec in Checkpoint(dense).specs.values()) - words
-            found = freebits.verify(Path(made) / f"{name} canonical", against=dense)
-            told = f"{found['ratio']:.5f}", f"{found['mean_kl']:.1e}", f"{found['max_abs_logit_diff']:.3f}"
-            sizes = plain["bytes"]["packed"], packed["bytes"]["packed"], fewer
-            rows.append((name, *sizes, *told, *products(dense, dtype)))
+            plain = freebits.pack(dense, Path(scratch) / f"{name} plain", codec="none", entropy="none")
+            packed = freebits.pack(dense, canonical, entropy="none")
+            stored = PackedFolder(canonical).stored
+            n_stored = sum(spec.numel for key, spec in stored.items() if not key.endswith(".pivots"))
+            n_saved = sum(spec.numel for spec in Checkpoint(dense).specs.values()) - n_stored
+            verdict = freebits.verify(canonical, against=dense)
+            fidelity = f"{verdict['ratio']:.5f}", f"{verdict['mean_kl']:.1e}", f"{verdict['max_abs_logit_diff']:.3f}"
+            sizes = plain["bytes"]["packed"], packed["bytes"]["packed"], n_saved
+            rows.append((name, *sizes, *fidelity, *product_errors(dense, dtype)))
             print(rows[-1], flush=True)
     print_table(HEADER, rows)
     save_csv("pairs", HEADER, rows)
 
 
-def products(dense: Path, dtype: torch.dtype) -> tuple[str, str]:
-    """By how much a pair's product misses once it is rounded, in its own basis and in pivots; medians."""
+def product_errors(dense: Path, dtype: torch.dtype) -> tuple[str, str]:
+    """Return the median error of a pair's product after rounding, in the original basis and in pivots."""
     checkpoint = Checkpoint(dense)
     architecture = Architecture.of(checkpoint.config)
     shapes = {name: spec.shape for name, spec in checkpoint.specs.items()}
     generator = torch.Generator().manual_seed(0)
-    found: tuple[list[float], list[float]] = [], []
+    errors: tuple[list[float], list[float]] = [], []
     for pair in (pair for part in architecture.parts for pair in pairs_of(architecture, part, shapes, dense=True)):
         exact = {}
         for name in pair.names:
-            off = 1 + 0.02 * torch.rand(shapes[name], generator=generator, dtype=torch.float64)
-            exact[name] = checkpoint[name].double() * off
-        for forms, form in zip(found, (exact, pivoted(exact, pair)), strict=True):
-            if form is not None:
-                rounded = {name: tensor.to(dtype) for name, tensor in form.items()}
-                forms.append(product_difference(exact, rounded, pair))
-    own, pivots = (f"{statistics.median(forms):.1e}" for forms in found)
-    return own, pivots
+            factors = 1 + 0.02 * torch.rand(shapes[name], generator=generator, dtype=torch.float64)
+            exact[name] = checkpoint[name].double() * factors
+        for values, matrices in zip(errors, (exact, pivoted(exact, pair)), strict=True):
+            if matrices is not None:
+                rounded = {name: tensor.to(dtype) for name, tensor in matrices.items()}
+                values.append(product_difference(exact, rounded, pair))
+    original, pivots = (f"{statistics.median(values):.1e}" for values in errors)
+    return original, pivots
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
-"""What others make of the off-grid demo model, on the text and with the measure of `benchmarks.quantize`.
+"""Measure other tools' quantized versions of the off-grid demo model, in the same way as `benchmarks.quantize`.
 
     python -m benchmarks.peers --data DATA [--llama-cpp SOURCE --binaries BIN] [--only "NAME; …"]
 
-DATA is a folder with `wikitext-2-raw`; SOURCE is llama.cpp's, with `convert_hf_to_gguf.py`, BIN has `llama-quantize`
-and `llama-imatrix` (without both, its rows are left out). bitsandbytes must be installed for its row. Their
-numbers are turned back into floating point by transformers, which then runs every model in float32: what is compared is
-what was stored, not the kernels. Bytes are those of the file (llama.cpp) or of what `save_pretrained` writes.
+DATA contains `wikitext-2-raw`. SOURCE is the source folder of llama.cpp with `convert_hf_to_gguf.py`; BIN contains
+`llama-quantize` and `llama-imatrix`. Without these two options the rows of llama.cpp are left out. Install bitsandbytes
+for its row. transformers dequantizes every model and runs it in float32, so the stored weights are compared, not the
+kernels. Bytes are those of the GGUF file, or of the files that `save_pretrained` writes.
 """
 
 import argparse
-import csv
 import subprocess
 import sys
 import tempfile
@@ -22,8 +21,8 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from benchmarks.off_grid import off_grid
-from benchmarks.quantize import WINDOWS, compared
-from benchmarks.results import RESULTS, print_table, save_csv
+from benchmarks.quantize import WINDOWS, compare
+from benchmarks.results import print_table, save_csv, saved_rows
 from freebits.calibration.tokens import token_windows
 from freebits.integrations.loading import load
 
@@ -42,24 +41,24 @@ LIBRARIES: dict[str, Callable[[], Any]] = {
 
 
 def main() -> None:
-    """Measure each row that is wanted, and save it beside those that are there."""
+    """Measure the chosen rows, and save them with the rows measured before."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--llama-cpp", type=Path)
     parser.add_argument("--binaries", type=Path)
-    parser.add_argument("--only", default="", help="rows, by parts of their names")
+    parser.add_argument("--only", default="", help="parts of the names of rows to measure")
     arguments = parser.parse_args()
-    rows = saved()
-    with tempfile.TemporaryDirectory() as made:
-        dense = off_grid(Path(made) / "off-grid")
+    rows = {row[0]: row for row in saved_rows("peers")}
+    with tempfile.TemporaryDirectory() as scratch:
+        dense = off_grid(Path(scratch) / "off-grid")
         texts = arguments.data / "wikitext-2-raw"
         windows = token_windows(dense, (texts / "wiki.valid.raw").read_text(encoding="utf-8"), 1024, WINDOWS)
         reference = load(dense, dtype=torch.float32).eval()
         parts = [part.strip() for part in arguments.only.split(";")]
-        for name, make in all_rows(dense, Path(made), arguments.llama_cpp, arguments.binaries, texts):
+        for name, make in all_rows(dense, Path(scratch), arguments.llama_cpp, arguments.binaries, texts):
             if any(part in name for part in parts):
                 size, model = make()
-                rows[name] = (name, str(size), *compared(reference, model, windows).values())
+                rows[name] = (name, str(size), *compare(reference, model, windows).values())
                 print(rows[name], flush=True)
                 ordered = sorted(rows.values(), key=n_bytes, reverse=True)
                 save_csv("peers", HEADER, ordered)
@@ -67,41 +66,34 @@ def main() -> None:
 
 
 def n_bytes(row: tuple[str, ...]) -> int:
-    """Of a row."""
+    """Return the bytes in a row."""
     return int(row[1])
-
-
-def saved() -> dict[str, tuple[str, ...]]:
-    """The rows that were measured before."""
-    path = RESULTS / "peers.csv"
-    if not path.exists():
-        return {}
-    return {row[0]: tuple(row) for row in list(csv.reader(path.open(newline="")))[2:]}
 
 
 def all_rows(
     dense: Path, scratch: Path, source: Path | None, binaries: Path | None, texts: Path
 ) -> Iterator[tuple[str, Callable[[], tuple[int, Any]]]]:
-    """Names, and what makes a model and says its bytes."""
+    """Yield the name of each row and a function that returns the bytes and the loaded model."""
     if source and binaries:
         gguf, importance = scratch / "dense.gguf", scratch / "importance.gguf"
         run(sys.executable, source / "convert_hf_to_gguf.py", dense, "--outtype", "f16", "--outfile", gguf)
-        for spec in LLAMA_CPP:
-            yield f"llama.cpp {spec}", partial(from_gguf, binaries, gguf, spec)
+        for gguf_type in LLAMA_CPP:
+            yield f"llama.cpp {gguf_type}", partial(from_gguf, binaries, gguf, gguf_type)
         train = scratch / "train.txt"
         text = (texts / "wikitext2_train.txt").read_text(encoding="utf-8")
         train.write_text(text[: text.rindex("\n")], encoding="utf-8")
         run(binaries / "llama-imatrix", "-m", gguf, "-f", train, "-o", importance, "--chunks", "100", "-c", "512")
-        for spec in WITH_IMPORTANCE:
-            yield f"llama.cpp {spec}, {IMPORTANCE}", partial(from_gguf, binaries, gguf, spec, "--imatrix", importance)
+        for gguf_type in WITH_IMPORTANCE:
+            make = partial(from_gguf, binaries, gguf, gguf_type, "--imatrix", importance)
+            yield f"llama.cpp {gguf_type}, {IMPORTANCE}", make
     for name, config in LIBRARIES.items():
         yield name, partial(from_library, dense, scratch / "saved", config)
 
 
-def from_gguf(binaries: Path, gguf: Path, spec: str, *options: Any) -> tuple[int, Any]:
-    """Quantized by llama.cpp, and turned back by transformers."""
-    out = gguf.with_name(f"{spec}.gguf")
-    run(binaries / "llama-quantize", *options, gguf, out, spec)
+def from_gguf(binaries: Path, gguf: Path, gguf_type: str, *options: Any) -> tuple[int, Any]:
+    """Quantize with llama.cpp; return the bytes of the file, and the model that transformers loads from it."""
+    out = gguf.with_name(f"{gguf_type}.gguf")
+    run(binaries / "llama-quantize", *options, gguf, out, gguf_type)
     size = out.stat().st_size
     model: Any = AutoModelForCausalLM.from_pretrained(out.parent, gguf_file=out.name, dtype=torch.float32).eval()
     out.unlink()
@@ -109,14 +101,14 @@ def from_gguf(binaries: Path, gguf: Path, spec: str, *options: Any) -> tuple[int
 
 
 def from_library(dense: Path, out: Path, config: Callable[[], Any]) -> tuple[int, Any]:
-    """Quantized while transformers loads it; what it writes is measured."""
+    """Quantize while transformers loads; return the bytes that `save_pretrained` writes, and the model."""
     model: Any = AutoModelForCausalLM.from_pretrained(dense, quantization_config=config(), dtype=torch.float32).eval()
     model.save_pretrained(out)
     return sum(file.stat().st_size for file in out.iterdir()), model
 
 
 def run(*command: Any) -> None:
-    """A program of theirs."""
+    """Run an external program, and discard what it prints."""
     subprocess.run([*map(str, command)], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 

@@ -1,10 +1,10 @@
-"""Bytes and bits against perplexity and KL divergence: every way to quantize, on the off-grid demo model.
+"""Measure bits, bytes, perplexity and KL divergence of every quantization method on the off-grid demo model.
 
     python -m benchmarks.quantize --data DATA [--only "NAME; …"]
 
-DATA is a folder with `wikitext-2-raw/wiki.valid.raw`. Everything is calibrated on text that the model writes itself,
-and measured on the first 16 windows of 1024 tokens of WikiText-2's validation text. Bits are those of everything that
-the quantized matrices take on disk; bytes are of the finished folder.
+DATA contains `wikitext-2-raw/wiki.valid.raw`. All methods calibrate on self-generated data. They are measured on the
+first 16 windows of 1024 tokens of WikiText-2's validation text. Bits include everything that the quantized matrices
+take on disk; bytes are those of the finished folder.
 """
 
 import argparse
@@ -46,7 +46,7 @@ HEADER = ("row", "bits", "bytes", "perplexity", "ratio", "mean_kl")
 WINDOWS = 16
 MB = 1_000_000
 ROWS: dict[str, tuple[str, str, Goal]] = {
-    # name: (which matrices, rotation, how)
+    # name: (which matrices, rotation, goal)
     "whole, 102 MB": ("all", "none", Goal(size=102 * MB)),
     "whole, 90 MB": ("all", "none", Goal(size=90 * MB)),
     "whole, 78 MB": ("all", "none", Goal(size=78 * MB)),
@@ -73,15 +73,15 @@ ROWS: dict[str, tuple[str, str, Goal]] = {
 
 
 def main() -> None:
-    """Measure each row that is not measured yet."""
+    """Measure the chosen rows, save them with the rows measured before, and plot all."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--only", default="", help="rows, by parts of their names")
-    parser.add_argument("--scratch", type=Path, help="keep what was made here")
+    parser.add_argument("--only", default="", help="parts of the names of rows to measure")
+    parser.add_argument("--scratch", type=Path, help="folder in which to keep the quantized models")
     arguments = parser.parse_args()
-    wanted = [name for name in ROWS if any(part in name for part in arguments.only.split(";"))]
-    with tempfile.TemporaryDirectory() as made, ExitStack() as stack:
-        scratch = arguments.scratch or Path(made)
+    names = [name for name in ROWS if any(part in name for part in arguments.only.split(";"))]
+    with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
+        scratch = arguments.scratch or Path(temporary)
         dense = scratch / "off-grid"
         if not dense.is_dir():
             off_grid(dense)
@@ -90,41 +90,47 @@ def main() -> None:
         executor = stack.enter_context(Parallel().executor())
         caches, source = calibrated(dense, Work(executor, WorkStore(scratch / "store")))
         reference = load(dense, dtype=torch.float32).eval()
-        for name in wanted:
+        for name in names:
             which, rotation, goal = ROWS[name]
             cache = caches[rotation]
             embedding = "model.embed_tokens.weight"
-            chosen = {n for n in cache.tensors if which == "all" or (n == embedding) == (which == "embeddings")}
+            chosen = {
+                tensor for tensor in cache.tensors if which == "all" or (tensor == embedding) == (which == "embeddings")
+            }
             out = scratch / name.replace(" ", "-").replace(",", "")
             shutil.rmtree(out, ignore_errors=True)
             with new_directory(out) as directory:
-                of = cache.only(chosen), cache.only(())
-                contents = write_rounded(directory, source, *of, goal, "entropy", executor, silent)
+                calibrated_cache, other_cache = cache.only(chosen), cache.only(())
+                contents = write_rounded(
+                    directory, source, calibrated_cache, other_cache, goal, "entropy", executor, silent
+                )
                 history: list[dict[str, Any]] = [{"transform": goal.method, "fidelity": "lossy"}]
                 publish(directory, source, contents, source.config, (goal.method, "auto"), history)
             folder = PackedFolder(out)
-            n_weights_of = sum(source.specs[n].numel for n in chosen)
-            coded = sum(
-                spec.n_bytes for n, spec in folder.stored.items() if n.partition(".weight.")[0] + ".weight" in chosen
+            n_weights = sum(source.specs[tensor].numel for tensor in chosen)
+            n_bytes = sum(
+                spec.n_bytes
+                for stored, spec in folder.stored.items()
+                if stored.partition(".weight.")[0] + ".weight" in chosen
             )
-            result = compared(reference, load(out, dtype=torch.float32).eval(), windows)
-            row = {"row": name, "bits": f"{8 * coded / n_weights_of:.3f}", "bytes": bytes_on_disk(folder), **result}
+            result = compare(reference, load(out, dtype=torch.float32).eval(), windows)
+            row = {"row": name, "bits": f"{8 * n_bytes / n_weights:.3f}", "bytes": bytes_on_disk(folder), **result}
             print(row, flush=True)
-            rows = {of[0]: of for of in saved()} | {name: tuple(map(str, row.values()))}
-            save_csv("quantize", HEADER, [rows[of] for of in ROWS if of in rows])
+            rows = {saved[0]: saved for saved in saved_rows()} | {name: tuple(map(str, row.values()))}
+            save_csv("quantize", HEADER, [rows[label] for label in ROWS if label in rows])
             plot()
 
 
-def saved() -> list[tuple[str, ...]]:
-    """The rows that were measured before."""
+def saved_rows() -> list[tuple[str, ...]]:
+    """Return the rows measured before."""
     if not RESULTS.exists():
         return []
     return [tuple(row) for row in csv.reader(RESULTS.open(newline="")) if row[0] in ROWS]
 
 
 def plot() -> None:
-    """Bytes against perplexity: whole models in integers, and linear layers in every way."""
-    rows = [(name, int(size), float(ratio)) for name, _, size, _, ratio, _ in saved()]
+    """Plot perplexity against bytes of quantized models and of llama.cpp's files."""
+    rows = [(name, int(size), float(ratio)) for name, _, size, _, ratio, _ in saved_rows()]
     figure, axes = plt.subplots(figsize=(7, 4))
     lines = {"everything in integers": "whole", "linear layers in integers": "linear, integers"}
     for label, start in lines.items():
@@ -136,11 +142,10 @@ def plot() -> None:
             axes.annotate(
                 name.removeprefix("linear, "), (size / MB, ratio), fontsize=7, xytext=(4, 4), textcoords="offset points"
             )
-    theirs = peers()
-    axes.plot(
-        [size / MB for _, size, _ in theirs], [ratio for *_, ratio in theirs], "s", color="gray", label="llama.cpp"
-    )
-    for name, size, ratio in theirs:
+    points_of_peers = peers()
+    sizes, ratios = [size / MB for _, size, _ in points_of_peers], [ratio for *_, ratio in points_of_peers]
+    axes.plot(sizes, ratios, "s", color="gray", label="llama.cpp")
+    for name, size, ratio in points_of_peers:
         label = name.removeprefix("llama.cpp ")
         axes.annotate(label, (size / MB, ratio), fontsize=7, xytext=(5, 3), textcoords="offset points", color="gray")
     axes.set(
@@ -154,7 +159,7 @@ def plot() -> None:
 
 
 def peers() -> list[tuple[str, int, float]]:
-    """What llama.cpp makes without a text, as `benchmarks.peers` measured it."""
+    """Return name, bytes and perplexity ratio of llama.cpp's files without an importance matrix."""
     path = RESULTS.with_name("peers.csv")
     rows = list(csv.reader(path.open(newline="")))[2:] if path.exists() else []
     return [
@@ -163,29 +168,29 @@ def peers() -> list[tuple[str, int, float]]:
 
 
 def calibrated(dense: Path, work: Work) -> tuple[dict[str, SensitivityCache], Checkpoint]:
-    """What is known of each matrix, as it is and rotated."""
+    """Calibrate on self-generated data; return a sensitivity cache for each rotation, and the source."""
     source, running = Checkpoint(dense), RunningModel(dense, torch.device("cpu"))
     tokens = self_generated_windows(dense, SAMPLES, WINDOW, 0, torch.device("cpu"))
     caches = {}
     for name, rotation in (("none", None), ("hadamard", 0)):
-        apart = Work(work.executor, WorkStore(work.store.folder / name))
-        measured = measure_matrices(running, tokens, apart, 0, rotation, silent)
-        caches[name] = SensitivityCache(apart, source, rotation)
+        work_of_rotation = Work(work.executor, WorkStore(work.store.folder / name))
+        measured = measure_matrices(running, tokens, work_of_rotation, 0, rotation, silent)
+        caches[name] = SensitivityCache(work_of_rotation, source, rotation)
         caches[name].add(whole_tensors(measured.matrices, source))
     return caches, source
 
 
 @torch.no_grad()
-def compared(reference: Any, model: Any, windows: torch.Tensor) -> dict[str, str]:
-    """Perplexity against the reference's, and mean KL divergence from it."""
+def compare(reference: Any, model: Any, windows: torch.Tensor) -> dict[str, str]:
+    """Return a model's perplexity, its ratio to the reference's, and the mean KL divergence from the reference."""
     losses: list[tuple[float, float]] = []
     divergence = 0.0
     for window in tqdm(windows, disable=None):
-        theirs, ours = logits(reference, window), logits(model, window)
-        losses.append((loss(theirs, window), loss(ours, window)))
-        log_p, log_q = log_softmax(theirs, -1), log_softmax(ours, -1)
+        expected, actual = logits(reference, window), logits(model, window)
+        losses.append((loss(expected, window), loss(actual, window)))
+        log_p, log_q = log_softmax(expected, -1), log_softmax(actual, -1)
         divergence += kl_div(log_q, log_p, log_target=True, reduction="batchmean").item() / len(windows)
-    before, after = (perplexity(of) for of in zip(*losses, strict=True))
+    before, after = (perplexity(values) for values in zip(*losses, strict=True))
     return {"perplexity": f"{after:.4f}", "ratio": f"{after / before:.4f}", "mean_kl": f"{divergence:.4f}"}
 
 

@@ -1,10 +1,10 @@
-"""Time and memory of `quantize` for large models: exact shapes, random weights, a given text.
+"""Measure time and memory of `quantize` on large models with exact shapes and random weights.
 
     python -m benchmarks.quantize_large SCRATCH [--models "llama-3.2-1b; opt-6.7b; llama-2-7b"] [--blocks N]
 
-Each model is made with normally distributed weights in bfloat16 and a tokenizer of 4,096 words, and quantized at 4 bits
-from 32 windows of 256 words drawn at random. That runs in a process of its own, which tells its seconds and the most
-memory that it held (mapped files not counted, but there are none). SCRATCH needs room for three times the model.
+Each model has normally distributed weights in bfloat16 and a tokenizer of 4,096 words. It is quantized to 4 bits and
+calibrated on 32 windows of 256 random words. A child process quantizes and reports its seconds and peak memory without
+mapped files. SCRATCH needs free space for three times the model.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("scratch", type=Path)
     parser.add_argument("--models", default="llama-3.2-1b; opt-6.7b; llama-2-7b")
-    parser.add_argument("--blocks", type=int, help="of how many blocks the models are made (default: all)")
+    parser.add_argument("--blocks", type=int, help="blocks of each model (default: all)")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     scratch: Path = arguments.scratch
@@ -50,7 +50,7 @@ def main() -> None:
         )
         return
     rows = []
-    for model in (part.strip() for part in arguments.models.split(";")):
+    for model in (name.strip() for name in arguments.models.split(";")):
         config = json.loads((CONFIGS / f"{model}.json").read_text())
         config |= {"num_hidden_layers": arguments.blocks or config["num_hidden_layers"]}
         write_dense(scratch / "dense", config)
@@ -63,8 +63,8 @@ def main() -> None:
             "--child",
             str(scratch / "quantized"),
         ]
-        told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=dict(os.environ)).stdout
-        seconds, memory = map(float, told.split())
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=dict(os.environ)).stdout
+        seconds, memory = map(float, output.split())
         sizes = n_bytes(scratch / "dense"), n_bytes(scratch / "quantized")
         rows.append((model, config["num_hidden_layers"], f"{seconds:.0f}", f"{memory / 1e9:.2f}", *sizes, cores()))
         print(rows[-1], flush=True)
@@ -74,13 +74,13 @@ def main() -> None:
 
 
 def write_text(path: Path) -> None:
-    """Words drawn at random."""
+    """Write random words."""
     numbers = torch.randint(N_WORDS, (10_000,), generator=torch.Generator().manual_seed(1))
     path.write_text(" ".join(f"w{number:04}" for number in numbers.tolist()), encoding="utf-8")
 
 
 def write_dense(folder: Path, config: dict[str, Any]) -> None:
-    """A model with random weights, and a tokenizer of words."""
+    """Write a model with random weights, and a tokenizer that splits at spaces."""
     folder.mkdir(parents=True)
     shapes = dense_shapes(config, folder)
     generator = torch.Generator().manual_seed(0)
@@ -90,9 +90,9 @@ def write_dense(folder: Path, config: dict[str, Any]) -> None:
             writer.write(name, (tensor + ("norm" in name and name.endswith("weight"))).bfloat16())
     classes = {"architectures": [CLASSES[config["model_type"]]], "bos_token_id": 0, "eos_token_id": 1}
     write_json(folder / "config.json", config | classes | {"dtype": "bfloat16"})
-    words = Tokenizer(models.WordLevel({f"w{number:04}": number for number in range(N_WORDS)}, unk_token="w0000"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0000", eos_token="w0001").save_pretrained(folder)
+    tokenizer = Tokenizer(models.WordLevel({f"w{number:04}": number for number in range(N_WORDS)}, unk_token="w0000"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0000", eos_token="w0001").save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""Checkpoints that other tools have quantized: what is saved without loss, and what quantizing them costs.
+"""Pack and quantize checkpoints that other tools have quantized.
 
     python -m benchmarks.quantized_inputs [SCRATCH] [--data DIR] [--formats PART;PART] [--lossless-only]
 
-The linear layers of the demo model's blocks are quantized in each format (`tests/quantized_inputs.py`: by the package
-that defines the format where there is one). *Lossless* is what `pack --codec none` leaves of the bytes of these layers:
-of all, of the weights, of their scales; `entropy` is the empirical entropy of the weights' bytes, in per cent of them,
-which no code of single bytes passes. *Lossy*: `quantize` at 4 bits, calibrated on WikiText-2's training text; mean KL
-divergence from the model that was read, on 8 x 512 tokens of the validation text; the last row is the model in 16 bits.
+`tests/quantized_inputs.py` quantizes the linear layers of the demo model in each format, if possible with the package
+that defines the format. *Lossless* is the size of these layers after `pack --codec none`, in percent of their size
+before; *weights* and *scales* are the same for their parts. *Entropy* is the empirical entropy of the weights' bytes in
+percent, a lower bound for codes of single bytes. *KL at 4 bits* is the mean KL divergence of `quantize` at 4 bits from
+its input: calibrated on WikiText-2's training text, measured on 8 x 512 tokens of the validation text. The input of the
+last row is the model in 16 bits.
 """
 
 import argparse
@@ -23,7 +24,8 @@ from benchmarks.results import print_table, save_csv
 from examples.demo_model import demo_model
 from freebits.calibration.tokens import token_windows
 from freebits.evaluation.sizes import bits_by_tensor
-from freebits.evaluation.verification import compared
+from freebits.evaluation.verification import compare_models
+from freebits.execution.progress import silent
 from freebits.packed.reader import PackedFolder
 from freebits.storage.folder import Checkpoint
 from freebits.types import bytes_of
@@ -42,32 +44,32 @@ def main() -> None:
     parser.add_argument("--formats", default="")
     parser.add_argument("--lossless-only", action="store_true")
     arguments = parser.parse_args()
-    folder_ = arguments.data / "wikitext-2-raw"
+    wikitext = arguments.data / "wikitext-2-raw"
     names = ("wikitext2_train.txt", "wiki.valid.raw")
-    texts = [(folder_ / name).read_text(encoding="utf-8")[:300_000] for name in names]
+    texts = [(wikitext / name).read_text(encoding="utf-8")[:300_000] for name in names]
     rows = []
-    with tempfile.TemporaryDirectory() as made:
-        scratch = arguments.scratch or Path(made)
+    with tempfile.TemporaryDirectory() as temporary:
+        scratch = arguments.scratch or Path(temporary)
         dense = demo_model()
-        for format_ in (*MAKERS, SIXTEEN):
-            if not any(part in format_ for part in arguments.formats.split(";")):
+        for name in (*MAKERS, SIXTEEN):
+            if not any(part in name for part in arguments.formats.split(";")):
                 continue
             folder = dense
             sizes: tuple[str, ...] = ("16.00", "", "", "", "")
-            if format_ != SIXTEEN:
+            if name != SIXTEEN:
                 folder = scratch / "quantized"
                 shutil.rmtree(folder, ignore_errors=True)
-                save_quantized(dense, folder, format_)
+                save_quantized(dense, folder, name)
                 sizes = lossless(dense, folder, scratch / "packed")
-            cost = "" if arguments.lossless_only else f"{lossy(folder, scratch / 'rounded', *texts):.4f}"
-            rows.append((format_, *sizes, cost))
+            mean_kl = "" if arguments.lossless_only else f"{lossy(folder, scratch / 'rounded', *texts):.4f}"
+            rows.append((name, *sizes, mean_kl))
             print("; ".join(rows[-1]), flush=True)
             save_csv("quantized_inputs", HEADER, rows)
     print_table(HEADER, rows)
 
 
 def lossless(dense: Path, folder: Path, packed: Path) -> tuple[str, ...]:
-    """Bits of a weight before, and what is left of the bytes of quantized layers, in per cent."""
+    """Return the bits per weight of the input, and the sizes of packed layers in percent."""
     shutil.rmtree(packed, ignore_errors=True)
     freebits.pack(folder, packed, codec="none")
     plain = Checkpoint(dense).specs
@@ -79,32 +81,32 @@ def lossless(dense: Path, folder: Path, packed: Path) -> tuple[str, ...]:
     for name, spec in source.specs.items():
         if plain.get(name) == spec:
             continue
-        large = spec.n_bytes >= 0.2 * sum(
-            of.n_bytes for n, of in source.specs.items() if n.rpartition(".")[0] == name.rpartition(".")[0]
-        )
-        part = "weights" if large else "scales"
+        layer = name.rpartition(".")[0]
+        layer_bytes = sum(other.n_bytes for n, other in source.specs.items() if n.rpartition(".")[0] == layer)
+        is_weight = spec.n_bytes >= 0.2 * layer_bytes
+        part = "weights" if is_weight else "scales"
         before[part] += spec.n_bytes
         after[part] += bits[name] * spec.numel / 8
-        counts += torch.bincount(torch.from_numpy(bytes_of(source[name])).int(), minlength=256) if large else 0
-    n_weights = sum(of.numel for name, of in plain.items() if name.endswith("proj.weight"))
-    left = [f"{100 * after[part] / max(1, before[part]):.1f} %" for part in ("weights", "scales")]
+        counts += torch.bincount(torch.from_numpy(bytes_of(source[name])).int(), minlength=256) if is_weight else 0
+    n_weights = sum(spec.numel for name, spec in plain.items() if name.endswith("proj.weight"))
+    shares = [f"{100 * after[part] / max(1, before[part]):.1f} %" for part in ("weights", "scales")]
     total = 100 * sum(after.values()) / sum(before.values())
     width = f"{8 * sum(before.values()) / n_weights:.2f}"
-    return width, f"{total:.1f} %", left[0], f"{100 * entropy(counts) / 8:.1f} %", left[1]
+    return width, f"{total:.1f} %", shares[0], f"{100 * entropy(counts) / 8:.1f} %", shares[1]
 
 
 def entropy(counts: Tensor) -> float:
-    """Of bytes that occur so often, in bits."""
+    """Return the entropy in bits of a byte with these counts of values."""
     p = counts[counts > 0].double() / counts.sum()
     return float(-(p * p.log2()).sum())
 
 
 def lossy(folder: Path, out: Path, text: str, held_out: str) -> float:
-    """The mean KL divergence of the quantized model from the one that was read."""
+    """Quantize to 4 bits, and return the mean KL divergence from the input."""
     shutil.rmtree(out, ignore_errors=True)
     freebits.quantize(folder, out, bits=4, calibration=text, samples=16)
     windows = token_windows(folder, held_out, 512, 8)
-    measured: dict[str, Any] = compared(folder, out, windows, lambda *_: None)
+    measured: dict[str, Any] = compare_models(folder, out, windows, silent)
     return float(measured["mean_kl"])
 
 

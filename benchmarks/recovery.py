@@ -1,10 +1,10 @@
-"""What recovery makes good: the off-grid demo model at 3 bits, sliced, and with narrow layers. Half an hour.
+"""Measure `recover` on the off-grid demo model: quantized to 3 bits, sliced, and low-rank. Half an hour.
 
     python -m benchmarks.recovery WIKITEXT [--samples 128,512]
 
-WIKITEXT is the folder of wikitext-2-raw. Everything is calibrated and trained on text that the dense model writes
-itself, and measured on the first 16 windows of 1024 tokens of WikiText-2's validation text, which is another domain.
-Bytes are finished folders', those of plain ones packed by default; minutes are the recovery's, its text included.
+WIKITEXT is the folder wikitext-2-raw. Calibration and training use self-generated data of the dense model. All models
+are measured on the first 16 windows of 1024 tokens of WikiText-2's validation text, which is another domain. Bytes are
+those of packed folders. Minutes are those of `recover`, including the generation of its data.
 """
 
 import argparse
@@ -18,24 +18,33 @@ import torch
 import freebits
 from benchmarks.low_rank import size
 from benchmarks.off_grid import off_grid
-from benchmarks.quantize import compared
+from benchmarks.quantize import compare
 from benchmarks.results import print_table, save_csv
 from freebits.calibration.tokens import token_windows
 from freebits.integrations.loading import load
 
-HEADER = ("model", "windows trained on", "bytes", "perplexity", "ratio", "mean KL", "KL on its own text", "minutes")
+HEADER = (
+    "model",
+    "windows trained on",
+    "bytes",
+    "perplexity",
+    "ratio",
+    "mean KL",
+    "KL on self-generated data",
+    "minutes",
+)
 
 
 def main() -> None:
-    """Make, measure, print and save."""
+    """Convert, recover, measure, print and save."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("wikitext", type=Path)
     parser.add_argument("--samples", default="128", help="windows to train on (default: %(default)s)")
     arguments = parser.parse_args()
     valid = (arguments.wikitext / "wiki.valid.raw").read_text(encoding="utf-8")
     rows: list[tuple[object, ...]] = []
-    with tempfile.TemporaryDirectory() as made:
-        scratch = Path(made)
+    with tempfile.TemporaryDirectory() as temporary:
+        scratch = Path(temporary)
         dense = off_grid(scratch / "dense")
         windows = token_windows(dense, valid, 1024, 16)
         reference = load(dense, dtype=torch.float32).eval()
@@ -46,10 +55,10 @@ def main() -> None:
                 packed = scratch / f"{folder.name}, packed"
                 freebits.pack(folder, packed)
             model: Any = load(folder, dtype=torch.float32).eval()
-            own = "" if kl is None else f"{kl:.4f}"
+            self_generated_kl = "" if kl is None else f"{kl:.4f}"
             minutes = f"{seconds / 60:.1f}" if seconds else ""
-            found = compared(reference, model, windows).values()
-            rows.append((name, samples or "", size(packed), *found, own, minutes))
+            comparison = compare(reference, model, windows).values()
+            rows.append((name, samples or "", size(packed), *comparison, self_generated_kl, minutes))
             print(rows[-1], flush=True)
             save_csv("recovery", HEADER, rows)
 

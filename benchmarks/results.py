@@ -1,4 +1,4 @@
-"""Where results go, and on what machine they were made."""
+"""Save and print tables of results, with the machine they were measured on."""
 
 import csv
 import logging
@@ -16,7 +16,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def machine() -> str:
-    """Processor, cores and versions, in one line."""
+    """Return the processor, the number of cores and the versions of packages in one line."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -27,7 +27,7 @@ def machine() -> str:
 
 
 def save_csv(name: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write a table of numbers, the machine in its first line as a comment."""
+    """Write a table as CSV; the first line is a comment that names the machine."""
     RESULTS.mkdir(exist_ok=True)
     with (RESULTS / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
         file.write(f"# {machine()}\n")
@@ -41,20 +41,20 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None
 
 
 def saved_rows(name: str) -> list[tuple[str, ...]]:
-    """The rows of a table that was saved before."""
+    """Return the rows of a saved table, none if it does not exist."""
     path = RESULTS / f"{name}.csv"
     return [tuple(row) for row in csv.reader(path.read_text().splitlines()[2:])] if path.exists() else []
 
 
 def write_page(path: Path, title: str, about: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table as a page of the documentation."""
+    """Write a table as a page of the documentation."""
     cells = (" | ".join(cell.replace("|", "/") for cell in row) for row in rows)
     lines = [f"# {title}", "", about, "", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     path.write_text("\n".join([*lines, *(f"| {row} |" for row in cells)]) + "\n", encoding="utf-8")
 
 
 def many_small_models() -> None:
-    """Settings for trying one small model after another: one thread, and nothing said by transformers."""
+    """Configure a run over many small models: one thread, and no messages from transformers."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()

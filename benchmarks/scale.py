@@ -1,21 +1,19 @@
-"""Time, memory and disk of large models: exact shapes, random weights, made and removed block by block.
+"""Measure time, memory and disk of packing and unpacking large models with exact shapes and random weights.
 
     python -m benchmarks.scale SCRATCH [--models "opt-1.3b; opt-6.7b; llama-2-7b"] [--blocks 2,6] [--steps PART,…]
-    python -m benchmarks.scale SCRATCH --jobs [--steps canonical]   # two pieces at once against one
-    python -m benchmarks.scale SCRATCH --plot                       # of what was measured before
+    python -m benchmarks.scale SCRATCH --jobs [--steps canonical]   # compare two jobs with one
+    python -m benchmarks.scale SCRATCH --plot                       # plot saved results
 
-The weights of a stream's axis decay as those of a sliced model do, and shortcuts are corners of orthogonal matrices, as
-slicing leaves them; no function is computed. Each step runs in a process of its own, which tells its seconds and the
-most memory it held of its own (mapped files not counted, but there are none). SCRATCH needs four times the model on
-disk. `copy` reads every tensor by the safetensors library, writes it by that and has it synced to the disk: the limit
-of any unpacking.
+Weights decay along the axis of the stream, and shortcuts are corners of orthogonal matrices, as after slicing. The
+models are never run. Each step runs in a child process, which reports its seconds and its peak memory without mapped
+files. SCRATCH needs free space for four times the model. `copy` reads and writes every tensor with the safetensors
+library and syncs the files to disk: no unpacking can be faster.
 
-All blocks of a model cost the same, so that with --blocks two models are made, of so few blocks, and seconds and bytes
-are those of a straight line through both; the table says so.
+All blocks of a model cost the same. With --blocks, only two models with these numbers of blocks are measured, and
+seconds and bytes of the full model are extrapolated linearly; the column `blocks` shows it.
 """
 
 import argparse
-import csv
 import json
 import os
 import shutil
@@ -24,7 +22,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import freebits
-from benchmarks.results import RESULTS, print_table, save_csv
+from benchmarks.results import RESULTS, print_table, save_csv, saved_rows
 from freebits.api.estimate import dense_shapes
 from freebits.models.layout import Layout
 from freebits.models.table import Architecture, Role, Weight
@@ -47,26 +45,27 @@ CONFIGS = Path(__file__).parent / "configs"
 SPARSITY = 0.2
 SHARD = 2 * 10**9
 HEADER = (
-    *("model", "step", "blocks", "seconds", "MB of the model a second", "peak memory, GB", "bytes of the model"),
+    *("model", "step", "blocks", "seconds", "MB of the model per second", "peak memory, GB", "bytes of the model"),
     *("bytes of the result", "cores"),
 )
 Step = Callable[[Path, Path], object]
 Row = tuple[object, ...]
 JOBS_HEADER = (
     *("model", "codec", "seconds, 1 job, 1 thread", "2 jobs, 1 thread each", "1 job, 2 threads"),
-    *("two jobs against one", "two threads against two jobs"),
+    *("1 job / 2 jobs", "2 jobs / 2 threads"),
 )
 Figures = tuple[float, float, int, int]
+"""Seconds, bytes of memory, bytes of the model, bytes of the result."""
 
 
 def packing(codec: str, entropy: str = "none", jobs: int | None = None) -> Step:
-    """One way to pack."""
+    """Return a step that packs with these options."""
     parallel = freebits.Parallel(jobs=jobs)
     return lambda source, out: freebits.pack(source, out, codec=codec, entropy=entropy, parallel=parallel)
 
 
 STEPS: dict[str, tuple[str, Step]] = {
-    # name: (which folder it takes, what it does)
+    # name: (name of the source folder, function)
     "copy": ("sliced", lambda source, out: copy(source, out)),
     "pack canonical": ("sliced", packing("canonical")),
     "unpack canonical": ("pack canonical", freebits.unpack),
@@ -85,10 +84,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("scratch", type=Path)
     parser.add_argument("--models", default="opt-1.3b; opt-6.7b; llama-2-7b")
-    parser.add_argument("--blocks", default="", help="two numbers of blocks, from which the whole follows")
-    parser.add_argument("--jobs", action="store_true", help="two pieces at once against one")
-    parser.add_argument("--plot", action="store_true", help="plot what was measured")
-    parser.add_argument("--steps", default="", help="those with one of these parts in their names, and what they take")
+    parser.add_argument("--blocks", default="", help="two numbers of blocks to extrapolate from")
+    parser.add_argument("--jobs", action="store_true", help="compare two jobs with one")
+    parser.add_argument("--plot", action="store_true", help="plot saved results")
+    parser.add_argument("--steps", default="", help="parts of the names of steps to run")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -102,75 +101,70 @@ def main() -> None:
         measure_jobs(arguments.scratch, arguments.steps.split(","))
         return
     rows: list[Row] = []
-    for model in (part.strip() for part in arguments.models.split(";")):
+    for model in (name.strip() for name in arguments.models.split(";")):
         config = json.loads((CONFIGS / f"{model}.json").read_text())
         n_blocks = config["num_hidden_layers"]
         counts = [int(count) for count in arguments.blocks.split(",")] if arguments.blocks else [n_blocks]
-        found = [measured(config, arguments.scratch / model, arguments.steps.split(","), count) for count in counts]
-        for name in found[0]:
-            told = ", ".join(map(str, counts)) if arguments.blocks else "all"
-            of = [one[name] for one in found]
-            seconds, size, result = (whole([one[part] for one in of], counts, n_blocks) for part in (0, 2, 3))
-            speed, memory = size / seconds / 1e6, max(one[1] for one in of)
-            figures = (f"{seconds:.0f}", f"{speed:.0f}", f"{memory / 1e9:.2f}", f"{size:.0f}", f"{result:.0f}")
-            rows.append((model, name, told, *figures, cores()))
+        runs = [measured(config, arguments.scratch / model, arguments.steps.split(","), count) for count in counts]
+        for name in runs[0]:
+            blocks = ", ".join(map(str, counts)) if arguments.blocks else "all"
+            all_seconds, memory, sizes, results = zip(*(run[name] for run in runs), strict=True)
+            seconds, size, result = (full_model(values, counts, n_blocks) for values in (all_seconds, sizes, results))
+            speed = size / seconds / 1e6
+            figures = (f"{seconds:.0f}", f"{speed:.0f}", f"{max(memory) / 1e9:.2f}", f"{size:.0f}", f"{result:.0f}")
+            rows.append((model, name, blocks, *figures, cores()))
         save_csv("scale", HEADER, merged(rows))
     print_table(HEADER, rows)
 
 
-def whole(found: list[float], counts: list[int], n_blocks: int) -> float:
-    """What a model of all blocks takes, from models of few, of which each takes the same more."""
-    if len(found) == 1:
-        return found[0]
-    (first, last), (few, more) = found, counts
+def full_model(values: Sequence[float], counts: list[int], n_blocks: int) -> float:
+    """Extrapolate linearly from models with `counts` blocks to one with `n_blocks`."""
+    if len(values) == 1:
+        return values[0]
+    (first, last), (few, more) = values, counts
     return first + (last - first) / (more - few) * (n_blocks - few)
 
 
 def merged(rows: list[Row]) -> list[Row]:
-    """With the rows that were measured before, or on other machines."""
+    """Return the saved rows of other steps or numbers of cores, then the new rows."""
     new = {(*row[:2], row[-1]) for row in rows}
-    return [row for row in saved() if (*row[:2], row[-1]) not in new] + rows
+    return [row for row in saved_rows("scale") if (*row[:2], row[-1]) not in new] + rows
 
 
 def cores() -> str:
-    """Those that this process may use, of how many."""
+    """Return the number of cores that this process may use, and of all cores."""
     return f"{len(os.sched_getaffinity(0))} of {os.cpu_count()}"
 
 
-def saved() -> list[tuple[str, ...]]:
-    """What was measured before."""
-    path = RESULTS / "scale.csv"
-    return [tuple(row) for row in csv.reader(path.read_text().splitlines()[2:])] if path.exists() else []
-
-
 def measured(config: dict[str, Any], scratch: Path, parts: list[str], blocks: int) -> dict[str, Figures]:
-    """Of each step of a model of so many blocks: seconds, memory, bytes of the model and of the result."""
+    """Measure the chosen steps of a model with this number of blocks."""
     scratch.mkdir(parents=True)
     folders = {"sliced": scratch / "sliced"}
     write_sliced(folders["sliced"], config, blocks)
-    found: dict[str, Figures] = {}
+    figures: dict[str, Figures] = {}
     for name, (source, _) in STEPS.items():
         if any(part in name for part in parts):
             folders[name] = scratch / name.replace(" ", "-")
             seconds, memory = in_child(name, folders[source], folders[name])
-            found[name] = (seconds, memory, n_bytes(folders["sliced"]), n_bytes(folders[name]))
-            print(blocks, name, found[name], flush=True)
-            if not any(of == name for of, _ in STEPS.values()):
+            figures[name] = (seconds, memory, n_bytes(folders["sliced"]), n_bytes(folders[name]))
+            print(blocks, name, figures[name], flush=True)
+            if not any(folder == name for folder, _ in STEPS.values()):
                 shutil.rmtree(folders[name])
     shutil.rmtree(scratch)
-    return found
+    return figures
 
 
-def in_child(name: str, source: Path, out: Path, **settings: str) -> tuple[float, float]:
-    """Seconds and memory of a step in a process of its own."""
+def in_child(name: str, source: Path, out: Path, **environment: str) -> tuple[float, float]:
+    """Run a step in a child process with changed environment variables; return its seconds and memory."""
     command = [sys.executable, "-m", "benchmarks.scale", str(out.parent), "--child", name, str(source), str(out)]
-    told = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **settings}).stdout
-    seconds, memory = map(float, told.split())
+    environment = {**os.environ, **environment}
+    output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    seconds, memory = map(float, output.split())
     return seconds, memory
 
 
 def measure_jobs(scratch: Path, parts: list[str]) -> None:
-    """Two jobs against one where BLAS has one thread for each, and one with both threads; interleaved."""
+    """Compare one job, two jobs, and one job with two BLAS threads, in interleaved runs."""
     model, blocks = "opt-1.3b", 3
     source, rows = scratch / "sliced", list[Row]()
     scratch.mkdir(parents=True)
@@ -178,13 +172,14 @@ def measure_jobs(scratch: Path, parts: list[str]) -> None:
     for codec in (codec for codec in ("canonical", "bits-back") if any(part in codec for part in parts)):
         seconds: dict[tuple[int, int], list[float]] = {(1, 1): [], (2, 2): [], (1, 2): []}
         for _ in range(3):
-            for (jobs, threads), found in seconds.items():
+            for (jobs, threads), values in seconds.items():
                 out = scratch / f"{codec}-{jobs}"
-                found.append(in_child(f"pack {codec}, {jobs} jobs", source, out, OMP_NUM_THREADS=str(threads))[0])
+                values.append(in_child(f"pack {codec}, {jobs} jobs", source, out, OMP_NUM_THREADS=str(threads))[0])
                 shutil.rmtree(out)
             print(codec, seconds, flush=True)
-        one, two, both = (statistics.median(found) for found in seconds.values())
-        figures = *(f"{value:.1f}" for value in (one, two, both)), f"{one / two:.2f}", f"{two / both:.2f}"
+        one_job, two_jobs, two_threads = medians = [statistics.median(values) for values in seconds.values()]
+        ratios = f"{one_job / two_jobs:.2f}", f"{two_jobs / two_threads:.2f}"
+        figures = *(f"{value:.1f}" for value in medians), *ratios
         rows.append((f"{model}, {blocks} blocks", codec, *figures))
         save_csv("jobs", JOBS_HEADER, rows)
     shutil.rmtree(scratch)
@@ -192,20 +187,20 @@ def measure_jobs(scratch: Path, parts: list[str]) -> None:
 
 
 def plot() -> None:
-    """Seconds against parameters, with the exponent of a power fitted."""
+    """Plot seconds against the number of weights, with fitted power laws."""
     import matplotlib.pyplot as plt
     import numpy as np
 
     figure, axes = plt.subplots(figsize=(6, 4))
-    rows = saved()
+    rows = saved_rows("scale")
     for step in ("pack canonical", "pack bits-back", "unpack canonical", "unpack bits-back"):
         points = sorted((int(row[6]) / 2e9, float(row[3])) for row in rows if row[1] == step)
         sizes, seconds = np.array(points).T
         exponent, offset = np.polyfit(np.log(sizes), np.log(seconds), 1)
-        print(f"{step}: seconds grow as the parameters' power {exponent:.2f}")
+        print(f"{step}: seconds are proportional to weights^{exponent:.2f}")
         [line] = axes.loglog(sizes, seconds, "o", label=f"{step}: N^{exponent:.2f}")
         axes.loglog(sizes, np.exp(offset) * sizes**exponent, color=line.get_color(), linewidth=1)
-    axes.set(xlabel="billion numbers of the sliced model", ylabel="seconds, two cores")
+    axes.set(xlabel="billion weights of the sliced model", ylabel="seconds, two cores")
     axes.legend()
     axes.grid(visible=True, which="both", alpha=0.3)
     figure.tight_layout()
@@ -213,36 +208,36 @@ def plot() -> None:
 
 
 def n_bytes(folder: Path) -> int:
-    """Of all files."""
+    """Return the bytes of all files of a folder."""
     return sum(file.stat().st_size for file in folder.iterdir())
 
 
 def run(step: Step, source: Path, out: Path) -> None:
-    """Do it, and print seconds and most memory of this process, less what it had before."""
-    ended, most, before = threading.Event(), [0], own_memory()
+    """Run a step; print its seconds and the peak memory that it adds to this process."""
+    ended, peak, before = threading.Event(), [0], own_memory()
 
-    def watch() -> None:
+    def sample_memory() -> None:
         while not ended.wait(0.02):
-            most[0] = max(most[0], own_memory())
+            peak[0] = max(peak[0], own_memory())
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+    sampler = threading.Thread(target=sample_memory)
+    sampler.start()
     start = time.perf_counter()
     step(source, out)
     seconds = time.perf_counter() - start
     ended.set()
-    watcher.join()
-    print(seconds, most[0] - before)
+    sampler.join()
+    print(seconds, peak[0] - before)
 
 
 def own_memory() -> int:
-    """Bytes that are no file's."""
+    """Return the resident bytes of this process without mapped files (Linux)."""
     [line] = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
     return 1024 * int(line.split()[1])
 
 
 def copy(source: Path, out: Path) -> None:
-    """Through the safetensors library, shard by shard."""
+    """Copy weights with the safetensors library, shard by shard."""
     out.mkdir()
     for file in source.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
@@ -252,7 +247,7 @@ def copy(source: Path, out: Path) -> None:
 
 
 def write_sliced(folder: Path, config: dict[str, Any], blocks: int) -> None:
-    """A sliced model with random weights, in float16."""
+    """Write a sliced model with random weights in float16."""
     folder.mkdir()
     config = config | {"num_hidden_layers": blocks, "tie_word_embeddings": False}
     architecture = Architecture.of(config).with_tie(False)
@@ -274,12 +269,12 @@ def write_sliced(folder: Path, config: dict[str, Any], blocks: int) -> None:
                     tensor = corners.get(name)
                     tensor = random_weight(shapes[name], weight, generator) if tensor is None else tensor
                     writer.write(name, tensor.half())
-    kept = {"model_type": architecture.family.sliced_model_type, "dtype": "float16", **layout.to_config()}
-    write_json(folder / "config.json", config | kept | {"architectures": [architecture.family.sliced_causal_lm]})
+    changes = {"model_type": architecture.family.sliced_model_type, "dtype": "float16", **layout.to_config()}
+    write_json(folder / "config.json", config | changes | {"architectures": [architecture.family.sliced_causal_lm]})
 
 
 def random_weight(shape: tuple[int, ...], weight: Weight, generator: torch.Generator) -> Tensor:
-    """Normal numbers that decay along the axis of the stream, which begins with what varies most."""
+    """Return normally distributed weights that decay along the axis of the stream, as after slicing."""
     tensor = torch.randn(shape, generator=generator) * 0.02
     for axis in weight.axes if weight.role is not Role.SHORTCUT else ():
         decay = (1 + torch.arange(shape[axis.dim])).float() ** -0.25

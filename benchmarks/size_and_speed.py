@@ -1,10 +1,9 @@
-"""The race: one model in every form that a user might choose, side by side, two threads each. Forty minutes.
+"""Compare every form in which a user might store a model, with two threads each. Forty minutes.
 
     pip install zipnn
     python -m benchmarks.size_and_speed
 
-DFloat11 is not in it: it decodes with a CUDA kernel, which it loads when it is imported. What its encoder comes to is
-in `benchmarks.entropy`.
+DFloat11 is left out because importing it loads a CUDA kernel. `benchmarks.entropy` measures its encoder.
 """
 
 import json
@@ -44,19 +43,26 @@ CASES = (
     ("float16", 0.3, True),
     ("bfloat16", 0.3, True),
 )
-"""Dtype, sparsity (0 is the dense model), and whether the head is untied."""
+"""(dtype, sparsity (0 is the dense model), whether the head is untied)."""
 HEADER = (
     "model", "form", "bytes", "of safetensors", "compress, MB/s", "decompress, MB/s", "to a loaded model, s",
     "peak memory to compress, MB", "perplexity ratio", "fidelity",
 )  # fmt: skip
-KINDS = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
+TORCH_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 Row = tuple[object, ...]
 
 
 @dataclass(frozen=True)
 class Form:
-    """One way to store a model folder: make another from it, get a plain one back, or a model at once."""
+    """One way to store a model.
+
+    Attributes:
+        compress: takes the model's folder and the folder to write.
+        decompress: takes the compressed folder and the plain folder to write.
+        load: takes the compressed folder and a folder for temporary files, and returns the loaded model.
+        fidelity: what the form preserves.
+    """
 
     compress: Callable[[Path, Path], object]
     decompress: Callable[[Path, Path], object]
@@ -65,30 +71,30 @@ class Form:
 
 
 def plain() -> Form:
-    """Safetensors as it is."""
+    """Return the plain copy."""
     return Form(shutil.copytree, shutil.copytree)
 
 
 def packed(codec: str, entropy: str) -> Form:
-    """Ours."""
+    """Return the form that `freebits.pack` writes."""
     parallel = freebits.Parallel(jobs=2)
     pack = partial(freebits.pack, codec=codec, entropy=entropy, parallel=parallel)
     unpack = partial(freebits.unpack, parallel=parallel)
     return Form(pack, unpack, fidelity="bit-exact" if codec == "none" else "function-preserving")
 
 
-def copy_beside(source: Path, out: Path) -> None:
-    """What lies beside the weights."""
+def copy_auxiliary_files(source: Path, out: Path) -> None:
+    """Copy all files except the weights."""
     shutil.copytree(source, out, ignore=shutil.ignore_patterns("model.*", "packed.*"))
 
 
 def zstd_file(level: int) -> Form:
-    """The file as it is, through zstd, which decompresses in one thread."""
+    """Return zstd on the whole weights file; it decompresses in one thread."""
     key = zstd.CompressionParameter
     options: dict[int, int] = {key.compression_level: level, key.nb_workers: 2}
 
     def compress(source: Path, out: Path) -> None:
-        copy_beside(source, out)
+        copy_auxiliary_files(source, out)
         with (
             weights_file(source).open("rb") as file,
             zstd.ZstdFile(out / "model.zst", "wb", options=options) as target,
@@ -96,7 +102,7 @@ def zstd_file(level: int) -> Form:
             shutil.copyfileobj(file, target, 1 << 20)
 
     def decompress(packed: Path, out: Path) -> None:
-        copy_beside(packed, out)
+        copy_auxiliary_files(packed, out)
         with zstd.ZstdFile(packed / "model.zst") as file, (out / "model.safetensors").open("wb") as target:
             shutil.copyfileobj(file, target, 1 << 20)
 
@@ -104,39 +110,41 @@ def zstd_file(level: int) -> Form:
 
 
 def load_from_file(decompress: Callable[[Path, Path], object], packed: Path, scratch: Path) -> object:
-    """By way of a plain folder."""
+    """Decompress to a plain folder, then load it."""
     decompress(packed, scratch)
     return freebits.load(scratch)
 
 
 def zipnn() -> Form:
-    """ZipNN on every tensor."""
+    """Return ZipNN on every tensor."""
 
     def compress(source: Path, out: Path) -> None:
-        copy_beside(source, out)
+        copy_auxiliary_files(source, out)
         index = []
         for number, (name, tensor) in enumerate(stored_tensors(source).items()):
-            raw, spec = bytes_of(tensor), KINDS.get(tensor.dtype, "")
-            copy = bytearray(raw.data)  # which ZipNN writes into
-            coded: Any = coder(spec).compress(copy) if spec and copy else raw
+            raw, dtype_name = bytes_of(tensor), TORCH_NAMES.get(tensor.dtype, "")
+            copy = bytearray(raw.data)  # ZipNN overwrites its input
+            coded: Any = coder(dtype_name).compress(copy) if dtype_name and copy else raw
             smaller = len(coded) < len(raw)
             (out / f"model.{number}").write_bytes(coded if smaller else raw.data)
-            index.append((name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), spec if smaller else ""))
+            coder_dtype = dtype_name if smaller else ""
+            index.append((name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), coder_dtype))
         (out / "model.json").write_text(json.dumps({"file": weights_file(source).name, "tensors": index}))
 
-    def told(packed: Path) -> Any:
+    def read_index(packed: Path) -> Any:
         return json.loads((packed / "model.json").read_text())
 
     def tensors(packed: Path) -> Iterator[tuple[str, torch.Tensor]]:
-        for number, (name, dtype, shape, spec) in enumerate(told(packed)["tensors"]):
+        for number, (name, dtype, shape, coder_dtype) in enumerate(read_index(packed)["tensors"]):
             content = (packed / f"model.{number}").read_bytes()
-            data = np.frombuffer(coder(spec).decompress(content) if spec else content, np.uint8)
+            data = np.frombuffer(coder(coder_dtype).decompress(content) if coder_dtype else content, np.uint8)
             yield name, torch.from_numpy(np.require(data, requirements="W")).view(getattr(torch, dtype)).reshape(shape)
 
     def decompress(packed: Path, out: Path) -> None:
-        copy_beside(packed, out)
-        shapes = {name: tuple(shape) for name, _, shape, _ in told(packed)["tensors"]}
-        with WeightsWriter(out / told(packed)["file"], shapes) as file:
+        copy_auxiliary_files(packed, out)
+        index = read_index(packed)
+        shapes = {name: tuple(shape) for name, _, shape, _ in index["tensors"]}
+        with WeightsWriter(out / index["file"], shapes) as file:
             for name, tensor in tensors(packed):
                 file.write(name, TensorSpec.of(tensor), bytes_of(tensor))
 
@@ -149,13 +157,13 @@ def zipnn() -> Form:
     return Form(compress, decompress, load)
 
 
-def coder(spec: str) -> Any:
-    """A ZipNN coder for a dtype."""
-    return import_module("zipnn").ZipNN(bytearray_dtype=spec, threads=2)
+def coder(dtype_name: str) -> Any:
+    """Return a ZipNN coder for a dtype."""
+    return import_module("zipnn").ZipNN(bytearray_dtype=dtype_name, threads=2)
 
 
-def both(inner: Form, outer: Form) -> Form:
-    """One after the other."""
+def chained(inner: Form, outer: Form) -> Form:
+    """Return the form that compresses with `inner`, then with `outer`."""
 
     def compress(source: Path, out: Path) -> None:
         with tempfile.TemporaryDirectory(dir=out.parent) as directory:
@@ -171,7 +179,7 @@ def both(inner: Form, outer: Form) -> Form:
 
 
 def forms(sliced: bool) -> dict[str, Form]:
-    """What takes part."""
+    """Return the forms to compare, by name."""
     general = {
         "safetensors": plain(),
         "zstd -3": zstd_file(3),
@@ -179,31 +187,31 @@ def forms(sliced: bool) -> dict[str, Form]:
         "ZipNN": zipnn(),
         "freebits none": packed("none", "auto"),
     }
-    ours = {
+    only_sliced = {
         "bits-back": packed("bits-back", "none"),
-        "bits-back + ZipNN": both(packed("bits-back", "none"), zipnn()),
+        "bits-back + ZipNN": chained(packed("bits-back", "none"), zipnn()),
         "canonical": packed("canonical", "none"),
         "canonical + entropy": packed("canonical", "auto"),
     }
-    return general | (ours if sliced else {})
+    return general | (only_sliced if sliced else {})
 
 
 def size(folder: Path, source: Path) -> int:
-    """Bytes of a form; everything counted but what the source has beside its weights and config: tokenizer and such."""
+    """Return the bytes of a form without the source's auxiliary files, such as the tokenizer."""
     auxiliary = {file.name for file in source.iterdir()} - {"config.json", "model.safetensors"}
     return sum(file.stat().st_size for file in folder.iterdir() if file.name not in auxiliary)
 
 
 def seconds(step: Callable[[], object], *leftovers: Path) -> float:
-    """How long a step takes; what it wrote before is removed."""
+    """Remove the output of an earlier run, then return the seconds of a step."""
     for path in leftovers:
         shutil.rmtree(path, ignore_errors=True)
-    np.ones(1 << 30, np.uint8)  # that no step pays for memory that a virtual machine had given back
+    np.ones(1 << 30, np.uint8)  # so that no step pays for memory that a virtual machine has reclaimed
     return timed(step)
 
 
 def peak_memory(form: str, source: Path, scratch: Path) -> float:
-    """Largest resident set while compressing, in a process of its own, less that of the bare process."""
+    """Return the MB that compressing adds to the peak resident set of a child process."""
     out = scratch / "peak"
     shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, "-m", "benchmarks.size_and_speed", form, str(source), str(out)]
@@ -212,69 +220,69 @@ def peak_memory(form: str, source: Path, scratch: Path) -> float:
 
 
 def measured_compression(form: str, source: str, out: str) -> None:
-    """The other side of `peak_memory`."""
-    coder("float16")  # imports count for none
+    """Run in the child process of `peak_memory`, and print the measurement."""
+    coder("float16")  # import ZipNN first, so that the import is not measured
     before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of the imports
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     forms(sliced=True)[form].compress(Path(source), Path(out))
     print(resident("VmHWM") - before)
 
 
 def resident(field: str) -> float:
-    """Of this process, in MB; mapped files count."""
+    """Return a field of this process's status in MB; mapped files count (Linux)."""
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:")]
     return int(line.split()[1]) / 1000
 
 
 def race(name: str, source: Path, sliced: bool, scratch: Path) -> list[Row]:
-    """Every form of one model, taking turns."""
-    contenders = forms(sliced)
-    packed_, back = scratch / "packed", scratch / "back"
-    times: dict[str, list[list[float]]] = {form: [[], [], []] for form in contenders}
+    """Measure every form of one model in interleaved runs."""
+    candidates = forms(sliced)
+    compressed, decompressed = scratch / "packed", scratch / "unpacked"
+    times: dict[str, list[list[float]]] = {label: [[], [], []] for label in candidates}
     sizes: dict[str, int] = {}
     for run in range(RUNS):
-        for label, form in contenders.items():
+        for label, form in candidates.items():
             if label == "zstd -19" and run:
-                continue  # a minute or more, which hardly varies
-            times[label][0].append(seconds(partial(form.compress, source, packed_), packed_))
-            times[label][1].append(seconds(partial(form.decompress, packed_, back), back))
-            times[label][2].append(seconds(partial(form.load, packed_, scratch / "loaded"), scratch / "loaded"))
-            sizes[label] = size(packed_, source)
+                continue  # takes a minute or more, which hardly varies
+            times[label][0].append(seconds(partial(form.compress, source, compressed), compressed))
+            times[label][1].append(seconds(partial(form.decompress, compressed, decompressed), decompressed))
+            times[label][2].append(seconds(partial(form.load, compressed, scratch / "loaded"), scratch / "loaded"))
+            sizes[label] = size(compressed, source)
     total = sizes["safetensors"] / 1e6
     rows: list[Row] = []
-    for label, form in contenders.items():
-        compress, decompress, to_model = (statistics.median(values) for values in times[label])
+    for label, form in candidates.items():
+        compress, decompress, load = (statistics.median(values) for values in times[label])
         ratio = "1"
         if form.fidelity != "bit-exact" and "+" not in label:
-            shutil.rmtree(packed_, ignore_errors=True)
-            form.compress(source, packed_)
-            perplexity = freebits.verify(packed_, against=source, limit=WINDOWS)["perplexity"]
+            shutil.rmtree(compressed, ignore_errors=True)
+            form.compress(source, compressed)
+            perplexity = freebits.verify(compressed, against=source, limit=WINDOWS)["perplexity"]
             ratio = f"{perplexity['packed'] / perplexity['reference']:.5f}"
         elif form.fidelity != "bit-exact":
             ratio = "as without"
         speeds = (f"{total / compress:.0f}", f"{total / decompress:.0f}")
         memory = f"{peak_memory(label, source, scratch):.0f}"
         share = f"{sizes[label] / sizes['safetensors']:.4f}"
-        rows.append((name, label, sizes[label], share, *speeds, f"{to_model:.3f}", memory, ratio, form.fidelity))
+        rows.append((name, label, sizes[label], share, *speeds, f"{load:.3f}", memory, ratio, form.fidelity))
         print(rows[-1], flush=True)
     return rows
 
 
 def draw(rows: list[Row]) -> None:
-    """Size against time to a loaded model, for the first case."""
+    """Plot size against time to a loaded model, for the first case."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    shown = [(int(str(row[2])) / 1e6, float(str(row[6])), str(row[1])) for row in rows if row[0] == rows[0][0]]
-    for number, (megabytes, load, form) in enumerate(sorted(shown)):
+    points = [(int(str(row[2])) / 1e6, float(str(row[6])), str(row[1])) for row in rows if row[0] == rows[0][0]]
+    for number, (megabytes, load, form) in enumerate(sorted(points)):
         axes.plot(load, megabytes, "o")
-        place = (5, 3 if number % 2 else -9)  # neighbours' names lie above and below
-        axes.annotate(form, (load, megabytes), fontsize=8, xytext=place, textcoords="offset points")
+        offset = (5, 3 if number % 2 else -9)  # alternate, so that labels of neighbours do not overlap
+        axes.annotate(form, (load, megabytes), fontsize=8, xytext=offset, textcoords="offset points")
     title = f"SmolLM2-135M, {rows[0][0]}: better is to the lower left"
     axes.set(xscale="log", xlim=(0.05, 5), xlabel="seconds to a loaded model", ylabel="size, MB", title=title)
     figure.savefig(RESULTS / "size_and_speed.png", dpi=140)
 
 
 def main() -> None:
-    """Measure, draw and save."""
+    """Measure, save, print and draw."""
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as directory:
         for dtype, sparsity, untie in CASES:
@@ -285,7 +293,7 @@ def main() -> None:
                 source, name = scratch / "sliced", f"{sparsity:.0%}, {dtype}, {'untied' if untie else 'tied'}"
                 options: dict[str, Any] = {"untie": untie, "dtype": getattr(torch, dtype), "samples": 32}
                 freebits.slice_model(demo_model(), source, sparsity=sparsity, calibration=embedded_text()[0], **options)
-            stored_tensors(source)  # into the page cache
+            stored_tensors(source)  # read once, so that the file is in the page cache
             rows += race(name, source, bool(sparsity), scratch)
             save_csv("size_and_speed", HEADER, rows)
             shutil.rmtree(scratch)

@@ -1,11 +1,12 @@
-"""Whether slicing pays before quantizing: finished folders of the off-grid demo model. Twenty minutes.
+"""Measure the off-grid demo model sliced, then quantized. Twenty minutes.
 
-The dense model quantized to the same bytes is in `benchmarks.quantize`.
+`benchmarks.quantize` measures the dense model quantized to the same bytes.
 
     python -m benchmarks.sliced_and_quantized DATA
 
-DATA has wikitext-2-raw: slices are calibrated on its training text (the domain that is measured: slicing at its best),
-quantizers on the model's own text, and all is measured on the first 16 windows of 1024 tokens of its validation text.
+DATA contains wikitext-2-raw. Slicing is calibrated on its training text, the same domain as the measurement, which
+favours slicing. Quantizing is calibrated on self-generated data. All models are measured on the first 16 windows of
+1024 tokens of the validation text.
 """
 
 import sys
@@ -16,7 +17,7 @@ import torch
 
 import freebits
 from benchmarks.off_grid import off_grid
-from benchmarks.quantize import MB, WINDOWS, compared
+from benchmarks.quantize import MB, WINDOWS, compare
 from benchmarks.results import print_table, save_csv
 from freebits.calibration.tokens import token_windows
 from freebits.integrations.loading import load
@@ -26,12 +27,12 @@ SPARSITIES, SIZES = (0.1, 0.2), (52,)
 
 
 def main() -> None:
-    """Make, measure, print and save."""
+    """Convert, measure, print and save."""
     folder = Path(sys.argv[1]) / "wikitext-2-raw"
     train, valid = ((folder / name).read_text(encoding="utf-8") for name in ("wikitext2_train.txt", "wiki.valid.raw"))
     rows: list[tuple[object, ...]] = []
-    with tempfile.TemporaryDirectory() as made:
-        scratch = Path(made)
+    with tempfile.TemporaryDirectory() as temporary:
+        scratch = Path(temporary)
         dense = off_grid(scratch / "off-grid")
         windows = token_windows(dense, valid, 1024, WINDOWS)
         reference = load(dense, dtype=torch.float32).eval()
@@ -47,9 +48,9 @@ def main() -> None:
                 out = scratch / f"{name} {size}" if size else source
                 if size:
                     freebits.quantize(source, out, target_size=size * MB)
-                of = freebits.inspect(out)["bytes"]
-                measured = compared(reference, load(out, dtype=torch.float32).eval(), windows).values()
-                rows.append((name, size or "16 bits", of["packed"] or of["dense"], *measured))
+                sizes = freebits.inspect(out)["bytes"]
+                comparison = compare(reference, load(out, dtype=torch.float32).eval(), windows).values()
+                rows.append((name, size or "16 bits", sizes["packed"] or sizes["dense"], *comparison))
                 print(rows[-1], flush=True)
                 save_csv("sliced_and_quantized", HEADER, rows)
     print_table(HEADER, rows)

@@ -1,4 +1,4 @@
-"""Speed of the canonical form beside bits-back and the sliced model, without entropy coding. Five minutes.
+"""Compare the speed of the canonical form, bits-back and the sliced model, without entropy coding. Five minutes.
 
 python -m benchmarks.speed
 """
@@ -29,28 +29,30 @@ CODECS = ("canonical", "bits-back")
 RUNS = 7
 PROMPT, NEW_TOKENS = 512, 48
 CONFIG = Path(__file__).parent / "configs" / "opt-1.3b.json"
-HEADER = ("model", "what", "form", "median", "fastest", "beside", "ratio of medians")
+HEADER = ("model", "measurement", "form", "median", "fastest", "baseline", "ratio of medians")
 
 Row = tuple[object, ...]
 
 
-def compared(model: str, what: str, steps: Mapping[str, Callable[[], object]], work: float | None = None) -> list[Row]:
-    """Rows of a comparison; the last step is what the others are set beside. With `work`, per second instead."""
+def compared(
+    model: str, measurement: str, steps: Mapping[str, Callable[[], object]], work: float | None = None
+) -> list[Row]:
+    """Return rows that compare steps with the last of them: in seconds or, with `work`, in units of work per second."""
     seconds = interleaved(steps, RUNS)
-    *_, reference = seconds
+    *_, baseline = seconds
     rows: list[Row] = []
     for form, values in seconds.items():
-        ratio = statistics.median(values) / statistics.median(seconds[reference])
-        shown = [statistics.median(values), min(values)]
+        ratio = statistics.median(values) / statistics.median(seconds[baseline])
+        figures = [statistics.median(values), min(values)]
         if work:
-            ratio, shown = 1 / ratio, [work / value for value in shown]
-        rows.append((model, what, form, *(f"{value:.4g}" for value in shown), reference, f"{ratio:.3f}"))
+            ratio, figures = 1 / ratio, [work / value for value in figures]
+        rows.append((model, measurement, form, *(f"{value:.4g}" for value in figures), baseline, f"{ratio:.3f}"))
         print(rows[-1], flush=True)
     return rows
 
 
 def fresh(call: Callable[[Path], object], out: Path) -> Callable[[], None]:
-    """A step that writes a folder and removes it; removing is part of the time, alike for all."""
+    """Return a step that writes a folder and removes it. The time of removing is included for all forms."""
 
     def step() -> None:
         call(out)
@@ -61,29 +63,29 @@ def fresh(call: Callable[[Path], object], out: Path) -> Callable[[], None]:
 
 @torch.no_grad()
 def first_token(folder: Path) -> None:
-    """Load and run one token: every weight has then been read."""
+    """Load a model and run one token, which reads every weight."""
     freebits.load(folder)(torch.tensor([[1]]))
 
 
-def running(model: str, folders: dict[str, Path], dtype: torch.dtype) -> list[Row]:
-    """Tokens a second in prefill and in decoding, batch 1, and parameters in memory."""
+def inference(model: str, folders: dict[str, Path], dtype: torch.dtype) -> list[Row]:
+    """Measure tokens per second of prefill and decoding at batch size 1, and count parameters in memory."""
     loaded: dict[str, Any] = {name: freebits.load(path, dtype=dtype).eval() for name, path in folders.items()}
     prompt = torch.randint(1000, (1, PROMPT), generator=torch.Generator().manual_seed(0))
     options = {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
     rows: list[Row] = []
-    for name, running in loaded.items():
-        count = sum(parameter.numel() for parameter in running.parameters())
-        rows.append((model, "parameters in memory", name, count, "", "", ""))
+    for name, module in loaded.items():
+        n_parameters = sum(parameter.numel() for parameter in module.parameters())
+        rows.append((model, "parameters in memory", name, n_parameters, "", "", ""))
     with torch.no_grad():
-        prefill = {n: partial(m, prompt, use_cache=False, logits_to_keep=1) for n, m in loaded.items()}
+        prefill = {name: partial(module, prompt, use_cache=False, logits_to_keep=1) for name, module in loaded.items()}
         rows += compared(model, "prefill, tokens/s", prefill, PROMPT)
-        decode = {n: partial(m.generate, prompt[:, :8], **options) for n, m in loaded.items()}
+        decode = {name: partial(module.generate, prompt[:, :8], **options) for name, module in loaded.items()}
         rows += compared(model, "decode, tokens/s", decode, NEW_TOKENS)
     return rows
 
 
 def random_opt(folder: Path, n_blocks: int = 4, sparsity: float = 0.2) -> Path:
-    """A sliced OPT of 1.3B's width with few blocks: random weights, shortcuts as slicing leaves them."""
+    """Write a sliced OPT of 1.3B's width with few blocks, random weights and shortcuts as after slicing."""
     config = json.loads(CONFIG.read_text()) | {"num_hidden_layers": n_blocks, "tie_word_embeddings": False}
     architecture = Architecture.of(config)
     k = freebits.estimate(CONFIG, sparsity)["sliced_size"]
@@ -93,10 +95,10 @@ def random_opt(folder: Path, n_blocks: int = 4, sparsity: float = 0.2) -> Path:
     generator = torch.Generator().manual_seed(0)
     rotation = random_orthogonal(architecture.hidden_size, generator)
     for sublayer in architecture.sublayers:
-        following = random_orthogonal(architecture.hidden_size, generator)
-        corner = (rotation[:, :k].T @ following)[:, : sizes[sublayer.site]]
+        next_rotation = random_orthogonal(architecture.hidden_size, generator)
+        corner = (rotation[:, :k].T @ next_rotation)[:, : sizes[sublayer.site]]
         model.get_parameter(sublayer.shortcut.weight).data.copy_(corner.T)
-        rotation = following
+        rotation = next_rotation
     model.half().save_pretrained(folder)
     return folder
 
@@ -123,11 +125,11 @@ def main() -> None:
         tokens = {name: partial(first_token, path) for name, path in folders.items()}
         rows += compared("SmolLM2-135M", "load and first token, s", tokens)
         assert Checkpoint(sliced).config["tie_word_embeddings"]
-        rows += running("SmolLM2-135M", folders, torch.float32)
-        rows += running("SmolLM2-135M, bfloat16", folders, torch.bfloat16)
+        rows += inference("SmolLM2-135M", folders, torch.float32)
+        rows += inference("SmolLM2-135M, bfloat16", folders, torch.bfloat16)
         wide = {"sliced": random_opt(scratch / "opt")}
         freebits.pack(wide["sliced"], scratch / "opt canonical", entropy="none")
-        rows += running("OPT-1.3B's width, 4 blocks", {"canonical": scratch / "opt canonical"} | wide, torch.float32)
+        rows += inference("OPT-1.3B's width, 4 blocks", {"canonical": scratch / "opt canonical"} | wide, torch.float32)
     print_table(HEADER, rows)
     save_csv("speed", HEADER, rows)
 

@@ -1,4 +1,4 @@
-"""Paper, Table 1: sizes after SliceGPT and after bits-back, from configs alone. Seconds.
+"""Reproduce Table 1 of the paper: sizes after SliceGPT and after bits-back, from configs only. Seconds.
 
 python -m benchmarks.table1
 """
@@ -16,18 +16,18 @@ PAPER = {
     "opt-13b": ((-9.18, -14.01), (-15.27, -19.51), (-21.29, -24.97)),
     "llama-2-7b": ((-9.38, -14.13), (-15.34, -19.53), (-21.45, -25.09)),
 }
-"""After SliceGPT, after bits-back with corrections; at 20, 25 and 30 %."""
+"""Size change in percent (after SliceGPT, after bits-back with corrections), at 20, 25 and 30 %."""
 HEADER = ("model", "sparsity", "SliceGPT, paper", "SliceGPT", "bits-back, paper", "bits-back", "canonical")
 
 
 def main() -> None:
-    """Print and save the table."""
+    """Compute, print and save the table."""
     rows = []
     for model, columns in PAPER.items():
         for sparsity, (sliced, bits_back) in zip((0.20, 0.25, 0.30), columns, strict=True):
-            ours = freebits.estimate(CONFIGS / f"{model}.json", sparsity)["change_vs_dense_untied"]
-            numbers = (sliced, ours["sliced"], bits_back, ours["bits_back"], ours["canonical"])
-            rows.append((model, f"{sparsity:.0%}", *(f"{number:.2f}" for number in numbers)))
+            changes = freebits.estimate(CONFIGS / f"{model}.json", sparsity)["change_vs_dense_untied"]
+            figures = (sliced, changes["sliced"], bits_back, changes["bits_back"], changes["canonical"])
+            rows.append((model, f"{sparsity:.0%}", *(f"{figure:.2f}" for figure in figures)))
     print_table(HEADER, rows)
     save_csv("table1", HEADER, rows)
 

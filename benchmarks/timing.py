@@ -1,11 +1,11 @@
-"""Seconds of steps that take turns, so that what else the machine does hits all of them alike."""
+"""Time steps in interleaved runs, so that other load on the machine affects all of them equally."""
 
 import time
 from collections.abc import Callable, Mapping
 
 
 def interleaved(steps: Mapping[str, Callable[[], object]], runs: int, *, warm: bool = True) -> dict[str, list[float]]:
-    """Seconds of each step in each of so many rounds; a first round more is not counted where caches shall be warm."""
+    """Return the seconds of each step in `runs` rounds; with `warm`, an extra first round is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(runs + warm):
         for name, step in steps.items():
@@ -14,7 +14,7 @@ def interleaved(steps: Mapping[str, Callable[[], object]], runs: int, *, warm: b
 
 
 def timed(step: Callable[[], object]) -> float:
-    """Seconds that a step takes."""
+    """Return the seconds of a step."""
     start = time.perf_counter()
     step()
     return time.perf_counter() - start

@@ -1,9 +1,9 @@
-"""Tokens a second and memory of the quantized demo model, expanded and with its integers kept. Five minutes.
+"""Measure speed and memory of the quantized demo model, expanded and with its integers kept. Five minutes.
 
     python -m benchmarks.tokens
 
-Each way in a process of its own, in bfloat16, turn about; the medians of three. Memory is what the process holds of its
-own after loading, less what it held before: mapped files, which can be had again, not counted.
+Each form runs in a child process in bfloat16. Figures are medians of three interleaved runs. Memory is what loading
+adds to the resident set of the process, without mapped files, which the system can reclaim.
 """
 
 import subprocess
@@ -20,32 +20,31 @@ import freebits
 from benchmarks.results import print_table, save_csv
 from examples.demo_model import demo_model
 
-WAYS = ("dense", "expanded", "integers kept")
+FORMS = ("dense", "expanded", "integers kept")
 N_TOKENS = 64
 HEADER = ("model", "tokens per second, one sequence", "tokens per second, prompt of 512", "MB in memory")
 
 
-def measure(way: str, folder: str) -> None:
-    """Print tokens per second and bytes."""
+def measure(form: str, folder: str) -> None:
+    """Print tokens per second of generating, tokens per second of a prompt, and bytes of memory."""
     before = own_memory()
-    kept = {"keep_integers": True} if way == WAYS[2] else {}
-    model: Any = freebits.load(folder, dtype=torch.bfloat16, **kept).eval()
+    model: Any = freebits.load(folder, dtype=torch.bfloat16, keep_integers=form == FORMS[2]).eval()
     after = own_memory()
     prompt = torch.randint(1000, (1, 512), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         model(prompt)
         start = time.perf_counter()
         model(prompt)
-        read = time.perf_counter() - start
+        prompt_seconds = time.perf_counter() - start
         options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
         start = time.perf_counter()
         model.generate(prompt[:, :8], max_new_tokens=N_TOKENS, min_new_tokens=N_TOKENS, **options)
-        written = time.perf_counter() - start
-    print(N_TOKENS / written, 512 / read, after - before)
+        generate_seconds = time.perf_counter() - start
+    print(N_TOKENS / generate_seconds, 512 / prompt_seconds, after - before)
 
 
 def own_memory() -> int:
-    """Bytes that are no file's."""
+    """Return the resident bytes of this process without mapped files (Linux)."""
     [line] = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
     return 1024 * int(line.split()[1])
 
@@ -58,17 +57,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         quantized = Path(scratch) / "quantized"
         freebits.quantize(demo_model(), quantized, bits=4)
-        runs: dict[str, list[tuple[float, ...]]] = {way: [] for way in WAYS}
+        runs: dict[str, list[tuple[float, ...]]] = {form: [] for form in FORMS}
         for _ in range(3):
-            for way in WAYS:
-                folder = demo_model() if way == WAYS[0] else quantized
-                command = [sys.executable, "-m", "benchmarks.tokens", way, str(folder)]
+            for form in FORMS:
+                folder = demo_model() if form == FORMS[0] else quantized
+                command = [sys.executable, "-m", "benchmarks.tokens", form, str(folder)]
                 output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-                runs[way].append(tuple(map(float, output.split()[-3:])))
+                runs[form].append(tuple(map(float, output.split()[-3:])))
     rows = []
-    for way, measured in runs.items():
-        written, read, memory = (median(of) for of in zip(*measured, strict=True))
-        rows.append((way, f"{written:.1f}", f"{read:.0f}", f"{memory / 1e6:.0f}"))
+    for form, measured in runs.items():
+        generating, reading, memory = (median(values) for values in zip(*measured, strict=True))
+        rows.append((form, f"{generating:.1f}", f"{reading:.0f}", f"{memory / 1e6:.0f}"))
     print_table(HEADER, rows)
     save_csv("tokens", HEADER, rows)
 

@@ -1,12 +1,12 @@
-"""Zero-shot accuracy of the demo model and of what is made of it.
+"""Measure the zero-shot accuracy of the demo model and of compressed versions of it.
 
     python -m benchmarks.zero_shot DATA_DIR [sliced | quantized]
 
-`sliced`: 20 % on WikiText-2, and packed; an hour and a half on two cores. `quantized`: off its grid, to three sizes, on
-fewer documents; half an hour.
+`sliced` measures the demo model, sliced by 20 % on WikiText-2, and packed; 90 minutes on two cores. `quantized`
+measures the off-grid demo model, quantized to three sizes, on fewer documents; 30 minutes.
 
-DATA_DIR has folders piqa, winogrande and hellaswag as `freebits eval --data-dir` wants them, and wikitext-2-raw with
-wikitext2_train.txt (its last line is taken to be cut off) and wiki.valid.raw.
+DATA_DIR contains the folders piqa, winogrande and hellaswag, as `freebits eval --data-dir` expects them, and
+wikitext-2-raw with wikitext2_train.txt, whose incomplete last line is dropped, and wiki.valid.raw.
 """
 
 import sys
@@ -34,7 +34,7 @@ HEADER = ("model", "WikiText-2 perplexity", "task", "documents", *METRICS)
 
 
 def quantized(_: Path, scratch: Path) -> Iterator[tuple[str, Path]]:
-    """The off-grid dense model, and of three sizes."""
+    """Yield the off-grid model, then its versions quantized to three sizes."""
     dense = off_grid(scratch / "off-grid")
     yield "dense", dense
     for size in SIZES:
@@ -44,7 +44,7 @@ def quantized(_: Path, scratch: Path) -> Iterator[tuple[str, Path]]:
 
 
 def sliced_and_packed(data_dir: Path, scratch: Path) -> Iterator[tuple[str, Path]]:
-    """The dense model and what is made of it."""
+    """Yield the demo model, the sliced model, then packed models."""
     yield "dense", demo_model()
     text = (data_dir / "wikitext-2-raw" / "wikitext2_train.txt").read_text(encoding="utf-8")
     sliced = scratch / "sliced"
@@ -60,7 +60,7 @@ def sliced_and_packed(data_dir: Path, scratch: Path) -> Iterator[tuple[str, Path
 
 
 def main() -> None:
-    """Measure, print and save, after each model what is there."""
+    """Measure and print; save after each model."""
     data_dir, which = Path(sys.argv[1]), (sys.argv[2:] or ["sliced"])[0]
     models = {"sliced": sliced_and_packed, "quantized": quantized}[which]
     text = (data_dir / "wikitext-2-raw" / "wiki.valid.raw").read_text(encoding="utf-8")

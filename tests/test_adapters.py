@@ -93,7 +93,7 @@ def test_what_is_no_model_is_not_taken_for_one(
     with pytest.raises(CheckpointError, match="load it with PEFT"):
         freebits.load(adapter)
     freebits.pack(adapter, tmp_path / "packed")
-    with pytest.raises(CheckpointError, match="load it with PEFT, on top of its model, once it is unpacked"):
+    with pytest.raises(CheckpointError, match=r"unpack it, .* PEFT"):
         freebits.load(tmp_path / "packed")
     for command in (
         ["slice", str(adapter), "out", "--sparsity", "0.2"],

@@ -69,11 +69,11 @@ def test_tensors_that_no_model_reads_are_ignored() -> None:
     ("config", "message"),
     [
         ({"model_type": "mamba"}, "'mamba' has no entry in the architecture table"),
-        ({"model_type": "gemma2"}, "normalises the output of each branch"),
-        ({"model_type": "opt", "do_layer_norm_before": False}, "normalises the residual stream itself"),
-        ({"model_type": "opt", "hidden_size": 1024, "word_embed_proj_dim": 512}, "another width"),
+        ({"model_type": "gemma2"}, "'gemma2' has no free rotation"),
+        ({"model_type": "opt", "do_layer_norm_before": False}, "do_layer_norm_before"),
+        ({"model_type": "opt", "hidden_size": 1024, "word_embed_proj_dim": 512}, "word_embed_proj_dim"),
         ({}, "'' has no entry"),
-        ({**CONFIG, "model_type": "sliced_llama"}, "sliced already"),
+        ({**CONFIG, "model_type": "sliced_llama"}, "already sliced"),
         ({**CONFIG, "quantization_config": {"quant_method": "gptq"}}, r"quantized \(gptq\)"),
     ],
 )

@@ -94,7 +94,7 @@ def test_a_missing_head_is_not_filled_in_at_random(auto: Any, tmp_path: Path) ->
 def test_an_auto_class_that_does_not_know_a_model_names_the_one_that_does(tmp_path: Path) -> None:
     folder = save(AutoModelForSeq2SeqLM, tmp_path / "original", tiny_config("t5", **T5))
     freebits.pack(folder, tmp_path / "packed", codec="none")
-    with pytest.raises(UnsupportedModelError, match="AutoModelForSeq2SeqLM does"):
+    with pytest.raises(UnsupportedModelError, match="AutoModelForSeq2SeqLM"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
 
 

@@ -251,7 +251,8 @@ def test_a_shortcut_forged_larger_than_any_memory_is_one_line(save_tiny: Make, s
     with pytest.raises(freebits.CheckpointError, match=r"the width of site 6"):
         freebits.pack(sliced, sliced.with_name("packed"))
     forged = Expanded.__new__(Expanded)
-    forged._dense, forged._factors = {"f": "w"}, {"w": Architecture.of(tiny_config().to_dict()).sublayers[0]}
+    forged._weight_of_factor = {"f": "w"}
+    forged._sublayers = {"w": Architecture.of(tiny_config().to_dict()).sublayers[0]}
     forged._layout = Layout((2**20, 2**20), (0,))
     with pytest.raises(freebits.CheckpointError, match="does not fit in memory"):
         forged.expand("f", torch.empty(2**20, 0))
@@ -263,6 +264,6 @@ def test_a_device_is_where_it_is_computed(codec: str, save_tiny: Make, slice_tin
     for number, device in enumerate(("cpu", "cpu:0")):
         freebits.pack(sliced, tmp_path / str(number), codec=codec, device=device)
     assert all(torch.equal(tensor, tensors_of(tmp_path / "1")[n]) for n, tensor in tensors_of(tmp_path / "0").items())
-    with pytest.raises(UsageError, match="device 'nowhere' cannot be used here"):
+    with pytest.raises(UsageError, match="nowhere"):
         freebits.pack(sliced, tmp_path / "out", codec=codec, device="nowhere")
     assert not (tmp_path / "out").exists()

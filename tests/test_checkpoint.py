@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,7 +29,7 @@ def test_an_index_cannot_lead_out_of_the_folder(save_tiny: Make, slice_tiny: Mak
     for file in ("../outside.safetensors", str(dense / "model.safetensors"), 5):
         changed = index | {"weight_map": index["weight_map"] | {"model.norm.weight": file}}
         (dense / "model.safetensors.index.json").write_text(json.dumps(changed))
-        with pytest.raises(CheckpointError, match="no file beside it"):
+        with pytest.raises(CheckpointError, match=rf"model\.safetensors\.index\.json .*{re.escape(repr(file))}"):
             slice_tiny(dense)
 
 
@@ -184,12 +185,12 @@ def test_a_pipe_or_a_device_is_no_file(save_tiny: Make, tmp_path: Path) -> None:
     dense = save_tiny()
     (dense / "config.json").unlink()
     os.mkfifo(dense / "config.json")
-    with pytest.raises(CheckpointError, match="no regular file"):
+    with pytest.raises(CheckpointError, match="regular file"):
         freebits.inspect(dense)
     other = save_tiny("other")
     (other / "model.safetensors").unlink()
     (other / "model.safetensors").symlink_to("/dev/zero")
-    with pytest.raises(CheckpointError, match="no regular file"):
+    with pytest.raises(CheckpointError, match="regular file"):
         freebits.pack(other, tmp_path / "out", codec="none")
     (other / "config.json").unlink()
     with (other / "config.json").open("wb") as file:
@@ -229,7 +230,7 @@ def test_a_tensor_that_was_not_announced_does_not_overwrite_another(tmp_path: Pa
     writer = WeightsWriter(tmp_path / "a.safetensors", {"a": (8,)})
     for name in ("a", "b" * 200):
         writer.write(name, TensorSpec.of(tensor), bytes_of(tensor))
-    with pytest.raises(AssertionError, match="in a room of"):
+    with pytest.raises(AssertionError, match=r"a\.safetensors"):
         writer.close()
     with WeightsWriter(tmp_path / "b.safetensors", {"a": (8,), "b": (8,)}) as sound:
         sound.write("a", TensorSpec.of(tensor), bytes_of(tensor))
@@ -307,7 +308,7 @@ def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path: Path, caplog: p
         with new_directory(tmp_path / "out"):  # the process that writes it is alive
             assert mine.exists()
             raise CheckpointError("cannot")
-    assert "removed what a killed run left" in caplog.text
+    assert staging.name in caplog.text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
 
 

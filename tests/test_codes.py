@@ -100,11 +100,11 @@ def test_a_matrix_of_less_than_full_rank_stores_no_zero_columns() -> None:
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (lambda message, W: (message.index_fill(0, torch.tensor([60]), float("nan")), W), "word of the message"),
+        (lambda message, W: (message.index_fill(0, torch.tensor([60]), float("nan")), W), "value of the message"),
         (lambda message, W: (message, W.index_fill(0, torch.tensor([3]), float("inf"))), "a weight"),
         (lambda message, W: (torch.full_like(message, 60000), W), "an eigenvalue"),
         (lambda message, W: (message, W * 1e6), "a rotated weight"),
-        (lambda message, W: (message[:500], W), "the rotation takes"),
+        (lambda message, W: (message[:500], W), "500 values"),
         (lambda message, W: (message, W * 0), "rank 0"),
     ],
 )
@@ -116,7 +116,7 @@ def test_a_site_whose_numbers_fail_is_declined(spoil: Any, reason: str) -> None:
 
 def test_a_costly_site_is_declined() -> None:
     message, W = site(0, torch.bfloat16, 32, 32)
-    with pytest.raises(Declined, match="more than the"):
+    with pytest.raises(Declined, match="corrections"):
         coded_site(message, W, threshold=0.0)
 
 
@@ -158,7 +158,7 @@ def test_corrections_cut_off_are_an_error() -> None:
     corrections = encode_corrections(true, true + 1, threshold=0.5)
     with pytest.raises(ValueError, match="do not hold"):
         apply_corrections(true, corrections[:16])
-    with pytest.raises(ValueError, match="a correction for word"):
+    with pytest.raises(ValueError, match="position"):
         apply_corrections(true[:20], corrections)
 
 
@@ -182,7 +182,7 @@ def test_triangles_come_back(rows: int, columns: int, seed: int) -> None:
 
 
 def test_a_symmetric_matrix_is_square() -> None:
-    with pytest.raises(ValueError, match="symmetric matrix"):
+    with pytest.raises(ValueError, match="symmetric"):
         Symmetric().parts([TensorSpec("F16", (3, 4))], {})
 
 
@@ -304,5 +304,5 @@ def test_spaces_that_make_no_sense_are_refused(spaces: object, dim: int) -> None
 def test_pivots_that_are_no_columns_are_refused(pivots: list[int]) -> None:
     spec, params = TensorSpec("F16", (4, 8)), {"spaces": [[1, 2]], "dim": 0}
     parts = {"pivots": torch.tensor(pivots, dtype=torch.int32), "words": torch.zeros(28).half()}
-    with pytest.raises(ValueError, match="pivots that are no columns"):
+    with pytest.raises(ValueError, match="pivots"):
         CODES["pivots"].decode(parts, [spec], params)

@@ -104,12 +104,12 @@ def by_autograd(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def labels(logits: Tensor, number: int) -> Tensor:
-    from freebits.calibration.self_generated import drawn
+    from freebits.calibration.self_generated import sample_tokens
 
-    return drawn(logits.detach().softmax(-1), torch.Generator().manual_seed(number))[:, 0]
+    return sample_tokens(logits.detach().softmax(-1), torch.Generator().manual_seed(number))[:, 0]
 
 
-@pytest.mark.parametrize("options", [{}, {"held_whole": 0, "spilled": 0}])
+@pytest.mark.parametrize("options", [{}, {"held_whole": 0, "max_stream_bytes": 0}])
 def test_what_is_observed_is_what_autograd_gives(options: dict[str, int], save_tiny: Make, tmp_path: Path) -> None:
     folder = save_tiny(num_key_value_heads=2)
     grams, squares = by_autograd(folder)
@@ -139,7 +139,9 @@ def test_groups_of_windows_add_up(changes: dict[str, Any], save_tiny: Make, tmp_
     for name, at_once in (("one", 2**31), ("four", 1)):
         with Parallel(jobs=1).executor() as executor:
             work = Work(executor, WorkStore(tmp_path / name))
-            measured[name] = measure_matrices(running, WINDOWS, work, 0, None, lambda *_: None, at_once=at_once)
+            measured[name] = measure_matrices(
+                running, WINDOWS, work, 0, None, lambda *_: None, max_activation_bytes=at_once
+            )
     one, four = ({(m.tensor, m.start): m for m in measured[name].matrices} for name in ("one", "four"))
     assert one.keys() == four.keys()
     for key, matrix in one.items():
@@ -201,7 +203,7 @@ def test_a_product_is_recognized_by_the_memory_of_its_matrix(name: str) -> None:
         region = product.region
         W = rows[region.start : region.stop]
         W = W.T if region.transposed else W
-        assert torch.allclose(product.inputs @ W.T, product.at(result), atol=1e-5)
+        assert torch.allclose(product.inputs @ W.T, product.select(result), atol=1e-5)
 
 
 def test_a_product_of_two_activations_or_of_a_scaled_matrix_is_none() -> None:

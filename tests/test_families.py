@@ -116,7 +116,7 @@ def test_names_as_old_checkpoints_have_them(save_tiny: Make, slice_tiny: Make, t
 @pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "olmo2", "olmo3", "cohere"])
 def test_what_cannot_be_sliced_can_be_quantized(model_type: str, save_tiny: Make, tmp_path: Path) -> None:
     dense = save_tiny(model_type=model_type, num_key_value_heads=2, dtype=torch.float16)
-    with pytest.raises(freebits.UnsupportedModelError, match="freebits quantize any that transformers runs"):
+    with pytest.raises(freebits.UnsupportedModelError, match="quantize"):
         freebits.slice_model(dense, tmp_path / "sliced", sparsity=0.2)
     freebits.quantize(dense, tmp_path / "out", target_kl=1e-6, calibration=random_text(600), samples=8, seq_len=32)
     assert differs(logits_of(tmp_path / "out"), logits_of(dense)) < MOST

@@ -96,7 +96,7 @@ def test_what_cannot_be_had_is_one_line(hub: Hub, tmp_path: Path) -> None:
         done = freebits(hub, tmp_path, "compress", model, tmp_path / "out", "--lossless", **settings)
         assert done.returncode == 2
         assert done.stderr.count("\n") == 1
-        assert "could not be had from the hub" in done.stderr
+        assert model in done.stderr
         assert not (tmp_path / "out").exists()
 
 
@@ -126,5 +126,5 @@ def test_pushing_uploads_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise OSError("no way")
 
     monkeypatch.setattr(Api, "create_repo", refuse)
-    with pytest.raises(CheckpointError, match=r"is done, but the hub does not take it as me/small \(no way\)"):
+    with pytest.raises(CheckpointError, match=r"me/small \(no way\)"):
         hub_module.push(tmp_path, "me/small")

@@ -155,22 +155,22 @@ def test_what_is_no_such_file_is_refused_and_no_code_in_it_runs(
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
     wide = torch.zeros(1).expand(2**34, 32)
     spoilt: dict[str, tuple[object, str]] = {
-        "scalar": (good | {embedding: torch.tensor(1.0)}, "no matrix or vector"),
-        "empty": (good | {embedding: torch.ones(0, 32)}, "no matrix or vector"),
-        "meta": (good | {embedding: torch.ones(96, 32, device="meta")}, "no matrix or vector"),
-        "sparse": (good | {embedding: torch.ones(96, 32).to_sparse()}, "no matrix or vector"),
-        "complex": (good | {embedding: torch.ones(96, 32, dtype=torch.complex64)}, "no matrix or vector"),
-        "whole": (good | {embedding: torch.ones(96, 32, dtype=torch.int64)}, "no matrix or vector"),
-        "claims": (good | {embedding: wide, head: wide}, "no matrix or vector"),
+        "scalar": (good | {embedding: torch.tensor(1.0)}, "matrix or vector"),
+        "empty": (good | {embedding: torch.ones(0, 32)}, "matrix or vector"),
+        "meta": (good | {embedding: torch.ones(96, 32, device="meta")}, "matrix or vector"),
+        "sparse": (good | {embedding: torch.ones(96, 32).to_sparse()}, "matrix or vector"),
+        "complex": (good | {embedding: torch.ones(96, 32, dtype=torch.complex64)}, "matrix or vector"),
+        "whole": (good | {embedding: torch.ones(96, 32, dtype=torch.int64)}, "matrix or vector"),
+        "claims": (good | {embedding: wide, head: wide}, "matrix or vector"),
         "flat": (good | {"model.layers.0.mlp_shortcut_Q": torch.ones(32)}, "lacks a shortcut"),
-        "deep": (good | {"model.layers.0.mlp_shortcut_Q": torch.ones(32, 32, 1)}, "no matrix or vector"),
+        "deep": (good | {"model.layers.0.mlp_shortcut_Q": torch.ones(32, 32, 1)}, "matrix or vector"),
         "more": (good | {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}, "not part of the model"),
         "less": ({n: t for n, t in good.items() if "0.mlp.up_proj" not in n}, "is missing"),
-        "evil": ({"a": Evil()}, "tensors alone"),
-        "text": ([1, 2], "no tensors by their names"),
+        "evil": ({"a": Evil()}, "more than tensors"),
+        "text": ([1, 2], "named tensors"),
         "lora": (good | {"base_model.model.x.lora_A.weight": torch.ones(2)}, "LoRA"),
         "lacking": (lacking, "incomplete"),
-        "wide": (good | {"model.layers.1.mlp.up_proj.weight": torch.ones(60, 32)}, "where the model's is"),
+        "wide": (good | {"model.layers.1.mlp.up_proj.weight": torch.ones(60, 32)}, "up_proj.weight has shape [60, 32]"),
         "narrow": (good | {"model.layers.1.mlp.up_proj.weight": torch.ones(64, 31)}, "should be 32"),
     }
     for name, (content, said) in spoilt.items():
@@ -187,7 +187,7 @@ def test_what_is_no_such_file_is_refused_and_no_code_in_it_runs(
         ("cut", "damaged"),
         ("nested", "cannot be read as JSON"),
         ("other", "hidden_size is 64"),
-        ("none", "is no file"),
+        ("none", "none.pt is not a file"),
     ):
         assert main(["import", f"{name}.pt", str(dense), "out"]) == 2
         assert said in capsys.readouterr().err

@@ -204,12 +204,12 @@ def test_the_cost_is_told(save_tiny: Make, tmp_path: Path, report: Callable[[str
 @pytest.mark.parametrize(
     ("options", "finding"),
     [
-        ({"budget": 1.0}, "--budget 1.0"),
-        ({"budget": 0.7, "allocate": "paper"}, "--allocate paper"),
-        ({"blocks": "last:4"}, "--blocks last:4"),
-        ({"blocks": "first"}, "--blocks first"),
-        ({"target_size": 1000}, "--target-size 1000"),
-        ({"target_size": 1000, "budget": 0.5}, "give one"),
+        ({"budget": 1.0}, "`budget` is 1.0"),
+        ({"budget": 0.7, "allocate": "paper"}, "`budget` is 0.7"),
+        ({"blocks": "last:4"}, "`blocks` is 'last:4'"),
+        ({"blocks": "first"}, "`blocks` is 'first'"),
+        ({"target_size": 1000}, "`target_size` is 1000"),
+        ({"target_size": 1000, "budget": 0.5}, "`budget` and `target_size`"),
     ],
 )
 def test_bad_arguments_are_refused(options: dict[str, Any], finding: str, save_tiny: Make, tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_bad_arguments_are_refused(options: dict[str, Any], finding: str, save_t
 
 def test_what_cannot_be_reduced_is_refused(save_tiny: Make, tmp_path: Path) -> None:
     freebits.lowrank(save_tiny(), tmp_path / "out", **OPTIONS)
-    with pytest.raises(UnsupportedModelError, match="low rank already"):
+    with pytest.raises(UnsupportedModelError, match="already has low-rank layers"):
         freebits.lowrank(tmp_path / "out", tmp_path / "twice", **OPTIONS)
     freebits.pack(tmp_path / "out", tmp_path / "packed")
     with pytest.raises(CheckpointError, match="is packed"):

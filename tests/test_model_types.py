@@ -126,7 +126,7 @@ def test_a_weight_that_no_text_reaches_and_is_not_finite_is_refused(value: float
 def test_less_text_than_asked_for_is_said(save_tiny: Make, caplog: pytest.LogCaptureFixture) -> None:
     folder, text = save_tiny(), " ".join(f"w{number % 96}" for number in range(100))
     freebits.quantize(folder, folder.with_name("q"), calibration=text, samples=32, seq_len=32)
-    assert "the text has 3 windows of 32 tokens, where 32 were asked for" in caplog.text
+    assert "3 windows of 32 tokens" in caplog.text
 
 
 def test_a_token_to_begin_with_outside_the_vocabulary_is_refused(save_tiny: Make) -> None:

@@ -130,7 +130,7 @@ def test_a_site_that_is_not_finite_is_stored_plain_bit_for_bit(sliced: Path, tmp
 def test_a_site_whose_corrections_outweigh_the_gain_is_stored_plain(sliced: Path, tmp_path: Path) -> None:
     facts = pack(sliced, tmp_path / "packed", threshold=0.0)
     assert not [site for site in facts["sites"] if "code" in site]
-    assert "more than the" in facts["sites"][1]["reason"]
+    assert "corrections" in facts["sites"][1]["reason"]
     assert facts["bytes"]["packed"] < facts["bytes"]["sliced"] + 12_000  # the manifest
 
 
@@ -325,7 +325,7 @@ def test_a_new_code_takes_a_class_and_a_line(
     monkeypatch.delitem(CODES, "reversed")
     with pytest.raises(CheckpointError, match="code 'reversed' is not known"):
         PackedFolder(tmp_path / "packed")
-    with pytest.raises(UsageError, match="no entropy stage 'reversed'"):
+    with pytest.raises(UsageError, match="`entropy` is 'reversed'"):
         freebits.pack(sliced, tmp_path / "again", entropy="reversed")
 
 
@@ -342,7 +342,7 @@ def test_mixed_dtypes_are_packed_as_they_are(save_tiny: Make, slice_tiny: Make, 
         assert wide == {"model.layers.1.mlp.up_proj.weight"}
         if codec == "bits-back":
             plain = {site["site"]: site["reason"] for site in facts["sites"] if "code" not in site}
-            assert plain[4] == "its words are of different dtypes, or not of 16 bits"
+            assert "dtype" in plain[4]
 
 
 def test_a_config_that_changed_since_is_noticed(packed: Path) -> None:

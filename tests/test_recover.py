@@ -11,7 +11,7 @@ from torch import Tensor
 
 import freebits
 from freebits.api import recover as recover_checkpoint
-from freebits.api.recover import _student
+from freebits.api.recover import _trainable
 from freebits.cli.main import main
 from freebits.codecs.integers import Integers
 from freebits.errors import CheckpointError, UsageError
@@ -120,7 +120,7 @@ def test_the_same_seed_trains_the_same_and_a_text_can_be_given(tmp_path: Path, s
 def test_matrices_that_were_rounded_rotated_keep_their_steps(tmp_path: Path, save_tiny: Make) -> None:
     dense = save_tiny()
     before = PackedFolder(quantized(dense, tmp_path / "turned", rotate="hadamard"))
-    student = _student(before, load(before.path, dtype=torch.float32), 4, 0)
+    student = _trainable(before, load(before.path, dtype=torch.float32), 4, 0)
     assert isinstance(student, Rescaled)
     assert not student.steps()
     assert student.what == "norms"
@@ -144,7 +144,7 @@ def test_all_linear_layers_are_found_and_nothing_else(
 ) -> None:
     dense = save_tiny(dtype=torch.float32, **variant)
     before = slice_tiny(dense, force=True) if form == "sliced" else quantized_then_plain(dense, tmp_path)
-    student = _student(Checkpoint(before), load(before), 4, 0)
+    student = _trainable(Checkpoint(before), load(before), 4, 0)
     assert len(student.tensors) == count
     freebits.recover(before, tmp_path / "out", against=dense, force=True, samples=4, seq_len=16)
     old, new = Checkpoint(before), Checkpoint(tmp_path / "out")
@@ -161,7 +161,7 @@ def test_names_may_lack_the_models_prefix(tmp_path: Path, save_tiny: Make) -> No
     state = {name.removeprefix("transformer."): of for name, of in load_file(dense / "model.safetensors").items()}
     save_file(state, dense / "model.safetensors", metadata={"format": "pt"})
     before = quantized(dense, tmp_path / "three")
-    student = _student(PackedFolder(before), load(before), 4, 0)
+    student = _trainable(PackedFolder(before), load(before), 4, 0)
     assert isinstance(student, Rescaled)
     assert len(student.steps()) == 12
     freebits.recover(before, tmp_path / "out", against=dense, force=True, samples=4, seq_len=16)
@@ -173,13 +173,13 @@ def test_what_cannot_be_recovered_gets_one_line(
 ) -> None:
     dense, out = save_tiny(), tmp_path / "out"
     sliced = slice_tiny(dense)
-    with pytest.raises(CheckpointError, match="packed and not quantized: unpack it"):
+    with pytest.raises(CheckpointError, match="packed but not quantized"):
         freebits.recover(pack_tiny(sliced), out, against=dense)
-    with pytest.raises(UsageError, match="rank 0"):
+    with pytest.raises(UsageError, match="`rank` is 0"):
         freebits.recover(sliced, out, against=dense, rank=0)
     with pytest.raises(UsageError, match="samples 0"):
         freebits.recover(sliced, out, against=dense, samples=0, calibration=random_text(600), seq_len=32)
-    with pytest.raises(CheckpointError, match="one model has 80 tokens, the other 96"):
+    with pytest.raises(CheckpointError, match=r"80 tokens.* 96"):
         freebits.recover(sliced, out, against=save_tiny("other", vocab_size=80), **OPTIONS)
     with pytest.raises(UsageError, match="one window of 32 tokens"):
         freebits.recover(sliced, out, against=dense, calibration=random_text(40), seq_len=32)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 import freebits
 from freebits import CheckpointError
 from freebits.cli.main import main
-from freebits.evaluation.reporting import Coarse
+from freebits.evaluation.reporting import RoundedView
 from freebits.storage.folder import Checkpoint
 from tests.tiny import Make, random_text, redigest
 
@@ -133,15 +133,15 @@ def test_coarse_models_are_rounded_in_groups(save_tiny: Make) -> None:
     dense: Any = Checkpoint(save_tiny(dtype=torch.float32))
     errors = []
     for bits in (4, 8):
-        rounded = Coarse(dense, bits)
+        rounded = RoundedView(dense, bits)
         name = "model.layers.0.mlp.up_proj.weight"
         groups = rounded[name].unflatten(-1, (-1, 32))
         assert all(len(group.unique()) <= 2**bits - 1 for group in groups.flatten(0, 1))
         errors.append((rounded[name] - dense[name]).norm() / dense[name].norm())
         assert torch.equal(rounded["model.norm.weight"], dense["model.norm.weight"])
         narrow: Any = {name: dense[name][:, :24]}
-        cut = Coarse(narrow, bits)[name]
+        cut = RoundedView(narrow, bits)[name]
         narrow[name] = cut
-        assert torch.equal(Coarse(narrow, bits)[name], cut)
+        assert torch.equal(RoundedView(narrow, bits)[name], cut)
         assert len(cut.unique()) < cut.numel() / 2 or bits == 8
     assert errors[1] < 0.01 < errors[0] < 0.15

@@ -62,7 +62,7 @@ def test_a_signature_that_is_none_is_refused(
     assert not (tmp_path / "out").exists()
     freebits.pack(dense, tmp_path / "signed", sign_with=private)
     assert main(["verify", str(tmp_path / "signed"), "--key", str(dense / "config.json")]) == 2
-    assert "is no key" in capsys.readouterr().err
+    assert str(dense / "config.json") in capsys.readouterr().err
     flip(tmp_path / "signed" / "model.sig", 200)
     with pytest.raises(CheckpointError, match="is not what the owner of"):
         freebits.verify(tmp_path / "signed", key=public)

@@ -148,9 +148,9 @@ def test_shards_stay_shards(save_tiny: Make, slice_tiny: Make, tmp_path: Path) -
 
 
 def test_too_little_text_is_refused(save_tiny: Make, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="less than one window"):
+    with pytest.raises(UsageError, match=r"the text has \d+ tokens.* 32"):
         freebits.slice_model(save_tiny(), tmp_path / "out", sparsity=0.2, calibration="w1 w2", seq_len=32)
-    with pytest.raises(UsageError, match="at least one window"):
+    with pytest.raises(UsageError, match="`samples` is 0"):
         freebits.slice_model(save_tiny("again"), tmp_path / "out", sparsity=0.2, samples=0, seq_len=32)
     assert not (tmp_path / "out").exists()
 
@@ -182,7 +182,7 @@ def test_every_tensor_keeps_its_own_dtype(save_tiny: Make, slice_tiny: Make) -> 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.complex64])
 def test_weights_are_sliced_to_floats(dtype: torch.dtype, save_tiny: Make, slice_tiny: Make) -> None:
-    with pytest.raises(UsageError, match="sliced weights are floats"):
+    with pytest.raises(UsageError, match=f"`dtype` is {dtype}"):
         slice_tiny(save_tiny(), dtype=dtype)
 
 
@@ -207,9 +207,9 @@ def test_a_slice_that_ruins_the_model_is_refused(
     dense = save_tiny()
     monkeypatch.setattr(slice_checkpoint, "WARN", 0.01)
     slice_tiny(dense, "warned", seed=11)
-    assert "takes perplexity from" in caplog.text
+    assert "perplexity from" in caplog.text
     monkeypatch.setattr(slice_checkpoint, "REFUSE", 0.01)
-    with pytest.raises(UsageError, match="ruins the model: choose a smaller sparsity, or --force"):
+    with pytest.raises(UsageError, match="`force`"):
         slice_tiny(dense, "refused", seed=12)
     assert not dense.with_name("refused").exists()
     slice_tiny(dense, "forced", seed=12, force=True)
@@ -224,7 +224,7 @@ def test_windows_to_measure_on_are_not_calibrated_on(n: int, samples: int, calib
 
 
 def test_longer_windows_than_the_model_has_positions_for_are_refused(save_tiny: Make, slice_tiny: Make) -> None:
-    with pytest.raises(UsageError, match="a window of 65 tokens, where the model has 64 positions"):
+    with pytest.raises(UsageError, match=r"65.*64"):
         slice_tiny(save_tiny(model_type="opt"), seq_len=65)
 
 

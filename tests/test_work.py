@@ -89,7 +89,7 @@ def test_classes_and_views_come_back_and_damage_is_noticed(tmp_path: Path) -> No
     content = bytearray((tmp_path / "a").read_bytes())
     content[-1] ^= 1
     (tmp_path / "a").write_bytes(content)
-    with pytest.raises(ValueError, match="does not hold what was written"):
+    with pytest.raises(ValueError, match="damaged"):
         read(tmp_path / "a")
     with pytest.raises(TypeError, match="no file can hold"):
         save(tmp_path / "b", object())
@@ -319,8 +319,8 @@ def test_work_without_a_store_keeps_nothing() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backend": "slurm"}, "no backend"),
-        ({"jobs": 0}, "jobs 0"),
+        ({"backend": "slurm"}, "slurm"),
+        ({"jobs": 0}, "jobs"),
     ],
 )
 def test_wrong_parallel_options_are_refused(options: dict[str, Any], message: str) -> None:

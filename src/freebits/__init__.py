@@ -1,6 +1,6 @@
-"""Make LLM checkpoints smaller by the bits their symmetries waste.
+"""Make LLM checkpoints smaller: lossless packing, quantization, slicing and low-rank layers.
 
-Importing freebits teaches transformers' Auto classes to load sliced and packed checkpoints.
+Importing freebits lets the Auto classes of transformers load sliced and packed checkpoints.
 """
 
 import importlib
@@ -69,7 +69,7 @@ _MODULES = {
     "verify": "evaluation.verification",
     "write_report": "evaluation.reporting",
 }
-"""Name → its module, which is imported on first use: importing PyTorch and transformers takes seconds."""
+"""Name → module. Modules are imported on first use, because PyTorch and transformers take seconds to import."""
 
 
 def __getattr__(name: str) -> Any:

@@ -1,26 +1,26 @@
-"""Everything freebits raises on bad input.
+"""The exceptions that freebits raises on bad input.
 
     FreebitsError
-    ├── UsageError             an argument that makes no sense
-    ├── CheckpointError        a folder or file that is missing, broken or not what it should be
-    └── UnsupportedModelError  a sound checkpoint of a model freebits has no symmetry for
+    ├── UsageError             an argument is invalid
+    ├── CheckpointError        a folder or file is missing, damaged or of the wrong type
+    └── UnsupportedModelError  the checkpoint is sound, but freebits does not support its model
 
-Each message is one line: which file or tensor, what was found, what to do. The command line prints it
-and exits with 2.
+Each message is one line: which file or tensor, what was found, what to do. The command line prints it and exits with 2.
 """
 
 from freebits.limits import MESSAGE
 
 
-def one_line(text: object, longest: int = MESSAGE) -> str:
-    """A text safe to print: control characters escaped, the middle of what is very long left out.
+def one_line(text: object, max_length: int = MESSAGE) -> str:
+    """Return a text that is safe to print: escape control characters and cut out the middle of a long text.
 
-    Names of tensors and files come from checkpoints of strangers, and end up on terminals.
+    Names of tensors and files come from untrusted checkpoints, and terminals print them.
     """
-    printable = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text)[: 4 * longest])
-    if len(printable) <= longest:
+    start = str(text)[: 4 * max_length]
+    printable = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in start)
+    if len(printable) <= max_length:
         return printable
-    return f"{printable[: longest * 2 // 3]} … {printable[-longest // 3 :]}"
+    return f"{printable[: max_length * 2 // 3]} … {printable[-max_length // 3 :]}"
 
 
 class FreebitsError(Exception):
@@ -31,12 +31,12 @@ class FreebitsError(Exception):
 
 
 class UsageError(FreebitsError):
-    """An argument that makes no sense."""
+    """An argument is invalid."""
 
 
 class CheckpointError(FreebitsError):
-    """A folder or file that is missing, broken or not what it should be."""
+    """A folder or file is missing, damaged or of the wrong type."""
 
 
 class UnsupportedModelError(FreebitsError):
-    """A sound checkpoint of a model freebits has no symmetry for."""
+    """The checkpoint is sound, but freebits does not support its model."""

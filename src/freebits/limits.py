@@ -1,30 +1,30 @@
-"""Every bound on what a file may claim. Each is checked before anything is allocated for the claim."""
+"""Upper bounds on the sizes that files declare. Readers check each bound before they allocate memory."""
 
 JSON_BYTES, JSON_DEPTH = 2**27, 100
-"""Of a config, an index, a manifest: bytes, and how deep it may nest."""
+"""Size in bytes and nesting depth of a config, index or manifest."""
 HEADER_BYTES = 100_000_000
-"""Of a safetensors header: the library's own bound."""
+"""Size of a safetensors header; the safetensors library has the same bound."""
 TENSOR_VALUES = 2**40
-"""Of a tensor."""
+"""Number of values in a tensor."""
 RECIPE_STEPS = 16
-"""From what is stored to what the model has."""
+"""Number of recipes in a row between a stored tensor and a tensor of the model."""
 BLOCKS = 4096
-"""More than any model has: a config alone, without weights, could ask for any number."""
+"""Number of blocks in a config that comes without weights; with weights, the number of tensors is the bound."""
 WIDTH = 2**31
-"""Of a stream, a rank, a number of blocks where there are as many tensors."""
+"""Width or rank of a layer, or number of blocks in a config."""
 EXPANSION, EXPANSION_FREE = 256, 2**28
-"""A packed folder may make of each stored byte so many, and so many bytes besides."""
+"""Decoded bytes per stored byte of a packed folder, and decoded bytes that are allowed on top of that."""
 COPIED_BYTES = 2**27
-"""Of a file beside the weights that is fetched from an address."""
+"""Size of an auxiliary file that is downloaded from a URL."""
 MESSAGE = 600
-"""Characters of an error, whatever a stranger's names are."""
+"""Number of characters of an error message."""
 
 
-def check_expansion(stored: int, made: int) -> None:
-    """Check that decoding does not make too much of too little.
+def check_expansion(stored: int, decoded: int) -> None:
+    """Check that a folder does not declare many more decoded bytes than it stores.
 
     Raises:
-        ValueError: it does.
+        ValueError: it declares more than `EXPANSION` and `EXPANSION_FREE` allow.
     """
-    if made > EXPANSION * stored + EXPANSION_FREE:
-        raise ValueError(f"{stored} bytes claim to become {made}, more than {EXPANSION} times as many")
+    if decoded > EXPANSION * stored + EXPANSION_FREE:
+        raise ValueError(f"{stored} stored bytes would decode to {decoded}, more than {EXPANSION} times as many")

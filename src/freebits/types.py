@@ -30,13 +30,13 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
     "BOOL": torch.bool,
 }
-"""The safetensors names of the dtypes that PyTorch computes with."""
-DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
+"""Safetensors name of a dtype → dtype, of those that PyTorch computes with."""
+DTYPE_CODES = {dtype: name for name, dtype in DTYPES.items()}
 CPU = torch.device("cpu")
-"""Where tensors lie unless it is said."""
+"""The default device of tensors."""
 HALVES = ("F16", "BF16")
 FLOATS = (*HALVES, "F32", "F64")
-_BITS = {code: 8 * dtype.itemsize for code, dtype in DTYPES.items()} | {
+_BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()} | {
     "F8_E8M0": 8,
     "F8_E4M3FNUZ": 8,
     "F8_E5M2FNUZ": 8,
@@ -51,33 +51,33 @@ class TensorSpec:
     """Dtype and shape of a tensor, written `F16[456, 576]`; the dtype by its safetensors name.
 
     Raises:
-        ValueError: the dtype is not known, or a size makes no sense.
+        ValueError: the dtype is unknown, a size is out of range, or the tensor does not fill whole bytes.
     """
 
     code: str
     shape: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        sizes = all(type(size) is int and 0 <= size <= TENSOR_VALUES for size in self.shape)
-        if self.code not in _BITS or not sizes or prod(self.shape) > TENSOR_VALUES or prod(self.shape) * self.bits % 8:
-            raise ValueError(f"no tensor is of the kind {self}")
+        valid_sizes = all(type(size) is int and 0 <= size <= TENSOR_VALUES for size in self.shape)
+        if self.code not in _BITS or not valid_sizes or self.numel > TENSOR_VALUES or self.numel * self.bits % 8:
+            raise ValueError(f"{self} is not a valid dtype and shape")
 
     @classmethod
     def of(cls, tensor: Tensor) -> "TensorSpec":
-        """The kind of a tensor."""
+        """Return the spec of a tensor."""
         return cls(DTYPE_CODES[tensor.dtype], tuple(tensor.shape))
 
     @classmethod
     def parse(cls, text: str) -> "TensorSpec":
-        """The inverse of `str`.
+        """Parse a spec as `str` writes it.
 
         Raises:
-            ValueError: the text is none.
+            ValueError: the text is not a spec.
         """
-        code, _, sizes = text.removesuffix("]").partition("[")
-        spec = cls(code, tuple(int(size) for size in sizes.split(", ") if size))
+        dtype_name, _, sizes = text.removesuffix("]").partition("[")
+        spec = cls(dtype_name, tuple(int(size) for size in sizes.split(", ") if size))
         if str(spec) != text:
-            raise ValueError(f"{text!r} is no dtype and shape")
+            raise ValueError(f"{text!r} is not a dtype and shape such as F16[456, 576]")
         return spec
 
     def __str__(self) -> str:
@@ -85,26 +85,26 @@ class TensorSpec:
 
     @property
     def bits(self) -> int:
-        """Bits of a number."""
+        """Bits per value."""
         return _BITS[self.code]
 
     @property
     def numel(self) -> int:
-        """Numbers of the tensor."""
+        """Number of values."""
         return prod(self.shape)
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of the tensor."""
+        """Number of bytes."""
         return self.numel * self.bits // 8
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype in PyTorch; for one that PyTorch does not compute with `uint8`."""
+        """The PyTorch dtype; `uint8` if PyTorch does not compute with this dtype."""
         return DTYPES.get(self.code, torch.uint8)
 
     def view(self, data: Bytes) -> Tensor:
-        """The tensor that has these bytes, not copied; flat bytes for a dtype that PyTorch does not compute with."""
+        """Return the tensor with these bytes, without a copy; flat bytes if PyTorch does not compute with the dtype."""
         if self.code in DTYPES and not len(data):
             return torch.empty(self.shape, dtype=self.dtype)
         flat = torch.from_numpy(np.require(data, requirements="W"))
@@ -112,6 +112,6 @@ class TensorSpec:
 
 
 def bytes_of(tensor: Tensor) -> Bytes:
-    """The bytes of a tensor, without copying where it is contiguous and on the CPU."""
+    """Return the bytes of a tensor, without a copy if it is contiguous and on the CPU."""
     data: Bytes = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return data

@@ -1,3 +1,3 @@
-"""The version, read by the build and written into every packed checkpoint."""
+"""The version. The build reads it, and every packed checkpoint contains it."""
 
 __version__ = "0.1.0.dev0"

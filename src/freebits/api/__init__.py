@@ -1,4 +1,4 @@
-"""The Python functions, one file for each command: they check arguments, call the packages below and publish a folder.
+"""The public Python functions, one file per command. They check arguments, call other packages and write a folder.
 
-Algorithms belong in the packages below; parsing and printing belong in `cli`.
+Algorithms belong in those packages; parsing and printing belong in `cli`.
 """

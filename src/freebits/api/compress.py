@@ -1,10 +1,10 @@
-"""One command: look at a model, plan, make it smaller, check it against what it was, write down what came of it."""
+"""Make a model smaller in one call: plan, pack or quantize, compare the result with the original, and report."""
 
 import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
@@ -43,29 +43,29 @@ from freebits.storage.staging import new_directory
 from freebits.storage.task import unchanged
 
 MAX_KL = 0.05
-"""Without a target: the largest mean KL divergence, in nats per token."""
-RUIN = 0.5
+"""The default target: the largest mean KL divergence, in nats per token."""
+RUINOUS_KL = 0.5
 """Mean KL divergence above which a model is not written without `force`."""
 _TRIES = 3
-_LEAP = 8.0
-"""By how much more is tried next at most."""
-_NEAR = 0.9
-"""A mean KL divergence this near to its bound is near enough."""
-_HELD_OUT = "pages of Python's documentation"
+_MAX_FACTOR = 8.0
+"""The largest factor by which one try raises the expected KL divergence."""
+_CLOSE_ENOUGH = 0.9
+"""The search stops when the mean KL divergence lies between this fraction of its bound and the bound."""
+_DEFAULT_TEXT_NAME = "pages of Python's documentation"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What `compress` is going to do.
+    """The actions that `compress` plans.
 
     Attributes:
         model: the folder.
-        bytes: what it takes now.
+        bytes: its present size.
         way: `lossless` or `integers`.
-        at_most: bytes that the finished folder takes at most, if they are the target.
-        about: bytes that it will take, as far as that is known without measuring.
-        bits: for each number of a matrix, if they are the target.
-        max_kl: the bound on the mean KL divergence, if that is the target.
+        at_most: largest size of the finished folder in bytes, if that is the target.
+        about: expected size in bytes, if it can be estimated without measuring.
+        bits: bits per weight of the matrices, if that is the target.
+        max_kl: bound on the mean KL divergence, if that is the target.
     """
 
     model: str
@@ -79,7 +79,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Options:
-    """What `compress` is told besides its target; see there."""
+    """The arguments of `compress` that do not set its target; see there."""
 
     calibration: str | None
     text: str | None
@@ -110,71 +110,78 @@ def compress(
     sign_with: str | os.PathLike[str] | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Make a model smaller, to a size, to a number of bits, to a bound on what it costs, or without any loss.
+    """Make a model smaller: to a size, to a number of bits, within a bound on the KL divergence, or without loss.
 
     Args:
-        model: folder of a checkpoint, its URL (`s3://…`, as fsspec knows them), or a model's id on the hub.
+        model: folder of a checkpoint, its URL (`s3://…`, any that fsspec supports), or an id on the hub.
         out: folder to create; it appears complete or not at all.
-        target_size: bytes that the finished folder takes at most, as `inspect` counts them.
-        target_ratio: the same as a part of what the model takes now, in (0, 1).
-        bits: for each number of a matrix on average.
-        lossless: keep every bit: `unpack` gives the files back byte for byte.
-        max_kl: the mean KL divergence from the model, in nats per token, that the result has at most on `text`; without
-            any target 0.05.
-        calibration: text; by default the model writes its own.
-        text: to measure on; by default pages of Python's documentation, on which nothing is calibrated.
-        keep: patterns of names of tensors that stay as they are, see `quantize`.
-        fallback_bits: for each weight of matrices that calibration does not reach, see `quantize`.
+        target_size: largest size of the finished folder in bytes, as `inspect` counts them.
+        target_ratio: the same as a fraction of the model's present size, in (0, 1).
+        bits: bits per weight of the matrices, on average.
+        lossless: keep every bit: `unpack` restores the files byte for byte.
+        max_kl: largest mean KL divergence from the original model on `text`, in nats per token; 0.05 if no target is
+            given.
+        calibration: text; by default the model generates its own.
+        text: text to measure on; by default pages of Python's documentation, which calibration does not use.
+        keep: patterns of names of tensors to leave unchanged, see `quantize`.
+        fallback_bits: bits per weight of matrices that calibration does not reach, see `quantize`.
         revision: of a model on the hub.
         device: where to run the model.
-        parallel: who rounds and codes.
+        parallel: how rounding and coding run in parallel.
         force: write the model even if its mean KL divergence is more than 0.5.
-        dry_run: say what would be done, and write nothing. Of a model on the hub only what lies beside the weights is
-            read, and their headers.
+        dry_run: return the plan and write nothing. Of a model on the hub, only the headers of the weights and the
+            other files are read.
         sign_with: file of a private key (PEM), with which every file of the folder is signed; see `verify`.
         progress: called after each step.
 
     Returns:
-        `plan`. Without `dry_run` also what `inspect(out)` says; `fidelity`, which is what `verify` found, or of a model
-        that transformers cannot run on a text `weight_error`, the relative error of rounded weights; `auto_class`,
-        the class of transformers that loads the folder, or None; and `seconds`.
+        `plan`. Without `dry_run` also the result of `inspect(out)`; `fidelity`, the result of `verify`, or
+        `weight_error`, the relative error of rounded weights, if transformers cannot run the model on text; `coverage`,
+        see `quantize`, or None if nothing was rounded;
+        `auto_class`, the class of transformers that loads the folder, or None; and `seconds`.
 
     Raises:
         UsageError: the arguments contradict each other, or the target ruins the model.
-        CheckpointError: `model` is no sound checkpoint, or `out` exists.
-        UnsupportedModelError: transformers does not run it, or not block by block.
+        CheckpointError: `model` is not a sound checkpoint, or `out` exists.
+        UnsupportedModelError: transformers cannot run the model, or not block by block.
     """
     check_key(sign_with)
     folder = located(model, revision, whole=not dry_run)
     if is_gguf(folder):
-        given: dict[str, Any] = {"target_size": target_size, "target_ratio": target_ratio, "bits": bits}
-        given |= {"max_kl": max_kl, "lossless": lossless, "calibration": calibration, "text": text, "keep": keep}
-        given |= {"fallback_bits": fallback_bits, "device": device, "parallel": parallel, "force": force}
-        with gguf_folder(folder) if lossless else _in_floats(folder, dry_run) as plain:
-            told = compress(plain, out, **given, dry_run=dry_run, sign_with=sign_with, progress=progress)
-        return told | {"plan": told["plan"] | {"model": str(folder)}}
+        options: dict[str, Any] = {"target_size": target_size, "target_ratio": target_ratio, "bits": bits}
+        options |= {"max_kl": max_kl, "lossless": lossless, "calibration": calibration, "text": text, "keep": keep}
+        options |= {"fallback_bits": fallback_bits, "device": device, "parallel": parallel, "force": force}
+        with gguf_folder(folder) if lossless else _dense_folder(folder, dry_run) as converted:
+            result = compress(converted, out, **options, dry_run=dry_run, sign_with=sign_with, progress=progress)
+        return result | {"plan": result["plan"] | {"model": str(folder)}}
     if is_pipeline(folder):
         if target_size is not None or max_kl is not None:
-            raise UsageError("--target-size and --max-kl are for one model, not for a pipeline: give --target-ratio")
-        more = {"fallback_bits": fallback_bits, "device": device, "parallel": parallel, "sign_with": sign_with}
-        return _pipeline(folder, out, target_ratio, bits, lossless, keep, more, dry_run, progress)
-    plan = planned(folder, target_size, target_ratio, bits, lossless, max_kl, fallback_bits)
+            raise UsageError("`target_size` and `max_kl` cannot be used for a pipeline of models: give `target_ratio`")
+        options = {"fallback_bits": fallback_bits, "device": device, "parallel": parallel, "sign_with": sign_with}
+        return _compress_pipeline(folder, out, target_ratio, bits, lossless, keep, options, dry_run, progress)
+    plan = make_plan(folder, target_size, target_ratio, bits, lossless, max_kl, fallback_bits)
     if dry_run:
         return {"plan": asdict(plan)}
     started = time.perf_counter()
     with new_directory(out) as directory:
         with unchanged(folder), parallel.executor() as executor:
-            options = _Options(calibration, text, keep, fallback_bits, device, force)
-            measured, coverage = _made(plan, folder, directory, options, executor, progress)
+            fidelity, coverage = _execute(
+                plan,
+                folder,
+                directory,
+                _Options(calibration, text, keep, fallback_bits, device, force),
+                executor,
+                progress,
+            )
         loader = auto_class(opened(directory).config)
-        write_card(directory, folder, measured, loader)
+        write_card(directory, folder, fidelity, loader)
         if sign_with is not None:
             sign(directory, sign_with)
         facts = inspect(directory)
     return {
         **facts,
         "plan": asdict(plan),
-        "fidelity": measured,
+        "fidelity": fidelity,
         "coverage": coverage,
         "auto_class": loader,
         "seconds": time.perf_counter() - started,
@@ -182,40 +189,40 @@ def compress(
 
 
 @contextmanager
-def _in_floats(gguf: Path, dry_run: bool) -> Iterator[Path]:
-    """A folder with a GGUF file's model in floats."""
+def _dense_folder(gguf: Path, dry_run: bool) -> Iterator[Path]:
+    """A temporary folder with the model of a GGUF file, converted to floats."""
     if dry_run:
-        raise UsageError("--dry-run of a GGUF file plans --lossless alone: the file has to be read for other targets")
+        raise UsageError("`dry_run` of a GGUF file supports only `lossless`: for other targets, run without `dry_run`")
     with TemporaryDirectory() as scratch:
         write_dense(gguf, Path(scratch))
         yield Path(scratch)
 
 
-def _pipeline(
+def _compress_pipeline(
     folder: Path,
     out: str | os.PathLike[str],
     target_ratio: float | None,
     bits: float | None,
     lossless: bool,
     keep: Sequence[str],
-    more: Mapping[str, Any],
+    options: Mapping[str, Any],
     dry_run: bool,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Make each model of a pipeline smaller, by the weights alone."""
+    """Compress each model of a pipeline, without calibration."""
     targets: dict[str, Any] = {"target_ratio": target_ratio, "bits": bits, "lossless": lossless}
     if dry_run:
         plans = {name: compress(folder / name, out, **targets, dry_run=True) for name in components(folder)}
         return {"kind": "pipeline", "components": plans}
 
-    def each(model: Path, made: Path) -> dict[str, Any]:
-        kept = [pattern for pattern in keep if any(fnmatchcase(name, pattern) for name in opened(model).specs)]
-        return compress(model, made, **targets, keep=kept, progress=progress, **more)
+    def compress_component(model: Path, target: Path) -> dict[str, Any]:
+        patterns = [pattern for pattern in keep if any(fnmatchcase(name, pattern) for name in opened(model).specs)]
+        return compress(model, target, **targets, keep=patterns, progress=progress, **options)
 
-    return for_each(folder, out, each)
+    return for_each(folder, out, compress_component)
 
 
-def planned(
+def make_plan(
     folder: Path,
     target_size: int | None,
     target_ratio: float | None,
@@ -224,34 +231,34 @@ def planned(
     max_kl: float | None,
     fallback_bits: float,
 ) -> Plan:
-    """What to do for a target, of which there is one at most; nothing is read but headers."""
+    """Choose how to reach the target. At most one target may be given. Only headers are read."""
     source, name = opened(folder), original(folder) or str(folder)
-    now = bytes_on_disk(source)
+    present_size = bytes_on_disk(source)
     if sum(target is not None for target in (target_size, target_ratio, bits, max_kl, lossless or None)) > 1:
-        raise UsageError("--target-size, --target-ratio, --bits, --max-kl and --lossless are each a target: give one")
+        raise UsageError("`target_size`, `target_ratio`, `bits`, `max_kl` and `lossless` exclude each other: give one")
     if target_ratio is not None and not 0 < target_ratio < 1:
-        raise UsageError(f"--target-ratio {target_ratio}: give a part of the model's size, such as 0.4")
+        raise UsageError(f"`target_ratio` is {target_ratio}: give a fraction between 0 and 1, such as 0.4")
     if max_kl is not None and not 0 < max_kl < math.inf:
-        raise UsageError(f"--max-kl {max_kl}: give nats per token, such as 0.05")
-    size = target_size if target_ratio is None else math.floor(target_ratio * now)
+        raise UsageError(f"`max_kl` is {max_kl}: give nats per token above 0, such as 0.05")
+    size = target_size if target_ratio is None else math.floor(target_ratio * present_size)
     specs = source.specs.values()
-    without_loss = round(sum(TYPICAL_ENTROPY.get(spec.code, 1.0) * spec.n_bytes for spec in specs))
-    if lossless or (size is not None and 1.05 * without_loss < size and not isinstance(source, PackedFolder)):
+    lossless_size = round(sum(TYPICAL_ENTROPY.get(spec.code, 1.0) * spec.n_bytes for spec in specs))
+    if lossless or (size is not None and 1.05 * lossless_size < size and not isinstance(source, PackedFolder)):
         if isinstance(source, PackedFolder):
-            raise CheckpointError(f"{folder} is packed already: it has no bits to lose")
-        return Plan(name, now, "lossless", at_most=size, about=without_loss)
+            raise CheckpointError(f"{folder} is already packed: `lossless` cannot make it smaller; give another target")
+        return Plan(name, present_size, "lossless", at_most=size, about=lossless_size)
     if size is not None:
-        return Plan(name, now, "integers", at_most=size, about=size)
+        return Plan(name, present_size, "integers", at_most=size, about=size)
     if max_kl is None and not reads_text(source.config):
         bits = fallback_bits if bits is None else bits
     if bits is not None:
-        numbers = sum(spec.numel for spec in specs if len(spec.shape) > 1)
-        rest = sum(spec.n_bytes for spec in specs if len(spec.shape) < 2)
-        return Plan(name, now, "integers", about=round(bits * numbers / 8) + rest, bits=bits)
-    return Plan(name, now, "integers", max_kl=MAX_KL if max_kl is None else max_kl)
+        n_weights = sum(spec.numel for spec in specs if len(spec.shape) > 1)
+        vector_bytes = sum(spec.n_bytes for spec in specs if len(spec.shape) < 2)
+        return Plan(name, present_size, "integers", about=round(bits * n_weights / 8) + vector_bytes, bits=bits)
+    return Plan(name, present_size, "integers", max_kl=MAX_KL if max_kl is None else max_kl)
 
 
-def _made(
+def _execute(
     plan: Plan,
     folder: Path,
     directory: Path,
@@ -259,37 +266,37 @@ def _made(
     executor: Executor,
     progress: Progress,
 ) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
-    """Do what is planned; what `verify` finds, and how much was rounded."""
+    """Carry out the plan; returns the result of `verify`, and the coverage if matrices were rounded."""
     scratch = directory / ".scratch"
     scratch.mkdir()
-    measured = _without_loss(plan, folder, scratch / "made", executor, progress) if plan.way == "lossless" else None
+    fidelity = _pack_lossless(plan, folder, scratch / "made", executor, progress) if plan.way == "lossless" else None
     coverage = None
-    if measured is None:
-        measured, coverage = _rounded(plan, folder, scratch, options, executor, progress)
+    if fidelity is None:
+        fidelity, coverage = _quantize(plan, folder, scratch, options, executor, progress)
     for file in (scratch / "made").iterdir():
         file.rename(directory / file.name)
     shutil.rmtree(scratch)
-    return measured, coverage
+    return fidelity, coverage
 
 
-def _without_loss(
-    plan: Plan, folder: Path, made: Path, executor: Executor, progress: Progress
+def _pack_lossless(
+    plan: Plan, folder: Path, target: Path, executor: Executor, progress: Progress
 ) -> dict[str, Any] | None:
-    """Keep every bit, and look whether it is so; nothing where that takes more bytes than the plan has."""
+    """Pack bit for bit and verify; returns None if the result exceeds the size that the plan allows."""
     source = Checkpoint(folder)
-    made.mkdir()
+    target.mkdir()
     sizes = {key: size for key, size in inspect(folder)["bytes"].items() if size is not None}
-    pack_into(made, source, None, ("auto", stage("auto")), sizes, Work(executor), progress)
-    size = bytes_on_disk(PackedFolder(made))
+    pack_into(target, source, None, ("auto", stage("auto")), sizes, Work(executor), progress)
+    size = bytes_on_disk(PackedFolder(target))
     if plan.at_most is not None and size > plan.at_most:
         return None
-    measured = verify(made, against=folder)
-    if not measured["ok"]:
-        raise CheckpointError(f"what was packed differs from {folder}: this machine cannot be trusted")
-    return measured
+    fidelity = verify(target, against=folder)
+    if not fidelity["ok"]:
+        raise CheckpointError(f"the packed copy of {folder} differs from it: check this machine's memory and disk")
+    return fidelity
 
 
-def _rounded(
+def _quantize(
     plan: Plan,
     folder: Path,
     scratch: Path,
@@ -297,69 +304,93 @@ def _rounded(
     executor: Executor,
     progress: Progress,
 ) -> tuple[dict[str, Any], Mapping[str, Any]]:
-    """Round to the plan's target, in several tries where that is found by measuring; as `_made`."""
-    text, positions = options.text, _positions(folder)
+    """Round to the plan's target, in several tries if it is a bound on the KL divergence; returns as `_execute`."""
+    text, positions = options.text, _max_positions(folder)
     held_out = embedded_text()[1] if text is None else text
     if reads_text(opened(folder).config):
-        token_windows(folder, held_out, min(512, positions), 1)  # before anything takes long
-    work = Work(executor, WorkStore(scratch / "finished"))
+        token_windows(folder, held_out, min(512, positions), 1)  # fails early if the text cannot be used
     prepared = prepare(
-        *(folder, work),
+        folder,
+        Work(executor, WorkStore(scratch / "finished")),
         keep=options.keep,
         calibration=options.calibration,
         seq_len=min(WINDOW, positions),
         device=options.device,
         progress=progress,
     )
-    if not prepared.calibrated:
-        if plan.max_kl not in (None, MAX_KL):
-            raise UsageError(f"--max-kl needs a text, but {prepared.facts['reason']}: give --bits or --target-size")
-        (scratch / "made").mkdir()
-        goal = Goal(plan.bits, plan.at_most, fallback_bits=options.fallback_bits)
-        prepared.write(scratch / "made", goal, "auto", stage("auto"), executor, progress)
-        return _weight_error(folder, PackedFolder(scratch / "made")), prepared.coverage
-    wanted = None if plan.max_kl is None else plan.max_kl / 2
-    tried: list[tuple[float, float]] = []
+    target = scratch / "made"
+
+    def write(expected_kl: float | None) -> None:
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir()
+        goal = Goal(plan.bits, plan.at_most, expected_kl, fallback_bits=options.fallback_bits)
+        prepared.write(target, goal, "auto", stage("auto"), executor, progress)
+
+    def measure() -> dict[str, Any]:
+        fidelity = verify(target, against=folder, text=held_out, seq_len=min(512, positions), progress=progress)
+        return fidelity | {"text": _DEFAULT_TEXT_NAME if text is None else "the text that was given"}
+
+    if prepared.calibrated:
+        return _search(plan, write, measure, options.force), prepared.coverage
+    if plan.max_kl not in (None, MAX_KL):
+        reason = prepared.facts["reason"]
+        raise UsageError(f"`max_kl` requires running the model on text, but {reason}: give `bits` or `target_size`")
+    write(None)
+    return _weight_error(folder, PackedFolder(target)), prepared.coverage
+
+
+def _search(
+    plan: Plan, write: Callable[[float | None], None], measure: Callable[[], dict[str, Any]], force: bool
+) -> dict[str, Any]:
+    """Write the model, repeatedly if the plan bounds its KL divergence; returns the last result of `measure`.
+
+    Args:
+        plan: the target.
+        write: writes the model, rounded to an expected KL divergence or, given None, to the other target of the plan.
+        measure: returns how far the written model is from the original.
+        force: accept a model that is ruined.
+
+    Raises:
+        UsageError: the target ruins the model, or the bound was not reached.
+    """
+    expected_kl = None if plan.max_kl is None else plan.max_kl / 2
+    n_tries = 0
     while True:
-        shutil.rmtree(scratch / "made", ignore_errors=True)
-        (scratch / "made").mkdir()
-        goal = Goal(plan.bits, plan.at_most, wanted, fallback_bits=options.fallback_bits)
-        prepared.write(scratch / "made", goal, "auto", stage("auto"), executor, progress)
-        measured = verify(
-            scratch / "made", against=folder, text=held_out, seq_len=min(512, positions), progress=progress
-        ) | {"text": _HELD_OUT if text is None else "the text that was given"}
-        kl = measured["mean_kl"]
-        searches = plan.max_kl is not None and kl > plan.max_kl
-        if not kl <= RUIN and not options.force and not searches:
+        write(expected_kl)
+        fidelity = measure()
+        kl = fidelity["mean_kl"]
+        above_bound = plan.max_kl is not None and kl > plan.max_kl
+        if not kl <= RUINOUS_KL and not force and not above_bound:
             raise UsageError(
-                f"this target ruins the model: mean KL {kl:.2f} nats per token, perplexity x {measured['ratio']:.2f} "
-                f"on {measured['text']}; choose a larger target, or set `force`"
+                f"this target ruins the model: mean KL {kl:.2f} nats per token, perplexity x {fidelity['ratio']:.2f} "
+                f"on {fidelity['text']}; choose a larger target, or set `force`"
             )
-        if wanted is None or plan.max_kl is None or not math.isfinite(kl):
-            return measured, prepared.coverage
-        tried.append((wanted, kl))
-        if _NEAR * plan.max_kl <= kl <= plan.max_kl:
-            return measured, prepared.coverage
-        if len(tried) >= _TRIES and kl <= plan.max_kl:
-            return measured, prepared.coverage
-        if len(tried) >= 2 * _TRIES:
-            raise UsageError(f"a mean KL of {plan.max_kl} was not reached: {kl:.3g} at the finest steps; give more")
-        wanted *= min(0.95 * plan.max_kl / kl, _LEAP) if kl else _LEAP
+        if expected_kl is None or plan.max_kl is None or not math.isfinite(kl):
+            return fidelity
+        n_tries += 1
+        if kl <= plan.max_kl and (n_tries >= _TRIES or kl >= _CLOSE_ENOUGH * plan.max_kl):
+            return fidelity
+        if n_tries >= 2 * _TRIES:
+            raise UsageError(
+                f"`max_kl` {plan.max_kl} was not reached in {n_tries} tries: the last has a mean KL of {kl:.3g}; give "
+                "a larger value"
+            )
+        expected_kl *= min(0.95 * plan.max_kl / kl, _MAX_FACTOR) if kl else _MAX_FACTOR
 
 
-def _weight_error(folder: Path, made: PackedFolder) -> dict[str, Any]:
-    """The relative error of the weights that were rounded, as a root mean square."""
+def _weight_error(folder: Path, packed: PackedFolder) -> dict[str, Any]:
+    """The relative error of the rounded weights, as a root mean square."""
     source = readable(folder)
     error = size = 0.0
     for name in source.specs:
-        before, after = source[name], made[name]
+        before, after = source[name], packed[name]
         if before.is_floating_point() and not torch.equal(before, after):
             error += (after.double() - before.double()).square().sum().item()
             size += before.double().square().sum().item()
     return {"fidelity": LOSSY, "mean_kl": None, "weight_error": math.sqrt(error / size) if size else 0.0}
 
 
-def _positions(folder: Path) -> int:
-    told = opened(folder).config
-    sizes = [told[key] for key in ("max_position_embeddings", "n_positions") if isinstance(told.get(key), int)]
+def _max_positions(folder: Path) -> int:
+    config = opened(folder).config
+    sizes = [config[key] for key in ("max_position_embeddings", "n_positions") if isinstance(config.get(key), int)]
     return min(sizes, default=512)

@@ -1,4 +1,7 @@
-"""Find what stands in the place of a model's linear layers, one after another, each fed by those that are low-rank."""
+"""Choose ranks for a model's linear layers and find the low-rank factors, layer by layer.
+
+Each layer is calibrated on the outputs of the low-rank layers before it.
+"""
 
 import re
 from collections.abc import Callable, Mapping
@@ -23,21 +26,21 @@ from freebits.storage.folder import Checkpoint
 from freebits.transforms.low_rank import allocated, rank_for, reduced, spectrum
 from freebits.types import FLOATS
 
-PAPERS_BLOCKS = {0.9: (8, 0.60), 0.8: (12, 0.46), 0.5: (24, 0.33)}
-"""Budget → how many of 32 blocks the paper reduces, the last, and the part that is left of each matrix there."""
+PAPER_SETTINGS = {0.9: (8, 0.60), 0.8: (12, 0.46), 0.5: (24, 0.33)}
+"""Budget → how many of 32 blocks the paper reduces, counted from the last, and the fraction of each matrix it keeps."""
 _LAYERS = (nn.Linear, Conv1D)
 
 
 @dataclass(frozen=True)
 class Layers:
-    """The linear layers that may become narrow.
+    """The linear layers that may become low-rank.
 
     Attributes:
-        source: the model, by the names of transformers.
-        architecture: what is in it.
-        running: the same, as it is run.
-        sizes: for each block that may be reduced, outputs and inputs of each of its matrices.
-        transposed: the matrices that are stored as (inputs, outputs), as GPT-2 has them.
+        source: the model's tensors, with the names of transformers.
+        architecture: the table of its tensors.
+        running: the model that is run.
+        sizes: number of a block that may be reduced → name of a matrix → (outputs, inputs).
+        transposed: names of the matrices that are stored as (inputs, outputs), as in GPT-2.
     """
 
     source: InMemory
@@ -48,46 +51,50 @@ class Layers:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, path: Path, device: torch.device, blocks: str) -> "Layers":
-        """Those of a model.
+        """The layers of a model.
 
         Raises:
-            UsageError: there are no such blocks.
-            UnsupportedModelError: the table does not know it.
+            UsageError: `blocks` is malformed, or asks for more blocks than there are.
+            UnsupportedModelError: the model is already low-rank, or of an unknown type.
         """
         architecture = Architecture.of(checkpoint.config, len(checkpoint.specs))
         if architecture.low_ranks:
-            raise UnsupportedModelError(f"{path} has layers of low rank already: reduce the model it was made from")
+            raise UnsupportedModelError(f"{path} already has low-rank layers: reduce the model it was made from")
         running = RunningModel(path, device)
         source, engine = running.named, running.engine
-        layers = {f"{name}.weight": type(of) for name, of in engine.model.named_modules() if isinstance(of, _LAYERS)}
-        transposed = frozenset(name for name, spec in layers.items() if issubclass(spec, Conv1D))
+        named_modules = engine.model.named_modules()
+        layers = {f"{name}.weight": module for name, module in named_modules if isinstance(module, _LAYERS)}
+        transposed = frozenset(name for name, layer in layers.items() if isinstance(layer, Conv1D))
         match = re.fullmatch(r"all|last:([1-9]\d*)", blocks)
         n_blocks = len(engine.blocks)
         if not match or int(match[1] or 1) > n_blocks:
-            raise UsageError(f"--blocks {blocks}: give all, or last:N with N up to {n_blocks}")
+            raise UsageError(f"`blocks` is {blocks!r}: give all, or last:N with N from 1 to {n_blocks}")
         chosen = range(n_blocks - int(match[1]) if match[1] else 0, n_blocks)
         per_block = len(architecture.family.sublayers)
         sizes = {}
         for number in chosen:
-            subs = architecture.sublayers[number * per_block : (number + 1) * per_block]
-            modules = [module for sub in subs for branch in sub.branches for module in (*branch.reads, *branch.writes)]
+            sublayers = architecture.sublayers[number * per_block : (number + 1) * per_block]
+            branches = [branch for sublayer in sublayers for branch in sublayer.branches]
+            modules = [module for branch in branches for module in (*branch.reads, *branch.writes)]
             specs = {module.weight: source.specs.get(module.weight) for module in modules if not module.stacked}
             shapes = {name: spec.shape for name, spec in specs.items() if spec and spec.code in FLOATS}
-            shapes = {name: s[::-1] if name in transposed else s for name, s in shapes.items()}
-            sizes[number] = {n: (s[0], s[1]) for n, s in shapes.items() if n in layers and min(s) > 1}
+            shapes = {name: shape[::-1] if name in transposed else shape for name, shape in shapes.items()}
+            sizes[number] = {
+                name: (shape[0], shape[1]) for name, shape in shapes.items() if name in layers and min(shape) > 1
+            }
         return cls(source, architecture, running, sizes, transposed)
 
     def matrix(self, name: str) -> Tensor:
-        """One, (outputs, inputs)."""
+        """A matrix as (outputs, inputs)."""
         return self.source[name].T if name in self.transposed else self.source[name]
 
     @property
     def all_sizes(self) -> dict[str, tuple[int, int]]:
-        """Of all blocks."""
-        return {name: size for of in self.sizes.values() for name, size in of.items()}
+        """Name of a matrix → (outputs, inputs), in all blocks that may be reduced."""
+        return {name: size for block in self.sizes.values() for name, size in block.items()}
 
 
-def ranks_of(
+def choose_ranks(
     layers: Layers,
     tokens: Tensor,
     work: Work,
@@ -95,59 +102,59 @@ def ranks_of(
     seed: int,
     progress: Progress,
 ) -> dict[str, int]:
-    """The rank of each layer that becomes narrow."""
+    """The rank of each layer that becomes low-rank; `plan` is (budget, target size, allocation)."""
     budget, target_size, allocate = plan
     sizes = layers.all_sizes
     spectra: dict[str, Tensor] = {}
     if allocate == SLOPE and not work.has("ranks"):
         spectra = work.once("spectra", partial(_spectra, layers, tokens, work, seed, progress))
 
-    def ranks(part: float) -> dict[str, int]:
+    def ranks_for(fraction: float) -> dict[str, int]:
         if allocate == SLOPE:
-            return allocated(spectra, {name: sizes[name] for name in spectra}, part)
+            return allocated(spectra, {name: sizes[name] for name in spectra}, fraction)
         if allocate == PAPER:
-            return _papers_ranks(layers, part)
-        return {name: rank_for(*size, part) for name, size in sizes.items()}
+            return _paper_ranks(layers, fraction)
+        return {name: rank_for(*size, fraction) for name, size in sizes.items()}
 
     def chosen() -> dict[str, int]:
         if target_size is not None:
-            return _ranks_for_size(layers, ranks, target_size)
-        return {name: rank for name, rank in ranks(budget).items() if rank}
+            return _ranks_for_size(layers, ranks_for, target_size)
+        return {name: rank for name, rank in ranks_for(budget).items() if rank}
 
     return work.once("ranks", chosen)
 
 
 def _spectra(layers: Layers, tokens: Tensor, work: Work, seed: int, progress: Progress) -> dict[str, Tensor]:
-    """Of each layer what each direction of its outputs is worth."""
+    """For each layer, the weighted energy of each direction of its outputs; see `spectrum`."""
     sizes = layers.all_sizes
-    sums, listed = measured_group(layers.running, work.store, seed, (0, tokens), progress)
-    information = informations(sums, [region for of in listed for region in of.regions])
+    sums, statistics = measured_group(layers.running, work.store, seed, (0, tokens), progress)
+    information = informations(sums, [region for inputs in statistics for region in inputs.regions])
     spectra: dict[str, Tensor] = {}
-    for of in listed:
-        names = {region.name: region for region in of.regions if region.name in sizes and region in information}
-        total = work.store.get(of.key) if names else torch.empty(0)
-        spectra |= {n: spectrum(layers.matrix(n), total, information[region]) for n, region in names.items()}
-        work.store.drop(of.key)
+    for inputs in statistics:
+        regions = {region.name: region for region in inputs.regions if region.name in sizes and region in information}
+        total = work.store.get(inputs.key) if regions else torch.empty(0)
+        spectra |= {name: spectrum(layers.matrix(name), total, information[region]) for name, region in regions.items()}
+        work.store.drop(inputs.key)
     return {name: spectra[name] for name in sizes if name in spectra}
 
 
-def _papers_ranks(layers: Layers, budget: float) -> dict[str, int]:
-    """Of the last blocks, in proportion."""
-    of_32, part = PAPERS_BLOCKS[budget]
+def _paper_ranks(layers: Layers, budget: float) -> dict[str, int]:
+    """The paper's ranks: the same fraction of each matrix in the last blocks, in proportion to their number."""
+    n_of_32, fraction = PAPER_SETTINGS[budget]
     n_blocks = len(layers.running.engine.blocks)
-    chosen = range(n_blocks - round(of_32 / 32 * n_blocks), n_blocks)
-    sizes = {name: size for number, of in layers.sizes.items() if number in chosen for name, size in of.items()}
-    return {name: rank_for(*size, part, paired=False) for name, size in sizes.items()}
+    chosen = range(n_blocks - round(n_of_32 / 32 * n_blocks), n_blocks)
+    blocks = [block for number, block in layers.sizes.items() if number in chosen]
+    return {name: rank_for(*size, fraction, paired=False) for block in blocks for name, size in block.items()}
 
 
-def _ranks_for_size(layers: Layers, ranks: Callable[[float], dict[str, int]], target: int) -> dict[str, int]:
-    """Those with which the weights take at most so many bytes.
+def _ranks_for_size(layers: Layers, ranks_for: Callable[[float], dict[str, int]], target: int) -> dict[str, int]:
+    """The largest ranks with which the weights take at most `target` bytes, by bisection.
 
     Raises:
-        UsageError: there are none.
+        UsageError: the smallest ranks take more.
     """
     specs, sizes = layers.source.specs, layers.all_sizes
-    whole = sum(spec.n_bytes for spec in specs.values())
+    dense_bytes = sum(spec.n_bytes for spec in specs.values())
 
     def total(chosen: Mapping[str, int]) -> int:
         saved = 0
@@ -155,37 +162,39 @@ def _ranks_for_size(layers: Layers, ranks: Callable[[float], dict[str, int]], ta
             if rank:
                 n, m = sizes[name]
                 saved += specs[name].n_bytes // (n * m) * (n * m - rank * (n + m))
-        return whole - saved
+        return dense_bytes - saved
 
     low, high = 0.0, 1.0
     for _ in range(30):
         middle = (low + high) / 2
-        low, high = (middle, high) if total(ranks(middle)) <= target else (low, middle)
-    chosen = ranks(low) if low else {}
+        low, high = (middle, high) if total(ranks_for(middle)) <= target else (low, middle)
+    chosen = ranks_for(low) if low else {}
     if not low or total(chosen) > target:
-        raise UsageError(f"--target-size {target}: no rank is as small; the model has {whole} bytes")
+        raise UsageError(
+            f"`target_size` is {target}: no ranks make the model of {dense_bytes} bytes that small; give more"
+        )
     return {name: rank for name, rank in chosen.items() if rank}
 
 
 @torch.no_grad()
 def reduce_layers(layers: Layers, ranks: Mapping[str, int], tokens: Tensor, work: Work, progress: Progress) -> None:
-    """Find the two matrices in the place of each layer; each layer reads what those before it then give.
+    """Find the two factors of each layer, given the outputs of the low-rank layers before it.
 
-    They are results of stages `factors-NAME`, (`down`, `up`).
+    The factors are the result (`down`, `up`) of stage `factors-NAME` of `work`.
     """
     engine, recent = layers.running.engine, Recent()
     reducer = partial(_low_rank, layers, ranks, work, recent)
 
-    def left(number: int) -> None:
+    def finish_block(number: int) -> None:
         recent.clear()
         progress("reducing", "block", number + 1, len(engine.runs))
 
     with Products(engine.parameter_at, reducer):
-        engine.hidden(tokens, left)
+        engine.hidden(tokens, finish_block)
 
 
 def _low_rank(layers: Layers, ranks: Mapping[str, int], work: Work, recent: Recent, product: Product) -> Tensor | None:
-    """The result of a product, once the layer is one of low rank."""
+    """The result of a product with the low-rank layer; None if the layer stays as it is."""
     name, x = product.region.name, product.inputs
     if name not in ranks:
         return None
@@ -200,5 +209,5 @@ def _low_rank(layers: Layers, ranks: Mapping[str, int], work: Work, recent: Rece
         return down.to(matrix.dtype).contiguous(), up.to(matrix.dtype).contiguous()
 
     down, up = (factor.to(x.device, torch.float32) for factor in work.once(f"factors-{name}", find))
-    change = up @ down - layers.matrix(name).to(x.device, torch.float32)
-    return product.result + (x @ change.T).reshape(product.result.shape)
+    difference = up @ down - layers.matrix(name).to(x.device, torch.float32)
+    return product.result + (x @ difference.T).reshape(product.result.shape)

@@ -1,4 +1,4 @@
-"""Make layers of a checkpoint narrow, one after another, each fed by those that are narrow already."""
+"""Replace linear layers of a checkpoint by low-rank ones."""
 
 import math
 import os
@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from freebits.api.low_rank_statistics import PAPERS_BLOCKS, Layers, ranks_of, reduce_layers
+from freebits.api.low_rank_statistics import PAPER_SETTINGS, Layers, choose_ranks, reduce_layers
 from freebits.calibration.self_generated import self_generated_windows
 from freebits.calibration.streamed import window_logits
 from freebits.calibration.tokens import drawn_windows, token_windows
@@ -37,7 +37,7 @@ from freebits.transforms.slicing import perplexity
 from freebits.version import __version__
 
 HELD_OUT = 4
-"""Windows on which the cost is measured."""
+"""Number of windows on which perplexity is measured."""
 
 
 def lowrank(
@@ -58,65 +58,68 @@ def lowrank(
     sign_with: str | os.PathLike[str] | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Put two thin layers in the place of linear ones (reduced-order modelling): lossy. One block is in memory.
+    """Replace linear layers by low-rank ones (reduced-order modelling): lossy. Memory holds one block.
 
     Args:
         model: folder of a dense or sliced checkpoint.
         out: folder to create; it appears complete or not at all.
-        budget: part of the numbers of the matrices in all blocks that is left, in canonical form, in (0, 1); by default
-            0.8. Of 0.9, 0.8 and 0.5 `allocate` may be `paper`.
-        target_size: instead, bytes of the weights that are written, at most.
+        budget: fraction of the weights of all blocks' matrices to keep, in (0, 1), counted in canonical form; by
+            default 0.8.
+        target_size: instead, the largest size of the written weights in bytes.
         blocks: `all`, or `last:N`.
-        allocate: `slope` cuts all layers where the last direction kept is worth the same for each number it takes, and
-            leaves whole what is not worth it; `uniform` leaves the same part of each matrix; `paper` does as the paper:
-            the same part of each matrix in the last blocks, without counting on the canonical form.
-        calibration: text; by default the model writes its own.
-        samples: windows of calibration text.
-        seq_len: tokens a window.
-        seed: of everything that is drawn.
+        allocate: `slope` chooses ranks so that the last direction of each layer is worth the same per weight, and
+            skips layers that do not gain; `uniform` keeps the same fraction of each matrix; `paper` keeps the same
+            fraction of each matrix in the last blocks, not counted in canonical form, with a budget of 0.9, 0.8 or 0.5.
+        calibration: text; by default the model generates its own.
+        samples: number of windows of calibration text.
+        seq_len: tokens per window.
+        seed: of everything that is drawn at random.
         device: where to run the model.
-        parallel: who does what can be done apart from running the model.
-        resume: go on with what a stopped run of the same arguments left, block by block.
+        parallel: how work other than running the model runs in parallel.
+        resume: continue a stopped run with the same arguments from its last finished block.
         sign_with: file of a private key (PEM), with which every file of the folder is signed; see `verify`.
         progress: called after each block.
 
     Returns:
-        What `inspect(out)` says, and `perplexity` {`dense`, `reduced`} on
-        other windows of the calibration text, None where it has no other.
+        The result of `inspect(out)`, and `perplexity` {`dense`, `reduced`} on other windows of the calibration text;
+        None if there are no others.
 
     Raises:
-        UsageError: an argument makes no sense.
-        CheckpointError: `model` is no sound checkpoint, or `out` exists.
-        UnsupportedModelError: the architecture table does not know the model.
+        UsageError: an argument is out of range.
+        CheckpointError: `model` is not a sound checkpoint, or `out` exists.
+        UnsupportedModelError: the model is of an unknown type, or already has low-rank layers.
     """
     check_key(sign_with)
     if budget is not None and target_size is not None:
-        raise UsageError("--budget and --target-size are each a target: give one")
+        raise UsageError("`budget` and `target_size` exclude each other: give one")
     budget = 0.8 if budget is None else budget
     if not 0 < budget < 1:
-        raise UsageError(f"--budget {budget}: give a part of the numbers, such as 0.8")
-    if allocate not in ALLOCATIONS or (allocate == PAPER and budget not in PAPERS_BLOCKS):
-        raise UsageError(f"--allocate {allocate} with a budget of {budget}: see freebits lowrank --help")
+        raise UsageError(f"`budget` is {budget}: give a fraction of the weights between 0 and 1, such as 0.8")
+    if allocate not in ALLOCATIONS:
+        raise UsageError(f"`allocate` is {allocate!r}: choose one of {', '.join(ALLOCATIONS)}")
+    if allocate == PAPER and budget not in PAPER_SETTINGS:
+        budgets = ", ".join(map(str, PAPER_SETTINGS))
+        raise UsageError(f"`allocate` is {PAPER!r}, but `budget` is {budget}: give a budget of {budgets}")
     model = located(model)
     if is_packed(model):
-        raise CheckpointError(f"{model} is packed: reduce the model it was made from, or unpack it first")
+        raise CheckpointError(f"{model} is packed: unpack it first")
     checkpoint = Checkpoint(model)
     layers = Layers.of(checkpoint, model, device_of(device), blocks)
-    said = {"budget": budget, "size": target_size, "blocks": blocks, "allocate": allocate, "samples": samples}
-    said |= {"seq_len": seq_len, "seed": seed, "device": device, "text": text_digest(calibration)}
-    task = Task("lowrank", checkpoint.path, said, resume)
+    arguments = {"budget": budget, "size": target_size, "blocks": blocks, "allocate": allocate, "samples": samples}
+    arguments |= {"seq_len": seq_len, "seed": seed, "device": device, "text": text_digest(calibration)}
+    task = Task("lowrank", checkpoint.path, arguments, resume)
     with new_directory(out, task) as directory, parallel.executor() as executor:
         work = Work(executor, task.store(directory))
         if calibration is None:
-            where = device_of(device)
-            written = partial(
-                self_generated_windows, checkpoint.path, samples + HELD_OUT, seq_len, seed, where, progress
+            n_windows, torch_device = samples + HELD_OUT, device_of(device)
+            generate = partial(
+                self_generated_windows, checkpoint.path, n_windows, seq_len, seed, torch_device, progress
             )
-            windows = work.once("text", written)
+            windows = work.once("text", generate)
         else:
             windows = token_windows(checkpoint.path, calibration, seq_len)
         tokens, held_out = drawn_windows(windows, samples, HELD_OUT, seed)
-        ranks = ranks_of(layers, tokens, work, (budget, target_size, allocate), seed, progress)
+        ranks = choose_ranks(layers, tokens, work, (budget, target_size, allocate), seed, progress)
         reduce_layers(layers, ranks, tokens, work, progress)
         ranks = _write(directory, checkpoint, layers, ranks, work)
         transform = {
@@ -133,35 +136,35 @@ def lowrank(
             "producer": f"freebits {__version__}",
         }
         _write_config(directory, checkpoint, layers.architecture.family, ranks, transform)
-        cost = _cost(checkpoint.path, directory, held_out)
+        perplexities = _perplexities(checkpoint.path, directory, held_out)
         write_card(directory, checkpoint.path)
         if sign_with is not None:
             sign(directory, sign_with)
-        return inspect(directory) | {"perplexity": cost}
+        return inspect(directory) | {"perplexity": perplexities}
 
 
 def _write(
     directory: Path, checkpoint: Checkpoint, layers: Layers, ranks: Mapping[str, int], work: Work
 ) -> dict[str, int]:
-    """The weights; the ranks of layers that have low rank now."""
-    source, specs, reduced = layers.source, layers.source.specs, dict[str, int]()
-    announced = {f"{name}.down.up": (*spec.shape, *spec.shape) for name, spec in specs.items()} | {
+    """Write the weights; returns the ranks of the low-rank layers."""
+    source, specs, written_ranks = layers.source, layers.source.specs, dict[str, int]()
+    shapes = {f"{name}.down.up": (*spec.shape, *spec.shape) for name, spec in specs.items()} | {
         f"{name}.up.down": spec.shape for name, spec in specs.items()
     }
-    found = {name: work.result(f"factors-{name}") for name in ranks if work.has(f"factors-{name}")}
-    with CheckpointWriter(directory, announced, shard_bytes(checkpoint)) as writer:
+    factors = {name: work.result(f"factors-{name}") for name in ranks if work.has(f"factors-{name}")}
+    with CheckpointWriter(directory, shapes, shard_bytes(checkpoint)) as writer:
         for name in specs:
-            layer, _, what = name.rpartition(".")
-            if f"{layer}.weight" not in found:
+            layer, _, parameter = name.rpartition(".")
+            if f"{layer}.weight" not in factors:
                 writer.write(name, source[name])
-            elif what == "weight":
-                down, up = found[name]
+            elif parameter == "weight":
+                down, up = factors[name]
                 writer.write(f"{layer}.down.weight", down)
                 writer.write(f"{layer}.up.weight", up)
-                reduced[layer] = len(down)
+                written_ranks[layer] = len(down)
             else:
-                writer.write(f"{layer}.up.{what}", source[name])
-    return reduced
+                writer.write(f"{layer}.up.{parameter}", source[name])
+    return written_ranks
 
 
 def _write_config(
@@ -170,28 +173,28 @@ def _write_config(
     config = checkpoint.config
     sliced = str(config["model_type"]).startswith(SLICED_PREFIX)
     classes = family.sliced_classes if sliced else family.low_rank_classes
-    ours = {
+    changes = {
         "model_type": family.sliced_model_type if sliced else family.low_rank_model_type,
         "architectures": [classes["AutoModelForCausalLM"]],
         "auto_map": auto_map(classes),
         LOW_RANKS: dict(ranks),
         HISTORY: {"history": [*history_of(config), transform]},
     }
-    write_json(directory / CONFIG, config | ours)
+    write_json(directory / CONFIG, config | changes)
     carry_over(checkpoint.path, directory, (file.name for file in checkpoint.weight_files))
     write_remote_code(directory, SLICED_IN if sliced else LOW_RANK_IN, classes)
 
 
-def _cost(before: Path, after: Path, held_out: Tensor) -> dict[str, float | None]:
-    """Perplexities on windows that were not calibrated on."""
+def _perplexities(before: Path, after: Path, held_out: Tensor) -> dict[str, float | None]:
+    """Perplexities of both models on windows that were not used for calibration; None if they are not finite."""
     if not len(held_out):
         return {"dense": None, "reduced": None}
-    found: dict[str, float | None] = {}
+    perplexities: dict[str, float | None] = {}
     for name, path in (("dense", before), ("reduced", after)):
         losses = [
             cross_entropy(logits, window[1:]).item()
             for logits, window in zip(window_logits(path, held_out), held_out, strict=True)
         ]
         value = perplexity(losses)
-        found[name] = value if math.isfinite(value) else None
-    return found
+        perplexities[name] = value if math.isfinite(value) else None
+    return perplexities

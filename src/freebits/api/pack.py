@@ -1,4 +1,4 @@
-"""The functions `pack` and `unpack`: check the arguments, write a folder, describe it."""
+"""Pack checkpoints, and unpack them again."""
 
 import logging
 import os
@@ -46,49 +46,49 @@ def pack(
     sign_with: str | os.PathLike[str] | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Pack a checkpoint without the bits of its rotations and of the bases of its heads, or bit for bit.
+    """Pack a checkpoint without the bits that its rotations and the bases of its heads take, or bit for bit.
 
-    The other codecs are function-preserving: the weights are those of a rotated model, rounded once to their
-    dtypes. Codec `none` and the entropy stage are bit-exact. Codec `canonical` packs an adapter as codec `none` does,
-    with a warning, unless its config proves that every layer adds the product of two matrices.
+    Codecs `canonical` and `bits-back` preserve the function: the weights are those of a rotated model, rounded once to
+    their dtypes. Codec `none` and the entropy stage are bit-exact. Codec `canonical` packs an adapter as codec `none`
+    does, with a warning, unless its config proves that every layer adds the product of two matrices.
 
     Args:
-        model: folder of a checkpoint, sliced or dense, or of an adapter; bits-back takes sliced ones alone. A GGUF file
-            or a pipeline of several models is kept bit for bit.
+        model: folder of a sliced or dense checkpoint, or of an adapter; `bits-back` requires a sliced one. A GGUF file
+            or a pipeline of several models is packed bit for bit.
         out: folder to create; it appears complete or not at all.
-        codec: `canonical` fixes the rotations, so that nothing is left to decode; `bits-back` is the paper's code;
-            `none` keeps the files, which `unpack` gives back byte for byte.
-        entropy: `auto` entropy-codes what gains by it, bit for bit; `none` leaves it.
-        threshold: of bits-back, the largest error of a decoded word that is left without a correction, by default
+        codec: `canonical` chooses rotations that need no storage and no decoding; `bits-back` is the paper's code;
+            `none` keeps the files: `unpack` restores them byte for byte.
+        entropy: `auto` entropy-codes the tensors that become smaller by it, bit for bit; `none` codes nothing.
+        threshold: for `bits-back`, the largest error of a decoded 16-bit value that needs no correction, by default
             0.01. The paper uses 0.01 for OPT and 0.005 for Llama 2.
-        device: where linear algebra runs, in float64 there, too; the result is as close to the model, to its last bits.
-        parallel: where the blocks are packed, and how many at once. Memory holds as many, in float64.
-        resume: if a run with the same arguments was stopped, use the blocks that it finished.
+        device: where linear algebra runs, always in float64. Results of other devices may differ in the last bits.
+        parallel: where the blocks are packed, and how many at once. Memory holds as many blocks, in float64.
+        resume: use the blocks that a stopped run with the same arguments finished.
         sign_with: file of a private key (PEM), with which every file of the folder is signed; see `verify`.
         progress: called after each block, with codec `none` after each tensor.
 
     Returns:
-        What `inspect(out)` returns.
+        The result of `inspect(out)`.
 
     Raises:
-        UsageError: there is no such codec or device, or the threshold is not the codec's.
-        CheckpointError: the model is no sound checkpoint, not sliced, or in no dtype of the codec's; or `out` exists.
+        UsageError: the codec or device does not exist, or the codec has no threshold.
+        CheckpointError: `model` is not a sound checkpoint, or the codec does not support it; or `out` exists.
     """
     check_key(sign_with)
-    preset, code = chosen(codec, threshold, device_of(device, float64=True)), stage(entropy)
+    preset, entropy_code = chosen(codec, threshold, device_of(device, float64=True)), stage(entropy)
     model = located(model)
     if is_gguf(model) or is_pipeline(model):
         return _pack_exact(model, out, entropy=entropy, parallel=parallel, progress=progress, sign_with=sign_with)
     if is_packed(model):
         raise CheckpointError(f"{model} is packed already: unpack it first")
     source, sizes = Checkpoint(model), known_sizes(model)
-    preset = _proven(preset, source)
-    told = {"codec": codec, "entropy": entropy, "threshold": threshold, "device": device}
-    task = Task("pack", source.path, told, resume) if preset else None  # codec `none` is not worth resuming
-    piece = _largest_part(source) if preset and not is_adapter(source.config) else 0
-    with new_directory(out, task) as directory, parallel.executor(piece) as executor:
+    preset = _safe_preset(preset, source)
+    arguments = {"codec": codec, "entropy": entropy, "threshold": threshold, "device": device}
+    task = Task("pack", source.path, arguments, resume) if preset else None  # codec `none` is not worth resuming
+    largest = _largest_part(source) if preset and not is_adapter(source.config) else 0
+    with new_directory(out, task) as directory, parallel.executor(largest) as executor:
         work = Work(executor, task.store(directory) if task else None)
-        pack_into(directory, source, preset, (entropy, code), sizes, work, progress)
+        pack_into(directory, source, preset, (entropy, entropy_code), sizes, work, progress)
         write_card(directory, source.path, auto_class=_loader(source))
         if sign_with is not None:
             sign(directory, sign_with)
@@ -96,34 +96,36 @@ def pack(
 
 
 def _pack_exact(model: Path, out: str | os.PathLike[str], **options: Any) -> dict[str, Any]:
-    """What no other codec takes, bit for bit: a GGUF file, or each model of a pipeline."""
+    """Pack a GGUF file or each model of a pipeline, which only codec `none` supports."""
     if is_gguf(model):
         with gguf_folder(model) as folder:
             return pack(folder, out, codec=NONE, **options)
-    _log.warning("freebits: a pipeline: each of its models is packed with codec none, bit for bit")
+    _log.warning("freebits: %s is a pipeline: each of its models is packed with codec none, bit for bit", model)
     return for_each(model, out, partial(pack, codec=NONE, **options))
 
 
-def _proven(preset: Preset | None, source: Checkpoint) -> Preset | None:
-    """The preset, or None for an adapter that codec `canonical` could change."""
+def _safe_preset(preset: Preset | None, source: Checkpoint) -> Preset | None:
+    """The preset, or None (codec `none`) for an adapter whose function codec `canonical` could change."""
     if preset is None or preset.name != CANONICAL or not is_adapter(source.config):
         return preset
     unproven = unproven_settings(source.config)
     if unproven:
         settings = one_line(", ".join(unproven), 120)
-        _log.warning("freebits: the adapter is kept bit for bit: its update may be no plain product (%s)", settings)
+        _log.warning(
+            "freebits: the adapter is packed bit for bit: its update may not be a plain product (%s)", settings
+        )
     return None if unproven else preset
 
 
 def _loader(source: Checkpoint) -> str | None:
-    """The Auto class that loads the packed model; transformers takes seconds to import."""
-    from freebits.integrations.packed_models import auto_class
+    """The Auto class that loads the packed model."""
+    from freebits.integrations.packed_models import auto_class  # imports transformers, which takes seconds
 
     return auto_class(source.config)
 
 
 def _largest_part(source: Checkpoint) -> int:
-    """Bytes of the part of a model that has most."""
+    """Size of a model's largest part, in bytes."""
     specs = source.specs
     parts = Architecture.of(source.config, len(specs)).parts
     return max(sum(specs[name].n_bytes for name in part.weights if name in specs) for part in parts)
@@ -136,9 +138,9 @@ def unpack(
     parallel: Parallel = Parallel(),
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Write the plain checkpoint that a packed one holds, for `transformers` and any other tool.
+    """Write the plain checkpoint that a packed one encodes, for `transformers` and any other tool.
 
-    A sliced model comes back as SliceGPT's, with dense shortcuts; files packed with codec `none` byte for byte.
+    A sliced model has dense shortcuts, as in SliceGPT. Files packed with codec `none` are restored byte for byte.
 
     Args:
         packed: a packed folder.
@@ -148,7 +150,7 @@ def unpack(
         progress: called after each site or plain tensor.
 
     Returns:
-        What `inspect(out)` returns.
+        The result of `inspect(out)`.
 
     Raises:
         CheckpointError: the folder is not packed or is damaged, or `out` exists.

@@ -1,4 +1,4 @@
-"""Folders of several models, such as diffusion pipelines: each model is treated alone, other files are copied."""
+"""Folders of several models, such as diffusion pipelines: process each model alone and copy the other files."""
 
 import os
 from collections.abc import Callable
@@ -12,41 +12,41 @@ from freebits.storage.folder import CONFIG
 from freebits.storage.staging import new_directory
 
 INDEX = "model_index.json"
-"""The file that names the models of a pipeline."""
+"""The file that lists the models of a pipeline."""
 
 
 def is_pipeline(path: str | os.PathLike[str]) -> bool:
     """Whether a folder holds a pipeline."""
-    with suppress(OSError):  # a name too long, for instance
+    with suppress(OSError):  # for example, the name is too long
         return (Path(path) / INDEX).is_file() and not (Path(path) / CONFIG).exists()
     return False
 
 
 def components(path: str | os.PathLike[str]) -> list[str]:
-    """The subfolders that hold a model with weights, by name."""
+    """The names of the subfolders that hold a model with weights, sorted."""
     folders = (folder for folder in sorted(Path(path).iterdir()) if (folder / CONFIG).is_file())
     return [folder.name for folder in folders if is_packed(folder) or any(folder.glob("*.safetensors"))]
 
 
 def for_each(
-    path: str | os.PathLike[str], out: str | os.PathLike[str], act: Callable[[Path, Path], dict[str, Any]]
+    path: str | os.PathLike[str], out: str | os.PathLike[str], process: Callable[[Path, Path], dict[str, Any]]
 ) -> dict[str, Any]:
-    """Make a new folder of a pipeline; it appears complete or not at all.
+    """Write a new pipeline by processing each model of another; it appears complete or not at all.
 
     Args:
-        path: the pipeline.
-        out: the folder.
-        act: makes the new folder of a model from its folder.
+        path: folder of the pipeline.
+        out: folder to create.
+        process: writes the new folder of a model, given its present folder and the new one.
 
     Returns:
-        `spec`, which is `pipeline`, and `components`: name → what `act` says.
+        `kind`, which is `pipeline`, and `components`: name → result of `process`.
 
     Raises:
-        CheckpointError: `out` exists, or `act` says so.
+        CheckpointError: `out` exists, or `process` raises it.
     """
     source, names = Path(path), components(path)
     with new_directory(out) as directory:
-        made = {name: act(source / name, directory / name) for name in names}
+        results = {name: process(source / name, directory / name) for name in names}
         weights = {str(file.relative_to(source)) for name in names for file in (source / name).rglob("*")}
         carry_over(source, directory, weights, exact=True)
-    return {"kind": "pipeline", "components": made}
+    return {"kind": "pipeline", "components": results}

@@ -45,8 +45,9 @@ from freebits.version import __version__
 _log = logging.getLogger(__name__)
 _NO_TEXT = "none"
 SAMPLES, WINDOW = 32, 256
-_COMPARED, _ROUNDING = 16, 1e-3
-"""Tokens on which the engine is compared with the library's model, and the largest difference of logits."""
+"""Default number of windows of calibration text, and of tokens per window."""
+_COMPARED, _TOLERANCE = 16, 1e-3
+"""Tokens on which the engine is compared with the model of transformers, and the largest relative error of logits."""
 
 
 def quantize(
@@ -74,61 +75,57 @@ def quantize(
 ) -> dict[str, Any]:
     """Quantize the matrices of a checkpoint: lossy.
 
-    Matrices of the language model are calibrated on a text. The others, such as those of a vision tower, are rounded
-    by their weights alone; so is a model that transformers cannot run on a text.
+    Matrices of the language model are calibrated on text. Other matrices, such as those of a vision tower, are rounded
+    without calibration. The same holds for all matrices of a model that transformers cannot run on text.
 
     Args:
-        model: folder of a dense or sliced checkpoint, or of a packed canonical one.
+        model: folder of a dense or sliced checkpoint, or of one packed with codec `canonical`.
         out: folder to create; it appears complete or not at all.
-        bits: for each number of a matrix on average, everything counted that the matrices take; by default 4.
-        target_size: instead, bytes that the finished folder takes at most, as `inspect` counts them.
-        target_kl: instead, KL divergence in nats per token that is to be expected on text as the model writes it.
-        method: `integers` of any size, at steps worth the same everywhere, entropy-coded; `pyramid` vectors; or, to
-            compare with, `gptq` and `rtn`: whole bits in groups of 64, with feedback and to the nearest.
-        rotate: `hadamard` rounds each matrix rotated on both sides and turns it back when it is decoded: integers gain
-            nothing by that, the other methods much.
-        only: quantize only the matrices of the blocks (`linear`), or those of embedding and head (`embeddings`).
-        keep: patterns of names of tensors that stay as they are, such as `vision_tower.*`.
-        fallback_bits: for each weight of the matrices that calibration does not reach, on average; if it reaches none,
-            only where there is no other target.
-        calibration: text; by default the model writes its own.
-        samples: windows of calibration text.
-        seq_len: tokens a window.
-        seed: of everything that is drawn.
+        bits: bits per weight of the matrices on average, side data included; by default 4.
+        target_size: instead, the largest size of the finished folder in bytes, as `inspect` counts them.
+        target_kl: instead, the expected KL divergence on self-generated text, in nats per token.
+        method: `integers`, unbounded and entropy-coded, with scales that balance the error; `pyramid` vectors; or, for
+            comparison, `gptq` (with error compensation) and `rtn` (to nearest): whole bits in groups of 64.
+        rotate: `hadamard` rotates each matrix on both sides before rounding, and back when it is decoded. The other
+            methods gain much by that, `integers` nothing.
+        only: quantize only the matrices of the blocks (`linear`), or only embedding and head (`embeddings`).
+        keep: patterns of names of tensors to leave unchanged, such as `vision_tower.*`.
+        fallback_bits: bits per weight, on average, of the matrices that calibration does not reach. If it reaches none,
+            this applies only without another target.
+        calibration: text; by default the model generates its own.
+        samples: number of windows of calibration text.
+        seq_len: tokens per window.
+        seed: of everything that is drawn at random.
         device: where to run the model.
-        entropy: stage for what is not quantized, as in `pack`.
-        parallel: who rounds, and who measures where the text has several groups of windows: threads, or Ray.
-        resume: go on with what a stopped run of the same arguments left, block by block.
+        entropy: entropy stage of tensors that are not quantized, as in `pack`.
+        parallel: how rounding, and measuring if the text has several groups of windows, run in parallel.
+        resume: continue a stopped run with the same arguments from its last finished block.
         sign_with: file of a private key (PEM), with which every file of the folder is signed; see `verify`.
         progress: called after each step.
 
     Returns:
-        What `inspect(out)` says, and `coverage`, see `coverage_of`.
+        The result of `inspect(out)`, and `coverage`, see `coverage_of`.
 
     Raises:
-        UsageError: an argument makes no sense.
-        CheckpointError: `model` is no sound checkpoint, or `out` exists.
-        UnsupportedModelError: what is asked for needs calibration, and transformers cannot run the model on a text.
+        UsageError: an argument is out of range.
+        CheckpointError: `model` is not a sound checkpoint, or `out` exists.
+        UnsupportedModelError: the arguments require calibration, and transformers cannot run the model on text.
     """
     check_key(sign_with)
     goal = Goal(bits, target_size, target_kl, method, fallback_bits)
-    if rotate not in ROTATIONS or only not in (None, *PARTS):
-        raise UsageError(f"there is no rotation {rotate!r} or no part {only!r}: see freebits quantize --help")
-    code, model = stage(entropy), located(model)
-    said: dict[str, Any] = {
-        "method": method,
-        "bits": bits,
-        "size": target_size,
-        "kl": target_kl,
-        "rotate": rotate,
-        "only": only,
-    }
-    said |= {"samples": samples, "seq_len": seq_len, "seed": seed, "device": device, "entropy": entropy}
-    said |= {"keep": [*keep], "fallback_bits": fallback_bits}
-    task = Task("quantize", Path(model), said | {"text": text_digest(calibration)}, resume)
+    if rotate not in ROTATIONS:
+        raise UsageError(f"`rotate` is {rotate!r}: choose one of {', '.join(ROTATIONS)}")
+    if only not in (None, *PARTS):
+        raise UsageError(f"`only` is {only!r}: choose one of {', '.join(PARTS)}")
+    entropy_code, model = stage(entropy), located(model)
+    arguments: dict[str, Any] = {"method": method, "bits": bits, "size": target_size, "kl": target_kl}
+    arguments |= {"rotate": rotate, "only": only, "keep": [*keep], "fallback_bits": fallback_bits}
+    arguments |= {"samples": samples, "seq_len": seq_len, "seed": seed, "device": device, "entropy": entropy}
+    task = Task("quantize", Path(model), arguments | {"text": text_digest(calibration)}, resume)
     with new_directory(out, task) as directory, parallel.executor() as executor:
         prepared = prepare(
-            *(model, Work(executor, task.store(directory))),
+            model,
+            Work(executor, task.store(directory)),
             rotate=rotate,
             only=only,
             keep=keep,
@@ -139,7 +136,7 @@ def quantize(
             device=device,
             progress=progress,
         )
-        prepared.write(directory, goal, entropy, code, executor, progress)
+        prepared.write(directory, goal, entropy, entropy_code, executor, progress)
         write_card(directory, prepared.source.path)
         if sign_with is not None:
             sign(directory, sign_with)
@@ -148,44 +145,54 @@ def quantize(
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model of which is known how much depends on each of its matrices.
+    """A model with measured sensitivities, ready to be rounded.
 
     Attributes:
         source: the model.
-        cache: what is known of the matrices that are rounded to a goal.
-        alone: what is known of those that no calibration reaches, where it reaches some.
-        facts: how that was measured, for the history.
-        sizes: what `inspect` says of the model's.
+        cache: sensitivities of the matrices that are rounded to a goal.
+        fallback_cache: the same of matrices that calibration does not reach; empty if it reaches none.
+        facts: how the sensitivities were measured, for the history.
+        sizes: the model's sizes, as `inspect` counts them.
         coverage: see `coverage_of`.
     """
 
     source: Checkpoint | PackedFolder
     cache: SensitivityCache
-    alone: SensitivityCache
+    fallback_cache: SensitivityCache
     facts: Mapping[str, Any]
     sizes: Mapping[str, int]
     coverage: Mapping[str, Any]
 
     @property
     def calibrated(self) -> bool:
-        """Whether calibration reached a matrix."""
+        """Whether calibration reached any matrix."""
         return self.facts["text"] != _NO_TEXT
 
     def expected_kl(self, bits: float) -> float:
-        """KL divergence in nats per token, on text as the model writes it, at so many bits per weight on average."""
+        """Expected KL divergence on self-generated text, in nats per token, at an average of `bits` per weight."""
         n_weights = self.cache.n_weights
         return float(RateModel.sum(self.cache.rate_models.values()).c(bits * n_weights)) ** 2 * n_weights / 24
 
     def write(
-        self, directory: Path, goal: Goal, entropy: str, code: str | None, executor: Executor, progress: Progress
+        self,
+        directory: Path,
+        goal: Goal,
+        entropy: str,
+        entropy_code: str | None,
+        executor: Executor,
+        progress: Progress,
     ) -> None:
-        """Round it, and make a packed folder of that."""
+        """Round the model to a goal and write it as a packed folder."""
         if not self.calibrated:
             if goal.kl is not None or goal.method not in (INTEGERS, RTN):
-                what = "--target-kl" if goal.kl is not None else f"method {goal.method}"
-                raise UnsupportedModelError(f"{what} needs calibration, but {self.facts['reason']}: give --bits")
+                option = "`target_kl`" if goal.kl is not None else f"`method` {goal.method}"
+                advice = "give `bits`" if goal.kl is not None else f"choose {INTEGERS} or {RTN}"
+                raise UnsupportedModelError(f"{option} requires calibration, but {self.facts['reason']}: {advice}")
             goal = goal if goal.size or goal.bits else replace(goal, bits=goal.fallback_bits)
-        contents = write_rounded(directory, self.source, self.cache, self.alone, goal, code, executor, progress)
+        source = self.source
+        contents = write_rounded(
+            directory, source, self.cache, self.fallback_cache, goal, entropy_code, executor, progress
+        )
         transform = {
             "transform": goal.method,
             "fidelity": LOSSY,
@@ -195,9 +202,8 @@ class Prepared:
             "bytes": dict(self.sizes),
             "producer": f"freebits {__version__}",
         }
-        source = self.source
-        before = source.manifest.history if isinstance(source, PackedFolder) else history_of(source.config)
-        publish(directory, source, contents, source.config, (goal.method, entropy), [*before, transform])
+        history = source.manifest.history if isinstance(source, PackedFolder) else history_of(source.config)
+        publish(directory, source, contents, source.config, (goal.method, entropy), [*history, transform])
 
 
 def prepare(
@@ -214,80 +220,78 @@ def prepare(
     device: str = "cpu",
     progress: Progress = silent,
 ) -> Prepared:
-    """Measure how much a model depends on each of its matrices; arguments as of `quantize`.
+    """Measure how sensitive a model is to an error of each of its matrices; for the arguments see `quantize`.
 
-    What is found is kept in the store of `work`, which must last as long as it is used.
+    The result refers to data in the store of `work`, which must exist as long as the result is used.
     """
     source = readable(model)
-    where = device_of(device)
-    write = partial(_tokens, source.path, calibration, samples, seq_len, seed, where, progress)
-    rotation = seed if rotate == HADAMARD else None
-    kept = names_to_keep(source, keep)
+    torch_device = device_of(device)
+    load_tokens = partial(_tokens, source.path, calibration, samples, seq_len, seed, torch_device, progress)
+    rotation_seed = seed if rotate == HADAMARD else None
+    unchanged = names_to_keep(source, keep)
     matrices: list[Matrix] = []
     facts: dict[str, Any] = {"rotate": rotate, "text": _NO_TEXT}
     experts: dict[str, int] = {}
     try:
         auto_for_text(source.config)
-        running = RunningModel(source.path, where)
-        tokens = work.once("text", write)
+        running = RunningModel(source.path, torch_device)
+        tokens = work.once("text", load_tokens)
         _check_engine(running, tokens)
-        measured = measure_matrices(running, tokens, work, seed, rotation, progress)
+        measured = measure_matrices(running, tokens, work, seed, rotation_seed, progress)
     except UnsupportedModelError as error:
         if only is not None:
             raise
-        _log.warning("freebits: no calibration, as %s: matrices are rounded by their weights alone", error)
+        _log.warning("freebits: matrices are rounded without calibration: %s", error)
         facts["reason"] = str(error)
     else:
         facts |= {"text": "its own" if calibration is None else "given", "samples": len(tokens), "seq_len": seq_len}
         facts["seed"] = seed
         experts = {"experts": measured.n_experts, "undersampled": measured.n_undersampled}
-        kept = choosing_kept(source, measured.choosing) | kept
-        unknown = {*kept, *measured.choosing}
-        matrices = [matrix for matrix in whole_tensors(measured.matrices, source) if matrix.tensor not in unknown]
+        unchanged = choosing_kept(source, measured.choosing) | unchanged
+        excluded = {*unchanged, *measured.choosing}
+        matrices = [matrix for matrix in whole_tensors(measured.matrices, source) if matrix.tensor not in excluded]
         if only is not None:
-            ends = (running.engine.embedding, running.engine.head)
-            embeddings = {running.named.in_file(name) for name in ends if name}
+            names = (running.engine.embedding, running.engine.head)
+            embeddings = {running.named.in_file(name) for name in names if name}
             matrices = [matrix for matrix in matrices if (matrix.tensor in embeddings) == (only == EMBEDDINGS)]
-    cache = SensitivityCache(work, source, rotation)
+    cache = SensitivityCache(work, source, rotation_seed)
     calibrated = {matrix.tensor for matrix in matrices}
-    rest = [] if only is not None else uncalibrated(source, calibrated, kept)
-    cache.add([*matrices, *rest])
-    alone = {matrix.tensor for matrix in rest}
-    coverage = coverage_of(source, calibrated, alone, kept) | experts
-    if not alone and not calibrated:
-        raise UnsupportedModelError(f"{source.path} has no matrix to round: freebits pack keeps every bit of it")
-    goals = calibrated or alone
-    return Prepared(source, cache.only(goals), cache.only(alone - goals), facts, known_sizes(model), coverage)
+    fallback_matrices = [] if only is not None else uncalibrated(source, calibrated, unchanged)
+    cache.add([*matrices, *fallback_matrices])
+    fallback = {matrix.tensor for matrix in fallback_matrices}
+    coverage = coverage_of(source, calibrated, fallback, unchanged) | experts
+    if not fallback and not calibrated:
+        raise UnsupportedModelError(f"{source.path} has no matrix to quantize: run freebits pack instead")
+    targeted = calibrated or fallback
+    return Prepared(source, cache.only(targeted), cache.only(fallback - targeted), facts, known_sizes(model), coverage)
 
 
 @torch.no_grad()
 def _check_engine(running: RunningModel, tokens: Tensor) -> None:
-    """Compare the engine's logits with those of the library's model on a few tokens, if that model is small.
+    """Compare the engine's logits with those of transformers on a few tokens, if the model is small.
 
     Raises:
-        UnsupportedModelError: they differ by more than rounding.
+        UnsupportedModelError: they differ by more than rounding errors.
     """
     if 4 * sum(spec.numel for spec in readable(running.path).specs.values()) > HELD_WHOLE:
         return
-    few = tokens[:1, :_COMPARED]
-    expected = _plain_logits(running, few)  # before the engine has the model, too
-    [found] = running.engine.logits(few)
-    if expected is None:  # the library itself cannot run this class on a text
+    window = tokens[:1, :_COMPARED]
+    expected = _transformers_logits(running, window)  # first, so that memory never holds both models
+    [actual] = running.engine.logits(window)
+    if expected is None or not expected.isfinite().all():  # the engine runs more models; calibration reports overflow
         return
-    if not expected.isfinite().all():
-        return  # which is said once the text has run through it
-    if not (found - expected).abs().max() <= _ROUNDING * expected.abs().max():
+    if not (actual - expected).abs().max() <= _TOLERANCE * expected.abs().max():
         raise UnsupportedModelError(
-            "run block by block this model gives other logits than run by transformers as a whole: please report its "
-            f"type, {running.engine.model.config.model_type!r}"
+            "this model gives different logits when it is run block by block than in transformers: please report its "
+            f"model type, {running.engine.model.config.model_type!r}"
         )
 
 
-def _plain_logits(running: RunningModel, window: Tensor) -> Tensor | None:
-    """The logits that the library's model gives for the tokens after the first of a window, (T - 1, V), if it runs."""
-    plain = load(running.path, dtype=torch.float32).to(running.device).eval()
-    with suppress(Exception):  # the library's kinds of error are many; the engine says which it is
-        logits: Tensor = plain(input_ids=window.to(running.device), use_cache=False).logits[0, :-1]
+def _transformers_logits(running: RunningModel, window: Tensor) -> Tensor | None:
+    """The logits of transformers for the tokens after the first of a window, (T - 1, V); None if it fails."""
+    model = load(running.path, dtype=torch.float32).to(running.device).eval()
+    with suppress(Exception):  # transformers raises many types; the engine then reports the cause
+        logits: Tensor = model(input_ids=window.to(running.device), use_cache=False).logits[0, :-1]
         return logits
     return None
 
@@ -301,8 +305,9 @@ def _tokens(
     windows = drawn_windows(token_windows(path, text, seq_len), samples, 0, seed)[0]
     if len(windows) < samples:
         _log.warning(
-            "freebits: the text has %d windows of %d tokens, where %d were asked for: calibration on little text is "
-            "less accurate",
-            *(len(windows), seq_len, samples),
+            "freebits: the text has %d windows of %d tokens instead of %d: calibration is less accurate with less text",
+            len(windows),
+            seq_len,
+            samples,
         )
     return windows

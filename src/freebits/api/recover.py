@@ -1,4 +1,4 @@
-"""Train what a lossy step left, so that it answers as the model does that it was made from."""
+"""Train a sliced, low-rank or quantized model to predict what the original model predicts."""
 
 import math
 import os
@@ -32,8 +32,11 @@ from freebits.storage.writer import CheckpointWriter, shard_bytes
 from freebits.version import __version__
 
 HELD_OUT = 8
-"""Windows on which is measured what was gained."""
-_WARM_UP, _AT_ONCE = 10, 32
+"""Number of windows on which the KL divergence is measured."""
+_WARM_UP = 10
+"""Windows during which the learning rate rises."""
+_BATCH = 32
+"""Windows that a model generates at once."""
 _QUANTIZED = (INTEGERS, PYRAMID, "grid")
 
 
@@ -52,56 +55,56 @@ def recover(
     sign_with: str | os.PathLike[str] | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Make good a part of what slicing or quantizing cost: lossy, as they are, in a folder as large.
+    """Recover a part of the quality that slicing or quantizing lost: lossy; the size stays the same.
 
-    What can be trained without growing is trained to predict what the model predicts that the folder was made from
-    (KL divergence, Adam, each window once): of a quantized folder the steps of its linear layers' rows, in the grid
-    that they are stored in, norms and biases; of a plain one every linear layer, by LoRA, merged in the end. (Shortcuts
-    of a sliced one, too, which codec `canonical` then stores whole.)
+    The model is trained to predict what the original model predicts (KL divergence, Adam, each window once). In a
+    quantized folder, the scales of the linear layers' rows, in their stored grid, and norms and biases are trained. In
+    a plain folder every linear layer is trained by LoRA, which is merged at the end. This includes the shortcuts of a
+    sliced model, which codec `canonical` then stores as full matrices.
 
-    Both models are in memory, in float32, and what training one window takes.
+    Memory holds both models in float32, and what training on one window takes.
 
     Args:
-        folder: of a sliced, narrow or other plain checkpoint, or of one that was quantized to integers.
+        folder: folder of a sliced, low-rank or other plain checkpoint, or of one quantized to integers.
         out: folder to create; it appears complete or not at all.
-        against: folder of the model that it was made from.
-        calibration: text to train on; by default that model writes its own.
-        samples: windows, each of which is trained on once.
-        seq_len: tokens a window.
+        against: folder of the original model.
+        calibration: text to train on; by default the original model generates its own.
+        samples: number of windows, each of which is trained on once.
+        seq_len: tokens per window.
         rank: of LoRA.
-        seed: of everything that is drawn.
+        seed: of everything that is drawn at random.
         device: where to train.
         force: write the model even if training did not help.
         sign_with: file of a private key (PEM), with which every file of the folder is signed; see `verify`.
-        progress: called after each token that is written, then after each window.
+        progress: called after each generated token, then after each window.
 
     Returns:
-        What `inspect(out)` says, and `kl`, mean nats per token from `against` on windows that were not trained on:
-        {`before`, `after`}.
+        The result of `inspect(out)`, and `kl` {`before`, `after`}: mean KL divergence from `against` in nats per token
+        on windows that were not trained on.
 
     Raises:
-        UsageError: an argument makes no sense, training did not help, or the extra is not installed.
-        CheckpointError: a folder is no sound checkpoint, the models have other tokens, or `out` exists.
-        UnsupportedModelError: there is nothing in it that could be trained.
+        UsageError: an argument is out of range, training did not help, or the extra is not installed.
+        CheckpointError: a folder is not a sound checkpoint, the vocabularies differ, or `out` exists.
+        UnsupportedModelError: nothing in the model can be trained.
     """
     if rank < 1:
-        raise UsageError(f"rank {rank}: give at least 1")
+        raise UsageError(f"`rank` is {rank}: give at least 1")
     check_key(sign_with)
-    where, folder, against = device_of(device), located(folder), located(against)
+    torch_device, folder, against = device_of(device), located(folder), located(against)
     source = opened(folder)
     if isinstance(source, PackedFolder) and not any(recipe.code in _QUANTIZED for recipe in source.manifest.recipes):
-        raise CheckpointError(f"{folder} is packed and not quantized: unpack it, recover that, and pack it again")
+        raise CheckpointError(f"{folder} is packed but not quantized: unpack it, recover the result, and pack it again")
     with new_directory(out) as directory:
-        student = _student(source, load(folder, dtype=torch.float32).to(where).eval(), rank, seed)
-        teacher = load(against, dtype=torch.float32).to(where).eval().requires_grad_(False)
-        _mean_divergence(teacher, student.model, torch.zeros(1, 2, dtype=torch.int64))  # of the same tokens?
+        student = _trainable(source, load(folder, dtype=torch.float32).to(torch_device).eval(), rank, seed)
+        teacher = load(against, dtype=torch.float32).to(torch_device).eval().requires_grad_(False)
+        _mean_divergence(teacher, student.model, torch.zeros(1, 2, dtype=torch.int64))  # raises if vocabularies differ
         if calibration is None:
-            windows = _written(teacher, samples + HELD_OUT, seq_len, seed, progress)
+            windows = _generated(teacher, samples + HELD_OUT, seq_len, seed, progress)
         else:
             windows = token_windows(against, calibration, seq_len)
         tokens, held_out = drawn_windows(windows, samples, HELD_OUT, seed)
         if not len(held_out):
-            raise UsageError(f"the text is one window of {seq_len} tokens: give more, or a lower --seq-len")
+            raise UsageError(f"the text has only one window of {seq_len} tokens: give more text or a smaller `seq_len`")
         before = _mean_divergence(teacher, student.model, held_out)
         train(student, teacher, tokens, progress)
         student.finish(source.specs)
@@ -109,7 +112,7 @@ def recover(
         if not after < before and not force:
             raise UsageError(
                 f"training did not help: mean KL {before:.4f} before and {after:.4f} after, on windows that were not "
-                "trained on: give more --samples, or --force"
+                "trained on: raise `samples`, or set `force`"
             )
         transform = {
             "transform": "recover",
@@ -130,73 +133,74 @@ def recover(
         return inspect(directory) | {"kl": transform["kl"]}
 
 
-def _student(source: Checkpoint | PackedFolder, model: Any, rank: int, seed: int) -> Trainable:
-    """What is trained of a model.
+def _trainable(source: Checkpoint | PackedFolder, model: Any, rank: int, seed: int) -> Trainable:
+    """Add trainable adapters to a model.
 
     Raises:
-        UnsupportedModelError: nothing can be.
+        UnsupportedModelError: nothing in the model can be trained.
     """
     named = InMemory(source, known_config(source, source.path))
     names = {}
     for name, parameter in model.named_parameters():
-        theirs = named.in_file(name)
-        if theirs is not None and source.specs[theirs].shape == tuple(parameter.shape):
-            names[name] = theirs
+        name_in_file = named.in_file(name)
+        if name_in_file is not None and source.specs[name_in_file].shape == tuple(parameter.shape):
+            names[name] = name_in_file
     if isinstance(source, PackedFolder):
-        student: Trainable = Rescaled(model, names, source)
+        trainable: Trainable = Rescaled(model, names, source)
     else:
-        student = Adapted(model, names, rank, seed)
-    if not student.trained:
-        raise UnsupportedModelError(f"{source.path} has no linear layer or norm of its own that freebits could train")
-    return student
+        trainable = Adapted(model, names, rank, seed)
+    if not trainable.trained:
+        raise UnsupportedModelError(f"{source.path} has no linear layer or norm that freebits can train")
+    return trainable
 
 
-def _written(teacher: Any, samples: int, seq_len: int, seed: int, progress: Progress) -> Tensor:
-    """Windows that a model writes, a few at a time, as each has its keys and values in memory."""
-    parts = [min(_AT_ONCE, samples - start) for start in range(0, max(1, samples), _AT_ONCE)]
-    return torch.cat([write_windows(teacher, n, seq_len, seed + part, progress) for part, n in enumerate(parts)])
+def _generated(teacher: Any, samples: int, seq_len: int, seed: int, progress: Progress) -> Tensor:
+    """Windows that a model generates, in batches, as memory holds the keys and values of a batch."""
+    sizes = [min(_BATCH, samples - start) for start in range(0, max(1, samples), _BATCH)]
+    return torch.cat([write_windows(teacher, n, seq_len, seed + batch, progress) for batch, n in enumerate(sizes)])
 
 
 def train(student: Trainable, teacher: Any, windows: Tensor, progress: Progress = silent) -> None:
-    """Train a student on each window once, with Adam at a rate that rises, then falls to nothing.
+    """Train a student on each window once, with Adam. The learning rate rises linearly, then falls to 0 as a cosine.
 
     Args:
-        student: what is trained.
-        teacher: whose predictions it learns.
+        student: the model with trainable adapters.
+        teacher: the model whose predictions the student learns.
         windows: (n, T), int64.
         progress: called after each window.
 
     Raises:
-        CheckpointError: predictions are not finite.
+        CheckpointError: the loss is not finite.
     """
     n = len(windows)
     optimizer = torch.optim.Adam(student.trained, lr=student.rate, betas=(0.9, 0.99))
-    rate = torch.optim.lr_scheduler.LambdaLR(
+    schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda done: min(1.0, (done + 1) / _WARM_UP) * (1 + math.cos(math.pi * done / n)) / 2
     )
     for done, window in enumerate(windows, start=1):
         loss = _divergence(teacher, student.model, window)
         if not loss.isfinite():
-            raise CheckpointError("the models' predictions are not finite: their weights overflow, or are damaged")
+            raise CheckpointError("the predictions of a model are not finite: its weights overflow or are damaged")
         loss.backward()
         nn.utils.clip_grad_norm_(student.trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        rate.step()
+        schedule.step()
         progress("training", "window", done, n)
 
 
 def _divergence(teacher: Any, student: Any, window: Tensor) -> Tensor:
-    """Mean KL divergence of a window's predictions, nats per token."""
+    """KL divergence of the student from the teacher on a window, in nats per token."""
     tokens = window[None].to(teacher.device)
     with torch.no_grad():
         expected = teacher(input_ids=tokens, use_cache=False).logits[0].log_softmax(-1)
-    found = student(input_ids=tokens, use_cache=False).logits[0]
-    if found.shape != expected.shape:
+    logits = student(input_ids=tokens, use_cache=False).logits[0]
+    if logits.shape != expected.shape:
         raise CheckpointError(
-            f"one model has {expected.shape[1]} tokens, the other {found.shape[1]}: give the model it was made from"
+            f"`against` has a vocabulary of {expected.shape[1]} tokens, the model to train one of {logits.shape[1]}: "
+            "give the original model"
         )
-    return nn.functional.kl_div(found.log_softmax(-1), expected, reduction="sum", log_target=True) / len(window)
+    return nn.functional.kl_div(logits.log_softmax(-1), expected, reduction="sum", log_target=True) / len(window)
 
 
 @torch.no_grad()
@@ -205,13 +209,13 @@ def _mean_divergence(teacher: Any, student: Any, windows: Tensor) -> float:
 
 
 def _write(directory: Path, source: Checkpoint | PackedFolder, student: Trainable, transform: dict[str, Any]) -> None:
-    """The same folder, what was trained in the place of what was."""
+    """Write the source folder with the trained tensors in place of the original ones."""
     tensors = student.tensors
     if isinstance(source, PackedFolder):
         manifest = source.manifest
         contents = retouch(directory, source, student.steps() if isinstance(student, Rescaled) else {}, tensors)
-        packed_with = manifest.codec, manifest.entropy
-        publish(directory, source, contents, source.config, packed_with, [*manifest.history, transform])
+        history = [*manifest.history, transform]
+        publish(directory, source, contents, source.config, (manifest.codec, manifest.entropy), history)
         return
     shapes = {name: spec.shape for name, spec in source.specs.items()}
     with CheckpointWriter(directory, shapes, shard_bytes(source)) as writer:

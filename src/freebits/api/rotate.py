@@ -1,4 +1,4 @@
-"""Rotate a dense checkpoint into another that computes the same, without outliers for a quantizer to stumble over."""
+"""Rotate a dense checkpoint into an equivalent one without the outliers that make quantization inaccurate."""
 
 import os
 from collections.abc import Mapping
@@ -37,9 +37,9 @@ def rotate_model(
 ) -> dict[str, Any]:
     """Rotate the residual stream, and each head between values and output: function-preserving, rounded once.
 
-    Norms are folded into what reads them, then one randomised Hadamard matrix rotates the stream, another each head
-    (QuaRot, sections 3.1 and 4, as far as it needs no transform while the model runs). The result is an ordinary
-    checkpoint for any quantizer. A tied head becomes a matrix of its own, as the final norm goes into it.
+    Norms are folded into the matrices that read them. One randomized Hadamard matrix then rotates the stream, another
+    each head (QuaRot, sections 3.1 and 4, without the transforms that run with the model). The result is an ordinary
+    checkpoint for any quantizer. A tied head becomes a separate matrix, because the final norm is folded into it.
 
     Args:
         model: folder of a dense checkpoint.
@@ -48,34 +48,34 @@ def rotate_model(
         progress: called after each block.
 
     Returns:
-        What `inspect(out)` says.
+        The result of `inspect(out)`.
 
     Raises:
-        UsageError: there is no such seed.
-        CheckpointError: `model` is no sound checkpoint, or `out` exists.
-        UnsupportedModelError: the stream cannot be rotated while norms stay the library's; the message says why.
+        UsageError: the seed is out of range.
+        CheckpointError: `model` is not a sound checkpoint, or `out` exists.
+        UnsupportedModelError: transformers could not run the rotated model; the message says why.
     """
     if not 0 <= seed < 2**63:
-        raise UsageError(f"seed {seed}: give one from 0 to 2^63 - 1")
+        raise UsageError(f"`seed` is {seed}: give an integer from 0 to 2^63 - 1")
     checkpoint = Checkpoint(located(model))
     if dense_family(checkpoint.config).centred:
         raise UnsupportedModelError(
-            "its norms subtract a mean, which a rotated stream would not forgive: slice takes it"
+            f"{checkpoint.path}: its norms subtract a mean, which rotations do not preserve: slice the model instead"
         )
     dense = InMemory(checkpoint, known_config(checkpoint, model))
     architecture = Architecture.of(dense.config, len(dense.specs))
     baselines = dense_bytes(checkpoint, architecture)
     untied = architecture.with_tie(False)
-    general = dense.specs[architecture.embedding.weight].dtype
+    default_dtype = dense.specs[architecture.embedding.weight].dtype
     shapes = {name: spec.shape for name, spec in dense.specs.items()}
     Layout().check(shapes, architecture)
-    names = shapes | {untied.head.weight: shapes[untied.embedding.weight]}
+    shapes |= {untied.head.weight: shapes[untied.embedding.weight]}
     with new_directory(out) as directory:
         carry_over(checkpoint.path, directory, (file.name for file in checkpoint.weight_files))
-        with CheckpointWriter(directory, names, shard_bytes(checkpoint)) as writer:
+        with CheckpointWriter(directory, shapes, shard_bytes(checkpoint)) as writer:
             for done, part in enumerate(untied.parts, start=1):
-                for name, tensor in rotated_part(dense, untied, part, seed).items():
-                    writer.write(name, tensor.to(dense.specs[name].dtype if name in dense.specs else general))
+                for name, tensor in _rotated_part(dense, untied, part, seed).items():
+                    writer.write(name, tensor.to(dense.specs[name].dtype if name in dense.specs else default_dtype))
                 progress("rotating", "block", done, len(untied.parts))
         transform = {
             "transform": "rotate",
@@ -90,12 +90,12 @@ def rotate_model(
         return inspect(directory)
 
 
-def rotated_part(dense: Source, architecture: Architecture, part: Part, seed: int) -> dict[str, Tensor]:
-    """A part's tensors, rotated, in float64; its norms have scale 1."""
+def _rotated_part(dense: Source, architecture: Architecture, part: Part, seed: int) -> dict[str, Tensor]:
+    """The rotated tensors of a part, in float64; its norms have scale 1."""
     tensors = {name: dense[name] for name in part.weights if name in dense.specs}
     norms = [norm.weight for sub in part.sublayers for norm in sub.norms]
     if part.sublayers:
-        folded = _turn_heads(
+        folded = _rotate_heads(
             fold_sublayers(tensors, replace(architecture, branch_scale=1.0), part.sublayers), architecture, part, seed
         )
     elif part is architecture.parts[0]:
@@ -107,17 +107,21 @@ def rotated_part(dense: Source, architecture: Architecture, part: Part, seed: in
     Q = hadamard(torch.eye(architecture.hidden_size, dtype=torch.float64), seed)
     rotations = dict.fromkeys(range(architecture.n_sites), Q)
     shortcuts = {sub.shortcut.weight for sub in part.sublayers}
-    rotated = {n: rotate(t, part.weights[n].axes, rotations) for n, t in folded.items() if n not in shortcuts}
+    rotated = {
+        name: rotate(tensor, part.weights[name].axes, rotations)
+        for name, tensor in folded.items()
+        if name not in shortcuts
+    }
     return rotated | {name: torch.ones(architecture.hidden_size, dtype=torch.float64) for name in norms}
 
 
-def _turn_heads(folded: Mapping[str, Tensor], architecture: Architecture, part: Part, seed: int) -> dict[str, Tensor]:
-    """Values rotated in each head, and turned back by what reads them."""
-    turned = dict(folded)
+def _rotate_heads(folded: Mapping[str, Tensor], architecture: Architecture, part: Part, seed: int) -> dict[str, Tensor]:
+    """Rotate the values of each head, and apply the inverse to the output matrix that reads them."""
+    rotated = dict(folded)
     shapes = {name: tuple(tensor.shape) for name, tensor in folded.items()}
     written = {write.weight for sub in part.sublayers for branch in sub.branches for write in branch.writes}
     for pair in pairs_of(architecture, part, shapes, dense=False):
         if written.issuperset(span.name for span in pair.reads):  # not queries and keys
             Q = hadamard(torch.eye(pair.size, dtype=torch.float64), seed)
-            turned |= act(turned, pair, Q.expand(pair.n_spaces, -1, -1))
-    return turned
+            rotated |= act(rotated, pair, Q.expand(pair.n_spaces, -1, -1))
+    return rotated

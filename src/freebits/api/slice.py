@@ -1,4 +1,4 @@
-"""Slice a checkpoint folder into another."""
+"""Slice a dense checkpoint."""
 
 import logging
 import math
@@ -43,9 +43,9 @@ from freebits.types import FLOATS
 from freebits.version import __version__
 
 HELD_OUT = 4
-"""Windows on which the cost of slicing is measured."""
+"""Number of windows on which perplexity is measured."""
 WARN, REFUSE = 1.5, 5.0
-"""Growth of perplexity above which slicing warns, and above which it gives nothing without `force`."""
+"""Factors of perplexity above which slicing warns, and above which it fails without `force`."""
 _log = logging.getLogger(__name__)
 
 
@@ -72,35 +72,33 @@ def slice_model(
     Args:
         model: folder of a dense checkpoint.
         out: folder to create; it appears complete or not at all.
-        sparsity: the part of the hidden size to remove, in [0, 1).
-        untie: give a head that is tied to the token embedding a matrix of its own, as SliceGPT does. By default
-            that matrix is kept once, bit for bit (unless `dtype` is another), with a factor between it and the
-            sliced stream.
-        calibration: text to calibrate on; by default the model writes its own, see `self_generated_windows`.
-        samples: windows of calibration text, drawn without replacement; all but a few where the text has fewer.
-        seq_len: tokens a window.
+        sparsity: fraction of the hidden size to remove, in [0, 1).
+        untie: give a head that is tied to the token embedding its own matrix, as SliceGPT does. By default the tied
+            matrix is stored once, bit for bit (unless `dtype` differs), with a factor between it and the sliced stream.
+        calibration: text to calibrate on; by default the model generates its own, see `self_generated_windows`.
+        samples: number of windows of calibration text, drawn without replacement; fewer if the text is too short.
+        seq_len: tokens per window.
         seed: of that draw, and of the random orientation.
-        random_orientation: turn each kept subspace at random within itself.
+        random_orientation: rotate each kept subspace at random within itself.
         device: where to calibrate, in float32.
-        dtype: of the sliced weights; by default each keeps its own, and a shortcut has that of the embedding.
+        dtype: of the sliced weights; by default each tensor keeps its dtype, and shortcuts have the embedding's.
         force: write the model even if its perplexity is more than 5 times that of the dense one.
-        parallel: accepted as by the other commands; slicing runs in this process alone.
-        resume: go on with what a stopped run of the same arguments left, block by block.
+        parallel: for consistency with other commands; slicing runs in this process alone.
+        resume: continue a stopped run with the same arguments from its last finished block.
         progress: called after each block.
 
     Returns:
-        What `inspect(out)` says, and `perplexity` {`dense`, `sliced`} on
-        other windows of the calibration text: how much worse the model is on other text, only `evaluate` can tell.
-        None where the text has no other window.
+        The result of `inspect(out)`, and `perplexity` {`dense`, `sliced`} on other windows of the calibration text;
+        None if there are no others. Use `evaluate` to measure the loss on different text.
 
     Raises:
-        UsageError: an argument makes no sense, or slicing ruins the model.
-        CheckpointError: `model` is no sound checkpoint, or `out` exists.
-        UnsupportedModelError: no rotation of this model's stream is free; the message says why.
+        UsageError: an argument is out of range, or slicing ruins the model.
+        CheckpointError: `model` is not a sound checkpoint, or `out` exists.
+        UnsupportedModelError: the residual stream of this model cannot be rotated; the message says why.
     """
     model = located(model)
     if is_packed(model):
-        raise CheckpointError(f"{model} is packed already: slice the dense model it was made from")
+        raise CheckpointError(f"{model} is packed: slice the dense model it was made from")
     checkpoint = Checkpoint(model)
     dense_family(checkpoint.config)
     config = known_config(checkpoint, model)
@@ -110,27 +108,34 @@ def slice_model(
     architecture = architecture.with_tie(architecture.tied and not untie)
     dtypes = _dtypes(dense, architecture, dtype)
     size = sliced_size(architecture.hidden_size, sparsity)
-    where = device_of(device, float64=True)
-    said = {"sparsity": sparsity, "samples": samples, "seq_len": seq_len, "seed": seed, "untie": untie, "dtype": dtype}
-    arguments = said | {"turned": random_orientation, "text": text_digest(calibration), "device": device}
+    torch_device = device_of(device, float64=True)
+    arguments: dict[str, Any] = {"sparsity": sparsity, "untie": untie, "samples": samples, "seq_len": seq_len}
+    arguments |= {
+        "seed": seed,
+        "dtype": dtype,
+        "turned": random_orientation,
+        "text": text_digest(calibration),
+        "device": device,
+    }
     task = Task("slice", checkpoint.path, arguments, resume)
     with new_directory(out, task) as directory, parallel.executor() as executor:
         work = Work(executor, task.store(directory))
         if calibration is None:
-            written = partial(
-                self_generated_windows, checkpoint.path, samples + HELD_OUT, seq_len, seed, where, progress
+            n_windows = samples + HELD_OUT
+            generate = partial(
+                self_generated_windows, checkpoint.path, n_windows, seq_len, seed, torch_device, progress
             )
-            windows = work.once("text", written)
+            windows = work.once("text", generate)
         else:
             windows = token_windows(checkpoint.path, calibration, seq_len)
         tokens, held_out = drawn_windows(windows, samples, HELD_OUT, seed)
-        runner = FoldedRunner(dense, config, architecture, where)
+        runner = FoldedRunner(dense, config, architecture, torch_device)
         orientation = seed if random_orientation else None
         slicing = Slice(dense, architecture, runner, work, tokens, held_out, size, orientation, progress)
         measured = _write_parts(directory, checkpoint, slicing, dtypes, progress)
         carry_over(checkpoint.path, directory, (file.name for file in checkpoint.weight_files))
         write_remote_code(directory, SLICED_IN, architecture.family.sliced_classes)
-        perplexity = _judge(measured, sparsity, force)
+        perplexity = _checked_perplexities(measured, sparsity, force)
         transform = {
             "transform": "slice",
             "fidelity": LOSSY,
@@ -154,30 +159,37 @@ def slice_model(
 def _write_parts(
     directory: Path, checkpoint: Checkpoint, slicing: Slice, dtypes: dict[str, torch.dtype], progress: Progress
 ) -> dict[str, float]:
-    """Write the sliced tensors, part by part; what was measured on the way."""
+    """Write the sliced tensors, part by part; returns the measured perplexities."""
     architecture, dense = slicing.architecture, slicing.source
     shapes = {name: spec.shape for name, spec in dense.specs.items()}
-    announced = Layout.sliced(architecture, slicing.size).shapes(architecture, shapes)
-    measured: dict[str, float] = {}
-    moved = transform_parts(slicing, dense, architecture.parts, dtypes.__getitem__, slicing.work, slicing.runner.device)
-    parts = map(_finished, moved)  # here: a move holds the model that ran
-    with CheckpointWriter(directory, announced, shard_bytes(checkpoint)) as writer:
+    sliced_shapes = Layout.sliced(architecture, slicing.size).shapes(architecture, shapes)
+    perplexities: dict[str, float] = {}
+    device = slicing.runner.device
+    transformed = transform_parts(slicing, dense, architecture.parts, dtypes.__getitem__, slicing.work, device)
+    parts = map(_finished, transformed)  # in this process: the transform holds the model that it runs
+    with CheckpointWriter(directory, sliced_shapes, shard_bytes(checkpoint)) as writer:
         for done, (tensors, facts) in enumerate(parts, start=1):
             for name, tensor in tensors.items():
                 writer.write(name, tensor)
-            measured |= facts
+            perplexities |= facts
             progress("slicing", "block", done, len(architecture.parts))
-    return measured
+    return perplexities
 
 
-def _finished(work: tuple[Part, Turn, Callable[[], dict[str, Tensor]]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A part's tensors, and what was measured by then."""
-    _, turn, moved = work
-    return moved(), dict(turn.facts)
+def _finished(
+    transformed: tuple[Part, Turn, Callable[[], dict[str, Tensor]]],
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a transformed part, and the facts measured so far."""
+    _, turn, tensors_of_part = transformed
+    return tensors_of_part(), dict(turn.facts)
 
 
 def _checked_architecture(dense: Source, path: Path) -> Architecture:
-    """What is in a dense checkpoint, once every tensor is what its config says."""
+    """The architecture of a dense checkpoint whose tensors agree with its config.
+
+    Raises:
+        CheckpointError: a tensor is missing, or of a shape or dtype that the config excludes.
+    """
     architecture = Architecture.of(dense.config, len(dense.specs))
     shapes = {name: spec.shape for name, spec in dense.specs.items()}
     Layout().check(shapes, architecture)
@@ -185,50 +197,55 @@ def _checked_architecture(dense: Source, path: Path) -> Architecture:
     head, embedding = architecture.head.weight, architecture.embedding.weight
     for name in architecture.without_ignored(dense.specs):
         if shapes[name] != expected.get(name, expected[embedding] if name == head else None):
-            raise CheckpointError(f"tensor {name} has shape {list(shapes[name])}, which config.json contradicts")
+            raise CheckpointError(
+                f"tensor {name} has shape {list(shapes[name])}, which contradicts config.json: restore the checkpoint"
+            )
         if dense.specs[name].code not in FLOATS:
-            raise CheckpointError(f"tensor {name} is {dense.specs[name].code}: slicing needs floating-point weights")
+            raise CheckpointError(
+                f"tensor {name} has dtype {dense.specs[name].code}: give a checkpoint with floating-point weights"
+            )
     for name in expected.keys() - dense.specs.keys() - {head}:
         raise CheckpointError(f"tensor {name} is missing: the checkpoint is incomplete")
     if architecture.tied and head in dense.specs and not torch.equal(dense[head], dense[embedding]):
-        return architecture.with_tie(False)  # transformers, too, then takes the head that is there
+        return architecture.with_tie(False)  # transformers also uses the stored head in this case
     return architecture
 
 
 def _dtypes(dense: Source, architecture: Architecture, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
-    """What each tensor of the sliced model is rounded to."""
+    """Name → dtype of each tensor of the sliced model."""
     if dtype is not None and str(dtype).removeprefix("torch.") not in (*DTYPES, "float64"):
-        raise UsageError(f"dtype {dtype}: sliced weights are floats of 16 bits or more, {', '.join(DTYPES)}")
+        raise UsageError(f"`dtype` is {dtype}: choose one of {', '.join(DTYPES)} for the sliced weights")
     dtypes = {name: dtype or spec.dtype for name, spec in dense.specs.items()}
-    general = dtypes[architecture.embedding.weight]
+    default = dtypes[architecture.embedding.weight]
     for part in architecture.parts:
-        for sub in part.sublayers:  # a bias that folding makes is as precise as the matrix beside it
+        for sub in part.sublayers:  # a bias that folding adds has the dtype of its matrix
             reads = [read for read in sub.reads if read.weight in dtypes and read.bias not in dtypes]
             dtypes |= {read.bias: dtypes[read.weight] for read in reads}
     head = architecture.head
-    dtypes.setdefault(head.weight, general)
+    dtypes.setdefault(head.weight, default)
     dtypes.setdefault(head.bias, dtypes[head.weight])
-    return {name: dtypes.get(name, general) for name in architecture.weights}
+    return {name: dtypes.get(name, default) for name in architecture.weights}
 
 
-def _judge(measured: dict[str, float], sparsity: float, force: bool) -> dict[str, float | None]:
-    """Warn of a slice that costs much, and refuse one that ruins the model; the perplexities, None for no number.
+def _checked_perplexities(perplexities: dict[str, float], sparsity: float, force: bool) -> dict[str, float | None]:
+    """Warn if slicing costs much quality; returns the perplexities, None for those that are not finite.
 
     Raises:
-        UsageError: perplexity grows more than `REFUSE` times, or is no number.
+        UsageError: perplexity grows by more than the factor `REFUSE`, or is not finite.
     """
-    if not measured:
+    if not perplexities:
         return {"dense": None, "sliced": None}
-    growth = measured["sliced"] / measured["dense"] if measured["dense"] else math.nan
+    before, after = perplexities["dense"], perplexities["sliced"]
+    growth = after / before if before else math.nan
     cost = (
-        f"slicing by {sparsity} takes perplexity from {measured['dense']:.2f} to {measured['sliced']:.2f} on held-out "
-        "windows of the calibration text"
+        f"a sparsity of {sparsity} raises perplexity from {before:.2f} to {after:.2f} on held-out windows of the "
+        "calibration text"
     )
-    if not growth <= REFUSE and not force and math.isfinite(measured["dense"]):
-        raise UsageError(f"{cost}, which ruins the model: choose a smaller sparsity, or --force")
+    if not growth <= REFUSE and not force and math.isfinite(before):
+        raise UsageError(f"{cost}, which ruins the model: choose a smaller `sparsity`, or set `force`")
     if not growth <= WARN:
-        _log.warning("freebits: %s: measure it on your own text with freebits eval", cost)
-    return {name: value if math.isfinite(value) else None for name, value in measured.items()}
+        _log.warning("freebits: %s: measure the model on your own text with freebits eval", cost)
+    return {name: value if math.isfinite(value) else None for name, value in perplexities.items()}
 
 
 def write_sliced_config(
@@ -242,15 +259,15 @@ def write_sliced_config(
     """Write the `config.json` of a sliced model.
 
     Args:
-        directory: its folder.
-        config: the dense model's.
-        architecture: what is in the sliced one.
-        layout: its widths.
-        dtype: of its weights, most of them.
-        history: the moves that made it.
+        directory: folder of the sliced model.
+        config: the dense model's config.
+        architecture: the sliced model's table of tensors.
+        layout: widths of the sliced model.
+        dtype: dtype of most of its weights.
+        history: the steps that made it.
     """
     family = architecture.family
-    kept = {key: value for key, value in config.items() if key not in ("torch_dtype", WIDTHS)}
+    common = {key: value for key, value in config.items() if key not in ("torch_dtype", WIDTHS)}
     sliced = {
         "model_type": family.sliced_model_type,
         "architectures": [family.sliced_causal_lm],
@@ -260,4 +277,4 @@ def write_sliced_config(
         **layout.to_config(),
         HISTORY: {"history": history},
     }
-    write_json(directory / CONFIG, kept | sliced)
+    write_json(directory / CONFIG, common | sliced)

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freebits.calibration.engine import Engine, opened_engine
+from freebits.calibration.engine import Engine, open_engine
 from freebits.calibration.products import Region
 from freebits.calibration.sensitivities import InputStatistics, Sums, measure
 from freebits.execution.progress import Progress, silent
-from freebits.execution.stored_values import kept
+from freebits.execution.stored_values import storable
 from freebits.execution.work_store import WorkStore
 from freebits.integrations.naming import InMemory
 from freebits.quantized_inputs.source import readable
@@ -20,7 +20,7 @@ from freebits.quantized_inputs.source import readable
 
 @dataclass(frozen=True)
 class RunningModel:
-    """The model in a folder, opened where it is run: here, or in another process.
+    """A model in a folder. Each process opens it for itself, at first use.
 
     Attributes:
         path: the folder.
@@ -32,30 +32,30 @@ class RunningModel:
 
     @property
     def named(self) -> InMemory:
-        """Its tensors by the names of transformers."""
+        """Its tensors under transformers' names."""
         return self._opened[0]
 
     @property
     def engine(self) -> Engine:
-        """What runs it."""
+        """The engine that runs it."""
         return self._opened[1]
 
     @cached_property
     def _opened(self) -> tuple[InMemory, Engine]:
-        return opened_engine(readable(self.path), self.path, self.device)
+        return open_engine(readable(self.path), self.path, self.device)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RunningModel, (self.path, self.device)
 
 
-@kept
+@storable
 @dataclass(frozen=True)
 class StoredStatistics:
-    """Inputs whose Gram matrix is in the store.
+    """Input statistics whose Gram matrix is in the store.
 
     Attributes:
-        number: of the execution of a block after which they were complete.
-        key: see `InputStatistics`.
+        number: number of the block execution after which the statistics were complete.
+        key: key of the Gram matrix in the store.
         regions: see `InputStatistics`.
         n: see `InputStatistics`.
     """
@@ -66,16 +66,24 @@ class StoredStatistics:
     n: int
 
 
-def groups_of(tokens: Tensor, engine: Engine, at_once: int) -> list[tuple[int, Tensor]]:
-    """Windows in as few equal groups as keep a block's activations small; each with the number of its first window.
+def groups_of(tokens: Tensor, engine: Engine, max_bytes: int) -> list[tuple[int, Tensor]]:
+    """Split windows into as few groups of equal size as possible.
 
-    How many there are depends on the model and the text alone, never on the machine.
+    The number of groups depends on the model and the text alone, never on the machine.
+
+    Args:
+        tokens: (windows, T).
+        engine: runs the model.
+        max_bytes: limit of a block's activations for one group; a group has at least one window.
+
+    Returns:
+        For each group the number of its first window, and its windows.
     """
     config = engine.model.config.get_text_config()
     width = getattr(config, "hidden_size", None) or max((shape[-1] for shape in engine.matrices.values()), default=1)
-    in_blocks = [shape for name, shape in engine.matrices.items() if name.startswith(engine.blocks)]
-    inner = max((max(shape[-2:]) for shape in in_blocks), default=width)
-    n_tokens = max(tokens.shape[1], at_once // (4 * (3 * inner + 8 * width)))
+    block_shapes = [shape for name, shape in engine.matrices.items() if name.startswith(engine.blocks)]
+    inner_width = max((max(shape[-2:]) for shape in block_shapes), default=width)
+    n_tokens = max(tokens.shape[1], max_bytes // (4 * (3 * inner_width + 8 * width)))
     n_groups = -(-tokens.numel() // n_tokens)
     size = -(-len(tokens) // n_groups)
     return [(start, tokens[start : start + size]) for start in range(0, len(tokens), size)]
@@ -84,24 +92,24 @@ def groups_of(tokens: Tensor, engine: Engine, at_once: int) -> list[tuple[int, T
 def measured_group(
     running: RunningModel, store: WorkStore, seed: int, group: tuple[int, Tensor], progress: Progress = silent
 ) -> tuple[Sums, list[StoredStatistics]]:
-    """Measure one group of windows; Gram matrices go to the store.
+    """Measure one group of windows, and put the Gram matrices into the store.
 
     Args:
         running: the model.
-        store: see above.
-        seed: of the labels that are drawn.
-        group: the number of its first window, and its windows, (windows, T).
-        progress: called after each block, forwards and backwards.
+        store: receives the Gram matrices.
+        seed: seed of the labels.
+        group: number of its first window, and its windows, (windows, T).
+        progress: called after each block of the forward and the backward pass.
     """
     start, windows = group
-    listed: list[StoredStatistics] = []
+    stored: list[StoredStatistics] = []
 
-    def finish(number: int, found: list[InputStatistics]) -> None:
-        for inputs in found:
+    def store_grams(number: int, statistics: list[InputStatistics]) -> None:
+        for inputs in statistics:
             key = f"gram-{start}-{inputs.key}"
-            if key not in store:  # from a run that was stopped
+            if key not in store:  # an interrupted run may have stored it
                 store.put(key, inputs.gram)
-            listed.append(StoredStatistics(number, key, inputs.regions, inputs.n))
+            stored.append(StoredStatistics(number, key, inputs.regions, inputs.n))
 
-    sums = measure(running.engine, windows, start, seed, store.folder, finish, progress)
-    return sums, listed
+    sums = measure(running.engine, windows, start, seed, store.folder, store_grams, progress)
+    return sums, stored

@@ -1,7 +1,7 @@
-"""Observe every multiplication by a parameter, or by a view of one, whichever module does it.
+"""Observe every multiplication by a parameter, or by a view of one, in whichever module it happens.
 
-A parameter is recognized by the memory that it lies in, so an expert in a stack, a transposed weight and an operand of
-an `einsum` are recognized as well as the weight of a linear layer.
+A parameter is recognized by its memory. So experts in a stack, transposed weights and operands of `einsum` are
+recognized as well as the weights of linear layers.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,16 +14,16 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from freebits.execution.stored_values import kept
+from freebits.execution.stored_values import storable
 
 
-@kept
+@storable
 @dataclass(frozen=True, order=True)
 class Region:
-    """A matrix in a parameter: some rows of the parameter, seen as (rows, last dimension).
+    """A matrix in a parameter: consecutive rows of the parameter reshaped to (rows, last dimension).
 
     Attributes:
-        name: of the parameter.
+        name: name of the parameter.
         start: its first row.
         stop: the row after its last.
         transposed: whether it is stored as (inputs, outputs).
@@ -41,53 +41,51 @@ class Product:
 
     Attributes:
         region: the matrix.
-        inputs: (vectors, inputs), what it multiplied.
+        inputs: the other operand, (vectors, inputs).
         result: the result of the whole call.
-        at: gives from a tensor of the result's shape what belongs to this matrix, (vectors, outputs).
+        select: selects this matrix's outputs, (vectors, outputs), from a tensor of the result's shape.
     """
 
     region: Region
     inputs: Tensor
     result: Tensor
-    at: Callable[[Tensor], Tensor]
+    select: Callable[[Tensor], Tensor]
 
 
-Find = Callable[[Tensor], "tuple[str, Tensor] | None"]
-"""The name of a parameter and the parameter, for a tensor that lies in its memory."""
+FindParameter = Callable[[Tensor], "tuple[str, Tensor] | None"]
+"""Returns the name of a parameter and the parameter, for a tensor that lies in its memory."""
 
 
 class Products(TorchFunctionMode):
-    """While it is active, reports products and lookups.
+    """While active, report products and embedding lookups.
 
     Args:
-        find: recognizes parameters.
-        on_product: called with each product of a call; what it returns for the only product of a call, if anything,
-            takes the place of the call's result.
-        on_lookup: called with a parameter's name and the rows that were looked up in it, once they are there; returns
-            what takes their place.
-        on_choice: called with a tensor whose values are compared, as those of a router are.
+        find_parameter: recognizes parameters.
+        on_product: called with each product of a call. A tensor that it returns replaces the result of the call.
+        on_lookup: called with a parameter's name and the rows that were looked up in it; returns their replacement.
+        on_choice: called with a tensor whose values are compared, such as a router's outputs.
     """
 
     def __init__(
         self,
-        find: Find,
+        find_parameter: FindParameter,
         on_product: Callable[[Product], Tensor | None],
         on_lookup: Callable[[str, Tensor], Tensor] | None = None,
         on_choice: Callable[[Tensor], None] | None = None,
     ) -> None:
         super().__init__()
-        self._find = find
+        self._find_parameter = find_parameter
         self._on_product = on_product
         self._on_lookup = on_lookup
         self._on_choice = on_choice
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """One call of any function of torch's."""
+        """Run any torch function, and report it if it is a product, a lookup or a comparison."""
         result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         if name == "embedding" and self._on_lookup is not None:
-            found = self._find(_argument(args, kwargs, 1, "weight"))
-            return self._on_lookup(found[0], result) if found else result
+            table = self._find_parameter(_argument(args, kwargs, 1, "weight"))
+            return self._on_lookup(table[0], result) if table else result
         if name in _CHOICES and self._on_choice is not None:
             self._on_choice(args[0])
         operands = _OPERANDS[name](args, kwargs or {}) if name in _OPERANDS else None
@@ -95,11 +93,11 @@ class Products(TorchFunctionMode):
             return result
         left, right, labels = operands
         for matrix, other in ((right, left), (left, right)):
-            found = self._find(matrix.tensor)
-            if found and min(matrix.tensor.ndim, found[1].ndim) > 1 and not self._find(other.tensor):
-                for seen in _products(*found, matrix, other, labels, result):
-                    replaced = self._on_product(seen)
-                    result = result if replaced is None else replaced
+            match = self._find_parameter(matrix.tensor)
+            if match and min(matrix.tensor.ndim, match[1].ndim) > 1 and not self._find_parameter(other.tensor):
+                for product in _products(*match, matrix, other, labels, result):
+                    replacement = self._on_product(product)
+                    result = result if replacement is None else replacement
         return result
 
 
@@ -121,57 +119,58 @@ class Operands(NamedTuple):
     labels: tuple[str, ...]
 
 
-def _argument(args: Sequence[Any], kwargs: Any, place: int, name: str) -> Any:
-    return args[place] if len(args) > place else (kwargs or {}).get(name)
+def _argument(args: Sequence[Any], kwargs: Any, position: int, name: str) -> Any:
+    return args[position] if len(args) > position else (kwargs or {}).get(name)
 
 
 def _linear(args: Sequence[Any], kwargs: Any) -> Operands | None:
     x, W = _argument(args, kwargs, 0, "input"), _argument(args, kwargs, 1, "weight")
     if W.ndim != 2:
         return None
-    before = tuple(f"t{at}" for at in range(x.ndim - 1))
-    return Operands(Operand(x, (*before, "k")), Operand(W, ("c", "k")), (*before, "c"))
+    leading = tuple(f"t{index}" for index in range(x.ndim - 1))
+    return Operands(Operand(x, (*leading, "k")), Operand(W, ("c", "k")), (*leading, "c"))
 
 
 def _matmul(left: Any, right: Any) -> Operands | None:
     if not (isinstance(left, Tensor) and isinstance(right, Tensor)) or left.ndim * right.ndim == 0:
         return None
-    of_left = ("r", "k") if left.ndim > 1 else ("k",)
-    of_right = ("k", "c") if right.ndim > 1 else ("k",)
-    batch = [tuple(f"b{at}" for at in range(tensor.ndim - 2, 0, -1)) for tensor in (left, right)]
-    labels = max(batch, key=len) + tuple(label for label in ("r", "c") if label in of_left + of_right)
-    return Operands(_squeezed(left, batch[0] + of_left), _squeezed(right, batch[1] + of_right), labels)
+    left_labels = ("r", "k") if left.ndim > 1 else ("k",)
+    right_labels = ("k", "c") if right.ndim > 1 else ("k",)
+    batch = [tuple(f"b{index}" for index in range(tensor.ndim - 2, 0, -1)) for tensor in (left, right)]
+    labels = max(batch, key=len) + tuple(label for label in ("r", "c") if label in left_labels + right_labels)
+    return Operands(_squeezed(left, batch[0] + left_labels), _squeezed(right, batch[1] + right_labels), labels)
 
 
 def _squeezed(tensor: Tensor, labels: tuple[str, ...]) -> Operand:
-    """Without the batch dimensions of size one, which are broadcast."""
-    left = [at for at, label in enumerate(labels) if not (label.startswith("b") and tensor.shape[at] == 1)]
-    ones = [at for at in range(tensor.ndim) if at not in left]
-    return Operand(tensor.squeeze(ones) if ones else tensor, tuple(labels[at] for at in left))
+    """Remove the batch dimensions of size one, which broadcasting expands."""
+    dims = [dim for dim, label in enumerate(labels) if not (label.startswith("b") and tensor.shape[dim] == 1)]
+    ones = [dim for dim in range(tensor.ndim) if dim not in dims]
+    return Operand(tensor.squeeze(ones) if ones else tensor, tuple(labels[dim] for dim in dims))
 
 
 def _einsum(args: Sequence[Any], kwargs: Any) -> Operands | None:  # noqa: ARG001
-    operands = args[1] if len(args) == 2 and isinstance(args[1], list | tuple) else args[1:]
+    tensors = args[1] if len(args) == 2 and isinstance(args[1], list | tuple) else args[1:]
     equation = args[0].replace(" ", "") if args and isinstance(args[0], str) else ""
-    if len(operands) != 2 or "->" not in equation:
+    if len(tensors) != 2 or "->" not in equation:
         return None
-    inputs, _, result = equation.partition("->")
-    parts = inputs.split(",")
+    inputs, _, output = equation.partition("->")
+    terms = inputs.split(",")
     if "..." in equation:
-        n_dots = max(t.ndim - len(part.replace("...", "")) for t, part in zip(operands, parts, strict=True))
-        dots = [f"dot{at}" for at in range(n_dots)]
-        named = [_labels(part, dots, t.ndim) for part, t in zip(parts, operands, strict=True)]
-        of_result = _labels(result, dots, n_dots + len(result) - 3)
+        n_dots = max(t.ndim - len(term.replace("...", "")) for t, term in zip(tensors, terms, strict=True))
+        dots = [f"dot{index}" for index in range(n_dots)]
+        input_labels = [_labels(term, dots, t.ndim) for term, t in zip(terms, tensors, strict=True)]
+        output_labels = _labels(output, dots, n_dots + len(output) - 3)
     else:
-        named, of_result = [tuple(part) for part in parts], tuple(result)
-    left, right = (Operand(tensor, labels) for tensor, labels in zip(operands, named, strict=True))
-    return Operands(left, right, of_result)
+        input_labels, output_labels = [tuple(term) for term in terms], tuple(output)
+    left, right = (Operand(tensor, labels) for tensor, labels in zip(tensors, input_labels, strict=True))
+    return Operands(left, right, output_labels)
 
 
-def _labels(part: str, dots: list[str], n_dims: int) -> tuple[str, ...]:
-    if "..." not in part:
-        return tuple(part)
-    before, _, after = part.partition("...")
+def _labels(term: str, dots: list[str], n_dims: int) -> tuple[str, ...]:
+    """The labels of a term of an `einsum` equation, with the labels in `dots` in place of an ellipsis."""
+    if "..." not in term:
+        return tuple(term)
+    before, _, after = term.partition("...")
     n_dots = n_dims - len(before) - len(after)
     return (*before, *dots[len(dots) - n_dots :], *after)
 
@@ -192,41 +191,41 @@ _OPERANDS: dict[str, Callable[[Any, Any], Operands | None]] = {
 def _products(
     name: str, parameter: Tensor, matrix: Operand, other: Operand, labels: tuple[str, ...], result: Tensor
 ) -> Iterator[Product]:
-    """The products of a call, one for each matrix in the operand that lies in the parameter."""
+    """Yield the products of a call: one for each matrix in the operand that lies in the parameter."""
     batch = [label for label in matrix.labels if label in other.labels and label in labels]
     inputs = [label for label in matrix.labels if label in other.labels and label not in labels]
     outputs = [label for label in matrix.labels if label not in other.labels and label in labels]
     vectors = [label for label in other.labels if label in labels and label not in batch]
-    ones = dict.fromkeys((label for label in labels if label not in matrix.labels + other.labels), 0)
-    used = {*batch, *inputs, *outputs, *vectors}
-    if not inputs or not outputs or used != {*matrix.labels, *other.labels} or len(labels) != result.ndim:
+    squeezed = dict.fromkeys((label for label in labels if label not in matrix.labels + other.labels), 0)
+    covered = {*batch, *inputs, *outputs, *vectors}
+    if not inputs or not outputs or covered != {*matrix.labels, *other.labels} or len(labels) != result.ndim:
         return
     size = dict(zip(matrix.labels, matrix.tensor.shape, strict=True))
     stride = dict(zip(matrix.labels, matrix.tensor.stride(), strict=True))
-    n_apart = next((n for n in range(len(outputs)) if _joined(outputs[n:], size, stride)), None)
-    within = _joined(inputs, size, stride)
-    if n_apart is None or within is None:
+    n_separate = next((n for n in range(len(outputs)) if _merged_stride(outputs[n:], size, stride)), None)
+    input_stride = _merged_stride(inputs, size, stride)
+    if n_separate is None or input_stride is None:
         return
-    apart, outputs = [*batch, *outputs[:n_apart]], outputs[n_apart:]
-    across = _joined(outputs, size, stride)
-    n_outputs, n_inputs = (prod(size[label] for label in of) for of in (outputs, inputs))
-    for at in combinations(*(range(size[label]) for label in apart)):
-        chosen = dict(zip(apart, at, strict=True))
-        offset = int(matrix.tensor.storage_offset()) + sum(stride[label] * index for label, index in chosen.items())
-        chosen |= ones
-        region = _region(name, parameter, offset, (n_outputs, across or 0), (n_inputs, within))
+    separate, outputs = [*batch, *outputs[:n_separate]], outputs[n_separate:]  # one matrix for each index into these
+    output_stride = _merged_stride(outputs, size, stride) or 0
+    n_outputs, n_inputs = (prod(size[label] for label in group) for group in (outputs, inputs))
+    for position in combinations(*(range(size[label]) for label in separate)):
+        indices = dict(zip(separate, position, strict=True))
+        offset = int(matrix.tensor.storage_offset()) + sum(stride[label] * index for label, index in indices.items())
+        indices |= squeezed
+        region = _region(name, parameter, offset, (n_outputs, output_stride), (n_inputs, input_stride))
         if region is None:
             return
-        x = _selected(other, chosen, [*vectors, *inputs]).reshape(-1, n_inputs)
+        x = _selected(other, indices, [*vectors, *inputs]).reshape(-1, n_inputs)
 
-        def within_result(tensor: Tensor, chosen: dict[str, int] = chosen) -> Tensor:
-            return _selected(Operand(tensor, labels), chosen, [*vectors, *outputs]).reshape(-1, n_outputs)
+        def select(tensor: Tensor, indices: dict[str, int] = indices) -> Tensor:
+            return _selected(Operand(tensor, labels), indices, [*vectors, *outputs]).reshape(-1, n_outputs)
 
-        yield Product(region, x, result, within_result)
+        yield Product(region, x, result, select)
 
 
-def _joined(group: list[str], size: dict[str, int], stride: dict[str, int]) -> int | None:
-    """The stride of several dimensions that are one in memory; None where they are not one."""
+def _merged_stride(group: list[str], size: dict[str, int], stride: dict[str, int]) -> int | None:
+    """The stride of several dimensions viewed as one; None if no such view exists."""
     group = [label for label in group if size[label] > 1] or group[-1:]
     for outer, inner in pairwise(group):
         if stride[outer] != stride[inner] * size[inner]:
@@ -237,19 +236,22 @@ def _joined(group: list[str], size: dict[str, int], stride: dict[str, int]) -> i
 def _region(
     name: str, parameter: Tensor, offset: int, outputs: tuple[int, int], inputs: tuple[int, int]
 ) -> Region | None:
-    """Which matrix of a parameter a view is, from the size and the stride of its outputs and of its inputs."""
+    """The region of a view, given size and stride of its outputs and of its inputs; None if it is no whole rows."""
     width = parameter.shape[-1]
-    for transposed, (n_rows, row), (n_columns, column) in ((False, outputs, inputs), (True, inputs, outputs)):
-        lies_so = (n_columns == 1 or column == 1) and (n_rows == 1 or row == width)
-        if lies_so and n_columns == width and offset % width == 0:
+    for transposed, (n_rows, row_stride), (n_columns, column_stride) in (
+        (False, outputs, inputs),
+        (True, inputs, outputs),
+    ):
+        is_contiguous = (n_columns == 1 or column_stride == 1) and (n_rows == 1 or row_stride == width)
+        if is_contiguous and n_columns == width and offset % width == 0:
             return Region(name, offset // width, offset // width + n_rows, transposed)
     return None
 
 
-def _selected(operand: Operand, chosen: dict[str, int], order: list[str]) -> Tensor:
-    """A part of a tensor, its dimensions in an order."""
+def _selected(operand: Operand, indices: dict[str, int], order: list[str]) -> Tensor:
+    """Index some dimensions of a tensor, and permute the others into an order."""
     tensor, labels = operand.tensor, list(operand.labels)
-    for label, index in chosen.items():
+    for label, index in indices.items():
         if label in labels:
             tensor = tensor.select(labels.index(label), index)
             labels.remove(label)

@@ -1,7 +1,7 @@
-"""Measure how much a model's output depends on each of its matrices: one pass forwards, one backwards.
+"""Measure how much a model's output depends on each of its matrices, by one forward and one backward pass.
 
-What goes into a matrix is summed in the forward pass, the gradients at what comes out in the backward pass. Labels are
-drawn from the model's own predictions, so that squared gradients are its Fisher information.
+The forward pass sums the inputs of each matrix; the backward pass sums the gradients at its outputs. Labels are sampled
+from the model's own predictions, so the squared gradients are the model's Fisher information.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,30 +15,30 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from freebits.calibration.engine import Engine, first
+from freebits.calibration.engine import Engine, hidden_states
 from freebits.calibration.products import Product, Products, Region
-from freebits.calibration.self_generated import drawn
+from freebits.calibration.self_generated import sample_tokens
 from freebits.errors import UnsupportedModelError, one_line
 from freebits.execution.progress import Progress
-from freebits.execution.stored_values import kept
+from freebits.execution.stored_values import storable
 
 ENOUGH_VECTORS = 64
-"""Inputs below which an expert is thinly observed. As many of the average expert's inputs are added to each one's."""
-_RECENT = 4
-"""Inputs that are kept to find out which matrices read the same."""
-_SMALL = 1024
-_STEPS = 16
-"""Steps of the autograd graph from a choice back to a matrix."""
+"""An expert with fewer input vectors is undersampled. Each expert gets this many vectors of the average one added."""
+_N_RECENT = 4
+"""Number of inputs that are remembered to find matrices that share their input."""
+_SMALL_WIDTH = 1024
+_GRAPH_DEPTH = 16
+"""Number of steps from compared values back through the autograd graph, in search of a matrix."""
 
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """What goes into matrices that read the same.
+    """Statistics of the inputs that several matrices share.
 
     Attributes:
-        key: a name for it.
+        key: a unique name.
         regions: the matrices.
-        n: how many vectors that are not zero.
+        n: number of nonzero input vectors.
         gram: mean of `x xᵀ` over them, (inputs, inputs).
     """
 
@@ -48,24 +48,24 @@ class InputStatistics:
     gram: Tensor
 
 
-Finish = Callable[[int, list[InputStatistics]], None]
-"""Takes the inputs that are complete after an execution of a block, with the number of the execution."""
+OnStatistics = Callable[[int, list[InputStatistics]], None]
+"""Called after a block execution with its number and the statistics that it completes."""
 
 
-@kept
+@storable
 @dataclass(frozen=True)
 class Sums:
-    """What was observed in a group of windows, besides inputs.
+    """Measurements of a group of windows, without input statistics.
 
     Attributes:
-        n_tokens: how many tokens.
-        n_inputs: matrix → how many vectors that are not zero it multiplied.
+        n_tokens: number of tokens.
+        n_inputs: matrix → number of nonzero vectors that it multiplies.
         squares: matrix → sum of the squared gradients at each of its outputs, float64.
         lookups: embedding → `Σ g gᵀ` over the gradients at the rows that were looked up.
-        head: `Σ x xᵀ` over the head's inputs; None where there is no head.
+        head: `Σ x xᵀ` over the head's inputs; None if there is no head.
         likely: for each token of the vocabulary `Σ p (1 - p)` over its probabilities `p`, float64.
-        scale: mean square of the derivative of a logit after the head's output, such as that of a final scale.
-        choosing: matrices whose outputs are compared, such as those of routers: gradients do not tell what they do.
+        scale: mean squared derivative of a logit with respect to the head's output, such as that of a final scale.
+        choosing: matrices whose outputs are compared, such as routers; gradients do not measure their effect.
     """
 
     n_tokens: int
@@ -93,49 +93,55 @@ class Sums:
 
 
 def _added(left: Mapping, right: Mapping) -> dict:  # type: ignore[type-arg]
-    """Both, with the sums of what is in both."""
-    both = left.keys() & right.keys()
-    return {**left, **right, **{key: left[key] + right[key] for key in both}}
+    """Merge two mappings, and add the values of common keys."""
+    common = left.keys() & right.keys()
+    return {**left, **right, **{key: left[key] + right[key] for key in common}}
 
 
 def measure(
-    engine: Engine, windows: Tensor, start: int, seed: int, scratch: Path, finish: Finish, progress: Progress
+    engine: Engine,
+    windows: Tensor,
+    start: int,
+    seed: int,
+    scratch: Path,
+    on_statistics: OnStatistics,
+    progress: Progress,
 ) -> Sums:
-    """Run a group of windows forwards and backwards.
+    """Run a forward and a backward pass on a group of windows.
 
     Args:
         engine: the model.
         windows: (windows, T), int64.
-        start: number of the first of these windows among all.
-        seed: of the labels, with the number of the window.
-        scratch: folder for what does not fit into memory.
-        finish: takes inputs as soon as they are complete; see `Finish`.
-        progress: called after each block, forwards and backwards.
+        start: number of the group's first window among all windows.
+        seed: seed of the labels; each window adds its number to it.
+        scratch: folder for data that does not fit into memory.
+        on_statistics: receives input statistics as soon as they are complete; see `OnStatistics`.
+        progress: called after each block of the forward and the backward pass.
 
     Raises:
         CheckpointError: predictions are not finite.
         UnsupportedModelError: no gradient reaches an embedding.
     """
-    observer = _Observer(engine, finish)
+    observer = _Observer(engine, on_statistics)
     n_runs, done = len(engine.runs), 0
 
-    def step() -> None:
+    def report_block() -> None:
         nonlocal done
         done += 1
         progress("calibrating", "block", done, 2 * n_runs)
 
-    def left(number: int) -> None:
-        observer.left(number)
-        step()
+    def end_block(number: int) -> None:
+        observer.end_block(number)
+        report_block()
 
-    engine.on_recompute = step
+    engine.on_recompute = report_block
     with engine.stream_on_disk(windows, scratch):
         with observer.products:
-            output = engine.hidden(windows, left)
-            observer.left(n_runs)
-            hidden = first(output)
+            output = engine.hidden(windows, end_block)
+            observer.end_block(n_runs)
+            hidden = hidden_states(output)
             if not hidden.requires_grad:
-                raise UnsupportedModelError("no gradient reaches an embedding: it cannot be measured")
+                raise UnsupportedModelError("no gradient reaches an embedding of this model")
             likely, scale, gradients = _through_head(engine, output, windows, start, seed, observer)
         _backward(hidden, gradients)
     return Sums(
@@ -153,89 +159,94 @@ def measure(
 def _backward(hidden: Tensor, gradients: Tensor) -> None:
     try:
         hidden.backward(gradients)
-    except Exception as error:  # the library's kinds of error are many
-        finding = one_line(" ".join(str(error).split()) or type(error).__name__, 200)
-        raise UnsupportedModelError(
-            f"no backward pass of this model runs ({finding}): it cannot be measured"
-        ) from error
+    except Exception as error:  # transformers raises exceptions of many classes
+        reason = one_line(" ".join(str(error).split()) or type(error).__name__, 200)
+        raise UnsupportedModelError(f"the backward pass of this model fails ({reason})") from error
 
 
 def _through_head(
     engine: Engine, output: object, windows: Tensor, start: int, seed: int, observer: "_Observer"
 ) -> tuple[Tensor, float, Tensor]:
-    """Window by window: how likely tokens are, the scale of logits, and the gradient at the last hidden states."""
-    hidden = first(output)
+    """Run the head window by window.
+
+    Returns:
+        `likely` and `scale`, see `Sums`, and the gradient at the last hidden states.
+    """
+    hidden = hidden_states(output)
     gradients = torch.empty_like(hidden)
     likely = torch.zeros((), dtype=torch.float64, device=engine.device)
-    at_logits = 0.0
+    squares_at_logits = 0.0
     with engine.head_loaded():
         for number, window in enumerate(windows):
             leaf = hidden[number : number + 1].detach().requires_grad_()
-            logits = engine.tail(output, leaf, window)[:-1]
-            chances = logits.detach().softmax(-1)
+            logits = engine.run_head(output, leaf, window)[:-1]
+            probabilities = logits.detach().softmax(-1)
             generator = torch.Generator(engine.device).manual_seed(seed + start + number)
-            labels = drawn(chances, generator)[:, 0]
+            labels = sample_tokens(probabilities, generator)[:, 0]
             (gradients[number : number + 1],) = torch.autograd.grad(
                 cross_entropy(logits, labels, reduction="sum"), leaf
             )
-            likely = likely + (chances * (1 - chances)).sum(0).double()
-            of_label = chances.gather(1, labels[:, None])
-            at_logits += (chances.square().sum() - 2 * of_label.sum() + len(of_label)).item()
-    scale = observer.at_head / at_logits if observer.at_head and at_logits else 1.0
+            likely = likely + (probabilities * (1 - probabilities)).sum(0).double()
+            # The gradient at the logits is the probabilities minus 1 at the label.
+            at_label = probabilities.gather(1, labels[:, None])
+            squares_at_logits += (probabilities.square().sum() - 2 * at_label.sum() + len(at_label)).item()
+    scale = observer.squares_at_head / squares_at_logits if observer.squares_at_head and squares_at_logits else 1.0
     return likely, scale, gradients
 
 
 class _Observer:
-    """Sums over what goes into every matrix, and over the gradients at what comes out."""
+    """Sums statistics of the inputs of every matrix, and of the gradients at its outputs."""
 
-    def __init__(self, engine: Engine, finish: Finish) -> None:
+    def __init__(self, engine: Engine, on_statistics: OnStatistics) -> None:
         self._engine = engine
-        self._finish = finish
-        self._ends = {f"{block}.": number for number, block in enumerate(engine.runs)}
+        self._on_statistics = on_statistics
+        self._last_runs = {f"{block}.": number for number, block in enumerate(engine.runs)}
         self._recent = Recent()
         self._grams: list[tuple[Tensor, int]] = []
-        self._reads: dict[Region, list[int]] = {}
+        self._gram_numbers: dict[Region, list[int]] = {}
         self.n_inputs: dict[Region, int] = {}
         self.squares: dict[Region, Tensor] = {}
         self.lookups: dict[str, Tensor] = {}
         self.head: Tensor | None = None
-        self.at_head = 0.0
+        self.squares_at_head = 0.0
         self.choosing: set[Region] = set()
-        self._made: dict[Any, Region] = {}
-        self.products = Products(engine.parameter_at, self._product, self._lookup, self._choice)
+        self._region_of_node: dict[Any, Region] = {}
+        self.products = Products(engine.parameter_at, self._add_product, self._start_gradient, self._note_choice)
 
-    def _product(self, seen: Product) -> None:
-        if seen.region.name == self._engine.head:
-            total = gram(seen.inputs.detach()).cpu()
+    def _add_product(self, product: Product) -> None:
+        region, result = product.region, product.result
+        if region.name == self._engine.head:
+            total = gram(product.inputs.detach()).cpu()
             self.head = total if self.head is None else self.head + total
-            if seen.result.requires_grad:
-                seen.result.register_hook(self._head_gradient)
+            if result.requires_grad:
+                result.register_hook(self._add_head_gradient)
             return
-        number = self._number(seen.inputs.detach())
-        self._reads.setdefault(seen.region, []).append(number)
-        self.n_inputs[seen.region] = self.n_inputs.get(seen.region, 0) + self._grams[number][1]
-        if seen.result.requires_grad:
-            seen.result.register_hook(partial(self._gradient, seen.region, seen.at))
-            self._made[seen.result.grad_fn] = seen.region
+        number = self._gram_number(product.inputs.detach())
+        self._gram_numbers.setdefault(region, []).append(number)
+        self.n_inputs[region] = self.n_inputs.get(region, 0) + self._grams[number][1]
+        if result.requires_grad:
+            result.register_hook(partial(self._add_gradient, region, product.select))
+            self._region_of_node[result.grad_fn] = region
 
-    def _choice(self, compared: Tensor) -> None:
-        """Note the matrices that values come from which are compared, through a few steps of the autograd graph."""
+    def _note_choice(self, compared: Tensor) -> None:
+        """Find the matrices that compared values come from, through a few steps of the autograd graph."""
         nodes = {compared.grad_fn} if isinstance(compared, Tensor) else set()
-        for _ in range(_STEPS):
-            self.choosing |= {self._made[node] for node in nodes if node in self._made}
-            before = (of for node in nodes if node is not None and node not in self._made for of in node.next_functions)
-            nodes = {of for of, _ in before if of is not None}
+        regions = self._region_of_node
+        for _ in range(_GRAPH_DEPTH):
+            self.choosing |= {regions[node] for node in nodes if node in regions}
+            inner = [node for node in nodes if node is not None and node not in regions]
+            nodes = {parent for node in inner for parent, _ in node.next_functions if parent is not None}
 
-    def _gradient(self, region: Region, at: Callable[[Tensor], Tensor], gradient: Tensor) -> None:
+    def _add_gradient(self, region: Region, select: Callable[[Tensor], Tensor], gradient: Tensor) -> None:
         dense = gradient.to_dense() if gradient.is_sparse else gradient
-        squares = at(dense).square().sum(0).double().cpu()
+        squares = select(dense).square().sum(0).double().cpu()
         self.squares[region] = self.squares[region] + squares if region in self.squares else squares
 
-    def _head_gradient(self, gradient: Tensor) -> None:
-        self.at_head += gradient.square().sum().item()
+    def _add_head_gradient(self, gradient: Tensor) -> None:
+        self.squares_at_head += gradient.square().sum().item()
 
-    def _number(self, x: Tensor) -> int:
-        """The number of a Gram matrix: of one that is there, if the same was read before."""
+    def _gram_number(self, x: Tensor) -> int:
+        """The index of the Gram matrix of `x`, which is computed only if no recent product had the same input."""
         number: int | None = self._recent.get(x)
         if number is None:
             number = len(self._grams)
@@ -243,69 +254,70 @@ class _Observer:
             self._recent.add(x, number)
         return number
 
-    def _lookup(self, name: str, rows: Tensor) -> Tensor:
-        """The rows of an embedding, with a gradient."""
+    def _start_gradient(self, name: str, rows: Tensor) -> Tensor:
+        """Return rows of an embedding that require a gradient."""
         leaf = rows.detach().requires_grad_()
-        leaf.register_hook(partial(self._outer, name))
-        return leaf.clone()  # may be changed in place, which a leaf and views of it may not
+        leaf.register_hook(partial(self._add_lookup_gradient, name))
+        return leaf.clone()  # the model may change it in place, which autograd forbids for leaves and their views
 
-    def _outer(self, name: str, gradient: Tensor) -> None:
+    def _add_lookup_gradient(self, name: str, gradient: Tensor) -> None:
         total = gram(gradient.flatten(0, -2)).cpu()
         self.lookups[name] = self.lookups[name] + total if name in self.lookups else total
 
-    def left(self, number: int) -> None:
-        """An execution of a block is over: hand on the inputs that are complete, and forget them."""
+    def end_block(self, number: int) -> None:
+        """After a block execution, pass on the statistics that are complete, and free their memory."""
         self._recent.clear()
-        self._made.clear()
-        complete = sorted(region for region in self._reads if self._last_use(region) <= number)
-        together: dict[tuple[int, ...], list[Region]] = {}
+        self._region_of_node.clear()
+        complete = sorted(region for region in self._gram_numbers if self._last_use(region) <= number)
+        sharing: dict[tuple[int, ...], list[Region]] = {}
         for region in complete:
-            together.setdefault(tuple(self._reads.pop(region)), []).append(region)
-        found: list[InputStatistics] = []
-        for numbers, regions in together.items():
-            n = sum(self._grams[of][1] for of in numbers)
-            total = sum((self._grams[of][0] for of in numbers[1:]), self._grams[numbers[0]][0])
-            found.append(InputStatistics(f"{number}-{len(found)}", tuple(regions), n, total.cpu() / max(1, n)))
-        needed = {of for numbers in self._reads.values() for of in numbers}
-        for at in range(len(self._grams)):
-            if at not in needed:
-                self._grams[at] = torch.empty(0), 0
-        if found:
-            self._finish(number, found)
+            sharing.setdefault(tuple(self._gram_numbers.pop(region)), []).append(region)
+        statistics: list[InputStatistics] = []
+        for indices, regions in sharing.items():
+            n = sum(self._grams[index][1] for index in indices)
+            total = sum((self._grams[index][0] for index in indices[1:]), self._grams[indices[0]][0])
+            key = f"{number}-{len(statistics)}"
+            statistics.append(InputStatistics(key, tuple(regions), n, total.cpu() / max(1, n)))
+        needed = {index for indices in self._gram_numbers.values() for index in indices}
+        for index in range(len(self._grams)):
+            if index not in needed:
+                self._grams[index] = torch.empty(0), 0
+        if statistics:
+            self._on_statistics(number, statistics)
 
     def _last_use(self, region: Region) -> int:
-        """The last execution of a block that multiplies by a matrix, as far as that is known."""
-        own = [number for block, number in self._ends.items() if region.name.startswith(block)]
-        return max([self._engine.used.get(region.name, -1), *own])
+        """The number of the last known block execution that multiplies by a matrix; -1 if there is none."""
+        own_runs = [number for prefix, number in self._last_runs.items() if region.name.startswith(prefix)]
+        return max([self._engine.last_uses.get(region.name, -1), *own_runs])
 
 
 class Recent:
-    """Remembers what belongs to the inputs that were read last: queries, keys and values read the same."""
+    """Remembers a value for each of the last few inputs, as several matrices may share one (queries, keys, values)."""
 
     def __init__(self) -> None:
         self._entries: list[tuple[Tensor, int, Any]] = []
 
     def get(self, x: Tensor) -> Any:
-        """What belongs to a tensor, if it is among the last; otherwise None."""
-        place = (x.data_ptr(), x.shape, x.stride())
-        for other, version, value in self._entries:  # which it keeps, so that no other lies in their memory
-            if place == (other.data_ptr(), other.shape, other.stride()) and version == x._version:
+        """Return the value of a tensor; None if the tensor is not among the last few."""
+        view = (x.data_ptr(), x.shape, x.stride())
+        for other, version, value in self._entries:  # an entry holds its tensor, so no other tensor reuses the memory
+            if view == (other.data_ptr(), other.shape, other.stride()) and version == x._version:
                 return value
         return None
 
     def add(self, x: Tensor, value: Any) -> None:
-        """Remember something."""
-        self._entries = [*self._entries[1 - _RECENT :], (x, x._version, value)]
+        """Remember the value of a tensor."""
+        self._entries = [*self._entries[1 - _N_RECENT :], (x, x._version, value)]
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Forget all values."""
         self._entries.clear()
 
 
 def gram(x: Tensor) -> Tensor:
-    """`xᵀ x`, (m, m), of (vectors, m). Of large ones the blocks below the diagonal are copied, not computed."""
+    """`xᵀ x`, (m, m), for `x` of shape (vectors, m). If `m` is large, the blocks below the diagonal are copies."""
     m = x.shape[1]
-    if m < _SMALL:
+    if m < _SMALL_WIDTH:
         return x.T @ x
     G = x.new_empty(m, m)
     width = -(-m // 4)
@@ -317,32 +329,36 @@ def gram(x: Tensor) -> Tensor:
 
 
 def siblings(region: Region) -> tuple[str, int, bool]:
-    """What experts of one mixture have in common: the name but for numbers after the block's, rows, how they lie."""
-    parts = region.name.split(".")
-    block = next((at for at, part in enumerate(parts) if part.isdigit()), len(parts))
-    spec = [*parts[: block + 1], *("*" if part.isdigit() else part for part in parts[block + 1 :])]
-    return ".".join(spec), region.stop - region.start, region.transposed
+    """Return a key that all experts of one mixture share.
+
+    It consists of the name, in which `*` replaces all numbers after the block's, the number of rows, and `transposed`.
+    """
+    names = region.name.split(".")
+    block = next((index for index, name in enumerate(names) if name.isdigit()), len(names))
+    pattern = [*names[: block + 1], *("*" if name.isdigit() else name for name in names[block + 1 :])]
+    return ".".join(pattern), region.stop - region.start, region.transposed
 
 
 def with_idle(
-    found: Sequence[InputStatistics], matrices: Mapping[str, tuple[int, ...]], key: str
+    statistics: Sequence[InputStatistics], matrices: Mapping[str, tuple[int, ...]], key: str
 ) -> list[InputStatistics]:
-    """Inputs of a block, each expert's mixed with the average expert's (shrinkage).
+    """Mix each expert's input statistics with those of the average expert (shrinkage), and add those of idle experts.
 
-    Each expert gets `ENOUGH_VECTORS` vectors of the average one added; an expert that no text reached has only those.
+    Each expert gets `ENOUGH_VECTORS` vectors of the average expert added. An expert that the text does not reach has
+    only those.
 
     Args:
-        found: inputs in a block.
-        matrices: the shapes of all matrices there, by the names of parameters.
-        key: for what idle experts read.
+        statistics: input statistics of a block.
+        matrices: parameter → shape, of all matrices.
+        key: prefix of the keys for idle experts.
     """
     groups: dict[tuple[tuple[str, int, bool], int], list[InputStatistics]] = {}
-    for inputs in found:
+    for inputs in statistics:
         groups.setdefault((siblings(inputs.regions[0]), len(inputs.gram)), []).append(inputs)
-    seen = {region for inputs in found for region in inputs.regions if inputs.n}
+    reached = {region for inputs in statistics for region in inputs.regions if inputs.n}
     result: list[InputStatistics] = []
     for number, group in enumerate(groups.values()):
-        idle = {of for inputs in group for region in inputs.regions for of in _idle(region, seen, matrices)}
+        idle = {expert for inputs in group for region in inputs.regions for expert in _idle(region, reached, matrices)}
         n = sum(inputs.n for inputs in group)
         if (len(group) == 1 and not idle) or not n:
             result += group
@@ -357,32 +373,32 @@ def with_idle(
     return result
 
 
-def _idle(region: Region, seen: set[Region], matrices: Mapping[str, tuple[int, ...]]) -> set[Region]:
-    """The experts beside one that no text reached: in the same parameter, or in parameters of the same kind."""
+def _idle(region: Region, reached: set[Region], matrices: Mapping[str, tuple[int, ...]]) -> set[Region]:
+    """The sibling experts of a region that no text reached, in the same parameter or in parameters of equal shape."""
     height = region.stop - region.start
     shape = matrices[region.name]
     n_rows = prod(shape[:-1])
     if region.start % height or n_rows % height:
         return set()
-    spec = siblings(region)
+    sibling_key = siblings(region)
     experts = {
         Region(name, start, start + height, region.transposed)
-        for name, of in matrices.items()
+        for name, other_shape in matrices.items()
         for start in range(0, n_rows, height)
-        if of == shape and siblings(replace(region, name=name)) == spec
+        if other_shape == shape and siblings(replace(region, name=name)) == sibling_key
     }
-    return experts - seen
+    return experts - reached
 
 
 def informations(sums: Sums, regions: Iterable[Region]) -> dict[Region, Tensor]:
-    """The mean squared gradient at each output of matrices, over all tokens; of those that a gradient reached.
+    """Region → mean squared gradient at each output over all tokens, of regions that a gradient reached.
 
-    Of experts as many inputs of the average one are counted in as for what they read, see `with_idle`.
+    Each expert gets `ENOUGH_VECTORS` vectors of the average expert added, as in `with_idle`.
     """
     groups: dict[tuple[str, int, bool], list[Region]] = {}
     for region in regions:
         groups.setdefault(siblings(region), []).append(region)
-    found: dict[Region, Tensor] = {}
+    result: dict[Region, Tensor] = {}
     for group in groups.values():
         reached = [region for region in group if region in sums.squares]
         n = sum(sums.n_inputs[region] for region in reached)
@@ -390,5 +406,5 @@ def informations(sums: Sums, regions: Iterable[Region]) -> dict[Region, Tensor]:
             continue
         total = sum((sums.squares[region] for region in reached[1:]), sums.squares[reached[0]])
         added = total * (ENOUGH_VECTORS / n if len(group) > 1 else 0.0)
-        found |= {region: (sums.squares.get(region, 0.0) + added) / sums.n_tokens for region in group}
-    return found
+        result |= {region: (sums.squares.get(region, 0.0) + added) / sums.n_tokens for region in group}
+    return result

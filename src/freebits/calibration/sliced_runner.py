@@ -1,4 +1,4 @@
-"""Run a dense model for slicing: the library's own forward pass, with folded norms, seen at each site."""
+"""Run a dense model for slicing: transformers' forward pass with folded norms, observed at each site."""
 
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedConfig
 
-from freebits.calibration.engine import Engine, first
+from freebits.calibration.engine import Engine, hidden_states
 from freebits.models.blocks import residual_block
 from freebits.models.table import Architecture, Part
 from freebits.storage.folder import Source
@@ -19,12 +19,12 @@ from freebits.types import TensorSpec
 
 
 class FoldedRunner:
-    """A dense model whose norms are folded. Implements `freebits.transforms.slicing.Runner`.
+    """A dense model with folded norms. Implements `freebits.transforms.slicing.Runner`.
 
     Args:
         source: the dense model.
-        config: what transformers makes of its config.
-        architecture: what is in it.
+        config: its config, parsed by transformers.
+        architecture: its layout.
         device: where to run, in float32.
     """
 
@@ -34,7 +34,7 @@ class FoldedRunner:
         self.device = device
         self._architecture = architecture
         self._at_site: AtSite = lambda _, x: x
-        self._engine = Engine(_Folded(source, architecture, device), config, device, self._with_sites)
+        self._engine = Engine(_FoldedSource(source, architecture, device), config, device, self._observe_sites)
 
     @torch.no_grad()
     def losses(self, tokens: Tensor, at_site: AtSite, n_measured: int) -> list[float]:
@@ -44,74 +44,74 @@ class FoldedRunner:
         losses = []
         with self._engine.head_loaded():
             for number in range(len(tokens) - n_measured, len(tokens)):
-                logits = self._engine.tail(output, first(output)[number : number + 1], tokens[number])
+                logits = self._engine.run_head(output, hidden_states(output)[number : number + 1], tokens[number])
                 losses.append(cross_entropy(logits[:-1], tokens[number, 1:].to(self.device)).item())
         self._at_site = lambda _, x: x
         return losses
 
-    def _with_sites(self, model: Any) -> None:
-        """Turn blocks into residual blocks that show the stream at each site."""
+    def _observe_sites(self, model: Any) -> None:
+        """Turn blocks into residual blocks that pass the stream at each site to `at_site`."""
         family = self._architecture.family
         for number, layer in enumerate(model.get_submodule(family.blocks)):
             block: Any = residual_block(layer, family)
             block.run = partial(self._run, number * len(family.sublayers), block.run)
 
     def _run(self, site: int, run: Callable[..., Tensor], index: int, x: Tensor, **context: Any) -> Tensor:
-        """A sublayer, window by window, and the sites before and after it."""
+        """Run a sublayer window by window, and call `at_site` after it (for the model's first one also before)."""
         if site + index == 0:
             x = self._at_site(0, x)
-        after = torch.empty_like(x)
+        output = torch.empty_like(x)
         for number in range(len(x)):
-            after[number] = run(index, x[number : number + 1], **_of_window(context, number, len(x)))[0]
-        return self._at_site(site + index + 1, after)
+            output[number] = run(index, x[number : number + 1], **_for_window(context, number, len(x)))[0]
+        return self._at_site(site + index + 1, output)
 
 
-def _of_window(context: Any, number: int, n: int) -> Any:
-    """What a block is given besides the stream, for one window of `n`."""
+def _for_window(context: Any, number: int, n: int) -> Any:
+    """A block's arguments other than the stream, for one of `n` windows."""
     if isinstance(context, Tensor):
         return context[number : number + 1] if context.ndim and len(context) == n else context
     if isinstance(context, Mapping):
-        return {key: _of_window(value, number, n) for key, value in context.items()}
-    return tuple(_of_window(value, number, n) for value in context) if isinstance(context, tuple) else context
+        return {key: _for_window(value, number, n) for key, value in context.items()}
+    return tuple(_for_window(value, number, n) for value in context) if isinstance(context, tuple) else context
 
 
-class _Folded:
-    """A dense model with folded norms, for `Engine`; its head and final norm are the dense model's own."""
+class _FoldedSource:
+    """A dense model with folded norms, for `Engine`. The head and the final norm are not folded."""
 
     def __init__(self, source: Source, architecture: Architecture, device: torch.device) -> None:
         self.config = source.config
         self._source = source
         self._architecture = architecture
         self._device = device
-        self._last: tuple[int, dict[str, Tensor]] = -1, {}
-        self._parts = {name: number for number, part in enumerate(architecture.parts) for name in part.weights}
+        self._last_folded: tuple[int, dict[str, Tensor]] = -1, {}
+        self._part_numbers = {name: number for number, part in enumerate(architecture.parts) for name in part.weights}
 
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:
-        """Of the dense tensors, and of those that folding makes."""
+        """The specs of the dense tensors; those that only folding creates get a shape of ()."""
         head, embedding = self._architecture.head.weight, self._architecture.embedding.weight
-        made = {head: self._source.specs.get(head, self._source.specs[embedding])}
-        return dict.fromkeys(self._parts, TensorSpec("F32", ())) | dict(self._source.specs) | made
+        head_spec = {head: self._source.specs.get(head, self._source.specs[embedding])}
+        return dict.fromkeys(self._part_numbers, TensorSpec("F32", ())) | dict(self._source.specs) | head_spec
 
     def __getitem__(self, name: str) -> Tensor:
-        architecture, number = self._architecture, self._parts.get(name, -1)
+        architecture, number = self._architecture, self._part_numbers.get(name, -1)
         if number == len(architecture.parts) - 1 or number < 0:
             if name == architecture.head.weight and name not in self._source.specs:
                 return self._source[architecture.embedding.weight]
             return self._source[name]
-        if self._last[0] != number:
+        if self._last_folded[0] != number:
             part = architecture.parts[number]
             norms = [norm for sub in part.sublayers for norm in sub.norms]
             D = architecture.hidden_size
-            bare = {norm.weight: torch.ones(D) for norm in norms} | {norm.bias: torch.zeros(D) for norm in norms}
-            folded = _folded_embeddings if number == 0 else folded_part
-            self._last = number, bare | folded(self._source, architecture, self._device, part)
-        return self._last[1][name]
+            neutral = {norm.weight: torch.ones(D) for norm in norms} | {norm.bias: torch.zeros(D) for norm in norms}
+            fold = _folded_embeddings if number == 0 else folded_part
+            self._last_folded = number, neutral | fold(self._source, architecture, self._device, part)
+        return self._last_folded[1][name]
 
 
 def _folded_embeddings(
     source: Source, architecture: Architecture, device: torch.device, part: Part
 ) -> dict[str, Tensor]:
-    """The embeddings of the dense model that slicing starts from, as if the head were not tied."""
+    """The dense model's embeddings, folded as if the head were not tied to them."""
     tensors = {name: source[name].to(device) for name in part.weights if name in source.specs}
     return fold_embeddings(tensors, architecture.with_tie(False))

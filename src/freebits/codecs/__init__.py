@@ -1,4 +1,4 @@
-"""Codes: tensors in, stored parts out, and back. Each code is one class in one file, with `encode` above `decode`.
+"""Codes: each turns tensors into stored parts and back. Each code is one class in one file.
 
-A new code takes one file and one line in `registry.py`. Codes know nothing about models or checkpoint folders.
+To add a code, write one file and one line in `registry.py`. Codes know nothing about models or checkpoint folders.
 """

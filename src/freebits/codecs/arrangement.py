@@ -1,4 +1,4 @@
-"""A matrix stored the other way round."""
+"""Matrices that are stored transposed or in several parts."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,49 +11,49 @@ TRANSPOSED = "transposed"
 
 
 class Transposed:
-    """One matrix `(n, m)`, as `(m, n)`."""
+    """One matrix `(n, m)`, stored as `(m, n)`."""
 
     exact = False
 
     def encode(self, tensors: Sequence[Tensor], makes: Sequence[TensorSpec]) -> Coded:  # noqa: ARG002
-        """The matrix, transposed."""
+        """Transpose the matrix."""
         [matrix] = tensors
         return Coded({TRANSPOSED: matrix.T.contiguous()})
 
     def decode(self, parts: Mapping[str, Tensor], makes: Sequence[TensorSpec], params: Params) -> list[Tensor]:  # noqa: ARG002
-        """The matrix."""
+        """Return the matrix."""
         return [parts[TRANSPOSED].T.contiguous()]
 
     def parts(self, makes: Sequence[TensorSpec], params: Params) -> dict[str, TensorSpec]:  # noqa: ARG002
-        """The same numbers."""
+        """Return the spec of the transposed matrix."""
         [spec] = makes
         if len(spec.shape) != 2:
-            raise ValueError(f"a transposed {spec}")
+            raise ValueError(f"code transposed cannot make {spec}: it makes matrices")
         return {TRANSPOSED: TensorSpec(spec.code, spec.shape[::-1])}
 
 
 class Joined:
-    """One tensor, seen as a matrix, of parts that have some of its rows each, from the first on.
+    """One tensor, reshaped to a matrix and stored in parts of consecutive rows.
 
-    Params: `rows`, how many each part has. Together they say how wide the matrix is.
+    Params: `rows`, the number of rows of each part. The width of the matrix follows from their sum.
     """
 
     exact = False
 
     def encode(self, tensors: Sequence[Tensor], makes: Sequence[TensorSpec]) -> Coded:  # noqa: ARG002
-        """The parts, as they are."""
-        parts = {str(number): tensor for number, tensor in enumerate(tensors)}
+        """Return the parts as they are."""
+        parts = {str(index): tensor for index, tensor in enumerate(tensors)}
         return Coded(parts, {"rows": [len(tensor) for tensor in tensors]})
 
     def decode(self, parts: Mapping[str, Tensor], makes: Sequence[TensorSpec], params: Params) -> list[Tensor]:
-        """The tensor."""
+        """Return the tensor."""
         [spec] = makes
-        return [cat([parts[str(number)] for number in range(len(params["rows"]))]).reshape(spec.shape)]
+        return [cat([parts[str(index)] for index in range(len(params["rows"]))]).reshape(spec.shape)]
 
     def parts(self, makes: Sequence[TensorSpec], params: Params) -> dict[str, TensorSpec]:
-        """Matrices with as many rows as are told, which hold all of the tensor."""
+        """Return the specs of matrices with these numbers of rows, which together hold the tensor."""
         [spec] = makes
         rows = params["rows"]
         if len(spec.shape) < 2 or not rows or min(rows) < 1 or not spec.numel or spec.numel % sum(rows):
-            raise ValueError(f"parts of {rows} rows of {spec}")
-        return {str(number): TensorSpec(spec.code, (n, spec.numel // sum(rows))) for number, n in enumerate(rows)}
+            raise ValueError(f"code joined cannot make {spec} from parts of {rows} rows")
+        return {str(index): TensorSpec(spec.code, (n, spec.numel // sum(rows))) for index, n in enumerate(rows)}

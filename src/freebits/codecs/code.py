@@ -1,4 +1,4 @@
-"""What a code is: tensors in, parts out, the same tensors back. Codes know kinds and numbers, and no model."""
+"""The interface of a code, which turns tensors into stored parts and back. Codes know no models."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,17 +12,17 @@ Params = Mapping[str, Any]
 
 
 class Declined(Exception):  # noqa: N818
-    """These tensors cannot be encoded, or not at a gain; the message says why."""
+    """The code cannot encode these tensors, or saves nothing by it; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class Coded:
-    """What encoding gives.
+    """The result of encoding.
 
     Attributes:
-        parts: what is stored, by the names that the code has for it.
-        params: what decoding needs besides, as JSON.
-        corrected: how many words are corrected, where a code corrects; for reports.
+        parts: the tensors to store, by the code's part names.
+        params: the other values that decoding needs, as JSON.
+        corrected: the number of corrected values, for reports; 0 for a code without corrections.
     """
 
     parts: dict[str, Tensor]
@@ -31,29 +31,29 @@ class Coded:
 
 
 class Code(Protocol):
-    """One code. A new one is a class like this and a line in `freebits.codecs.registry.CODES`."""
+    """One code. To add one, write a class like this and a line in `freebits.codecs.registry.CODES`."""
 
     @property
     def exact(self) -> bool:
-        """Whether it takes any tensor alone and gives it back bit for bit, so that it can follow any other code."""
+        """Whether the code stores any single tensor bit-exactly. Such a code can follow any other code."""
 
     def encode(self, tensors: Sequence[Tensor], makes: Sequence[TensorSpec]) -> Coded:
-        """Encode tensors; `makes` is what decoding is to make of them.
+        """Encode tensors; `makes` has the specs of the tensors that `decode` returns.
 
         Raises:
-            Declined: they are better stored as they are.
+            Declined: the tensors are better stored as they are.
         """
 
     def decode(self, parts: Mapping[str, Tensor], makes: Sequence[TensorSpec], params: Params) -> list[Tensor]:
-        """The tensors, of the kinds `makes`; `parts` have been found to be of the kinds that `parts` tells.
+        """Return the tensors with the specs `makes`. The caller has checked the parts against the specs of `parts()`.
 
         Raises:
             ValueError: the parts are damaged.
         """
 
     def parts(self, makes: Sequence[TensorSpec], params: Params) -> dict[str, TensorSpec]:
-        """The kinds of the parts for tensors of these kinds; nothing is read or allocated.
+        """Return the specs of the parts for tensors with the specs `makes`; reads and allocates nothing.
 
         Raises:
-            ValueError: there are no such parts.
+            ValueError: the code has no parts for these specs and params.
         """

@@ -1,4 +1,4 @@
-"""Rows of bytes made of fields of several dtypes, such as the blocks of llama.cpp's formats."""
+"""Rows of bytes that consist of fields of several dtypes, such as the blocks of llama.cpp's formats."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,42 +11,44 @@ from freebits.types import TensorSpec, bytes_of
 
 
 class Columns:
-    """One tensor of bytes (rows, size), of parts (rows, numbers) of any dtypes whose bytes stand beside each other.
+    """One tensor of bytes (rows, size); part `i` is field `i` of each row, (rows, n), in the field's dtype.
 
-    Params: `fields`, dtype and numbers in a row of each part.
+    Params: `fields`, the dtype and `n` of each field, in the order in which their bytes fill a row.
     """
 
     exact = False
 
     def encode(self, tensors: Sequence[Tensor], makes: Sequence[TensorSpec]) -> Coded:  # noqa: ARG002
-        """The parts, as they are."""
-        parts = {str(number): tensor for number, tensor in enumerate(tensors)}
+        """Return the parts as they are."""
+        parts = {str(index): tensor for index, tensor in enumerate(tensors)}
         return Coded(parts, {"fields": [[TensorSpec.of(tensor).code, tensor.shape[1]] for tensor in tensors]})
 
     def decode(self, parts: Mapping[str, Tensor], makes: Sequence[TensorSpec], params: Params) -> list[Tensor]:
-        """The tensor."""
+        """Return the tensor."""
         [spec] = makes
-        ordered = (parts[str(number)] for number in range(len(params["fields"])))
+        ordered = (parts[str(index)] for index in range(len(params["fields"])))
         rows = [bytes_of(part).reshape(spec.shape[0], -1) for part in ordered]
         return [torch.from_numpy(np.concatenate(rows, axis=1))]
 
     def parts(self, makes: Sequence[TensorSpec], params: Params) -> dict[str, TensorSpec]:
-        """Tensors with as many rows as the tensor, whose rows take as many bytes."""
+        """Return the spec of one part per field; the fields of a row take as many bytes as the tensor's row."""
         [spec] = makes
         if spec.code != "U8" or len(spec.shape) != 2 or not params["fields"]:
-            raise ValueError(f"fields of {spec}")
-        parts = {str(n): TensorSpec(code, (spec.shape[0], size)) for n, (code, size) in enumerate(params["fields"])}
-        if min(part.numel for part in parts.values()) < 1 or sum(of.n_bytes for of in parts.values()) != spec.n_bytes:
-            raise ValueError(f"fields {params['fields']} of {spec}")
+            raise ValueError(f"code columns cannot make {spec}: it needs fields and a matrix of bytes")
+        n_rows, fields = spec.shape[0], params["fields"]
+        parts = {str(index): TensorSpec(dtype_name, (n_rows, n)) for index, (dtype_name, n) in enumerate(fields)}
+        specs = parts.values()
+        if min(part.numel for part in specs) < 1 or sum(part.n_bytes for part in specs) != spec.n_bytes:
+            raise ValueError(f"code columns cannot make {spec} from the fields {fields}")
         return parts
 
 
 def fields_of(tensor: Tensor, fields: Sequence[tuple[str, int]]) -> list[Tensor]:
-    """The parts of a tensor of bytes, (rows, size)."""
-    data, at, parts = bytes_of(tensor).reshape(tuple(tensor.shape)), 0, []
-    for code, n in fields:
-        size = TensorSpec(code, (n,)).n_bytes
-        column = np.ascontiguousarray(data[:, at : at + size]).reshape(-1)
-        parts.append(TensorSpec(code, (len(data), n)).view(column))
-        at += size
+    """Split a tensor of bytes, (rows, size), into the parts that `Columns` stores."""
+    data, offset, parts = bytes_of(tensor).reshape(tuple(tensor.shape)), 0, []
+    for dtype_name, n in fields:
+        size = TensorSpec(dtype_name, (n,)).n_bytes
+        column = np.ascontiguousarray(data[:, offset : offset + size]).reshape(-1)
+        parts.append(TensorSpec(dtype_name, (len(data), n)).view(column))
+        offset += size
     return parts

@@ -1,10 +1,10 @@
-"""Entropy-code the planes that gain, chunk by chunk; store the others as they are.
+"""Entropy-code the byte planes that shrink, chunk by chunk; store the others as they are.
 
-The coder is zstd with its search for matches switched off, which leaves its Huffman code for literals: weights repeat
-in how often an exponent occurs, not in sequences.
+The coder is zstd without its search for matches, which leaves its Huffman code for literals. In weights some exponents
+are frequent, but sequences do not repeat.
 
-Layout, little-endian: numbers a chunk (u32); for each chunk and plane the bytes it takes (u32), as many as the plane
-has where it is stored as it is; then those planes, one after another.
+Layout, little-endian: values per chunk (u32); the stored bytes of each chunk and plane (u32), which are as many as the
+plane has if it is stored as it is; then those planes, one after another.
 """
 
 import threading
@@ -20,116 +20,120 @@ from freebits.types import Bytes, TensorSpec, bytes_of
 
 PART = "entropy"
 CHUNK, FINE_CHUNK = 1 << 20, 1 << 15
-"""Numbers a chunk: so many that tables cost next to nothing; or few, for a tensor whose parts differ in scale."""
-LEAST_GAIN = 0.02
-"""A plane that gains less is not worth the time to decode it."""
-_SAMPLE = 1 << 16
-_BLOCK = 1 << 17  # zstd makes a new table for each
-_COMPRESS_LITERALS = 1002  # ZSTD_c_literalCompressionMode, which zstd.h has and Python does not name
+"""Values per chunk: many, so that tables cost little; or few, for a tensor whose regions differ in scale."""
+MIN_SAVING = 0.02
+"""The fraction that a plane must save to be worth the time to decode it."""
+_SAMPLE_SIZE = 1 << 16
+_BLOCK = 1 << 17  # zstd makes a new table for each block
+_COMPRESS_LITERALS = 1002  # ZSTD_c_literalCompressionMode in zstd.h; Python has no name for it
 _OPTIONS: dict[int, int] = {zstd.CompressionParameter.compression_level: -_BLOCK, _COMPRESS_LITERALS: 1}
-"""The level of a number below zero is how far to step after a miss: here, over all of a block."""
+"""A negative level is the step after a miss in the search for matches; here it skips the whole block."""
 _local = threading.local()
 
 
 class Entropy:
-    """Any tensor, bit for bit, as bytes."""
+    """Any tensor, stored bit-exactly as entropy-coded bytes."""
 
     exact = True
 
     def encode(self, tensors: Sequence[Tensor], makes: Sequence[TensorSpec]) -> Coded:
-        """One tensor; declined where it gains less than 1 %."""
+        """Encode one tensor.
+
+        Raises:
+            Declined: that saves less than 1 %.
+        """
         [tensor], [spec] = tensors, makes
         coded = compress(bytes_of(tensor), spec.code)
         if coded is None:
-            raise Declined("its numbers are spread too evenly")
+            raise Declined("entropy coding saves less than 1 %")
         return Coded({PART: as_tensor(coded)}, {"bytes": len(coded)})
 
     def decode(self, parts: Mapping[str, Tensor], makes: Sequence[TensorSpec], params: Params) -> list[Tensor]:
-        """The tensor."""
+        """Return the tensor."""
         [spec] = makes
         return [spec.view(decompress(bytes_from(parts[PART], params["bytes"]), spec.code, spec.n_bytes))]
 
     def parts(self, makes: Sequence[TensorSpec], params: Params) -> dict[str, TensorSpec]:
-        """Bytes, as many as coding found it to take; fewer than of the tensor."""
+        """Return the spec of the coded bytes, which must be fewer than the tensor has."""
         [spec], n_bytes = makes, params["bytes"]
         stored = bytes_spec(n_bytes)
         if not n_bytes < spec.n_bytes:
-            raise ValueError(f"{n_bytes} bytes for {spec}")
+            raise ValueError(f"{n_bytes} coded bytes are not fewer than the {spec.n_bytes} bytes of {spec}")
         return {PART: stored}
 
 
-def compress(data: Bytes, code: str) -> bytes | None:
-    """The bytes of a tensor in fewer bytes; None where that gains less than 1 %.
+def compress(data: Bytes, dtype_name: str) -> bytes | None:
+    """Compress the bytes of a tensor; None if that saves less than 1 %.
 
     Args:
         data: (n,), the tensor's bytes, little-endian.
-        code: its safetensors dtype.
+        dtype_name: its safetensors dtype.
     """
-    chunk_size = _chunk_size(data, code)
-    step = chunk_size * n_planes(code)
+    chunk_size = _chunk_size(data, dtype_name)
+    step = chunk_size * n_planes(dtype_name)
     chunks = (data[start : start + step] for start in range(0, len(data), step))
-    planes = [_compress_plane(plane) for chunk in chunks for plane in split(chunk, code)]
+    planes = [_compress_plane(plane) for chunk in chunks for plane in split(chunk, dtype_name)]
     table = np.array([chunk_size, *map(len, planes)], "<u4").tobytes()
     coded = b"".join([table, *planes])
-    return coded if len(coded) < (1 - LEAST_GAIN / 2) * len(data) - 8 else None  # the file fills it up to 8 bytes
+    return coded if len(coded) < (1 - MIN_SAVING / 2) * len(data) - 8 else None  # the file pads to 8 bytes
 
 
-def decompress(coded: Bytes, code: str, n_bytes: int) -> Bytes:
-    """The bytes of a tensor, inverse of `compress`.
+def decompress(coded: Bytes, dtype_name: str, n_bytes: int) -> Bytes:
+    """Return the bytes of a tensor; the inverse of `compress`.
 
     Args:
-        coded: (m,), what `compress` gave.
-        code: the tensor's safetensors dtype.
-        n_bytes: of the tensor.
+        coded: (m,), the result of `compress`.
+        dtype_name: the tensor's safetensors dtype.
+        n_bytes: the number of the tensor's bytes.
 
     Raises:
-        ValueError: that is not what `compress` gave for such a tensor.
+        ValueError: the coded bytes are damaged or belong to another tensor.
     """
-    width = n_planes(code)
-    chunk = int(coded[:4].view("<u4")[0]) if len(coded) >= 4 else 0
-    if not chunk or n_bytes < 0 or n_bytes % width:
-        raise ValueError("no chunks")
-    at = 4 + 4 * width * -(-n_bytes // (chunk * width))
-    if at > len(coded):
-        raise ValueError("a table that is cut off")
-    told = coded[4:at].view("<u4")
-    if at + int(told.sum(dtype=np.int64)) != len(coded):
-        raise ValueError("planes of other sizes than its table says")
-    sizes = iter(told.tolist())
+    width = n_planes(dtype_name)
+    chunk_size = int(coded[:4].view("<u4")[0]) if len(coded) >= 4 else 0
+    if not chunk_size or n_bytes < 0 or n_bytes % width:
+        raise ValueError(f"{n_bytes} bytes of {dtype_name} do not divide into chunks of {chunk_size} values")
+    offset = 4 + 4 * width * -(-n_bytes // (chunk_size * width))
+    if offset > len(coded):
+        raise ValueError("the table of plane sizes is cut off")
+    table = coded[4:offset].view("<u4")
+    if offset + int(table.sum(dtype=np.int64)) != len(coded):
+        raise ValueError("the planes have other sizes than the table says")
+    sizes = iter(table.tolist())
     try:
         data = np.empty(n_bytes, np.uint8)
     except MemoryError:
         raise ValueError(f"{n_bytes} bytes do not fit in memory") from None
-    for start in range(0, n_bytes, chunk * width):
-        out = data[start : start + chunk * width]
+    for start in range(0, n_bytes, chunk_size * width):
+        out = data[start : start + chunk_size * width]
         planes = []
         for _ in range(width):
             size = next(sizes)
-            planes.append(_decompress_plane(coded[at : at + size], size, len(out) // width))
-            at += size
-        merge(planes, code, out)
+            planes.append(_decompress_plane(coded[offset : offset + size], size, len(out) // width))
+            offset += size
+        merge(planes, dtype_name, out)
     return data
 
 
-def _chunk_size(data: Bytes, code: str) -> int:
-    """`CHUNK` if the first block codes as well whole as in pieces, else `FINE_CHUNK`."""
-    first = split(data[: _BLOCK * n_planes(code)], code)[0]
-    parts = [len(_coded(first[at : at + FINE_CHUNK])) for at in range(0, len(first), FINE_CHUNK)]
-    return CHUNK if len(_coded(first)) <= 1.002 * sum(parts) else FINE_CHUNK
+def _chunk_size(data: Bytes, dtype_name: str) -> int:
+    """Return `FINE_CHUNK` if the first block compresses better in pieces of that size, else `CHUNK`."""
+    block = split(data[: _BLOCK * n_planes(dtype_name)], dtype_name)[0]
+    sizes = [len(_frame(block[start : start + FINE_CHUNK])) for start in range(0, len(block), FINE_CHUNK)]
+    return CHUNK if len(_frame(block)) <= 1.002 * sum(sizes) else FINE_CHUNK
 
 
 def _compress_plane(plane: Bytes) -> bytes:
-    """The plane in fewer bytes, or as it is; whether it gains is tried on a part of it."""
-    sample = plane[len(plane) // 2 :][:_SAMPLE]
-    if len(sample) == _SAMPLE and len(_coded(sample)) > (1 - LEAST_GAIN) * _SAMPLE:
+    """Compress the plane, or return it as it is if a sample or the whole plane saves too little."""
+    sample = plane[len(plane) // 2 :][:_SAMPLE_SIZE]
+    if len(sample) == _SAMPLE_SIZE and len(_frame(sample)) > (1 - MIN_SAVING) * _SAMPLE_SIZE:
         return plane.tobytes()
-    coded = _coded(plane)
-    return coded if len(coded) <= (1 - LEAST_GAIN) * len(plane) else plane.tobytes()
+    frame = _frame(plane)
+    return frame if len(frame) <= (1 - MIN_SAVING) * len(plane) else plane.tobytes()
 
 
 def _decompress_plane(coded: Bytes, size: int, length: int) -> Bytes:
     if len(coded) != size or size > length:
-        raise ValueError("a plane that is cut off")
+        raise ValueError("a plane is cut off or too large")
     if size == length:
         return coded
     decoder = zstd.ZstdDecompressor()
@@ -138,12 +142,12 @@ def _decompress_plane(coded: Bytes, size: int, length: int) -> Bytes:
     except zstd.ZstdError as error:
         raise ValueError(str(error)) from None
     if len(plane) != length or not decoder.eof or decoder.unused_data:
-        raise ValueError(f"not a plane of {length} numbers")
+        raise ValueError(f"a frame does not hold a plane of {length} bytes")
     return np.frombuffer(plane, np.uint8)
 
 
-def _coded(plane: Bytes) -> bytes:
-    """As a frame; a thread keeps its compressor, which cannot be shared."""
+def _frame(plane: Bytes) -> bytes:
+    """Compress to a zstd frame. Each thread keeps its own compressor, because threads cannot share one."""
     if not hasattr(_local, "compressor"):
         _local.compressor = zstd.ZstdCompressor(options=_OPTIONS)
     frame: bytes = _local.compressor.compress(plane.data, zstd.ZstdCompressor.FLUSH_FRAME)

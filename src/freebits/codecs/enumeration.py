@@ -1,8 +1,9 @@
-"""Number the points of a pyramid `{y ∈ Zᴺ : Σ |y_i| = K}` (Fischer 1986), all vectors at once.
+"""Number the points of a pyramid `{y ∈ Zᴺ : Σ |y_i| = K}` (Fischer 1986), many vectors at once.
 
-Vectors go by their first coordinate, in the order 0, 1, -1, 2, -2, …, then by the next. With `V(n, k)` points on a
-pyramid and their sums `S(n, k)` over pulses up to `k`, those before `±a` with `k` pulses left for it and `n`
-coordinates after it number `V(n, k) + 2 (S(n, k - 1) - S(n, k - a))`, and another `V(n, k - a)` before `-a`.
+Vectors are ordered by their first coordinate, in the order 0, 1, -1, 2, -2, …, then by the next. A pyramid has
+`V(n, k)` points; `S(n, k)` is the sum of `V(n, i)` for `i ≤ k`. Let a coordinate be `±a`, with `k` pulses for it and
+the `n` coordinates after it. `V(n, k) + 2 (S(n, k - 1) - S(n, k - a))` vectors precede it; `V(n, k - a)` more precede
+`-a`.
 """
 
 from functools import cache
@@ -11,63 +12,66 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Whole = NDArray[Any]
+Ranks = NDArray[Any]
 """Of int64, or of Python's integers."""
 
 
-def rank(vectors: NDArray[np.int64]) -> Whole:
-    """The number of each vector (n, N) among those of its pyramid, (n,); Python's integers where 63 bits do not do."""
+def rank(vectors: NDArray[np.int64]) -> Ranks:
+    """Return the rank of each vector (n, N) on its pyramid, (n,); as Python's integers if 63 bits are too few."""
     pulses = int(np.abs(vectors[:1]).sum())
     points, sums = _tables(vectors.shape[1], pulses)
-    numbers: Whole = np.zeros(len(vectors), points.dtype)
-    left = np.full(len(vectors), pulses)
+    ranks: Ranks = np.zeros(len(vectors), points.dtype)
+    remaining = np.full(len(vectors), pulses)
     for place, value in enumerate(vectors.T):
         n, size = vectors.shape[1] - 1 - place, np.abs(value)
-        after = left - size
-        before = points[n, left] + 2 * (sums[n, left - 1] - sums[n, after]) + (value < 0) * points[n, after]
-        numbers += np.where(size > 0, before, 0)
-        left = after
-    return numbers
+        after = remaining - size
+        before = points[n, remaining] + 2 * (sums[n, remaining - 1] - sums[n, after]) + (value < 0) * points[n, after]
+        ranks += np.where(size > 0, before, 0)
+        remaining = after
+    return ranks
 
 
-def unrank(numbers: Whole, size: int, pulses: int) -> NDArray[np.int64]:
-    """The vectors of so many coordinates, (n, size), inverse of `rank`.
+def unrank(ranks: Ranks, size: int, pulses: int) -> NDArray[np.int64]:
+    """Return the vectors with these ranks, (n, size); the inverse of `rank`.
 
     Raises:
-        ValueError: the pyramid has no such vector.
+        ValueError: the pyramid has too few points.
     """
     points, sums = _tables(size, pulses)
-    numbers = numbers.astype(points.dtype)
-    if len(numbers) and not (numbers.min() >= 0 and numbers.max() < points[size, pulses]):
-        raise ValueError(f"no point on the pyramid of {pulses} in {size} dimensions")
-    vectors = np.zeros((len(numbers), size), np.int64)
-    left = np.full(len(numbers), pulses)
+    ranks = ranks.astype(points.dtype)
+    if len(ranks) and not (ranks.min() >= 0 and ranks.max() < points[size, pulses]):
+        raise ValueError(f"a rank is out of range for the pyramid of {pulses} pulses in {size} dimensions")
+    vectors = np.zeros((len(ranks), size), np.int64)
+    remaining = np.full(len(ranks), pulses)
     for place in range(size):
         n = size - 1 - place
-        low, high = np.zeros_like(left), left.copy()  # the largest `a` that does not go beyond the number
+        low, high = (
+            np.zeros_like(remaining),
+            remaining.copy(),
+        )  # the largest `a` with `before <= rank`
         for _ in range(pulses.bit_length()):
             middle = (low + high + 1) // 2
-            before = points[n, left] + 2 * (sums[n, left - 1] - sums[n, left - middle])
-            fits = (middle > 0) & (before <= numbers)
+            before = points[n, remaining] + 2 * (sums[n, remaining - 1] - sums[n, remaining - middle])
+            fits = (middle > 0) & (before <= ranks)
             low, high = np.where(fits, middle, low), np.where(fits, high, np.maximum(middle - 1, low))
-        after = left - low
-        before = np.where(low > 0, points[n, left] + 2 * (sums[n, left - 1] - sums[n, after]), 0)
-        numbers = numbers - before
-        negative = (low > 0) & (numbers >= points[n, after])
-        numbers = numbers - np.where(negative, points[n, after], 0)
-        vectors[:, place] = np.where(negative, -low, low)
-        left = after
+        after = remaining - low
+        before = np.where(low > 0, points[n, remaining] + 2 * (sums[n, remaining - 1] - sums[n, after]), 0)
+        ranks = ranks - before
+        is_negative = (low > 0) & (ranks >= points[n, after])
+        ranks = ranks - np.where(is_negative, points[n, after], 0)
+        vectors[:, place] = np.where(is_negative, -low, low)
+        remaining = after
     return vectors
 
 
 def n_bits(size: int, pulses: int) -> int:
-    """Bits of a number."""
+    """Return the number of bits of a rank."""
     return int(_tables(size, pulses)[0][size, pulses] - 1).bit_length()
 
 
 @cache
-def _tables(size: int, pulses: int) -> tuple[Whole, Whole]:
-    """`V(n, k)` and `S(n, k)`, (size + 1, pulses + 2); the last column, at -1, is zero."""
+def _tables(size: int, pulses: int) -> tuple[Ranks, Ranks]:
+    """Return `V(n, k)` and `S(n, k)`, (size + 1, pulses + 2); the last column, which index -1 reads, is zero."""
     points = [[1] + [0] * pulses]
     for _ in range(size):
         row = [1]

@@ -1,4 +1,4 @@
-"""Matrices of integers times a step for each row and each column, at as many bits as the integers are improbable."""
+"""Matrices of integers with a scale per row and per column, entropy-coded."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,17 +17,20 @@ from freebits.types import FLOATS, TensorSpec
 
 MESSAGE = "message"
 FINENESS = 16
-"""Steps are `2^(e / FINENESS)` for whole `e`."""
-_LARGEST = 128 * FINENESS - 1
-"""Of float32."""
+"""Scales are `2^(e / FINENESS)` for integer exponents `e`."""
+_MAX_EXPONENT = 128 * FINENESS - 1
+"""The largest exponent whose scale fits float32."""
 _ROOT = sqrt(sqrt(sqrt(sqrt(2.0))))  # IEEE rounds square roots and products alike everywhere
 _POWERS = np.array([np.prod([1.0] + [_ROOT] * power) for power in range(FINENESS)])
-_HEAD = 4 * 2
-_SIDE_LEVEL = 19
-_CHUNK = 1 << 17
-_AT_ONCE = 1 << 20
-_TOP = ans.LEVELS[-1] + 18 * ans.PER_OCTAVE
-"""The last level: integers of 24 bits."""
+_HEADER_SIZE = 4 * 2
+_ZSTD_LEVEL = 19
+_DECODED_AT_ONCE = 1 << 17
+"""Integers that become floats at a time, few enough for the processor's cache."""
+_PACKED_AT_ONCE = 1 << 20
+"""Integers whose lower bits are packed at a time; a multiple of 8, so that they fill complete bytes."""
+_MAX_LEVEL = ans.LEVELS[-1] + 18 * ans.LEVELS_PER_OCTAVE
+"""The level of integers of 24 bits."""
+_MIN_VARIANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -45,211 +48,218 @@ class ScaledIntegers:
     columns: Tensor
 
     def floats(self, dtype: torch.dtype) -> Tensor:
-        """The matrix, (n, m), in float32 and then rounded to `dtype`."""
+        """Return the matrix, (n, m), computed in float32 and then rounded to `dtype`."""
         return (self.integers.float() * steps(self.columns) * steps(self.rows)[:, None]).to(dtype)
 
 
 def steps(exponents: Tensor) -> Tensor:
-    """`2^(e / 16)` in float32, the same on all machines."""
-    octaves, parts = np.divmod(exponents.numpy().astype(np.int32), FINENESS)
-    return torch.from_numpy(np.ldexp(_POWERS[parts], octaves).astype(np.float32))
+    """Return the scales `2^(e / 16)` in float32, the same on all machines."""
+    octaves, remainders = np.divmod(exponents.numpy().astype(np.int32), FINENESS)
+    return torch.from_numpy(np.ldexp(_POWERS[remainders], octaves).astype(np.float32))
 
 
-def exponents(steps: Tensor) -> Tensor:
-    """The inverse of `steps` for any positive numbers, to the nearest step; int16."""
-    return (steps.double().log2() * FINENESS).round().to(torch.int16)
+def exponents(scales: Tensor) -> Tensor:
+    """Return the nearest exponents of positive scales, int16; the inverse of `steps`."""
+    return (scales.double().log2() * FINENESS).round().to(torch.int16)
 
 
 class Integers:
-    """Matrices, together: for each the integers, the exponents of its rows' steps and those of its columns'.
+    """Matrices, encoded together: for each its integers and the exponents of its row scales and column scales.
 
-    The integers of a row and of a column have about one scale. What is told of both, to a quarter of an octave, says in
-    which table of `freebits.codecs.ans` an integer is coded. Of integers too large for any table only the upper bits
-    are, as the lower ones are as good as random.
+    The level of a row plus the level of a column, each to a quarter of an octave, estimate how large their integers
+    are. The sum selects the table of `freebits.codecs.ans` for an integer. Integers too large for any table are split:
+    only their upper bits are entropy-coded, as the lower bits are almost random.
 
-    Message, little-endian: bytes of the side data, how many integers are in no table (u32 each); side data (zstd);
-    those integers (i32); lower bits; words (u16). Side data: for each matrix the exponents of its rows and of its
-    columns (i16), then the levels of both (i8).
+    Part `message`, little-endian: bytes of the side data, number of escaped integers (u32 each); side data (zstd);
+    escaped integers (i32); lower bits; bitstream (u16). Side data: for each matrix the exponents of its rows and of
+    its columns (i16), then the levels of both (i8).
     """
 
     exact = False
 
     def encode(self, tensors: Sequence[Tensor], makes: Sequence[TensorSpec]) -> Coded:  # noqa: ARG002
-        """Three tensors for each matrix, see `ScaledIntegers`."""
-        matrices = [ScaledIntegers(*tensors[at : at + 3]) for at in range(0, len(tensors), 3)]
+        """Encode matrices, each given as the three tensors of `ScaledIntegers`."""
+        matrices = [ScaledIntegers(*tensors[start : start + 3]) for start in range(0, len(tensors), 3)]
         levels = [_levels(matrix.integers) for matrix in matrices]
-        numbers = [
-            matrix.integers.numpy()[np.ix_(*map(_order, told))] for matrix, told in zip(matrices, levels, strict=True)
+        ordered = [
+            matrix.integers.numpy()[np.ix_(*map(_order, row_and_column_levels))]
+            for matrix, row_and_column_levels in zip(matrices, levels, strict=True)
         ]
-        segments: dict[int, list[NDArray[np.int32]]] = {}
-        for level, matrix, rows, columns in _blocks(levels):
-            segments.setdefault(level, []).append(numbers[matrix][rows, columns].reshape(-1))
-        coarse, lower = [], []
-        for level, parts in segments.items():
-            joined, n_lower = np.concatenate(parts), _n_lower(level)
-            coarse.append((level - ans.PER_OCTAVE * n_lower, joined >> n_lower))
-            lower.append(_pack(joined, n_lower))
-        words, escaped = ans.encode(coarse)
-        side = b"".join(
-            part.tobytes()
-            for matrix, told in zip(matrices, levels, strict=True)
-            for part in (*(e.numpy().astype("<i2") for e in (matrix.rows, matrix.columns)), *told)
+        blocks: dict[int, list[NDArray[np.int32]]] = {}
+        for level, index, rows, columns in _blocks(levels):
+            blocks.setdefault(level, []).append(ordered[index][rows, columns].reshape(-1))
+        upper, lower = [], []
+        for level, level_blocks in blocks.items():
+            integers, n_lower = np.concatenate(level_blocks), _n_lower(level)
+            upper.append((level - ans.LEVELS_PER_OCTAVE * n_lower, integers >> n_lower))
+            lower.append(_pack_lower(integers, n_lower))
+        bitstream, escaped = ans.encode(upper)
+        side_data = b"".join(
+            values.tobytes()
+            for matrix, row_and_column_levels in zip(matrices, levels, strict=True)
+            for values in (*(e.numpy().astype("<i2") for e in (matrix.rows, matrix.columns)), *row_and_column_levels)
         )
-        side = zstd.compress(side, _SIDE_LEVEL)
-        head = np.array([len(side), len(escaped)], "<u4").tobytes()
-        message = b"".join([head, side, escaped.astype("<i4").tobytes(), *lower, words.astype("<u2").tobytes()])
+        side_data = zstd.compress(side_data, _ZSTD_LEVEL)
+        header = np.array([len(side_data), len(escaped)], "<u4").tobytes()
+        escaped_bytes, bitstream_bytes = escaped.astype("<i4").tobytes(), bitstream.astype("<u2").tobytes()
+        message = b"".join([header, side_data, escaped_bytes, *lower, bitstream_bytes])
         return Coded({MESSAGE: as_tensor(message)}, {"bytes": len(message)})
 
     def decode(self, parts: Mapping[str, Tensor], makes: Sequence[TensorSpec], params: Params) -> list[Tensor]:
-        """The matrices, in floats; a few rows at a time, which stay near the processor."""
+        """Return the matrices as floats."""
         decoded = []
-        for spec, (ordered, rows, columns, of_rows, of_columns) in zip(makes, _read(parts, makes, params), strict=True):
+        for spec, (ordered, rows, columns, row_exponents, column_exponents) in zip(
+            makes, _read(parts, makes, params), strict=True
+        ):
             matrix = torch.empty(spec.shape, dtype=spec.dtype)
-            column, row = steps(of_columns), steps(of_rows)[:, None]
-            chunk = max(1, _CHUNK // max(1, spec.shape[1]))
-            for start in range(0, spec.shape[0], chunk):
-                here = slice(start, start + chunk)
-                integers = ordered.index_select(0, rows[here]).index_select(1, columns)
-                matrix[here] = integers.float().mul_(column).mul_(row[here])
+            column_scales, row_scales = steps(column_exponents), steps(row_exponents)[:, None]
+            n_rows = max(1, _DECODED_AT_ONCE // max(1, spec.shape[1]))
+            for start in range(0, spec.shape[0], n_rows):
+                chunk = slice(start, start + n_rows)
+                integers = ordered.index_select(0, rows[chunk]).index_select(1, columns)
+                matrix[chunk] = integers.float().mul_(column_scales).mul_(row_scales[chunk])
             decoded.append(matrix)
         return decoded
 
     def parts(self, makes: Sequence[TensorSpec], params: Params) -> dict[str, TensorSpec]:
-        """Bytes, as many as coding found it to take."""
+        """Return the spec of the message, which has `params["bytes"]` bytes."""
         for spec in makes:
             if spec.code not in FLOATS or len(spec.shape) != 2:
-                raise ValueError(f"a matrix of steps {spec}")
+                raise ValueError(f"code integers cannot make {spec}: it makes matrices of floats")
         return {MESSAGE: bytes_spec(params["bytes"])}
 
     def scaled_integers(
         self, parts: Mapping[str, Tensor], makes: Sequence[TensorSpec], params: Params
     ) -> Iterator[ScaledIntegers]:
-        """The matrices as integers and exponents.
+        """Yield the matrices as integers and exponents.
 
         Raises:
             ValueError: the message is damaged.
         """
-        for ordered, rows, columns, of_rows, of_columns in _read(parts, makes, params):
-            yield ScaledIntegers(ordered[rows][:, columns].int(), of_rows, of_columns)
+        for ordered, rows, columns, row_exponents, column_exponents in _read(parts, makes, params):
+            yield ScaledIntegers(ordered[rows][:, columns].int(), row_exponents, column_exponents)
 
 
 def _read(
     parts: Mapping[str, Tensor], makes: Sequence[TensorSpec], params: Params
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
-    """Of each matrix the integers by level, where its rows and its columns are among them, and their exponents."""
+    """Yield for each matrix: its integers ordered by level, where its rows and columns are in them, and exponents."""
     message = bytes_from(parts[MESSAGE], params["bytes"])
-    if len(message) < _HEAD:
-        raise ValueError("a message that is cut off")
-    n_side, n_escaped = (int(n) for n in message[:_HEAD].view("<u4"))
-    at = _HEAD + n_side
-    if at + 4 * n_escaped > len(message):
-        raise ValueError("a message that is cut off")
-    escaped = np.frombuffer(message[at : at + 4 * n_escaped].tobytes(), "<i4").astype(np.int32)
+    if len(message) < _HEADER_SIZE:
+        raise ValueError("the message is cut off")
+    n_side, n_escaped = (int(n) for n in message[:_HEADER_SIZE].view("<u4"))
+    side_end = _HEADER_SIZE + n_side
+    escaped_end = side_end + 4 * n_escaped
+    if escaped_end > len(message):
+        raise ValueError("the message is cut off")
+    escaped = np.frombuffer(message[side_end:escaped_end].tobytes(), "<i4").astype(np.int32)
     shapes = [spec.shape for spec in makes]
-    told = list(_side(message[_HEAD:at].tobytes(), shapes))
-    blocks = _blocks([side[2:] for side in told])
+    side_data = list(_side_data(message[_HEADER_SIZE:side_end].tobytes(), shapes))
+    blocks = _blocks([levels for _, _, *levels in side_data])
     lengths: dict[int, int] = {}
     for level, _, rows, columns in blocks:
         lengths[level] = lengths.get(level, 0) + (rows.stop - rows.start) * (columns.stop - columns.start)
-    ends = np.cumsum([0, *(-(-n * _n_lower(level) // 8) for level, n in lengths.items())]) + at + 4 * n_escaped
+    ends = np.cumsum([0, *(-(-n * _n_lower(level) // 8) for level, n in lengths.items())]) + escaped_end
     lower = {level: message[start:end].tobytes() for level, start, end in zip(lengths, ends, ends[1:], strict=False)}
-    rest = message[int(ends[-1]) :].tobytes()
-    if ends[-1] > len(message) or len(rest) % 2:
-        raise ValueError("a message that is cut off")
-    coarse = [(level - ans.PER_OCTAVE * _n_lower(level), n) for level, n in lengths.items()]
+    bitstream = message[int(ends[-1]) :].tobytes()
+    if ends[-1] > len(message) or len(bitstream) % 2:
+        raise ValueError("the message is cut off")
+    segments = [(level - ans.LEVELS_PER_OCTAVE * _n_lower(level), n) for level, n in lengths.items()]
     small = not ends[-1] > ends[0] and (not len(escaped) or -(2**15) <= escaped.min() <= escaped.max() < 2**15)
-    numbers = [np.empty(shape, np.int16 if small else np.int32) for shape in shapes]
-    decoded = ans.decode(np.frombuffer(rest, "<u2"), coarse, escaped)
-    at, now = 0, None
-    for level, matrix, rows, columns in blocks:
-        if level != now:
-            segment, now, at = _joined(next(decoded), lower[level], _n_lower(level)), level, 0
-        into = numbers[matrix][rows, columns]
-        into[:] = segment[at : at + into.size].reshape(into.shape)
-        at += into.size
-    for _ in decoded:  # what it has to say against its end
+    matrices = [np.empty(shape, np.int16 if small else np.int32) for shape in shapes]
+    decoded = ans.decode(np.frombuffer(bitstream, "<u2"), segments, escaped)
+    start, segment_level = 0, None
+    for level, index, rows, columns in blocks:
+        if level != segment_level:
+            segment, segment_level, start = _join(next(decoded), lower[level], _n_lower(level)), level, 0
+        block = matrices[index][rows, columns]
+        block[:] = segment[start : start + block.size].reshape(block.shape)
+        start += block.size
+    for _ in decoded:  # run the decoder's checks at its end
         pass
-    for ordered, (of_rows, of_columns, *levels) in zip(numbers, told, strict=True):
-        rows_, columns_ = (torch.from_numpy(np.argsort(_order(of))) for of in levels)
-        yield torch.from_numpy(ordered), rows_, columns_, torch.from_numpy(of_rows), torch.from_numpy(of_columns)
+    for ordered, (row_exponents, column_exponents, *levels) in zip(matrices, side_data, strict=True):
+        row_positions, column_positions = (torch.from_numpy(np.argsort(_order(axis_levels))) for axis_levels in levels)
+        both_exponents = torch.from_numpy(row_exponents), torch.from_numpy(column_exponents)
+        yield torch.from_numpy(ordered), row_positions, column_positions, *both_exponents
 
 
 def _levels(integers: Tensor) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
-    """How large the integers of a row are, and those of a column, in levels; the sum of both is that of a number."""
+    """Return the levels of the rows and of the columns; the level of an integer is the sum of both."""
     squares = integers.double().square_()
-    columns = squares.mean(0).clamp_min_(_LEAST)
-    rows = (squares / columns).mean(1).clamp_min_(_LEAST)
+    columns = squares.mean(0).clamp_min_(_MIN_VARIANCE)
+    rows = (squares / columns).mean(1).clamp_min_(_MIN_VARIANCE)
     columns = (squares / rows[:, None]).mean(0)
     typical = rows.log().mean().exp()
-    told = (rows / typical, (columns * typical - 1 / 12).clamp_min_(_LEAST))
-    logs = [(of.log2() * ans.PER_OCTAVE / 2).round().clamp(-64, 63) for of in told]
-    return logs[0].numpy().astype(np.int8), logs[1].numpy().astype(np.int8)
-
-
-_LEAST = 1e-3
+    variances = (rows / typical, (columns * typical - 1 / 12).clamp_min_(_MIN_VARIANCE))  # 1/12: of rounding
+    levels = [(variance.log2() * ans.LEVELS_PER_OCTAVE / 2).round().clamp(-64, 63) for variance in variances]
+    return levels[0].numpy().astype(np.int8), levels[1].numpy().astype(np.int8)
 
 
 def _n_lower(level: int) -> int:
-    """Bits by which integers of a level are larger than those of the last table."""
-    return max(0, -(-(level - ans.LEVELS[-1]) // ans.PER_OCTAVE))
+    """Return the number of lower bits by which integers of a level exceed those of the last table."""
+    return max(0, -(-(level - ans.LEVELS[-1]) // ans.LEVELS_PER_OCTAVE))
 
 
-def _pack(numbers: NDArray[np.int32], n_bits: int) -> bytes:
-    """Their lower bits."""
+def _pack_lower(integers: NDArray[np.int32], n_bits: int) -> bytes:
+    """Pack the lower bits of the integers."""
     if not n_bits:
         return b""
-    parts = [numbers[at : at + _AT_ONCE].astype(np.int64) for at in range(0, len(numbers), _AT_ONCE)]
-    return b"".join(pack_bits(part & (1 << n_bits) - 1, n_bits) for part in parts)
+    starts = range(0, len(integers), _PACKED_AT_ONCE)
+    chunks = [integers[start : start + _PACKED_AT_ONCE].astype(np.int64) for start in starts]
+    return b"".join(pack_bits(chunk & (1 << n_bits) - 1, n_bits) for chunk in chunks)
 
 
-def _joined(upper: ans.Decoded, lower: bytes, n_bits: int) -> ans.Decoded:
-    """The inverse."""
+def _join(upper: ans.Decoded, lower: bytes, n_bits: int) -> ans.Decoded:
+    """Join upper bits and packed lower bits to integers."""
     if not n_bits:
         return upper
-    joined = upper.astype(np.int32) << n_bits
-    for at in range(0, len(joined), _AT_ONCE):
-        here = joined[at : at + _AT_ONCE]
-        here |= unpack_bits(lower[at * n_bits // 8 :], len(here), n_bits).astype(np.int32)
-    return joined
+    integers = upper.astype(np.int32) << n_bits
+    for start in range(0, len(integers), _PACKED_AT_ONCE):
+        chunk = integers[start : start + _PACKED_AT_ONCE]
+        chunk |= unpack_bits(lower[start * n_bits // 8 :], len(chunk), n_bits).astype(np.int32)
+    return integers
 
 
 def _order(levels: NDArray[np.int8]) -> NDArray[np.int64]:
+    """Return the indices that sort rows or columns by level."""
     return np.argsort(levels, kind="stable")
 
 
-def _blocks(levels: Sequence[tuple[NDArray[np.int8], ...]]) -> list[tuple[int, int, slice, slice]]:
-    """Where all matrices, rows and columns in the order of their levels, have one level: it, matrix, rows, columns."""
+def _blocks(levels: Sequence[Sequence[NDArray[np.int8]]]) -> list[tuple[int, int, slice, slice]]:
+    """Return the blocks of one level in the ordered matrices, by level: level, matrix, rows, columns."""
     blocks = []
-    for matrix, told in enumerate(levels):
-        rows, columns = (_runs(of) for of in told)
-        for of_row, row_slice in rows:
-            for of_column, column_slice in columns:
-                level = min(max(of_row + of_column, ans.LEVELS[0]), _TOP)
-                blocks.append((level, matrix, row_slice, column_slice))
+    for index, row_and_column_levels in enumerate(levels):
+        rows, columns = (_runs(axis_levels) for axis_levels in row_and_column_levels)
+        for row_level, row_slice in rows:
+            for column_level, column_slice in columns:
+                level = min(max(row_level + column_level, ans.LEVELS[0]), _MAX_LEVEL)
+                blocks.append((level, index, row_slice, column_slice))
     return sorted(blocks, key=lambda block: block[:2])
 
 
 def _runs(levels: NDArray[np.int8]) -> list[tuple[int, slice]]:
+    """Return each level, ascending, with the slice that it takes once the levels are sorted."""
     values, counts = np.unique(levels, return_counts=True)
     ends = np.cumsum(counts)
     return [(int(v), slice(int(end - n), int(end))) for v, n, end in zip(values, counts, ends, strict=True)]
 
 
-def _side(data: bytes, shapes: Sequence[tuple[int, ...]]) -> Iterator[tuple[NDArray[Any], ...]]:
+def _side_data(data: bytes, shapes: Sequence[tuple[int, ...]]) -> Iterator[tuple[NDArray[Any], ...]]:
+    """Yield for each matrix: row exponents, column exponents, row levels, column levels."""
     n_bytes = sum(3 * (rows + columns) for rows, columns in shapes)
     decoder = zstd.ZstdDecompressor()
     try:
-        side = decoder.decompress(data, max_length=n_bytes)
+        content = decoder.decompress(data, max_length=n_bytes)
     except zstd.ZstdError as error:
         raise ValueError(str(error)) from None
-    if len(side) != n_bytes or not decoder.eof or decoder.unused_data:
-        raise ValueError("side data of another size than the matrices have")
-    at = 0
+    if len(content) != n_bytes or not decoder.eof or decoder.unused_data:
+        raise ValueError(f"the side data does not have the {n_bytes} bytes that its matrices need")
+    offset = 0
     for rows, columns in shapes:
-        told = []
+        arrays = []
         for size, dtype in ((rows, "<i2"), (columns, "<i2"), (rows, "<i1"), (columns, "<i1")):
-            told.append(np.frombuffer(side, dtype, size, at).astype(dtype[1:]))
-            at += told[-1].nbytes
-        if max(told[0].max(initial=0), told[1].max(initial=0)) > _LARGEST:
-            raise ValueError("a step that no float32 holds")
-        yield tuple(told)
+            arrays.append(np.frombuffer(content, dtype, size, offset).astype(dtype[1:]))
+            offset += arrays[-1].nbytes
+        if max(arrays[0].max(initial=0), arrays[1].max(initial=0)) > _MAX_EXPONENT:
+            raise ValueError(f"an exponent is above {_MAX_EXPONENT}: its scale does not fit float32")
+        yield tuple(arrays)

@@ -1,4 +1,4 @@
-"""A matrix in spaces of which each has the identity among its columns: the other columns, and which those are."""
+"""A matrix whose spaces of rows have the identity among their columns, stored without those columns."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,9 +14,9 @@ WORDS, PIVOTS = "words", "pivots"
 class Pivots:
     """A matrix `(n, m)`, or with `dim` 1 its transpose `(m, n)`.
 
-    Each of `spaces` is so many rows from one on, and has as many pivots, one for each row and ascending: columns
-    that are the identity's. Stored are the pivots, space after space; then the words of each space without them, row by
-    row; then the rows of no space.
+    Each of `spaces`, `[start, size]`, is `size` rows from row `start`. Its `size` pivots, ascending, are the columns of
+    the identity. The code stores the pivots, space after space; then the other columns of each space, row by row; then
+    the rows outside all spaces.
     """
 
     exact = False
@@ -25,77 +25,78 @@ class Pivots:
         self.params: Params = {"spaces": [list(space) for space in spaces], "dim": dim}
 
     def encode(self, tensors: Sequence[Tensor], makes: Sequence[TensorSpec]) -> Coded:  # noqa: ARG002
-        """One matrix.
+        """Encode one matrix.
 
         Raises:
             Declined: a space lacks a column of the identity.
         """
         [tensor] = tensors
         matrix = tensor.movedim(self.params["dim"], 0)
-        pivots, words = [], []
+        pivots, values = [], []
         for start, size in self.params["spaces"]:
             space = matrix[start : start + size]
-            found = identity_columns(space)
-            if found is None:
-                raise Declined("its spaces lack columns of the identity")
-            others = torch.ones(matrix.shape[1], dtype=torch.bool)
-            others[found] = False
-            pivots.append(found)
-            words.append(space[:, others].flatten())
-        words.append(matrix[_others(len(matrix), self.params)].flatten())
-        return Coded({PIVOTS: torch.cat(pivots).int(), WORDS: torch.cat(words)}, dict(self.params))
+            columns = identity_columns(space)
+            if columns is None:
+                raise Declined("a space lacks columns of the identity")
+            other_columns = torch.ones(matrix.shape[1], dtype=torch.bool)
+            other_columns[columns] = False
+            pivots.append(columns)
+            values.append(space[:, other_columns].flatten())
+        values.append(matrix[_rows_outside(len(matrix), self.params)].flatten())
+        return Coded({PIVOTS: torch.cat(pivots).int(), WORDS: torch.cat(values)}, dict(self.params))
 
     def decode(self, parts: Mapping[str, Tensor], makes: Sequence[TensorSpec], params: Params) -> list[Tensor]:
-        """The matrix."""
+        """Return the matrix."""
         [spec] = makes
-        dim, words = params["dim"], parts[WORDS]
+        dim, values = params["dim"], parts[WORDS]
         n, m = spec.shape[dim], spec.shape[1 - dim]
-        matrix = torch.empty(n, m, dtype=words.dtype)
+        matrix = torch.empty(n, m, dtype=values.dtype)
         sizes = [size for _, size in params["spaces"]]
         pivots = parts[PIVOTS].long().split(sizes)
-        at = 0
+        offset = 0
         for (start, size), columns in zip(params["spaces"], pivots, strict=True):
             if columns[0] < 0 or columns[-1] >= m or (columns.diff() <= 0).any():
-                raise ValueError("pivots that are no columns in ascending order")
-            others = torch.ones(m, dtype=torch.bool)
-            others[columns] = False
-            space = matrix[start : start + size]
-            space[:, columns] = torch.eye(size, dtype=words.dtype)
-            space[:, others] = words[at : at + size * (m - size)].reshape(size, -1)
-            at += size * (m - size)
-        matrix[_others(n, params)] = words[at:].reshape(-1, m)
+                raise ValueError("the pivots are not column numbers in ascending order")
+            other_columns = torch.ones(m, dtype=torch.bool)
+            other_columns[columns] = False
+            space, end = matrix[start : start + size], offset + size * (m - size)
+            space[:, columns] = torch.eye(size, dtype=values.dtype)
+            space[:, other_columns] = values[offset:end].reshape(size, -1)
+            offset = end
+        matrix[_rows_outside(n, params)] = values[offset:].reshape(-1, m)
         return [matrix.movedim(0, dim).contiguous()]
 
     def parts(self, makes: Sequence[TensorSpec], params: Params) -> dict[str, TensorSpec]:
-        """So many pivots, and the words that are left."""
+        """Return the specs of the pivots and of the other values."""
         [spec] = makes
         spaces, dim = params["spaces"], params["dim"]
         if spec.code not in FLOATS or len(spec.shape) != 2 or type(dim) is not int or dim not in (0, 1):
-            raise ValueError(f"spaces along {dim!r} of {spec}")
+            raise ValueError(f"code pivots cannot make {spec} with dim {dim!r}")
         n, m = spec.shape[dim], spec.shape[1 - dim]
         end = count = squares = 0
         for start, size in spaces:
             if type(start) is not int or type(size) is not int or not 0 < size <= m or start < end:
-                raise ValueError(f"a space of {size!r} rows from {start!r} on after {end}, in {m} columns")
+                raise ValueError(
+                    f"a space has {size!r} rows from row {start!r}: it may have 1 to {m}, from row {end} or later"
+                )
             end, count, squares = start + size, count + size, squares + size**2
         if end > n or not count:
-            raise ValueError(f"{count} pivots, up to row {end}, in {n} rows")
+            raise ValueError(f"{count} pivots up to row {end} do not fit {n} rows")
         return {PIVOTS: TensorSpec("I32", (count,)), WORDS: TensorSpec(spec.code, (n * m - squares,))}
 
 
 def identity_columns(space: Tensor) -> Tensor | None:
-    """The columns of `(r, m)` that are the identity's, (r,), ascending; None where they are not all there in order."""
+    """Return the columns of `(r, m)` that form the identity, (r,), ascending; None if one is missing or misplaced."""
     single = ((space != 0).sum(0) == 1).nonzero().flatten()
     ones = single[(space[:, single].sum(0) == 1).nonzero().flatten()]
     row = space[:, ones].argmax(0)
-    first = [ones[row == number][:1] for number in range(len(space))]
-    columns = torch.cat(first)
+    columns = torch.cat([ones[row == index][:1] for index in range(len(space))])
     return None if len(columns) < len(space) or (columns.diff() <= 0).any() else columns
 
 
-def _others(n: int, params: Params) -> Tensor:
-    """The rows that are in no space, as a mask."""
-    others = torch.ones(n, dtype=torch.bool)
+def _rows_outside(n: int, params: Params) -> Tensor:
+    """Return a mask of the rows that are in no space, (n,)."""
+    outside = torch.ones(n, dtype=torch.bool)
     for start, size in params["spaces"]:
-        others[start : start + size] = False
-    return others
+        outside[start : start + size] = False
+    return outside

@@ -1,7 +1,7 @@
-"""Numbers as byte planes: exponents, which repeat, apart from mantissas, which do not.
+"""Values as byte planes, which separate exponents, which repeat, from mantissas, which do not.
 
-A float with eight exponent bits or more has its sign in the way: rotated left by one bit, its exponent fills the upper
-byte and the sign joins the mantissa (as in ZipNN, Hershcovitch et al. 2024).
+A float with at least eight exponent bits is rotated left by one bit. Its exponent then fills the upper byte, and its
+sign joins the mantissa (as in ZipNN, Hershcovitch et al. 2024).
 """
 
 import numpy as np
@@ -12,39 +12,39 @@ _ROTATED = ("BF16", "F32", "F64")
 _WIDTHS = {"F16": 2, "BF16": 2, "I16": 2, "U16": 2, "F32": 4, "I32": 4, "U32": 4, "F64": 8, "I64": 8, "U64": 8}
 
 
-def n_planes(code: str) -> int:
-    """Bytes of a number of a safetensors dtype; one for a dtype that is narrower or not known."""
-    return _WIDTHS.get(code, 1)
+def n_planes(dtype_name: str) -> int:
+    """Return the bytes per value of a safetensors dtype; 1 for a dtype that is narrower or unknown."""
+    return _WIDTHS.get(dtype_name, 1)
 
 
-def split(data: Bytes, code: str) -> list[Bytes]:
-    """The planes of little-endian numbers, the most significant first.
+def split(data: Bytes, dtype_name: str) -> list[Bytes]:
+    """Return the planes of little-endian values, the most significant first.
 
     Args:
-        data: (n,), a whole number of numbers.
-        code: their safetensors dtype.
+        data: (n,), the bytes of complete values.
+        dtype_name: their safetensors dtype.
     """
-    width = n_planes(code)
+    width = n_planes(dtype_name)
     if width == 1:
         return [data]
-    numbers = data.view(f"<u{width}")
-    if code in _ROTATED:
-        numbers = (numbers << 1) | (numbers >> (8 * width - 1))
-    return [(numbers >> (8 * place)).astype(np.uint8) for place in reversed(range(width))]
+    values = data.view(f"<u{width}")
+    if dtype_name in _ROTATED:
+        values = (values << 1) | (values >> (8 * width - 1))
+    return [(values >> (8 * place)).astype(np.uint8) for place in reversed(range(width))]
 
 
-def merge(planes: list[Bytes], code: str, out: Bytes) -> None:
-    """Write the numbers of `planes` to `out`, the inverse of `split`."""
-    width = n_planes(code)
+def merge(planes: list[Bytes], dtype_name: str, out: Bytes) -> None:
+    """Write the values of `planes` to `out`; the inverse of `split`."""
+    width = n_planes(dtype_name)
     if width == 1:
         out[:] = planes[0]
         return
-    numbers = out.view(f"<u{width}")
-    numbers[:] = planes[0]
+    values = out.view(f"<u{width}")
+    values[:] = planes[0]
     for plane in planes[1:]:
-        numbers *= 256  # in NumPy faster than a shift to the left
-        numbers |= plane
-    if code in _ROTATED:
-        sign = numbers * numbers.dtype.type(1 << (8 * width - 1))
-        numbers >>= 1
-        numbers |= sign
+        values *= 256  # faster in NumPy than a shift to the left
+        values |= plane
+    if dtype_name in _ROTATED:
+        sign = values * values.dtype.type(1 << (8 * width - 1))
+        values >>= 1
+        values |= sign

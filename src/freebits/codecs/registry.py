@@ -1,4 +1,4 @@
-"""The codes that a recipe may name."""
+"""The codes that a recipe can name."""
 
 from freebits.codecs.arrangement import Joined, Transposed
 from freebits.codecs.bits_back import BitsBack
@@ -26,4 +26,4 @@ CODES: dict[str, Code] = {
     "pyramid": Pyramid(),
     "transposed": Transposed(),
 }
-"""Name in a recipe → code. A new code is one more line."""
+"""Name in a recipe → code. Each code has one line."""

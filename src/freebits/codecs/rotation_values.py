@@ -1,48 +1,48 @@
-"""Rotations from words and back (paper, Algorithms 2 to 4). All in float64, on both sides.
+"""Rotations from 16-bit values and back (paper, Algorithms 2 to 4). Encoder and decoder compute in float64.
 
-In float32 the eigenvectors of close eigenvalues depend on the number of threads and on the kernel, so a
-file would decode differently on another machine.
+In float32 the eigenvectors of close eigenvalues depend on the number of threads and on the kernel, so
+another machine would decode a file differently.
 """
 
 import torch
 from torch import Tensor
 
-_ROWS = 8192
-"""So many are widened to float64 at a time."""
+_ROWS_AT_ONCE = 8192
+"""Rows that are converted to float64 at a time."""
 
 
 def n_values_taken(size: int) -> int:
-    """Words that make a rotation of `size`: the upper triangle and diagonal of a symmetric matrix."""
+    """Return the number of values that encode a rotation: a symmetric matrix's upper triangle with the diagonal."""
     return size * (size + 1) // 2
 
 
-def rotation_from_values(words: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def rotation_from_values(values: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Decode a rotation from the message (Algorithm 3).
 
     Args:
-        words: (size (size + 1) / 2,), any float dtype, finite.
+        values: (size (size + 1) / 2,), any float dtype, finite.
         size: `k`.
 
     Returns:
         `Q: (k, k)` and eigenvalues `λ: (k,)` with `X = Q diag(λ) Qᵀ`, both float64.
     """
-    row, column = torch.triu_indices(size, size, device=words.device)
-    X = torch.zeros(size, size, dtype=torch.float64, device=words.device)
-    X[row, column] = words.double()
-    X[column, row] = words.double()
+    row, column = torch.triu_indices(size, size, device=values.device)
+    X = torch.zeros(size, size, dtype=torch.float64, device=values.device)
+    X[row, column] = values.double()
+    X[column, row] = values.double()
     eigenvalues, Q = torch.linalg.eigh(X)
     return Q, eigenvalues
 
 
 def values_from_rotation(Q: Tensor, eigenvalues: Tensor) -> Tensor:
-    """Encode a rotation back into words (Algorithm 4), the inverse of `rotation_from_values`; float64."""
+    """Encode a rotation back into values (Algorithm 4), the inverse of `rotation_from_values`; float64."""
     row, column = torch.triu_indices(len(Q), len(Q), device=Q.device)
     X = Q * eigenvalues.double() @ Q.T
     return X[row, column]
 
 
 def canonical_direction(W: Tensor) -> Tensor:
-    """The rotation `Q` for which `(W Q)ᵀ (W Q)` is diagonal, ascending (paper, section 3.1 and Algorithm 1).
+    """Return the rotation `Q` that makes `(W Q)ᵀ (W Q)` diagonal, ascending (paper, section 3.1 and Algorithm 1).
 
     Args:
         W: (n, k), any float dtype, finite.
@@ -51,34 +51,34 @@ def canonical_direction(W: Tensor) -> Tensor:
         (k, k), float64. Where `W` has rank `r < k`, the first `k - r` columns of `W Q` are zero.
     """
     gram = torch.zeros(W.shape[1], W.shape[1], dtype=torch.float64, device=W.device)
-    for rows in W.split(_ROWS):
+    for rows in W.split(_ROWS_AT_ONCE):
         wide = rows.double()
         gram.addmm_(wide.T, wide)
     return torch.linalg.eigh(gram).eigenvectors
 
 
 def unsigned_rotation(W: Tensor) -> Tensor:
-    """The rotation `Q` that took a matrix from its canonical direction to `W` (Algorithm 2), each row with a sum >= 0.
+    """Return the rotation `Q` that took a matrix from its canonical direction to `W` (Algorithm 2), up to signs.
 
     Args:
         W: (n, k), any float dtype, the rotated matrix.
 
     Returns:
-        `Q: (k, k)` but for the signs of its rows, float64.
+        `Q: (k, k)`, float64, with the sign of each row chosen so that its sum is not negative.
     """
     rows = canonical_direction(W).T
     return with_signs(rows, rows.sum(1) < 0)
 
 
 def rotation_signs(unsigned: Tensor, Q: Tensor) -> Tensor:
-    """What `unsigned_rotation` cannot see: which rows of `Q` are the other way round, (k,), bool.
+    """Return which rows of `unsigned_rotation` must be negated to get `Q`, (k,), bool.
 
-    The paper stores the sign of each row's sum. Rows are compared here with those that the decoder will see, so a row
-    whose sum is nearly zero costs nothing either.
+    The paper stores the sign of each row's sum. This code compares each row with the row that the decoder computes,
+    so that a row whose sum is nearly zero needs no correction either.
     """
     return (unsigned * Q).sum(1) < 0
 
 
 def with_signs(rows: Tensor, signs: Tensor) -> Tensor:
-    """Rows, those turned round whose sign is set."""
+    """Return the rows, negated where the sign is set."""
     return torch.where(signs[:, None], -rows, rows)

@@ -1,4 +1,4 @@
-"""Matrices of which a part says everything, as rows of words: lower trapezoidal and symmetric ones."""
+"""Lower trapezoidal and symmetric matrices, stored as the values on and below the diagonal."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,62 +12,62 @@ WORDS = "words"
 
 
 class Lower:
-    """A lower trapezoidal matrix `(n, m)`: the words on and below its diagonal, row by row."""
+    """A lower trapezoidal matrix `(n, m)`: the values on and below its diagonal, row by row."""
 
     exact = False
 
     def encode(self, tensors: Sequence[Tensor], makes: Sequence[TensorSpec]) -> Coded:  # noqa: ARG002
-        """One matrix; what it has above the diagonal is taken to be zero."""
+        """Encode one matrix; ignores the values above the diagonal."""
         [matrix] = tensors
         return Coded({WORDS: lower_values(matrix)})
 
     def decode(self, parts: Mapping[str, Tensor], makes: Sequence[TensorSpec], params: Params) -> list[Tensor]:  # noqa: ARG002
-        """The matrix."""
+        """Return the matrix."""
         [spec] = makes
         return [lower_matrix(parts[WORDS], *spec.shape)]
 
     def parts(self, makes: Sequence[TensorSpec], params: Params) -> dict[str, TensorSpec]:  # noqa: ARG002
-        """A row of words as long as the trapezoid is large."""
+        """Return the spec of the values on and below the diagonal."""
         [spec] = makes
         rows, columns = spec.shape
         if spec.code not in FLOATS:
-            raise ValueError(f"a triangle of {spec}")
+            raise ValueError(f"code lower cannot make {spec}: it makes matrices of floats")
         return {WORDS: TensorSpec(spec.code, (n_lower_values(rows, columns),))}
 
 
 class Symmetric(Lower):
-    """The same for a symmetric matrix."""
+    """A symmetric matrix, stored as its lower triangle."""
 
     def decode(self, parts: Mapping[str, Tensor], makes: Sequence[TensorSpec], params: Params) -> list[Tensor]:
-        """The matrix."""
+        """Return the matrix."""
         [lower] = super().decode(parts, makes, params)
         return [lower + lower.tril(-1).T]
 
     def parts(self, makes: Sequence[TensorSpec], params: Params) -> dict[str, TensorSpec]:
-        """As of a trapezoid, but only square matrices are symmetric."""
+        """Return the spec of the lower triangle of a square matrix."""
         [spec] = makes
         if len(set(spec.shape)) != 1:
-            raise ValueError(f"a symmetric matrix {spec}")
+            raise ValueError(f"code symmetric cannot make {spec}: it makes square matrices")
         return super().parts(makes, params)
 
 
 def n_lower_values(rows: int, columns: int) -> int:
-    """Words of a lower trapezoidal matrix: those on and below the diagonal."""
+    """Return the number of values on and below the diagonal of a matrix (rows, columns)."""
     short = min(rows, columns)
     return short * (short + 1) // 2 + (rows - short) * columns
 
 
 def lower_values(matrix: Tensor) -> Tensor:
-    """The words on and below the diagonal of a matrix (n, m), row by row."""
+    """Return the values on and below the diagonal of a matrix (n, m), row by row."""
     short = min(matrix.shape)
     row, column = torch.tril_indices(short, short)
     return torch.cat([matrix[row, column], matrix[short:].flatten()])
 
 
-def lower_matrix(words: Tensor, rows: int, columns: int) -> Tensor:
-    """The matrix (rows, columns) with zeros above its diagonal, inverse of `lower_values`."""
+def lower_matrix(values: Tensor, rows: int, columns: int) -> Tensor:
+    """Return the matrix (rows, columns) with zeros above its diagonal; the inverse of `lower_values`."""
     short = min(rows, columns)
     row, column = torch.tril_indices(short, short)
-    top = words.new_zeros(short, columns)
-    top[row, column] = words[: len(row)]
-    return torch.cat([top, words[len(row) :].reshape(rows - short, columns)])
+    top = values.new_zeros(short, columns)
+    top[row, column] = values[: len(row)]
+    return torch.cat([top, values[len(row) :].reshape(rows - short, columns)])

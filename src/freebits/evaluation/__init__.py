@@ -1,4 +1,4 @@
-"""Measures models and folders: perplexity, KL divergence, tasks, sizes, reports and model cards.
+"""Measure models and folders: perplexity, KL divergence, tasks, sizes, reports and model cards.
 
-A new evaluation belongs here. Nothing here writes a checkpoint.
+Put new evaluations here. No module here writes a checkpoint.
 """

@@ -1,4 +1,4 @@
-"""The model card of a folder: what the hub and a reader need to know of it. The model's own card is kept below."""
+"""Write the model card (`README.md`) of a folder. The card of the source model is appended to it."""
 
 import re
 from collections.abc import Mapping
@@ -14,17 +14,19 @@ from freebits.evaluation.sizes import change
 from freebits.storage.auxiliary_files import CARD, CARD_MARK, kept_cards, stays_inside
 from freebits.storage.folder import CONFIG, config_name
 
-_CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag", "datasets")
-"""What of a model's own front matter holds for what is made of it, too."""
+_INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "datasets")
+"""Fields of the source card's front matter that also hold for the new folder."""
 _NAMED = ("transform", "fidelity", "producer")
+"""Fields of a history entry that the card prints before its options."""
 _FRONT = re.compile(r"\A\ufeff?---\s*\n.*?\n---[ \t]*\n", re.DOTALL)
 _BELOW = "*The card of the model it was made of:*"
+"""Separates our text from the source card. Cards of earlier steps contain it: do not change it."""
 _LOADS = """import freebits  # pip install freebits
 from transformers import {auto_class}, AutoTokenizer
 
 model = {auto_class}.from_pretrained("THIS FOLDER", dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")"""
-_LOADS_UNPACKED = "transformers has no class for this model. Unpack it, then load it with its maker's code:"
+_LOADS_UNPACKED = "transformers has no class for this model. Unpack it, then load it with its author's code:"
 
 
 def write_card(
@@ -33,38 +35,46 @@ def write_card(
     measured: Mapping[str, Any] | None = None,
     auto_class: str | None = "AutoModelForCausalLM",
 ) -> None:
-    """Write a folder's `README.md`, above the one that was carried over from what it was made of.
+    """Write a folder's `README.md`, and append the card of its source.
 
     Args:
-        directory: the folder, finished but for this.
-        source: the folder that it was made of.
-        measured: what `verify` found, and `text`, on what.
-        auto_class: the Auto class of transformers that loads the folder; None if it has no such class.
+        directory: the folder, complete except for the card.
+        source: the folder that it was made from.
+        measured: the result of `verify`, and `text`, a description of the text it was measured on.
+        auto_class: the Auto class of transformers that loads the folder; None if there is no such class.
     """
     facts, base = inspect(directory), base_model(source)
-    told, theirs = _card(source / CARD) if stays_inside(source / CARD, source) else ({}, "")
-    if base is None and CARD_MARK in theirs and isinstance(told.get("base_model"), str):
-        base = told["base_model"]
-    data = {key: told[key] for key in _CARRIED if isinstance(told.get(key), str | list)} | {  # YAML's `no` is no text
+    source_front, source_text = _card(source / CARD) if stays_inside(source / CARD, source) else ({}, "")
+    if base is None and CARD_MARK in source_text and isinstance(source_front.get("base_model"), str):
+        base = source_front["base_model"]
+    data = {  # YAML reads a bare `no` as a boolean, so check the types
+        key: source_front[key] for key in _INHERITED if isinstance(source_front.get(key), str | list)
+    } | {
         "library_name": "transformers",
         "tags": sorted(
-            {*_texts(told.get("tags")), "freebits", *_texts([entry.get("transform") for entry in facts["history"]])}
+            {
+                *_strings(source_front.get("tags")),
+                "freebits",
+                *_strings([entry.get("transform") for entry in facts["history"]]),
+            }
         ),
         **({"base_model": base, "base_model_relation": "quantized"} if base else {}),
     }
     use = _use(facts, auto_class, adapter=config_name(source) != CONFIG)
-    parts = (_history(facts), _sizes(facts), _fidelity(measured), use)
-    text = "\n\n".join([f"# {one_line(base or source.name)}, smaller", *(line for part in parts for line in part)])
+    sections = (_history(facts), _sizes(facts), _fidelity(measured), use)
+    text = "\n\n".join(
+        [f"# {one_line(base or source.name)}, smaller", *(line for section in sections for line in section)]
+    )
     if (directory / CARD).exists():
         (directory / CARD).rename(directory / kept_cards(directory)[-1])
-    if below := _existing_text(theirs):
-        text += f"\n\n---\n\n{_BELOW}\n\n{below}"
+    if existing := _existing_text(source_text):
+        text += f"\n\n---\n\n{_BELOW}\n\n{existing}"
     front = ModelCardData(**data).to_yaml()
     (directory / CARD).write_text(f"---\n{front}\n---\n\n{CARD_MARK}\n\n{text}\n", encoding="utf-8", newline="\n")
 
 
 def base_model(source: Path) -> str | None:
-    """The id on the hub of the model in a folder, where its place in the hub's cache tells it."""
+    """Return the hub id of a model if its folder lies in the hub's cache, else None."""
     snapshots = source.absolute().parent
     if snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--"):
         return snapshots.parent.name.removeprefix("models--").replace("--", "/")
@@ -72,42 +82,43 @@ def base_model(source: Path) -> str | None:
 
 
 def _card(path: Path) -> tuple[dict[str, Any], str]:
-    """Front matter and text of a card; nothing where there is none that can be read."""
+    """Return the front matter and the text of a card, both empty if the card is missing or unreadable."""
     try:
         text = path.read_text(encoding="utf-8")
         front: dict[str, Any] = metadata_load(path) or {}
-    except (OSError, ValueError, YAMLError):  # it is kept as it is
+    except (OSError, ValueError, YAMLError):  # the card itself is still kept unchanged
         return {}, ""
     return front, _FRONT.sub("", text)
 
 
-def _texts(values: object) -> list[str]:
-    """Those of a list that are texts."""
+def _strings(values: object) -> list[str]:
+    """Return the strings in a list; an empty list if `values` is not a list."""
     return [value for value in values if isinstance(value, str)] if isinstance(values, list) else []
 
 
 def _existing_text(text: str) -> str:
-    """A card's text, less what we wrote above it."""
+    """Return a card's text without the part that freebits wrote."""
     return text.partition(_BELOW)[2].strip() if CARD_MARK in text else text.strip()
 
 
 def _history(facts: Mapping[str, Any]) -> list[str]:
-    """What was done."""
+    """List the steps that made the folder."""
     rows = []
     for transform in facts["history"]:
-        options = {key: value for key, value in transform.items() if isinstance(value, (int, float, str))}
-        told = ", ".join(
-            f"{key} {value}" for key, value in options.items() if key not in ("transform", "fidelity", "producer")
+        options = ", ".join(
+            f"{key} {value}"
+            for key, value in transform.items()
+            if key not in _NAMED and isinstance(value, (int, float, str))
         )
-        told = f"**{transform.get('transform')}** ({transform.get('fidelity')}; {transform.get('producer')}): {told}"
-        rows.append(f"1. {one_line(told, 400)}")
-    return ["## What was done", "\n".join(rows)] if rows else []
+        summary = f"**{transform.get('transform')}** ({transform.get('fidelity')}; {transform.get('producer')})"
+        rows.append(f"1. {one_line(f'{summary}: {options}', 400)}")
+    return ["## How it was made", "\n".join(rows)] if rows else []
 
 
 def _sizes(facts: Mapping[str, Any]) -> list[str]:
-    """Bytes on disk."""
+    """Tabulate the bytes on disk."""
     sizes = {name: size for name, size in facts["bytes"].items() if size is not None and name != "corrections"}
-    rows = ["| | bytes | against the dense model |", "|---|---:|---:|"]
+    rows = ["| | bytes | vs dense |", "|---|---:|---:|"]
     for name, size in sizes.items():
         percent = change(size, sizes.get("dense"))
         rows.append(f"| {name.replace('_', ' ')} | {size:,} | {'' if percent is None else f'{percent:+.1f} %'} |")
@@ -115,30 +126,31 @@ def _sizes(facts: Mapping[str, Any]) -> list[str]:
 
 
 def _fidelity(measured: Mapping[str, Any] | None) -> list[str]:
-    """What was measured, and on which text."""
+    """State the measured fidelity and the text it was measured on."""
     if measured is None:
         return []
     if "weight_error" in measured:
-        told = (
-            f"Rounded weights differ by {measured['weight_error']:.2%} (root mean square). No text measures this model."
-        )
-        return ["## Fidelity", told]
+        error = f"{measured['weight_error']:.2%}"
+        return [
+            "## Fidelity",
+            f"Rounded weights differ by {error} (root mean square). This model cannot be measured on text.",
+        ]
     if measured.get("mean_kl") is None:
         return ["## Fidelity", "Bit-exact: every tensor equals the original's."]
     return [
         "## Fidelity",
         f"Measured on {measured['text']}: perplexity {measured['perplexity']['packed']:.3f}, "
         f"{measured['perplexity']['reference']:.3f} before (x {measured['ratio']:.4f}); mean KL divergence "
-        f"{measured['mean_kl']:.4f} nats per token. Other text may suffer more or less.",
+        f"{measured['mean_kl']:.4f} nats per token. The loss on other text can be larger or smaller.",
     ]
 
 
 def _use(facts: Mapping[str, Any], auto_class: str | None, *, adapter: bool) -> list[str]:
-    """How to load it, and how to get rid of it; an adapter is for PEFT, once it is unpacked."""
-    back = "```bash\nfreebits unpack THIS-FOLDER plain\n```"
-    plain = ["A plain checkpoint, for any other tool:", back] if facts["kind"] == "packed" else []
+    """Explain how to load the folder and how to unpack it. An adapter must be unpacked first, then loaded with PEFT."""
+    unpack = "```bash\nfreebits unpack THIS-FOLDER plain\n```"
+    plain = ["To get a plain checkpoint for other tools:", unpack] if facts["kind"] == "packed" else []
     if adapter:
-        return ["## Use", "A PEFT adapter again, to load with PEFT on top of its model:", back]
+        return ["## Use", "Unpack it to get a PEFT adapter, and load that on top of its model:", unpack]
     if auto_class is None:
-        return ["## Use", _LOADS_UNPACKED, back]
+        return ["## Use", _LOADS_UNPACKED, unpack]
     return ["## Use", f"```python\n{_LOADS.format(auto_class=auto_class)}\n```", *plain]

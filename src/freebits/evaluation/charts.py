@@ -1,4 +1,4 @@
-"""Charts as inline SVG, by matplotlib: text stays text, and lines take the colour of the page's text."""
+"""Draw charts as inline SVG with matplotlib. Text stays text, and axes take the colour of the page's text."""
 
 import io
 import re
@@ -10,10 +10,10 @@ from typing import Any
 from freebits.errors import UsageError, one_line
 
 Points = Mapping[str, tuple[Sequence[float], Sequence[float]]]
-"""Label → horizontal and vertical places."""
+"""Label → x and y coordinates."""
 _COLOURS = ("#3b82c4", "#d9822b", "#3a9d5d", "#b0559b", "#8a7a3d", "#5f6fd6", "#c0504d", "#4aa3a2")
 _INK = "#010203"
-"""Stands for the colour of the page's text."""
+"""Placeholder that `_svg` replaces by the colour of the page's text."""
 _SETTINGS: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "freebits",
@@ -29,27 +29,27 @@ _SETTINGS: Any = {
     "axes.spines.right": False,
     "legend.frameon": False,
 }
-_LONGEST = 40
-"""Of a label; what names tensors has may be anything."""
+_MAX_LABEL = 40
+"""Longest label. Labels contain tensor names, which can be any string."""
 
 
 def check_charts() -> None:
-    """Whether there can be any.
+    """Check that matplotlib is installed.
 
     Raises:
-        UsageError: matplotlib is missing.
+        UsageError: it is not.
     """
     if find_spec("matplotlib") is None:
-        raise UsageError("charts are drawn by matplotlib: pip install 'freebits[report]'")
+        raise UsageError("matplotlib, which draws the charts, is not installed: pip install 'freebits[report]'")
 
 
-def bars(sizes: Mapping[str, float], unit: str, told: Mapping[str, str]) -> str:
-    """Horizontal bars from the top, with what is told of each."""
+def bars(sizes: Mapping[str, float], unit: str, captions: Mapping[str, str]) -> str:
+    """Horizontal bars from top to bottom, each with its caption."""
     names, values = list(sizes), list(sizes.values())
 
     def draw(axes: Any) -> None:
-        auxiliary = axes.barh(range(len(names)), values, color=_COLOURS[0], height=0.62)
-        axes.bar_label(auxiliary, [told[name] for name in names], padding=4)
+        drawn = axes.barh(range(len(names)), values, color=_COLOURS[0], height=0.62)
+        axes.bar_label(drawn, [captions[name] for name in names], padding=4)
         axes.set_yticks(range(len(names)), [_label(name) for name in names])
         axes.invert_yaxis()
         axes.set_xlim(0, 1.3 * max(values))
@@ -58,20 +58,20 @@ def bars(sizes: Mapping[str, float], unit: str, told: Mapping[str, str]) -> str:
     return _svg(0.5 + 0.34 * len(sizes), draw)
 
 
-def scatter(points: Points, across: str, up: str, *, names: bool = False, log: bool = False) -> str:
-    """Dots by label; with `names` each has its label beside it, else there is a legend."""
+def scatter(points: Points, x_title: str, y_title: str, *, names: bool = False, log: bool = False) -> str:
+    """Dots, one colour per label. With `names` each label is next to its first dot, else in a legend."""
 
     def draw(axes: Any) -> None:
         for colour, (label, (x, y)) in zip(_COLOURS * len(points), points.items(), strict=False):
             axes.plot(x, y, "o", markersize=7 if names else 3.5, color=colour, label=_label(label), alpha=0.85)
             if names:
                 axes.annotate(_label(label), (x[0], y[0]), xytext=(7, 5), textcoords="offset points")
-        axes.set(xlabel=across, ylabel=up)
+        axes.set(xlabel=x_title, ylabel=y_title)
         if log:
             axes.set_yscale("log")
             low, high = axes.get_ylim()
             axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5) if high < 1000 * low else (1,))
-            axes.yaxis.set_major_formatter("{x:g}")  # its own writes mathematics
+            axes.yaxis.set_major_formatter("{x:g}")  # the default formatter writes mathtext
             axes.yaxis.set_minor_formatter("")
         if not names:
             axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), markerscale=1.5)
@@ -83,19 +83,19 @@ def scatter(points: Points, across: str, up: str, *, names: bool = False, log: b
 
 
 def _label(text: str) -> str:
-    """Safe and short; what begins with `_` would be left out of a legend."""
-    short = one_line(text, _LONGEST)
+    """Return a safe, short label. Matplotlib leaves labels that begin with `_` out of a legend, so pad those."""
+    short = one_line(text, _MAX_LABEL)
     return f"\u2009{short}" if short.startswith("_") else short
 
 
 def _svg(height: float, draw: Callable[[Any], None]) -> str:
-    """What is drawn on axes, without a screen, in the colour of the page's text."""
+    """Return what `draw` draws on axes as SVG, without a display, in the colour of the page's text."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     buffer = io.StringIO()
     with rc_context(_SETTINGS), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # letters that our font lacks, and the browser's may have
+        warnings.simplefilter("ignore")  # about glyphs that our font lacks; the browser's font may have them
         figure = Figure(figsize=(5.6, height), layout="constrained")
         draw(figure.add_subplot())
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -103,5 +103,5 @@ def _svg(height: float, draw: Callable[[Any], None]) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL).replace(
         _INK, "currentColor"
     )
-    size = re.search(r'viewBox="([^"]*)"', svg)
-    return re.sub(r"<svg [^>]*>", f'<svg viewBox="{size[1] if size else ""}" role="img">', svg, count=1)
+    view_box = re.search(r'viewBox="([^"]*)"', svg)
+    return re.sub(r"<svg [^>]*>", f'<svg viewBox="{view_box[1] if view_box else ""}" role="img">', svg, count=1)

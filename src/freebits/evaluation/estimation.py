@@ -1,7 +1,7 @@
-"""Sizes before there are any files: what each form would store, planned from the kinds of its tensors.
+"""Estimate the size of each form of a model from the specs of its tensors, before any file exists.
 
-Words are counted in the convention that reproduces the paper's Table 1 in every digit: 16 bits each; all matrices,
-biases, embeddings and the head; norms left out. Files add a header and, for bits-back, corrections.
+Counts of weights follow the convention that reproduces every digit of the paper's Table 1: 16 bits each; all matrices,
+biases, embeddings and the head; no norms. Files add a header and, for bits-back, corrections.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,63 +13,67 @@ from freebits.types import TensorSpec
 
 VALUE_BITS = 16
 TYPICAL_ENTROPY = {"F16": 0.85, "BF16": 0.67, "F32": 0.84, "F8_E4M3": 0.83, "I8": 0.91, "I32": 0.93, "U8": 0.95}
-"""What the entropy stage leaves of weights, measured on several models; see `docs/measurements.md`."""
+"""dtype → size after the entropy stage, relative to before, measured on several models (`docs/measurements.md`)."""
 
 Specs = Mapping[str, TensorSpec]
 
 
 def planned_forms(
-    architecture: Architecture, dense: Mapping[str, tuple[int, ...]], size: int, code: str
+    architecture: Architecture, dense: Mapping[str, tuple[int, ...]], size: int, dtype_name: str
 ) -> dict[str, dict[str, TensorSpec] | None]:
-    """What a model would store in each of its forms.
+    """Return the tensors that each form of a model would store.
 
     Args:
-        architecture: of the dense model.
+        architecture: that of the dense model.
         dense: shapes of the dense model's tensors.
         size: `k`, the width of a sliced site.
-        code: safetensors dtype of the weights.
+        dtype_name: safetensors dtype of the weights.
 
     Returns:
-        `dense` (ties counted once), `dense_untied`, `dense_canonical` (pairs in their canonical form), `sliced`,
-        `bits_back` (signs included, no corrections), `canonical` and `canonical_tied` (None for a model without ties);
-        stored tensor → kind.
+        Form → name of a stored tensor → tensor spec. The forms are `dense` (tied tensors counted once), `dense_untied`,
+        `dense_canonical` (pairs in canonical form), `sliced`, `bits_back` (with signs, without corrections),
+        `canonical` and `canonical_tied` (None for a model without ties).
     """
     untied, tied = architecture.with_tie(False), architecture.with_tie(True)
     head, embedding = architecture.head.weight, architecture.embedding.weight
-    rows = Layout().weights(architecture)
-    once = {name: TensorSpec(code, shape) for name, shape in dense.items() if name in rows}
+    weights = Layout().weights(architecture)
+    once = {name: TensorSpec(dtype_name, shape) for name, shape in dense.items() if name in weights}
     forms: dict[str, dict[str, TensorSpec] | None] = {"dense": once, "dense_untied": {head: once[embedding], **once}}
-    of_pairs = canonical(dense=True)
-    pairs = (of_pairs.plan(architecture, part, once) for part in architecture.with_tie(False).parts)
-    forms["dense_canonical"] = {name: spec for part in pairs for name, spec in part.items()}
-    for form, preset, of in (
+    dense_preset = canonical(dense=True)
+    plans = (dense_preset.plan(architecture, part, once) for part in untied.parts)
+    forms["dense_canonical"] = {name: spec for plan in plans for name, spec in plan.items()}
+    for form, preset, variant in (
         ("sliced", None, untied),
         ("bits_back", bits_back(0.0), untied),
         ("canonical", canonical(), untied),
         ("canonical_tied", canonical(), tied if architecture.tied else None),
     ):
-        if of is None:
+        if variant is None:
             forms[form] = None
             continue
-        layout = Layout.sliced(of, size)
-        moved = preset.layout(of, layout) if preset else layout
-        specs = {name: TensorSpec(code, shape) for name, shape in moved.shapes(of, dense).items()}
-        parts = (preset.plan(of, part, specs) if preset else {} for part in of.parts)
-        forms[form] = {name: spec for part in parts for name, spec in part.items()} if preset else specs
+        layout = Layout.sliced(variant, size)
+        if preset:
+            layout = preset.layout(variant, layout)
+        specs = {name: TensorSpec(dtype_name, shape) for name, shape in layout.shapes(variant, dense).items()}
+        if preset:
+            plans = (preset.plan(variant, part, specs) for part in variant.parts)
+            specs = {name: spec for plan in plans for name, spec in plan.items()}
+        forms[form] = specs
     return forms
 
 
 def n_values(architecture: Architecture, stored: Specs) -> int:
-    """Words in the paper's convention: 16 bits each, without norms and what becomes of the final norm's bias."""
+    """Count 16-bit values in the paper's convention: without norms and the head's bias, which takes up a norm's."""
     norms = {name for name, weight in architecture.weights.items() if weight.role is Role.NORM}
-    left_out = norms | {architecture.head.bias}
-    return sum(_words(spec) for name, spec in stored.items() if name not in left_out)
+    excluded = norms | {architecture.head.bias}
+    return sum(_n_values(spec) for name, spec in stored.items() if name not in excluded)
 
 
-def _words(spec: TensorSpec) -> int:
+def _n_values(spec: TensorSpec) -> int:
+    """Count the 16-bit values of a tensor; bitstreams (`U8`) are divided into 16-bit units."""
     return spec.n_bytes * 8 // VALUE_BITS if spec.code == "U8" else spec.numel
 
 
 def n_bytes(stored: Iterable[TensorSpec]) -> int:
-    """Bytes of tensors; a file adds its header, a packed folder its manifest."""
+    """Bytes of the tensors, without file headers and manifest."""
     return sum(spec.n_bytes for spec in stored)

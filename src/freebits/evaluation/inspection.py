@@ -1,4 +1,4 @@
-"""Say what a checkpoint folder holds and how large it is."""
+"""Describe what a checkpoint folder contains and how large it is."""
 
 import os
 from typing import Any
@@ -14,25 +14,24 @@ from freebits.storage.hub import located
 
 
 def known_sizes(path: str | os.PathLike[str]) -> dict[str, int]:
-    """Bytes on disk, as `inspect` says them, as far as it does."""
+    """Return those sizes of `inspect(path)["bytes"]` that are not None."""
     return {key: n for key, n in inspect(path)["bytes"].items() if n is not None}
 
 
 def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a folder holds, a model (dense, sliced or packed) or an adapter: bytes on disk, sites, how it was made.
+    """Describe a folder with a model (dense, sliced or packed) or an adapter: bytes on disk, sites, history.
 
     Args:
-        path: folder of a checkpoint.
+        path: the folder of a checkpoint.
 
     Returns:
-        `spec`, `codec`, `entropy`, `bytes` {`dense`, `dense_untied`, `sliced`, `packed`, `corrections`}, `sites`,
-        `history`; `groups`, bytes on disk by what they are for, which add up to all; `parameters` of the model as it
-        runs.
-        A size that the folder does not tell is None. `dense` is the file the model was made from, `dense_untied`
-        the same with a head of its own, as the paper counts.
+        `kind`, `codec`, `entropy`, `bytes` {`dense`, `dense_untied`, `sliced`, `packed`, `corrections`}, `sites`,
+        `history`; `groups`, all bytes on disk by purpose; `parameters`, the number of weights of the loaded model.
+        Unknown sizes are None. `dense` is the size of the original model, `dense_untied` the same with an untied head,
+        as the paper counts.
 
     Raises:
-        CheckpointError: the folder is no sound checkpoint. Headers are read, not the tensors: see `verify`.
+        CheckpointError: the checkpoint is damaged. Only headers are checked; `verify` also checks the tensors.
     """
     folder = opened(located(path))
     sizes: dict[str, int | None] = dict.fromkeys(("dense", "dense_untied", "sliced", "packed", "corrections"))
@@ -58,7 +57,7 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     else:
         try:
             sizes |= dense_bytes(folder, Architecture.of(folder.config, len(specs)))
-        except (UnsupportedModelError, CheckpointError):  # whatever it is, this is its size
+        except (UnsupportedModelError, CheckpointError):  # not a known model: report only its size
             sizes["dense"] = bytes_on_disk(folder)
     facts["parameters"] = sum(spec.numel for spec in specs.values())
     return facts

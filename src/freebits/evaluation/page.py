@@ -1,4 +1,4 @@
-"""One page that shows a model's folder: no script, no network, light and dark, on a phone too."""
+"""Render the HTML report of a model's folder: no scripts, no network, light and dark, for any screen width."""
 
 import html
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -34,61 +34,63 @@ th:first-child, td:first-child { text-align: left; }
 pre { background: var(--card); border-radius: .5rem; padding: .8rem; overflow-x: auto; font-size: .85rem; }
 """
 _SHOWN = ("transform", "fidelity", "bytes", "producer", "perplexity")
-"""Of a move what is shown elsewhere."""
+"""Fields of a history entry that are shown separately from its options."""
 
 
 def page(title: str, facts: Mapping[str, Any], measured: Mapping[str, Any]) -> str:
-    """The page.
+    """Return the page as HTML.
 
     Args:
-        title: of the model.
-        facts: what `inspect` says of the folder.
-        measured: `bits`, name of a matrix → bits per weight, `part` of each, `errors`, and `against`, the result of
-            `verify`, with `text` and `coarse`; each may be missing.
+        title: heading of the page.
+        facts: the result of `inspect`.
+        measured: `size`, bytes of the folder; `bits`, name of a matrix → bits per weight; `places`, name of a tensor →
+            block and role. If the folder was compared with its model, also `errors`, name of a matrix → relative error;
+            `against`, the result of `compare_models`; `text`, a description of the text; `rounded`, the same results
+            for rounded models.
     """
     sections = [_facts(facts, measured), *_sizes(facts), *_quality(measured), *_matrices(measured), *_sites(facts)]
     sections += _history(facts)
     body = "\n".join(sections)
-    told = _safe(title)
+    heading = _safe(title)
     return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{told}</title>\n'
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{heading}</title>\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{_STYLE}</style>\n</head>\n'
-        f"<body>\n<h1>{told}</h1>\n{body}\n</body>\n</html>\n"
+        f"<body>\n<h1>{heading}</h1>\n{body}\n</body>\n</html>\n"
     )
 
 
 def _safe(text: object) -> str:
-    """What a folder says of itself, which may be anything."""
+    """Return text from a folder, which can be any string, escaped and on one line."""
     return html.escape(one_line(text))
 
 
 def _facts(facts: Mapping[str, Any], measured: Mapping[str, Any]) -> str:
     sizes = facts["bytes"]
-    now, before = sizes["packed"] or sizes["sliced"] or sizes["dense"], sizes["dense"]
-    told = [(_bytes(now), "on disk")]
-    smaller = change(now, before)
-    if smaller is not None and now != before:
-        told.append((f"{smaller:+.1f} %", f"of {_bytes(before)} dense"))
-    told.append((f"{8 * now / max(1, facts['parameters']):.2f}", "bits a parameter as it runs"))
+    size, dense_size = sizes["packed"] or sizes["sliced"] or sizes["dense"], sizes["dense"]
+    figures = [(_bytes(size), "on disk")]
+    percent = change(size, dense_size)
+    if percent is not None and size != dense_size:
+        figures.append((f"{percent:+.1f} %", f"vs {_bytes(dense_size)} dense"))
+    figures.append((f"{8 * size / max(1, facts['parameters']):.2f}", "bits per weight"))
     if (against := measured.get("against")) and against["ratio"] is not None:
-        told += [
-            (f"{against['ratio']:.4f}", "of its model's perplexity"),
+        figures += [
+            (f"{against['ratio']:.4f}", "perplexity / original perplexity"),
             (f"{against['mean_kl']:.2g}", "mean KL, nats per token"),
         ]
     codec = f", codec {facts['codec']}, entropy {facts['entropy']}" if facts["codec"] else ""
-    boxes = "".join(f"<div><b>{_safe(value)}</b><span>{_safe(what)}</span></div>" for value, what in told)
+    boxes = "".join(f"<div><b>{_safe(value)}</b><span>{_safe(label)}</span></div>" for value, label in figures)
     return f"<p>{_safe(facts['kind'] + ' model' + codec)}</p>\n<div class=facts>{boxes}</div>"
 
 
 def _sizes(facts: Mapping[str, Any]) -> Iterator[str]:
-    now, sizes = sum(facts["groups"].values()), sizes_before(facts["history"])
-    sizes = {key: sizes[key] for key in ("dense", "sliced") if key in sizes} | {"now": now}
+    groups, earlier = facts["groups"], sizes_before(facts["history"])
+    total = sum(groups.values())
+    sizes = {key: earlier[key] for key in ("dense", "sliced") if key in earlier} | {"now": total}
     first = next(iter(sizes.values()))
-    told = {name: f"{_bytes(size)}  ({size / first:.1%})" for name, size in sizes.items()}
-    yield _section("Size, step by step", charts.bars(*_scaled(sizes), told), "Bytes on disk, everything counted.")
-    groups = facts["groups"]
-    told = {name: f"{_bytes(size)}  ({size / now:.1%})" for name, size in groups.items()}
-    yield _section("What the bytes are for", charts.bars(*_scaled(groups), told), "")
+    captions = {name: f"{_bytes(size)}  ({size / first:.1%})" for name, size in sizes.items()}
+    yield _section("Size, step by step", charts.bars(*_scaled(sizes), captions), "All bytes on disk.")
+    captions = {name: f"{_bytes(size)}  ({size / total:.1%})" for name, size in groups.items()}
+    yield _section("What the bytes are for", charts.bars(*_scaled(groups), captions), "")
 
 
 def _quality(measured: Mapping[str, Any]) -> Iterator[str]:
@@ -96,57 +98,60 @@ def _quality(measured: Mapping[str, Any]) -> Iterator[str]:
     if not against or against["ratio"] is None:
         return
     perplexity = against["perplexity"]
-    rows = [("what it was made from", f"{perplexity['reference']:.4f}", "", "")]
+    rows = [("original", f"{perplexity['reference']:.4f}", "", "")]
     rows.append(("this folder", f"{perplexity['packed']:.4f}", f"{against['ratio']:.5f}", f"{against['mean_kl']:.3g}"))
     unit, scale = _unit(measured["size"])
     points = {"this folder": ([measured["size"] / scale], [max(against["mean_kl"], 1e-9)])}
-    for bits, of in measured.get("coarse", {}).items():
-        rows.append((f"{bits} bits", f"{of['perplexity']['packed']:.4f}", f"{of['ratio']:.5f}", f"{of['mean_kl']:.3g}"))
-        points[f"{bits} bits"] = ([of["size"] / scale], [max(of["mean_kl"], 1e-9)])
+    for bits, result in measured.get("rounded", {}).items():
+        perplexity = result["perplexity"]
+        rows.append(
+            (f"{bits} bits", f"{perplexity['packed']:.4f}", f"{result['ratio']:.5f}", f"{result['mean_kl']:.3g}")
+        )
+        points[f"{bits} bits"] = ([result["size"] / scale], [max(result["mean_kl"], 1e-9)])
     chart = charts.scatter(points, unit, "mean KL, nats per token", names=True, log=True)
     note = (
-        f"Measured on {measured['text']}, beside the model it was made from, and that model with every matrix rounded "
-        "to the nearest of 2^b steps in groups of 32 with a 16-bit scale, as common 8-bit and 4-bit files are; the "
-        "bytes of those are counted, not written."
+        f"Measured on {measured['text']} against the original model. For comparison, the original with every matrix "
+        "rounded to 8 and to 4 bits in groups of 32 with a 16-bit scale, as in common quantized files. The sizes of "
+        "rounded models are computed; those models are not written."
     )
     yield _section("Quality", chart, note) + _table(("model", "perplexity", "ratio", "mean KL"), rows)
 
 
 def _matrices(measured: Mapping[str, Any]) -> Iterator[str]:
-    parts = measured["part"]
-    for key, title, up, note in (
+    places = measured["places"]
+    for key, title, y_title, note in (
         (
             "bits",
             "Bits of each matrix",
             "bits per weight",
-            "Stored bytes of a matrix by how many numbers it has as it runs.",
+            "Stored bits of a matrix divided by its number of weights.",
         ),
         (
             "errors",
             "Error of each matrix",
-            "error, of its norm",
-            "How far each matrix is from that of the model it was made from.",
+            "error / norm",
+            "Frobenius norm of the difference from the original matrix, relative to that of the original.",
         ),
     ):
         if values := measured.get(key):
             points: dict[str, tuple[list[float], list[float]]] = {}
-            for name, value in sorted(values.items(), key=lambda item: parts[item[0]][1]):
-                block, role = parts[name]
+            for name, value in sorted(values.items(), key=lambda item: places[item[0]][1]):
+                block, role = places[name]
                 x, y = points.setdefault(role, ([], []))
                 x.append(block)
                 y.append(value)
-            yield _section(title, charts.scatter(points, "block (-1: outside of them)", up), note)
+            yield _section(title, charts.scatter(points, "block (-1: in no block)", y_title), note)
 
 
 def _sites(facts: Mapping[str, Any]) -> Iterator[str]:
-    """Which of the free rotations were taken back."""
+    """Count the rotations of the residual stream that are encoded, and list the others with the reason."""
     sites = facts["sites"]
     if not sites:
         return
     coded = sum("code" in site for site in sites)
     rows = [(site.get("name"), site.get("reason")) for site in sites if "code" not in site]
     table = _table(("stored plain", "reason"), rows) if rows else ""
-    yield f"<h2>Sites</h2><p>{coded} of {len(sites)} rotations of the residual stream are taken back.</p>{table}"
+    yield f"<h2>Sites</h2><p>{coded} of {len(sites)} rotations of the residual stream are encoded.</p>{table}"
 
 
 def _history(facts: Mapping[str, Any]) -> Iterator[str]:
@@ -159,11 +164,10 @@ def _history(facts: Mapping[str, Any]) -> Iterator[str]:
             f"{transform.get('transform')} ({transform.get('fidelity')}): {options}  [{transform.get('producer')}]"
         )
         if isinstance(transform.get("perplexity"), dict):
-            lines.append(
-                "    perplexity, held out: " + ", ".join(f"{k} {v}" for k, v in transform["perplexity"].items())
-            )
-    told = "\n".join(_safe(line) for line in lines)
-    yield f"<h2>How it was made</h2><p>In this order; with these values the commands repeat it.</p><pre>{told}</pre>"
+            perplexities = ", ".join(f"{name} {value}" for name, value in transform["perplexity"].items())
+            lines.append(f"    perplexity on held-out text: {perplexities}")
+    steps = "\n".join(_safe(line) for line in lines)
+    yield f"<h2>How it was made</h2><p>Steps in order. Commands with these options repeat them.</p><pre>{steps}</pre>"
 
 
 def _section(title: str, chart: str, note: str) -> str:
@@ -178,15 +182,17 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def _scaled(sizes: Mapping[str, float]) -> tuple[dict[str, float], str]:
-    """Sizes in a unit that suits the largest, and that."""
-    unit, of = _unit(max(sizes.values()))
-    return {name: size / of for name, size in sizes.items()}, unit
+    """Return sizes in a unit that suits the largest, and the name of the unit."""
+    unit, scale = _unit(max(sizes.values()))
+    return {name: size / scale for name, size in sizes.items()}, unit
 
 
 def _unit(size: float) -> tuple[str, float]:
-    return next((unit, of) for unit, of in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1.0)) if size >= of or of == 1)
+    """Return the name of the largest unit that `size` reaches, and its bytes."""
+    units = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1.0))
+    return next((unit, scale) for unit, scale in units if size >= scale or scale == 1)
 
 
 def _bytes(size: float) -> str:
-    unit, of = _unit(size)
-    return f"{size / of:.{2 if of > 1 else 0}f} {unit}"
+    unit, scale = _unit(size)
+    return f"{size / scale:.{2 if scale > 1 else 0}f} {unit}"

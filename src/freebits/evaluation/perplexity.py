@@ -1,4 +1,4 @@
-"""How well a model predicts a text, and, if asked, how well it answers."""
+"""Measure the perplexity of a model on a text, and its zero-shot accuracy on tasks."""
 
 import importlib
 import os
@@ -37,65 +37,66 @@ def evaluate(
     device: str = "cpu",
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Perplexity and zero-shot accuracy of a dense, sliced or packed model, run in float32.
+    """Measure perplexity and zero-shot accuracy of a dense, sliced or packed model, run in float32.
 
     Args:
         model: folder of the checkpoint.
-        text: what to predict; by default the embedded held-out text.
-        seq_len: tokens a window; windows do not overlap, so each predicts `seq_len - 1` tokens.
-        limit: use the first so many windows of the text, and documents of each task, only.
-        tasks: names that lm-eval knows; needs the extra `eval`.
-        data_dir: folder with the tasks' documents (see `evaluation.tasks.LOCAL_TASKS`); by default the hub's are taken.
-        perplexity: measure it; without it only the tasks.
-        activations: bits at which the inputs of linear layers are simulated; None for floats. Perplexity only.
-        kv: bits at which keys and values are simulated, likewise.
-        rotate: `hadamard` simulates both in a rotated basis, as QuaRot.
-        device: where to run.
+        text: the text to predict; by default the embedded held-out text.
+        seq_len: tokens per window. Windows do not overlap, so each predicts `seq_len - 1` tokens.
+        limit: the most windows of the text, and documents of each task, to use.
+        tasks: names of lm-eval tasks; needs the extra `eval`.
+        data_dir: folder with the tasks' documents (see `evaluation.tasks.LOCAL_TASKS`); by default they are downloaded.
+        perplexity: whether to measure perplexity, or only the tasks.
+        activations: bits of the simulated inputs of linear layers; None for floats. Perplexity only.
+        kv: bits of the simulated keys and values, likewise.
+        rotate: `hadamard` simulates both in a rotated basis, as in QuaRot.
+        device: the device to run on.
         progress: called after each window, then after each batch of a task.
 
     Returns:
-        `perplexity` (None if not asked for), `tokens` (how many were predicted), `tasks` {name: {`acc`, …}} as of
-        `zero_shot`.
+        `perplexity` (None if not measured), `tokens` (the number of predicted tokens), `tasks` {name: {`acc`, …}} as
+        returned by `zero_shot`.
 
     Raises:
-        UsageError: an argument makes no sense, or the extra is not installed.
-        CheckpointError: `model` is no sound checkpoint. UnsupportedModelError: it predicts no text.
+        UsageError: an argument is invalid, or the extra is not installed.
+        CheckpointError: `model` is not a valid checkpoint. UnsupportedModelError: it does not predict text.
     """
     if data_dir is not None and not tasks:
-        raise UsageError("--data-dir holds the documents of tasks: name them with --tasks")
+        raise UsageError("`data_dir` is given without `tasks`: name the tasks to measure")
     lm_eval = _lm_eval() if tasks else None
     prepared = lm_eval.prepare(tasks, data_dir and Path(data_dir)) if lm_eval else []
-    simulated = Simulation(activations, kv, rotate)
-    if tasks and simulated != Simulation():
-        raise UsageError("activations and cache are simulated for perplexity alone: leave --tasks out")
+    simulation = Simulation(activations, kv, rotate)
+    if tasks and simulation != Simulation():
+        raise UsageError("`activations` and `kv` apply to perplexity only: leave out `tasks`")
     if not (perplexity or tasks):
-        raise UsageError("there is nothing to measure: name --tasks, or leave --no-perplexity")
+        raise UsageError("there is nothing to measure: give `tasks`, or measure perplexity")
     text = embedded_text()[1] if text is None else text
     windows = token_windows(model, text, seq_len, limit) if perplexity else torch.empty(0, 1, dtype=torch.int64)
-    running = load(model, dtype=torch.float32).to(device_of(device)).eval()
+    loaded = load(model, dtype=torch.float32).to(device_of(device)).eval()
     losses = []
-    with simulated.activations_of(running):
+    with simulation.rounded_inputs(loaded):
         for done, window in enumerate(windows, start=1):
-            losses.append(loss(logits(running, window, simulated.cache()), window))
+            losses.append(loss(logits(loaded, window, simulation.cache()), window))
             progress("measuring perplexity", "window", done, len(windows))
-    answers = {}
+    scores = {}
     if lm_eval:
-        answers = lm_eval.zero_shot(running, load_tokenizer(model), prepared, limit=limit, progress=progress)
-    return {"perplexity": perplexity_of(losses) if losses else None, "tokens": windows[:, 1:].numel(), "tasks": answers}
+        scores = lm_eval.zero_shot(loaded, load_tokenizer(model), prepared, limit=limit, progress=progress)
+    return {"perplexity": perplexity_of(losses) if losses else None, "tokens": windows[:, 1:].numel(), "tasks": scores}
 
 
 def _lm_eval() -> Any:
+    """Import `evaluation.tasks`, which needs an extra."""
     try:
         return importlib.import_module("freebits.evaluation.tasks")
     except ImportError as error:
-        raise UsageError(f"tasks need lm-eval ({error}): pip install 'freebits[eval]'") from None
+        raise UsageError(f"`tasks` need lm-eval ({error}): pip install 'freebits[eval]'") from None
 
 
 @torch.no_grad()
 def logits(model: Any, window: Tensor, cache: Any = None) -> Tensor:
-    """The model's logits for the tokens after the first, (T - 1, V); keys and values pass through a cache, if given."""
-    through = {} if cache is None else {cache_name(model): cache}
-    output = model(input_ids=window[None].to(model.device), use_cache=cache is not None, **through)
+    """Return the logits for the tokens after the first, (T - 1, V); a given cache takes keys and values."""
+    options = {} if cache is None else {cache_name(model): cache}
+    output = model(input_ids=window[None].to(model.device), use_cache=cache is not None, **options)
     result: Tensor = output.logits[0, :-1].float()
     return result
 

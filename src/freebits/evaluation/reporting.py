@@ -1,4 +1,4 @@
-"""Measure what a report shows, and write it."""
+"""Measure the figures of an HTML report, and write it."""
 
 import os
 from collections.abc import Mapping
@@ -18,20 +18,20 @@ from freebits.evaluation.inspection import inspect
 from freebits.evaluation.page import page
 from freebits.evaluation.perplexity import WINDOW
 from freebits.evaluation.sizes import bits_by_tensor, bytes_on_disk
-from freebits.evaluation.verification import WINDOWS, compared
+from freebits.evaluation.verification import WINDOWS, compare_models
 from freebits.execution.progress import Progress, silent
 from freebits.options import METHODS, NONE
 from freebits.packed.packing import history_of
-from freebits.packed.reader import opened
+from freebits.packed.reader import PackedFolder, opened
 from freebits.storage.folder import Checkpoint, View
 from freebits.storage.hub import located
 from freebits.types import FLOATS, TensorSpec
 
-COARSE = (8, 4)
-"""Bits of the models beside which this one is shown."""
+ROUNDED_BITS = (8, 4)
+"""Bits of the rounded models that the report shows for comparison."""
 _GROUP, _SCALE_BITS = 32, 16
-_DIGITS = 6
-"""A number with so many is no block's."""
+_MAX_DIGITS = 5
+"""Most digits of a block's number in the name of a tensor."""
 
 
 def write_report(
@@ -44,109 +44,115 @@ def write_report(
     limit: int = WINDOWS,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Write a page that shows what a folder holds, how it was made, and how good it still is.
+    """Write an HTML page about a folder: contents, history and quality.
 
-    The page is one file, with its charts in it. What is compared with a model is run block by block on the CPU: the
-    model, the folder, and the model with every matrix rounded to 8 and to 4 bits.
+    The page is one file with inline charts. With `against`, three kinds of models run block by block on the CPU: the
+    original model, the folder, and the original with every matrix rounded to 8 and to 4 bits.
 
     Args:
-        folder: of a checkpoint, mostly a packed one.
-        out: the page to write; it is replaced.
-        against: the model that the folder was made from; without it nothing is run.
-        text: what to run both on; by default the embedded held-out text.
-        seq_len: tokens a window.
-        limit: use the first so many windows.
+        folder: the folder of a checkpoint, usually a packed one.
+        out: the page to write; an existing file is replaced.
+        against: the original model; without it no model is run.
+        text: the text to measure on; by default the embedded held-out text.
+        seq_len: tokens per window.
+        limit: the most windows to use.
         progress: called after each window of each comparison.
 
     Returns:
-        `page`, where it is; `size`, bytes of the folder; `against`, what was measured as by `verify`, or None.
+        `page`, the path of the page; `size`, bytes of the folder; `against`, the result of `compare_models`, or None.
 
     Raises:
-        CheckpointError: a folder is no sound checkpoint, or the page cannot be written.
-        UsageError: matplotlib is missing, or there are no such windows in the text.
+        CheckpointError: a checkpoint is damaged, or the page cannot be written.
+        UsageError: matplotlib is missing, or the text has too few tokens.
     """
     check_charts()
-    page_at = Path(out)
-    if not page_at.name or page_at.is_dir() or not page_at.absolute().parent.is_dir():
-        raise CheckpointError(f"{out} cannot be written: give the name of a file in a folder that is there")
+    target = Path(out)
+    if not target.name or target.is_dir() or not target.absolute().parent.is_dir():
+        raise CheckpointError(f"{out} cannot be written: give the name of a file in an existing folder")
     path = located(folder)
-    measured = _alone(path)
+    measured = _measured_from_headers(path)
     if against is not None:
         model = located(against)
         windows = token_windows(model, embedded_text()[1] if text is None else text, seq_len, limit)
-        told = "Python's documentation" if text is None else "the given text"
-        measured |= _against(path, model, windows, progress) | {
-            "text": f"{len(windows)} windows of {seq_len} tokens of {told}"
-        }
-    content = page(f"{path.absolute().name}: what freebits made of it", inspect(path), measured)
-    draft = page_at.with_name(f".{page_at.name}.draft")
+        text_name = "Python's documentation" if text is None else "the given text"
+        measured |= _compared(path, model, windows, progress)
+        measured["text"] = f"{len(windows)} windows of {seq_len} tokens of {text_name}"
+    content = page(f"freebits report: {path.absolute().name}", inspect(path), measured)
+    staged = target.with_name(f".{target.name}.staging")
     try:
-        draft.write_text(content, encoding="utf-8")
-        draft.replace(page_at)
+        staged.write_text(content, encoding="utf-8")
+        staged.replace(target)
     except OSError as error:
-        draft.unlink(missing_ok=True)
+        staged.unlink(missing_ok=True)
         raise CheckpointError(f"{out} cannot be written: {error.strerror}") from None
     return {"page": str(out), "size": measured["size"], "against": measured.get("against")}
 
 
-def _alone(path: Path) -> dict[str, Any]:
-    """What a folder tells without being run."""
+def _measured_from_headers(path: Path) -> dict[str, Any]:
+    """Return the bits of each matrix, the place of each tensor and the size of a folder; no model is run."""
     source = opened(path)
-    bits = {name: of for name, of in bits_by_tensor(source).items() if len(source.specs[name].shape) == 2}
-    return {"bits": bits, "part": {name: _part(name) for name in source.specs}, "size": bytes_on_disk(source)}
+    bits = {name: value for name, value in bits_by_tensor(source).items() if len(source.specs[name].shape) == 2}
+    return {"bits": bits, "places": {name: _place(name) for name in source.specs}, "size": bytes_on_disk(source)}
 
 
-def _against(path: Path, model: Path, windows: Tensor, progress: Progress) -> dict[str, Any]:
-    """What is measured beside the model a folder was made from."""
+def _compared(path: Path, model: Path, windows: Tensor, progress: Progress) -> dict[str, Any]:
+    """Compare a folder, and rounded versions of its original model, with that model."""
     dense, source = opened(model), opened(path)
-    against = compared(model, path, windows, progress)
-    coarse = {}
-    for bits in COARSE:
-        rounded = compared(model, model, windows, progress, partial(Coarse, bits=bits))
-        coarse[str(bits)] = {**rounded, "size": _coarse_bytes(dense.specs, bits)}
-    errors = {}
-    before = history_of(dense.config) if isinstance(dense, Checkpoint) else dense.manifest.history
-    after = history_of(source.config) if isinstance(source, Checkpoint) else source.manifest.history
-    if {str(transform.get("transform")) for transform in after[len(before) :]} <= {
-        *METHODS,
-        NONE,
-    }:  # others change the basis
-        for name, spec in dense.specs.items():
-            if len(spec.shape) == 2 and spec == source.specs.get(name) and spec.code in FLOATS:
-                true = dense[name].double()
-                errors[name] = ((source[name].double() - true).norm() / true.norm()).item()
-    return {"against": against, "coarse": coarse, "errors": errors}
+    against = compare_models(model, path, windows, progress)
+    rounded = {}
+    for bits in ROUNDED_BITS:
+        result = compare_models(model, model, windows, progress, partial(RoundedView, bits=bits))
+        rounded[str(bits)] = {**result, "size": _rounded_bytes(dense.specs, bits)}
+    return {"against": against, "rounded": rounded, "errors": _errors(dense, source)}
+
+
+def _errors(dense: Checkpoint | PackedFolder, source: Checkpoint | PackedFolder) -> dict[str, float]:
+    """Return the relative error of each matrix; nothing if a step since the original changed the basis."""
+    before, after = (
+        history_of(folder.config) if isinstance(folder, Checkpoint) else folder.manifest.history
+        for folder in (dense, source)
+    )
+    errors: dict[str, float] = {}
+    if not {str(transform.get("transform")) for transform in after[len(before) :]} <= {*METHODS, NONE}:
+        return errors
+    for name, spec in dense.specs.items():
+        if len(spec.shape) == 2 and spec == source.specs.get(name) and spec.code in FLOATS:
+            original = dense[name].double()
+            errors[name] = ((source[name].double() - original).norm() / original.norm()).item()
+    return errors
 
 
 @dataclass(frozen=True)
-class Coarse(View):
-    """A model with every matrix rounded to the nearest of few steps, in groups of 32."""
+class RoundedView(View):
+    """A model with every matrix rounded to the nearest integers of `bits` bits, in groups of 32 with one scale."""
 
     bits: int
 
     def __getitem__(self, name: str) -> Tensor:
-        """The tensor called `name`, rounded if it is a matrix."""
+        """Return the tensor `name`, rounded if it is a matrix."""
         tensor = self.source[name]
         if tensor.ndim < 2 or not tensor.is_floating_point():
             return tensor
         width = tensor.shape[-1]
         groups = pad(tensor.float(), (0, -width % _GROUP)).unflatten(-1, (-1, _GROUP))
-        most = 2 ** (self.bits - 1) - 1
-        scales = (groups.abs().amax(-1, keepdim=True) / most).half().float().clamp_min(torch.finfo(torch.half).tiny)
-        return ((groups / scales).round().clamp(-most, most) * scales).flatten(-2)[..., :width].to(tensor.dtype)
+        largest = 2 ** (self.bits - 1) - 1
+        scales = (groups.abs().amax(-1, keepdim=True) / largest).half().float().clamp_min(torch.finfo(torch.half).tiny)
+        return ((groups / scales).round().clamp(-largest, largest) * scales).flatten(-2)[..., :width].to(tensor.dtype)
 
 
-def _coarse_bytes(specs: Mapping[str, TensorSpec], bits: int) -> int:
-    """What a file of such a model takes, less its header."""
-    a_number = (bits + _SCALE_BITS / _GROUP) / 8
-    rounded = (len(spec.shape) > 1 and spec.code in FLOATS for spec in specs.values())
+def _rounded_bytes(specs: Mapping[str, TensorSpec], bits: int) -> int:
+    """Return the bytes of a rounded model, without the file's header."""
+    bytes_per_weight = (bits + _SCALE_BITS / _GROUP) / 8
     return round(
-        sum(spec.numel * a_number if of else spec.n_bytes for spec, of in zip(specs.values(), rounded, strict=True))
+        sum(
+            spec.numel * bytes_per_weight if len(spec.shape) > 1 and spec.code in FLOATS else spec.n_bytes
+            for spec in specs.values()
+        )
     )
 
 
-def _part(name: str) -> tuple[int, str]:
-    """Block and role of a tensor, as its name tells them; block -1 is what is in none."""
-    words = name.removesuffix(".weight").split(".")
-    numbers = [int(word) for word in words if word.isdecimal() and len(word) < _DIGITS]
-    return (numbers[0] if numbers else -1), words[-1] if words[-1] not in ("down", "up") else ".".join(words[-2:])
+def _place(name: str) -> tuple[int, str]:
+    """Return the block and the role of a tensor, derived from its name; block -1 means outside all blocks."""
+    parts = name.removesuffix(".weight").split(".")
+    numbers = [int(part) for part in parts if part.isdecimal() and len(part) <= _MAX_DIGITS]
+    return (numbers[0] if numbers else -1), parts[-1] if parts[-1] not in ("down", "up") else ".".join(parts[-2:])

@@ -1,9 +1,9 @@
-"""Simulate activations and the KV cache at a few bits, in QuaRot's setting: computed in floats, with the error made.
+"""Simulate quantized activations and a quantized KV cache as in QuaRot: round values, but compute in floats.
 
-Activations are quantized where a linear layer of a block reads them: per token, symmetric, clipped at 0.9 of the
-largest; keys (after the rotary embedding) and values where the cache takes them: per group of 128 along the head,
-asymmetric, clipped at 0.95 (QuaRot, section 4). Rotated, each is quantized in a randomised Hadamard basis and turned
-back, which is what rotated weights and online transforms compute.
+Inputs of linear layers in blocks are quantized per token: symmetric, clipped at 0.9 of the largest value. Keys (after
+the rotary embedding) and values are quantized when the cache stores them, per group of 128 along the head: asymmetric,
+clipped at 0.95 (QuaRot, section 4). With rotation, each is quantized in a randomized Hadamard basis and rotated back.
+The result equals that of rotated weights with online transforms.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,15 +23,15 @@ ACTIVATION_CLIP, CACHE_CLIP, CACHE_GROUP = 0.9, 0.95, 128
 _SEED = 0
 
 
-def symmetric(x: Tensor, bits: int, clip: float = ACTIVATION_CLIP) -> Tensor:
-    """Rounded to `2^bits - 1` points around zero, up to `clip` of the largest number of each vector, (…, n)."""
-    most = 2 ** (bits - 1) - 1
-    scale = (clip * x.abs().amax(-1, keepdim=True) / most).clamp_min(1e-12)
-    return (x / scale).round().clamp(-most, most) * scale
+def round_symmetric(x: Tensor, bits: int, clip: float = ACTIVATION_CLIP) -> Tensor:
+    """Round vectors, (…, n), to `2^bits - 1` points around zero, up to `clip` times each one's largest magnitude."""
+    largest = 2 ** (bits - 1) - 1
+    scale = (clip * x.abs().amax(-1, keepdim=True) / largest).clamp_min(1e-12)
+    return (x / scale).round().clamp(-largest, largest) * scale
 
 
-def asymmetric(x: Tensor, bits: int, clip: float = CACHE_CLIP, group: int = CACHE_GROUP) -> Tensor:
-    """Rounded to `2^bits` points between `clip` of the least and the largest of each group of each vector, (…, n)."""
+def round_asymmetric(x: Tensor, bits: int, clip: float = CACHE_CLIP, group: int = CACHE_GROUP) -> Tensor:
+    """Round groups of vectors, (…, n), to `2^bits` points from `clip` times the minimum to `clip` times the maximum."""
     parts = []
     for part in x.split(group, -1):
         low, high = clip * part.amin(-1, keepdim=True), clip * part.amax(-1, keepdim=True)
@@ -40,33 +40,33 @@ def asymmetric(x: Tensor, bits: int, clip: float = CACHE_CLIP, group: int = CACH
     return torch.cat(parts, -1)
 
 
-class CoarseCache(DynamicCache):
-    """A cache that rounds the keys and values it takes."""
+class RoundingCache(DynamicCache):
+    """A cache that rounds keys and values before it stores them."""
 
     def __init__(self, bits: int, rotate: bool) -> None:
         super().__init__()
         self._bits, self._rotate = bits, rotate
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """As in transformers, of what is left of them."""
+        """Round keys and values, then store them as in transformers."""
         keys, values = (_in_basis(self._rotate, x, self._rounded) for x in (key_states, value_states))
         return super().update(keys, values, *args, **kwargs)
 
     def _rounded(self, x: Tensor) -> Tensor:
-        return asymmetric(x, self._bits)
+        return round_asymmetric(x, self._bits)
 
 
 @dataclass(frozen=True)
 class Simulation:
-    """What is simulated; nothing by default.
+    """Settings of a simulation; by default nothing is simulated.
 
     Attributes:
-        activations: bits of what linear layers read.
-        kv: bits of keys and values.
+        activations: bits of the inputs of linear layers; None for floats.
+        kv: bits of keys and values; None for floats.
         rotate: `hadamard` for a rotated basis.
 
     Raises:
-        UsageError: there are no such bits, or there is no such rotation.
+        UsageError: the bits are not 2 to 16, or the rotation does not exist.
     """
 
     activations: int | None = None
@@ -74,25 +74,26 @@ class Simulation:
     rotate: str = "none"
 
     def __post_init__(self) -> None:
-        if any(bits is not None and not 2 <= bits <= 16 for bits in (self.activations, self.kv)):
-            raise UsageError(f"activations of {self.activations} and cache of {self.kv} bits: give 2 to 16")
+        for name, bits in (("activations", self.activations), ("kv", self.kv)):
+            if bits is not None and not 2 <= bits <= 16:
+                raise UsageError(f"`{name}` is {bits}: give 2 to 16 bits")
         if self.rotate not in ROTATIONS:
-            raise UsageError(f"there is no rotation {self.rotate!r}: choose one of {', '.join(ROTATIONS)}")
+            raise UsageError(f"`rotate` is {self.rotate!r}: choose one of {', '.join(ROTATIONS)}")
 
-    def cache(self) -> CoarseCache | None:
-        """A cache for one window."""
-        return CoarseCache(self.kv, self.rotate == HADAMARD) if self.kv else None
+    def cache(self) -> RoundingCache | None:
+        """Return a new cache for one window, or None if keys and values are floats."""
+        return RoundingCache(self.kv, self.rotate == HADAMARD) if self.kv else None
 
     @contextmanager
-    def activations_of(self, model: Any) -> Iterator[None]:
-        """While this lasts, the model's linear layers but the head read rounded inputs."""
+    def rounded_inputs(self, model: Any) -> Iterator[None]:
+        """Round the inputs of the model's linear layers, except the head, inside the context."""
         head, bits = model.get_output_embeddings(), self.activations
 
-        def read(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return (_in_basis(self.rotate == HADAMARD, args[0], lambda x: symmetric(x, bits or 0)), *args[1:])
+        def round_input(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (_in_basis(self.rotate == HADAMARD, args[0], lambda x: round_symmetric(x, bits or 0)), *args[1:])
 
         layers = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
-        handles = [layer.register_forward_pre_hook(read) for layer in layers] if bits else []
+        handles = [layer.register_forward_pre_hook(round_input) for layer in layers] if bits else []
         try:
             yield
         finally:
@@ -101,4 +102,5 @@ class Simulation:
 
 
 def _in_basis(rotate: bool, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Apply a function in the rotated basis or, without `rotate`, in the given one."""
     return hadamard_inverse(function(hadamard(x, _SEED)), _SEED) if rotate else function(x)

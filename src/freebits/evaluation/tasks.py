@@ -1,4 +1,4 @@
-"""Zero-shot accuracy, measured by lm-eval: its prompts, its scoring, its standard errors."""
+"""Measure zero-shot accuracy with lm-eval, which defines prompts, scores and standard errors."""
 
 import bz2
 import contextlib
@@ -24,20 +24,20 @@ BATCH = 16
 METRICS = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
 
 _LOCAL = "local "
-"""How the groups are called in which local tasks stand."""
+"""Prefix of the names of the groups that contain local tasks."""
 
 Documents = Iterator[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class LocalTask:
-    """A task of lm-eval whose documents are read from the files that its authors give away."""
+    """A task of lm-eval whose documents are read from the files that its authors distribute."""
 
     files: tuple[str, ...]
     documents: Callable[..., Documents]
-    """From the lines of the files, in their order."""
+    """Called with the lines of each file, in the order of `files`."""
     config: Mapping[str, Any] = field(default_factory=dict)
-    """Where lm-eval finds prompt, choices and answer, if not under the names they have on the hub."""
+    """Settings that tell lm-eval the fields of prompt, choices and answer, if they differ from those on the hub."""
 
 
 def _piqa(items: list[str], labels: list[str]) -> Documents:
@@ -66,100 +66,105 @@ LOCAL_TASKS = {
     ),
     "hellaswag": LocalTask(("hellaswag_val_full.txt.bz2",), _hellaswag, {"process_docs": None}),
 }
-"""What a data folder can hold: a folder of the task's name with these files."""
+"""Name of a task → its files, which lie in a folder of that name below `data_dir`."""
 
 
 Task = str | dict[str, Any]
-"""What lm-eval is told of a task: its name, or also where its documents are."""
+"""A task as lm-eval accepts it: its name, or a dict that also contains its documents."""
 
 
 def prepare(names: Sequence[str], data_dir: Path | None = None) -> list[Task]:
-    """The tasks of those names, ready for `zero_shot`.
+    """Check names of tasks, and prepare the tasks for `zero_shot`.
 
     Args:
-        names: tasks that lm-eval knows.
-        data_dir: read the documents below this folder (see `LOCAL_TASKS`), not from the hub.
+        names: names of lm-eval tasks.
+        data_dir: folder to read the documents from (see `LOCAL_TASKS`); None for the hub.
 
     Raises:
-        UsageError: there is no such task, or a file below `data_dir` cannot be read.
+        UsageError: a task does not exist, or a file below `data_dir` cannot be read.
         CheckpointError: a file below `data_dir` is damaged.
     """
-    known = _known_tasks()
+    manager = _task_manager()
     for name in names:
-        if name not in (*known.all_subtasks, *known.all_groups):
-            raise UsageError(f"lm-eval knows no task {name!r}: lm-eval ls tasks lists them")
+        if name not in (*manager.all_subtasks, *manager.all_groups):
+            raise UsageError(f"lm-eval has no task {name!r}: run `lm-eval ls tasks` to list its tasks")
     return list(names) if data_dir is None else [_local(name, data_dir) for name in names]
 
 
 def zero_shot(
     model: Any, tokenizer: Any, tasks: Sequence[Task], *, limit: int | None = None, progress: Progress = silent
 ) -> dict[str, dict[str, float | None]]:
-    """Accuracy of a loaded model on tasks of lm-eval, without examples in the prompt.
+    """Measure the accuracy of a loaded model on tasks of lm-eval, without examples in the prompt.
 
     Args:
-        model: as `load` gives it.
-        tokenizer: the model's.
-        tasks: what `prepare` gives.
-        limit: the first so many documents of each task.
-        progress: called after each batch, in requests.
+        model: a model as returned by `load`.
+        tokenizer: the model's tokenizer.
+        tasks: tasks as returned by `prepare`.
+        limit: the most documents of each task to use.
+        progress: called after each batch, in units of requests.
 
     Returns:
         For each task `acc`, `acc_norm` (likelihoods divided by the answer's length) and their standard errors
-        `acc_stderr`, `acc_norm_stderr`, None where the task has no such metric; and what other metrics it has.
+        `acc_stderr`, `acc_norm_stderr`, None for a metric that the task lacks; and its other metrics.
 
     Raises:
-        UsageError: the documents cannot be had, or lm-eval cannot run the model on them.
+        UsageError: the documents cannot be loaded, or lm-eval cannot run the model on them.
     """
-    with contextlib.redirect_stderr(io.StringIO()):  # its progress bars, which would show in pipes, too
+    with contextlib.redirect_stderr(io.StringIO()):  # hide lm-eval's progress bars, which also print to pipes
         try:
-            loaded = _known_tasks().load(list(tasks))
+            loaded = _task_manager().load(list(tasks))
             for task in loaded["tasks"].values():
                 task.set_config(key="num_fewshot", value=0)
-            results = evaluate(_Reporting(model, tokenizer, progress), loaded, limit=limit, log_samples=False)
-        except Exception as error:  # its kinds of error, and the hub's, are many and change
-            finding = " ".join(str(error).split())[:200] or type(error).__name__
-            hint = ": offline, give --data-dir" if any(isinstance(task, str) for task in tasks) else ""
-            raise UsageError(f"lm-eval cannot measure the tasks ({finding}){hint}") from error
+            results = evaluate(_ReportingModel(model, tokenizer, progress), loaded, limit=limit, log_samples=False)
+        except Exception as error:  # lm-eval and the hub raise many classes of errors
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            hint = ": if you are offline, give `data_dir`" if any(isinstance(task, str) for task in tasks) else ""
+            raise UsageError(f"lm-eval cannot measure the tasks ({reason}){hint}") from error
     return {name: _metrics(metrics) for name, metrics in results["results"].items() if not name.startswith(_LOCAL)}
 
 
 @cache
-def _known_tasks() -> TaskManager:
-    """All of lm-eval's tasks, which take it seconds to find."""
+def _task_manager() -> TaskManager:
+    """Index lm-eval's tasks, which takes seconds."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     return TaskManager()
 
 
 def _metrics(measured: Mapping[str, Any]) -> dict[str, float | None]:
-    named = {key.removesuffix(",none"): value for key, value in measured.items() if isinstance(value, float)}
-    return dict.fromkeys(METRICS) | named
+    """Return the metrics of a task without the name of lm-eval's filter; None for missing ones of `METRICS`."""
+    metrics = {key.removesuffix(",none"): value for key, value in measured.items() if isinstance(value, float)}
+    return dict.fromkeys(METRICS) | metrics
 
 
 def _local(name: str, data_dir: Path) -> dict[str, Any]:
-    """What lm-eval is to be told of a task whose documents are on this machine."""
+    """Return a task with documents from local files, as lm-eval accepts it."""
     if name not in LOCAL_TASKS:
-        raise UsageError(f"task {name} is not read from local files ({', '.join(LOCAL_TASKS)} are): drop --data-dir")
+        raise UsageError(
+            f"task {name} is not read from local files ({', '.join(LOCAL_TASKS)} are): leave out `data_dir`"
+        )
     task = LOCAL_TASKS[name]
     folder = data_dir / name
     lines = [_lines(folder / file) for file in task.files]
     try:
         documents = Dataset.from_list(list(task.documents(*lines)))
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder} does not hold {' and '.join(task.files)} as distributed ({error})") from None
+        files = " and ".join(task.files)
+        raise CheckpointError(f"{folder}: {files} are damaged ({error}): download them again") from None
     changes = {"custom_dataset": lambda **_: {"validation": documents}, "training_split": None, **task.config}
-    return {"group": _LOCAL + name, "task": [{"task": name, **changes}]}  # only a group can change a task
+    return {"group": _LOCAL + name, "task": [{"task": name, **changes}]}  # only a group can override a task's settings
 
 
 def _lines(path: Path) -> list[str]:
+    """Return the lines of a text file, which may be compressed with bzip2."""
     try:
         with (bz2.open if path.suffix == ".bz2" else open)(path, "rt", encoding="utf-8") as file:
-            return [line.rstrip("\n") for line in file]  # and at no other separator, which a text may hold
+            return [line.rstrip("\n") for line in file]  # `splitlines` also splits at separators inside texts
     except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read ({error}): --data-dir wants it there") from None
+        raise UsageError(f"{path} cannot be read ({error}): `data_dir` must contain it") from None
 
 
-class _Reporting(HFLM):  # type: ignore[misc]  # lm-eval is not typed
-    """lm-eval's view of a transformers model, which tells how far it is."""
+class _ReportingModel(HFLM):  # type: ignore[misc]  # lm-eval is not typed
+    """A transformers model for lm-eval that reports progress."""
 
     def __init__(self, model: Any, tokenizer: Any, progress: Progress) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=BATCH)
@@ -169,7 +174,7 @@ class _Reporting(HFLM):  # type: ignore[misc]  # lm-eval is not typed
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         self.done, self.total = 0, len(requests)
         likelihoods: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm)
-        self._report(self.total, self.total)  # requests that share a forward pass are not counted on the way
+        self._report(self.total, self.total)  # `_model_call` counts requests that share a forward pass once
         return likelihoods
 
     def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

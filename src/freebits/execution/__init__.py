@@ -1,4 +1,4 @@
 """Runs pieces of work on threads or Ray, stores finished pieces and reports progress.
 
-A new backend implements `executor.Executor`. What a piece of work computes belongs in the other packages.
+A new backend implements `executor.Executor`. The functions that compute a piece are in other packages.
 """

@@ -1,4 +1,4 @@
-"""Who runs pieces of work: threads of this process, or workers of Ray. Both are one `map`."""
+"""Run pieces of work in parallel, on threads of this process or on Ray, through one interface."""
 
 import os
 import threading
@@ -15,10 +15,10 @@ from freebits.errors import UsageError
 from freebits.execution.ray_workers import ray_workers
 from freebits.options import BACKENDS, RAY, THREADS
 
-_AT_ONCE = 2**28
+_MAX_PENDING_BYTES = 2**28
 _lock = threading.Lock()
 _open_pools: list[int] = []
-"""PyTorch's threads before any pool was open, and once more for each pool that is."""
+"""PyTorch's number of threads before the first pool was opened, and the same number again for each open pool."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -28,26 +28,26 @@ class Executor(Protocol):
     """Runs a function on many items, several at once."""
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """The results in the order of the items, each as soon as it and those before it are finished.
+        """Yield the results in the order of the items, each as soon as it and all earlier ones are finished.
 
-        A result depends on nothing but its item, so it does not matter who finds it.
+        Each result must depend only on its item, so that any thread or worker can compute it.
         """
 
     def map_large(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """The same for items each of which fills a machine: only one at a time on each."""
+        """The same for large items, of which each machine runs only one at a time."""
 
 
 @dataclass(frozen=True)
 class Parallel:
-    """Where work runs.
+    """Options for parallel execution.
 
     Attributes:
-        jobs: pieces at once; by default one for each of PyTorch's threads, at most four, and fewer of large pieces.
+        jobs: pieces to run at once; by default the number of PyTorch's threads, at most 4, fewer if pieces are large.
         backend: `threads` of this process, or `ray`.
-        address: HOST:PORT of a Ray cluster; by default the one that runs on this machine, else a new one.
+        address: HOST:PORT of a Ray cluster; by default one that runs on this machine, else a new one.
 
     Raises:
-        UsageError: there is no such backend, or `jobs` is less than one.
+        UsageError: there is no such backend, or `jobs` is less than 1.
     """
 
     jobs: int | None = None
@@ -56,16 +56,16 @@ class Parallel:
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
-            raise UsageError(f"there is no backend {self.backend!r}: choose one of {', '.join(BACKENDS)}")
+            raise UsageError(f"`backend` is {self.backend!r}: choose one of {', '.join(BACKENDS)}")
         if self.jobs is not None and self.jobs < 1:
-            raise UsageError(f"jobs {self.jobs}: give at least one")
+            raise UsageError(f"`jobs` is {self.jobs}: give at least 1")
 
     @contextmanager
     def executor(self, piece: int = 0) -> Iterator[Executor]:
-        """The executor, for as long as this lasts.
+        """Provide an executor until the block ends.
 
         Args:
-            piece: bytes of linear algebra in a piece, see `threads`.
+            piece: bytes of the matrices in one piece; see `threads`.
         """
         with ray_workers(self.address) if self.backend == RAY else threads(self.jobs, piece) as executor:
             yield executor
@@ -79,51 +79,55 @@ class Threads:
         self._size = size
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Generator[Result, None, None]:
-        """As many pieces at once as there are threads, and one waiting.
+        """See `Executor`. Each thread runs one piece, and one more piece waits.
 
-        The last item is left to the calling thread, which has all of PyTorch's threads, once the others are done; where
-        there is one thread in the pool, all of them are.
+        The calling thread runs the last item, after all others, because it can use all of PyTorch's threads. If the
+        pool has one thread, the calling thread runs all items.
         """
         if self._size == 1:
             yield from map(function, items)
             return
         pending: deque[Future[Result]] = deque()
-        held: list[Item] = []
+        last: list[Item] = []
         for item in items:
             if len(pending) > self._size:
                 yield pending.popleft().result()
-            pending.extend(self._pool.submit(function, before) for before in held)
-            held = [item]
+            pending.extend(self._pool.submit(function, previous) for previous in last)
+            last = [item]
         while pending:
             yield pending.popleft().result()
-        yield from map(function, held)
+        yield from map(function, last)
 
     def map_large(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """One after another, in the calling thread."""
+        """See `Executor`. The calling thread runs the items one after another."""
         return map(function, items)
 
 
 @contextmanager
 def threads(jobs: int | None, piece: int = 0) -> Iterator[Threads]:
-    """A pool of `jobs` threads, by default one for each of PyTorch's, at most four, which are divided among them.
+    """Provide a pool of threads until the block ends. PyTorch's threads are divided among them.
 
-    PyTorch has as many as it was told (`OMP_NUM_THREADS`, `torch.set_num_threads`), by default one a core; they count
-    only as far as this process may run on so many processors. Pieces of linear algebra on `piece` bytes are by default
-    as many at once as have 256 MB together, but at least one: large matrices keep all threads busy alone, in less
-    memory (`benchmarks/scale.py --jobs`).
+    Large matrices keep all of PyTorch's threads busy on their own, and one at a time takes less memory
+    (`benchmarks/scale.py --jobs`).
+
+    Args:
+        jobs: number of threads. By default the number of PyTorch's threads (`OMP_NUM_THREADS`,
+            `torch.set_num_threads`) or of processors that this process may use, whichever is smaller; at most 4, and
+            so few that their pieces take at most 256 MiB together.
+        piece: bytes of the matrices in one piece.
 
     Raises:
-        UsageError: `jobs` is less than one.
+        UsageError: `jobs` is less than 1.
     """
     if jobs is not None and jobs < 1:
-        raise UsageError(f"jobs {jobs}: give at least one")
+        raise UsageError(f"`jobs` is {jobs}: give at least 1")
     with _lock:
         if not _open_pools:
             _open_pools.append(torch.get_num_threads())
         _open_pools.append(_open_pools[0])
         n_threads = _open_pools[0]
     available = min(n_threads, _n_processors())
-    jobs = jobs or max(1, min(4, available, _AT_ONCE // max(1, piece)))
+    jobs = jobs or max(1, min(4, available, _MAX_PENDING_BYTES // max(1, piece)))
     try:
         per_job = max(1, available // jobs)
         with ThreadPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(per_job,)) as pool:
@@ -131,11 +135,11 @@ def threads(jobs: int | None, piece: int = 0) -> Iterator[Threads]:
     finally:
         with _lock:
             _open_pools.pop()
-            if len(_open_pools) == 1:  # new threads take over what was set last, in whichever thread
+            if len(_open_pools) == 1:  # a new thread starts with the number that any thread set last
                 torch.set_num_threads(_open_pools.pop())
 
 
 def _n_processors() -> int:
-    if hasattr(os, "sched_getaffinity"):  # where a process can be confined to some
+    if hasattr(os, "sched_getaffinity"):  # counts only the processors that this process may use
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

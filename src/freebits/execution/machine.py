@@ -1,4 +1,4 @@
-"""Where linear algebra runs."""
+"""The device that linear algebra runs on, and the memory of this machine."""
 
 import ctypes
 import os
@@ -12,36 +12,40 @@ from freebits.errors import UsageError
 
 
 def device_of(name: str, *, float64: bool = False) -> torch.device:
-    """The device of that name.
+    """The device called `name`.
+
+    Args:
+        name: a name that PyTorch knows, such as `cuda:0`.
+        float64: whether the device must support float64.
 
     Raises:
-        UsageError: there is none on this machine, or it has no float64 where that is needed.
+        UsageError: this machine cannot use the device, or the device has no float64 although `float64` is set.
     """
     try:
         device = torch.ones(1, device=name).cpu().new_empty(0, device=name).device
     except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
-        finding = str(error).strip().partition("\n")[0]
-        raise UsageError(f"device {name!r} cannot be used here ({finding})") from None
+        reason = str(error).strip().partition("\n")[0]
+        raise UsageError(f"`device` {name!r} cannot be used on this machine ({reason}): choose another") from None
     if float64 and device.type == "mps":
-        raise UsageError("device 'mps' has no float64, in which this is computed: leave out --device")
+        raise UsageError("`device` 'mps' has no float64, which this computation needs: leave it out")
     return device
 
 
 @cache
-def _trim() -> Any:
-    """The C library's function, where it has one: only glibc does."""
+def _malloc_trim() -> Any:
+    """The function `malloc_trim` of glibc; None with other C libraries."""
     return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 def release_freed_memory() -> None:
-    """Give freed memory back. glibc keeps it between allocations that live on, where large ones no longer fit."""
-    trim = _trim()
-    if trim is not None:
-        trim(0)
+    """Return freed memory to the system. glibc keeps it in fragments that are too small for large tensors."""
+    malloc_trim = _malloc_trim()
+    if malloc_trim is not None:
+        malloc_trim(0)
 
 
 def physical_memory() -> int:
-    """Bytes of memory that the machine has; 0 where that is not known."""
+    """Bytes of memory of this machine; 0 if unknown."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):

@@ -1,9 +1,9 @@
-"""How a long computation reports how far it is."""
+"""The callback with which long computations report progress."""
 
 from collections.abc import Callable
 
 Progress = Callable[[str, str, int, int], None]
-"""Called with the step (`calibrating`), its unit (`block`), the number of units done and of all units of the step."""
+"""Called with the step (`calibrating`), its unit (`block`), the number of finished units and of all units."""
 
 
 def silent(_step: str, _unit: str, _done: int, _total: int) -> None:

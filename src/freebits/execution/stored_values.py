@@ -1,4 +1,4 @@
-"""Values in files: plain data, tensors and a few classes of ours, as safetensors. No code runs when one is read."""
+"""Save plain data, tensors and storable dataclasses in safetensors files, and read them without running code."""
 
 import json
 import os
@@ -17,58 +17,58 @@ from torch import Tensor
 Class = TypeVar("Class", bound=type)
 _CLASSES: dict[str, type] = {}
 _TREE, _DIGEST = "tree", "xxh3"
-_OF_THE_SYSTEM = re.compile(r"os error (\d+)")
+_SYSTEM_ERROR = re.compile(r"os error (\d+)")
 
 
-def kept(cls: Class) -> Class:
-    """Make a dataclass one of those that a file can hold."""
-    _CLASSES[f"{cls.__module__}.{cls.__qualname__}"] = cls
+def storable(cls: Class) -> Class:
+    """Decorate a dataclass so that `save` accepts its instances."""
+    _CLASSES[_class_name(cls)] = cls
     return cls
 
 
 def save(path: Path, value: Any) -> None:
-    """Write a value so that the file is whole once it is there, also if the machine stops in between.
+    """Write a value to a file. The file appears only once it is complete, even if the machine stops.
 
     Args:
         path: the file.
-        value: None, texts, numbers, tensors, dataclasses that are `kept`, and tuples, lists, dicts and frozensets of
-            all these.
+        value: None, text, a number, a tensor, a `storable` dataclass, or a tuple, list, dict or frozenset of these.
 
     Raises:
-        TypeError: something else is in it.
-        OSError: it cannot be written.
+        TypeError: the value contains another type.
+        OSError: the file cannot be written.
     """
     tensors: dict[str, Tensor] = {}
-    tree = json.dumps(_taken(value, tensors, {}))
-    draft = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
+    tree = json.dumps(_to_tree(value, tensors, {}))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        save_file(tensors, draft, metadata={_TREE: tree, _DIGEST: _digest(tree, tensors)})
-        handle = os.open(draft, os.O_RDWR)
+        save_file(tensors, temporary, metadata={_TREE: tree, _DIGEST: _digest(tree, tensors)})
+        handle = os.open(temporary, os.O_RDWR)
         os.fsync(handle)
         os.close(handle)
-        draft.replace(path)
+        temporary.replace(path)
     except BaseException as error:
-        draft.unlink(missing_ok=True)
-        number = _OF_THE_SYSTEM.search(str(error)) if isinstance(error, SafetensorError) else None
-        if number:  # what the library says of a full disk, as Python says it
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(draft)) from error
+        temporary.unlink(missing_ok=True)
+        match = _SYSTEM_ERROR.search(str(error)) if isinstance(error, SafetensorError) else None
+        if match:  # such as a full disk, which the library reports with its own exception
+            number = int(match[1])
+            raise OSError(number, os.strerror(number), str(temporary)) from error
         raise
 
 
 def read(path: Path) -> Any:
-    """The value in a file, the inverse of `save`.
+    """Return the value that `save` wrote to a file.
 
     Raises:
         ValueError: the file is damaged.
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no file.
     """
     try:
         with safe_open(path, "pt") as file:
-            told = file.metadata() or {}
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        if _digest(told[_TREE], tensors) != told[_DIGEST]:
-            raise ValueError(f"{path} does not hold what was written")
-        return _made(json.loads(told[_TREE]), tensors)
+        if _digest(metadata[_TREE], tensors) != metadata[_DIGEST]:
+            raise ValueError(f"{path} is damaged (its digest does not match)")
+        return _from_tree(json.loads(metadata[_TREE]), tensors)
     except (SafetensorError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error})") from None
 
@@ -81,39 +81,44 @@ def _digest(tree: str, tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _taken(value: Any, tensors: dict[str, Tensor], names: dict[int, str]) -> Any:
-    """A value as JSON, its tensors put aside."""
+def _class_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _to_tree(value: Any, tensors: dict[str, Tensor], names: dict[int, str]) -> Any:
+    """Convert a value to JSON; its tensors go to `tensors`, and their names to `names` by `id`."""
     if value is None or isinstance(value, (str, bool, int, float)):
         return value
     if isinstance(value, Tensor):
         if id(value) not in names:
             names[id(value)] = str(len(names))
-            whole = value.detach().cpu().contiguous()
-            places = {tensor.untyped_storage().data_ptr() for tensor in tensors.values() if tensor.numel()}
-            shares = whole.untyped_storage().nbytes() != whole.nbytes or whole.untyped_storage().data_ptr() in places
-            tensors[names[id(value)]] = whole.clone() if shares else whole  # safetensors wants storages of their own
+            tensor = value.detach().cpu().contiguous()
+            pointers = {other.untyped_storage().data_ptr() for other in tensors.values() if other.numel()}
+            storage = tensor.untyped_storage()
+            is_shared = storage.nbytes() != tensor.nbytes or storage.data_ptr() in pointers
+            tensors[names[id(value)]] = tensor.clone() if is_shared else tensor  # safetensors refuses shared storages
         return {"tensor": names[id(value)]}
-    if is_dataclass(value) and f"{type(value).__module__}.{type(value).__qualname__}" in _CLASSES:
-        told = {field.name: _taken(getattr(value, field.name), tensors, names) for field in fields(value)}
-        return {"class": f"{type(value).__module__}.{type(value).__qualname__}", "fields": told}
+    if is_dataclass(value) and _class_name(type(value)) in _CLASSES:
+        content = {field.name: _to_tree(getattr(value, field.name), tensors, names) for field in fields(value)}
+        return {"class": _class_name(type(value)), "fields": content}
     if isinstance(value, dict):
-        return {"dict": [[_taken(part, tensors, names) for part in item] for item in value.items()]}
-    for spec in (tuple, list, frozenset):
-        if isinstance(value, spec):
-            return {spec.__name__: [_taken(part, tensors, names) for part in value]}
-    raise TypeError(f"no file can hold {type(value)}")
+        return {"dict": [[_to_tree(part, tensors, names) for part in item] for item in value.items()]}
+    for cls in (tuple, list, frozenset):
+        if isinstance(value, cls):
+            return {cls.__name__: [_to_tree(part, tensors, names) for part in value]}
+    raise TypeError(f"no file can hold {type(value)}: make it a `storable` dataclass")
 
 
-def _made(tree: Any, tensors: dict[str, Tensor]) -> Any:
-    """The inverse of `_taken`."""
+def _from_tree(tree: Any, tensors: dict[str, Tensor]) -> Any:
+    """Return the value that `_to_tree` converted."""
     if not isinstance(tree, dict):
         return tree
     if "tensor" in tree:
         return tensors[tree["tensor"]]
     if "class" in tree:
-        return _CLASSES[tree["class"]](**{name: _made(part, tensors) for name, part in tree["fields"].items()})
-    [(spec, parts)] = tree.items()
-    made = [_made(part, tensors) for part in parts] if spec != "dict" else []
-    if spec == "dict":
-        return {_made(key, tensors): _made(part, tensors) for key, part in parts}
-    return {"tuple": tuple, "list": list, "frozenset": frozenset}[spec](made)
+        content = {name: _from_tree(part, tensors) for name, part in tree["fields"].items()}
+        return _CLASSES[tree["class"]](**content)
+    [(cls, parts)] = tree.items()
+    if cls == "dict":
+        return {_from_tree(key, tensors): _from_tree(part, tensors) for key, part in parts}
+    return {"tuple": tuple, "list": list, "frozenset": frozenset}[cls](_from_tree(part, tensors) for part in parts)

@@ -1,4 +1,4 @@
-"""Finished pieces of work in a folder, so that a run that was stopped does not do them twice."""
+"""Store finished pieces of work in a folder, so that an interrupted run can be resumed."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -14,7 +14,7 @@ Result = TypeVar("Result")
 
 
 class WorkStore:
-    """A folder of finished pieces, each in a file that exists once it is whole.
+    """A folder of finished pieces. The file of a piece appears only once it is complete.
 
     Args:
         folder: created if it does not exist.
@@ -28,20 +28,20 @@ class WorkStore:
         return self._path(key).exists()
 
     def put(self, key: str, value: Any) -> None:
-        """Store a finished piece; see `saved.save` for what it may be."""
+        """Store a finished piece of a type that `stored_values.save` accepts."""
         save(self._path(key), value)
 
     def get(self, key: str) -> Any:
-        """A finished piece.
+        """Read a finished piece.
 
         Raises:
-            ValueError: it is damaged.
+            ValueError: its file is damaged.
             FileNotFoundError: it is not finished.
         """
         return read(self._path(key))
 
     def drop(self, pattern: str) -> None:
-        """Delete the pieces whose keys match a pattern of `glob`."""
+        """Delete the pieces whose keys match a pattern, in which `*` stands for any text."""
         for path in self.folder.glob(f"{_file_name(pattern, allowed='*')}.safetensors"):
             path.unlink(missing_ok=True)
 
@@ -50,13 +50,13 @@ class WorkStore:
 
 
 class Work:
-    """Pieces of work and their results: an executor runs them, a store keeps what is finished.
+    """Runs stages of work with an executor, and keeps finished pieces in a store until `drop`.
 
-    This is the only place that makes keys of finished pieces: `STAGE-NUMBER`. A stage's pieces are kept until `drop`.
+    The key of a piece in the store is `STAGE-NUMBER`. No other code makes keys.
 
     Args:
         executor: runs pieces.
-        store: keeps finished pieces; without one nothing is kept.
+        store: keeps finished pieces; None keeps none.
     """
 
     def __init__(self, executor: Executor, store: WorkStore | None = None) -> None:
@@ -65,7 +65,7 @@ class Work:
 
     @property
     def executor(self) -> Executor:
-        """Who runs pieces, for results that are not kept."""
+        """The executor, for results that need not be kept."""
         return self._executor
 
     @property
@@ -73,61 +73,61 @@ class Work:
         """The store.
 
         Raises:
-            LookupError: there is none.
+            LookupError: there is no store.
         """
         if self._store is None:
             raise LookupError("this work has no store")
         return self._store
 
     def map(self, stage: str, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """The results of a stage, in order; finished pieces are read, the others are run and kept.
+        """Yield the results of a stage in order: read the finished pieces, run and keep the others.
 
-        A piece may run in another process, so `function`, items and results must be picklable there.
+        A piece may run in another process, so `function`, items and results must be picklable.
         """
         if self._store is None:
             return self._executor.map(function, items)
-        return self._executor.map(partial(_kept, self._store, stage, function), enumerate(items))
+        return self._executor.map(partial(_run_or_read, self._store, stage, function), enumerate(items))
 
     def map_large(self, stage: str, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """The same for items each of which fills a machine."""
+        """The same for large items, of which each machine runs only one at a time."""
         if self._store is None:
             return self._executor.map_large(function, items)
-        return self._executor.map_large(partial(_kept, self._store, stage, function), enumerate(items))
+        return self._executor.map_large(partial(_run_or_read, self._store, stage, function), enumerate(items))
 
     def once(self, stage: str, function: Callable[[], Result]) -> Result:
-        """The one result of a stage, found in this process unless it is finished."""
+        """The result of a stage with one piece, which runs in this process unless it is finished."""
         if self._store is None:
             return function()
-        return _kept(self._store, stage, lambda _: function(), (0, None))
+        return _run_or_read(self._store, stage, lambda _: function(), (0, None))
 
     def result(self, stage: str) -> Any:
-        """The one result of a stage that is finished.
+        """The result of a finished stage with one piece.
 
         Raises:
-            LookupError: it is not.
+            LookupError: the stage is not finished.
         """
         if not self.has(stage):
             raise LookupError(f"{stage} is not finished")
         return self.store.get(f"{stage}-0")
 
     def has(self, stage: str) -> bool:
-        """Whether the one result of a stage is finished."""
+        """Whether a stage with one piece is finished."""
         return self._store is not None and f"{stage}-0" in self._store
 
     def drop(self, *stages: str) -> None:
-        """Forget the results of stages that nobody needs any more."""
+        """Delete the results of stages."""
         for stage in stages if self._store is not None else ():
             self.store.drop(f"{stage}-*")
 
 
-def _kept(store: WorkStore, stage: str, function: Callable[[Any], Any], numbered: tuple[int, Any]) -> Any:
-    """The result of a piece: from the store, or run and stored."""
-    number, item = numbered
+def _run_or_read(store: WorkStore, stage: str, function: Callable[[Any], Any], numbered_item: tuple[int, Any]) -> Any:
+    """Read the result of a piece from the store, or run the piece and store its result."""
+    number, item = numbered_item
     key = f"{stage}-{number}"
     if key in store:
         try:
             return store.get(key)
-        except ValueError:  # damaged: it is done again
+        except ValueError:  # the file is damaged: run the piece again
             pass
     result = function(item)
     store.put(key, result)

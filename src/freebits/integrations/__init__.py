@@ -1,4 +1,4 @@
 """Connects freebits to transformers, PEFT and SliceGPT: Auto classes, loading, tensor names, trainable adapters.
 
-Everything that depends on how another library works inside belongs here. Commands belong in `api`.
+All code that depends on the internals of another library belongs here. Commands belong in `api`.
 """

@@ -1,4 +1,4 @@
-"""Registers the configs and models of freebits with transformers' Auto classes; importing this module does it."""
+"""Importing this module registers the configs and models of freebits with transformers' Auto classes."""
 
 from freebits.integrations import packed_models
 from freebits.models import low_rank, sliced

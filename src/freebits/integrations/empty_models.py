@@ -1,4 +1,4 @@
-"""The library's models without weights."""
+"""Create transformers' models without weights."""
 
 import threading
 from collections.abc import Iterator
@@ -11,33 +11,33 @@ from transformers import PreTrainedConfig
 from freebits.integrations.packed_models import class_for_text
 
 BUILDING = threading.Lock()
-"""Building a model changes what holds for all threads: transformers sets PyTorch's dtype, we make parameters empty."""
+"""Hold it while creating a model: PyTorch's default dtype and `register_parameter` then change for all threads."""
 
 
 def empty_model(config: PreTrainedConfig) -> Any:
-    """The language model of a config, to run in float32. Its parameters have no memory; its buffers are real.
+    """Return the language model of a config, for float32. Its parameters have no memory; its buffers are real.
 
     Raises:
         UnsupportedModelError: see `class_for_text`.
     """
-    spec = class_for_text(config)
-    if spec.config_class is config.sub_configs.get("text_config"):  # of a model that sees, too
+    model_class = class_for_text(config)
+    if model_class.config_class is config.sub_configs.get("text_config"):  # the text part of a multimodal model
         config = config.get_text_config()
     with BUILDING, _parameters_on_meta():
-        config._experts_implementation = "eager"  # one after another, so that each can be observed
-        model = spec(config).eval()
+        config._experts_implementation = "eager"  # runs one expert after another, so that each can be observed
+        model = model_class(config).eval()
         return model._apply(
             lambda tensor: tensor.float() if tensor.is_floating_point() else tensor
-        )  # `to` spoils complex
+        )  # `to` would also convert complex buffers
 
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Modules made here have parameters without memory, but their buffers are real."""
+    """Create the parameters of new modules on the meta device, without memory. Buffers stay real."""
     register = nn.Module.register_parameter
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:  # one that is tied is there already
+        if parameter is not None and not parameter.is_meta:  # a tied parameter is on the meta device already
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
         register(module, name, parameter)
 

@@ -1,4 +1,4 @@
-"""Models in GGUF files, in floats, as transformers dequantizes them."""
+"""Convert models in GGUF files to floats, as transformers dequantizes them."""
 
 import importlib.util
 import io
@@ -12,33 +12,33 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from freebits.errors import UsageError
 from freebits.integrations.loading import one_line_errors
 
-NEEDED = ("gguf", "accelerate")
-"""Packages that reading needs, of the extra `gguf`."""
+REQUIRED_PACKAGES = ("gguf", "accelerate")
+"""Packages of the extra `gguf` that reading needs."""
 
 
 def missing_packages() -> list[str]:
-    """Those that are not installed."""
-    return [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    """Return the required packages that are not installed."""
+    return [name for name in REQUIRED_PACKAGES if importlib.util.find_spec(name) is None]
 
 
 def write_dense(gguf: Path, directory: Path) -> None:
-    """Write a GGUF file's model and tokenizer as an ordinary checkpoint in float16; all of it is in memory meanwhile.
+    """Write a GGUF file's model and tokenizer as a dense checkpoint in float16. The whole model is held in memory.
 
     Raises:
-        UsageError: a package that reads it is not installed.
-        CheckpointError: transformers does not read it.
+        UsageError: a required package is not installed.
+        CheckpointError: transformers cannot read the file.
     """
     if missing_packages():
-        raise UsageError(f"reading GGUF needs {', '.join(missing_packages())}: pip install 'freebits[gguf]'")
-    with _quiet_unless_watched(), one_line_errors(gguf, "model"):
-        file = {"gguf_file": gguf.name}
+        raise UsageError(f"reading {gguf} needs {', '.join(missing_packages())}: pip install 'freebits[gguf]'")
+    with _quiet_without_terminal(), one_line_errors(gguf, "model"):
+        options = {"gguf_file": gguf.name}
         model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, dtype=torch.float16, quantization_config=GgufConfig(dequantize=True), **file
+            gguf.parent, dtype=torch.float16, quantization_config=GgufConfig(dequantize=True), **options
         )
         model.save_pretrained(directory)
-        AutoTokenizer.from_pretrained(gguf.parent, **file).save_pretrained(directory)
+        AutoTokenizer.from_pretrained(gguf.parent, **options).save_pretrained(directory)
 
 
-def _quiet_unless_watched() -> AbstractContextManager[object]:
-    """The conversion draws its progress bar wherever it runs."""
+def _quiet_without_terminal() -> AbstractContextManager[object]:
+    """Hide the conversion's progress bar unless stderr is a terminal."""
     return nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())

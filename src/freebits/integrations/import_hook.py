@@ -1,7 +1,7 @@
-"""Teach transformers' Auto classes our models when they are imported, without importing transformers for that.
+"""Register freebits' models with transformers' Auto classes when transformers is imported, but not before.
 
-`import freebits` is then quick for those who do not run models, and enough for those who do. The way is the import
-system's own: until our models are registered, a finder has us told whenever a module of transformers has been executed.
+So `import freebits` is fast for programs that do not run models, and sufficient for those that do. A finder of Python's
+import system notifies freebits after each module of transformers has been executed, until the models are registered.
 """
 
 import importlib
@@ -12,21 +12,21 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
-_OURS = "freebits.integrations.auto_classes"
+_REGISTRATION = "freebits.integrations.auto_classes"
 _AUTO = "transformers.models.auto.configuration_auto"
-"""What everyone imports who looks a model up by its type."""
+"""The module that every Auto class imports."""
 
 
 def register_with_transformers() -> None:
-    """Register our models now if the Auto classes are there, else as soon as they are."""
+    """Register the models now if the Auto classes are imported, otherwise as soon as they are."""
     if _AUTO in sys.modules and not _is_busy(""):
-        importlib.import_module(_OURS)
+        importlib.import_module(_REGISTRATION)
     else:
         sys.meta_path.insert(0, _Finder())
 
 
 class _Finder(MetaPathFinder):
-    """Finds transformers' modules as everyone does, and has their loader tell when they have been executed."""
+    """Finds transformers' modules in the usual way, and wraps their loaders in `_Loader`."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -50,16 +50,16 @@ class _Loader(Loader):
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
         if self._finder in sys.meta_path and _AUTO in sys.modules and not _is_busy(module.__name__):
-            with suppress(ValueError):  # another thread was faster
+            with suppress(ValueError):  # another thread has removed it
                 sys.meta_path.remove(self._finder)
-            importlib.import_module(_OURS)
+            importlib.import_module(_REGISTRATION)
 
-    def __getattr__(self, name: str) -> object:  # what else a loader can do, such as read its module's source
+    def __getattr__(self, name: str) -> object:  # other abilities of a loader, such as reading the source
         return getattr(self._loader, name)
 
 
 def _is_busy(finished: str) -> bool:
-    """Whether transformers is in the middle of importing something else, which ours would then find half done."""
-    theirs = [(name, module) for name, module in list(sys.modules.items()) if name.startswith("transformers.")]
-    specs = [getattr(module, "__spec__", None) for name, module in theirs if name != finished]
+    """Return whether transformers is importing a module other than `finished`, which would be incomplete."""
+    modules = [(name, module) for name, module in list(sys.modules.items()) if name.startswith("transformers.")]
+    specs = [getattr(module, "__spec__", None) for name, module in modules if name != finished]
     return any(getattr(spec, "_initializing", False) for spec in specs)

@@ -1,4 +1,4 @@
-"""Linear layers that keep their quantized integers, a byte each, and multiply from there."""
+"""Linear layers that store quantized integers of one byte each, and multiply by them directly."""
 
 from typing import Any
 
@@ -9,14 +9,14 @@ from freebits.codecs.integers import Integers, ScaledIntegers, steps
 from freebits.codecs.registry import CODES
 from freebits.packed.reader import PackedFolder
 
-_MOST = 127
+_MAX_INTEGER = 127
 
 
 class IntegerLinear(nn.Module):
     """`y = ((x * columns) integersᵀ) * rows + bias`: half the memory of 16-bit weights.
 
     Args:
-        matrix: (n_out, n_in), of integers of 8 bits.
+        matrix: (n_out, n_in), of 8-bit integers.
         bias: (n_out,).
     """
 
@@ -43,12 +43,12 @@ class IntegerLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def with_integers(model: Any, packed: PackedFolder) -> Any:
-    """A loaded model, its linear layers replaced where the folder has them as integers that fit a byte each."""
+def with_integer_layers(model: Any, packed: PackedFolder) -> Any:
+    """Replace the linear layers of a loaded model whose integers in the folder fit a byte each; return the model."""
     for recipe in packed.manifest.recipes:
-        code = CODES.get(recipe.code)
-        if isinstance(code, Integers):
-            for name, matrix in zip(recipe.makes, packed.matrices(recipe, code), strict=True):
+        codec = CODES.get(recipe.code)
+        if isinstance(codec, Integers):
+            for name, matrix in zip(recipe.makes, packed.matrices(recipe, codec), strict=True):
                 path = name.removesuffix(".weight")
                 layer = dict(model.named_modules()).get(path)
                 if type(layer) is nn.Linear and layer is not model.get_output_embeddings() and _fits(matrix):
@@ -57,4 +57,4 @@ def with_integers(model: Any, packed: PackedFolder) -> Any:
 
 
 def _fits(matrix: ScaledIntegers) -> bool:
-    return bool((matrix.integers.abs() <= _MOST).all())
+    return bool((matrix.integers.abs() <= _MAX_INTEGER).all())

@@ -1,7 +1,7 @@
-"""A checkpoint as transformers has it in memory: under its names, with the experts of a block in one tensor.
+"""A checkpoint as transformers holds it in memory: under its names, with the experts of a block in one tensor.
 
-Checkpoints on the hub are as they were published. transformers renames their tensors while it loads them, and merges or
-splits some; its own tables say how.
+Checkpoints on the hub keep the names under which they were published. While transformers loads a checkpoint, it renames
+tensors, and merges or splits some; its own tables define how.
 """
 
 import copy
@@ -22,39 +22,39 @@ from freebits.errors import CheckpointError
 from freebits.integrations.empty_models import empty_model
 from freebits.integrations.loading import one_line_errors
 from freebits.integrations.packed_models import auto_for_text, inner_config, with_floats
-from freebits.storage.folder import Source
+from freebits.storage.folder import CONFIG, Source
 from freebits.types import TensorSpec
 
 
 def known_config(source: Source, path: str | os.PathLike[str]) -> PreTrainedConfig:
-    """What transformers makes of a checkpoint's config.
+    """Return transformers' config object of a checkpoint.
 
     Raises:
-        CheckpointError: it is no config, or asks for more blocks than there are tensors.
-        UnsupportedModelError: transformers has no such model.
+        CheckpointError: the config is not valid, or has more blocks than there are tensors.
+        UnsupportedModelError: transformers does not support the model.
     """
     with one_line_errors(path, "model"):
         config = inner_config(source.config, auto_for_text(source.config)).from_dict(with_floats(source.config))
     depth = getattr(config.get_text_config(), "num_hidden_layers", None)
     if isinstance(depth, int) and depth > len(source.specs):
         raise CheckpointError(
-            f"config.json asks for {depth} blocks, but there are {len(source.specs)} tensors: the "
-            "checkpoint is incomplete"
+            f"{CONFIG} of {path} has {depth} blocks, but there are {len(source.specs)} tensors: the checkpoint is "
+            "incomplete"
         )
     return config
 
 
 class FileRows(NamedTuple):
-    """Where rows of a tensor in memory are in the checkpoint.
+    """The place in the checkpoint of some rows of a tensor in memory.
 
-    Tensors of more than two dimensions are seen as (rows, last dimension).
+    A tensor of more than two dimensions is viewed as (rows, last dimension).
 
     Attributes:
         tensor: name in the checkpoint.
-        start: first of its rows in which they are.
+        start: the first row in the checkpoint.
         stop: the row after the last.
-        order: for each of these rows (columns, if `swapped`) which of the rows in memory it is, (n,), int64.
-        swapped: whether rows in memory are columns there.
+        order: for each of these rows (columns, if `swapped`) the number of its row in memory, (n,), int64.
+        swapped: whether rows in memory are columns in the checkpoint.
     """
 
     tensor: str
@@ -66,19 +66,19 @@ class FileRows(NamedTuple):
 
 @dataclass
 class _Conversion:
-    """Tensors of the checkpoint that become others together."""
+    """Some tensors of the checkpoint that transformers converts together."""
 
     converter: WeightConverter
     first: str
-    """Name of the first that they become."""
+    """Name of the first converted tensor."""
     patterns: dict[str, str] = field(default_factory=dict)
-    """Name of each in the checkpoint → the converter's pattern for it."""
+    """Name of each tensor in the checkpoint → the converter's pattern for it."""
 
 
 class InMemory:
     """A checkpoint under the names of transformers' modules. Implements `Source`.
 
-    A tensor of which transformers knows nothing keeps its name.
+    A tensor that transformers does not use keeps its name.
     """
 
     def __init__(self, source: Source, config: PreTrainedConfig) -> None:
@@ -86,94 +86,90 @@ class InMemory:
         self._source = source
         model = empty_model(config)
         self._model = model
-        transforms = get_model_conversion_mapping(model)
-        renamings = [of for of in transforms if isinstance(of, WeightRenaming)]
-        converters = [of for of in transforms if isinstance(of, WeightConverter)]
+        rules = get_model_conversion_mapping(model)
+        renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
         by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-        theirs = model.state_dict()
-        self._names = set(theirs)
+        state = model.state_dict()
         self._renamed: dict[str, str] = {}
         conversions: dict[str, _Conversion] = {}
         for name in source.specs:
-            renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, theirs)
+            renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
             if pattern is not None:
                 conversion = conversions.setdefault(renamed, _Conversion(by_pattern[pattern], renamed))
                 conversion.patterns[name] = pattern
             else:
-                self._renamed[renamed if renamed in theirs else name] = name
+                self._renamed[renamed if renamed in state else name] = name
         self._conversions: dict[str, _Conversion] = {}
-        self._converted_kinds: dict[str, TensorSpec] = {}
+        self._converted_specs: dict[str, TensorSpec] = {}
         for conversion in conversions.values():
-            code = source.specs[next(iter(conversion.patterns))].code
+            dtype_name = source.specs[next(iter(conversion.patterns))].code
             for name, shape in self._shapes(conversion).items():
                 self._conversions[name] = conversion
-                self._converted_kinds[name] = TensorSpec(code, shape)
+                self._converted_specs[name] = TensorSpec(dtype_name, shape)
         self._last: tuple[_Conversion | None, dict[str, Tensor]] = None, {}
-
-    @cached_property
-    def in_memory(self) -> set[str]:
-        """The tensors of the checkpoint that are in the model."""
-        converted = {name for conversion in self._conversions.values() for name in conversion.patterns}
-        return converted | {of for name, of in self._renamed.items() if name in self._names}
 
     @cached_property
     def specs(self) -> Mapping[str, TensorSpec]:
         """Dtype and shape of every tensor, as transformers has it."""
-        return self._converted_kinds | {name: self._source.specs[of] for name, of in self._renamed.items()}
+        renamed_specs = {name: self._source.specs[file_name] for name, file_name in self._renamed.items()}
+        return self._converted_specs | renamed_specs
 
     def __getitem__(self, name: str) -> Tensor:
-        """The tensor called `name`, read, merged and split now."""
+        """Read the tensor called `name`; merge or split it if transformers does."""
         conversion = self._conversions.get(name)
         if conversion is None:
             return self._source[self._renamed.get(name, name)]
-        last, made = self._last
-        if last is not conversion or name not in made:
-            made = self._converted(conversion, self._source.__getitem__)
-        tensor = made.pop(name)
-        self._last = conversion, made  # for those that are split from the same tensor, which are asked for next
+        last, converted = self._last
+        if last is not conversion or name not in converted:
+            converted = self._converted(conversion, self._source.__getitem__)
+        tensor = converted.pop(name)
+        self._last = conversion, converted  # the caller usually reads the other tensors of the conversion next
         return tensor
 
     def in_file(self, name: str) -> str | None:
-        """The tensor of the checkpoint that a tensor is, if it is just one under another name."""
+        """Return the checkpoint's name of a tensor; None if the tensor is merged or split."""
         return self._renamed.get(name)
 
     def rows(self, name: str, start: int, stop: int) -> list[FileRows]:
-        """Where some rows of a tensor are in the checkpoint; empty where they are not there as rows or columns."""
+        """Locate some rows of a tensor in the checkpoint; empty if they are neither rows nor columns there."""
         if name in self._renamed:
             return [FileRows(self._renamed[name], start, stop, torch.arange(stop - start), swapped=False)]
         if name not in self._conversions:
             return []
-        tensors, rows, swapped = self._origin(name)
+        tensors, origin_rows, origin_columns = self._origin(name)
         offsets = torch.tensor([0, *(self._n_rows(tensor) for tensor in tensors)]).cumsum(0)
-        if swapped is not None:
-            return self._swapped(tensors, offsets, rows[start:stop], swapped[start:stop])
-        here = rows[start:stop]
-        found = []
-        which = torch.bucketize(here, offsets, right=True) - 1
-        for number in which.unique().tolist():
-            order = (which == number).nonzero()[:, 0]
-            of_file = here[order] - offsets[number]
-            first, last = int(of_file.min()), int(of_file.max()) + 1
-            if last - first != len(of_file):  # rows of others lie between
+        if origin_columns is not None:
+            return self._swapped(tensors, offsets, origin_rows[start:stop], origin_columns[start:stop])
+        selected = origin_rows[start:stop]
+        result = []
+        tensor_numbers = torch.bucketize(selected, offsets, right=True) - 1
+        for number in tensor_numbers.unique().tolist():
+            order = (tensor_numbers == number).nonzero()[:, 0]
+            file_rows = selected[order] - offsets[number]
+            first, end = int(file_rows.min()), int(file_rows.max()) + 1
+            if end - first != len(file_rows):  # rows of other matrices are in between
                 return []
-            found.append(FileRows(tensors[number], first, last, order[of_file.argsort()], swapped=False))
-        return found
+            result.append(FileRows(tensors[number], first, end, order[file_rows.argsort()], swapped=False))
+        return result
 
     def _swapped(self, tensors: list[str], offsets: Tensor, rows: Tensor, columns: Tensor) -> list[FileRows]:
-        """The same of rows that are columns in the checkpoint: of the matrix that has these rows there."""
+        """Locate rows that are columns in the checkpoint; empty unless they are all columns of one matrix."""
         if len(rows.unique(dim=0)) != 1 or len(columns.unique()) != len(columns):
             return []
-        first, last = int(rows[0, 0]), int(rows[0, -1]) + 1
+        first, end = int(rows[0, 0]), int(rows[0, -1]) + 1
         number = int(torch.bucketize(rows[0, 0], offsets, right=True)) - 1
-        if last - first != rows.shape[1] or len(columns) != self._source.specs[tensors[number]].shape[-1]:
+        if end - first != rows.shape[1] or len(columns) != self._source.specs[tensors[number]].shape[-1]:
             return []
         offset = int(offsets[number])
-        return [FileRows(tensors[number], first - offset, last - offset, columns.argsort(), swapped=True)]
+        return [FileRows(tensors[number], first - offset, end - offset, columns.argsort(), swapped=True)]
 
     def _origin(self, name: str) -> tuple[list[str], Tensor, Tensor | None]:
-        """The tensors that one is made of, and for each of its rows the row that it is among all of theirs.
+        """Trace the rows of a converted tensor back to the checkpoint.
 
-        If rows are columns there, for each its row at every column, (rows, width), and which column it is.
+        Returns:
+            The tensors that it is made of; for each of its rows the number among all their rows, (rows,); and None. If
+            its rows are columns in the checkpoint: the numbers of the rows, (rows, width), and of the columns, (rows,).
         """
         cached: dict[str, tuple[list[str], Tensor, Tensor | None]] = self.__dict__.setdefault("_origins", {})
         if name not in cached:
@@ -182,26 +178,27 @@ class InMemory:
         return cached[name]
 
     def _traced(self, name: str) -> tuple[list[str], Tensor, Tensor | None]:
+        """Compute `_origin`: convert tensors that contain the numbers of their rows, then those of their columns."""
         conversion = self._conversions[name]
         tensors = sorted(conversion.patterns)
-        ids: dict[str, Tensor] = {}
+        row_numbers: dict[str, Tensor] = {}
         n_rows = 0
         for tensor in tensors:
             shape = self._source.specs[tensor].shape
-            ids[tensor] = torch.arange(n_rows, n_rows + self._n_rows(tensor)).reshape(*shape[:-1], 1)
+            row_numbers[tensor] = torch.arange(n_rows, n_rows + self._n_rows(tensor)).reshape(*shape[:-1], 1)
             n_rows += self._n_rows(tensor)
-        shape = self._converted_kinds[name].shape
-        with suppress(Exception):  # what does not keep rows may not take tensors that are one column
-            rows = self._converted(conversion, ids.__getitem__)[name]
+        shape = self._converted_specs[name].shape
+        with suppress(Exception):  # a conversion that does not keep rows may fail on tensors of one column
+            rows = self._converted(conversion, row_numbers.__getitem__)[name]
             if tuple(rows.shape) == (*shape[:-1], 1):
                 return tensors, rows.flatten(), None
         shapes = {tensor: self._source.specs[tensor].shape for tensor in tensors}
-        whole = {tensor: of.expand(shapes[tensor]).contiguous() for tensor, of in ids.items()}
-        rows = self._converted(conversion, whole.__getitem__)[name].reshape(-1, shape[-1])
+        full = {tensor: numbers.expand(shapes[tensor]).contiguous() for tensor, numbers in row_numbers.items()}
+        rows = self._converted(conversion, full.__getitem__)[name].reshape(-1, shape[-1])
         if (rows == rows[:, :1]).all():
             return tensors, rows[:, 0], None
-        whole = {tensor: torch.arange(of[-1]).expand(of).contiguous() for tensor, of in shapes.items()}
-        columns = self._converted(conversion, whole.__getitem__)[name].reshape(-1, shape[-1])
+        full = {tensor: torch.arange(sizes[-1]).expand(sizes).contiguous() for tensor, sizes in shapes.items()}
+        columns = self._converted(conversion, full.__getitem__)[name].reshape(-1, shape[-1])
         return tensors, rows, columns[:, 0]
 
     def _n_rows(self, tensor: str) -> int:
@@ -209,7 +206,7 @@ class InMemory:
         return TensorSpec("U8", shape).numel // max(1, shape[-1]) if shape else 1
 
     def _shapes(self, conversion: _Conversion) -> dict[str, tuple[int, ...]]:
-        """What tensors become, without reading them."""
+        """Return the shapes of the converted tensors, without reading any."""
         specs = self._source.specs
 
         def empty(name: str) -> Tensor:
@@ -218,14 +215,14 @@ class InMemory:
         return {name: tuple(tensor.shape) for name, tensor in self._converted(conversion, empty).items()}
 
     def _converted(self, conversion: _Conversion, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        """What tensors become, as transformers merges and splits them."""
+        """Return the converted tensors, merged and split by transformers."""
         converter: Any = copy.deepcopy(conversion.converter)
-        for name, pattern in sorted(conversion.patterns.items(), key=_in_natural_order):
+        for name, pattern in sorted(conversion.patterns.items(), key=_natural_order):
             converter.add_tensor(conversion.first, name, pattern, partial(read, name))
-        made = converter.convert(conversion.first, model=self._model, config=self._model.config)
-        return {name: of if isinstance(of, torch.Tensor) else of[0] for name, of in made.items()}
+        result = converter.convert(conversion.first, model=self._model, config=self._model.config)
+        return {name: value if isinstance(value, torch.Tensor) else value[0] for name, value in result.items()}
 
 
-def _in_natural_order(named: tuple[str, str]) -> list[tuple[int, str]]:
-    """The order in which transformers merges: experts by number."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in named[0].split(".")]
+def _natural_order(name_and_pattern: tuple[str, str]) -> list[tuple[int, str]]:
+    """Return a sort key for the order in which transformers merges tensors: experts by number."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name_and_pattern[0].split(".")]

@@ -1,4 +1,4 @@
-"""What can be trained of a model that takes no room: the steps of its integers, or its matrices by LoRA."""
+"""Train a model without making it larger: the scales of its integers, or its matrices by LoRA."""
 
 import warnings
 from collections.abc import Mapping
@@ -16,19 +16,19 @@ from freebits.options import INTEGERS
 from freebits.packed.reader import PackedFolder
 from freebits.types import TensorSpec
 
-Names = Mapping[str, str]
-"""Name of a parameter in memory → in the folder, where both are one tensor."""
+ParameterNames = Mapping[str, str]
+"""Name of a parameter in memory → name in the folder, of those that the folder stores as one tensor each."""
 
 
 class Trainable(Protocol):
-    """A model in float32, some of which is trained; the rest is frozen.
+    """A model in float32 with some trainable parameters; the others are frozen.
 
     Attributes:
         model: the model.
-        what: is trained, in words.
-        trained: the parameters that are.
-        tensors: what changes by it, by the names in the folder.
-        rate: of Adam, at most.
+        what: describes what is trained, for the history.
+        trained: the trainable parameters.
+        tensors: the tensors that training changes, by their names in the folder.
+        rate: maximum learning rate of Adam.
     """
 
     model: Any
@@ -38,14 +38,14 @@ class Trainable(Protocol):
     rate: float
 
     def finish(self, specs: Mapping[str, TensorSpec]) -> None:
-        """Put what was learnt into the tensors, and round them, so that the model computes what will be written."""
+        """Merge the result of training into the tensors, and round these to the dtypes in which they are stored."""
 
 
 class Adapted:
-    """Every linear layer but the head gets `B A` added, LoRA by PEFT; merged in the end, it is as large as it was.
+    """Adds `B A` to every linear layer but the head (LoRA by PEFT). Merging it at the end keeps the model's size.
 
     Args:
-        model: what is trained; it is changed in place.
+        model: the model to train; it is changed in place.
         names: of its parameters.
         rank: of the updates.
         seed: of their `A`.
@@ -53,24 +53,26 @@ class Adapted:
 
     rate = 1e-3
 
-    def __init__(self, model: Any, names: Names, rank: int, seed: int) -> None:
+    def __init__(self, model: Any, names: ParameterNames, rank: int, seed: int) -> None:
         try:
             from peft import LoraConfig, inject_adapter_in_model
         except ImportError:
-            raise UsageError("recovering such a model takes PEFT: pip install 'freebits[recover]'") from None
+            raise UsageError(
+                "training a model that is not quantized needs PEFT: pip install 'freebits[recover]'"
+            ) from None
         layers = {name: layer for name, layer in linear_layers(model).items() if f"{name}.weight" in names}
         self.what = f"LoRA of rank {rank}"
         self.tensors = {names[f"{name}.weight"]: layer.weight for name, layer in layers.items()}
         self.model = model.requires_grad_(False)
         if layers:
             with torch.random.fork_rng(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of matrices that are stored as (inputs, outputs)
+                warnings.simplefilter("ignore")  # about matrices that are stored as (inputs, outputs)
                 torch.manual_seed(seed)
                 inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=[*layers]), model)
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def finish(self, specs: Mapping[str, TensorSpec]) -> None:
-        """Merge the updates."""
+        """Merge the updates, and round."""
         from peft.tuners.lora import LoraLayer
 
         for module in self.model.modules():
@@ -80,19 +82,19 @@ class Adapted:
 
 
 class Rescaled:
-    """The steps of the rows of a quantized folder's linear layers, in the grid that they are stored in; norms, biases.
+    """Trains the row scales of a quantized folder's linear layers, in the grid that stores them, and norms and biases.
 
-    The integers stay as they are, and so do the steps of matrices rounded in a rotated basis or by another method.
+    The integers stay the same. So do the scales of matrices that were rounded in a rotated basis or by another method.
 
     Args:
-        model: what is in the folder; it is changed in place.
+        model: the model in the folder; it is changed in place.
         names: of its parameters.
         packed: the folder.
     """
 
     rate = 1e-3
 
-    def __init__(self, model: Any, names: Names, packed: PackedFolder) -> None:
+    def __init__(self, model: Any, names: ParameterNames, packed: PackedFolder) -> None:
         self.model = model.requires_grad_(False)
         self.tensors = {
             names[name]: parameter
@@ -100,15 +102,15 @@ class Rescaled:
             if parameter.ndim == 1 and parameter.is_floating_point() and name in names
         }
         recipes = packed.manifest.recipes
-        made = {name for recipe in recipes if recipe.code == INTEGERS for name in recipe.makes}
-        rounded = {
+        quantized = {name for recipe in recipes if recipe.code == INTEGERS for name in recipe.makes}
+        transposed = {
             name: recipe.takes[TRANSPOSED] for recipe in recipes if recipe.code == TRANSPOSED for name in recipe.makes
         }
         self._layers: dict[str, RescaledLinear] = {}
         for path, layer in linear_layers(model).items():
             name = names.get(f"{path}.weight", "")
-            name = rounded.get(name, name)
-            if name in made:
+            name = transposed.get(name, name)
+            if name in quantized:
                 self._layers[name] = RescaledLinear(layer)
                 model.set_submodule(path, self._layers[name])
         self.what = "steps, norms" if self._layers else "norms"
@@ -117,16 +119,16 @@ class Rescaled:
             parameter.requires_grad_(True)
 
     def finish(self, specs: Mapping[str, TensorSpec]) -> None:
-        """Norms and biases; steps are in their grid."""
+        """Round norms and biases; the scales are in their grid already."""
         _round(self.tensors, specs)
 
     def steps(self) -> dict[str, Tensor]:
-        """By how much the exponents of rows have grown, in their grid, int16: of each matrix as it is rounded."""
+        """Return how much training increased the exponents of the row scales, int16, by the names of `Integers`."""
         return {name: layer.exponents.detach().to(torch.int16).cpu() for name, layer in self._layers.items()}
 
 
 class RescaledLinear(nn.Module):
-    """A linear layer, its outputs times `2^(e / 16)` for whole `e`, whose rounding gradients do not see."""
+    """A linear layer whose outputs are multiplied by `2^(e / 16)` for integer `e`; gradients ignore the rounding."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
@@ -149,25 +151,25 @@ class RescaledLinear(nn.Module):
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
-        except AttributeError:  # what a block asks of its layers, such as their sizes
+        except AttributeError:  # blocks read attributes of their layers, such as sizes
             return getattr(super().__getattr__("layer"), name)
 
 
 def linear_layers(model: Any) -> dict[str, Any]:
-    """The layers of a model, but for its head, that are nothing but `x Wᵀ + b`; a router may be more."""
-    head, found = model.get_output_embeddings(), {}
+    """Return the layers, except the head, that compute just `x Wᵀ + b`; a router may compute more."""
+    head, layers = model.get_output_embeddings(), {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D) and module is not head:
             n_out, n_in = module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
             with torch.no_grad():
                 y = module(torch.zeros(1, n_in, device=module.weight.device, dtype=module.weight.dtype))
             if isinstance(y, Tensor) and y.shape == (1, n_out):
-                found[name] = module
-    return found
+                layers[name] = module
+    return layers
 
 
 @torch.no_grad()
 def _round(tensors: Mapping[str, nn.Parameter], specs: Mapping[str, TensorSpec]) -> None:
-    """To the dtypes in which they are stored."""
+    """Round tensors in place to the dtypes in which they are stored."""
     for name, tensor in tensors.items():
         tensor.copy_(tensor.to(specs[name].dtype))

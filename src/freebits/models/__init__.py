@@ -1,4 +1,4 @@
-"""Describes model families as data, and holds the modules that sliced and low-rank models run.
+"""Describe model families as data, and define the modules of sliced and low-rank models.
 
-A new family takes one row in `families.py`. Algorithms that change a model belong in `transforms`.
+To add a family, add one row to `families.py`. Algorithms that change a model belong in `transforms`.
 """

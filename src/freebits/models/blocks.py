@@ -1,4 +1,4 @@
-"""The modules a sliced model has and a dense one has not: bare norms, blocks with shortcuts, a factored embedding."""
+"""Modules that only sliced models have: norms without a scale, blocks with shortcuts, a factored embedding."""
 
 import sys
 from inspect import signature, unwrap
@@ -14,13 +14,13 @@ from transformers.pytorch_utils import Conv1D
 from freebits.models.families import FAMILIES, Family
 
 RESIDUAL = "Residual"
-"""Prefix of the class name of a decoder layer turned residual block."""
+"""Prefix of the class name of a decoder layer that was converted to a residual block."""
 
 
 class BareNorm(nn.Module):
-    """`x / rms(x)` without a scale, in float32 or wider. Its name is no RMSNorm's, which others put their own for.
+    """`x / rms(x)` without a scale, in float32 or wider. Not named RMSNorm: other libraries replace modules so named.
 
-    The mean is taken over the *dense* width, as slicing removes only what is (nearly) zero there.
+    The mean is taken over the *dense* width, because slicing removes only dimensions that are (nearly) zero.
     """
 
     def __init__(self, dense_size: int, eps: float) -> None:
@@ -29,13 +29,13 @@ class BareNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension."""
+        """Normalize the last dimension."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         mean_square = wide.square().sum(-1, keepdim=True) / self.dense_size
         return (wide * torch.rsqrt(mean_square + self.eps)).to(x.dtype)
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows."""
+        """Return the parameters that `print(model)` shows."""
         return f"dense_size={self.dense_size}, eps={self.eps}"
 
 
@@ -55,12 +55,12 @@ class ProjectedShortcut(nn.Module):
         return x if self.after == self.before else pad(x, (0, self.after - self.before))
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows."""
+        """Return the parameters that `print(model)` shows."""
         return f"before={self.before}, after={self.after}, rank={self.rank}"
 
 
 class FactoredEmbedding(nn.Embedding):
-    """A token embedding that stays tied to the head, and the factor that leads from it to the stream.
+    """A token embedding that stays tied to the head, followed by a factor that maps it to the stream.
 
     `weight` is (V, D), the dense model's; `factor` is (D, k).
     """
@@ -70,49 +70,49 @@ class FactoredEmbedding(nn.Embedding):
         self.factor = nn.Parameter(torch.eye(dense.embedding_dim))
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        """The stream at site 0, (…, k), for token ids (…)."""
+        """Return the stream at site 0, (…, k), for token ids (…)."""
         return super().forward(input) @ self.factor
 
 
 class ResidualBlock(GradientCheckpointingLayer):
-    """A library's pre-norm decoder layer that computes `x ← x A + Σ branch(norm(x))` for each of its sublayers.
+    """A pre-norm decoder layer of transformers that computes `x ← x A + Σ branch(norm(x))` for each sublayer.
 
-    It is still an instance of the library's class, with the same children. Its shortcuts are identities until set.
+    It remains an instance of the class in transformers, with the same children. Shortcuts are identities until set.
     """
 
     family: Family
 
     def forward(self, hidden_states: Tensor, *args: Any, **context: Any) -> Any:
-        """The stream after the block; `context` (mask, positions, cache) goes to the attention."""
+        """Return the stream after the block; the attention receives `context` (mask, positions, cache)."""
         if args:
             context.update(zip(self.arguments, args, strict=False))
         for index in range(len(self.family.sublayers)):
             hidden_states = self.run(index, hidden_states, **context)
-        return (hidden_states,) if self.family.in_tuple else hidden_states
+        return (hidden_states,) if self.family.returns_tuple else hidden_states
 
     def run(self, index: int, hidden_states: Tensor, **context: Any) -> Tensor:
-        """The stream after sublayer `index`."""
+        """Return the stream after sublayer `index`."""
         sublayer = self.family.sublayers[index]
         after: Tensor = self.get_submodule(sublayer.shortcut)(hidden_states)
         for branch in sublayer.branches:
             result = self.get_submodule(branch.norm)(hidden_states)
             for name in branch.modules:
                 module = self.get_submodule(name)
-                result = module(hidden_states=result, **context)[0] if branch.attends else module(result)
+                result = module(hidden_states=result, **context)[0] if branch.is_attention else module(result)
             after = after + result
         return after
 
     @property
     def arguments(self) -> list[str]:
-        """What the library's blocks call their arguments after the stream."""
-        theirs: Any = type(self).__mro__[2]
-        return list(signature(unwrap(theirs.forward)).parameters)[2:]
+        """The names that the class in transformers gives to the arguments of `forward` after the stream."""
+        original_class: Any = type(self).__mro__[2]
+        return list(signature(unwrap(original_class.forward)).parameters)[2:]
 
 
 def residual_block(layer: Any, family: Family) -> ResidualBlock:
-    """Turn a library's decoder layer into a residual block, in place.
+    """Convert a decoder layer of transformers to a residual block, in place.
 
-    Its matrices become those of folded models: (outputs, inputs), with a bias where a norm's bias has to go.
+    Its matrices get the form that folding needs: (outputs, inputs), with a bias where a norm's bias is folded in.
     """
     layer.__class__ = _residual_class(layer.__class__)
     layer.family = family
@@ -133,7 +133,7 @@ def residual_block(layer: Any, family: Family) -> ResidualBlock:
 
 
 def submodule(model: nn.Module, name: str) -> nn.Module | None:
-    """The module of that name; None where the model has none."""
+    """Return the submodule of that name, or None if the model has none."""
     try:
         return model.get_submodule(name)
     except AttributeError:
@@ -141,13 +141,13 @@ def submodule(model: nn.Module, name: str) -> nn.Module | None:
 
 
 def _residual_class(layer_class: type) -> Any:
-    """The class of such blocks, kept in this module, where pickle looks for it."""
+    """Return the residual class of a decoder layer class; it is an attribute of this module so that pickle finds it."""
     name = RESIDUAL + layer_class.__name__
     return globals().setdefault(name, type(name, (ResidualBlock, layer_class), {"__module__": __name__}))
 
 
 def __getattr__(name: str) -> Any:
-    """The residual blocks of all families, by name: `ResidualLlamaDecoderLayer` and so on."""
+    """Return the residual block class of that name: `ResidualLlamaDecoderLayer` and so on, of all families."""
     for family in FAMILIES if name.startswith(RESIDUAL) else ():
         module = sys.modules[getattr(transformers, family.causal_lm).__module__]
         layer_class = getattr(module, name.removeprefix(RESIDUAL), None)

@@ -1,4 +1,4 @@
-"""Model families as data. Supporting another family means adding a row, not code."""
+"""Model families as data: to support another family, add a row, not code."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -7,38 +7,38 @@ from typing import Any
 from freebits.errors import UnsupportedModelError
 
 SLICED_PREFIX, LOW_RANK_PREFIX = "sliced_", "lowrank_"
-"""Before a model type of transformers: what we have made of such models."""
+"""Prefixes of a transformers model type, for the models that freebits derives from it."""
 LOW_RANKS = "low_ranks"
-"""Key in `config.json`: linear layer → its rank, of those that are two thin ones."""
+"""Key in `config.json`: name of a low-rank linear layer → its rank."""
 
 
 class Stack(str):
-    """The name of a stack of experts' matrices: one tensor, (experts, outputs, inputs), named without `.weight`."""
+    """The name of a stack of expert matrices: one tensor, (experts, outputs, inputs), named without `.weight`."""
 
     __slots__ = ()
 
 
-WHOLE, IN_PART, BY_BLOCK, NOTHING, UNLESS_ALIBI = "whole", "in part", "by block", "nothing", "unless alibi"
-"""A head; its first numbers, as many as the config says; a head in some blocks, as the config says; nothing; a head
-unless positions are a term of the scores."""
+ALL_VALUES, LEADING_VALUES, BY_BLOCK, NO_VALUES, ALL_UNLESS_ALIBI = "all", "leading", "by block", "none", "unless alibi"
+"""Which values of a query or key head need the basis they have: all; the leading ones, as many as the config says; all,
+but only in the blocks that the config names; none; all, unless positions are a term of the scores (ALiBi)."""
 
 
 @dataclass(frozen=True)
 class Heads:
-    """Where attention has its heads: among the outputs of modules that are named relative to the block.
+    """Modules whose outputs are the heads of attention, named relative to the block.
 
-    A head's queries and keys meet in a product, and so do its values and the output matrix. Between them any basis will
-    do, but where positions or a norm need theirs.
+    Queries and keys of a head meet in a product, and so do its values and the output matrix. The basis between them is
+    free, except where positions or a norm fix it.
     """
 
     queries: str
     keys: str
     values: str
     by_group: bool = False
-    """Of one module for all: whether a key and a value follow the queries that share them; else all queries come first,
-    then all keys, then all values."""
-    turned: str = WHOLE
-    """What of queries and keys positions turn, or a norm scales."""
+    """Order of the outputs if one module computes all three. True: the queries of a group, then their key and value;
+    False: all queries, then all keys, then all values."""
+    fixed: str = ALL_VALUES
+    """Which values of queries and keys are rotated by positions or scaled by a norm, so that their basis is fixed."""
 
 
 @dataclass(frozen=True)
@@ -49,59 +49,59 @@ class Branch:
     reads: tuple[str, ...]
     writes: tuple[str, ...]
     modules: tuple[str, ...]
-    """Children of the block that compute it, applied in this order."""
-    attends: bool = False
-    """Whether it is attention, which also takes mask, positions and cache."""
+    """Children of the block that compute the branch, applied in this order."""
+    is_attention: bool = False
+    """Whether the branch is attention, which also takes mask, positions and cache."""
     heads: Heads | None = None
-    """Of attention, where the table knows them."""
+    """The heads of attention, if the table describes them."""
     inner: tuple[str, ...] = ()
-    """Tensors inside the branch, which never meet the stream, by their full names; a model may do without them."""
+    """Optional tensors inside the branch that do not touch the stream, with their suffix (`.weight`)."""
     varies: bool = False
-    """Whether blocks differ in which of these matrices they have."""
-    as_wide: bool = False
-    """Whether the library's code makes the result as wide as what it reads, so that slicing must, too."""
+    """Whether some blocks lack some of these matrices."""
+    keeps_width: bool = False
+    """Whether the code in transformers requires that the branch writes the same width as it reads."""
 
 
 @dataclass(frozen=True)
 class SublayerNames:
-    """One `x ← x A + Σ branch(x)` of a block: branches that read one stretch of the stream share a shortcut."""
+    """One `x ← x A + Σ branch(x)` of a block: branches that read the stream at the same site share a shortcut."""
 
     name: str
     branches: tuple[Branch, ...]
 
     @property
     def shortcut(self) -> str:
-        """The module that a sliced block has beside its branches, for `A`."""
+        """The module that holds `A` in a sliced block."""
         return f"{self.name}_shortcut"
 
 
 @dataclass(frozen=True)
 class Requirement:
-    """A config value that the family's row is true for."""
+    """A config value that a row of the table requires."""
 
     key: str
     reason: str = ""
     value: object = None
     same_as: str | None = None
-    """Another key, whose value this one must have."""
+    """Another key that must have the same value."""
     by_default: bool = True
-    """Whether a config without the key fulfils it."""
+    """Whether a config without the key meets the requirement."""
 
     def holds(self, config: Mapping[str, Any]) -> bool:
-        """Whether a config fulfils it."""
+        """Return whether a config meets the requirement."""
         if self.key not in config:
             return self.by_default
-        needed = config.get(self.same_as) if self.same_as else self.value
-        return bool(config[self.key] == needed)
+        required = config.get(self.same_as) if self.same_as else self.value
+        return bool(config[self.key] == required)
 
 
 @dataclass(frozen=True)
 class Family:
-    """Where the residual stream runs in one family of models; names are those of transformers' modules."""
+    """How the residual stream runs through one family of models; names are those of the modules in transformers."""
 
     model_type: str
     causal_lm: str
-    """The class of `transformers` that runs the dense model."""
+    """The class of the dense model in `transformers`."""
     embeddings: tuple[str, ...]
     blocks: str
     sublayers: tuple[SublayerNames, ...]
@@ -110,61 +110,61 @@ class Family:
     head_bias: bool = False
     """Whether the dense model's head has a bias."""
     centred: bool = False
-    """Whether the norms are LayerNorms: they also subtract the mean, and have biases."""
+    """Whether the norms are LayerNorms, which also subtract the mean and have biases."""
     transposed: bool = False
     """Whether the dense model's matrices are stored as (inputs, outputs)."""
     branch_scale: str = ""
-    """The key of a number by which the blocks multiply each branch's result."""
-    in_tuple: bool = False
-    """Whether a block gives its stream in a tuple."""
-    as_wide: bool = False
-    """Whether the library's code takes the stream to end as wide as it begins."""
+    """The config key of the factor by which blocks multiply the result of each branch."""
+    returns_tuple: bool = False
+    """Whether a block returns the stream in a tuple."""
+    keeps_width: bool = False
+    """Whether the code in transformers requires that the stream has the same width at its end as at its start."""
     tied_by_default: bool = False
-    """What a config without `tie_word_embeddings` means."""
+    """Whether the head is tied if the config has no `tie_word_embeddings`."""
     width: str = "hidden_size"
     depth: str = "num_hidden_layers"
     n_heads: str = "num_attention_heads"
-    """The keys of the stream's width, and of the numbers of blocks and of queries' heads."""
+    """The config keys of the stream width, the number of blocks and the number of query heads."""
     ignored: tuple[str, ...] = ()
-    """Suffixes of tensors that old checkpoints carry and no model reads."""
+    """Suffixes of tensors that old checkpoints contain and no model reads."""
     when: tuple[Requirement, ...] = ()
-    """Which of a model type's rows this is: the first whose requirements hold."""
+    """When this row applies: of the rows of a model type, the first whose `when` holds."""
     requirements: tuple[Requirement, ...] = ()
-    """Without which the symmetry does not hold."""
+    """Conditions without which the symmetry does not hold."""
 
     @property
     def sliced_model_type(self) -> str:
-        """`model_type` of this family's sliced models."""
+        """The `model_type` of sliced models of this family."""
         return SLICED_PREFIX + self.model_type
 
     @property
     def sliced_causal_lm(self) -> str:
-        """Class name of this family's sliced models."""
+        """The class name of sliced models of this family."""
         return "Sliced" + self.causal_lm
 
     @property
     def sliced_config(self) -> str:
-        """Class name of the configuration of this family's sliced models."""
+        """The class name of the configuration of sliced models of this family."""
         return f"{self._sliced_stem}Config"
 
     @property
     def _sliced_stem(self) -> str:
-        """With which the names of classes begin."""
+        """The common start of the class names of sliced models."""
         return self.sliced_causal_lm.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
 
     @property
     def low_rank_model_type(self) -> str:
-        """`model_type` of this family's models with layers of low rank that are not sliced."""
+        """The `model_type` of low-rank models of this family that are not sliced."""
         return LOW_RANK_PREFIX + self.model_type
 
     @property
     def low_rank_classes(self) -> dict[str, str]:
-        """Their classes, by the Auto classes that find them."""
+        """Auto class → class name, of low-rank models that are not sliced."""
         return {auto: name.replace("Sliced", "LowRank") for auto, name in self.sliced_classes.items()}
 
     @property
     def sliced_classes(self) -> dict[str, str]:
-        """Those classes, by the Auto classes that find them."""
+        """Auto class → class name, of sliced models."""
         return {
             "AutoConfig": self.sliced_config,
             "AutoModel": f"{self._sliced_stem}Model",
@@ -178,7 +178,7 @@ _ATTENTION = Branch(
     reads=_QKV,
     writes=("self_attn.o_proj",),
     modules=("self_attn",),
-    attends=True,
+    is_attention=True,
     heads=Heads(*_QKV),
 )
 _MLP = Branch(
@@ -192,13 +192,13 @@ _MIXTURE = replace(
     reads=(*_MLP.reads, "mlp.gate", Stack("mlp.experts.gate_up_proj")),
     writes=(*_MLP.writes, Stack("mlp.experts.down_proj")),
     varies=True,
-    as_wide=True,
+    keeps_width=True,
 )
 _HEAD_NORMS = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
 
 
-def _fused(module: str, *, by_group: bool = False, turned: str = WHOLE) -> Heads:
-    return Heads(module, module, module, by_group, turned)
+def _fused(module: str, *, by_group: bool = False, fixed: str = ALL_VALUES) -> Heads:
+    return Heads(module, module, module, by_group, fixed)
 
 
 def _one_after_another(attention: Branch, mlp: Branch) -> tuple[SublayerNames, ...]:
@@ -231,7 +231,7 @@ SMOLLM3 = replace(
     LLAMA,
     model_type="smollm3",
     causal_lm="SmolLM3ForCausalLM",
-    sublayers=_one_after_another(replace(_ATTENTION, heads=Heads(*_QKV, turned=BY_BLOCK)), _MLP),
+    sublayers=_one_after_another(replace(_ATTENTION, heads=Heads(*_QKV, fixed=BY_BLOCK)), _MLP),
     tied_by_default=True,
 )
 GRANITE = replace(LLAMA, model_type="granite", causal_lm="GraniteForCausalLM", branch_scale="residual_multiplier")
@@ -240,7 +240,7 @@ PHI3 = replace(
     model_type="phi3",
     causal_lm="Phi3ForCausalLM",
     sublayers=_one_after_another(
-        replace(_ATTENTION, reads=("self_attn.qkv_proj",), heads=_fused("self_attn.qkv_proj", turned=IN_PART)),
+        replace(_ATTENTION, reads=("self_attn.qkv_proj",), heads=_fused("self_attn.qkv_proj", fixed=LEADING_VALUES)),
         replace(_MLP, reads=("mlp.gate_up_proj",)),
     ),
 )
@@ -264,7 +264,7 @@ DEEPSEEK_V3 = replace(
         replace(
             _ATTENTION,
             reads=("self_attn.q_proj", "self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),
-            heads=None,  # they are made of what is compressed first
+            heads=None,  # computed from compressed queries, keys and values
             inner=(
                 "self_attn.q_a_layernorm.weight",
                 "self_attn.q_b_proj.weight",
@@ -282,30 +282,36 @@ DEEPSEEK_V3 = replace(
     ),
 )
 
-_TURNED_IN_PART = replace(_ATTENTION, heads=Heads(*_QKV, turned=IN_PART))
+_PARTIAL_ROTARY = replace(_ATTENTION, heads=Heads(*_QKV, fixed=LEADING_VALUES))
 STABLELM_PARALLEL = replace(
     LLAMA,
     model_type="stablelm",
     causal_lm="StableLmForCausalLM",
-    sublayers=_side_by_side(_TURNED_IN_PART, replace(_MLP, norm="input_layernorm")),
+    sublayers=_side_by_side(_PARTIAL_ROTARY, replace(_MLP, norm="input_layernorm")),
     centred=True,
     when=(Requirement("use_parallel_residual", value=True, by_default=False),),
     requirements=(
-        Requirement("qk_layernorm", value=False, reason="the norms of its single heads are not in the table"),
+        Requirement(
+            "qk_layernorm", value=False, reason="the architecture table does not contain the norms of its heads"
+        ),
     ),
 )
-STABLELM = replace(STABLELM_PARALLEL, sublayers=_one_after_another(_TURNED_IN_PART, _MLP), when=())
+STABLELM = replace(STABLELM_PARALLEL, sublayers=_one_after_another(_PARTIAL_ROTARY, _MLP), when=())
 
 _PHI_MLP = Branch("input_layernorm", reads=("mlp.fc1",), writes=("mlp.fc2",), modules=("mlp",))
 PHI = replace(
     LLAMA,
     model_type="phi",
     causal_lm="PhiForCausalLM",
-    sublayers=_side_by_side(replace(_TURNED_IN_PART, writes=("self_attn.dense",)), _PHI_MLP),
+    sublayers=_side_by_side(replace(_PARTIAL_ROTARY, writes=("self_attn.dense",)), _PHI_MLP),
     final_norm="model.final_layernorm",
     head_bias=True,
     centred=True,
-    requirements=(Requirement("qk_layernorm", value=False, reason="the norms of its heads are not in the table"),),
+    requirements=(
+        Requirement(
+            "qk_layernorm", value=False, reason="the architecture table does not contain the norms of its heads"
+        ),
+    ),
 )
 
 _FUSED = Branch(
@@ -313,8 +319,8 @@ _FUSED = Branch(
     reads=("attention.query_key_value",),
     writes=("attention.dense",),
     modules=("attention",),
-    attends=True,
-    heads=_fused("attention.query_key_value", by_group=True, turned=IN_PART),
+    is_attention=True,
+    heads=_fused("attention.query_key_value", by_group=True, fixed=LEADING_VALUES),
 )
 _FUSED_MLP = Branch(
     norm="post_attention_layernorm", reads=("mlp.dense_h_to_4h",), writes=("mlp.dense_4h_to_h",), modules=("mlp",)
@@ -338,8 +344,8 @@ _FALCON = Branch(
     reads=("self_attention.query_key_value",),
     writes=("self_attention.dense",),
     modules=("self_attention",),
-    attends=True,
-    heads=_fused("self_attention.query_key_value", by_group=True, turned=UNLESS_ALIBI),
+    is_attention=True,
+    heads=_fused("self_attention.query_key_value", by_group=True, fixed=ALL_UNLESS_ALIBI),
 )
 _NEW_FALCON = Requirement("new_decoder_architecture", value=True, by_default=False)
 FALCON = Family(
@@ -351,7 +357,7 @@ FALCON = Family(
     final_norm="transformer.ln_f",
     head="lm_head",
     centred=True,
-    in_tuple=True,
+    returns_tuple=True,
     tied_by_default=True,
 )
 FALCON_ONE_NORM = replace(FALCON, when=(_NEW_FALCON, Requirement("num_ln_in_parallel_attn", value=1, by_default=False)))
@@ -377,8 +383,8 @@ GPT2 = Family(
             reads=("attn.c_attn",),
             writes=("attn.c_proj",),
             modules=("attn",),
-            attends=True,
-            heads=_fused("attn.c_attn", turned=NOTHING),
+            is_attention=True,
+            heads=_fused("attn.c_attn", fixed=NO_VALUES),
         ),
         Branch("ln_2", reads=("mlp.c_fc",), writes=("mlp.c_proj",), modules=("mlp",)),
     ),
@@ -386,14 +392,14 @@ GPT2 = Family(
     head="lm_head",
     centred=True,
     transposed=True,
-    as_wide=True,
+    keeps_width=True,
     tied_by_default=True,
     width="n_embd",
     depth="n_layer",
     n_heads="n_head",
     ignored=(".attn.bias", ".attn.masked_bias"),
     requirements=(
-        Requirement("add_cross_attention", value=False, reason="its cross-attention reads another model's stream"),
+        Requirement("add_cross_attention", value=False, reason="its cross-attention reads the stream of another model"),
     ),
 )
 
@@ -407,7 +413,7 @@ OPT = Family(
             _ATTENTION,
             norm="self_attn_layer_norm",
             writes=("self_attn.out_proj",),
-            heads=Heads(*_QKV, turned=NOTHING),
+            heads=Heads(*_QKV, fixed=NO_VALUES),
         ),
         Branch("final_layer_norm", reads=("fc1",), writes=("fc2",), modules=("fc1", "activation_fn", "fc2")),
     ),
@@ -419,12 +425,12 @@ OPT = Family(
         Requirement(
             "do_layer_norm_before",
             value=True,
-            reason="it normalises the residual stream itself after each branch, so no rotation of it is free",
+            reason="it normalizes the residual stream itself after each branch, which leaves no free rotation",
         ),
         Requirement(
             "word_embed_proj_dim",
             same_as="hidden_size",
-            reason="its embeddings have another width than its residual stream",
+            reason="its embeddings and its residual stream have different widths",
         ),
         Requirement("_remove_final_layer_norm", value=False, reason="it has no final norm to fold"),
         Requirement("layer_norm_elementwise_affine", value=True, reason="its norms have no scale to fold"),
@@ -454,65 +460,68 @@ FAMILIES: tuple[Family, ...] = (
     GPT2,
     OPT,
 )
-"""Every row; of those of one model type the last is the one for a config that says nothing."""
+"""All rows. The last row of a model type is its default."""
 MODEL_TYPES: Mapping[str, Family] = {family.model_type: family for family in FAMILIES}
 
-_NORMED_OUTPUT = "it normalises the output of each branch, so no rotation of the residual stream is free"
-_OTHER_WAYS = "freebits pack --codec none takes any model, freebits quantize any that transformers runs in floats"
+_OUTPUT_NORM = "it normalizes the output of each branch, which leaves no free rotation of the residual stream"
+_ALTERNATIVES = "pack it with codec none, or use quantize if transformers runs it in floating point"
 REFUSALS: Mapping[str, str] = {
-    "gpt_oss": "its experts are four-bit floats on disk already, which no rotation leaves as they are",
-    "gemma2": _NORMED_OUTPUT,
-    "gemma3": _NORMED_OUTPUT,
-    "gemma3_text": _NORMED_OUTPUT,
-    "olmo2": _NORMED_OUTPUT,
-    "olmo3": _NORMED_OUTPUT,
+    "gpt_oss": "its experts are stored as four-bit floats, and a rotation would change these",
+    "gemma2": _OUTPUT_NORM,
+    "gemma3": _OUTPUT_NORM,
+    "gemma3_text": _OUTPUT_NORM,
+    "olmo2": _OUTPUT_NORM,
+    "olmo3": _OUTPUT_NORM,
 }
-"""Model types known to have no site, with the reason."""
+"""Model type → reason, of types that have no free rotation."""
 
 
 def transformers_type(config: Mapping[str, Any]) -> str:
-    """The model type of transformers that a model of ours was made from."""
+    """Return the model type in transformers of a dense, sliced or low-rank model."""
     return str(config.get("model_type", "")).removeprefix(SLICED_PREFIX).removeprefix(LOW_RANK_PREFIX)
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
-    """The family of a dense or sliced model, from its `config.json`.
+    """Return the family of a dense or sliced model, from its `config.json`.
 
     Raises:
-        UnsupportedModelError: the model type has no entry, or the config breaks one of its requirements.
+        UnsupportedModelError: the model type has no row, or the config does not meet a requirement of the row.
     """
     model_type = transformers_type(config)
     if model_type in REFUSALS:
         raise UnsupportedModelError(
-            f"model type {model_type!r} has no free rotation: {REFUSALS[model_type]}; {_OTHER_WAYS}"
+            f"model type {model_type!r} has no free rotation: {REFUSALS[model_type]}; {_ALTERNATIVES}"
         )
     if model_type not in MODEL_TYPES:
-        known = ", ".join(sorted(MODEL_TYPES))
+        supported = ", ".join(sorted(MODEL_TYPES))
         raise UnsupportedModelError(
-            f"model type {model_type!r} has no entry in the architecture table (supported: {known}): {_OTHER_WAYS}"
+            f"model type {model_type!r} has no entry in the architecture table (supported: {supported}): "
+            f"{_ALTERNATIVES}"
         )
     rows = (row for row in FAMILIES if row.model_type == model_type)
-    family = next(row for row in rows if all(need.holds(config) for need in row.when))
-    for need in family.requirements:
-        if not need.holds(config):
+    family = next(row for row in rows if all(requirement.holds(config) for requirement in row.when))
+    for requirement in family.requirements:
+        if not requirement.holds(config):
             raise UnsupportedModelError(
-                f"{model_type} model with {need.key}={config[need.key]!r} is not supported: {need.reason}"
+                f"{model_type} model with {requirement.key}={config[requirement.key]!r} is not supported: "
+                f"{requirement.reason}"
             )
     return family
 
 
 def dense_family(config: Mapping[str, Any]) -> Family:
-    """The family of a dense model that can be folded and sliced.
+    """Return the family of a dense model that can be folded and sliced.
 
     Raises:
-        UnsupportedModelError: as `family_of`; or the model is sliced already, or its weights are quantized.
+        UnsupportedModelError: see `family_of`; or the model is already sliced, or its weights are quantized.
     """
     family = family_of(config)
     if str(config["model_type"]).startswith(SLICED_PREFIX):
-        raise UnsupportedModelError("the model is sliced already: slice the dense model it was made from")
+        raise UnsupportedModelError("the model is already sliced: slice the dense model it was made from")
     quantization = config.get("quantization_config")
     if quantization:
-        named = isinstance(quantization, dict) and quantization.get("quant_method")
-        method = named or "an unnamed method"
-        raise UnsupportedModelError(f"the weights are quantized ({method}): slice the model it was made from")
+        method = isinstance(quantization, dict) and quantization.get("quant_method")
+        raise UnsupportedModelError(
+            f"the weights are quantized ({method or 'unknown method'}): slice the model it was made from"
+        )
     return family

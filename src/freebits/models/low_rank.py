@@ -1,7 +1,7 @@
-"""Models some of whose linear layers are two thin ones, as reduced-order modelling makes them, in transformers.
+"""Models in transformers with low-rank linear layers, as reduced-order modelling makes them.
 
-For each family a configuration and a model class are derived from the library's: `low_ranks` names the layers, with
-their ranks. A sliced model with the same key has such layers, too.
+For each family a configuration class and model classes are derived from those in transformers. `low_ranks` in the
+configuration names the layers and their ranks. A sliced model with the same key has low-rank layers, too.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from freebits.codecs.pivots import identity_columns
 from freebits.models.families import LOW_RANKS, MODEL_TYPES
-from freebits.models.registration import OwnModel, derive
+from freebits.models.registration import OwnModel, derive_classes
 
 
 class LowRankLinear(nn.Module):
@@ -27,46 +27,47 @@ class LowRankLinear(nn.Module):
         self.up = nn.Linear(rank, outputs, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Through the narrow space."""
+        """Map (…, inputs) to (…, outputs)."""
         result: Tensor = self.up(self.down(x))
         return result
 
 
 def split_layers(model: nn.Module, config: PreTrainedConfig) -> None:
-    """Put two thin layers in the place of each that the config names."""
+    """Replace each layer that the config names by a low-rank layer, in place."""
     for name, rank in (getattr(config, LOW_RANKS, None) or {}).items():
         layer: Any = model.get_submodule(name)
         outputs, inputs = layer.weight.shape[::-1] if isinstance(layer, Conv1D) else layer.weight.shape
-        thin = LowRankLinear(inputs, outputs, rank, bias=layer.bias is not None)
-        model.set_submodule(name, thin.to(layer.weight.device, layer.weight.dtype))
+        low_rank = LowRankLinear(inputs, outputs, rank, bias=layer.bias is not None)
+        model.set_submodule(name, low_rank.to(layer.weight.device, layer.weight.dtype))
 
 
 class LowRankModel(OwnModel):
-    """What a model with such layers adds to the library's class."""
+    """Mixin that makes a model class of transformers a low-rank model."""
 
-    make_ours = staticmethod(split_layers)
+    change_modules = staticmethod(split_layers)
 
 
-_ABOUT = f"with layers of low rank: `{LOW_RANKS}` has their ranks."
+_ABOUT = f"with low-rank layers: `{LOW_RANKS}` has their ranks."
 _CLASSES: dict[str, type] = {}
 for _family in MODEL_TYPES.values():
-    _types = _family.low_rank_model_type, _family.low_rank_classes
-    _CLASSES |= derive(_family, LowRankModel, *_types, _ABOUT)
+    _CLASSES |= derive_classes(
+        _family, LowRankModel, _family.low_rank_model_type, _family.low_rank_classes, about=_ABOUT
+    )
 
 
 def __getattr__(name: str) -> Any:
-    """The derived classes, by name: `LowRankLlamaConfig`, `LowRankLlamaForCausalLM` and so on."""
+    """Return the derived class of that name: `LowRankLlamaConfig`, `LowRankLlamaForCausalLM` and so on."""
     if name not in _CLASSES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return _CLASSES[name]
 
 
 class PivotedLinear(nn.Module):
-    """`y = x[pivots] + x[others] Tᵀ` for a matrix `(r, n_in)` with the identity among its columns: `r²` numbers less.
+    """`y = x[pivots] + x[others] Tᵀ` for a matrix `(r, n_in)` with identity columns, which needs `r²` weights less.
 
     Args:
         weight: the matrix.
-        pivots: (r,), which columns are the identity's, in its order.
+        pivots: (r,), the indices of the identity columns, in the order of the identity.
     """
 
     pivots: Tensor
@@ -82,12 +83,12 @@ class PivotedLinear(nn.Module):
         self.rest = nn.Parameter(weight[:, others].contiguous(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, n_in) to (…, r)."""
+        """Map (…, n_in) to (…, r)."""
         return linear(x[..., self.others], self.rest) + x[..., self.pivots]
 
 
 def with_pivots(model: Any) -> Any:
-    """A loaded model, the first matrix of its layers of low rank replaced where it has pivots."""
+    """Replace `down` of each low-rank layer whose matrix has identity columns, in place; return the model."""
     for layer in [module for module in model.modules() if isinstance(module, LowRankLinear)]:
         columns = identity_columns(layer.down.weight.detach()) if isinstance(layer.down, nn.Linear) else None
         if columns is not None:

@@ -1,15 +1,15 @@
-"""Pairs: two matrices with a space between them whose basis says nothing.
+"""Pairs: two matrices with an inner space between them, whose basis is free.
 
-Where a model computes `x A B` with nothing in between, every invertible `G: (r, r)` gives the same function with `A G`
-and `G⁻¹ B`. So it is between the two matrices of a layer of low rank. A head of attention is two such pairs: values and
-output; queries and keys, as far as positions do not turn them. Queries that share a key and a value share the space.
+Where a model computes `x A B` with nothing in between, `A G` and `G⁻¹ B` give the same function for every invertible
+`G: (r, r)`. The two matrices of a low-rank layer are such a pair. A head of attention has two: values and output, and
+queries and keys, except for the values that positions rotate. Queries that share a key and a value share the space.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from freebits.models.families import BY_BLOCK, IN_PART, NOTHING, UNLESS_ALIBI, Heads
+from freebits.models.families import ALL_UNLESS_ALIBI, BY_BLOCK, LEADING_VALUES, NO_VALUES, Heads
 from freebits.models.table import Architecture, BoundBranch, Module, Part
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -18,23 +18,23 @@ _PLAIN_SETTINGS = (
     *("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
     *("bias", "lora_bias", "use_dora", "trainable_token_indices", "inference_mode"),
-    *("eva_config", "loftq_config"),  # where training begins
-    *("qalora_group_size", "megatron_core"),  # defaults that do nothing on their own
+    *("eva_config", "loftq_config"),  # initialization
+    *("qalora_group_size", "megatron_core"),  # defaults without an effect of their own
     *("task_type", "base_model_name_or_path", "revision", "auto_mapping", "peft_type", "peft_version"),
 )
-"""Settings of PEFT's LoRA under which a layer's output depends on its two matrices only through their product."""
-_PLAIN_STARTS = (True, False, "gaussian", "eva", "olora", "pissa", "loftq", "orthogonal")
+"""Settings of PEFT's LoRA under which the output of a layer depends on its two matrices only through their product."""
+_PLAIN_INITIALIZATIONS = (True, False, "gaussian", "eva", "olora", "pissa", "loftq", "orthogonal")
 """Values of `init_lora_weights` under which the same holds."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """Where a tensor has a pair's spaces along a dimension.
+    """Where the spaces of a pair lie along a dimension of a tensor.
 
     Attributes:
-        name: of the tensor.
+        name: name of the tensor.
         dim: the dimension.
-        starts: for each space where it begins, which may be in several places.
+        starts: for each space the index at which it begins; a space may occur several times.
     """
 
     name: str
@@ -44,12 +44,12 @@ class Span:
 
 @dataclass(frozen=True)
 class Pair:
-    """Spaces of one size, side by side.
+    """Several spaces of the same size in the same tensors.
 
     Attributes:
-        size: `r`, of a space.
-        writes: what writes into them, first a matrix, which has each space in one place; multiplied by `G`.
-        reads: what reads them; multiplied by the inverse.
+        size: `r`, the size of a space.
+        writes: tensors that write to the spaces, multiplied by `G`; the first is a matrix with each space once.
+        reads: tensors that read the spaces, multiplied by the inverse.
     """
 
     size: int
@@ -58,44 +58,44 @@ class Pair:
 
     @property
     def n_spaces(self) -> int:
-        """How many."""
+        """The number of spaces."""
         return len(self.writes[0].starts)
 
     @property
     def names(self) -> list[str]:
-        """Of all tensors."""
+        """The names of all tensors."""
         return [span.name for span in (*self.writes, *self.reads)]
 
 
 def pairs_of(architecture: Architecture | None, part: Part, shapes: Shapes, *, dense: bool) -> tuple[Pair, ...]:
-    """The pairs in a part of a model, in an order in which none undoes the canonical form of one before it.
+    """Return the pairs in a part of a model, ordered so that no pair undoes the canonical form of an earlier one.
 
     Args:
-        architecture: the model's; None for an adapter (LoRA), which is nothing but pairs.
+        architecture: the architecture of the model; None for a LoRA adapter.
         part: the part.
-        shapes: of the model's tensors, by name.
-        dense: whether it is stored as the dense model is, which some families do transposed.
+        shapes: shapes of the tensors of the model, by name.
+        dense: whether matrices are stored as in the dense model, where some families transpose them.
     """
     if architecture is None:
-        return tuple(_adapters(part, shapes))
-    outputs = 1 if dense and architecture.family.transposed else 0
+        return tuple(_adapter_pairs(part, shapes))
+    output_dim = 1 if dense and architecture.family.transposed else 0
     per_block = len(architecture.family.sublayers)
-    found: list[Pair] = []
+    pairs: list[Pair] = []
     for sub in part.sublayers:
         for branch in sub.branches:
-            found += _thin(branch.reads, shapes)
+            pairs += _low_rank_pairs(branch.reads, shapes)
             heads = branch.names.heads
             if heads is not None:
-                place = _Place.of(branch, heads, architecture, shapes, outputs)
-                if place is not None:
-                    turned = _turned(heads, architecture.config, (sub.site - 1) // per_block, place.size)
-                    found += place.pairs(turned)
-            found += _thin(branch.writes, shapes)
-    return tuple(found)
+                positions = _HeadPositions.of(branch, heads, architecture, shapes, output_dim)
+                if positions is not None:
+                    block = (sub.site - 1) // per_block
+                    pairs += positions.pairs(_n_fixed(heads, architecture.config, block, positions.size))
+            pairs += _low_rank_pairs(branch.writes, shapes)
+    return tuple(pairs)
 
 
-def _adapters(part: Part, shapes: Shapes) -> Iterator[Pair]:
-    """`A: (r, inputs)` and `B: (outputs, r)` of each layer, as PEFT names them."""
+def _adapter_pairs(part: Part, shapes: Shapes) -> Iterator[Pair]:
+    """Yield `A: (r, inputs)` and `B: (outputs, r)` of each layer, by their names in PEFT."""
     for name in part.weights:
         other = name.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")
         down, up = shapes.get(name, ()), shapes.get(other, ())
@@ -104,41 +104,47 @@ def _adapters(part: Part, shapes: Shapes) -> Iterator[Pair]:
 
 
 def unproven_settings(adapter: Mapping[str, Any]) -> list[str]:
-    """The settings of a PEFT adapter under which a layer may depend on its two matrices in another way than by product.
+    """Return the settings of a PEFT adapter under which a layer may depend on more than the product of its matrices.
 
-    An adapter with such a setting can only be kept as it is, bit for bit.
+    An adapter with such a setting can only be packed bit for bit.
 
     Args:
-        adapter: the adapter's `adapter_config.json`.
+        adapter: the content of `adapter_config.json`.
     """
     if adapter.get("peft_type") != "LORA":
         return [f"peft_type {adapter.get('peft_type')}"]
-    known = {*_PLAIN_SETTINGS, "init_lora_weights"}
-    unproven = [key for key, value in adapter.items() if value and key not in known]
-    start = adapter.get("init_lora_weights", True)
-    return unproven if start in _PLAIN_STARTS else [*unproven, f"init_lora_weights {start}"]
+    proven = {*_PLAIN_SETTINGS, "init_lora_weights"}
+    unproven = [key for key, value in adapter.items() if value and key not in proven]
+    initialization = adapter.get("init_lora_weights", True)
+    return unproven if initialization in _PLAIN_INITIALIZATIONS else [*unproven, f"init_lora_weights {initialization}"]
 
 
-def _thin(modules: Iterable[Module], shapes: Shapes) -> Iterator[Pair]:
-    """The two matrices of each layer of low rank."""
+def _low_rank_pairs(modules: Iterable[Module], shapes: Shapes) -> Iterator[Pair]:
+    """Yield the two matrices of each low-rank layer."""
     for module in modules:
         down, up = f"{module.name}.down.weight", f"{module.name}.up.weight"
         if module.side and {down, up} <= shapes.keys():
             yield Pair(shapes[down][0], (Span(down, 0, ((0,),)),), (Span(up, 1, ((0,),)),))
 
 
-def _rows(module: Module, outputs: int) -> int:
-    """Along which dimension a module's outputs are; layers of low rank are never transposed."""
-    return 0 if module.side else outputs
+def _output_dim(module: Module, output_dim: int) -> int:
+    """Return the dimension of the outputs of a module's matrix; low-rank layers are never transposed."""
+    return 0 if module.side else output_dim
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where a block has its heads: `n_groups` of `per_group` queries of `size` numbers, each with a key and a value.
+class _HeadPositions:
+    """Positions of the heads in the matrices of a block: `n_groups` of `per_group` queries, a key and a value.
 
     Attributes:
-        modules: of queries, keys, values; with the side of a layer of low rank at which heads are.
-        output: of what reads the values, likewise.
+        modules: modules of queries, keys and values; `side` names the matrix of a low-rank layer that has the heads.
+        output: the module that reads the values, likewise.
+        by_group: see `Heads`.
+        size: values per head.
+        per_group: queries that share a key and a value.
+        n_groups: number of keys, and of values.
+        output_dim: dimension of the outputs of matrices that are not of low rank.
+        shapes: shapes of the tensors of the model.
     """
 
     modules: tuple[Module, Module, Module]
@@ -147,38 +153,38 @@ class _Place:
     size: int
     per_group: int
     n_groups: int
-    outputs: int
+    output_dim: int
     shapes: Shapes
 
     @classmethod
     def of(
-        cls, branch: BoundBranch, heads: Heads, architecture: Architecture, shapes: Shapes, outputs: int
-    ) -> "_Place | None":
-        """As shapes tell it; None where they tell nothing that makes sense."""
-        thin = architecture.low_ranks
-        full = [f"{branch.block}.{name}" for name in (heads.queries, heads.keys, heads.values)]
-        modules = [Module(name, side="up" if name in thin else "") for name in full]
+        cls, branch: BoundBranch, heads: Heads, architecture: Architecture, shapes: Shapes, output_dim: int
+    ) -> "_HeadPositions | None":
+        """Derive the positions from shapes; None if the shapes do not fit the number of heads."""
+        low_rank = architecture.low_ranks
+        full_names = [f"{branch.block}.{name}" for name in (heads.queries, heads.keys, heads.values)]
+        modules = [Module(name, side="up" if name in low_rank else "") for name in full_names]
         [output] = branch.writes
-        output = Module(output.name, side="down" if output.name in thin else "")
+        output = Module(output.name, side="down" if output.name in low_rank else "")
         n_heads = architecture.config.get(architecture.family.n_heads)
         names = {module.weight for module in (*modules, output)}
         if type(n_heads) is not int or n_heads < 1 or not names <= shapes.keys():
             return None
-        size, rest = divmod(shapes[output.weight][1 - _rows(output, outputs)], n_heads)
-        if rest or not size:
+        size, remainder = divmod(shapes[output.weight][1 - _output_dim(output, output_dim)], n_heads)
+        if remainder or not size:
             return None
         queries, keys, values = modules
-        n_values, rest = divmod(shapes[values.weight][_rows(values, outputs)], size)
+        n_outputs, remainder = divmod(shapes[values.weight][_output_dim(values, output_dim)], size)
         fused = queries == keys == values
-        n_groups, odd = divmod(n_values - n_heads, 2) if fused else (n_values, 0)
-        if rest or odd or n_groups < 1 or n_heads % n_groups:
+        n_groups, odd = divmod(n_outputs - n_heads, 2) if fused else (n_outputs, 0)
+        if remainder or odd or n_groups < 1 or n_heads % n_groups:
             return None
         return cls(
-            (queries, keys, values), output, heads.by_group, size, n_heads // n_groups, n_groups, outputs, shapes
+            (queries, keys, values), output, heads.by_group, size, n_heads // n_groups, n_groups, output_dim, shapes
         )
 
-    def pairs(self, turned: int) -> Iterator[Pair]:
-        """Values and output; keys and queries from number `turned` of each head on, if there are any."""
+    def pairs(self, n_fixed: int) -> Iterator[Pair]:
+        """Yield values and output; then keys and queries without the first `n_fixed` values of each head, if any."""
         queries, keys, values = self.modules
         inputs = tuple(
             tuple((group * self.per_group + query) * self.size for query in range(self.per_group))
@@ -187,47 +193,52 @@ class _Place:
         yield Pair(
             self.size,
             tuple(self._spans(values, self._starts(2, 0))),
-            (Span(self.output.weight, 1 - _rows(self.output, self.outputs), inputs),),
+            (Span(self.output.weight, 1 - _output_dim(self.output, self.output_dim), inputs),),
         )
-        if turned < self.size:
+        if n_fixed < self.size:
             yield Pair(
-                self.size - turned,
-                tuple(self._spans(keys, self._starts(1, turned))),
-                tuple(self._spans(queries, self._starts(0, turned))),
+                self.size - n_fixed,
+                tuple(self._spans(keys, self._starts(1, n_fixed))),
+                tuple(self._spans(queries, self._starts(0, n_fixed))),
             )
 
     def _spans(self, module: Module, starts: tuple[tuple[int, ...], ...]) -> Iterator[Span]:
-        yield Span(module.weight, _rows(module, self.outputs), starts)
+        yield Span(module.weight, _output_dim(module, self.output_dim), starts)
         if module.bias in self.shapes:
             yield Span(module.bias, 0, starts)
 
-    def _starts(self, what: int, first: int) -> tuple[tuple[int, ...], ...]:
-        """Of each group, where its queries, its key or its value (0, 1, 2) begin among a module's outputs."""
+    def _starts(self, role: int, offset: int) -> tuple[tuple[int, ...], ...]:
+        """Return for each group where its queries, key or value begin among the outputs, plus `offset` in each head.
+
+        Args:
+            role: 0 for queries, 1 for the key, 2 for the value.
+            offset: index within a head.
+        """
         per_group, n_queries = self.per_group, self.per_group * self.n_groups
         fused = self.modules[0] == self.modules[1]
-        places = []
+        starts = []
         for group in range(self.n_groups):
-            heads: tuple[int, ...] = (group * per_group, group, group)
+            first_heads: tuple[int, ...] = (group * per_group, group, group)
             if fused and self.by_group:
-                heads = tuple(group * (per_group + 2) + within for within in (0, per_group, per_group + 1))
+                first_heads = tuple(group * (per_group + 2) + index for index in (0, per_group, per_group + 1))
             elif fused:
-                heads = group * per_group, n_queries + group, n_queries + self.n_groups + group
-            count = 1 if what else per_group
-            places.append(tuple((heads[what] + number) * self.size + first for number in range(count)))
-        return tuple(places)
+                first_heads = group * per_group, n_queries + group, n_queries + self.n_groups + group
+            count = 1 if role else per_group
+            starts.append(tuple((first_heads[role] + number) * self.size + offset for number in range(count)))
+        return tuple(starts)
 
 
-def _turned(heads: Heads, config: Mapping[str, Any], block: int, size: int) -> int:
-    """How many numbers of a head of queries or keys, from the first on, need the basis they have."""
-    if heads.turned == NOTHING or (heads.turned == UNLESS_ALIBI and config.get("alibi") is True):
+def _n_fixed(heads: Heads, config: Mapping[str, Any], block: int, size: int) -> int:
+    """Return how many leading values of a query or key head have a fixed basis."""
+    if heads.fixed == NO_VALUES or (heads.fixed == ALL_UNLESS_ALIBI and config.get("alibi") is True):
         return 0
-    if heads.turned == BY_BLOCK:
-        turns = config.get("no_rope_layers")
-        return 0 if isinstance(turns, list) and len(turns) > block and turns[block] == 0 else size
-    if heads.turned == IN_PART:
-        told = config.get("rope_parameters")
-        told = told if isinstance(told, Mapping) else config
-        parts = [told.get(key) for key in ("partial_rotary_factor", "rotary_pct") if key in told]
-        part = parts[0] if parts else 1.0
-        return int(size * part) if isinstance(part, int | float) and 0 <= part <= 1 else size
+    if heads.fixed == BY_BLOCK:
+        rotates = config.get("no_rope_layers")
+        return 0 if isinstance(rotates, list) and len(rotates) > block and rotates[block] == 0 else size
+    if heads.fixed == LEADING_VALUES:
+        rope = config.get("rope_parameters")
+        rope = rope if isinstance(rope, Mapping) else config
+        fractions = [rope.get(key) for key in ("partial_rotary_factor", "rotary_pct") if key in rope]
+        fraction = fractions[0] if fractions else 1.0
+        return int(size * fraction) if isinstance(fraction, int | float) and 0 <= fraction <= 1 else size
     return size

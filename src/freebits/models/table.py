@@ -1,17 +1,17 @@
-"""The table of a model: every tensor, what it is for, and which of its axes runs along the residual stream, and where.
+"""The table of a model: each tensor, its role, and which of its axes runs along the residual stream, at which site.
 
-After norm folding every norm of the residual stream is a bare RMS norm, which commutes with rotations.
-A *site* is a stretch of the stream between two shortcuts. There an orthogonal `Q` can be inserted for
-free: every tensor with an axis at the site, producer or consumer, is multiplied by `Q` along that axis
+After norm folding each norm of the residual stream is a bare RMS norm, which commutes with rotations.
+A *site* is a stretch of the stream between two shortcuts. An orthogonal `Q` can be inserted there without
+changing the function: each tensor with an axis at the site, producer or consumer, is multiplied by `Q` along that axis
 (paper, Remark 3.1, in the layout `(d_out, d_in)` in which `nn.Linear` stores its weights).
 
-A model with `L` blocks of two sublayers has `2L + 1` sites; where attention and MLP run side by side, they are the
-two branches of one sublayer, and there are `L + 1`. Site 0 lies before the first sublayer and
-site `s` after sublayer `s`; its shortcut joins sites `s - 1` and `s`.
+A model with `L` blocks of two sublayers has `2L + 1` sites. If attention and MLP run in parallel, they are two branches
+of one sublayer, and there are `L + 1` sites. Site 0 lies before the first sublayer and site `s` after sublayer `s`,
+whose shortcut joins sites `s - 1` and `s`.
 
-Where the head is tied to the token embedding, that matrix cannot be rotated at one site and not at the other. It
-stays as it is, and so do the final norm and the head, which pins the last site; a factor `(D, k)` after the
-embedding leads to site 0.
+If the head is tied to the token embedding, that matrix has axes at the first and the last site, and no rotation fits
+both. It stays as it is, and so do the final norm and the head, which fixes the basis of the last site. A factor
+`(D, k)` after the embedding leads to site 0.
 """
 
 import math
@@ -26,11 +26,11 @@ from freebits.limits import WIDTH
 from freebits.models.families import LOW_RANKS, Branch, Family, Stack, SublayerNames, family_of
 
 EMBEDDINGS, SHORTCUTS, HEAD = "embeddings", "shortcuts", "head"
-"""Groups of tensors in accounts; a sublayer's own group has its name."""
+"""Groups for size statistics; a sublayer has a group of its own name."""
 
 
 class Role(Enum):
-    """What a tensor is for."""
+    """The role of a tensor."""
 
     EMBEDDING = "embedding"
     NORM = "norm"
@@ -38,9 +38,9 @@ class Role(Enum):
     WRITE = "write"
     SHORTCUT = "shortcut"
     INNER = "inner"
-    """Inside a branch, where the stream never comes."""
+    """Inside a branch, without an axis along the stream."""
     FACTOR = "factor"
-    """Of a shortcut `[I - M Mᵀ, 0]` the `M`, of a tied embedding what leads from it to the stream."""
+    """`M` of a shortcut `[I - M Mᵀ, 0]`, or the matrix that maps a tied embedding to the stream."""
     HEAD = "head"
 
 
@@ -51,7 +51,7 @@ class Axis:
     dim: int
     site: int
     writes: bool = False
-    """Whether the tensor adds to the stream here (producer) or reads it (consumer)."""
+    """True if the tensor adds to the stream (producer), False if it reads the stream (consumer)."""
 
 
 @dataclass(frozen=True)
@@ -61,36 +61,36 @@ class Weight:
     name: str
     role: Role
     group: str
-    """Under which an account counts it."""
+    """Group under which size statistics count it."""
     axes: tuple[Axis, ...] = ()
     optional: bool = False
-    """Whether a model may do without it."""
+    """Whether a model may lack it."""
     ndim: int | None = 2
-    """How many dimensions it has: one of a bias or a norm's scale, three of a stack of experts; None for any."""
+    """Number of dimensions: 1 for a bias or the scale of a norm, 3 for a stack of experts, None for any."""
     transposed: bool = False
     """Whether the dense model stores it as (inputs, outputs)."""
 
 
 @dataclass(frozen=True)
 class Module:
-    """A module's tensors by their names: the only place that spells them."""
+    """The names of the tensors of a module. No other code composes them."""
 
     name: str
     stacked: bool = False
-    """Whether it is a stack of experts' matrices."""
+    """Whether it is a stack of expert matrices."""
     side: str = ""
-    """Of a layer of low rank, which is two, the one that meets the stream: `down` reads it, `up` writes it."""
+    """For a low-rank layer, which of its two matrices has an axis along the stream: `down` reads, `up` writes."""
 
     @property
     def weight(self) -> str:
-        """Its matrix, or a norm's scale; of a layer of low rank the matrix that meets the stream."""
+        """Its matrix, or the scale of a norm; for a low-rank layer the matrix that `side` names."""
         if self.side:
             return f"{self.name}.{self.side}.weight"
         return self.name if self.stacked else f"{self.name}.weight"
 
     @property
-    def other(self) -> str:
-        """The other matrix of a layer of low rank."""
+    def inner_weight(self) -> str:
+        """The other matrix of a low-rank layer."""
         return f"{self.name}.{'up' if self.side == 'down' else 'down'}.weight"
 
     @property
@@ -102,13 +102,13 @@ class Module:
 
     @property
     def factor(self) -> str:
-        """What stands for its matrix, or follows it."""
+        """The factor that replaces its matrix (shortcut) or follows it (tied embedding)."""
         return f"{self.name}.factor"
 
 
 @dataclass(frozen=True)
 class BoundBranch:
-    """A branch of a sublayer, with the names of its tensors in the model."""
+    """A branch of a sublayer, with the full names of its tensors."""
 
     names: Branch
     norm: Module
@@ -118,13 +118,13 @@ class BoundBranch:
     inner: tuple[str, ...]
 
     @classmethod
-    def bind(cls, names: Branch, block: str, thin: Container[str]) -> "BoundBranch":
-        """The branch `names` of the block called `block`; `thin` are the model's layers of low rank."""
+    def bind(cls, names: Branch, block: str, low_rank_layers: Container[str]) -> "BoundBranch":
+        """Return the branch `names` of the block called `block`."""
 
         def modules(relative: Iterable[str], side: str) -> Iterator[Module]:
             for name in relative:
-                full = f"{block}.{name}"
-                yield Module(full, isinstance(name, Stack), side if full in thin else "")
+                full_name = f"{block}.{name}"
+                yield Module(full_name, isinstance(name, Stack), side if full_name in low_rank_layers else "")
 
         return cls(
             names=names,
@@ -136,13 +136,13 @@ class BoundBranch:
         )
 
     def weights(self, group: str, site: int, transposed: bool) -> Iterator[Weight]:
-        """The rows of its matrices and biases, for a branch that reads at `site - 1` and writes at `site`."""
+        """Yield the rows of its matrices and biases, for a branch that reads at `site - 1` and writes at `site`."""
         varies = self.names.varies
         for read in self.reads:
             axis, ndim = (Axis(2, site - 1), 3) if read.stacked else (Axis(1, site - 1), 2)
             yield Weight(read.weight, Role.READ, group, (axis,), varies, ndim, transposed and not read.side)
             if read.side:
-                yield Weight(read.other, Role.INNER, group)
+                yield Weight(read.inner_weight, Role.INNER, group)
         for read in self.reads:
             if not read.stacked:
                 yield Weight(read.bias, Role.READ, group, optional=True, ndim=1)
@@ -151,7 +151,7 @@ class BoundBranch:
         for write in self.writes:
             axis, ndim = (Axis(1, site, writes=True), 3) if write.stacked else (Axis(0, site, writes=True), 2)
             if write.side:
-                yield Weight(write.other, Role.INNER, group)
+                yield Weight(write.inner_weight, Role.INNER, group)
             yield Weight(write.weight, Role.WRITE, group, (axis,), varies, ndim, transposed and not write.side)
             if not write.stacked:
                 yield Weight(write.bias, Role.WRITE, group, (Axis(0, site, writes=True),), optional=True, ndim=1)
@@ -163,25 +163,25 @@ class Sublayer:
 
     site: int
     name: str
-    """Under which it is filed, such as `model.layers.0.attention`."""
+    """Its full name, such as `model.layers.0.attention`."""
     group: str
     branches: tuple[BoundBranch, ...]
     shortcut: Module
 
     @classmethod
-    def bind(cls, names: SublayerNames, block: str, site: int, thin: Container[str]) -> "Sublayer":
-        """The sublayer `names` of the block called `block`; `thin` are the model's layers of low rank."""
+    def bind(cls, names: SublayerNames, block: str, site: int, low_rank_layers: Container[str]) -> "Sublayer":
+        """Return the sublayer `names` of the block called `block`."""
         return cls(
             site=site,
             name=f"{block}.{names.name}",
             group=names.name,
-            branches=tuple(BoundBranch.bind(branch, block, thin) for branch in names.branches),
+            branches=tuple(BoundBranch.bind(branch, block, low_rank_layers) for branch in names.branches),
             shortcut=Module(f"{block}.{names.shortcut}"),
         )
 
     @property
     def norms(self) -> tuple[Module, ...]:
-        """Of its branches, which may share one."""
+        """The norms of its branches; branches may share one."""
         return tuple(dict.fromkeys(branch.norm for branch in self.branches))
 
     @property
@@ -190,16 +190,16 @@ class Sublayer:
         return tuple(read for branch in self.branches for read in branch.reads)
 
     def first_read(self, names: Container[str]) -> Module:
-        """The first of the matrices that read the stream, of a model with tensors of these names."""
+        """Return the first matrix that reads the stream and is in `names`, the tensors of the model."""
         return next(read for read in self.reads if read.weight in names and not read.stacked)
 
     @property
     def write(self) -> Module:
-        """The first of the matrices that write the stream."""
+        """The first matrix that writes the stream."""
         return self.branches[0].writes[0]
 
     def weights(self, family: Family) -> Iterator[Weight]:
-        """Its rows, in the order in which a message holds them."""
+        """Yield its rows, in storage order."""
         before, after = Axis(1, self.site - 1), Axis(0, self.site, writes=True)
         for norm in self.norms:
             yield from _norm(norm, self.group, family.centred)
@@ -211,7 +211,7 @@ class Sublayer:
 
 @dataclass(frozen=True)
 class Part:
-    """What is worked on at once: the embeddings, one block, or the head."""
+    """The unit of processing: the embeddings, one block, or the head."""
 
     weights: Mapping[str, Weight]
     sublayers: tuple[Sublayer, ...] = ()
@@ -219,37 +219,37 @@ class Part:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model's family, bound to its sizes."""
+    """A model family with the sizes of one model."""
 
     family: Family
     hidden_size: int
     """`D`, the width of the dense residual stream."""
     n_blocks: int
     tied: bool
-    """Whether the head is the token embedding, and stays it."""
+    """Whether the head stays tied to the token embedding."""
     branch_scale: float = 1.0
-    """What the dense blocks multiply each branch's result by."""
+    """Factor by which the dense blocks multiply the result of each branch."""
     config: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
-    """What `config.json` says."""
+    """The content of `config.json`."""
     low_ranks: Mapping[str, int] = field(default_factory=dict, compare=False, repr=False)
-    """The layers of low rank, and the rank of each."""
+    """Name of each low-rank layer → its rank."""
 
     @classmethod
     def of(cls, config: Mapping[str, Any], n_tensors: int | None = None) -> "Architecture":
-        """The architecture that a `config.json` describes.
+        """Return the architecture that a `config.json` describes.
 
         Args:
             config: the content of `config.json`.
-            n_tensors: of the checkpoint; no config may ask for more blocks than there are tensors.
+            n_tensors: number of tensors of the checkpoint, which limits the number of blocks.
 
         Raises:
             UnsupportedModelError: see `family_of`.
-            CheckpointError: a size is missing or senseless.
+            CheckpointError: a size is missing or invalid.
         """
         family = family_of(config)
         sizes = [config.get(key) for key in (family.width, family.depth)]
         if not all(type(size) is int and 0 < size < WIDTH for size in sizes):
-            raise CheckpointError(f"config.json: {family.width}, {family.depth} are {sizes}, not two sizes")
+            raise CheckpointError(f"config.json: {family.width}, {family.depth} are {sizes}: give positive integers")
         width, depth = config[family.width], config[family.depth]
         if n_tensors is not None and depth > n_tensors:
             raise CheckpointError(
@@ -258,25 +258,25 @@ class Architecture:
             )
         scale = config.get(family.branch_scale, 1.0)
         if not isinstance(scale, (int, float)) or not math.isfinite(scale):
-            raise CheckpointError(f"config.json: {family.branch_scale} is {scale!r}, not a number")
+            raise CheckpointError(f"config.json: {family.branch_scale} is {scale!r}: give a finite number")
         tied = config.get("tie_word_embeddings", family.tied_by_default)
         ranks = config.get(LOW_RANKS) or {}
         if not isinstance(ranks, dict) or not all(type(rank) is int and 0 < rank < WIDTH for rank in ranks.values()):
-            raise CheckpointError(f"config.json: {LOW_RANKS} is no table of ranks")
+            raise CheckpointError(f"config.json: {LOW_RANKS} does not map layers to ranks: restore the file")
         return cls(family, width, depth, tied=bool(tied), branch_scale=scale, config=config, low_ranks=ranks)
 
     def with_tie(self, tied: bool) -> "Architecture":
-        """The same with its head tied or not."""
+        """Return the same architecture with its head tied or not."""
         return replace(self, tied=tied)
 
     @property
     def n_sites(self) -> int:
-        """`2L + 1` for blocks of two sublayers, `L + 1` for parallel ones."""
+        """The number of sites: `2L + 1` for blocks of two sublayers, `L + 1` for blocks of one."""
         return self.n_blocks * len(self.family.sublayers) + 1
 
     @property
     def free_sites(self) -> range:
-        """The sites that can be rotated: all, but a tied head pins the last."""
+        """The sites that can be rotated: all, except the last one if the head is tied."""
         return range(self.n_sites - self.tied)
 
     @cached_property
@@ -296,7 +296,7 @@ class Architecture:
 
     @cached_property
     def sublayers(self) -> tuple[Sublayer, ...]:
-        """All of them, in order: the one that leads to site `s` is number `s - 1`."""
+        """All sublayers, in order: index `s - 1` leads to site `s`."""
         per_block = len(self.family.sublayers)
         return tuple(
             Sublayer.bind(names, f"{self.family.blocks}.{block}", block * per_block + index + 1, self.low_ranks.keys())
@@ -306,9 +306,9 @@ class Architecture:
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
-        """The embeddings, each block, the head: together every row of the table, in reading order."""
+        """The embeddings, each block and the head: together all rows of the table, in forward order."""
         per_block = len(self.family.sublayers)
-        blocks = [self.sublayers[at : at + per_block] for at in range(0, len(self.sublayers), per_block)]
+        blocks = [self.sublayers[start : start + per_block] for start in range(0, len(self.sublayers), per_block)]
         return (
             Part(_by_name(self._embeddings())),
             *(Part(_by_name(row for sub in block for row in sub.weights(self.family)), block) for block in blocks),
@@ -317,17 +317,17 @@ class Architecture:
 
     @cached_property
     def weights(self) -> Mapping[str, Weight]:
-        """Every tensor that the dense or the sliced model may have, in reading order."""
+        """All tensors that the dense or the sliced model may have, in forward order."""
         return {name: weight for part in self.parts for name, weight in part.weights.items()}
 
     @property
     def folded_norms(self) -> tuple[Module, ...]:
-        """The norms of the residual stream that folding empties, in order: all, but a tied head's keeps its scale."""
+        """The norms that become bare by folding, in order: all, except the final norm if the head is tied."""
         norms = tuple(norm for sublayer in self.sublayers for norm in sublayer.norms)
         return norms if self.tied else (*norms, self.final_norm)
 
     def without_ignored(self, names: Iterable[str]) -> list[str]:
-        """The names less those that no model reads."""
+        """Return the names without those that no model reads."""
         return [name for name in names if not name.endswith(self.family.ignored)]
 
     def _embeddings(self) -> Iterator[Weight]:
@@ -342,7 +342,7 @@ class Architecture:
         yield from _norm(self.final_norm, HEAD, self.family.centred)
         axes = () if self.tied else (Axis(1, self.n_sites - 1),)
         yield Weight(self.head.weight, Role.HEAD, HEAD, axes, optional=self.tied)
-        if self.family.head_bias or (self.family.centred and not self.tied):  # what becomes of the norm's bias
+        if self.family.head_bias or (self.family.centred and not self.tied):  # the bias of the final norm is folded in
             yield Weight(self.head.bias, Role.HEAD, HEAD, optional=True, ndim=1)
 
 

@@ -1,4 +1,4 @@
-"""The packed folder: its manifest, its recipes, and the code that writes, reads and validates it.
+"""Packed folders: the manifest, the recipes, and the code that packs, reads, validates and unpacks them.
 
-Codes themselves belong in `codecs`. Nothing here depends on the name of a model.
+Codes are in `codecs`. No module here depends on the name of a model.
 """

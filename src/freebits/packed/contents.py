@@ -1,4 +1,4 @@
-"""What packing has written so far, as the manifest will tell it."""
+"""Collect what packing writes, for the manifest."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,13 +11,13 @@ from freebits.storage.writer import CheckpointWriter
 from freebits.types import TensorSpec, bytes_of
 
 STEM = "packed"
-"""With which the weights files' names begin: not `model`, so that nothing takes them for a model's as they are."""
-LONGEST_STAGE = ".entropy__"
+"""How the names of the weights files begin. They do not begin with `model`, so that no tool loads them as a model."""
+_LONGEST_SUFFIX = ".entropy__"
 
 
 @dataclass
 class Contents:
-    """Recipes, notes, stored tensors and their digests; see `Manifest`. It grows piece by piece."""
+    """Recipes, notes, stored tensors and their digests, collected piece by piece; see `Manifest`."""
 
     recipes: list[Recipe] = field(default_factory=list)
     notes: list[dict[str, Any]] = field(default_factory=list)
@@ -27,7 +27,7 @@ class Contents:
     auxiliary: list[str] = field(default_factory=list)
 
     def write(self, writer: CheckpointWriter, piece: Piece, digests: Mapping[str, str]) -> None:
-        """Write a piece, and note it."""
+        """Write the tensors of a piece, and collect its recipes, notes and digests."""
         for name, (spec, tensor) in piece.stored.items():
             writer.write_bytes(name, spec, bytes_of(tensor))
         self.recipes += piece.recipes
@@ -42,5 +42,5 @@ def digests_of(piece: Piece) -> dict[str, str]:
 
 
 def announced(specs: Mapping[str, TensorSpec]) -> dict[str, tuple[int, ...]]:
-    """What a writer is told may come: tensors by the names that they have at most, entropy-coded rows of bytes."""
-    return {name + LONGEST_STAGE: (*spec.shape, 10) for name, spec in specs.items()}
+    """The longest name and shape that each tensor may get in a header, entropy-coded or not; see `CheckpointWriter`."""
+    return {name + _LONGEST_SUFFIX: (*spec.shape, 10) for name, spec in specs.items()}

@@ -21,20 +21,20 @@ MANIFEST = "freebits.json"
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a packed checkpoint says of itself, stored as `freebits.json`.
+    """The description of a packed checkpoint, stored as `freebits.json`.
 
     Attributes:
-        codec: the preset of moves and codes that was asked for.
-        entropy: the bit-exact stage on top.
-        history: the moves that made this model, in order: each with its fidelity, its parameters, the sizes before it.
-        notes: what became of each site.
-        recipes: how the stored tensors become the model's.
-        digests: of every stored tensor.
-        files: the weights files.
+        codec: name of the codec that packed the model.
+        entropy: name of the bit-exact entropy stage.
+        history: the transforms that made this model, in order, each with fidelity, parameters and the sizes before it.
+        notes: for each site, the code that encodes it or the reason why none does.
+        recipes: how to decode the model's tensors from the stored tensors.
+        digests: digest of each stored tensor, by name.
+        files: names of the weights files.
         config: digest of `config.json`.
-        originals: with codec `none` what is needed to write the original files again: the text of `config.json` and of
-            an index, the header of each weights file.
-        auxiliary: of those weights files, the ones that are not the model.
+        originals: with codec `none`, texts from which unpacking writes the original files: of `config.json` and of
+            each index the whole text, of each weights file the header.
+        auxiliary: names of those original weights files that are not part of the model.
     """
 
     codec: str
@@ -51,7 +51,7 @@ class Manifest:
     producer: str = f"freebits {__version__}"
 
     def write(self, directory: Path) -> None:
-        """Write the manifest into a packed folder, with the digest of itself."""
+        """Write the manifest and its own digest into a packed folder."""
         content = vars(self) | {"recipes": [recipe.facts for recipe in self.recipes]}
         text = _compact(content | {"digest": _digest_of_json(content)})
         (directory / MANIFEST).write_text(text + "\n", encoding="utf-8", newline="\n")
@@ -61,16 +61,16 @@ class Manifest:
         """Read and check the manifest of a packed folder.
 
         Raises:
-            CheckpointError: it is missing, damaged, or of a format this version does not know.
+            CheckpointError: it is missing or damaged, or this version does not read its format.
         """
         path = directory / MANIFEST
         if not path.exists():
-            raise CheckpointError(f"{directory} holds no {MANIFEST}: it is not a packed checkpoint")
+            raise CheckpointError(f"{directory} holds no {MANIFEST}: give a folder that freebits packed")
         content = read_json(path)
         if content.get("format") != FORMAT:
             raise CheckpointError(
-                f"{path} is of format {content.get('format')!r}, this freebits reads format {FORMAT}: "
-                "unpack with the version that wrote it, or upgrade"
+                f"{path} has format {content.get('format')!r}, but this freebits reads format {FORMAT}: "
+                "upgrade freebits, or unpack with the version that wrote it"
             )
         if content.pop("digest", None) != _digest_of_json(content):
             raise CheckpointError(f"{path} is damaged (its digest does not match): download it again")
@@ -88,77 +88,76 @@ class Manifest:
         return manifest
 
     def check(self) -> None:
-        """Check what the types do not say.
+        """Check the types of JSON values, the file names, and the values that depend on each other.
 
         Raises:
-            ValueError: a value that this format does not know.
+            ValueError: a value does not follow the format.
         """
         lists = (self.history, self.notes, self.files, self.auxiliary)
         tables = (self.digests, self.originals)
-        if not all(isinstance(part, list) for part in lists) or not all(isinstance(part, dict) for part in tables):
-            raise ValueError("a list or a table that is none")
+        if not all(isinstance(value, list) for value in lists) or not all(isinstance(value, dict) for value in tables):
+            raise ValueError("a value is not the list or the object that it should be")
         texts = [self.codec, self.entropy, self.config, *self.files, *self.auxiliary]
         texts += [text for table in tables for pair in table.items() for text in pair]
-        if not all(isinstance(text, str) for text in texts) or not all(
-            isinstance(e, dict) for e in lists[0] + lists[1]
-        ):
-            raise ValueError("a text or an entry that is none")
-        if any("\0" in file for file in (*self.files, *self.originals, *self.auxiliary)) or any(
-            map(_unwritable, texts)
-        ):
-            raise ValueError("a text that no file can hold")
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("a value is not the text that it should be")
+        if not all(isinstance(entry, dict) for entry in self.history + self.notes):
+            raise ValueError("an entry of the history or of the notes is not an object")
+        file_names = (*self.files, *self.originals, *self.auxiliary)
+        if any("\0" in name for name in file_names) or not all(map(_is_encodable, texts)):
+            raise ValueError("a text contains a character that no file can hold")
         if (self.auxiliary and not self.exact) or bool(self.originals) != self.exact:
-            raise ValueError("original files without a config")
+            raise ValueError("it lists original files without a config")
         if not all(type(note.get("site")) is type(note.get("corrections", 0)) is int for note in self.notes):
-            raise ValueError("a note without its site")
-        for file in self.files:
-            if Path(file).name != file or not file.endswith(".safetensors") or self.files.count(file) > 1:
-                raise ValueError(f"{file!r} is no weights file beside the manifest")
-        for file in self.originals:
-            if Path(file).name != file or not (
-                file in (CONFIG, ADAPTER) or file.endswith((".safetensors", ".index.json", f".{GGUF}"))
+            raise ValueError("a note has no site, or its site or corrections are not whole numbers")
+        for name in self.files:
+            if Path(name).name != name or not name.endswith(".safetensors") or self.files.count(name) > 1:
+                raise ValueError(f"{name!r} is not the name of one weights file in the folder")
+        for name in self.originals:
+            if Path(name).name != name or not (
+                name in (CONFIG, ADAPTER) or name.endswith((".safetensors", ".index.json", f".{GGUF}"))
             ):
-                raise ValueError(f"{file!r} is no file of a checkpoint")
+                raise ValueError(f"{name!r} is not the name of a checkpoint's file")
 
     @property
     def exact(self) -> bool:
-        """Whether it holds files that come back byte for byte."""
+        """Whether unpacking writes the original files, byte for byte."""
         return bool({CONFIG, ADAPTER} & self.originals.keys())
 
 
-def _unwritable(text: str) -> bool:
+def _is_encodable(text: str) -> bool:
     try:
         text.encode()
     except UnicodeEncodeError:  # a lone surrogate
-        return True
-    return False
+        return False
+    return True
 
 
 def is_packed(path: str | os.PathLike[str]) -> bool:
     """Whether a folder holds a packed checkpoint."""
     try:
         return (Path(path) / MANIFEST).is_file()
-    except (OSError, ValueError):  # a name too long, for instance
+    except (OSError, ValueError):  # for instance, the name is too long
         return False
 
 
 def sizes_before(history: object) -> dict[str, int]:
-    """The sizes that a history tells, of what there was before its moves; none where it makes no sense."""
+    """The sizes in bytes that a history records from before its transforms; invalid entries are skipped."""
     entries = [entry for entry in history if isinstance(entry, Mapping)] if isinstance(history, list) else []
     tables = [entry.get("bytes") for entry in entries]
-    told = {key: n for table in tables if isinstance(table, Mapping) for key, n in table.items()}
-    return {key: n for key, n in told.items() if type(n) is int and 0 < n < 2**62}
+    sizes = {key: size for table in tables if isinstance(table, Mapping) for key, size in table.items()}
+    return {key: size for key, size in sizes.items() if type(size) is int and 0 < size < 2**62}
 
 
 def digest(spec: TensorSpec, data: Bytes) -> str:
-    """XXH3-128 over the kind and the bytes of a tensor, 32 hexadecimal digits."""
-    code = xxhash.xxh3_128(str(spec).encode())
-    code.update(data.data)
-    return code.hexdigest()
+    """XXH3-128 of a tensor's spec and bytes, 32 hexadecimal digits."""
+    hasher = xxhash.xxh3_128(str(spec).encode())
+    hasher.update(data.data)
+    return hasher.hexdigest()
 
 
 def digest_of_file(path: Path) -> str:
-    """XXH3-128 over a text file, 32 hexadecimal digits."""
+    """XXH3-128 of a text file, 32 hexadecimal digits."""
     return xxhash.xxh3_128_hexdigest(read_text(path).encode())
 
 

@@ -1,4 +1,4 @@
-"""Codec `none`: the safetensors files of any checkpoint, whatever the architecture, to come back byte for byte."""
+"""Codec `none`: store the weights files of any checkpoint so that they can be restored byte for byte."""
 
 from collections.abc import Collection, Mapping
 from functools import partial
@@ -18,32 +18,32 @@ from freebits.storage.writer import CheckpointWriter, shard_bytes
 
 
 def pack_files(source: Checkpoint, directory: Path, stage: str | None, work: Work, progress: Progress) -> Contents:
-    """Write the tensors of all files, each entropy-coded where that gains; the headers of the files go to the manifest.
+    """Write the tensors of all weights files, each entropy-coded where that saves bytes, and collect the file headers.
 
     Raises:
         CheckpointError: a file is damaged.
     """
     folder = source.path
-    found = sorted({*folder.glob("*.safetensors"), *(of.path for of in source.weights.values())})
+    paths = sorted({*folder.glob("*.safetensors"), *(file.path for file in source.weights.values())})
     files = {
-        file.name: opened_weights(file) for file in found if file.name in source.weights or stays_inside(file, folder)
+        path.name: opened_weights(path) for path in paths if path.name in source.weights or stays_inside(path, folder)
     }
     contents = Contents(auxiliary=[name for name in files if name not in source.weights])
-    indices = [file for file in sorted(folder.glob("*.index.json")) if stays_inside(file, folder) and read_json(file)]
-    contents.originals = {file.name: read_text(file) for file in (folder / config_name(folder), *indices)}
+    indices = [path for path in sorted(folder.glob("*.index.json")) if stays_inside(path, folder) and read_json(path)]
+    contents.originals = {path.name: read_text(path) for path in (folder / config_name(folder), *indices)}
     contents.originals |= {name: file.header for name, file in files.items()}
     prefixes = {name: f"{name}/" if name in contents.auxiliary else "" for name in files}
     specs = {prefixes[name] + tensor: e.spec for name, file in files.items() for tensor, e in file.entries.items()}
     entries = [(name, entry) for name, file in files.items() for entry in file.entries.values()]
     pieces = work.map("tensor", partial(_piece, files, prefixes, stage, {*specs}), entries)
-    blocks = [(prefixes[name], file.fields) for name, file in files.items() if isinstance(file, GgufFile)]
-    parts = {
+    block_files = [(prefixes[name], file.fields) for name, file in files.items() if isinstance(file, GgufFile)]
+    columns = {
         f"{prefix}{tensor}.{number}": specs[prefix + tensor]
-        for prefix, fields in blocks
-        for tensor, of in fields.items()
-        for number in range(len(of))
+        for prefix, fields_by_tensor in block_files
+        for tensor, fields in fields_by_tensor.items()
+        for number in range(len(fields))
     }
-    with CheckpointWriter(directory, announced(specs | parts), shard_bytes(source), STEM) as writer:
+    with CheckpointWriter(directory, announced(specs | columns), shard_bytes(source), STEM) as writer:
         for done, (piece, digests) in enumerate(pieces, start=1):
             contents.write(writer, piece, digests)
             progress("packing", "tensor", done, len(entries))
@@ -54,17 +54,17 @@ def _piece(
     files: Mapping[str, WeightsFile],
     prefixes: Mapping[str, str],
     stage: str | None,
-    taken: Collection[str],
+    used_names: Collection[str],
     item: tuple[str, Entry],
 ) -> tuple[Piece, dict[str, str]]:
-    """One tensor of a file, under its name in the packed folder."""
+    """Encode one tensor of a file, under its name in the packed folder; also return the digests."""
     name, entry = item
     file, target = files[name], prefixes[name] + entry.name
     tensor = entry.spec.view(file.read(entry.name))
     if isinstance(file, GgufFile) and entry.name in file.fields:
-        of_fields = fields_of(tensor, file.fields[entry.name])
-        parts = {str(number): part for number, part in enumerate(of_fields)}
-        piece = staged(encoded("columns", CODES["columns"], target, parts, {target: entry.spec}), stage, taken)
+        columns = fields_of(tensor, file.fields[entry.name])
+        parts = {str(number): column for number, column in enumerate(columns)}
+        piece = staged(encoded("columns", CODES["columns"], target, parts, {target: entry.spec}), stage, used_names)
     else:
-        piece = staged(Piece({target: (entry.spec, tensor)}), stage, taken)
+        piece = staged(Piece({target: (entry.spec, tensor)}), stage, used_names)
     return piece, digests_of(piece)

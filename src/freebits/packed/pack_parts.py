@@ -1,4 +1,4 @@
-"""The codecs of sliced and dense models: moved and encoded part by part, with few blocks in memory."""
+"""Pack a sliced or dense model: transform and encode it part by part, with few blocks in memory."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -24,16 +24,19 @@ from freebits.transforms.paired import Placed, free_pairs
 from freebits.transforms.transform import Turn, transform_parts
 from freebits.types import FLOATS, TensorSpec
 
-TransformedPart = tuple[Part, Turn, Callable[[], dict[str, Tensor]]]
+_TransformedPart = tuple[Part, Turn, Callable[[], dict[str, Tensor]]]
 
 
 def pack_parts(
     source: Checkpoint, directory: Path, preset: Preset, stage: str | None, work: Work, progress: Progress
 ) -> tuple[Contents, Layout]:
-    """Write a sliced model with its sites encoded, a dense one with its pairs; also the layout in which it then runs.
+    """Write the sites of a sliced model, or the pairs of a dense model, encoded.
+
+    Returns:
+        The contents, and the layout of the packed model.
 
     Raises:
-        CheckpointError: the codec finds nothing that is free in the model, or the model is not in a dtype it knows.
+        CheckpointError: the codec cannot make the model smaller, or does not encode its dtype.
     """
     architecture = None if is_adapter(source.config) else Architecture.of(source.config, len(source.specs))
     dense = not str(source.config.get("model_type")).startswith(SLICED_PREFIX)
@@ -41,7 +44,7 @@ def pack_parts(
     layout = Layout()
     parts = _all_parts(architecture, source)
     if architecture is None or dense:
-        preset = _of_dense(preset, source, architecture, parts)
+        preset = _dense_preset(preset, source, architecture, parts)
     else:
         model = Expanded(source, architecture)
         parts = architecture.parts
@@ -51,14 +54,15 @@ def pack_parts(
     ranks: dict[int, int] = {}
     encoder = _Encoder.of(preset, model, architecture, stage)
     transform = preset.transform(Placed(model, preset.device), architecture)
-    moved = transform_parts(transform, model, parts, encoder.dtype, work, preset.device)
-    names = _announced(preset, model, architecture, parts, layout)
+    transformed_parts = transform_parts(transform, model, parts, encoder.dtype, work, preset.device)
+    names = _announced_names(preset, model, architecture, parts, layout)
     with CheckpointWriter(directory, names, shard_bytes(source), STEM) as writer:
-        pieces = work.map("part", encoder, moved)
+        pieces = work.map("part", encoder, transformed_parts)
         for done, (part, (piece, digests)) in enumerate(zip(parts, pieces, strict=True), start=1):
             contents.write(writer, piece, digests)
-            made = {name: spec for recipe in piece.recipes for name, spec in recipe.makes.items()}
-            ranks |= {s.site: made[s.shortcut.factor].shape[1] for s in part.sublayers if s.shortcut.factor in made}
+            specs = {name: spec for recipe in piece.recipes for name, spec in recipe.makes.items()}
+            subs = [sub for sub in part.sublayers if sub.shortcut.factor in specs]
+            ranks |= {sub.site: specs[sub.shortcut.factor].shape[1] for sub in subs}
             progress("packing", "block", done, len(parts))
     if architecture is None or dense:
         return contents, layout
@@ -66,36 +70,49 @@ def pack_parts(
 
 
 def _all_parts(architecture: Architecture | None, source: Source) -> tuple[Part, ...]:
-    """Those of the table, and what a dense model has besides; of an adapter each layer."""
-    named = architecture.parts if architecture else ()
-    known = {name for part in named for name in part.weights}
+    """The parts of the architecture, and one more part for all other tensors; for an adapter one part per layer."""
+    parts = architecture.parts if architecture else ()
+    part_names = {name for part in parts for name in part.weights}
     layers: dict[str, dict[str, Weight]] = {}
     for name in source.specs:
-        if name not in known:
+        if name not in part_names:
             layer = name.partition(".lora_")[0] if architecture is None else ""
             layers.setdefault(layer, {})[name] = Weight(name, Role.INNER, "", ndim=None)
-    return (*named, *(Part(weights) for weights in layers.values()))
+    return (*parts, *(Part(weights) for weights in layers.values()))
 
 
-def _of_dense(preset: Preset, source: Checkpoint, architecture: Architecture | None, parts: Iterable[Part]) -> Preset:
-    """What a codec does to a dense model, or to an adapter."""
+def _dense_preset(
+    preset: Preset, source: Checkpoint, architecture: Architecture | None, parts: Iterable[Part]
+) -> Preset:
+    """The preset for a dense model or an adapter.
+
+    Raises:
+        CheckpointError: the codec cannot make it smaller.
+    """
     if preset.name != CANONICAL:
-        what = "a dense model" if architecture else "an adapter"
+        kind, advice = ("a dense model", "slice it first, or ") if architecture else ("an adapter", "")
         raise CheckpointError(
-            f"{source.path} is {what}, of which codec {preset.name} takes nothing: "
-            f"{'slice it first, or ' if architecture else ''}pack it with --codec {CANONICAL} or {NONE}"
+            f"{source.path} is {kind}, which codec {preset.name} does not encode: "
+            f"{advice}pack it with `codec` {CANONICAL} or {NONE}"
         )
     if not any(free_pairs(source.specs, architecture, part, dense=True) for part in parts):
         raise CheckpointError(
-            f"{source.path} has no heads or layers whose basis is free, as far as freebits knows: pack it with "
-            f"--codec {NONE}"
+            f"{source.path} has no attention heads or low-rank layers that codec {preset.name} can make smaller: "
+            f"pack it with `codec` {NONE}"
         )
     return canonical(preset.device, dense=True)
 
 
 @dataclass(frozen=True)
 class _Encoder:
-    """Encodes and digests a part of a model that was moved; `specs` are what its tensors are rounded to."""
+    """Encodes and digests a transformed part of a model.
+
+    Attributes:
+        preset: the codec.
+        architecture: the model's; None for an adapter.
+        stage: code of the entropy stage.
+        specs: name → spec; its dtype is the one that the transformed tensor is rounded to.
+    """
 
     preset: Preset
     architecture: Architecture | None
@@ -105,46 +122,42 @@ class _Encoder:
     @classmethod
     def of(cls, preset: Preset, model: Source, architecture: Architecture | None, stage: str | None) -> "_Encoder":
         specs = dict(model.specs)
-        for sub in (
-            architecture.sublayers if architecture else ()
-        ):  # a factor is as precise as the shortcut for which it stands
-            if sub.shortcut.weight in specs:
+        for sub in architecture.sublayers if architecture else ():
+            if sub.shortcut.weight in specs:  # the factor that replaces a shortcut has the same dtype
                 specs[sub.shortcut.factor] = specs[sub.shortcut.weight]
         return cls(preset, architecture, stage, specs)
 
     def dtype(self, name: str) -> torch.dtype:
         return self.specs[name].dtype
 
-    def __call__(self, moved_part: TransformedPart) -> tuple[Piece, dict[str, str]]:
-        part, turn, moved = moved_part
-        tensors = moved()
-        here = {name: TensorSpec(self.specs[name].code, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    def __call__(self, transformed_part: _TransformedPart) -> tuple[Piece, dict[str, str]]:
+        part, turn, load_tensors = transformed_part
+        tensors = load_tensors()
+        specs = {name: TensorSpec(self.specs[name].code, tuple(tensor.shape)) for name, tensor in tensors.items()}
         notes = tuple(
-            {"site": site, "name": _owner(self.architecture, site, self.specs), "reason": why}
-            for site, why in turn.reasons.items()
+            {"site": site, "name": _module_name(self.architecture, site, self.specs), "reason": reason}
+            for site, reason in turn.reasons.items()
             if self.architecture is not None
         )
-        piece = staged(
-            Piece(notes=notes) + self.preset.encode(self.architecture, part, turn, tensors, here), self.stage
-        )
+        piece = Piece(notes=notes) + self.preset.encode(self.architecture, part, turn, tensors, specs)
+        piece = staged(piece, self.stage)
         return piece, digests_of(piece)
 
 
-def _owner(architecture: Architecture, site: int, specs: Mapping[str, TensorSpec]) -> str:
-    """Where a site's rotation goes: the sublayer that leads to it, or for site 0 the layer that reads it."""
+def _module_name(architecture: Architecture, site: int, specs: Mapping[str, TensorSpec]) -> str:
+    """The sublayer that leads to a site, or for site 0 the layer that reads it."""
     return architecture.sublayers[site - 1].name if site else architecture.sublayers[0].first_read(specs).name
 
 
-def _announced(
+def _announced_names(
     preset: Preset, model: Source, architecture: Architecture | None, parts: Iterable[Part], layout: Layout
 ) -> dict[str, tuple[int, ...]]:
-    """Everything that may be stored: what is planned, and what it is made of, should a code decline it."""
+    """Names and shapes of all tensors that may be stored: encoded as planned, or plain if a code declines them."""
     shapes = {name: spec.shape for name, spec in model.specs.items()}
-    moved = shapes
     if architecture is not None and layout.widths:
-        moved = preset.layout(architecture, layout).shapes(architecture, shapes)
-    code = next((spec.code for spec in model.specs.values() if spec.code in FLOATS), "F32")
-    specs = {name: TensorSpec(code, shape) for name, shape in moved.items()}
+        shapes = preset.layout(architecture, layout).shapes(architecture, shapes)
+    dtype_name = next((spec.code for spec in model.specs.values() if spec.code in FLOATS), "F32")
+    specs = {name: TensorSpec(dtype_name, shape) for name, shape in shapes.items()}
     planned = dict(model.specs)
     for part in parts:
         planned |= preset.plan(architecture, part, specs)
@@ -152,12 +165,16 @@ def _announced(
 
 
 def _check_floats(model: Source, architecture: Architecture, preset: Preset) -> None:
-    codes = {name: model.specs[name].code for name in architecture.weights if name in model.specs}
-    for name, code in codes.items():
-        if code not in FLOATS:
-            raise CheckpointError(f"tensor {name} is {code}, which cannot be rotated: slice the dense model again")
-    if not {*codes.values()} & {*preset.floats}:
-        found, needed = " and ".join(sorted({*codes.values()})), " or ".join(preset.floats)
+    """Check that all tensors of the architecture are floats, and that the codec encodes the dtype of at least one."""
+    dtype_names = {name: model.specs[name].code for name in architecture.weights if name in model.specs}
+    for name, dtype_name in dtype_names.items():
+        if dtype_name not in FLOATS:
+            raise CheckpointError(
+                f"tensor {name} is {dtype_name}, which cannot be rotated: slice the dense model again"
+            )
+    if not {*dtype_names.values()} & {*preset.floats}:
+        actual, accepted = " and ".join(sorted({*dtype_names.values()})), " or ".join(preset.floats)
         raise CheckpointError(
-            f"{model.config.get('model_type')} model of {found}; this codec needs {needed}: slice with --dtype"
+            f"the {model.config.get('model_type')} model has dtype {actual}, but codec {preset.name} encodes "
+            f"{accepted}: slice the dense model again with another `dtype`"
         )

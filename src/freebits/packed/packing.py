@@ -1,4 +1,4 @@
-"""Write a packed folder: the tensors, what lies beside them, and last the manifest."""
+"""Write a packed folder: first the tensors, then the auxiliary files, last the manifest."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,14 +20,14 @@ from freebits.transforms.expanded import Expanded
 from freebits.version import __version__
 
 HISTORY = "freebits"
-"""Key in a sliced model's `config.json` under which its history stands."""
+"""Key of the history in `config.json`."""
 MODEL_TYPE = "freebits"
 CLASSES = {
     "AutoConfig": "PackedConfig",
     "AutoModel": "PackedModel",
     "AutoModelForCausalLM": "PackedForCausalLM",
 }
-CLASSES_IN = "freebits.integrations.packed_models"
+CLASSES_MODULE = "freebits.integrations.packed_models"
 
 
 def pack_into(
@@ -43,15 +43,15 @@ def pack_into(
 
     Args:
         directory: an existing, empty folder.
-        source: what to pack; with a preset a sliced model.
-        preset: the codec; None keeps every byte.
+        source: the checkpoint to pack.
+        preset: the codec; None stores the files unchanged.
         stage: name and code of the entropy stage.
-        sizes: of the source, for the history.
+        sizes: sizes of the source in bytes, for the history.
         work: runs the pieces.
-        progress: called after each part, without a preset after each tensor.
+        progress: called after each part; without a preset, after each tensor.
 
     Raises:
-        CheckpointError: the source is damaged, or not of a kind that the codec takes.
+        CheckpointError: the source is damaged, or the codec does not encode it.
     """
     entropy, code = stage
     model: Mapping[str, Any] = source.config
@@ -67,9 +67,8 @@ def pack_into(
         "bytes": dict(sizes),
         "producer": f"freebits {__version__}",
     }
-    publish(
-        directory, source, contents, model, (transform["transform"], entropy), [*history_of(source.config), transform]
-    )
+    history = [*history_of(source.config), transform]
+    publish(directory, source, contents, model, (transform["transform"], entropy), history)
 
 
 def publish(
@@ -80,22 +79,22 @@ def publish(
     packed_with: tuple[str, str],
     history: list[dict[str, Any]],
 ) -> None:
-    """Write what makes a packed folder of weights files: what lies beside the source, `config.json`, the manifest.
+    """Complete a packed folder: write the auxiliary files, `config.json` and the manifest.
 
     Args:
-        directory: the folder, with the weights files.
-        source: what was packed.
-        contents: what was written.
-        model: the `config.json` of the model that comes out.
+        directory: the folder, which already has the weights files.
+        source: the checkpoint that was packed.
+        contents: what packing wrote.
+        model: the `config.json` of the packed model.
         packed_with: names of the codec and of the entropy stage.
-        history: the moves that made the model.
+        history: the transforms that made the model.
     """
-    made_of(contents.stored, contents.recipes)  # what could not be read again is not published
+    made_of(contents.stored, contents.recipes)  # raises an error if no reader could follow the recipes
     codec, entropy = packed_with
     handled = {*contents.originals, *(file.name for file in source.weight_files)}
     carry_over(source.path, directory, handled, exact=bool(contents.originals))
     write_json(directory / CONFIG, _config(codec, {**model, HISTORY: {"history": history}}))
-    write_remote_code(directory, CLASSES_IN, CLASSES)
+    write_remote_code(directory, CLASSES_MODULE, CLASSES)
     Manifest(
         codec=codec,
         entropy=entropy,
@@ -111,15 +110,15 @@ def publish(
 
 
 def history_of(config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The moves that made a model, as its `config.json` tells them; none where it makes no sense."""
-    told = config.get(HISTORY)
-    history = told.get("history") if isinstance(told, dict) else None
+    """The transforms that made a model, from its `config.json`; invalid entries are skipped."""
+    entry = config.get(HISTORY)
+    history = entry.get("history") if isinstance(entry, dict) else None
     return [transform for transform in history if isinstance(transform, dict)] if isinstance(history, list) else []
 
 
 def _config(codec: str, model: Mapping[str, Any]) -> dict[str, Any]:
-    """The packed folder's `config.json`: of a model type that transformers knows from freebits alone."""
-    told = {key: model[key] for key in ("architectures", "dtype") if key in model}
-    about = {"format": FORMAT, "codec": codec}
-    config = {"model_type": MODEL_TYPE, **told, "auto_map": auto_map(CLASSES), HISTORY: about}
+    """The packed folder's `config.json`, with the model type that freebits registers in transformers."""
+    common = {key: model[key] for key in ("architectures", "dtype") if key in model}
+    summary = {"format": FORMAT, "codec": codec}
+    config = {"model_type": MODEL_TYPE, **common, "auto_map": auto_map(CLASSES), HISTORY: summary}
     return config if codec == NONE else config | {MODEL: dict(model)}

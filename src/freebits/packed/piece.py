@@ -1,4 +1,4 @@
-"""What packing writes: tensors to be stored, and the recipes that decode them."""
+"""Encode the pieces of a model: tensors to store, and the recipes that decode them."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -9,27 +9,27 @@ from torch import Tensor
 from freebits.codecs.code import Code, Declined
 from freebits.codecs.registry import CODES
 from freebits.errors import UsageError
-from freebits.execution.stored_values import kept
+from freebits.execution.stored_values import storable
 from freebits.options import ENTROPIES
 from freebits.packed.recipe import Recipe
 from freebits.types import TensorSpec
 
-kept(TensorSpec)
-kept(Recipe)
+storable(TensorSpec)
+storable(Recipe)
 
 AUTO = "entropy"
-"""The code that `auto` stands for."""
+"""The code that the entropy stage `auto` uses."""
 
 
-@kept
+@storable
 @dataclass(frozen=True)
 class Piece:
-    """A part of a model, encoded.
+    """An encoded piece of a model.
 
     Attributes:
-        stored: name → kind and tensor (flat bytes where PyTorch has no such dtype).
-        recipes: in the order in which they are to be followed.
-        notes: what became of a site, for people.
+        stored: name → spec and tensor (flat bytes if PyTorch has no such dtype).
+        recipes: in the order in which a reader follows them.
+        notes: for each site, the code that encodes it or the reason why none does; for reports.
     """
 
     stored: Mapping[str, tuple[TensorSpec, Tensor]] = field(default_factory=dict)
@@ -41,7 +41,7 @@ class Piece:
 
 
 def plain(tensors: Mapping[str, Tensor]) -> Piece:
-    """Tensors stored as they are."""
+    """A piece that stores the tensors unchanged."""
     return Piece({name: (TensorSpec.of(tensor), tensor) for name, tensor in tensors.items()})
 
 
@@ -53,40 +53,48 @@ def encoded(
     makes: Mapping[str, TensorSpec],
     note: dict[str, Any] | None = None,
 ) -> Piece:
-    """Tensors in a code; what is stored is called `label.part`. A note, if there is one, tells of the code.
+    """Encode tensors in a code.
+
+    Args:
+        name: of the code in `CODES`.
+        code: encodes the tensors.
+        label: the stored tensors are called `label.part`.
+        tensors: name → tensor, in the code's order.
+        makes: name → spec of each tensor that decoding makes.
+        note: to be completed with the code and the number of corrections; None for no note.
 
     Raises:
-        Declined: the code does not take them.
+        Declined: the code does not accept the tensors.
     """
     coded = code.encode(list(tensors.values()), list(makes.values()))
     takes = {part: f"{label}.{part}" for part in coded.parts}
-    told = {"code": name} | ({"corrections": coded.corrected} if coded.corrected else {})
+    result = {"code": name} | ({"corrections": coded.corrected} if coded.corrected else {})
     return Piece(
         {takes[part]: (TensorSpec.of(tensor), tensor) for part, tensor in coded.parts.items()},
         (Recipe(name, takes, makes, coded.params),),
-        () if note is None else (note | told,),
+        () if note is None else (note | result,),
     )
 
 
 def stage(entropy: str) -> str | None:
-    """The code that follows every other, for the name by which users choose it; None for none.
+    """The code of the entropy stage that users call `entropy`; None for no stage.
 
     Raises:
         UsageError: there is no such stage.
     """
-    chosen = {"auto": AUTO, "none": None}.get(entropy, entropy)
-    if chosen is not None and not (chosen in CODES and CODES[chosen].exact):
-        raise UsageError(f"there is no entropy stage {entropy!r}: choose one of {', '.join(ENTROPIES)}")
-    return chosen
+    code = {"auto": AUTO, "none": None}.get(entropy, entropy)
+    if code is not None and not (code in CODES and CODES[code].exact):
+        raise UsageError(f"`entropy` is {entropy!r}: choose one of {', '.join(ENTROPIES)}")
+    return code
 
 
-def staged(piece: Piece, code: str | None, taken: Collection[str] = ()) -> Piece:
-    """A piece with each stored tensor that gains by it in a bit-exact code.
+def staged(piece: Piece, code: str | None, used_names: Collection[str] = ()) -> Piece:
+    """Encode each stored tensor of a piece with a bit-exact code, unless that saves nothing.
 
     Args:
-        piece: what is stored so far.
-        code: of `freebits.codecs.registry.CODES`, or None for no such stage.
-        taken: names that what is stored may not have.
+        piece: the piece to encode.
+        code: a key of `freebits.codecs.registry.CODES`; None leaves the piece as it is.
+        used_names: names that the stored tensors must not get.
     """
     if code is None:
         return piece
@@ -97,13 +105,13 @@ def staged(piece: Piece, code: str | None, taken: Collection[str] = ()) -> Piece
         except Declined:
             stored[name] = (spec, tensor)
             continue
-        takes = {part: _fresh(f"{name}.{part}", taken) for part in coded.parts}
-        stored |= {takes[part]: (TensorSpec.of(part_), part_) for part, part_ in coded.parts.items()}
+        takes = {part: _unused_name(f"{name}.{part}", used_names) for part in coded.parts}
+        stored |= {takes[part]: (TensorSpec.of(stored_part), stored_part) for part, stored_part in coded.parts.items()}
         recipes.append(Recipe(code, takes, {name: spec}, coded.params))
     return Piece(stored, (*recipes, *piece.recipes), piece.notes)
 
 
-def _fresh(name: str, taken: Collection[str]) -> str:
-    while name in taken:
+def _unused_name(name: str, used_names: Collection[str]) -> str:
+    while name in used_names:
         name += "_"
     return name

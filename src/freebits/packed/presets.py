@@ -1,4 +1,4 @@
-"""What `--codec` stands for: a move, and the codes that take what it leaves redundant."""
+"""The codecs for models: each has a transform, and codes that encode what the transform makes redundant."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,16 +31,16 @@ PIVOTS = "pivots"
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors that one code takes together.
+    """Tensors that one code encodes together.
 
     Attributes:
-        site: whose rotation makes them redundant.
-        name: where that went: a sublayer, or for site 0 the layer that reads it.
-        code: a key of `freebits.codecs.registry.CODES`; empty where none takes them, for a `reason`.
-        tensors: their names, in the code's order.
-        label: begins the names of what is stored.
-        params: parameters to plan sizes with, before encoding.
-        reason: why no code takes them.
+        site: the site whose rotation makes the tensors redundant.
+        name: of the sublayer that leads to the site, or for site 0 of the layer that reads it.
+        code: a key of `freebits.codecs.registry.CODES`; empty if no code applies.
+        tensors: names, in the code's order.
+        label: first part of the names of the stored tensors.
+        params: the code's parameters for planning sizes before encoding.
+        reason: why no code applies.
     """
 
     site: int
@@ -57,15 +57,15 @@ class Preset:
     """A codec of sliced or of dense models.
 
     Attributes:
-        name: by which users choose it.
-        transform: from a sliced model with dense shortcuts, or from a dense one.
-        groups: what of a part is encoded together, given the kinds of the tensors that the move leaves.
-        pivots: which of a part's tensors have the identity among their columns, with the code for each.
-        layout: what the move makes of a layout, for a model of that architecture.
+        name: the name that users choose.
+        transform: constructs the transform, for a sliced model with dense shortcuts or for a dense model.
+        groups: the groups of a model part, given the specs of its tensors after the transform.
+        pivots: name → code of those tensors of a model part that have the identity among their columns.
+        layout: the layout of a model after the transform, given its layout before.
         codes: encoders that replace those of `CODES`.
-        floats: dtypes of the tensors that it can encode.
+        floats: dtypes that the codec can encode.
         device: where linear algebra runs.
-        facts: its parameters, for the history.
+        facts: parameters, for the history.
     """
 
     name: str
@@ -86,12 +86,20 @@ class Preset:
         tensors: dict[str, Tensor],
         specs: Mapping[str, TensorSpec],
     ) -> Piece:
-        """A part of the moved model, in the codes that take it; `specs` are what its tensors are rounded to."""
+        """Encode the transformed tensors of a model part.
+
+        Args:
+            architecture: the model's; None for an adapter.
+            part: the model part.
+            turn: what the transform did to the part.
+            tensors: name → transformed tensor.
+            specs: name → spec to which the tensor is rounded.
+        """
         piece = Piece()
-        left = dict(tensors)
+        remaining = dict(tensors)
         for group in self.groups(part, specs):
             if group.site not in turn.rotations:
-                continue  # its reason is the move's to tell
+                continue  # the transform reports the reason
             note = {"site": group.site, "name": group.name}
             if not group.code:
                 piece += Piece(notes=(note | {"reason": group.reason},))
@@ -100,20 +108,20 @@ class Preset:
             makes = {name: specs[name] for name in group.tensors}
             try:
                 piece += encoded(group.code, code, group.label, {n: tensors[n] for n in makes}, makes, note)
-                left = {name: tensor for name, tensor in left.items() if name not in makes}
+                remaining = {name: tensor for name, tensor in remaining.items() if name not in makes}
             except Declined as reason:
                 piece += Piece(notes=(note | {"reason": str(reason)},))
         for name, code in self.pivots(architecture, part, specs).items():
-            if name in left:
+            if name in remaining:
                 with suppress(Declined):
-                    piece += encoded(PIVOTS, code, name, {name: left[name]}, {name: specs[name]})
-                    del left[name]
-        return piece + plain({name: tensor.to(specs[name].dtype) for name, tensor in left.items()})
+                    piece += encoded(PIVOTS, code, name, {name: remaining[name]}, {name: specs[name]})
+                    del remaining[name]
+        return piece + plain({name: tensor.to(specs[name].dtype) for name, tensor in remaining.items()})
 
     def plan(
         self, architecture: Architecture | None, part: Part, specs: Mapping[str, TensorSpec]
     ) -> dict[str, TensorSpec]:
-        """What would be stored for a part, from kinds alone."""
+        """The specs of the tensors that would be stored for a model part, given only the specs of its tensors."""
         stored = {name: specs[name] for name in part.weights if name in specs}
         for group in self.groups(part, specs):
             if architecture is not None and group.site in architecture.free_sites and group.code:
@@ -125,33 +133,36 @@ class Preset:
 
 
 def canonical(device: torch.device = CPU, *, dense: bool = False) -> Preset:
-    """Choose rotations so that shortcuts need few numbers, bases so that pairs do; a dense model has pairs alone."""
+    """The preset that rotates sites and changes the bases of pairs so that fewer weights need to be stored.
+
+    A dense model has only pairs.
+    """
     if dense:
         return Preset(
-            CANONICAL, Pairs, lambda *_: iter(()), partial(_identities, dense=True), _as_it_is, {}, FLOATS, device
+            CANONICAL, Pairs, lambda *_: iter(()), partial(_pivot_codes, dense=True), _same_layout, {}, FLOATS, device
         )
-    return Preset(CANONICAL, Canonical, _triangles, _identities, _projections, {}, FLOATS, device)
+    return Preset(CANONICAL, Canonical, _canonical_groups, _pivot_codes, _factored_layout, {}, FLOATS, device)
 
 
 def bits_back(threshold: float, device: torch.device = CPU) -> Preset:
-    """The paper's code; `threshold` is the largest error of a decoded word that is left without a correction."""
+    """The preset of the paper's code. Decoded weights with an error above `threshold` are corrected."""
     codes = {BITS_BACK: BitsBack(threshold, device)}
     facts = {"threshold": threshold}
-    return Preset(BITS_BACK, Diagonal, _messages, lambda *_: {}, _as_it_is, codes, HALVES, device, facts)
+    return Preset(BITS_BACK, Diagonal, _bits_back_groups, lambda *_: {}, _same_layout, codes, HALVES, device, facts)
 
 
 def chosen(codec: str, threshold: float | None = None, device: torch.device = CPU) -> Preset | None:
-    """The preset of that name; None for codec `none`, which takes files as they are.
+    """The preset of a codec; None for codec `none`, which stores files unchanged.
 
     Raises:
-        UsageError: there is none, or the threshold is negative or not the codec's.
+        UsageError: there is no such codec, the codec has no threshold, or the threshold is negative or not finite.
     """
     if codec not in CODECS:
-        raise UsageError(f"there is no codec {codec!r}: choose one of {', '.join(CODECS)}")
+        raise UsageError(f"`codec` is {codec!r}: choose one of {', '.join(CODECS)}")
     if threshold is not None and codec != BITS_BACK:
-        raise UsageError(f"a threshold is of codec bits-back: {codec} has nothing to correct")
+        raise UsageError(f"`threshold` is for codec {BITS_BACK} only: leave it out with codec {codec}")
     if threshold is not None and not 0 <= threshold < math.inf:
-        raise UsageError(f"threshold {threshold}: give a number of 0 or more")
+        raise UsageError(f"`threshold` is {threshold}: give a finite number of at least 0")
     if codec == NONE:
         return None
     if codec == CANONICAL:
@@ -162,34 +173,34 @@ def chosen(codec: str, threshold: float | None = None, device: torch.device = CP
 def _planned(
     stored: Mapping[str, TensorSpec], code: str, names: Sequence[str], label: str, params: Mapping[str, Any]
 ) -> dict[str, TensorSpec]:
-    """What is stored once a code has taken some of it; the same where it will decline."""
+    """The stored specs after a code encodes some of the tensors; unchanged if the code does not accept them."""
     makes = {name: stored[name] for name in names}
     try:
-        parts = Recipe(code, {}, makes, params).parts()
+        code_parts = Recipe(code, {}, makes, params).parts()
     except ValueError:
         return dict(stored)
-    left = {name: spec for name, spec in stored.items() if name not in makes}
-    return left | {f"{label}.{part}": spec for part, spec in parts.items()}
+    others = {name: spec for name, spec in stored.items() if name not in makes}
+    return others | {f"{label}.{code_part}": spec for code_part, spec in code_parts.items()}
 
 
-def _as_it_is(architecture: Architecture, layout: Layout) -> Layout:  # noqa: ARG001
+def _same_layout(architecture: Architecture, layout: Layout) -> Layout:  # noqa: ARG001
     return layout
 
 
-def _identities(
+def _pivot_codes(
     architecture: Architecture | None, part: Part, specs: Mapping[str, TensorSpec], *, dense: bool = False
 ) -> dict[str, Pivots]:
-    """The tensors that pairs in canonical form have pivots in."""
+    """Name → code of each tensor that has pivots once its pairs are in canonical form."""
     spaces: dict[str, list[tuple[int, int]]] = {}
     dims: dict[str, int] = {}
     for pair in free_pairs(specs, architecture, part, dense=dense):
         span = pair.writes[0]
         dims[span.name] = span.dim
         spaces.setdefault(span.name, []).extend((start, pair.size) for [start] in span.starts)
-    return {name: Pivots(sorted(of), dims[name]) for name, of in spaces.items()}
+    return {name: Pivots(sorted(rows), dims[name]) for name, rows in spaces.items()}
 
 
-def _triangles(part: Part, specs: Mapping[str, TensorSpec]) -> Iterator[Group]:
+def _canonical_groups(part: Part, specs: Mapping[str, TensorSpec]) -> Iterator[Group]:
     for sub in part.sublayers:
         if sub.site == 1:
             read = sub.first_read(specs)
@@ -203,22 +214,22 @@ def _triangles(part: Part, specs: Mapping[str, TensorSpec]) -> Iterator[Group]:
             yield Group(sub.site, sub.name, "", reason="too few singular values of its shortcut are 1")
 
 
-def _messages(part: Part, specs: Mapping[str, TensorSpec]) -> Iterator[Group]:
+def _bits_back_groups(part: Part, specs: Mapping[str, TensorSpec]) -> Iterator[Group]:
     for sub in part.sublayers:
         if sub.write.weight not in specs:
-            continue  # the move has told why
+            continue  # the transform reports the reason
         reads = (read.weight for read in sub.reads if read.weight in specs)
         names = (sub.shortcut.weight, *reads, sub.write.weight)
         params = {"rank": min(specs[sub.write.weight].shape), "corrections": 0, "sums": [0.0] * 4}
-        codes = {specs[name].code for name in names}
-        if len(codes) == 1 and codes <= {*HALVES}:
+        dtype_names = {specs[name].code for name in names}
+        if len(dtype_names) == 1 and dtype_names <= {*HALVES}:
             yield Group(sub.site, sub.name, BITS_BACK, names, sub.name, params)
         else:
-            yield Group(sub.site, sub.name, "", reason="its words are of different dtypes, or not of 16 bits")
+            yield Group(sub.site, sub.name, "", reason="its weights do not share one 16-bit dtype")
 
 
-def _projections(architecture: Architecture, layout: Layout) -> Layout:
-    """Each free shortcut a factor of the rank that slicing leaves at most, as far as that is less than all."""
+def _factored_layout(architecture: Architecture, layout: Layout) -> Layout:
+    """Plan a factor of rank `D - after`, the most that slicing leaves, where that is less than the shortcut's width."""
     widths, D = layout.widths or (), architecture.hidden_size
     ranks: list[int | None] = []
     for sub in architecture.sublayers:

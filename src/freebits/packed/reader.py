@@ -1,4 +1,4 @@
-"""Read a packed folder: a model's tensors by name, each decoded when it is asked for."""
+"""Read a packed folder: decode each tensor of the model on request."""
 
 import json
 import os
@@ -23,26 +23,28 @@ from freebits.storage.weights import Entry, WeightsFile, parse_header
 from freebits.types import TensorSpec
 
 MODEL = "model"
-"""Key of the packed `config.json` under which the model's own config stands."""
+"""Key of the model's own config in the `config.json` of a packed folder."""
 
 
 class PackedFolder:
-    """A packed folder, everything validated that its headers tell. Implements `Source`.
+    """A packed folder, with manifest and headers validated. Implements `Source`.
 
     Attributes:
-        manifest: what the folder says of itself.
+        manifest: the manifest.
         files: the weights files.
-        stored: the stored tensors, in the order of the files.
-        specs: the tensors that it holds; with codec `none` those of other weights files, as `file/name`, too.
-        config: the model's.
+        stored: specs of the stored tensors, in file order.
+        specs: specs of the decoded tensors. With codec `none`, tensors of auxiliary weights files are called
+            `file/name`.
+        config: the model's config.
+        originals: with codec `none`, original file → name in this folder → header entry.
 
     Args:
         path: the folder.
-        verify: check each stored tensor's digest when it is read.
+        verify: check the digest of each stored tensor when it is read.
 
     Raises:
-        CheckpointError: the folder is not packed, or a file is missing, damaged or not what the manifest says; of a
-            tensor that is noticed when it is read.
+        CheckpointError: the folder is not packed, or a file is missing, damaged or not as the manifest describes it.
+            Damaged tensors raise it when they are read.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, verify: bool = True) -> None:
@@ -53,15 +55,15 @@ class PackedFolder:
         self._files = {name: file for file in self.files for name in file.entries}
         self.stored = {name: file.entries[name].spec for name, file in self._files.items()}
         if sum(len(file.entries) for file in self.files) > len(self.stored):
-            raise self._damaged("two of its files hold a tensor of one name")
+            raise self._damaged("two of its files have a tensor with the same name")
         for name in sorted(self.stored.keys() ^ self.manifest.digests.keys()):
-            raise self._damaged(f"tensor {name} is in the manifest or in a file, but not in both")
+            raise self._damaged(f"tensor {name} is missing in the manifest or in the weights files")
         try:
             self.specs: Mapping[str, TensorSpec] = made_of(self.stored, self.manifest.recipes)
         except ValueError as error:
             raise self._damaged(str(error)) from None
         self._recipes = {name: recipe for recipe in self.manifest.recipes for name in recipe.makes}
-        self._last: tuple[str, dict[str, Tensor]] = "", {}
+        self._last_group: tuple[str, dict[str, Tensor]] = "", {}
         self.config = self._config()
         if str(self.config.get("model_type", "")).startswith(SLICED_PREFIX) and not self.manifest.exact:
             architecture = Architecture.of(self.config, len(self.specs))
@@ -73,62 +75,61 @@ class PackedFolder:
         listed = {name for entries in self.originals.values() for name in entries}
         if self.manifest.exact and listed != self.specs.keys():
             raise self._damaged(f"{min(self.specs.keys() ^ listed)} is in no header of an original file")
-        """With codec `none`, each original file's tensors by the names they have here."""
 
     @property
     def weight_files(self) -> tuple[Path, ...]:
-        """The files that hold the tensors."""
+        """The paths of the weights files."""
         return tuple(file.path for file in self.files)
 
     def __getitem__(self, name: str) -> Tensor:
-        """The tensor called `name`, decoded from just what it takes."""
+        """Decode the tensor called `name`. Only the stored tensors that it needs are read."""
         if name not in self.specs:
             raise CheckpointError(f"tensor {name} is missing in {self.path}: the checkpoint is incomplete")
-        root, (last, made) = self._root(name), self._last
-        if last != root:
-            made = {}
-        tensor = self._decoded(name, made)
-        made.pop(name, None)
-        self._last = root, made  # for those that were decoded with it, which are often asked for next
+        root, (last_root, cache) = self._root(name), self._last_group
+        if last_root != root:
+            cache = {}
+        tensor = self._decode(name, cache)
+        cache.pop(name, None)
+        self._last_group = root, cache  # callers often read the other tensors of the group next
         return tensor
 
     def groups(self, names: Iterable[str]) -> list[list[str]]:
-        """Tensors that are decoded in one go, together."""
+        """Group the names of tensors that are decoded together."""
         groups: dict[str, list[str]] = {}
         for name in names:
             groups.setdefault(self._root(name), []).append(name)
         return list(groups.values())
 
     def _root(self, name: str) -> str:
-        """The first of the stored tensors that a tensor is made of."""
+        """The first stored tensor that a tensor is made of."""
         while recipe := self._recipes.get(name):
             name = next(iter(recipe.takes.values()), "")
         return name
 
     def decoded(self, names: Iterable[str], parallel: Parallel = Parallel()) -> Iterator[dict[str, Tensor]]:
-        """The named tensors in their order, one group after the other; several groups are decoded at once."""
+        """Decode tensors and yield them group by group, in order; several groups are decoded in parallel."""
         groups = self.groups(names)
-        together = (sum(self.specs[name].n_bytes for name in names) for names in groups if len(names) > 1)
-        with parallel.executor(max(together, default=0)) as executor:  # a single tensor needs no linear algebra
-            yield from executor.map(self._decoded_group, groups)
+        group_sizes = (sum(self.specs[name].n_bytes for name in names) for names in groups if len(names) > 1)
+        with parallel.executor(max(group_sizes, default=0)) as executor:  # single tensors need no linear algebra
+            yield from executor.map(self._decode_group, groups)
 
-    def _decoded_group(self, names: list[str]) -> dict[str, Tensor]:
-        made: dict[str, Tensor] = {}
-        return {name: self._decoded(name, made) for name in names}
+    def _decode_group(self, names: list[str]) -> dict[str, Tensor]:
+        cache: dict[str, Tensor] = {}
+        return {name: self._decode(name, cache) for name in names}
 
     def model_tensors(self, parallel: Parallel = Parallel()) -> Iterator[tuple[str, Tensor]]:
-        """Names and tensors of the model, without those of other weights files."""
+        """Names and tensors of the model, without those of auxiliary weights files."""
         for tensors in self.decoded(self.model_specs, parallel):
             yield from tensors.items()
 
     @property
     def model_specs(self) -> dict[str, TensorSpec]:
-        """The model's tensors; not those of other weights beside it."""
+        """Specs of the model's tensors, without those of auxiliary weights files."""
         auxiliary = {name for file in self.manifest.auxiliary for name in self.originals.get(file, {})}
         return {name: spec for name, spec in self.specs.items() if name not in auxiliary}
 
     def check(self, parallel: Parallel = Parallel()) -> None:
-        """Read and decode everything.
+        """Read and decode every tensor.
 
         Raises:
             CheckpointError: a tensor is damaged.
@@ -136,18 +137,18 @@ class PackedFolder:
         for _ in self.decoded(self.specs, parallel):
             pass
 
-    def _decoded(self, name: str, made: dict[str, Tensor]) -> Tensor:
-        """A tensor, stored or made; `made` keeps what a recipe makes besides."""
-        if name in made:
-            return made[name]
+    def _decode(self, name: str, cache: dict[str, Tensor]) -> Tensor:
+        """Return a stored tensor or follow its recipe; `cache` gets all tensors that recipes make."""
+        if name in cache:
+            return cache[name]
         recipe = self._recipes.get(name)
         if recipe is None:
             return self.stored_tensor(name)
-        made |= self._follow(recipe, made)
-        return made[name]
+        cache |= self._follow(recipe, cache)
+        return cache[name]
 
-    def _follow(self, recipe: Recipe, made: dict[str, Tensor]) -> dict[str, Tensor]:
-        parts = {part: self._decoded(name, made) for part, name in recipe.takes.items()}
+    def _follow(self, recipe: Recipe, cache: dict[str, Tensor]) -> dict[str, Tensor]:
+        parts = {part: self._decode(name, cache) for part, name in recipe.takes.items()}
         try:
             tensors = CODES[recipe.code].decode(parts, list(recipe.makes.values()), recipe.params)
         except (ValueError, KeyError, TypeError, IndexError, RuntimeError, MemoryError) as error:
@@ -155,15 +156,15 @@ class PackedFolder:
         return dict(zip(recipe.makes, tensors, strict=True))
 
     def matrices(self, recipe: Recipe, code: Integers) -> list[ScaledIntegers]:
-        """What a recipe of code `integers` makes, still as integers."""
-        parts = {part: self._decoded(name, {}) for part, name in recipe.takes.items()}
+        """The matrices that a recipe of code `integers` makes, as integers with scales."""
+        parts = {part: self._decode(name, {}) for part, name in recipe.takes.items()}
         try:
             return list(code.scaled_integers(parts, list(recipe.makes.values()), recipe.params))
         except (ValueError, KeyError) as error:
             raise self._damaged(f"{next(iter(recipe.makes))} cannot be decoded ({error})") from None
 
     def stored_tensor(self, name: str) -> Tensor:
-        """A tensor as it is stored.
+        """Read a stored tensor.
 
         Raises:
             CheckpointError: it is damaged.
@@ -181,43 +182,43 @@ class PackedFolder:
                 originals = self.manifest.originals
                 config = json.loads(originals[CONFIG if CONFIG in originals else ADAPTER])
             except (ValueError, RecursionError) as error:
-                raise self._damaged(f"its {CONFIG} is no JSON ({error})") from None
+                raise self._damaged(f"its original config is not JSON ({error})") from None
         if not isinstance(config, dict):
-            raise self._damaged(f"its {CONFIG} tells of no model")
+            raise self._damaged("its config is not a JSON object")
         return config
 
     def _entries(self, file: str) -> dict[str, Entry]:
         try:
             entries = parse_header(self.manifest.originals[file])
         except (KeyError, ValueError) as error:
-            raise self._damaged(f"the header of {file} ({error})") from None
+            raise self._damaged(f"the header of {file} is invalid ({error})") from None
         prefix = f"{file}/" if file in self.manifest.auxiliary else ""
-        named = {prefix + entry.name: entry for entry in entries}
-        for name, entry in named.items():
+        entries_by_name = {prefix + entry.name: entry for entry in entries}
+        for name, entry in entries_by_name.items():
             if self.specs.get(name) != entry.spec:
-                raise self._damaged(f"{name} is not what the header of {file} says")
-        return named
+                raise self._damaged(f"tensor {name} is not as the header of {file} describes it")
+        return entries_by_name
 
     def _check_shortcuts(self, layout: Layout, architecture: Architecture) -> None:
-        """Check what factors, which may be thin, stand for."""
+        """Check that the shortcuts stored as factors are not too large as dense matrices."""
         widths = layout.widths or ()
-        thin = [sub.site for sub in architecture.sublayers if layout.rank(sub.site) is not None]
+        sites = [sub.site for sub in architecture.sublayers if layout.rank(sub.site) is not None]
         try:
             check_expansion(
                 sum(spec.n_bytes for spec in self.stored.values()),
-                sum(2 * widths[site - 1] * widths[site] for site in thin),
+                sum(2 * widths[site - 1] * widths[site] for site in sites),
             )
         except ValueError as error:
-            raise self._damaged(f"its shortcuts: {error}") from None
+            raise self._damaged(f"its shortcuts are too large ({error})") from None
 
     def _damaged(self, finding: str) -> CheckpointError:
         return CheckpointError(f"{self.path} is damaged: {finding}; download it again")
 
 
 def opened(path: str | os.PathLike[str]) -> Checkpoint | PackedFolder:
-    """The checkpoint in a folder, packed or not.
+    """Open the checkpoint in a folder, packed or not.
 
     Raises:
-        CheckpointError: the folder is no sound checkpoint.
+        CheckpointError: the folder holds no valid checkpoint.
     """
     return PackedFolder(path) if is_packed(path) else Checkpoint(path)

@@ -1,4 +1,4 @@
-"""Recipes: how stored tensors become the model's. The only truth for reading."""
+"""Recipes: how a reader decodes the model's tensors from the stored tensors. Readers need nothing else."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,9 +15,9 @@ class Recipe:
 
     Attributes:
         code: a key of `freebits.codecs.registry.CODES`.
-        takes: the code's part → the tensor it takes, stored or made by a recipe before.
-        makes: the tensors that it makes, in the code's order.
-        params: what the code needs besides.
+        takes: part of the code → name of the tensor, which is stored or made by an earlier recipe.
+        makes: name → spec of each tensor that this step makes, in the code's order.
+        params: other parameters of the code.
     """
 
     code: str
@@ -27,30 +27,32 @@ class Recipe:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The recipe as JSON, which does not keep the order of an object's keys."""
+        """The recipe as JSON. `makes` becomes a list, because JSON objects do not keep the order of their keys."""
         makes = [[name, str(spec)] for name, spec in self.makes.items()]
-        told = {"code": self.code, "takes": dict(self.takes), "makes": makes}
-        return told | ({"params": dict(self.params)} if self.params else {})
+        facts = {"code": self.code, "takes": dict(self.takes), "makes": makes}
+        return facts | ({"params": dict(self.params)} if self.params else {})
 
     @classmethod
     def parse(cls, facts: Mapping[str, Any]) -> "Recipe":
-        """The inverse of `facts`.
+        """Return the recipe that `facts` describes.
 
         Raises:
-            ValueError, TypeError, KeyError: it is none.
+            ValueError, TypeError, KeyError: this is not the JSON of a recipe.
         """
         makes = {name: TensorSpec.parse(spec) for name, spec in facts["makes"]}
         objects = isinstance(facts["takes"], dict) and isinstance(facts.get("params", {}), dict)
         names = (facts["code"], *facts["takes"].values(), *makes)
-        if not objects or not all(isinstance(name, str) for name in names) or not 0 < len(makes) == len(facts["makes"]):
-            raise ValueError("names that are none, one that is made twice, or nothing that is made")
+        if not objects or not all(isinstance(name, str) for name in names):
+            raise ValueError("a recipe has a name that is not a text, or lacks an object")
+        if not 0 < len(makes) == len(facts["makes"]):
+            raise ValueError("a recipe makes no tensor, or makes one twice")
         return cls(facts["code"], dict(facts["takes"]), makes, dict(facts.get("params", {})))
 
     def parts(self) -> dict[str, TensorSpec]:
-        """The kinds of what it takes, by part.
+        """The spec of each part that the recipe takes.
 
         Raises:
-            ValueError: its code is not known, or there are no such parts.
+            ValueError: the code is unknown, or does not accept the parameters.
         """
         if self.code not in CODES:
             raise ValueError(f"code {self.code!r} is not known")
@@ -61,41 +63,42 @@ class Recipe:
 
 
 def made_of(stored: Mapping[str, TensorSpec], recipes: Iterable[Recipe]) -> dict[str, TensorSpec]:
-    """The tensors that a folder holds, those without recipe as they are stored. Nothing is read or allocated.
+    """Check the recipes and return the specs of the tensors that remain at the end. Nothing is read or allocated.
 
     Args:
-        stored: the stored tensors, in their order.
-        recipes: in written order: each takes what is stored or was made before it.
+        stored: the stored tensors, in file order.
+        recipes: in written order. Each takes tensors that are stored or that an earlier recipe makes.
 
     Returns:
-        The tensors that no recipe takes, in the order in which the first thing they are made of is stored.
+        The tensors that no recipe takes, including stored ones. They are in the order of the first stored tensor that
+        each is made of.
 
     Raises:
-        ValueError: a tensor is made twice, or taken twice, or not there to be taken; or it is not of the kind that
-            the recipe implies; or more is made than any packing leaves to be made of so few bytes.
+        ValueError: a tensor is made twice, taken twice or missing, or has another spec than the recipe implies; or
+            the recipes make more bytes than any packing makes from so few.
     """
     recipes = list(recipes)
-    made = sum(spec.n_bytes for recipe in recipes for spec in recipe.makes.values())
-    check_expansion(sum(spec.n_bytes for spec in stored.values()), made)
-    left = dict(stored)
-    depth = dict.fromkeys(stored, 0)
-    place = {name: number for number, name in enumerate(stored)}
+    n_made_bytes = sum(spec.n_bytes for recipe in recipes for spec in recipe.makes.values())
+    check_expansion(sum(spec.n_bytes for spec in stored.values()), n_made_bytes)
+    remaining = dict(stored)
+    depths = dict.fromkeys(stored, 0)
+    places = {name: number for number, name in enumerate(stored)}
     for recipe in recipes:
         label = f"the recipe of {next(iter(recipe.makes), '?')}"
         parts = recipe.parts()
         if parts.keys() != recipe.takes.keys():
             raise ValueError(f"{label} takes other parts than code {recipe.code} has")
-        first, deepest = len(place), 0
+        place, depth = len(places), 0
         for part, spec in parts.items():
             name = recipe.takes[part]
-            if left.pop(name, None) != spec:
+            if remaining.pop(name, None) != spec:
                 raise ValueError(f"{label} takes {name}, which is missing, taken already, or not {spec}")
-            first, deepest = min(first, place[name]), max(deepest, depth[name])
-        if deepest >= RECIPE_STEPS:
+            place, depth = min(place, places[name]), max(depth, depths[name])
+        if depth >= RECIPE_STEPS:
             raise ValueError(f"{label} is one of more than {RECIPE_STEPS} steps")
         for name, spec in recipe.makes.items():
-            if name in place:
-                raise ValueError(f"{label} makes {name}, which is there already")
-            left[name] = spec
-            place[name], depth[name] = first, deepest + 1
-    return dict(sorted(left.items(), key=lambda item: place[item[0]]))
+            if name in places:
+                raise ValueError(f"{label} makes {name}, which exists already")
+            remaining[name] = spec
+            places[name], depths[name] = place, depth + 1
+    return dict(sorted(remaining.items(), key=lambda item: places[item[0]]))

@@ -1,4 +1,4 @@
-"""A packed folder again, with other steps for its integers and other tensors that are stored as they are."""
+"""Copy the weights of a packed folder, with new scales for its integers and new values of plain tensors."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,51 +17,54 @@ from freebits.types import TensorSpec
 def retouch(
     directory: Path, packed: PackedFolder, rows: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
 ) -> Contents:
-    """Write a folder's weights; what does not change is copied, byte for byte.
+    """Write the weights of a packed folder with changes. Unchanged stored tensors are copied byte for byte.
 
     Args:
-        directory: where to write.
-        packed: the folder.
-        rows: matrix that is made of integers → by how much the exponents of its rows grow, int16.
-        tensors: what stands in the place of tensors that are stored as they are, but for an entropy stage.
+        directory: the folder to write to.
+        packed: the folder to copy.
+        rows: name of a matrix of code `integers` → increase of the exponent of each row's scale, (n,), int16.
+        tensors: name → new value of a tensor that no code encodes, except for the entropy stage.
     """
     contents = Contents(notes=[*packed.manifest.notes])
-    longest = {name: TensorSpec("U8", (1 << 39,)) if of.code == "U8" else of for name, of in packed.stored.items()}
+    longest = {
+        name: TensorSpec("U8", (1 << 39,)) if spec.code == "U8" else spec for name, spec in packed.stored.items()
+    }
     names = announced(longest | {name: packed.specs[name] for name in tensors})
-    size = max(file.n_bytes for file in packed.files) if len(packed.files) > 1 else None
-    with CheckpointWriter(directory, names, size, STEM) as writer:
+    shard_size = max(file.n_bytes for file in packed.files) if len(packed.files) > 1 else None
+    with CheckpointWriter(directory, names, shard_size, STEM) as writer:
         for piece in _pieces(packed, rows, tensors):
             contents.write(writer, piece, digests_of(piece))
     order = {name: number for number, recipe in enumerate(packed.manifest.recipes) for name in recipe.makes}
-    contents.recipes.sort(key=lambda recipe: order.get(next(iter(recipe.makes)), -1))  # a stage that is new comes first
+    contents.recipes.sort(key=lambda recipe: order.get(next(iter(recipe.makes)), -1))  # recipes of new stages first
     return contents
 
 
 def _pieces(packed: PackedFolder, rows: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Iterator[Piece]:
-    """What is stored, in its order, each with the recipe that takes it; then the recipes that take what is made."""
+    """The stored tensors in order, each with the recipe that takes it; last the recipes that take no stored tensor."""
     code, recipes = stage(packed.manifest.entropy), packed.manifest.recipes
-    taken = {name: recipe for recipe in recipes for name in recipe.takes.values()}
+    recipe_of = {name: recipe for recipe in recipes for name in recipe.takes.values()}
     groups: dict[str, tuple[Recipe | None, list[str]]] = {}
     for name in packed.stored:
-        recipe = taken.get(name)
+        recipe = recipe_of.get(name)
         groups.setdefault(next(iter(recipe.makes)) if recipe else name, (recipe, []))[1].append(name)
-    for made, (recipe, parts) in groups.items():
-        if made in tensors:
-            yield staged(plain({made: tensors[made].detach().to("cpu", packed.specs[made].dtype)}), code)
+    for first_name, (recipe, stored_names) in groups.items():
+        if first_name in tensors:
+            value = tensors[first_name].detach().to("cpu", packed.specs[first_name].dtype)
+            yield staged(plain({first_name: value}), code)
         elif recipe and rows.keys() & recipe.makes.keys():
             yield _rescaled(packed, recipe, rows)
         else:
-            stored = {part: (packed.stored[part], packed.stored_tensor(part)) for part in parts}
+            stored = {name: (packed.stored[name], packed.stored_tensor(name)) for name in stored_names}
             yield Piece(stored, (recipe,) if recipe else ())
     yield Piece({}, tuple(recipe for recipe in recipes if not packed.stored.keys() & {*recipe.takes.values()}))
 
 
 def _rescaled(packed: PackedFolder, recipe: Recipe, rows: Mapping[str, Tensor]) -> Piece:
-    """The integers of some matrices, with other steps."""
-    code, encoded = Integers(), []
+    """Encode the integer matrices of a recipe with new row scales."""
+    code, inputs = Integers(), []
     for name, matrix in zip(recipe.makes, packed.matrices(recipe, code), strict=True):
-        grown = matrix.rows + rows[name] if name in rows else matrix.rows
-        encoded += [matrix.integers, grown, matrix.columns]
-    coded = code.encode(encoded, list(recipe.makes.values()))
+        exponents = matrix.rows + rows[name] if name in rows else matrix.rows
+        inputs += [matrix.integers, exponents, matrix.columns]
+    coded = code.encode(inputs, list(recipe.makes.values()))
     stored = {recipe.takes[part]: (TensorSpec.of(tensor), tensor) for part, tensor in coded.parts.items()}
     return Piece(stored, (Recipe(recipe.code, recipe.takes, recipe.makes, coded.params),))

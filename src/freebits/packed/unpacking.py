@@ -1,4 +1,4 @@
-"""Write the plain checkpoint that a packed folder holds."""
+"""Unpack a packed folder to a plain checkpoint."""
 
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,13 @@ from freebits.types import bytes_of
 
 SLICED_IN = "freebits.models.sliced"
 LOW_RANK_IN = "freebits.models.low_rank"
-"""The modules that have the classes of sliced models, and of those with layers of low rank."""
+"""The modules that define the classes of sliced models and of models with low-rank layers."""
 
 
 def unpack_into(directory: Path, packed: PackedFolder, parallel: Parallel, progress: Progress) -> None:
-    """Write a plain checkpoint into a new folder: the original files, or the sliced model with dense shortcuts.
+    """Write a plain checkpoint into a new folder.
+
+    With codec `none` these are the original files. A sliced model gets dense shortcuts.
 
     Raises:
         CheckpointError: a tensor is damaged.
@@ -33,12 +35,12 @@ def unpack_into(directory: Path, packed: PackedFolder, parallel: Parallel, progr
         _write_files(directory, packed, parallel, progress)
     elif str(packed.config.get("model_type", "")).startswith(SLICED_PREFIX):
         _write_sliced(directory, packed, parallel, progress)
-    elif is_adapter(packed.config):  # PEFT takes no other keys
-        theirs = {key: value for key, value in packed.config.items() if key != HISTORY}
-        _write_tensors(directory, packed, packed, theirs, parallel, progress)
+    elif is_adapter(packed.config):  # PEFT refuses keys that it does not know
+        config = {key: value for key, value in packed.config.items() if key != HISTORY}
+        _write_tensors(directory, packed, packed, config, parallel, progress)
     else:
-        ours = {HISTORY: {"history": packed.manifest.history}}
-        _write_tensors(directory, packed, packed, {**packed.config, **ours}, parallel, progress)
+        config = {**packed.config, HISTORY: {"history": packed.manifest.history}}
+        _write_tensors(directory, packed, packed, config, parallel, progress)
     family = MODEL_TYPES.get(transformers_type(packed.config))
     if family and packed.config["model_type"] == family.sliced_model_type:
         write_remote_code(directory, SLICED_IN, family.sliced_classes)
@@ -49,8 +51,11 @@ def unpack_into(directory: Path, packed: PackedFolder, parallel: Parallel, progr
 def _write_sliced(directory: Path, packed: PackedFolder, parallel: Parallel, progress: Progress) -> None:
     architecture = Architecture.of(packed.config, len(packed.specs))
     model = Expanded(packed, architecture)
-    ours = {"auto_map": auto_map(architecture.family.sliced_classes), HISTORY: {"history": packed.manifest.history}}
-    _write_tensors(directory, packed, model, {**model.config, **ours}, parallel, progress)
+    additions = {
+        "auto_map": auto_map(architecture.family.sliced_classes),
+        HISTORY: {"history": packed.manifest.history},
+    }
+    _write_tensors(directory, packed, model, {**model.config, **additions}, parallel, progress)
 
 
 def _write_tensors(
@@ -83,7 +88,7 @@ def _write_files(directory: Path, packed: PackedFolder, parallel: Parallel, prog
     for file, entries in packed.originals.items():
         header = packed.manifest.originals[file].encode()
         with (directory / file).open("wb") as target:
-            if not file.endswith(f".{GGUF}"):  # of which a tensor is what comes first
+            if not file.endswith(f".{GGUF}"):  # the header of a GGUF file is stored as a tensor
                 target.write(len(header).to_bytes(LENGTH, "little") + header)
             for tensors in packed.decoded(entries, parallel):
                 for tensor in tensors.values():

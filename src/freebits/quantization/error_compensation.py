@@ -1,7 +1,7 @@
-"""Round a matrix column by column, and let the columns to come make up for each error.
+"""Round a matrix column by column, and correct the later columns for the error of each (GPTQ).
 
 The loss is `tr((W - Ŵ) H (W - Ŵ)ᵀ)` for the Gram matrix `H` of the matrix's inputs. GPTQ, LDLQ and Babai's nearest
-plane are three names of this algorithm; whatever it rounds to, the loss comes to `Σ_i |w_i - q_i|² / U_ii²`.
+plane are three names of this algorithm. Whatever the rounding function, the loss equals `Σ_i |w_i - q_i|² / U_ii²`.
 """
 
 import math
@@ -11,47 +11,50 @@ import torch
 from torch import Tensor
 
 _BLOCK = 128
-_ACCURACY = 1e-3
-Round = Callable[[Tensor, int], Tensor]
-"""What some columns, (n, width), starting with a given one, are rounded to."""
+_MAX_ERROR = 1e-3
+RoundColumns = Callable[[Tensor, int], Tensor]
+"""Rounds some columns, (n, width); the second argument is the number of the first one."""
 
 
 def inverse_factor(gram: Tensor, damping: float) -> Tensor:
-    """`U`, upper triangular with `H⁻¹ = Uᵀ U`, (m, m), float32: the Cholesky factor of the inverse Hessian (GPTQ).
+    """Return the inverse-Hessian Cholesky factor: upper triangular `U` with `H⁻¹ = Uᵀ U`, (m, m), float32.
 
-    In float32, unless it is not accurate to a thousandth there, then in float64.
+    The computation runs in float32, or in float64 if the float32 result has an error above a thousandth.
 
     Args:
         gram: `H`, (m, m), positive semi-definite.
-        damping: part of its mean diagonal that is added to it: inputs that the text hardly has are not free.
+        damping: fraction of the mean diagonal that is added to it, so that errors in rare input directions have a cost.
+
+    Raises:
+        ValueError: the Gram matrix is not positive semi-definite.
     """
     U = _inverse_factor(gram, damping, torch.float32)
     if U is None:
         U = _inverse_factor(gram, damping, torch.float64)
     if U is None:
-        raise ValueError("a Gram matrix that is not positive semi-definite")
+        raise ValueError("the Gram matrix is not positive semi-definite")
     return U.float()
 
 
 def _inverse_factor(gram: Tensor, damping: float, dtype: torch.dtype) -> Tensor | None:
-    """The same in one dtype; None where that is not accurate enough."""
+    """Compute the factor in one dtype; return None if it is not accurate enough."""
     mean = gram.diagonal().double().mean().clamp_min(torch.finfo(torch.float32).tiny).item()
     H = gram.to(dtype).flip(0, 1).div_(mean)
     H.diagonal().add_(damping)
-    L, failed = torch.linalg.cholesky_ex(H)  # of the flipped matrix, so that H = R Rᵀ with an upper triangle R
+    L, failed = torch.linalg.cholesky_ex(H)  # H is flipped, so the original is R Rᵀ with R upper triangular
     if failed:
         return None
     _invert_lower(L)
     v = torch.ones(len(H), dtype=dtype, device=H.device)
     error = (L @ (H @ (L.T @ v)) - v).norm() / v.norm()
-    if not error < _ACCURACY:
+    if not error < _MAX_ERROR:
         return None
     del H
     return L.flip(0, 1).div_(math.sqrt(mean))
 
 
 def _invert_lower(L: Tensor) -> None:
-    """Invert a lower triangle in place, by halves: mostly products, which are fast."""
+    """Invert a lower triangular matrix in place, by halves: most of the work is matrix products, which are fast."""
     n = len(L)
     if n <= _BLOCK:
         L.copy_(torch.linalg.solve_triangular(L, torch.eye(n, dtype=L.dtype, device=L.device), upper=False))
@@ -62,34 +65,34 @@ def _invert_lower(L: Tensor) -> None:
     L[half:, :half] = -(L[half:, half:] @ L[half:, :half]) @ L[:half, :half]
 
 
-def compensated_rounding(W: Tensor, U: Tensor, to: Round, group: int = 1) -> Tensor:
-    """`Ŵ`: what `to` makes of each group of columns once the errors before it have been made up for.
+def compensated_rounding(W: Tensor, U: Tensor, round_columns: RoundColumns, group: int = 1) -> Tensor:
+    """Round each group of columns after correcting it for the errors of the groups before it.
 
     Args:
         W: (n, m).
         U: (m, m), see `inverse_factor`.
-        to: rounds a group of columns.
-        group: columns that are rounded together, which divides 128.
+        round_columns: rounds a group of columns.
+        group: number of columns that are rounded together; it divides 128.
 
     Returns:
-        (n, m), float32.
+        `Ŵ`, (n, m), float32.
     """
     U = U.float()
     n_columns = W.shape[1]
-    left = W.float().T.contiguous()  # a column's numbers beside each other
-    rounded = torch.empty_like(left)
+    corrected = W.float().T.contiguous()  # each column is contiguous in memory
+    rounded = torch.empty_like(corrected)
     for start in range(0, n_columns, _BLOCK):
         stop = min(start + _BLOCK, n_columns)
-        errors = torch.empty_like(left[start:stop])
-        for at in range(start, stop, group):
-            after = min(at + group, stop)
-            rounded[at:after] = to(left[at:after].T, at).T
-            error = left[at:after] - rounded[at:after]
+        errors = torch.empty_like(corrected[start:stop])
+        for first in range(start, stop, group):
+            end = min(first + group, stop)
+            rounded[first:end] = round_columns(corrected[first:end].T, first).T
+            error = corrected[first:end] - rounded[first:end]
             if group == 1:
-                error /= U[at, at]
+                error /= U[first, first]
             else:
-                error = torch.linalg.solve_triangular(U[at:after, at:after].T, error, upper=False)
-            errors[at - start : after - start] = error
-            left[after:stop].addmm_(U[at:after, after:stop].T, error, alpha=-1)
-        left[stop:].addmm_(U[start:stop, stop:].T, errors, alpha=-1)
+                error = torch.linalg.solve_triangular(U[first:end, first:end].T, error, upper=False)
+            errors[first - start : end - start] = error
+            corrected[end:stop].addmm_(U[first:end, end:stop].T, error, alpha=-1)
+        corrected[stop:].addmm_(U[start:stop, stop:].T, errors, alpha=-1)
     return rounded.T

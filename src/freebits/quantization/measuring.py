@@ -1,4 +1,4 @@
-"""Measure all matrices of a checkpoint: groups of windows are run independently of each other, and added in order."""
+"""Measure all matrices of a checkpoint: groups of windows run independently, and their sums are added in order."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -23,25 +23,25 @@ from freebits.calibration.sensitivities import (
     with_idle,
 )
 from freebits.execution.progress import Progress
-from freebits.execution.stored_values import kept
+from freebits.execution.stored_values import storable
 from freebits.execution.work_store import Work
 from freebits.integrations.naming import InMemory
-from freebits.quantization.sensitivity_cache import Factor, Matrix, factor_of
+from freebits.quantization.sensitivity_cache import Factor, Matrix, store_factor
 
 _TEMPER = 0.25
-"""Power with which a token's frequency counts: a text tells which tokens are rare, not how rare they are elsewhere."""
+"""Exponent of a token's frequency: a text shows which tokens are rare, but not how rare they are in other texts."""
 _TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What was measured.
+class Measurements:
+    """The result of `measure_matrices`.
 
     Attributes:
         matrices: by the names of the checkpoint.
-        n_experts: how many experts the mixtures have, counted by their matrices.
-        n_undersampled: how many of them multiplied fewer than 64 vectors.
-        choosing: names of tensors with matrices whose outputs are compared.
+        n_experts: number of expert matrices.
+        n_undersampled: number of expert matrices that multiplied fewer than 64 vectors.
+        choosing: names of tensors with matrices whose outputs are compared, such as routers.
     """
 
     matrices: list[Matrix]
@@ -50,10 +50,10 @@ class Measured:
     choosing: frozenset[str]
 
 
-@kept
+@storable
 @dataclass(frozen=True)
-class _Factored:
-    """Matrices, and what is known of what they read."""
+class _InputFactor:
+    """The matrices that read the same inputs, and the factor of these inputs."""
 
     regions: tuple[Region, ...]
     factor: Factor
@@ -67,22 +67,22 @@ def measure_matrices(
     rotation: int | None,
     progress: Progress,
     *,
-    at_once: int = 2**31,
-) -> Measured:
-    """Run the calibration text, and find what is known of each matrix.
+    max_activation_bytes: int = 2**31,
+) -> Measurements:
+    """Run the calibration text and measure how much the model's output depends on each matrix.
 
     Args:
         running: the model.
         tokens: (windows, T), int64.
-        work: who runs it, and where results are kept.
+        work: runs the computation and keeps its results.
         seed: of the labels that are drawn.
         rotation: seed of the rotation in which matrices are rounded, if any.
-        progress: called after each block, forwards and backwards.
-        at_once: bytes of activations of a block in the backward pass up to which windows are one group.
+        progress: called after each block, in the forward and in the backward pass.
+        max_activation_bytes: bytes of a block's activations in the backward pass for one group of windows.
     """
-    groups = groups_of(tokens, running.engine, at_once)
-    if len(groups) == 1:  # sums are complete when a block is left
-        sums, factored = work.once(
+    groups = groups_of(tokens, running.engine, max_activation_bytes)
+    if len(groups) == 1:  # the sums of a block are complete as soon as the block has run
+        sums, factors = work.once(
             "measured", partial(_measured_at_once, running, tokens, work, seed, rotation, progress)
         )
     else:
@@ -92,89 +92,92 @@ def measure_matrices(
             results.append(result)
             progress("calibrating", "group of windows", done, len(groups))
         sums = reduce(add, [result[0] for result in results])
-        factored = _factored([result[1] for result in results], running.engine, work, rotation)
-    information = informations(sums, [region for of in factored for region in of.regions])
+        factors = _merged_factors([result[1] for result in results], running.engine, work, rotation)
+    regions = [region for inputs in factors for region in inputs.regions]
+    information = informations(sums, regions)
     matrices = [
         matrix
-        for of in factored
-        for region in of.regions
-        for matrix in _as_stored(region, of.factor, _known(information, region), running.named)
+        for inputs in factors
+        for region in inputs.regions
+        for matrix in _as_stored(region, inputs.factor, _information_of(information, region), running.named)
     ]
     matrices += _embeddings(running, sums, work, rotation)
-    specs = [siblings(region) for of in factored for region in of.regions]
-    experts = [region for of in factored for region in of.regions if specs.count(siblings(region)) > 1]
-    thin = [region for region in experts if sums.n_inputs.get(region, 0) < ENOUGH_VECTORS]
-    choosing = {rows.tensor for of in sums.choosing for rows in running.named.rows(of.name, of.start, of.stop)}
-    return Measured(matrices, len(experts), len(thin), frozenset(choosing))
+    sibling_keys = [siblings(region) for region in regions]
+    experts = [region for region in regions if sibling_keys.count(siblings(region)) > 1]
+    undersampled = [region for region in experts if sums.n_inputs.get(region, 0) < ENOUGH_VECTORS]
+    choosing = {
+        rows.tensor for region in sums.choosing for rows in running.named.rows(region.name, region.start, region.stop)
+    }
+    return Measurements(matrices, len(experts), len(undersampled), frozenset(choosing))
 
 
 def _measured_at_once(
     running: RunningModel, tokens: Tensor, work: Work, seed: int, rotation: int | None, progress: Progress
-) -> tuple[Sums, list[_Factored]]:
-    """All windows in one group."""
-    factored: list[_Factored] = []
+) -> tuple[Sums, list[_InputFactor]]:
+    """Measure all windows as one group."""
+    factors: list[_InputFactor] = []
 
-    def finish(number: int, found: list[InputStatistics]) -> None:
-        factored.extend(_factors(number, found, running.engine, work, rotation))
+    def finish(number: int, complete: list[InputStatistics]) -> None:
+        factors.extend(_factors(number, complete, running.engine, work, rotation))
 
     sums = measure(running.engine, tokens, 0, seed, work.store.folder, finish, progress)
-    return sums, factored
+    return sums, factors
 
 
-def _factored(
+def _merged_factors(
     groups: list[list[StoredStatistics]], engine: Engine, work: Work, rotation: int | None
-) -> list[_Factored]:
-    """What is known of what matrices read, from the Gram matrices of all groups."""
-    read: dict[Region, list[StoredStatistics]] = {}
+) -> list[_InputFactor]:
+    """Add the Gram matrices of all groups of windows, and return the factors of the sums."""
+    by_region: dict[Region, list[StoredStatistics]] = {}
     for group in groups:
-        for listed in group:
-            for region in listed.regions:
-                read.setdefault(region, []).append(listed)
-    numbers: dict[int, dict[tuple[str, ...], list[Region]]] = {}
-    for region, found in sorted(read.items()):
-        keys = tuple(listed.key for listed in found)
-        numbers.setdefault(max(listed.number for listed in found), {}).setdefault(keys, []).append(region)
-    factored = []
-    for number, together in sorted(numbers.items()):
+        for statistics in group:
+            for region in statistics.regions:
+                by_region.setdefault(region, []).append(statistics)
+    by_block: dict[int, dict[tuple[str, ...], list[Region]]] = {}
+    for region, parts in sorted(by_region.items()):
+        keys = tuple(part.key for part in parts)
+        by_block.setdefault(max(part.number for part in parts), {}).setdefault(keys, []).append(region)
+    factors = []
+    for number, by_keys in sorted(by_block.items()):
         inputs = []
-        for place, regions in enumerate(together.values()):
-            found = read[regions[0]]
-            n = sum(listed.n for listed in found)
-            parts = [work.store.get(listed.key) * (listed.n / max(1, n)) for listed in found]
-            inputs.append(InputStatistics(f"{number}-{place}", tuple(regions), n, sum(parts[1:], parts[0])))
-        factored += _factors(number, inputs, engine, work, rotation)
-        for keys in together:
+        for index, regions in enumerate(by_keys.values()):
+            parts = by_region[regions[0]]
+            n = sum(part.n for part in parts)
+            grams = [work.store.get(part.key) * (part.n / max(1, n)) for part in parts]
+            inputs.append(InputStatistics(f"{number}-{index}", tuple(regions), n, sum(grams[1:], grams[0])))
+        factors += _factors(number, inputs, engine, work, rotation)
+        for keys in by_keys:
             for key in keys:
                 work.store.drop(key)
-    return factored
+    return factors
 
 
 def _factors(
-    number: int, found: list[InputStatistics], engine: Engine, work: Work, rotation: int | None
-) -> list[_Factored]:
-    """What is known of the inputs that are complete after a block; the largest last, for all threads."""
-    inputs = sorted(with_idle(found, engine.matrices, str(number)), key=lambda inputs: len(inputs.gram))
-    factors = work.map(f"factor-{number}", partial(factor_of, work.store, rotation), inputs)
-    return [_Factored(of.regions, factor) for of, factor in zip(inputs, factors, strict=True)]
+    number: int, complete: list[InputStatistics], engine: Engine, work: Work, rotation: int | None
+) -> list[_InputFactor]:
+    """Return the factors of the inputs that are complete after a block; the largest runs last, on all threads."""
+    inputs = sorted(with_idle(complete, engine.matrices, str(number)), key=lambda inputs: len(inputs.gram))
+    factors = work.map(f"factor-{number}", partial(store_factor, work.store, rotation), inputs)
+    return [_InputFactor(statistics.regions, factor) for statistics, factor in zip(inputs, factors, strict=True)]
 
 
-def _known(information: Mapping[Region, Tensor], region: Region) -> Tensor | None:
-    """The information of a matrix; of one that no gradient reached, the mean of its block (or of all) instead."""
+def _information_of(information: Mapping[Region, Tensor], region: Region) -> Tensor | None:
+    """Return the information of a matrix; if no gradient reached it, the mean of its block or else of all matrices."""
     if region in information:
         return information[region]
     block = _block(region.name)
-    auxiliary = [of.mean() for other, of in information.items() if _block(other.name) == block]
-    auxiliary = auxiliary or [of.mean() for of in information.values()]
-    return torch.stack(auxiliary).mean() if auxiliary else None
+    means = [values.mean() for other, values in information.items() if _block(other.name) == block]
+    means = means or [values.mean() for values in information.values()]
+    return torch.stack(means).mean() if means else None
 
 
 def _block(name: str) -> str:
-    """What names of one block begin with."""
+    """Return the prefix that all names of one block share."""
     return re.sub(r"^(\D*\d*).*", r"\1", name)
 
 
 def _as_stored(region: Region, factor: Factor, information: Tensor | None, named: InMemory) -> Iterable[Matrix]:
-    """A matrix as the checkpoint has it, where it may be several, or lie the other way round."""
+    """Yield a matrix as the checkpoint stores it: possibly as several matrices, or transposed."""
     if information is None:
         return
     m = len(factor.diagonal)
@@ -184,49 +187,50 @@ def _as_stored(region: Region, factor: Factor, information: Tensor | None, named
     for rows in named.rows(region.name, region.start, region.stop):
         in_order = torch.equal(rows.order, torch.arange(len(rows.order)))
         if region.transposed != rows.swapped:  # rows in the checkpoint are inputs
-            whole = rows.stop - rows.start == m and (rows.swapped or in_order)
-            of = information[rows.order] if rows.swapped else information
+            complete = rows.stop - rows.start == m and (rows.swapped or in_order)
+            row_information = information[rows.order] if rows.swapped else information
             transposed = True
         else:
-            whole = not rows.swapped or in_order
-            of = information if rows.swapped else information[rows.order]
+            complete = not rows.swapped or in_order
+            row_information = information if rows.swapped else information[rows.order]
             transposed = False
-        if whole:
-            yield Matrix(rows.tensor, rows.start, rows.stop, transposed, factor, of)
+        if complete:
+            yield Matrix(rows.tensor, rows.start, rows.stop, transposed, factor, row_information)
 
 
 def _embeddings(running: RunningModel, sums: Sums, work: Work, rotation: int | None) -> list[Matrix]:
-    """Embeddings and the head, by row; an embedding and a head that are one matrix both together.
+    """Return the embeddings and the head as matrices. A tied embedding gets the sum of both Gram matrices.
 
-    A token's row counts as often as the token occurs, tempered so that the mean cost stays what it is.
+    The row of a token is weighted by how often the token occurs. The frequencies are tempered so that the mean cost
+    stays the same.
     """
     engine, named = running.engine, running.named
     likely = (sums.likely / sums.n_tokens).clamp_min(_TINY) * sums.scale
     tempered = likely**_TEMPER
     tempered *= (likely / tempered).mean() / likely.mean()
-    per_row: dict[str, tuple[Tensor, Tensor]] = {}
+    gram_and_weight: dict[str, tuple[Tensor, Tensor]] = {}
     for name, outer in sums.lookups.items():
         n_rows = prod(named.specs[name].shape[:-1])
         weight = _resized(tempered, n_rows)
-        per_row[name] = outer.double() / sums.n_tokens / n_rows, weight
+        gram_and_weight[name] = outer.double() / sums.n_tokens / n_rows, weight
     if engine.head is not None and sums.head is not None:
-        of_head = sums.head.double() / sums.n_tokens * likely.mean()
-        before = per_row.get(engine.head)
-        of_both = of_head if before is None else of_head + before[0]
-        per_row[engine.head] = of_both, _resized(tempered, prod(named.specs[engine.head].shape[:-1]))
-    regions = [Region(name, 0, prod(named.specs[name].shape[:-1]), False) for name in per_row]
+        gram = sums.head.double() / sums.n_tokens * likely.mean()
+        embedding = gram_and_weight.get(engine.head)
+        gram = gram if embedding is None else gram + embedding[0]
+        gram_and_weight[engine.head] = gram, _resized(tempered, prod(named.specs[engine.head].shape[:-1]))
+    regions = [Region(name, 0, prod(named.specs[name].shape[:-1]), False) for name in gram_and_weight]
     inputs = [
-        InputStatistics(f"embedding-{number}", (region,), sums.n_tokens, per_row[region.name][0])
+        InputStatistics(f"embedding-{number}", (region,), sums.n_tokens, gram_and_weight[region.name][0])
         for number, region in enumerate(regions)
     ]
-    factors = work.map("embedding", partial(factor_of, work.store, rotation), inputs)
+    factors = work.map("embedding", partial(store_factor, work.store, rotation), inputs)
     return [
         matrix
         for region, factor in zip(regions, factors, strict=True)
-        for matrix in _as_stored(region, factor, per_row[region.name][1], named)
+        for matrix in _as_stored(region, factor, gram_and_weight[region.name][1], named)
     ]
 
 
 def _resized(weight: Tensor, n: int) -> Tensor:
-    """For a table of another size than the vocabulary: what is missing counts as the mean does."""
+    """Fit the weights to a table whose size differs from the vocabulary; additional rows get the mean weight."""
     return torch.cat([weight[:n], weight.new_ones(max(0, n - len(weight)))])

@@ -1,7 +1,8 @@
-"""Round groups of a row to points on a pyramid, with scales apart.
+"""Round groups of a row to points on a pyramid, with a separate scale for each group.
 
-Of a normal row of `m` numbers a group of `N` has the share `Beta(N / 2, (m - N) / 2)` of its squared length; scales are
-the best for the roots of such numbers. Measured at 3.6 bits in all: of 3 to 6 bits for the scale 3 are best.
+In a normally distributed row of `m` weights, a group of `N` has a `Beta(N / 2, (m - N) / 2)` share of the squared
+length. The levels of the scales are optimal for the square root of such a share. At 3.6 bits per weight, 3 bits per
+scale measured best among 3 to 6.
 """
 
 import torch
@@ -16,50 +17,50 @@ _SIZE = 16
 
 
 def group_size(n_columns: int) -> int:
-    """16, or how many of that divide the columns evenly."""
+    """Return 16, or the largest smaller power of two that divides the number of columns."""
     return next(size for size in (_SIZE, 8, 4, 2, 1) if n_columns % size == 0)
 
 
-def pulses(size: int, bits: float) -> int:
-    """The most for which points and scales take no more than so many bits per weight; at least one."""
-    most = 1
-    while most < 128 and enumeration.n_bits(size, most + 1) + SCALE_BITS <= min(bits * size, 62 + SCALE_BITS):
-        most += 1
-    return most
+def max_pulses(size: int, bits: float) -> int:
+    """Return the most pulses whose points and scales take at most `bits` bits per weight; at least one."""
+    pulses = 1
+    while pulses < 128 and enumeration.n_bits(size, pulses + 1) + SCALE_BITS <= min(bits * size, 62 + SCALE_BITS):
+        pulses += 1
+    return pulses
 
 
-def pyramids(W: Tensor, U: Tensor, bits: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A matrix (n, m) as points, scales, norms and levels; see `freebits.codecs.pyramid.Pyramid`.
+def round_to_pyramids(W: Tensor, U: Tensor, bits: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Round a matrix (n, m) to points, scales, norms and levels; see `freebits.codecs.pyramid.Pyramid`.
 
     Args:
         W: the matrix.
         U: see `inverse_factor`.
-        bits: for a number, points and scales together.
+        bits: bits per weight for points and scales together.
     """
     n, m = W.shape
     size = group_size(m)
-    k = pulses(size, bits)
+    pulses = max_pulses(size, bits)
     norms = W.float().norm(dim=1).half()
     levels = _levels(size, m).half()
     points, scales = torch.zeros(n, m // size, size, dtype=torch.int64), torch.zeros(n, m // size, dtype=torch.uint8)
 
-    def to(w: Tensor, at: int) -> Tensor:
-        point = nearest_points(w, k)
+    def round_group(weights: Tensor, first: int) -> Tensor:
+        point = nearest_points(weights, pulses)
         direction = point / point.norm(dim=1, keepdim=True)
-        length = (w * direction).sum(1) / norms.float().clamp_min(1e-12)
+        length = (weights * direction).sum(1) / norms.float().clamp_min(1e-12)
         scale = torch.bucketize(length.contiguous(), (levels[1:] + levels[:-1]).float() / 2)
-        points[:, at // size], scales[:, at // size] = point.long(), scale.to(torch.uint8)
+        points[:, first // size], scales[:, first // size] = point.long(), scale.to(torch.uint8)
         return direction * (levels.float()[scale] * norms.float())[:, None]
 
-    compensated_rounding(W, U, to, group=size)
+    compensated_rounding(W, U, round_group, group=size)
     return points, scales, norms, levels
 
 
 def nearest_points(x: Tensor, pulses: int) -> Tensor:
-    """The point of the pyramid in whose direction each vector (n, N) lies most nearly, (n, N), float32.
+    """Return the pyramid point closest in direction to each vector (n, N), approximately; (n, N), float32.
 
-    Project onto the pyramid, round towards zero, and give what is missing, pulse by pulse, to the coordinate that gains
-    most in `(x·y)² / (y·y)`.
+    Project onto the pyramid and round towards zero. Then assign the missing pulses one by one, each to the coordinate
+    that increases `(x·y)² / (y·y)` most.
     """
     size = x.float().abs()
     size = torch.where(size.sum(1, keepdim=True) > 0, size, torch.ones_like(size))
@@ -78,16 +79,16 @@ def nearest_points(x: Tensor, pulses: int) -> Tensor:
 
 
 def _levels(size: int, n_columns: int) -> Tensor:
-    """The best `2^SCALE_BITS` lengths (Lloyd 1982), starting with the roots of evenly spaced quantiles."""
+    """Return the optimal `2^SCALE_BITS` lengths (Lloyd 1982), starting from the roots of evenly spaced quantiles."""
     if size == n_columns:
         return torch.ones(2**SCALE_BITS)
     shares = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
-    log = (size / 2 - 1) * shares.log() + ((n_columns - size) / 2 - 1) * torch.log1p(-shares)
-    mass, lengths = (log - log.max()).exp(), shares.sqrt()
-    equal = (torch.arange(2**SCALE_BITS, dtype=torch.float64) + 0.5) / 2**SCALE_BITS
-    levels = lengths[torch.searchsorted(mass.cumsum(0) / mass.sum(), equal).clamp_max(len(shares) - 1)]
+    log_density = (size / 2 - 1) * shares.log() + ((n_columns - size) / 2 - 1) * torch.log1p(-shares)
+    mass, lengths = (log_density - log_density.max()).exp(), shares.sqrt()
+    quantiles = (torch.arange(2**SCALE_BITS, dtype=torch.float64) + 0.5) / 2**SCALE_BITS
+    levels = lengths[torch.searchsorted(mass.cumsum(0) / mass.sum(), quantiles).clamp_max(len(shares) - 1)]
     for _ in range(_ROUNDS):
         cells = torch.bucketize(lengths, (levels[1:] + levels[:-1]) / 2)
-        sums = [torch.zeros_like(levels).index_add_(0, cells, of) for of in (mass * lengths, mass)]
-        levels = torch.where(sums[1] > 0, sums[0] / sums[1], levels)
+        moments, masses = (torch.zeros_like(levels).index_add_(0, cells, values) for values in (mass * lengths, mass))
+        levels = torch.where(masses > 0, moments / masses, levels)
     return levels.float()

@@ -1,4 +1,4 @@
-"""How many bits integers will take, before they are there."""
+"""Predict how many bits integers will take, and choose the scale of each matrix so that all of them meet a target."""
 
 import math
 from collections.abc import Iterable
@@ -14,12 +14,13 @@ _OCTAVES = range(-40, 41)
 
 
 class RateModel:
-    """How the size of some matrices depends on `c`: their numbers, counted by how large they are in steps of `c = 1`.
+    """Predicts the size of some matrices from the global scale `c`.
 
-    Numbers of one size are taken to be normal; the rounding errors fed back are counted in.
+    The model counts the weights by their magnitude relative to their scale at `c = 1`. It assumes that weights of one
+    magnitude are normally distributed, and includes the errors that error compensation adds.
 
     Attributes:
-        counts: of numbers, by sixteenths of octaves.
+        counts: number of weights of each magnitude, in sixteenths of an octave.
     """
 
     def __init__(self, counts: NDArray[np.float64] | None = None) -> None:
@@ -27,7 +28,7 @@ class RateModel:
 
     @classmethod
     def of(cls, W: Tensor, rows: Tensor, columns: Tensor) -> "RateModel":
-        """Of one matrix (n, m), and its steps but for `c`."""
+        """Return the model of one matrix (n, m), from its weights and its scales at `c = 1`."""
         squares = (W.float() / rows[:, None].float() / columns.float()).square_()
         columns = squares.mean(0).clamp_min_(1e-30)
         rows = (squares / columns).mean(1).clamp_min_(1e-30)
@@ -40,16 +41,16 @@ class RateModel:
 
     @classmethod
     def sum(cls, rate_models: Iterable["RateModel"]) -> "RateModel":
-        """Of all matrices."""
+        """Return the model of several matrices together."""
         return sum(rate_models, cls())
 
     def bits(self, c: float) -> float:
-        """Bits of all integers."""
+        """Return the predicted bits of all integers."""
         logs = np.arange(len(self.counts)) / _PER_OCTAVE + _OCTAVES[0] - math.log2(c)
         return float(self.counts @ np.interp(logs, *_curve()))
 
     def c(self, bits: float) -> float:
-        """The `c` at which they take so many bits, to a millionth; it grows as bits get fewer."""
+        """Return the `c` at which the integers take this many bits, to a millionth of an octave."""
         low, high = -60.0, 40.0
         while high - low > 1e-6:
             middle = (low + high) / 2
@@ -59,21 +60,21 @@ class RateModel:
 
 @cache
 def _curve() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Log2 of a standard deviation in steps, and the entropy of what is rounded, in bits."""
+    """Return log2 of the standard deviation relative to the scale, and the entropy of the integers in bits."""
     logs = np.arange(-6, 12.25, 0.25)
     bits = []
     for log in logs:
-        deviation = math.sqrt(4.0**log + 1 / 12)  # with the errors that feedback adds, as large as those of rounding
+        deviation = math.sqrt(4.0**log + 1 / 12)  # error compensation adds errors as large as those of rounding
         edges = torch.arange(-math.ceil(8 * deviation) - 1, math.ceil(8 * deviation) + 2, dtype=torch.float64) - 0.5
         masses = torch.special.ndtr(edges / deviation).diff().clamp_min(1e-300)
         bits.append(-(masses * masses.log2()).sum().item())
     bits[0] = 0.0
-    far = np.array([-100.0]), np.array([80.0])
-    return np.concatenate([far[0], logs, far[1]]), np.concatenate([[0.0], bits, [bits[-1] + 80 - logs[-1]]])
+    lowest, highest = -100.0, 80.0
+    return np.array([lowest, *logs, highest]), np.array([0.0, *bits, bits[-1] + highest - logs[-1]])
 
 
 class RateController:
-    """Spends bits on matrices in order, so that what one takes more or less is made up for by those that follow.
+    """Spends bits on matrices in order, and corrects later matrices for the prediction errors of earlier ones.
 
     Args:
         rate_models: of the matrices, or groups of them.
@@ -81,35 +82,39 @@ class RateController:
     """
 
     def __init__(self, rate_models: list[RateModel], bits: float) -> None:
-        self._budgets = list(rate_models)
-        self._left = bits
-        self._taken = self._expected = 0.0
+        self._remaining_models = list(rate_models)
+        self._remaining_bits = bits
+        self._spent_bits = self._predicted_bits = 0.0
 
     def next(self) -> float:
-        """The `c` for the first that is left."""
-        ratio = self._taken / self._expected if self._expected else 1.0
-        return RateModel.sum(self._budgets).c(self._left / ratio)
+        """Return the `c` for the next matrix."""
+        ratio = self._spent_bits / self._predicted_bits if self._predicted_bits else 1.0
+        return RateModel.sum(self._remaining_models).c(self._remaining_bits / ratio)
 
     def spend(self, c: float, bits: float) -> float:
-        """How many bits they take too many; if none, they no longer count as left. The last may take what is left."""
-        if len(self._budgets) == 1 and bits > self._left:
-            return bits - self._left
-        self._expected += self._budgets.pop(0).bits(c)
-        self._taken += bits
-        self._left -= bits
+        """Record that the next matrix takes this many bits.
+
+        Returns:
+            0, or the excess in bits if the last matrix takes more than remains. Then nothing is recorded.
+        """
+        if len(self._remaining_models) == 1 and bits > self._remaining_bits:
+            return bits - self._remaining_bits
+        self._predicted_bits += self._remaining_models.pop(0).bits(c)
+        self._spent_bits += bits
+        self._remaining_bits -= bits
         return 0.0
 
 
 class FixedRate:
-    """The same for all matrices, whatever they take."""
+    """Gives all matrices the same amount, whatever they take."""
 
     def __init__(self, amount: float) -> None:
         self._amount = amount
 
     def next(self) -> float:
-        """The amount."""
+        """Return the amount."""
         return self._amount
 
     def spend(self, amount: float, bits: float) -> float:  # noqa: ARG002
-        """None too many."""
+        """Return an excess of 0."""
         return 0.0

@@ -1,4 +1,4 @@
-"""Round matrices to a goal, from what is known of each, and write them."""
+"""Round matrices to a goal, based on the measurements of each, and write them."""
 
 import json
 import math
@@ -19,40 +19,41 @@ from freebits.packed.contents import STEM, Contents, announced, digests_of
 from freebits.packed.piece import Piece, plain, staged
 from freebits.packed.reader import PackedFolder
 from freebits.packed.recipe import Recipe
-from freebits.quantization.group_rounding import GROUP, gridded
-from freebits.quantization.pyramids import pyramids
+from freebits.quantization.group_rounding import GROUP, round_to_grid
+from freebits.quantization.pyramids import round_to_pyramids
 from freebits.quantization.rate_control import FixedRate, RateController, RateModel
 from freebits.quantization.scales import scaled_integers
-from freebits.quantization.sensitivity_cache import SensitivityCache, grouped
+from freebits.quantization.sensitivity_cache import SensitivityCache, coding_groups
 from freebits.storage.folder import Checkpoint, Source
 from freebits.storage.weights import ENTRY
 from freebits.storage.writer import CheckpointWriter, shard_bytes
 from freebits.types import TensorSpec
 
-BITS, FALLBACK_BITS, MOST_BITS = 4.0, 6.0, 12
-_TOGETHER = 1 << 22
-"""Numbers that are coded together at least, where a block has as many."""
+BITS, FALLBACK_BITS, MAX_BITS = 4.0, 6.0, 12
+_MIN_GROUP = 1 << 22
+"""Number of weights at which a group of integer matrices that are coded together is complete."""
 _CODE_OF = {GPTQ: "grid", RTN: "grid"}
-_PARTS_OF = {
+"""Method → codec class name, where they differ."""
+_PART_NAMES = {
     INTEGERS: ("message",),
     PYRAMID: ("points", "scales", "norms", "levels"),
     GPTQ: ("words", "scales", "zeros"),
     RTN: ("words", "scales", "zeros"),
 }
-_AROUND = 2048
-"""Bytes for the history and what else the manifest and `config.json` say once."""
+_FIXED_OVERHEAD = 2048
+"""Bytes for the history and everything else that the manifest and `config.json` contain once."""
 
 
 @dataclass(frozen=True)
 class Goal:
-    """How the matrices are to be rounded, and how finely.
+    """The rounding method, and one target for the result.
 
     Attributes:
-        bits: for each weight on average.
+        bits: bits per weight on average.
         size: instead, bytes of the finished folder.
-        kl: instead, KL divergence that is to be expected.
+        kl: instead, the expected KL divergence in nats per token.
         method: see `quantize`.
-        fallback_bits: for each weight of the matrices that no calibration reaches, on average.
+        fallback_bits: bits per weight on average, for the matrices that calibration does not reach.
     """
 
     bits: float | None = None
@@ -62,155 +63,167 @@ class Goal:
     fallback_bits: float = FALLBACK_BITS
 
     def __post_init__(self) -> None:
-        given = [value for value in (self.bits, self.size, self.kl) if value is not None]
+        targets = self._targets
         if self.method not in METHODS:
-            raise UsageError(f"there is no method {self.method!r}: choose one of {', '.join(METHODS)}")
-        if len(given) > 1:
-            raise UsageError("--bits, --target-size and --target-kl are each a target: give one")
-        if (given and not 0 < given[0] < math.inf) or not 1 <= self.wanted_bits <= MOST_BITS:
-            raise UsageError(f"a target of {given[0]}: give bits from 1 to {MOST_BITS}, or bytes or nats above 0")
-        if not 1 <= self.fallback_bits <= MOST_BITS:
-            raise UsageError(f"--fallback-bits {self.fallback_bits}: give 1 to {MOST_BITS}")
+            raise UsageError(f"`method` is {self.method!r}: choose one of {', '.join(METHODS)}")
+        if len(targets) > 1:
+            raise UsageError("`bits`, `target_size` and `target_kl` exclude each other: give one")
+        for name, value in targets.items():
+            if name == "bits" and not 1 <= value <= MAX_BITS:
+                raise UsageError(f"`bits` is {value}: give 1 to {MAX_BITS}")
+            if not 0 < value < math.inf:
+                raise UsageError(f"`{name}` is {value}: give more than 0")
+        if not 1 <= self.fallback_bits <= MAX_BITS:
+            raise UsageError(f"`fallback_bits` is {self.fallback_bits}: give 1 to {MAX_BITS}")
         if self.method != INTEGERS and (self.size or self.kl):
-            raise UsageError(f"method {self.method} has a fixed number of bits per weight: give --bits")
-        if self.method in (GPTQ, RTN) and self.wanted_bits not in range(2, 9):
-            raise UsageError(f"method {self.method} has 2 to 8 whole bits per weight, not {self.bits}")
+            raise UsageError(f"method {self.method} has a fixed number of bits per weight: give `bits` as the target")
+        if self.method in (GPTQ, RTN) and self.bits_per_weight not in range(2, 9):
+            raise UsageError(f"`bits` is {self.bits}: give a whole number from 2 to 8 for method {self.method}")
 
     @property
-    def wanted_bits(self) -> float:
-        """For a number, where nothing else is said."""
+    def _targets(self) -> dict[str, float]:
+        targets = {"bits": self.bits, "target_size": self.size, "target_kl": self.kl}
+        return {name: value for name, value in targets.items() if value is not None}
+
+    @property
+    def bits_per_weight(self) -> float:
+        """The target in bits per weight, or its default."""
         return BITS if self.bits is None else self.bits
 
     @property
     def facts(self) -> dict[str, float]:
         """The target, for the history."""
-        told = {"bits": self.bits, "target_size": self.size, "target_kl": self.kl}
-        return {key: value for key, value in told.items() if value is not None} or {"bits": BITS}
+        return self._targets or {"bits": BITS}
 
-    def tensors(self, W: Tensor, U: Tensor | None, rows: Tensor, columns: Tensor, amount: float) -> tuple[Tensor, ...]:
-        """A matrix as its code takes it; `amount` is the `c` of integers, else bits."""
+    def round_matrix(
+        self, W: Tensor, U: Tensor | None, rows: Tensor, columns: Tensor, amount: float
+    ) -> tuple[Tensor, ...]:
+        """Return the tensors that the codec takes for a matrix; `amount` is `c` for integers, else bits per weight."""
         if self.method == INTEGERS:
             matrix = scaled_integers(W, U, rows, columns, amount)
             return matrix.integers, matrix.rows, matrix.columns
         if self.method == PYRAMID and U is not None:
-            return pyramids(W, U, amount)
-        return *gridded(W, U if self.method == GPTQ else None, int(amount)), torch.tensor([int(amount), GROUP])
+            return round_to_pyramids(W, U, amount)
+        bits = int(amount)
+        return *round_to_grid(W, U if self.method == GPTQ else None, bits), torch.tensor([bits, GROUP])
 
 
 def write_rounded(
     directory: Path,
     source: Checkpoint | PackedFolder,
     cache: SensitivityCache,
-    alone: SensitivityCache,
+    weights_only: SensitivityCache,
     goal: Goal,
     stage: str | None,
     executor: Executor,
     progress: Progress,
 ) -> Contents:
-    """Round and write everything.
+    """Round the matrices and write all tensors.
 
     Args:
         directory: where to write.
         source: the checkpoint.
-        cache: the matrices that are rounded to the goal.
-        alone: those that are rounded by their weights alone, at so many bits as the goal has for them.
-        goal: how finely.
+        cache: the matrices that are rounded to the goal's target.
+        weights_only: the matrices that are rounded by their weights alone, at the goal's `fallback_bits`.
+        goal: method and target.
         stage: entropy stage of the other tensors.
-        executor: who rounds.
+        executor: runs the rounding.
         progress: called after each group of matrices.
     """
-    tensors = alone.tensors | cache.tensors
-    n_weights = {name: of.spec(name).numel for of in (alone, cache) for name in of.rate_models}
-    together = _TOGETHER if goal.method == INTEGERS else 0
-    first, groups = (
-        grouped(of.tensors, n_weights, together, {tensor: _numbers(tensor) for tensor in of.tensors})
-        for of in (alone, cache)
+    caches = weights_only, cache
+    tensors = weights_only.tensors | cache.tensors
+    n_weights = {name: subset.spec(name).numel for subset in caches for name in subset.rate_models}
+    min_weights = _MIN_GROUP if goal.method == INTEGERS else 0
+    fallback_groups, groups = (
+        coding_groups(subset.tensors, n_weights, min_weights, {tensor: _numbers(tensor) for tensor in subset.tensors})
+        for subset in caches
     )
-    last = {names[-1]: tensor for tensor, names in tensors.items()}
-    rest = [name for name in source.specs if name not in tensors]
-    by_weights = replace(goal, method=INTEGERS)
-    parts = [(group[0], INTEGERS) for group in first] + [(group[0], goal.method) for group in groups]
-    longest = {f"{name}.{part}": TensorSpec("U8", (1 << 39,)) for name, method in parts for part in _PARTS_OF[method]}
-    names = announced({name: source.specs[name] for name in rest}) | {n: spec.shape for n, spec in longest.items()}
+    completes = {names[-1]: tensor for tensor, names in tensors.items()}
+    not_rounded = [name for name in source.specs if name not in tensors]
+    methods = {group[0]: INTEGERS for group in fallback_groups} | {group[0]: goal.method for group in groups}
+    part_shapes = {f"{name}.{part}": (1 << 39,) for name, method in methods.items() for part in _PART_NAMES[method]}
+    shapes = {**announced({name: source.specs[name] for name in not_rounded}), **part_shapes}
     shards = shard_bytes(source) if isinstance(source, Checkpoint) else None
     contents = Contents()
-    done, total = 0, sum(of.spec(name).n_bytes for of in (alone, cache) for name in of.rate_models)
-    with CheckpointWriter(directory, names, shards, STEM) as writer:
-        for name in rest:
+    done, total = 0, sum(subset.spec(name).n_bytes for subset in caches for name in subset.rate_models)
+    with CheckpointWriter(directory, shapes, shards, STEM) as writer:
+        for name in not_rounded:
             piece = staged(plain({name: source[name]}), stage)
             contents.write(writer, piece, digests_of(piece))
 
-        def write(of: SensitivityCache, group: list[str], piece: Piece) -> None:
-            complete = [last[name] for name in group if name in last]
-            joining = tuple(recipe for tensor in complete for recipe in of.joining(tensor, tensors[tensor]))
-            contents.write(writer, piece + Piece(recipes=joining), digests_of(piece))
+        def write(subset: SensitivityCache, group: list[str], piece: Piece) -> None:
+            complete = [completes[name] for name in group if name in completes]
+            joins = tuple(recipe for tensor in complete for recipe in subset.join_recipes(tensor, tensors[tensor]))
+            contents.write(writer, piece + Piece(recipes=joins), digests_of(piece))
             nonlocal done
-            done += sum(of.spec(name).n_bytes for name in group)
+            done += sum(subset.spec(name).n_bytes for name in group)
             progress("quantizing", "byte", done, total)
 
-        for group in first:
+        for group in fallback_groups:
             n = sum(n_weights[name] for name in group)
-            amount = RateModel.sum(alone.rate_models[name] for name in group).c(goal.fallback_bits * n)
-            write(alone, group, _rounded_together(alone, by_weights, amount, group, executor))
-        controller = _controller(cache, goal, groups, partial(_bytes_around, source, cache, contents, groups, names))
+            amount = RateModel.sum(weights_only.rate_models[name] for name in group).c(goal.fallback_bits * n)
+            piece = _rounded_group(weights_only, replace(goal, method=INTEGERS), amount, group, executor)
+            write(weights_only, group, piece)
+        controller = _controller(cache, goal, groups, partial(_overhead_bytes, source, cache, contents, groups, shapes))
         for group in groups:
-            write(cache, group, _fitting(cache, goal, controller, group, executor))
+            write(cache, group, _fitting_group(cache, goal, controller, group, executor))
     return contents
 
 
 def _controller(
-    cache: SensitivityCache, goal: Goal, groups: list[list[str]], around: Callable[[], int]
+    cache: SensitivityCache, goal: Goal, groups: list[list[str]], overhead: Callable[[], int]
 ) -> RateController | FixedRate:
-    """What says how finely each group is rounded."""
+    """Return the controller that chooses the amount for each group."""
     n_weights = cache.n_weights
     if goal.method != INTEGERS:
-        return FixedRate(goal.wanted_bits)
+        return FixedRate(goal.bits_per_weight)
     if goal.kl is not None:
         return FixedRate(math.sqrt(24 * goal.kl / n_weights))
-    bits = goal.wanted_bits * n_weights if goal.size is None else 8.0 * (goal.size - around())
+    bits = goal.bits_per_weight * n_weights if goal.size is None else 8.0 * (goal.size - overhead())
     if bits < n_weights / 4:
         raise UsageError(
-            f"a target of {goal.size} bytes leaves {max(bits, 0) / n_weights:.2f} bits per weight: give more"
+            f"a target of {goal.size} bytes leaves {max(bits, 0) / n_weights:.2f} bits per weight: give a larger target"
         )
     return RateController([RateModel.sum(cache.rate_models[name] for name in group) for group in groups], bits)
 
 
-def _fitting(
+def _fitting_group(
     cache: SensitivityCache,
     goal: Goal,
     controller: RateController | FixedRate,
     group: Sequence[str],
     executor: Executor,
 ) -> Piece:
-    """A group of matrices, rounded as finely as there are bytes left for it."""
+    """Round and encode a group of matrices, again with a larger amount if the result exceeds the remaining bits."""
     amount = controller.next()
-    most = 4 * amount
+    max_amount = 4 * amount
     n_weights = max(1, sum(cache.spec(name).numel for name in group))
     while True:
-        piece = _rounded_together(cache, goal, amount, group, executor)
+        piece = _rounded_group(cache, goal, amount, group, executor)
         excess = controller.spend(amount, 8.0 * sum(spec.n_bytes for spec, _ in piece.stored.values()))
         if not excess:
             return piece
         amount *= max(1.002, 2.0 ** min(2.0, excess / n_weights))
-        if amount > most and goal.size is None:  # of a tiny model, whose headers take more than its weights
+        if amount > max_amount and goal.size is None:  # a tiny model, whose headers take more than its weights
             return piece
-        if amount > most:
-            raise UsageError("so few bytes do not hold the headers: give more")
+        if amount > max_amount:
+            raise UsageError(f"a target of {goal.size} bytes has no room for the headers: give a larger target")
 
 
-def _rounded_together(
+def _rounded_group(
     cache: SensitivityCache, goal: Goal, amount: float, group: Sequence[str], executor: Executor
 ) -> Piece:
-    rounded = executor.map(partial(_rounded, cache, goal, amount), group)
-    return _piece(cache, goal, group, [tensor for tensors in rounded for tensor in tensors])
+    """Round and encode a group of matrices."""
+    results = executor.map(partial(_rounded_matrix, cache, goal, amount), group)
+    return _encoded_group(cache, goal, group, [tensor for tensors in results for tensor in tensors])
 
 
-def _rounded(cache: SensitivityCache, goal: Goal, amount: float, name: str) -> tuple[Tensor, ...]:
-    return goal.tensors(cache.matrix(name), *cache.known(name), amount)
+def _rounded_matrix(cache: SensitivityCache, goal: Goal, amount: float, name: str) -> tuple[Tensor, ...]:
+    return goal.round_matrix(cache.matrix(name), *cache.factor_and_scales(name), amount)
 
 
-def _piece(cache: SensitivityCache, goal: Goal, group: Sequence[str], tensors: list[Tensor]) -> Piece:
-    """A group of matrices, coded, and turned back where they were rotated."""
+def _encoded_group(cache: SensitivityCache, goal: Goal, group: Sequence[str], tensors: list[Tensor]) -> Piece:
+    """Encode a group of rounded matrices, with the recipes that undo their rotation and transposition."""
     makes, recipes = cache.recipes(group)
     code = _CODE_OF.get(goal.method, goal.method)
     coded = CODES[code].encode(tensors, list(makes.values()))
@@ -220,24 +233,28 @@ def _piece(cache: SensitivityCache, goal: Goal, group: Sequence[str], tensors: l
 
 
 def _numbers(name: str) -> tuple[int, ...]:
-    """The numbers in a name; those of embeddings and heads have none."""
+    """Return the numbers in a tensor's name; names of embeddings and heads have none."""
     return tuple(int(part) for part in name.split(".") if part.isdigit())
 
 
-def _bytes_around(
+def _overhead_bytes(
     source: Source,
     cache: SensitivityCache,
     contents: Contents,
     groups: Sequence[Sequence[str]],
-    names: Mapping[str, tuple[int, ...]],
+    shapes: Mapping[str, tuple[int, ...]],
 ) -> int:
-    """At most what the finished folder has besides the messages: other tensors, headers, manifest, config."""
+    """Return an upper bound for the bytes of the finished folder without the bitstreams of the matrices.
+
+    These are the other tensors, headers, manifest and config.
+    """
     tensors = sum(spec.n_bytes for spec in contents.stored.values())
-    header = sum(len(name) + len(str(list(shape))) + ENTRY for name, shape in names.items())
-    planned = [recipe for tensor, of in cache.tensors.items() for recipe in cache.joining(tensor, of)]
+    header = sum(len(name) + len(str(list(shape))) + ENTRY for name, shape in shapes.items())
+    planned = [recipe for tensor, names in cache.tensors.items() for recipe in cache.join_recipes(tensor, names)]
     for group in groups:
-        makes, after = cache.recipes(group)
-        planned += [Recipe(INTEGERS, {"message": f"{group[0]}.message"}, makes, {"bytes": 10**12}), *after]
+        makes, later_recipes = cache.recipes(group)
+        planned += [Recipe(INTEGERS, {"message": f"{group[0]}.message"}, makes, {"bytes": 10**12}), *later_recipes]
     recipes = sum(len(json.dumps(recipe.facts)) + 1 for recipe in (*contents.recipes, *planned))
     digests = sum(len(name) + 40 for name in (*contents.stored, *(f"{group[0]}.message" for group in groups)))
-    return tensors + header + recipes + digests + 3 * len(json.dumps(dict(source.config), indent=4)) + _AROUND
+    config = 3 * len(json.dumps(dict(source.config), indent=4))
+    return tensors + header + recipes + digests + config + _FIXED_OVERHEAD

@@ -1,4 +1,4 @@
-"""What is known of each matrix of a checkpoint, kept in a work store until the matrix is rounded."""
+"""Keep the measurements of each matrix of a checkpoint in a work store until the matrix is rounded."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from copy import copy
@@ -14,7 +14,7 @@ from freebits.calibration.sensitivities import InputStatistics
 from freebits.codecs.arrangement import TRANSPOSED
 from freebits.codecs.hadamard import rotated
 from freebits.errors import CheckpointError
-from freebits.execution.stored_values import kept
+from freebits.execution.stored_values import storable
 from freebits.execution.work_store import Work, WorkStore
 from freebits.options import HADAMARD
 from freebits.packed.recipe import Recipe
@@ -25,14 +25,14 @@ from freebits.storage.folder import Source
 from freebits.types import FLOATS, TensorSpec
 
 JOINED = "joined"
-_PIECE = 1 << 24
-"""Weights of a matrix above which it is rounded and coded in several pieces of so many, row by row."""
+_MAX_WEIGHTS = 1 << 24
+"""A matrix with more weights is split by rows into pieces of this size, which are rounded and coded separately."""
 
 
-@kept
+@storable
 @dataclass(frozen=True)
 class Factor:
-    """What is known of the inputs of some matrices.
+    """The inverse-Hessian Cholesky factor `U` of the inputs of some matrices.
 
     Attributes:
         key: of `U` in the store.
@@ -43,19 +43,19 @@ class Factor:
     diagonal: Tensor
 
 
-@kept
+@storable
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix of a checkpoint: some rows of a tensor, which is seen as (rows, width).
+    """A matrix of a checkpoint: some rows of a tensor, which is viewed as (rows, width).
 
     Attributes:
         tensor: name in the checkpoint.
         start: its first row.
         stop: the row after its last.
         transposed: whether it is stored as (inputs, outputs).
-        factor: of its inputs; None where nothing is known but the weights.
-        information: mean squared gradient at each of its outputs, (outputs,), float64; None likewise.
-        width: how many weights a row has, if not as many as the tensor's last dimension.
+        factor: of its inputs; None without calibration.
+        information: mean squared gradient at each of its outputs, (outputs,), float64; None without calibration.
+        width: number of weights per row, if it differs from the tensor's last dimension.
     """
 
     tensor: str
@@ -67,8 +67,8 @@ class Matrix:
     width: int | None = None
 
     def pieces(self, width: int) -> Iterator["Matrix"]:
-        """The matrix in pieces that are small enough to be rounded in little memory, of tensors of a width."""
-        step = max(1, _PIECE // width)
+        """Yield the matrix in pieces that take little memory to round; `width` is the number of weights per row."""
+        step = max(1, _MAX_WEIGHTS // width)
         if self.transposed or self.stop - self.start <= step:
             yield self
             return
@@ -80,10 +80,10 @@ class Matrix:
             yield replace(self, start=start, stop=stop, information=information)
 
 
-@kept
+@storable
 @dataclass(frozen=True)
-class Known:
-    """The relative scales of a matrix's rows and columns, and the counts of its budget."""
+class MatrixScales:
+    """The relative scales of a matrix's rows and columns, and the counts of its rate model."""
 
     rows: Tensor
     columns: Tensor
@@ -91,15 +91,15 @@ class Known:
 
 
 class SensitivityCache:
-    """What is known of each matrix, by names: that of the tensor, or `name[first row:row after the last]`.
+    """The measurements of each matrix, by name: that of the tensor, or `name[first row:row after the last]`.
 
     Attributes:
-        matrices: what each is.
-        rate_models: of each.
-        seed: of the rotation in which matrices are rounded; None for none.
+        matrices: name → matrix.
+        rate_models: name → rate model.
+        seed: of the rotation in which matrices are rounded; None for no rotation.
 
     Args:
-        work: who computes what is derived, and where it is kept.
+        work: computes the scales and rate models, and keeps them.
         source: the checkpoint.
         seed: see above.
     """
@@ -109,12 +109,12 @@ class SensitivityCache:
         self.rate_models: dict[str, RateModel] = {}
         self.seed = seed
         self._work = work
-        self._source = _LastRead(source)
+        self._source = _LastTensorSource(source)
         self._scales: dict[str, tuple[Tensor, Tensor]] = {}
-        self._last: tuple[str, Tensor] = "", torch.empty(0)
+        self._last_factor: tuple[str, Tensor] = "", torch.empty(0)
 
     def add(self, matrices: Iterable[Matrix]) -> None:
-        """Take in what was measured of matrices.
+        """Add matrices with their measurements, and compute their scales and rate models.
 
         Raises:
             CheckpointError: a weight is not finite.
@@ -122,71 +122,74 @@ class SensitivityCache:
         for matrix in matrices:
             shape = self._source.specs[matrix.tensor].shape
             for piece in matrix.pieces(matrix.width or shape[-1]):
-                whole = len(shape) == 2 and (piece.start, piece.stop) == (0, shape[0])
-                self.matrices[piece.tensor if whole else f"{piece.tensor}[{piece.start}:{piece.stop}]"] = piece
-        known = self._work.map("known", partial(_known, self._source, self.seed), self.matrices.values())
-        for name, of in zip(self.matrices, known, strict=True):
-            self._scales[name] = of.rows, of.columns
-            self.rate_models[name] = RateModel(of.counts.numpy())
+                is_tensor = len(shape) == 2 and (piece.start, piece.stop) == (0, shape[0])
+                self.matrices[piece.tensor if is_tensor else f"{piece.tensor}[{piece.start}:{piece.stop}]"] = piece
+        results = self._work.map("known", partial(_matrix_scales, self._source, self.seed), self.matrices.values())
+        for name, scales in zip(self.matrices, results, strict=True):
+            self._scales[name] = scales.rows, scales.columns
+            self.rate_models[name] = RateModel(scales.counts.numpy())
 
     def only(self, names: Collection[str]) -> "SensitivityCache":
-        """The same for the matrices of some tensors."""
-        some = copy(self)
-        some.rate_models = {
-            name: budget for name, budget in self.rate_models.items() if self.matrices[name].tensor in names
+        """Return a cache with the matrices of some tensors only."""
+        subset = copy(self)
+        subset.rate_models = {
+            name: rate_model for name, rate_model in self.rate_models.items() if self.matrices[name].tensor in names
         }
-        return some
+        return subset
 
     @property
     def tensors(self) -> dict[str, list[str]]:
-        """The tensors that are rounded as a whole, and the names of their matrices, from the first row to the last."""
-        found: dict[str, list[str]] = {}
+        """Each tensor that is rounded, and the names of its matrices in the order of their rows."""
+        by_tensor: dict[str, list[str]] = {}
         for name in self.rate_models:
-            found.setdefault(self.matrices[name].tensor, []).append(name)
-        return {tensor: sorted(names, key=lambda name: self.matrices[name].start) for tensor, names in found.items()}
+            by_tensor.setdefault(self.matrices[name].tensor, []).append(name)
+        return {
+            tensor: sorted(names, key=lambda name: self.matrices[name].start) for tensor, names in by_tensor.items()
+        }
 
     @property
     def n_weights(self) -> int:
-        """How many weights all matrices have."""
+        """Number of weights of all matrices."""
         return sum(self.spec(name).numel for name in self.rate_models)
 
     def spec(self, name: str) -> TensorSpec:
-        """Dtype and shape of a matrix as it is stored."""
+        """Return the dtype and shape of a matrix as it is stored."""
         matrix = self.matrices[name]
-        of = self._source.specs[matrix.tensor]
-        return TensorSpec(of.code, (matrix.stop - matrix.start, matrix.width or of.shape[-1]))
+        tensor_spec = self._source.specs[matrix.tensor]
+        return TensorSpec(tensor_spec.code, (matrix.stop - matrix.start, matrix.width or tensor_spec.shape[-1]))
 
-    def known(self, name: str) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Of a matrix `U`, and the relative scales of its rows and columns."""
-        factor, last = self.matrices[name].factor, self._last
+    def factor_and_scales(self, name: str) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Return `U` of a matrix, if it is calibrated, and the relative scales of its rows and columns."""
+        factor, last = self.matrices[name].factor, self._last_factor
         if factor is None:
             return None, *self._scales[name]
         if last[0] != factor.key:
-            self._last = last = factor.key, self._work.store.get(f"U-{factor.key}")
+            self._last_factor = last = factor.key, self._work.store.get(f"U-{factor.key}")
         return last[1], *self._scales[name]
 
     def matrix(self, name: str) -> Tensor:
-        """A matrix as it is rounded."""
+        """Return a matrix in the form in which it is rounded: not transposed, and rotated if there is a rotation."""
         return _matrix(self._source, self.seed, self.matrices[name])
 
     def recipes(self, names: Collection[str]) -> tuple[dict[str, TensorSpec], tuple[Recipe, ...]]:
-        """What is rounded in the place of matrices, and how they are made of it."""
+        """Return the specs of the matrices as they are rounded, and the recipes that make the stored ones from them."""
         recipes: list[Recipe] = []
         rounded: dict[str, TensorSpec] = {}
         for name in names:
-            now, of = name, self.spec(name)
+            rounded_name, spec = name, self.spec(name)
             if self.matrices[name].transposed:
-                stored, now, of = {name: of}, f"{name}.transposed", TensorSpec(of.code, of.shape[::-1])
-                recipes.append(Recipe(TRANSPOSED, {TRANSPOSED: now}, stored))
+                makes = {name: spec}
+                rounded_name, spec = f"{name}.transposed", TensorSpec(spec.code, spec.shape[::-1])
+                recipes.append(Recipe(TRANSPOSED, {TRANSPOSED: rounded_name}, makes))
             if self.seed is not None:
-                turned = TensorSpec("F32", of.shape)
-                recipes.append(Recipe(HADAMARD, {"rotated": f"{now}.rotated"}, {now: of}, {"seed": self.seed}))
-                now, of = f"{now}.rotated", turned
-            rounded[now] = of
+                makes = {rounded_name: spec}
+                rounded_name, spec = f"{rounded_name}.rotated", TensorSpec("F32", spec.shape)
+                recipes.append(Recipe(HADAMARD, {"rotated": rounded_name}, makes, {"seed": self.seed}))
+            rounded[rounded_name] = spec
         return rounded, tuple(reversed(recipes))
 
-    def joining(self, tensor: str, names: Collection[str]) -> tuple[Recipe, ...]:
-        """How a tensor is made of its matrices; nothing where it is one."""
+    def join_recipes(self, tensor: str, names: Collection[str]) -> tuple[Recipe, ...]:
+        """Return the recipe that makes a tensor from its matrices; nothing if the tensor is a single matrix."""
         if [*names] == [tensor]:
             return ()
         takes = {str(number): name for number, name in enumerate(names)}
@@ -194,8 +197,8 @@ class SensitivityCache:
         return (Recipe(JOINED, takes, {tensor: self._source.specs[tensor]}, {"rows": rows}),)
 
 
-class _LastRead:
-    """A source that keeps the tensor that was read last, as a tensor may be read for each of its matrices."""
+class _LastTensorSource:
+    """A source that keeps the last tensor it read, because each matrix of a tensor reads the tensor again."""
 
     def __init__(self, source: Source) -> None:
         self.specs, self.config = source.specs, source.config
@@ -209,60 +212,63 @@ class _LastRead:
         return last[1]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _LastRead, (self._source,)
+        return _LastTensorSource, (self._source,)
 
 
 def whole_tensors(matrices: Iterable[Matrix], source: Source) -> list[Matrix]:
-    """The matrices of those tensors that are matrices as a whole, each row in one of them."""
+    """Return the matrices of those tensors whose every row belongs to exactly one matrix."""
     by_tensor: dict[str, list[Matrix]] = {}
     for matrix in matrices:
         by_tensor.setdefault(matrix.tensor, []).append(matrix)
-    found = []
-    for tensor, of in by_tensor.items():
+    result = []
+    for tensor, parts in by_tensor.items():
         spec = source.specs[tensor]
-        of.sort(key=lambda matrix: (matrix.start, -matrix.stop))
-        ends = [0, *(matrix.stop for matrix in of)]
-        meet = all(matrix.start == end for matrix, end in zip(of, ends, strict=False))
-        if spec.code in FLOATS and len(spec.shape) > 1 and meet and ends[-1] == prod(spec.shape[:-1]):
-            found += of
-    return found
+        parts.sort(key=lambda matrix: (matrix.start, -matrix.stop))
+        ends = [0, *(matrix.stop for matrix in parts)]
+        contiguous = all(matrix.start == end for matrix, end in zip(parts, ends, strict=False))
+        if spec.code in FLOATS and len(spec.shape) > 1 and contiguous and ends[-1] == prod(spec.shape[:-1]):
+            result += parts
+    return result
 
 
-def factor_of(store: WorkStore, seed: int | None, inputs: InputStatistics) -> Factor:
-    """Put the factor of inputs into a store.
+def store_factor(store: WorkStore, seed: int | None, inputs: InputStatistics) -> Factor:
+    """Compute the factor `U` of some inputs and put it into a store.
 
     Raises:
         CheckpointError: the inputs are not finite.
     """
     if not inputs.gram.isfinite().all():
         raise CheckpointError(
-            f"what {inputs.regions[0].name} reads is not finite: the model overflows, or its weights are damaged"
+            f"the inputs of tensor {inputs.regions[0].name} are not finite: the model overflows, or its weights are "
+            "damaged"
         )
     U = inverse_factor(inputs.gram if seed is None else rotated(inputs.gram, seed), DAMPING)
     store.put(f"U-{inputs.key}", U)
     return Factor(inputs.key, U.diagonal().clone())
 
 
-def _known(source: Source, seed: int | None, matrix: Matrix) -> Known:
-    """What is derived from a matrix's weights."""
+def _matrix_scales(source: Source, seed: int | None, matrix: Matrix) -> MatrixScales:
+    """Compute the scales and the rate model of a matrix."""
     information = matrix.information
     if information is not None and not information.isfinite().all():
-        raise CheckpointError(f"what {matrix.tensor} leads to is not finite: the model overflows or is damaged")
+        raise CheckpointError(
+            f"the gradients at tensor {matrix.tensor} are not finite: the model overflows, or its weights are damaged"
+        )
     W = _matrix(source, None, matrix)
     if not W.isfinite().all():
         n = int((~W.isfinite()).sum())
         raise CheckpointError(
-            f"tensor {matrix.tensor} has {n} weights that are NaN or infinite: they cannot be rounded; set them to "
-            "zero, or keep every bit with --lossless"
+            f"tensor {matrix.tensor} has {n} weights that are NaN or infinite and cannot be rounded: set them to "
+            "zero, or keep every bit: `compress` with `lossless`"
         )
-    if seed is not None:  # a rotation spreads over all rows what is known of each
+    if seed is not None:  # a rotation mixes all rows, so each gets the mean information
         W = rotated(W, seed)
         information = None if information is None else information.mean().expand(len(information))
     if matrix.factor is None or information is None:
         rows, columns = typical_scales(W)
     else:
         rows, columns = row_scales(information), matrix.factor.diagonal
-    return Known(rows, columns, torch.from_numpy(RateModel.of(W, rows, columns).counts))
+    return MatrixScales(rows, columns, torch.from_numpy(RateModel.of(W, rows, columns).counts))
 
 
 def _matrix(source: Source, seed: int | None, matrix: Matrix) -> Tensor:
@@ -272,23 +278,26 @@ def _matrix(source: Source, seed: int | None, matrix: Matrix) -> Tensor:
     return W if seed is None else rotated(W, seed)
 
 
-def grouped(
-    matrices: Mapping[str, list[str]], n_weights: Mapping[str, int], together: int, order: Mapping[str, tuple[int, ...]]
+def coding_groups(
+    matrices: Mapping[str, list[str]],
+    n_weights: Mapping[str, int],
+    min_weights: int,
+    order: Mapping[str, tuple[int, ...]],
 ) -> list[list[str]]:
-    """Matrices that are coded together, in an order of their tensors.
+    """Group matrices that are coded together, in the order of their tensors.
 
     Args:
         matrices: tensor → its matrices.
-        n_weights: of each matrix.
-        together: how many weights a group has at least, where a block has as many.
-        order: tensor → the numbers in its name; those of one block begin alike.
+        n_weights: matrix → number of its weights.
+        min_weights: number of weights at which a group is complete; a group may end earlier, with its block.
+        order: tensor → the numbers in its name; the first is the same for all tensors of a block.
     """
     groups: list[list[str]] = []
-    size, block = together, None
+    size, block = min_weights, None
     for tensor in sorted(matrices, key=lambda tensor: (bool(order[tensor]), order[tensor])):
         for number, name in enumerate(matrices[tensor]):
             begins = number == 0 and (len(matrices[tensor]) > 1 or order[tensor][:1] != block)
-            if begins or size >= together:
+            if begins or size >= min_weights:
                 groups.append([])
                 size = 0
             groups[-1].append(name)

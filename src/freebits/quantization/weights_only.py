@@ -1,4 +1,4 @@
-"""Matrices that no calibration text reaches: they are rounded by what their weights alone tell."""
+"""Matrices that no calibration text reaches: their weights alone determine how they are rounded."""
 
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -11,114 +11,118 @@ from freebits.storage.folder import Source
 from freebits.types import FLOATS, HALVES, TensorSpec
 
 _SMALL = 0.01
-"""Part of the weights up to which routers stay as they are."""
-_NARROW = 32
-"""Rows or columns below which a matrix stays as it is: small convolution kernels, the states of recurrences."""
+"""Routers are not rounded if they hold at most this fraction of the weights."""
+_MIN_SIDE = 32
+"""A matrix with fewer rows or columns is not rounded: small convolution kernels, the states of recurrences."""
 
 
 def names_to_keep(source: Source, patterns: Sequence[str]) -> dict[str, str]:
-    """The tensors whose names match one of the patterns, as in the shell (`*` stands for anything), and the reason.
+    """Return the tensors whose names match a shell pattern (`*` matches anything), and the reason to keep them.
 
     Raises:
         UsageError: a pattern matches no tensor.
     """
-    kept: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     for pattern in patterns:
         matched = {name for name in source.specs if fnmatchcase(name, pattern)}
         if not matched:
-            some = ", ".join(sorted(source.specs)[:3])
-            raise UsageError(f"no tensor's name matches --keep {pattern}: names are as {some}")
-        kept |= dict.fromkeys(matched, "asked for with --keep")
-    return kept
+            examples = ", ".join(sorted(source.specs)[:3])
+            raise UsageError(f"`keep` {pattern} matches no tensor: give a pattern for names such as {examples}")
+        reasons |= dict.fromkeys(matched, "matched by `keep`")
+    return reasons
 
 
 def choosing_kept(source: Source, choosing: Collection[str]) -> dict[str, str]:
-    """The tensors of a model's routers, and the reason why they stay as they are; none if they are not small."""
+    """Return the tensors of a model's routers and the reason to keep them; nothing if the routers are not small."""
     weights = sum(source.specs[name].numel for name in choosing)
     small = weights <= _SMALL * sum(spec.numel for spec in source.specs.values())
-    return dict.fromkeys(choosing if small else (), "its outputs are compared, as of a router")
+    return dict.fromkeys(choosing if small else (), "its outputs are compared, like those of a router")
 
 
 def uncalibrated(source: Source, calibrated: Collection[str], kept: Collection[str]) -> list[Matrix]:
-    """The matrices to round by their weights alone: all that are large enough and of the checkpoint's own precision.
+    """Return the matrices to round by their weights alone: those of some size in the checkpoint's usual precision.
 
     Args:
         source: the checkpoint.
-        calibrated: names of the tensors of which more is known.
-        kept: names of the tensors that stay as they are.
+        calibrated: names of the calibrated tensors.
+        kept: names of the tensors that are not rounded.
     """
-    found = []
+    matrices = []
     for name, spec in source.specs.items():
-        if name not in calibrated and name not in kept and _reason(spec, _wide_among_halves(source)) is None:
-            rows, width = as_matrix(spec.shape)
-            found.append(Matrix(name, 0, rows, False, None, None, width))
-    return found
+        if name not in calibrated and name not in kept and _reason(spec, _mostly_half_precision(source)) is None:
+            rows, width = matrix_shape(spec.shape)
+            matrices.append(Matrix(name, 0, rows, False, None, None, width))
+    return matrices
 
 
-def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Rows and columns of a tensor seen as a matrix: a convolution kernel as (filters, rest), a stack row by row."""
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return the rows and columns of a tensor viewed as a matrix.
+
+    A row of a convolution kernel is a filter. The rows of a stack of matrices are the rows of its matrices.
+    """
     total = 1
     for size in shape:
         total *= size
-    width = shape[-1] if len(shape) == 2 or (len(shape) == 3 and shape[-1] >= _NARROW) else total // max(1, shape[0])
+    width = shape[-1] if len(shape) == 2 or (len(shape) == 3 and shape[-1] >= _MIN_SIDE) else total // max(1, shape[0])
     return total // max(1, width), width
 
 
 def coverage_of(
-    source: Source, calibrated: Collection[str], alone: Collection[str], kept: Mapping[str, str]
+    source: Source, calibrated: Collection[str], weights_only: Collection[str], kept: Mapping[str, str]
 ) -> dict[str, Any]:
-    """How much of a checkpoint is rounded.
+    """Report how much of a checkpoint is rounded.
 
     Args:
         source: the checkpoint.
-        calibrated: names of the tensors that are rounded by what calibration told.
-        alone: names of those that are rounded by their weights alone.
-        kept: names of those that stay as they are, and why.
+        calibrated: names of the tensors that are rounded with calibration.
+        weights_only: names of the tensors that are rounded by their weights alone.
+        kept: name → reason, for the tensors that are not rounded.
 
     Returns:
-        `share` of the weights that are rounded; `uncalibrated`, the share that is rounded by weights alone; and for
-        each kind of tensor of these, `alone`, and of those that are not rounded, `left`: `tensors` (its name, numbers
-        as `*`), `weights` and `reason`, the largest first.
+        `share`, the fraction of the weights that are rounded; `uncalibrated`, the fraction that are rounded by their
+        weights alone; `alone` and `left`, which list the latter and those that are not rounded, the largest first. An
+        entry covers tensors whose names differ in numbers only: `tensors` (the name with `*` for each number),
+        `weights` and `reason`.
     """
     total = max(1, sum(spec.numel for spec in source.specs.values()))
-    halves = _wide_among_halves(source)
-    left = {
-        name: kept.get(name) or _reason(spec, halves) or "of a part that is left out"
+    half_precision = _mostly_half_precision(source)
+    not_rounded = {
+        name: kept.get(name) or _reason(spec, half_precision) or "excluded by `only`"
         for name, spec in source.specs.items()
-        if name not in calibrated and name not in alone
+        if name not in calibrated and name not in weights_only
     }
     weights = {name: spec.numel for name, spec in source.specs.items()}
     return {
-        "share": 1 - sum(weights[name] for name in left) / total,
-        "uncalibrated": sum(weights[name] for name in alone) / total,
-        "alone": _listed(dict.fromkeys(alone, "no text multiplies by it"), weights),
-        "left": _listed(left, weights),
+        "share": 1 - sum(weights[name] for name in not_rounded) / total,
+        "uncalibrated": sum(weights[name] for name in weights_only) / total,
+        "alone": _summary(dict.fromkeys(weights_only, "the calibration text does not reach it"), weights),
+        "left": _summary(not_rounded, weights),
     }
 
 
-def _listed(reasons: Mapping[str, str], weights: Mapping[str, int]) -> list[dict[str, Any]]:
+def _summary(reasons: Mapping[str, str], weights: Mapping[str, int]) -> list[dict[str, Any]]:
     sums: dict[tuple[str, str], int] = {}
     for name, reason in reasons.items():
         key = re.sub(r"\d+", "*", name), reason
         sums[key] = sums.get(key, 0) + weights[name]
-    ordered = sorted(sums.items(), key=lambda item: -item[1])
-    return [{"tensors": tensors, "weights": n, "reason": reason} for (tensors, reason), n in ordered]
+    largest_first = sorted(sums.items(), key=lambda item: -item[1])
+    return [{"tensors": tensors, "weights": n, "reason": reason} for (tensors, reason), n in largest_first]
 
 
-def _wide_among_halves(source: Source) -> bool:
-    """Whether most of a checkpoint's floats have 16 bits, so that one of 32 bits is there for its precision."""
+def _mostly_half_precision(source: Source) -> bool:
+    """Return whether most floats of a checkpoint have 16 bits; then a tensor of 32 bits needs its precision."""
     sizes = [(spec.code in HALVES, spec.numel) for spec in source.specs.values() if spec.code in FLOATS]
     return 2 * sum(n for is_half, n in sizes if is_half) > sum(n for _, n in sizes)
 
 
-def _reason(spec: TensorSpec, wide_among_halves: bool) -> str | None:
-    """Why a tensor is not rounded; None if it is."""
+def _reason(spec: TensorSpec, half_precision: bool) -> str | None:
+    """Return why a tensor is not rounded; None if it is."""
     if spec.code not in FLOATS:
         return f"its dtype is {spec.code}"
     if len(spec.shape) < 2 or spec.numel == max(spec.shape):
         return "a vector"
-    if wide_among_halves and spec.code not in HALVES:
-        return f"{spec.code} where the rest has 16 bits"
-    if min(as_matrix(spec.shape)) < _NARROW:
-        return f"fewer than {_NARROW} rows or columns"
+    if half_precision and spec.code not in HALVES:
+        return f"its dtype is {spec.code}, while most weights have 16 bits"
+    if min(matrix_shape(spec.shape)) < _MIN_SIDE:
+        return f"fewer than {_MIN_SIDE} rows or columns"
     return None

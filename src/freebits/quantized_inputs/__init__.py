@@ -1,4 +1,4 @@
 """Reads checkpoints that other tools have quantized (FP8, MXFP4, NVFP4, INT4, GPTQ, AWQ) as floats.
 
-A new input format takes one class, and one line in `source.FORMATS`. What freebits writes itself is in `codecs`.
+To add an input format, write a class and add it to `source.FORMATS`. Formats that freebits writes are in `codecs`.
 """

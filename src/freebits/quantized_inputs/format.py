@@ -1,4 +1,4 @@
-"""What a format is."""
+"""The interface of an input format, and functions that formats share."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ Settings = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Stored:
-    """How one matrix, or a stack of them, is stored.
+class StoredMatrix:
+    """How a checkpoint stores one quantized matrix or a stack of matrices.
 
     Attributes:
-        name: of the matrix, as in a checkpoint that is not quantized.
-        shape: of the matrix.
-        parts: role → name of the tensor that has it.
-        decode: makes the matrix of these tensors, by role, in float32.
+        name: name of the matrix in a checkpoint that is not quantized.
+        shape: shape of the matrix.
+        parts: role → name of the stored tensor.
+        decode: returns the matrix in float32, given the stored tensors by role.
     """
 
     name: str
@@ -31,33 +31,38 @@ class Stored:
 
 
 class Format(Protocol):
-    """One format."""
+    """An input format."""
 
-    @property
-    def name(self) -> str:
-        """Under which people know it."""
+    def match(self, name: str, specs: Mapping[str, TensorSpec], settings: Settings) -> StoredMatrix | None:
+        """Return how a matrix is stored, given the name of the tensor with its quantized weights.
 
-    def found(self, name: str, specs: Mapping[str, TensorSpec], settings: Settings) -> Stored | None:
-        """How a matrix is stored whose quantized weights are in the tensor of that name; None if not in this format."""
+        Args:
+            name: any tensor of the checkpoint.
+            specs: all tensors of the checkpoint.
+            settings: the checkpoint's `quantization_config`.
+
+        Returns:
+            None if the tensor does not hold quantized weights in this format.
+        """
 
 
-def auxiliary(specs: Mapping[str, TensorSpec], parts: Mapping[str, str]) -> dict[str, str]:
-    """Those of some tensors that are there, by role."""
+def present_parts(specs: Mapping[str, TensorSpec], parts: Mapping[str, str]) -> dict[str, str]:
+    """Those parts, role → name, that the checkpoint has."""
     return {role: name for role, name in parts.items() if name in specs}
 
 
-def powers(scale: Tensor) -> Tensor:
-    """Scales in float32; bytes are the exponents of E8M0 (OCP Microscaling Formats, 5.4.1)."""
+def float_scales(scale: Tensor) -> Tensor:
+    """Convert scales to float32; bytes are exponents in E8M0 (OCP Microscaling Formats, 5.4.1)."""
     return (scale.float() - 127).exp2() if scale.dtype == torch.uint8 else scale.float()
 
 
-def spread(scale: Tensor, shape: tuple[int, ...], blocks: tuple[int, ...] | None = None) -> Tensor:
-    """Scales of blocks of a tensor, as something that the tensor can be multiplied by.
+def expand_scales(scale: Tensor, shape: tuple[int, ...], blocks: tuple[int, ...] | None = None) -> Tensor:
+    """Repeat the scale of each block so that the result broadcasts to `shape`.
 
     Args:
-        scale: one number, or one for each block; a dimension of size 1 stands for all of the tensor's.
-        shape: of the tensor.
-        blocks: sizes of a block in the last dimensions; where they do not fit, blocks divide the dimension equally.
+        scale: one scale, or one for each block; a dimension of size 1 applies to the whole dimension.
+        shape: shape of the tensor that the scales belong to.
+        blocks: block sizes in the last dimensions. Where they do not fit, equal blocks divide the dimension.
 
     Raises:
         ValueError: the blocks do not cover the tensor.
@@ -66,34 +71,34 @@ def spread(scale: Tensor, shape: tuple[int, ...], blocks: tuple[int, ...] | None
         return scale.reshape(())
     if scale.ndim < len(shape):
         scale = scale.reshape(*scale.shape, *[1] * (len(shape) - scale.ndim))
-    for at, size in enumerate(shape):
-        n = scale.shape[at]
-        told = (blocks or ())[at - len(shape)] if len(shape) - at <= len(blocks or ()) else 0
-        block = told if told and -(-size // told) == n else size // n
-        if n > 1 and -(-size // block) != n:
-            raise ValueError(f"{n} scales for {size} weights")
-        if n > 1:
-            scale = scale.repeat_interleave(block, at).narrow(at, 0, size)
+    for dim, size in enumerate(shape):
+        n_scales = scale.shape[dim]
+        given = (blocks or ())[dim - len(shape)] if len(shape) - dim <= len(blocks or ()) else 0
+        block = given if given and -(-size // given) == n_scales else size // n_scales
+        if n_scales > 1 and -(-size // block) != n_scales:
+            raise ValueError(f"{n_scales} scales for {size} weights")
+        if n_scales > 1:
+            scale = scale.repeat_interleave(block, dim).narrow(dim, 0, size)
     return scale
-
-
-def nibbles(packed: Tensor) -> Tensor:
-    """Two numbers of each byte, the lower four bits first, (…, 2 n), uint8."""
-    raw = packed.view(torch.uint8)
-    return torch.stack([raw & 15, raw >> 4], -1).flatten(-2)
 
 
 _E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 _SIGNED_E2M1 = torch.cat([_E2M1, -_E2M1])
 
 
-def fp4(packed: Tensor) -> Tensor:
-    """Floats of four bits, E2M1, two in each byte, (…, 2 n), float32 (OCP Microscaling Formats, 5.3.3)."""
-    return _SIGNED_E2M1[nibbles(packed).int()]
+def unpack_fp4(packed: Tensor) -> Tensor:
+    """Unpack 4-bit floats E2M1, (…, n) bytes → (…, 2 n), float32 (OCP Microscaling Formats, 5.3.3)."""
+    return _SIGNED_E2M1[_unpack_nibbles(packed).int()]
 
 
-def unpacked(words: Tensor, bits: int, n: int) -> Tensor:
-    """Unsigned numbers of some bits from the last dimension of 32-bit words, the lowest bits first, (…, n), int32."""
+def _unpack_nibbles(packed: Tensor) -> Tensor:
+    """Split each byte in two 4-bit values, the lower bits first, (…, 2 n), uint8."""
+    raw = packed.view(torch.uint8)
+    return torch.stack([raw & 15, raw >> 4], -1).flatten(-2)
+
+
+def unpack_integers(packed: Tensor, bits: int, n: int) -> Tensor:
+    """Unpack unsigned integers from 32-bit values along the last dimension, lowest bits first, (…, n), int32."""
     shifts = torch.arange(0, 32 // bits * bits, bits)
-    numbers = (words.long()[..., None] >> shifts) & (1 << bits) - 1
-    return numbers.flatten(-2)[..., :n].int()
+    integers = (packed.long()[..., None] >> shifts) & (1 << bits) - 1
+    return integers.flatten(-2)[..., :n].int()

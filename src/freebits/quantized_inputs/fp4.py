@@ -1,25 +1,23 @@
-"""Floats of four bits beside scales: MXFP4 as in gpt-oss, and NVFP4 in both dialects."""
+"""4-bit floats with scales: MXFP4 of gpt-oss, and both dialects of NVFP4."""
 
 from collections.abc import Mapping
 from functools import partial
 
 from torch import Tensor
 
-from freebits.quantized_inputs.format import Settings, Stored, fp4, powers, spread
+from freebits.quantized_inputs.format import Settings, StoredMatrix, expand_scales, float_scales, unpack_fp4
 from freebits.types import TensorSpec
-
-_BLOCKS = "_blocks"
-_PACKED = "_packed"
 
 
 class StackedMXFP4:
-    """Stacks of experts in blocks of 32 with a power of two each, which transformers has the other way round."""
+    """MXFP4 of gpt-oss: stacks of experts in blocks of 32 weights, each with a power of two as scale.
 
-    name = "MXFP4"
+    Decoding transposes each matrix to the layout of transformers.
+    """
 
-    def found(self, name: str, specs: Mapping[str, TensorSpec], settings: Settings) -> Stored | None:  # noqa: ARG002
+    def match(self, name: str, specs: Mapping[str, TensorSpec], settings: Settings) -> StoredMatrix | None:  # noqa: ARG002
         """See `Format`."""
-        stem = name.removesuffix(_BLOCKS)
+        stem = name.removesuffix("_blocks")
         scale = f"{stem}_scales"
         spec = specs[name]
         if (
@@ -30,48 +28,45 @@ class StackedMXFP4:
         ):
             return None
         n, rows, blocks, size = spec.shape
-        return Stored(stem, (n, 2 * size * blocks, rows), {"values": name, "scale": scale}, _stacked)
+        return StoredMatrix(stem, (n, 2 * size * blocks, rows), {"values": name, "scale": scale}, _decode_stack)
 
 
-def _stacked(parts: Mapping[str, Tensor]) -> Tensor:
-    values = fp4(parts["values"]) * powers(parts["scale"])[..., None]
+def _decode_stack(parts: Mapping[str, Tensor]) -> Tensor:
+    values = unpack_fp4(parts["values"]) * float_scales(parts["scale"])[..., None]
     return values.flatten(-2).transpose(1, 2)
 
 
 class FP4:
-    """A matrix in blocks along its rows: of 16 with FP8 scales and one global scale (NVFP4), or of 32 (MXFP4).
+    """NVFP4 (blocks of 16 along the rows, FP8 scales, a global scale) or MXFP4 (blocks of 32).
 
     compressed-tensors divides by the global scale, ModelOpt multiplies by it.
     """
 
-    name = "NVFP4 or MXFP4"
-
-    def found(self, name: str, specs: Mapping[str, TensorSpec], settings: Settings) -> Stored | None:  # noqa: ARG002
+    def match(self, name: str, specs: Mapping[str, TensorSpec], settings: Settings) -> StoredMatrix | None:  # noqa: ARG002
         """See `Format`."""
-        spec, stem = specs[name], name.removesuffix(_PACKED)
+        spec, stem = specs[name], name.removesuffix("_packed")
         scale = f"{stem}_scale"
         if spec.code != "U8" or len(spec.shape) < 2 or scale not in specs:
             return None
-        of = specs[scale]
+        scale_shape = specs[scale].shape
         shape = (*spec.shape[:-1], 2 * spec.shape[-1])
-        if of.shape[:-1] != shape[:-1] or shape[-1] not in (16 * of.shape[-1], 32 * of.shape[-1]):
+        if scale_shape[:-1] != shape[:-1] or shape[-1] not in (16 * scale_shape[-1], 32 * scale_shape[-1]):
             return None
         parts = {"values": name, "scale": scale}
-        divides, multiplies = f"{stem}_global_scale", f"{stem}_scale_2"
-        if divides in specs:
-            parts["global"] = divides
-        elif multiplies in specs:
-            parts["global"] = multiplies
-        return Stored(stem, shape, parts, partial(_decoded, divides=divides in specs))
+        divisor, multiplier = f"{stem}_global_scale", f"{stem}_scale_2"
+        if divisor in specs:
+            parts["global"] = divisor
+        elif multiplier in specs:
+            parts["global"] = multiplier
+        return StoredMatrix(stem, shape, parts, partial(_decode, divide=divisor in specs))
 
 
-def _decoded(parts: Mapping[str, Tensor], divides: bool) -> Tensor:
-    values = fp4(parts["values"])
-    scale = powers(parts["scale"])
+def _decode(parts: Mapping[str, Tensor], divide: bool) -> Tensor:
+    values = unpack_fp4(parts["values"])
+    scale = float_scales(parts["scale"])
     if "global" in parts:
-        whole = parts["global"].float()
-        whole = (
-            whole.reshape(*whole.shape, *[1] * (scale.ndim - whole.ndim)) if whole.numel() > 1 else whole.reshape(())
-        )
-        scale = scale / whole if divides else scale * whole
-    return values * spread(scale, tuple(values.shape))
+        factor = parts["global"].float()
+        ones = [1] * (scale.ndim - factor.ndim)
+        factor = factor.reshape(*factor.shape, *ones) if factor.numel() > 1 else factor.reshape(())
+        scale = scale / factor if divide else scale * factor
+    return values * expand_scales(scale, tuple(values.shape))

@@ -1,4 +1,4 @@
-"""Integers of few bits in 32-bit words: compressed-tensors, GPTQ and AWQ."""
+"""Integers of 2, 4 or 8 bits packed in 32-bit values: compressed-tensors, GPTQ and AWQ."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -8,115 +8,120 @@ import torch
 from torch import Tensor
 
 from freebits.errors import UnsupportedModelError
-from freebits.quantized_inputs.format import Settings, Stored, auxiliary, spread, unpacked
+from freebits.quantized_inputs.format import Settings, StoredMatrix, expand_scales, present_parts, unpack_integers
 from freebits.types import TensorSpec
 
 _BITS = (2, 4, 8)
 
 
 class CompressedIntegers:
-    """compressed-tensors' `pack-quantized`: rows of words; what is added makes integers of either sign unsigned."""
+    """Format `pack-quantized` of compressed-tensors: packed along rows, with an offset of `2^(bits - 1)`."""
 
-    name = "compressed-tensors integers"
-
-    def found(self, name: str, specs: Mapping[str, TensorSpec], settings: Settings) -> Stored | None:
+    def match(self, name: str, specs: Mapping[str, TensorSpec], settings: Settings) -> StoredMatrix | None:
         """See `Format`."""
         stem = name.removesuffix("_packed")
         scale = f"{stem}_scale"
         if stem == name or specs[name].code != "I32" or scale not in specs:
             return None
-        bits, group = _weights_of(settings)
-        rows, n_values = specs[name].shape
-        width = n_values * (32 // bits)
-        if group and 0 <= width - group * specs[scale].shape[-1] < 32 // bits:  # the last word may be half empty
-            width = group * specs[scale].shape[-1]
+        bits, group_size = _bits_and_group_size(settings)
+        rows, n_packed = specs[name].shape
+        width = n_packed * (32 // bits)
+        n_grouped = group_size * specs[scale].shape[-1]
+        if group_size and 0 <= width - n_grouped < 32 // bits:  # the last 32-bit value may be only partly used
+            width = n_grouped
         parts = {"values": name, "scale": scale}
-        parts |= auxiliary(specs, {"zeros": f"{stem}_zero_point", "groups": f"{stem}_g_idx"})
-        return Stored(stem, (rows, width), parts, partial(_compressed, bits=bits, shape=(rows, width)))
+        parts |= present_parts(specs, {"zeros": f"{stem}_zero_point", "groups": f"{stem}_g_idx"})
+        return StoredMatrix(stem, (rows, width), parts, partial(_decode_compressed, bits=bits, shape=(rows, width)))
 
 
-def _weights_of(settings: Settings) -> tuple[int, int]:
-    """Bits and group size that a compressed-tensors config has for weights."""
+def _bits_and_group_size(settings: Settings) -> tuple[int, int]:
+    """Bits and group size of the weights in a config of compressed-tensors; 0 for no groups."""
     groups: Any = settings.get("config_groups")
-    told = [of.get("weights") for of in groups.values() if isinstance(of, dict)] if isinstance(groups, dict) else []
-    found = {(of.get("num_bits"), of.get("group_size") or 0) for of in told if isinstance(of, dict)}
-    if len(found) != 1:
-        raise UnsupportedModelError("its quantization_config has no one number of bits for all weights")
-    [(bits, group)] = found
-    return _checked(bits), max(0, group)
+    groups = list(groups.values()) if isinstance(groups, dict) else []
+    schemes = [group.get("weights") for group in groups if isinstance(group, dict)]
+    pairs = {(scheme.get("num_bits"), scheme.get("group_size") or 0) for scheme in schemes if isinstance(scheme, dict)}
+    if len(pairs) != 1:
+        raise UnsupportedModelError(
+            f"quantization_config has {len(pairs)} combinations of num_bits and group_size for weights, but freebits "
+            "reads exactly one: use the original model"
+        )
+    [(bits, group_size)] = pairs
+    return _checked_bits(bits), max(0, group_size)
 
 
-def _checked(bits: Any) -> int:
+def _checked_bits(bits: Any) -> int:
     if bits not in _BITS:
-        raise UnsupportedModelError(f"weights of {bits} bits in 32-bit words are not read: those of 2, 4 and 8 are")
+        raise UnsupportedModelError(
+            f"the weights are packed integers of {bits} bits, but freebits reads 2, 4 and 8: use the original model"
+        )
     return int(bits)
 
 
-def _compressed(parts: Mapping[str, Tensor], bits: int, shape: tuple[int, int]) -> Tensor:
-    values = unpacked(parts["values"], bits, shape[1]).float()
+def _decode_compressed(parts: Mapping[str, Tensor], bits: int, shape: tuple[int, int]) -> Tensor:
+    values = unpack_integers(parts["values"], bits, shape[1]).float()
     zeros = torch.tensor(float(1 << bits - 1))
-    if "zeros" in parts:  # packed along the rows
+    if "zeros" in parts:  # packed along the other dimension
         scale = parts["scale"]
-        zeros = unpacked(parts["zeros"].T.contiguous(), bits, scale.shape[0]).T.float()
+        zeros = unpack_integers(parts["zeros"].T.contiguous(), bits, scale.shape[0]).T.float()
     if "groups" in parts:
-        at = parts["groups"].long()
-        return (values - (zeros if zeros.ndim == 0 else zeros[:, at])) * parts["scale"].float()[:, at]
-    return (values - spread(zeros, shape)) * spread(parts["scale"].float(), shape)
+        group = parts["groups"].long()
+        return (values - (zeros if zeros.ndim == 0 else zeros[:, group])) * parts["scale"].float()[:, group]
+    return (values - expand_scales(zeros, shape)) * expand_scales(parts["scale"].float(), shape)
 
 
 class GPTQ:
-    """GPTQ's: words down the inputs, a group for each input; zero points less one, unless in its second format."""
+    """GPTQ: packed along the inputs, with a group index for each input. Version 1 stores zero points minus one."""
 
-    name = "GPTQ"
-
-    def found(self, name: str, specs: Mapping[str, TensorSpec], settings: Settings) -> Stored | None:
+    def match(self, name: str, specs: Mapping[str, TensorSpec], settings: Settings) -> StoredMatrix | None:
         """See `Format`."""
         stem = name.removesuffix("qweight")
         if stem == name or settings.get("quant_method") not in ("gptq", "auto-round") or specs[name].code != "I32":
             return None
-        bits = _checked(settings.get("bits"))
-        n_values, n_outputs = specs[name].shape
-        shape = (n_outputs, n_values * (32 // bits))
+        bits = _checked_bits(settings.get("bits"))
+        n_packed, n_outputs = specs[name].shape
+        shape = (n_outputs, n_packed * (32 // bits))
         parts = {"values": name, "scale": f"{stem}scales", "zeros": f"{stem}qzeros"}
-        parts |= auxiliary(specs, {"groups": f"{stem}g_idx"})
-        less = 0 if settings.get("checkpoint_format") == "gptq_v2" else 1
-        return Stored(f"{stem}weight", shape, parts, partial(_gptq, bits=bits, shape=shape, less=less))
+        parts |= present_parts(specs, {"groups": f"{stem}g_idx"})
+        offset = 0 if settings.get("checkpoint_format") == "gptq_v2" else 1
+        decode = partial(_decode_gptq, bits=bits, shape=shape, offset=offset)
+        return StoredMatrix(f"{stem}weight", shape, parts, decode)
 
 
-def _gptq(parts: Mapping[str, Tensor], bits: int, shape: tuple[int, int], less: int) -> Tensor:
-    values = unpacked(parts["values"].T.contiguous(), bits, shape[1]).T.float()
+def _decode_gptq(parts: Mapping[str, Tensor], bits: int, shape: tuple[int, int], offset: int) -> Tensor:
+    values = unpack_integers(parts["values"].T.contiguous(), bits, shape[1]).T.float()
     scale = parts["scale"].float()
-    zeros = unpacked(parts["zeros"], bits, shape[0]).float() + less
+    zeros = unpack_integers(parts["zeros"], bits, shape[0]).float() + offset
     n_groups = len(scale)
-    at = parts["groups"].long() if "groups" in parts else torch.arange(shape[1]) // (shape[1] // n_groups)
-    return ((values - zeros[at]) * scale[at]).T
+    group = parts["groups"].long() if "groups" in parts else torch.arange(shape[1]) // (shape[1] // n_groups)
+    return ((values - zeros[group]) * scale[group]).T
 
 
 class AWQ:
-    """AWQ's: words along the outputs, with eight numbers in an order of their own."""
+    """AWQ: packed along the outputs; the eight integers of a 32-bit value are permuted."""
 
-    name = "AWQ"
     _ORDER = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
-    """Where each of eight numbers is in a word."""
+    """Position of each of the eight integers in a 32-bit value."""
 
-    def found(self, name: str, specs: Mapping[str, TensorSpec], settings: Settings) -> Stored | None:
+    def match(self, name: str, specs: Mapping[str, TensorSpec], settings: Settings) -> StoredMatrix | None:
         """See `Format`."""
         stem = name.removesuffix("qweight")
         if stem == name or settings.get("quant_method") != "awq" or specs[name].code != "I32":
             return None
         if settings.get("bits", settings.get("w_bit")) != 4 or settings.get("version", "gemm").lower() != "gemm":
-            raise UnsupportedModelError("AWQ weights are read in 4 bits and version 'gemm' alone")
-        n_inputs, n_values = specs[name].shape
-        parts = {"values": name, "scale": f"{stem}scales"} | auxiliary(specs, {"zeros": f"{stem}qzeros"})
-        return Stored(f"{stem}weight", (8 * n_values, n_inputs), parts, self._decoded)
+            raise UnsupportedModelError(
+                "freebits reads AWQ weights only if they have 4 bits and version 'gemm': use the original model"
+            )
+        n_inputs, n_packed = specs[name].shape
+        parts = {"values": name, "scale": f"{stem}scales"} | present_parts(specs, {"zeros": f"{stem}qzeros"})
+        return StoredMatrix(f"{stem}weight", (8 * n_packed, n_inputs), parts, self._decode)
 
-    def _decoded(self, parts: Mapping[str, Tensor]) -> Tensor:
+    def _decode(self, parts: Mapping[str, Tensor]) -> Tensor:
         scale = parts["scale"].float()
-        values = self._ordered(parts["values"])
-        zeros = self._ordered(parts["zeros"]) if "zeros" in parts else torch.full_like(scale, 8.0)
-        at = torch.arange(len(values)) // (len(values) // len(scale))
-        return ((values - zeros[at]) * scale[at]).T
+        values = self._unpack(parts["values"])
+        zeros = self._unpack(parts["zeros"]) if "zeros" in parts else torch.full_like(scale, 8.0)
+        group = torch.arange(len(values)) // (len(values) // len(scale))
+        return ((values - zeros[group]) * scale[group]).T
 
-    def _ordered(self, words: Tensor) -> Tensor:
-        numbers = unpacked(words, 4, 8 * words.shape[-1])
-        return numbers.reshape(*words.shape, 8)[..., self._ORDER].flatten(-2).float()
+    def _unpack(self, packed: Tensor) -> Tensor:
+        integers = unpack_integers(packed, 4, 8 * packed.shape[-1])
+        return integers.reshape(*packed.shape, 8)[..., self._ORDER].flatten(-2).float()

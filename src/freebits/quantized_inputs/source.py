@@ -1,4 +1,4 @@
-"""A quantized checkpoint as a source of floats."""
+"""Read a quantized checkpoint as floats."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from freebits.errors import CheckpointError, UnsupportedModelError
 from freebits.packed.reader import PackedFolder, opened
-from freebits.quantized_inputs.format import Format, Settings, Stored
+from freebits.quantized_inputs.format import Format, Settings, StoredMatrix
 from freebits.quantized_inputs.fp4 import FP4, StackedMXFP4
 from freebits.quantized_inputs.packed_integers import AWQ, GPTQ, CompressedIntegers
 from freebits.quantized_inputs.scaled import Scaled
@@ -18,18 +18,18 @@ from freebits.storage.folder import Checkpoint
 from freebits.types import DTYPES, HALVES, TensorSpec
 
 FORMATS: tuple[Format, ...] = (StackedMXFP4(), FP4(), CompressedIntegers(), GPTQ(), AWQ(), Scaled())
-"""Those that are known; the first that recognizes a tensor reads it."""
-_SETTINGS = ("quantization_config", "compression_config")
-_OF_ACTIVATIONS = ("input_scale", "activation_scale", "input_global_scale", "k_scale", "v_scale", "weight_shape")
-"""How the names of tensors end that a model without quantization does not have."""
-_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+"""All input formats. The first that matches a tensor decodes it."""
+_SETTINGS_KEYS = ("quantization_config", "compression_config")
+_IGNORED_SUFFIXES = ("input_scale", "activation_scale", "input_global_scale", "k_scale", "v_scale", "weight_shape")
+"""Suffixes of tensors that only quantized models have and that the weights do not need."""
+_DTYPE_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 def readable(path: str | os.PathLike[str]) -> Checkpoint | PackedFolder:
-    """The checkpoint in a folder, in floats: packed or not, or quantized by another tool.
+    """Open the checkpoint in a folder, packed or not. If another tool has quantized it, its weights are read as floats.
 
     Raises:
-        CheckpointError: the folder is no sound checkpoint.
+        CheckpointError: the folder holds no valid checkpoint.
         UnsupportedModelError: see `Dequantized`.
     """
     source = opened(path)
@@ -37,18 +37,18 @@ def readable(path: str | os.PathLike[str]) -> Checkpoint | PackedFolder:
 
 
 def is_quantized(config: Mapping[str, Any]) -> bool:
-    """Whether a model's config says that its weights are quantized, by another tool."""
+    """Whether a model's config says that another tool has quantized its weights."""
     return bool(_settings(config))
 
 
 class Dequantized(Checkpoint):
-    """A checkpoint whose weights another tool has quantized, in floats. Implements `Source`.
+    """A checkpoint that another tool has quantized, read as floats. Implements `Source`.
 
-    A matrix is read and multiplied by its scales when it is asked for. Its dtype is the one that the config has, or
-    bfloat16. Scales of activations are left out.
+    Each matrix is read and multiplied by its scales on request. Its dtype is that of the config, by default bfloat16.
+    Scales of activations are left out.
 
     Raises:
-        UnsupportedModelError: its format is not known.
+        UnsupportedModelError: the format is unknown.
         CheckpointError: see `Checkpoint`.
     """
 
@@ -56,48 +56,57 @@ class Dequantized(Checkpoint):
         super().__init__(path)
         settings = _settings(self.config)
         method = settings.get("quant_method")
-        stored = self.stored_specs()
-        self._stored: dict[str, Stored] = {}
-        used: set[str] = set()
-        for name in stored:
-            for format_ in FORMATS:
-                found = format_.found(name, stored, settings)
-                if found is not None:
-                    lacking = next((part for part in found.parts.values() if part not in stored), None)
-                    if lacking is not None:
-                        raise CheckpointError(f"tensor {lacking} is missing in {path}: the checkpoint is incomplete")
-                    self._stored[found.name] = found
-                    used.update(found.parts.values())
-                    break
-        if not self._stored:
+        specs = self.stored_specs()
+        self._matrices: dict[str, StoredMatrix] = {}
+        part_names: set[str] = set()
+        for name in specs:
+            matches = (format_.match(name, specs, settings) for format_ in FORMATS)
+            matrix = next((match for match in matches if match is not None), None)
+            if matrix is None:
+                continue
+            missing = next((part for part in matrix.parts.values() if part not in specs), None)
+            if missing is not None:
+                raise CheckpointError(f"tensor {missing} is missing in {path}: the checkpoint is incomplete")
+            self._matrices[matrix.name] = matrix
+            part_names.update(matrix.parts.values())
+        if not self._matrices:
             raise UnsupportedModelError(
-                f"the weights in {path} are quantized already, in a format that is not read here ({method}): take the "
-                "model they came from, or keep every bit with --lossless"
+                f"{path} is quantized in a format that freebits does not read ({method}): use the original model, or "
+                "compress it with `lossless`"
             )
-        self._code = _code_of(self.config)
-        self._rest = {n: spec for n, spec in stored.items() if n not in used and not n.endswith(_OF_ACTIVATIONS)}
+        self._dtype_name = _float_dtype(self.config)
+        self._plain_specs = {
+            name: spec
+            for name, spec in specs.items()
+            if name not in part_names and not name.endswith(_IGNORED_SUFFIXES)
+        }
         self.config = _without_settings(self.config)
 
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:
         """Dtype and shape of every tensor, dequantized."""
-        return self._rest | {name: TensorSpec(self._code, of.shape) for name, of in self._stored.items()}
+        matrices = {name: TensorSpec(self._dtype_name, matrix.shape) for name, matrix in self._matrices.items()}
+        return self._plain_specs | matrices
 
     def __getitem__(self, name: str) -> Tensor:
         """The tensor called `name`, dequantized in float32 and rounded once."""
-        of = self._stored.get(name)
-        if of is None:
-            return super().__getitem__(name) if name in self._rest else self._raw(name)
+        matrix = self._matrices.get(name)
+        if matrix is None:
+            return super().__getitem__(name) if name in self._plain_specs else self._stored_tensor(name)
         try:
-            matrix = of.decode({role: self._raw(part) for role, part in of.parts.items()})
+            values = matrix.decode({role: self._stored_tensor(part) for role, part in matrix.parts.items()})
         except (ValueError, RuntimeError, IndexError) as error:
-            raise CheckpointError(f"{name} in {self.path} cannot be dequantized ({error})") from None
-        if tuple(matrix.shape) != of.shape:
-            raise CheckpointError(f"{name} in {self.path} has the shape {tuple(matrix.shape)}, not {of.shape}")
-        return matrix.to(DTYPES[self._code]).contiguous()
+            raise CheckpointError(
+                f"{name} in {self.path} cannot be dequantized ({error}): download the model again"
+            ) from None
+        if tuple(values.shape) != matrix.shape:
+            raise CheckpointError(
+                f"{name} in {self.path} has shape {tuple(values.shape)}, not {matrix.shape}: download the model again"
+            )
+        return values.to(DTYPES[self._dtype_name]).contiguous()
 
-    def _raw(self, name: str) -> Tensor:
-        """A tensor as stored; of a dtype that PyTorch cannot compute with its bytes."""
+    def _stored_tensor(self, name: str) -> Tensor:
+        """Read a stored tensor; if PyTorch does not compute with its dtype, as bytes."""
         data = self.read(name)
         spec = self.weights[self.files[name]].entries[name].spec
         return spec.view(data) if spec.code in DTYPES else torch.from_numpy(data).reshape(spec.shape)
@@ -108,21 +117,28 @@ class Dequantized(Checkpoint):
 
 
 def _settings(config: Mapping[str, Any]) -> Settings:
-    parts = [config, *(of for of in config.values() if isinstance(of, Mapping))]
-    found = (part[key] for part in parts for key in _SETTINGS if isinstance(part.get(key), Mapping))
-    settings: Settings = next(found, {})
-    return settings
+    """The quantization settings of a config or of one of its sub-configs; empty if there are none."""
+    for subconfig in _with_subconfigs(config):
+        for key in _SETTINGS_KEYS:
+            if isinstance(settings := subconfig.get(key), Mapping):
+                return settings
+    return {}
+
+
+def _with_subconfigs(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [config, *(value for value in config.values() if isinstance(value, Mapping))]
 
 
 def _without_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        key: _without_settings(of) if isinstance(of, Mapping) else of
-        for key, of in config.items()
-        if key not in _SETTINGS
+        key: _without_settings(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key not in _SETTINGS_KEYS
     }
 
 
-def _code_of(config: Mapping[str, Any]) -> str:
-    parts = [config, *(of for of in config.values() if isinstance(of, Mapping))]
-    told = (_NAMES.get(str(part.get(key))) for part in parts for key in ("dtype", "torch_dtype"))
-    return next((code for code in told if code in (*HALVES, "F32")), "BF16")
+def _float_dtype(config: Mapping[str, Any]) -> str:
+    """The dtype of a config or of one of its sub-configs, by its safetensors name; `BF16` if there is none."""
+    values = (subconfig.get(key) for subconfig in _with_subconfigs(config) for key in ("dtype", "torch_dtype"))
+    dtype_names = (_DTYPE_NAMES.get(str(value)) for value in values)
+    return next((name for name in dtype_names if name in (*HALVES, "F32")), "BF16")

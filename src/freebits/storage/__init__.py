@@ -1,4 +1,4 @@
-"""Reads and writes checkpoint folders: safetensors and GGUF files, staging directories, remote addresses, signatures.
+"""Reads and writes checkpoint folders: safetensors and GGUF files, staging directories, URLs, signatures.
 
-A new place to store checkpoints belongs here. What tensors mean for a model does not.
+Code for a new place to store checkpoints belongs here. Code that interprets tensors as parts of a model does not.
 """

@@ -1,4 +1,4 @@
-"""Auxiliary files: what is copied from folder to folder besides weights, and the code that this package writes."""
+"""Auxiliary files: the files of a model other than its weights, and the Python module that freebits adds."""
 
 import logging
 import os
@@ -16,113 +16,117 @@ from freebits.storage.signature import SIGNATURE
 
 _log = logging.getLogger(__name__)
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib", "*.dill", "*.npz", "*.npy")
-"""Files that could run code when read. They are never copied."""
+"""Files that can run code when they are loaded. They are never copied."""
 _CODE = ("*.py", "*.pyc", "*.so")
 _WEIGHTS = ("*.safetensors", "*.index.json", "*.gguf", "*.h5", "*.msgpack", "*.onnx*", "*.tflite", "*.ot")
-_TOOLS = (".git*", ".cache", ".ds_store", "*.staging", "__pycache__")
-"""Files and folders of tools: git, the hub's client, macOS, Python, and this package's own unfinished output."""
-CARD, _KEPT = "README.md", "README.before.md"
-"""The card of a folder, and the name that the card of its source gets."""
+_TOOL_FILES = (".git*", ".cache", ".ds_store", "*.staging", "__pycache__")
+"""Files and folders of git, the hub's client, macOS and Python, and staging directories of freebits."""
+CARD, _PREVIOUS_CARD = "README.md", "README.before.md"
+"""The model card of a folder, and the new name of the card that was copied from the source."""
 CARD_MARK = "<!-- written by freebits -->"
 REMOTE_CODE = "modeling_freebits.py"
-"""The only code that this package writes into a folder. It imports freebits."""
-_OWN = (CONFIG, ADAPTER, REMOTE_CODE, "freebits.json")
-"""Files that are written anew in every folder."""
-_LISTED = 20
-"""The most files that one message lists."""
+"""The only code that freebits writes into a folder. It imports freebits."""
+_REWRITTEN = (CONFIG, ADAPTER, REMOTE_CODE, "freebits.json")
+"""Files that every command writes itself."""
+_MAX_LISTED = 20
+"""The largest number of files that one message lists."""
 
 
 def carry_over(source: Path, target: Path, handled: Iterable[str] = (), *, exact: bool = False) -> None:
-    """Copy the auxiliary files of a model: everything but its weights, subfolders included.
+    """Copy the auxiliary files of a model: all files but its weights, also those in subfolders.
 
-    Never copied: pickles, hidden files, and links that lead out of the folder (other than into the blobs of a Hugging
-    Face cache, where every file of a cached model is a link). Code and other weights are copied only if `exact`.
-    Everything that is not copied is listed in one message, which `--quiet` shows, too.
+    Pickles, hidden files and links that lead out of the folder are never copied. Links into the blobs of a Hugging Face
+    cache are copied: there, every file of a model is such a link. Code and weights in other formats are copied only if
+    `exact`. One message at level ERROR lists the files that are not copied.
 
     Args:
-        source: the folder of the model.
+        source: the folder to copy from.
         target: the folder to copy to.
-        handled: names of files in `source` that the caller writes itself, such as the weights.
-        exact: copy code and weights in other formats, too.
+        handled: names of files in `source` that the caller writes, such as the weights.
+        exact: whether to copy code and weights in other formats, too.
 
     Raises:
         CheckpointError: a file of the source cannot be read.
     """
     patterns = (*_PICKLES, SIGNATURE, *(() if exact else (*_CODE, *_WEIGHTS)))
-    done, left = {*_OWN, *handled}, []
+    excluded, skipped = {*_REWRITTEN, *handled}, []
     for name in _files_in(source):
         file = source / name
-        if str(name) in done:
+        if str(name) in excluded:
             continue
         hidden = any(part.startswith(".") for part in name.parts)
         if hidden or any(_matches(name.name, pattern) for pattern in patterns) or not _is_inside(file, source):
-            left.append(one_line(name, 60))
+            skipped.append(one_line(name, 60))
         else:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             copy(file, target / name)
     if not exact:
-        _drop_lost_code(target)
-    if left:
-        more = f" and {len(left) - _LISTED} more" if len(left) > _LISTED else ""
-        _log.error("freebits: not carried over from %s: %s%s", one_line(source), ", ".join(left[:_LISTED]), more)
+        _remove_missing_code(target)
+    if skipped:
+        more = f" and {len(skipped) - _MAX_LISTED} more" if len(skipped) > _MAX_LISTED else ""
+        _log.error("freebits: did not copy from %s: %s%s", one_line(source), ", ".join(skipped[:_MAX_LISTED]), more)
 
 
 def write_config(path: Path, config: dict[str, Any]) -> None:
-    """Write a config without the entries of `auto_map` whose code is not in the folder, and log which they are."""
-    named = config.get("auto_map") or {}
-    named = named if isinstance(named, dict) else {"AutoTokenizer": named}  # as old tokenizers have it
-    found = {auto: name for auto, name in named.items() if all(_has_code(path.parent, part) for part in _texts(name))}
-    if found != named:
-        lost = one_line(", ".join(sorted(named.keys() - found.keys())), 120)
-        _log.warning("freebits: %s no longer names code for %s: that code is not in the folder", path.name, lost)
+    """Write a config without the entries of `auto_map` whose code is not in the folder, and log these entries."""
+    classes = config.get("auto_map") or {}
+    classes = classes if isinstance(classes, dict) else {"AutoTokenizer": classes}  # the format of old tokenizers
+    available = {
+        auto: value
+        for auto, value in classes.items()
+        if all(_has_code(path.parent, name) for name in _class_names(value))
+    }
+    if available != classes:
+        removed = one_line(", ".join(sorted(classes.keys() - available.keys())), 120)
+        _log.warning("freebits: removed %s from auto_map in %s: the code is not in the folder", removed, path.name)
         config = {key: value for key, value in config.items() if key != "auto_map"}
-        config |= {"auto_map": found} if found else {}
+        config |= {"auto_map": available} if available else {}
     write_json(path, config)
 
 
-def _drop_lost_code(folder: Path) -> None:
-    """Write every config that was copied and has an `auto_map` again."""
+def _remove_missing_code(folder: Path) -> None:
+    """Remove the entries of `auto_map` whose code is not in the folder from every config."""
     for path in sorted(folder.glob("*config.json")):
-        with suppress(CheckpointError):  # a file that is no JSON object stays as it is
+        with suppress(CheckpointError):  # a file that is not a JSON object stays as it is
             config = read_json(path)
             if "auto_map" in config:
                 write_config(path, config)
 
 
 def _has_code(folder: Path, name: str) -> bool:
-    """Whether the module of a class is in a folder, in another repository (`owner/name--module.Class`) or ours."""
+    """Whether a class is in a folder, in another repository (`owner/name--module.Class`) or in `REMOTE_CODE`."""
     file = f"{name.partition('.')[0]}.py"
     return "--" in name or file == REMOTE_CODE or (folder / file).is_file()
 
 
-def _texts(value: object) -> list[str]:
-    """The texts in an entry of `auto_map`: one, or for tokenizers a list with a slow and a fast one or null."""
-    return [part for part in (value if isinstance(value, list) else [value]) if isinstance(part, str)]
+def _class_names(value: object) -> list[str]:
+    """Return the classes in a value of `auto_map`: one name, or for tokenizers a list of two names or nulls."""
+    return [name for name in (value if isinstance(value, list) else [value]) if isinstance(name, str)]
 
 
 def kept_cards(directory: Path) -> list[Path]:
-    """Where cards are kept that lie below another: those that are there, and the next."""
-    kept = [Path(_KEPT)]
-    while (directory / kept[-1]).exists():
-        kept.append(Path(_KEPT.replace(".md", f".{len(kept) + 1}.md")))
-    return kept
+    """Return the names of the previous model cards in a folder, and as last item the next free name."""
+    names = [Path(_PREVIOUS_CARD)]
+    while (directory / names[-1]).exists():
+        names.append(Path(_PREVIOUS_CARD.replace(".md", f".{len(names) + 1}.md")))
+    return names
 
 
 def restore_card(directory: Path) -> None:
-    """Put the card back that was there before the last of ours."""
-    card, kept = directory / CARD, kept_cards(directory)
+    """Replace a model card that freebits wrote by the previous card, if there is one."""
+    card, names = directory / CARD, kept_cards(directory)
     if not card.exists() or CARD_MARK not in card.read_text(encoding="utf-8", errors="replace"):
         return
     card.unlink()
-    if len(kept) > 1:
-        (directory / kept[-2]).rename(card)
+    if len(names) > 1:
+        (directory / names[-2]).rename(card)
 
 
 def copy(file: Path, target: Path) -> None:
-    """Copy one file, from its address if the folder is a mirror that holds no copy.
+    """Copy one file. Download it if its folder is a mirror that does not contain its bytes.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: the file cannot be read.
     """
     if url := original(file):
         download(url, target)
@@ -136,12 +140,12 @@ def copy(file: Path, target: Path) -> None:
 
 
 def auto_map(classes: Mapping[str, str]) -> dict[str, str]:
-    """What `config.json` says of the classes, `AutoConfig` and so on, for `trust_remote_code=True`."""
+    """Return the `auto_map` for classes of the module that `write_remote_code` writes, by Auto class."""
     return {auto: f"{Path(REMOTE_CODE).stem}.{name}" for auto, name in classes.items()}
 
 
 def write_remote_code(directory: Path, module: str, classes: Mapping[str, str]) -> None:
-    """Write the module that `auto_map` names: with it no `import freebits` is needed, only the package."""
+    """Write the module that `auto_map` names. `trust_remote_code=True` then replaces `import freebits`."""
     (directory / REMOTE_CODE).write_text(
         '"""A model of freebits: pip install freebits."""\n\n'
         f"from {module} import {', '.join(sorted(classes.values()))}  # noqa: F401\n",
@@ -151,14 +155,18 @@ def write_remote_code(directory: Path, module: str, classes: Mapping[str, str]) 
 
 
 def _files_in(source: Path) -> Iterator[Path]:
-    """The files in a folder and its subfolders, relative to it, and links to folders, which are not followed."""
+    """Yield the files and the links to folders in a folder and its subfolders, relative to it, without tool files."""
     for folder, subfolders, files in os.walk(source):
-        visible = [name for name in subfolders if not any(_matches(name, tool) for tool in _TOOLS)]
+        visible = [name for name in subfolders if not _is_tool_file(name)]
         links = [name for name in visible if (Path(folder) / name).is_symlink()]
         subfolders[:] = sorted(name for name in visible if name not in links)
         for name in sorted([*files, *links]):
-            if not any(_matches(name, tool) for tool in _TOOLS):
+            if not _is_tool_file(name):
                 yield (Path(folder) / name).relative_to(source)
+
+
+def _is_tool_file(name: str) -> bool:
+    return any(_matches(name, pattern) for pattern in _TOOL_FILES)
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -170,7 +178,7 @@ def _is_inside(file: Path, folder: Path) -> bool:
 
 
 def stays_inside(file: Path, folder: Path) -> bool:
-    """Whether a file of a folder is no link that leads out of it, except into the blobs of a Hugging Face cache."""
-    top, real = folder.resolve(), file.resolve()
-    cached = top.parent.name == "snapshots" and real.parent == top.parent.parent / "blobs"
-    return real.is_relative_to(top) or cached
+    """Whether a path is in a folder once links are resolved, or in the blobs of a Hugging Face cache."""
+    root, target = folder.resolve(), file.resolve()
+    cached = root.parent.name == "snapshots" and target.parent == root.parent.parent / "blobs"
+    return target.is_relative_to(root) or cached

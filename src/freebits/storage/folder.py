@@ -1,4 +1,4 @@
-"""A checkpoint folder: its config, and its tensors one by one."""
+"""Checkpoint folders: their configs, and their tensors one at a time."""
 
 import json
 import os
@@ -17,29 +17,29 @@ from freebits.types import Bytes, TensorSpec
 
 CONFIG = "config.json"
 WEIGHTS = "model"
-"""How the files of weights begin."""
+"""The stem of the weights files of a model."""
 ADAPTER, ADAPTER_STEM = "adapter_config.json", "adapter_model"
-"""Of a PEFT adapter: its config, and how the file of its weights begins."""
+"""The config of a PEFT adapter, and the stem of its weights file."""
 _DIFFUSERS_CLASS, _DIFFUSERS_STEM = "_class_name", "diffusion_pytorch_model"
-"""Of a component of a diffusion pipeline: what its config has, and how the files of its weights begin."""
+"""A key in the config of a component of a diffusion pipeline, and the stem of its weights files."""
 STEMS = (WEIGHTS, _DIFFUSERS_STEM)
-"""How files begin of which there is an index, if there are several."""
+"""The stems of weights files that have an index if there are several."""
 GGUF = "gguf"
-"""The model type, and the ending, of a GGUF file that stands for a checkpoint."""
+"""The suffix of GGUF files, and the model type in the config of a folder with a GGUF file."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def read_text(path: Path) -> str:
-    """The text of a JSON file.
+    """Return the text of a JSON file.
 
     Raises:
-        CheckpointError: the file is missing, or no text of a sensible size.
+        CheckpointError: the file is missing, too large, or not UTF-8.
     """
     try:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             if size > JSON_BYTES:
-                raise ValueError(f"more than {JSON_BYTES} bytes")  # noqa: TRY301
+                raise ValueError(f"it has more than {JSON_BYTES} bytes")  # noqa: TRY301
             return file.read(size + 1).decode()
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: this is not a complete checkpoint") from None
@@ -48,94 +48,94 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Return the object in a JSON file.
 
     Raises:
-        CheckpointError: the file is missing or holds no JSON object.
+        CheckpointError: the file is missing or does not contain a JSON object.
     """
     try:
         content = json.loads(read_text(path))
         if _depth(content) > JSON_DEPTH:
-            raise ValueError(f"nested more than {JSON_DEPTH} deep")  # noqa: TRY301
+            raise ValueError(f"it is nested more than {JSON_DEPTH} levels deep")  # noqa: TRY301
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}): restore the file") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object: restore the file")
+        raise CheckpointError(f"{path} does not contain a JSON object: restore the file")
     return content
 
 
 def _depth(content: object) -> int:
-    """How deep a JSON value nests."""
+    """Return how many levels of objects and arrays a JSON value has."""
     depth, level = 0, [content]
     while level:
-        inner = [
+        containers = [
             value.values() if isinstance(value, dict) else value for value in level if isinstance(value, (dict, list))
         ]
-        level = [value for values in inner for value in values]
-        depth += bool(inner)
+        level = [value for values in containers for value in values]
+        depth += bool(containers)
     return depth
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write an object as transformers writes its own."""
+    """Write a JSON object in the layout that transformers uses."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8", newline="\n")
 
 
 class Source(Protocol):
-    """Where a model's tensors come from: a checkpoint, a packed folder, or another source seen in another form."""
+    """A source of a model's tensors: a checkpoint, a packed folder, or a transformed view of another source."""
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """What `config.json` says of the model."""
+        """The content of `config.json`."""
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
-        """The model's tensors, in the order in which they are stored."""
+        """The specs of the model's tensors, in the order in which they are stored."""
 
     def __getitem__(self, name: str) -> Tensor:
-        """The tensor called `name`, read now.
+        """Read one tensor.
 
         Raises:
-            CheckpointError: it is damaged, or there is none.
+            CheckpointError: the tensor is missing or damaged.
         """
 
 
 @dataclass(frozen=True)
 class View:
-    """A source whose tensors are seen in another form, of the same kinds. What derives from it implements `Source`."""
+    """Base class of sources that transform the tensors of another source and keep their specs."""
 
     source: Source
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """What `config.json` says of the model."""
+        """The content of `config.json`."""
         return self.source.config
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
-        """The model's tensors."""
+        """The specs of the model's tensors."""
         return self.source.specs
 
 
 class Checkpoint:
-    """A folder with `config.json` and weights in safetensors, in one file or in shards. Implements `Source`.
+    """A folder with `config.json` and safetensors weights, in one file or in shards. Implements `Source`.
 
-    Headers are read at once, tensors when asked for.
+    The constructor reads the headers of the files. Tensors are read on access.
 
     Raises:
-        CheckpointError: the folder is missing, is no checkpoint, holds only pickled weights, or a file
-            is truncated or not what the index promises.
+        CheckpointError: the folder is missing, is not a checkpoint or has only pickled weights; or a file is
+            truncated, or lacks a tensor that the index lists.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = existing_folder(path)
         self.config = read_json(self.path / config_name(self.path))
         self.weights = {file.name: opened_weights(file) for file in model_files(self.path, self.config)}
-        """File name → file, of those that are the model."""
+        """File name → weights file, for the files that transformers would load."""
         self.files = {name: file for file, weights in self.weights.items() for name in weights.entries}
         """Tensor name → file name, in the order of the files."""
         if sum(len(weights.entries) for weights in self.weights.values()) > len(self.files):
-            raise CheckpointError(f"{self.path}: two of its files hold a tensor of one name: download it again")
+            raise CheckpointError(f"{self.path}: two files contain a tensor of the same name: download it again")
         index = self.path / index_of(stem_of(self.config))
         for name, file in _weight_map(index).items() if self._has_index else ():
             if name not in self.files:
@@ -143,7 +143,7 @@ class Checkpoint:
 
     @property
     def weight_files(self) -> tuple[Path, ...]:
-        """The files that hold the tensors, and the index where there is one."""
+        """The files that contain the tensors, and the index if there is one."""
         index = (self.path / index_of(stem_of(self.config)),) if self._has_index else ()
         return (*(file.path for file in self.weights.values()), *index)
 
@@ -157,39 +157,41 @@ class Checkpoint:
         return self.stored_specs()
 
     def stored_specs(self) -> dict[str, TensorSpec]:
-        """The same, as the files have them."""
+        """Dtype and shape of every tensor as the files declare them, whatever `specs` of a subclass says."""
         return {name: self.weights[file].entries[name].spec for name, file in self.files.items()}
 
     def read(self, name: str) -> Bytes:
-        """The bytes of a tensor."""
+        """Read the bytes of a tensor."""
         if name not in self.files:
-            raise CheckpointError(f"tensor {name} is missing in {self.path}: the checkpoint is incomplete")
+            raise CheckpointError(
+                f"tensor {name} is missing in {self.path}: the checkpoint is incomplete, download it again"
+            )
         return self.weights[self.files[name]].read(name)
 
     def __getitem__(self, name: str) -> Tensor:
-        """The tensor called `name`, as stored."""
+        """Read one tensor, as stored."""
         data = self.read(name)
         return self.specs[name].view(data)
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor with its name, read one at a time."""
+        """Iterate over the names and tensors, and read one tensor at a time."""
         return ((name, self[name]) for name in self.files)
 
 
 def opened_weights(path: Path) -> WeightsFile:
-    """A weights file, its header read."""
+    """Open a safetensors or GGUF file and read its header."""
     if path.suffix != f".{GGUF}":
         return WeightsFile(path)
-    from freebits.storage.gguf import GgufFile  # which needs this module
+    from freebits.storage.gguf import GgufFile  # a circular import
 
     return GgufFile(path)
 
 
 def existing_folder(path: str | os.PathLike[str]) -> Path:
-    """The folder of a checkpoint.
+    """Check that a path is the folder of a checkpoint, and return it.
 
     Raises:
-        CheckpointError: it is none.
+        CheckpointError: it is not.
     """
     folder = Path(path)
     try:
@@ -197,31 +199,31 @@ def existing_folder(path: str | os.PathLike[str]) -> Path:
             raise CheckpointError(f"{path} is not a folder: give the folder of a downloaded checkpoint")
         if not (folder / CONFIG).exists() and not (folder / ADAPTER).exists():
             raise CheckpointError(f"{path} holds no {CONFIG}: it is not a Hugging Face checkpoint")
-    except (OSError, ValueError) as error:  # a name too long, for instance
+    except (OSError, ValueError) as error:  # for instance, the name is too long
         raise CheckpointError(f"{path} is not a folder ({error}): give the folder of a downloaded checkpoint") from None
     return folder
 
 
 def config_name(folder: Path) -> str:
-    """The file that says what a folder holds: a model, or an adapter."""
+    """Return the name of the config in the folder of a model or an adapter."""
     return CONFIG if (folder / CONFIG).exists() else ADAPTER
 
 
 def is_adapter(config: Mapping[str, Any]) -> bool:
-    """Whether this is the config of a PEFT adapter, which changes another model's layers."""
+    """Whether a config is that of a PEFT adapter."""
     return isinstance(config.get("peft_type"), str)
 
 
 def model_files(path: Path, config: dict[str, Any]) -> list[Path]:
-    """The weights files that transformers would load from a folder, in the order of their names.
+    """Return the weights files that transformers would load from a folder, in the order of their names.
 
     Raises:
-        CheckpointError: there are none; or what would be loaded is more than such files, and freebits does not follow.
+        CheckpointError: there are none, or transformers would load other files that freebits does not support.
     """
     if config.get("transformers_weights") is not None:
         raise CheckpointError(
-            f"{path / CONFIG} names other weights (transformers_weights), which freebits does not follow: "
-            f"load the model and save it again"
+            f"{path / CONFIG} names other weights in transformers_weights, which freebits does not support: "
+            "load the model and save it again"
         )
     if config.get("model_type") == GGUF:
         return sorted(path.glob(f"*.{GGUF}"))
@@ -236,36 +238,38 @@ def model_files(path: Path, config: dict[str, Any]) -> list[Path]:
             f"{path} holds an adapter ({ADAPTER}), which transformers adds to the weights: "
             "merge it into the model first"
         )
-    if single.exists():  # goes first, as in transformers
+    if single.exists():  # takes precedence over an index, as in transformers
         return [single]
     if index.exists():
         return [path / file for file in sorted(set(_weight_map(index).values()))]
     pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
     if pickles:
         raise CheckpointError(
-            f"{path} holds only pickled weights ({pickles[0]}), which can run code when read: "
+            f"{path} holds only pickled weights ({pickles[0]}), which can run code when they are loaded: "
             "save the model as safetensors first"
         )
-    raise CheckpointError(f"{path} holds no {single.name} and no {index.name}: it has no weights")
+    raise CheckpointError(f"{path} holds no {single.name} and no {index.name}: add the weights as safetensors")
 
 
 def stem_of(config: Mapping[str, Any]) -> str:
-    """How the files of a model's weights begin: those of adapters and of diffusers' models have other names."""
+    """Return the stem of the weights files of a model, an adapter or a component of a diffusion pipeline."""
     if is_adapter(config):
         return ADAPTER_STEM
     return _DIFFUSERS_STEM if _DIFFUSERS_CLASS in config and "model_type" not in config else WEIGHTS
 
 
 def index_of(stem: str) -> str:
-    """The name of the file that says in which shard each tensor is."""
+    """Return the name of the index, the file that maps tensors to shards."""
     return f"{stem}.safetensors.index.json"
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
-        raise CheckpointError(f"{index} has no weight_map: restore the file")
+        raise CheckpointError(f"{index} has no weight_map: restore the index")
     for file in weight_map.values():
         if not isinstance(file, str) or Path(file).name != file:
-            raise CheckpointError(f"{index} names {file!r}, which is no file beside it: restore the index")
+            raise CheckpointError(
+                f"{index} lists {file!r}, which is not the name of a file in its folder: restore the index"
+            )
     return weight_map

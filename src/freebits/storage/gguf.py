@@ -1,6 +1,6 @@
-"""GGUF files: where their tensors lie, so that each can be coded by what it holds. Nothing of them is interpreted.
+"""GGUF files: the offsets of their tensors and the layout of their blocks. No values are decoded.
 
-The format is that of https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
+The format is https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
 """
 
 import json
@@ -19,182 +19,185 @@ from freebits.storage.weights import Entry, WeightsFile
 from freebits.types import TensorSpec
 
 Fields = tuple[tuple[str, int], ...]
-"""What a block is made of: dtype, and how many numbers of it."""
-_FLOATS = {0: "F32", 1: "F16", 30: "BF16", 28: "F64", 24: "I8", 25: "I16", 26: "I32", 27: "I64"}
-_HALF, _HALVES = ("F16", 1), (("F16", 1), ("F16", 1))
+"""The fields of a block: dtype name and number of values of each."""
+_DTYPES = {0: "F32", 1: "F16", 30: "BF16", 28: "F64", 24: "I8", 25: "I16", 26: "I32", 27: "I64"}
+_SCALE, _SCALE_AND_MIN = ("F16", 1), (("F16", 1), ("F16", 1))
 _BLOCKS: dict[int, tuple[int, Fields]] = {
-    2: (32, (_HALF, ("U8", 16))),  # Q4_0
-    3: (32, (*_HALVES, ("U8", 16))),  # Q4_1
-    6: (32, (_HALF, ("U8", 4), ("U8", 16))),  # Q5_0
-    7: (32, (*_HALVES, ("U8", 4), ("U8", 16))),  # Q5_1
-    8: (32, (_HALF, ("U8", 32))),  # Q8_0
-    10: (256, (("U8", 16), ("U8", 64), *_HALVES)),  # Q2_K
-    11: (256, (("U8", 32), ("U8", 64), ("U8", 12), _HALF)),  # Q3_K
-    12: (256, (*_HALVES, ("U8", 12), ("U8", 128))),  # Q4_K
-    13: (256, (*_HALVES, ("U8", 12), ("U8", 32), ("U8", 128))),  # Q5_K
-    14: (256, (("U8", 128), ("U8", 64), ("U8", 16), _HALF)),  # Q6_K
+    2: (32, (_SCALE, ("U8", 16))),  # Q4_0
+    3: (32, (*_SCALE_AND_MIN, ("U8", 16))),  # Q4_1
+    6: (32, (_SCALE, ("U8", 4), ("U8", 16))),  # Q5_0
+    7: (32, (*_SCALE_AND_MIN, ("U8", 4), ("U8", 16))),  # Q5_1
+    8: (32, (_SCALE, ("U8", 32))),  # Q8_0
+    10: (256, (("U8", 16), ("U8", 64), *_SCALE_AND_MIN)),  # Q2_K
+    11: (256, (("U8", 32), ("U8", 64), ("U8", 12), _SCALE)),  # Q3_K
+    12: (256, (*_SCALE_AND_MIN, ("U8", 12), ("U8", 128))),  # Q4_K
+    13: (256, (*_SCALE_AND_MIN, ("U8", 12), ("U8", 32), ("U8", 128))),  # Q5_K
+    14: (256, (("U8", 128), ("U8", 64), ("U8", 16), _SCALE)),  # Q6_K
     39: (32, (("U8", 1), ("U8", 16))),  # MXFP4
 }
-"""Number of a type → weights in a block, and its fields. Blocks of other types are bytes."""
-_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-"""Number of a type of metadata → bytes."""
-_TEXT, _ARRAY = 8, 9
-_AHEAD = 1 << 20
-_MOST = 1 << 24
-"""Entries that an array of metadata, or the list of tensors, has at most."""
+"""Tensor type → weights in a block, and fields of a block. Tensors of other types are read as bytes."""
+_METADATA_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+"""Metadata type → bytes of a value."""
+_U32, _STRING, _ARRAY = 4, 8, 9
+"""Metadata types."""
+_READ_AHEAD = 1 << 20
+_MAX_COUNT = 1 << 24
+"""Upper bound on the entries of a metadata array or of the list of tensors, and on the alignment."""
 
 
 class GgufFile(WeightsFile):
-    """A GGUF file, seen as tensors one after another that are all of its bytes; tensors are read when asked for.
+    """A GGUF file, presented as a sequence of tensors that cover all of its bytes. Tensors are read on access.
 
     Attributes:
-        header: what a safetensors file of these tensors would begin with.
-        entries: name → tensor, in the order of their bytes; what lies between tensors is called `gguf.0` and so on.
-        fields: name of a tensor of blocks → what a block is made of.
+        header: the header that a safetensors file of these tensors would have.
+        entries: name → tensor, in the order of their bytes. The bytes between tensors are named `gguf.0`, `gguf.1`, ….
+        fields: name of a tensor of blocks → fields of its blocks.
 
     Raises:
-        CheckpointError: the file is missing, or is no sound GGUF file.
+        CheckpointError: the file is missing or is not a valid GGUF file.
     """
 
     def _parse(self, file: Readable) -> None:
         reader = _Reader(file)
         tensors = sorted(reader.tensors(), key=lambda tensor: tensor.begin)
-        at = 0
+        position = 0
         self.fields: dict[str, Fields] = {}
-        listed: dict[str, tuple[TensorSpec, int]] = {}
+        specs: dict[str, tuple[TensorSpec, int]] = {}
         for number, tensor in enumerate([*tensors, None]):
             begin = file.size if tensor is None else tensor.begin
-            if begin < at:
-                raise ValueError("tensors that overlap, or lie outside of the file")
-            if begin > at:
-                listed[f"gguf.{number}"] = TensorSpec("U8", (begin - at,)), at
+            if begin < position:
+                raise ValueError("its tensors overlap or lie outside the file")
+            if begin > position:
+                specs[f"gguf.{number}"] = TensorSpec("U8", (begin - position,)), position
             if tensor is not None:
                 end = tensors[number + 1].begin if number + 1 < len(tensors) else file.size
                 spec, fields = tensor.spec(end - begin)
-                listed[tensor.name] = spec, begin
+                specs[tensor.name] = spec, begin
                 self.fields |= {tensor.name: fields} if fields else {}
-                at = begin + spec.n_bytes
-        told = {
+                position = begin + spec.n_bytes
+        header = {
             name: {"dtype": spec.code, "shape": spec.shape, "data_offsets": [begin, begin + spec.n_bytes]}
-            for name, (spec, begin) in listed.items()
+            for name, (spec, begin) in specs.items()
         }
-        self.header = json.dumps(told, separators=(",", ":"))
-        self.entries = {name: Entry(name, spec, begin, begin + spec.n_bytes) for name, (spec, begin) in listed.items()}
+        self.header = json.dumps(header, separators=(",", ":"))
+        self.entries = {name: Entry(name, spec, begin, begin + spec.n_bytes) for name, (spec, begin) in specs.items()}
         self._start = 0
         if len(self.entries) != len(tensors) + sum(name.startswith("gguf.") for name in self.entries):
-            raise ValueError("two tensors of one name")
+            raise ValueError("two of its tensors have the same name")
 
 
 class _Tensor(NamedTuple):
-    """A tensor as the file lists it; it begins at a byte of the file."""
+    """A tensor as the file lists it. `begin` is its offset from the start of the file."""
 
     name: str
     shape: tuple[int, ...]
     type: int
     begin: int
 
-    def spec(self, room: int) -> tuple[TensorSpec, Fields]:
-        """What it is stored as, in so many bytes at most, and the fields of its blocks."""
-        n = prod(self.shape)
-        weights, fields = _BLOCKS.get(self.type, (1, ()))
-        if self.type in _FLOATS:
-            spec = TensorSpec(_FLOATS[self.type], (n,))
-        elif fields and n % weights == 0:
-            spec = TensorSpec("U8", (n // weights, sum(TensorSpec(code, (count,)).n_bytes for code, count in fields)))
+    def spec(self, max_bytes: int) -> tuple[TensorSpec, Fields]:
+        """Return the spec of its bytes, at most `max_bytes` of them, and the fields of its blocks."""
+        n_weights = prod(self.shape)
+        block_weights, fields = _BLOCKS.get(self.type, (1, ()))
+        if self.type in _DTYPES:
+            spec = TensorSpec(_DTYPES[self.type], (n_weights,))
+        elif fields and n_weights % block_weights == 0:
+            block_bytes = sum(TensorSpec(dtype_name, (count,)).n_bytes for dtype_name, count in fields)
+            spec = TensorSpec("U8", (n_weights // block_weights, block_bytes))
         else:
-            spec, fields = TensorSpec("U8", (room,)), ()
-        if spec.n_bytes > room:
-            raise ValueError(f"tensor {self.name} does not lie where its type and shape say")
+            spec, fields = TensorSpec("U8", (max_bytes,)), ()
+        if spec.n_bytes > max_bytes:
+            raise ValueError(f"tensor {self.name} has fewer bytes than its type and shape need")
         return spec, fields
 
 
 class _Reader:
-    """Reads the list of tensors."""
+    """Reads the list of tensors from the start of a file."""
 
     def __init__(self, file: Readable) -> None:
         self._file = file
-        self._at = 0
-        self._data, self._from = b"", 0
+        self._position = 0
+        self._buffer, self._buffer_start = b"", 0
 
     def tensors(self) -> list[_Tensor]:
-        """All tensors.
+        """Return all tensors.
 
         Raises:
-            ValueError: the file is no sound GGUF file of a version that is known.
+            ValueError: the file is not a valid GGUF file of version 2 or 3.
         """
-        if self._take(4) != b"GGUF":
-            raise ValueError("no GGUF file")
-        version, n_tensors, n_metadata = self._number("I"), self._number("Q"), self._number("Q")
-        if version not in (2, 3) or n_tensors > _MOST or n_metadata > _MOST:
-            raise ValueError(f"version {version}, {n_tensors} tensors and {n_metadata} entries")
+        if self._read(4) != b"GGUF":
+            raise ValueError("it is not a GGUF file")
+        version, n_tensors, n_metadata = self._integer("I"), self._integer("Q"), self._integer("Q")
+        if version not in (2, 3) or n_tensors > _MAX_COUNT or n_metadata > _MAX_COUNT:
+            raise ValueError(f"it declares version {version}, {n_tensors} tensors and {n_metadata} metadata entries")
         alignment = 32
         for _ in range(n_metadata):
-            key, of = self._text(), self._number("I")
-            if key == "general.alignment" and of == 4:
-                alignment = self._number("I")
+            key, value_type = self._string(), self._integer("I")
+            if key == "general.alignment" and value_type == _U32:
+                alignment = self._integer("I")
             else:
-                self._skip(of)
-        listed = []
+                self._skip(value_type)
+        rows = []
         for _ in range(n_tensors):
-            name, n_dims = self._text(), self._number("I")
+            name, n_dims = self._string(), self._integer("I")
             if n_dims > 8:
-                raise ValueError(f"{n_dims} dimensions")
-            shape = tuple(self._number("Q") for _ in range(n_dims))
-            listed.append((name, shape, self._number("I"), self._number("Q")))
-        if not 0 < alignment < _MOST:
-            raise ValueError(f"an alignment of {alignment}")
-        start = -(-self._at // alignment) * alignment
-        return [_Tensor(name, shape, of, start + offset) for name, shape, of, offset in listed]
+                raise ValueError(f"tensor {name} has {n_dims} dimensions")
+            shape = tuple(self._integer("Q") for _ in range(n_dims))
+            rows.append((name, shape, self._integer("I"), self._integer("Q")))
+        if not 0 < alignment < _MAX_COUNT:
+            raise ValueError(f"its alignment is {alignment}")
+        start = -(-self._position // alignment) * alignment
+        return [_Tensor(name, shape, tensor_type, start + offset) for name, shape, tensor_type, offset in rows]
 
-    def _skip(self, of: int) -> None:
-        if of in _SIZES:
-            self._take(_SIZES[of])
-        elif of == _TEXT:
-            self._text()
-        elif of == _ARRAY:
-            inner, n = self._number("I"), self._number("Q")
-            if n > _MOST or inner == _ARRAY:
-                raise ValueError("an array of metadata that is too long, or of arrays")
-            if inner in _SIZES:
-                self._take(n * _SIZES[inner])
+    def _skip(self, value_type: int) -> None:
+        if value_type in _METADATA_BYTES:
+            self._read(_METADATA_BYTES[value_type])
+        elif value_type == _STRING:
+            self._string()
+        elif value_type == _ARRAY:
+            item_type, count = self._integer("I"), self._integer("Q")
+            if count > _MAX_COUNT or item_type == _ARRAY:
+                raise ValueError("an array in its metadata is too long or contains arrays")
+            if item_type in _METADATA_BYTES:
+                self._read(count * _METADATA_BYTES[item_type])
             else:
-                for _ in range(n):
-                    self._skip(inner)
+                for _ in range(count):
+                    self._skip(item_type)
         else:
-            raise ValueError(f"metadata of type {of}")
+            raise ValueError(f"its metadata has a value of unknown type {value_type}")
 
-    def _text(self) -> str:
-        return self._take(self._number("Q")).decode()
+    def _string(self) -> str:
+        return self._read(self._integer("Q")).decode()
 
-    def _number(self, code: str) -> int:
-        [number] = struct.unpack(f"<{code}", self._take(struct.calcsize(f"<{code}")))
-        return int(number)
+    def _integer(self, struct_format: str) -> int:
+        [value] = struct.unpack(f"<{struct_format}", self._read(struct.calcsize(f"<{struct_format}")))
+        return int(value)
 
-    def _take(self, n: int) -> bytes:
-        if n < 0 or self._at + n > self._file.size:
-            raise ValueError("a header that is cut off")
-        if not self._from <= self._at <= self._at + n <= self._from + len(self._data):
-            ahead = min(max(n, _AHEAD), self._file.size - self._at)
-            self._data, self._from = self._file.read(self._at, ahead).tobytes(), self._at
-        begin = self._at - self._from
-        self._at += n
-        return self._data[begin : begin + n]
+    def _read(self, n_bytes: int) -> bytes:
+        end = self._position + n_bytes
+        if n_bytes < 0 or end > self._file.size:
+            raise ValueError("its header is truncated")
+        if not self._buffer_start <= self._position <= end <= self._buffer_start + len(self._buffer):
+            ahead = min(max(n_bytes, _READ_AHEAD), self._file.size - self._position)
+            self._buffer, self._buffer_start = self._file.read(self._position, ahead).tobytes(), self._position
+        begin = self._position - self._buffer_start
+        self._position = end
+        return self._buffer[begin : begin + n_bytes]
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether this is the name of a GGUF file."""
+    """Whether a path has the suffix of a GGUF file."""
     return path.suffix == f".{GGUF}"
 
 
 @contextmanager
 def gguf_folder(path: Path) -> Iterator[Path]:
-    """A folder with nothing but a GGUF file, and a config that says so.
+    """Create a temporary folder with a link to a GGUF file and a config of model type `gguf`.
 
     Raises:
-        CheckpointError: there is no such file.
+        CheckpointError: the file does not exist.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing: give a GGUF file")
+        raise CheckpointError(f"{path} does not exist: give the path of a GGUF file")
     with tempfile.TemporaryDirectory() as scratch:
         write_json(Path(scratch) / CONFIG, {"model_type": GGUF})
         (Path(scratch) / path.name).symlink_to(path.resolve())

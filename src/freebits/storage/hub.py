@@ -1,4 +1,4 @@
-"""Models on the hub: what is needed of one is downloaded into the hub's own cache."""
+"""Models on the Hugging Face hub. Files that freebits needs are downloaded into the cache of huggingface_hub."""
 
 import os
 from pathlib import Path
@@ -13,64 +13,65 @@ _UNWANTED = [
     *("consolidated*", "original/*", "metal/*", "onnx/*", "openvino/*", "coreml/*"),
     *("*.gguf", "*.h5", "*.msgpack", "*.onnx*", "*.tflite", "*.ot"),
 ]
-"""Files that are not downloaded: pickles, and the same weights in other formats."""
-_CONFIG_ONLY = ("config.json",)
+"""Files that are not downloaded: pickles, and copies of the weights in other formats."""
 
 
 def located(
     model: str | os.PathLike[str], revision: str | None = None, *, config_only: bool = False, whole: bool = True
 ) -> Path:
-    """The folder of a model, downloaded first where it is an id on the hub, mirrored where it is a URL.
+    """Return the local folder of a model. Download a hub model first; create a mirror for a URL.
 
     Args:
-        model: a folder; or an id such as `Qwen/Qwen3-0.6B`, with huggingface_hub's endpoint, token and cache; or a URL
-            that fsspec knows, such as `s3://bucket/model`.
+        model: a folder; a hub id such as `Qwen/Qwen3-0.6B`, for the endpoint, token and cache of huggingface_hub; or a
+            URL that fsspec supports, such as `s3://bucket/model`.
         revision: branch, tag or commit on the hub.
-        config_only: download `config.json` alone.
-        whole: download the weights of a model on the hub, too; otherwise they are read by range.
+        config_only: whether to download only `config.json`.
+        whole: whether to download the weights of a hub model. If not, they are read by range.
 
     Raises:
-        CheckpointError: there is none, or it cannot be reached.
+        CheckpointError: the model does not exist or cannot be reached.
     """
     if url := url_of(model):
         return mirror(url)
     path = Path(model)
-    if os.fspath(model).startswith(".") or not is_id(path):
+    if os.fspath(model).startswith(".") or not _is_hub_id(path):
         return path
     try:
         if not whole:
             return mirror(f"hf://{path.as_posix()}" + (f"@{revision}" if revision else ""))
-        wanted = list(_CONFIG_ONLY) if config_only else None
+        wanted = ["config.json"] if config_only else None
         return Path(
             snapshot_download(path.as_posix(), revision=revision, allow_patterns=wanted, ignore_patterns=_UNWANTED)
         )
     except CheckpointError:
         raise
-    except Exception as error:  # of the client's library, too, whose kinds change
-        finding = one_line(" ".join(str(error).split()), 160)
+    except Exception as error:  # the exception types of huggingface_hub change between versions
+        reason = one_line(" ".join(str(error).split()), 160)
         raise CheckpointError(
-            f"{model} is no folder, and could not be had from the hub ({finding}): check the name, the connection and "
-            "HF_TOKEN"
+            f"{model} is not a folder and cannot be downloaded from the hub ({reason}): check the name, the connection "
+            "and HF_TOKEN"
         ) from None
 
 
 def push(folder: Path, repo: str) -> str:
-    """Upload a folder to the hub, to a repository that is created if need be, private; the address of the commit.
+    """Upload a folder to a repository on the hub (created as private if needed) and return the commit URL.
 
     Raises:
-        CheckpointError: the hub does not take it.
+        CheckpointError: the hub refuses the upload.
     """
     try:
         api = HfApi()
         api.create_repo(repo, exist_ok=True, private=True)
         return str(api.upload_folder(folder_path=folder, repo_id=repo, commit_message="Made by freebits").commit_url)
-    except Exception as error:  # as above
-        finding = one_line(" ".join(str(error).split()), 160)
-        raise CheckpointError(f"{folder} is done, but the hub does not take it as {repo} ({finding})") from None
+    except Exception as error:
+        reason = one_line(" ".join(str(error).split()), 160)
+        raise CheckpointError(
+            f"{folder} is finished but cannot be uploaded to {repo} ({reason}): check HF_TOKEN and upload it yourself"
+        ) from None
 
 
-def is_id(path: Path) -> bool:
-    """Whether this, which is no folder here, can be a model's id on the hub: two names with a slash between them."""
+def _is_hub_id(path: Path) -> bool:
+    """Whether a path can be the id of a hub model: it has two names, and neither path nor parent exists locally."""
     two_names = len(path.parts) == 2 and not any(part.startswith((".", "~")) for part in path.parts)
     try:
         return two_names and not path.exists() and not path.is_absolute() and not path.parent.exists()

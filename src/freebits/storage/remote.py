@@ -1,7 +1,8 @@
-"""Folders elsewhere: what fsspec reaches by a URL (`s3://`, `gs://`, `hf://`, `https://`, …).
+"""Remote folders: URLs that fsspec supports (`s3://`, `gs://`, `hf://`, `https://`, …).
 
-One to read is mirrored: its small files are copied; weights stand there as holes of their sizes, which take no disk,
-and are read from where they are, by range. One to write is finished here, then uploaded.
+To read a remote folder, freebits creates a local mirror. The mirror contains copies of the small files, and for each
+weights file a sparse file of the same size. The weights are read from the URL by range. To write a remote folder,
+freebits finishes a local folder and uploads it.
 """
 
 import atexit
@@ -25,37 +26,39 @@ from freebits.limits import COPIED_BYTES
 from freebits.types import Bytes
 
 _COPIED = ("*.json", "*.md", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
-_TRIED = ".freebits"
-"""A file that is written to see whether one can be."""
+_PROBE = ".freebits"
+"""A file that is written to test whether the folder is writable."""
 _LAST = ("config.json",)
-"""Without it a folder is no checkpoint: it is uploaded last."""
+"""Files that are uploaded last. A folder without them is not a checkpoint."""
+_VERSION_KEYS = ("ETag", "etag", "LastModified", "mtime", "created", "generation", "commit_hash", "blob_id")
+"""The keys under which file systems report the version of a file."""
 _mirrors: dict[Path, str] = {}
-"""Mirror, or a file in it that is a hole → URL."""
+"""Mirror, or sparse file in a mirror → URL."""
 
 
 class Readable(Protocol):
-    """A file, read by range."""
+    """A file that can be read by range."""
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Number of bytes."""
 
     @property
     def state(self) -> tuple[object, ...]:
-        """What changes when it is replaced or written to, as far as can be told."""
+        """Values that change when the file is replaced or changed, as far as the file system reports it."""
 
     def read(self, start: int, n_bytes: int) -> Bytes:
-        """Bytes from `start` on.
+        """Read `n_bytes` from `start` on.
 
         Raises:
-            OSError: they cannot be had.
-            ValueError: they are fewer.
+            OSError: the file cannot be read.
+            ValueError: the file has fewer bytes.
         """
 
 
 @dataclass(frozen=True)
-class Remote:
-    """A file at a URL."""
+class RemoteFile:
+    """A file at a URL. Implements `Readable`."""
 
     url: str
     size: int = field(init=False)
@@ -64,34 +67,30 @@ class Remote:
     def __post_init__(self) -> None:
         with _as_os_errors():
             system, name = fsspec.url_to_fs(self.url)
-            told = system.info(name)
-        object.__setattr__(self, "size", int(told.get("size") or 0))
-        object.__setattr__(self, "state", _state(told))
+            info = system.info(name)
+        object.__setattr__(self, "size", int(info.get("size") or 0))
+        object.__setattr__(self, "state", _state(info))
 
     def read(self, start: int, n_bytes: int) -> Bytes:
-        """Bytes from `start` on."""
+        """Read `n_bytes` from `start` on."""
         if not n_bytes:
             return np.empty(0, np.uint8)
         with _as_os_errors():
             system, name = fsspec.url_to_fs(self.url)
-            with system.open(name, "rb", cache_type="none") as file:  # no more than what is asked for
+            with system.open(name, "rb", cache_type="none") as file:  # no read-ahead
                 file.seek(start)
                 data = file.read(n_bytes)
         if len(data) != n_bytes:
-            raise ValueError(f"{len(data)} bytes came where {n_bytes} were asked for")
+            raise ValueError(f"the server sent {len(data)} bytes instead of {n_bytes}")
         return np.frombuffer(bytearray(data), np.uint8)
 
 
-def _state(told: dict[str, Any]) -> tuple[object, ...]:
-    return told.get("size"), *(str(told.get(key)) for key in _VERSIONS)
-
-
-_VERSIONS = ("ETag", "etag", "LastModified", "mtime", "created", "generation", "commit_hash", "blob_id")
-"""Under which file systems tell that a file is another one."""
+def _state(info: dict[str, Any]) -> tuple[object, ...]:
+    return info.get("size"), *(str(info.get(key)) for key in _VERSION_KEYS)
 
 
 def url_of(path: str | os.PathLike[str]) -> str | None:
-    """The URL that this is, if it is one; `pathlib` takes one of its slashes away."""
+    """Return a path as a URL, or None if it is not one. `Path` objects of URLs lack one of the two slashes."""
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/{1,2}(?=[^/])", os.fspath(path))
     if not match or match[1] not in fsspec.available_protocols():
         return None
@@ -100,10 +99,10 @@ def url_of(path: str | os.PathLike[str]) -> str | None:
 
 @cache
 def mirror(url: str) -> Path:
-    """A folder here that stands for one elsewhere, as long as this process lives.
+    """Create a local mirror of a remote folder. The process removes it when it exits.
 
     Raises:
-        CheckpointError: there is none, or it cannot be reached.
+        CheckpointError: the URL is not a checkpoint or cannot be reached.
     """
     scratch = Path(tempfile.mkdtemp(prefix="mirror-", dir=_cache()))
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)
@@ -112,19 +111,21 @@ def mirror(url: str) -> Path:
     try:
         with _as_os_errors():
             system, root = fsspec.url_to_fs(url)
-            found = system.find(root, detail=True)
-            if not any(name.endswith("config.json") for name in found):
+            files = system.find(root, detail=True)
+            if not any(name.endswith("config.json") for name in files):
                 raise FileNotFoundError("there is no config.json")
-            for name, told in sorted(found.items()):
-                _stand_in(system, name, told, folder, name[len(root) :].strip("/"), url)
+            for name, info in sorted(files.items()):
+                _mirror_file(system, name, info, folder, name[len(root) :].strip("/"), url)
     except OSError as error:
-        raise CheckpointError(f"{url} cannot be read ({error}): check address, connection and key") from None
+        raise CheckpointError(
+            f"{url} cannot be read ({error}): check the URL, the connection and the credentials"
+        ) from None
     _mirrors[folder] = url
     return folder
 
 
 def original(path: Path) -> str | None:
-    """The URL of a mirror, or of a file that a mirror holds no copy of; None for everything else."""
+    """Return the URL of a mirror or of a sparse file in one; None for any other path."""
     return _mirrors.get(path)
 
 
@@ -132,33 +133,35 @@ def download(url: str, target: Path) -> None:
     """Download a file.
 
     Raises:
-        CheckpointError: that fails.
+        CheckpointError: the download fails.
     """
     try:
         with _as_os_errors():
             system, name = fsspec.url_to_fs(url)
             system.get_file(name, str(target))
     except OSError as error:
-        raise CheckpointError(f"{url} cannot be downloaded ({error})") from None
+        raise CheckpointError(
+            f"{url} cannot be downloaded ({error}): check the URL, the connection and the credentials"
+        ) from None
 
 
 def fill(folder: Path) -> None:
-    """Download what a mirror only stands for, for those that read files themselves.
+    """Replace the sparse safetensors files of a mirror by their content, for libraries that read the files.
 
     Raises:
-        CheckpointError: it cannot be had.
+        CheckpointError: the download fails.
     """
     url = _mirrors.get(folder)
     if url is None:
         return
     for file in folder.glob("*.safetensors"):
-        part = file.with_suffix(".part")
-        download(f"{url}/{file.name}", part)
-        part.replace(file)
+        partial = file.with_suffix(".part")
+        download(f"{url}/{file.name}", partial)
+        partial.replace(file)
 
 
 def exists(path: str | os.PathLike[str]) -> bool:
-    """Whether something is at a path or URL.
+    """Whether a path or URL exists.
 
     Raises:
         CheckpointError: the URL cannot be reached.
@@ -171,17 +174,21 @@ def exists(path: str | os.PathLike[str]) -> bool:
             system, name = fsspec.url_to_fs(url)
             return bool(system.exists(name))
     except OSError as error:
-        raise CheckpointError(f"{url} cannot be read ({error}): check address, connection and key") from None
+        raise CheckpointError(
+            f"{url} cannot be read ({error}): check the URL, the connection and the credentials"
+        ) from None
 
 
 def check_new(url: str) -> None:
-    """Check that a folder can be made, before anything takes long.
+    """Check that a URL does not exist yet and is writable, before the command starts its work.
 
     Raises:
-        CheckpointError: something is there, or nothing can be written.
+        CheckpointError: the URL exists or cannot be written, or an earlier result waits for its upload.
     """
     if staging_of(url).exists():
-        raise CheckpointError(f"{staging_of(url)} could not be uploaded before: move it there yourself, or remove it")
+        raise CheckpointError(
+            f"{staging_of(url)} is a finished folder that could not be uploaded before: upload or remove it"
+        )
     if exists(url):
         raise CheckpointError(f"{url} exists already: choose another output folder or remove it")
     try:
@@ -189,27 +196,31 @@ def check_new(url: str) -> None:
             system, name = fsspec.url_to_fs(url)
             with suppress(NotImplementedError):
                 system.makedirs(name, exist_ok=True)
-            system.pipe_file(f"{name}/{_TRIED}", b"freebits")
-            system.rm_file(f"{name}/{_TRIED}")
+            system.pipe_file(f"{name}/{_PROBE}", b"freebits")
+            system.rm_file(f"{name}/{_PROBE}")
             _remove_if_empty(system, name)
     except OSError as error:
-        raise CheckpointError(f"{url} cannot be written ({error})") from None
+        raise CheckpointError(
+            f"{url} cannot be written ({error}): check the URL, the connection and the credentials"
+        ) from None
 
 
 def staging_of(url: str) -> Path:
-    """The folder in the user's cache that holds a result until it is uploaded."""
+    """Return the folder in the user's cache that contains a result until it is uploaded."""
     return _cache() / sha256(url.encode()).hexdigest()[:16] / PurePosixPath(url).name
 
 
 def upload(folder: Path, url: str) -> None:
-    """Put a finished folder where it belongs, all of it or nothing, and remove it here.
+    """Upload a finished folder, all files or none, and remove the local copy.
 
     Raises:
-        CheckpointError: that fails; the folder is left.
+        CheckpointError: the upload fails. The local folder stays.
     """
     if exists(url):
-        raise CheckpointError(f"{url} exists already: another run wrote it meanwhile; ours lies finished in {folder}")
-    done: list[str] = []
+        raise CheckpointError(
+            f"{url} exists already: another run wrote it meanwhile, the result of this run is in {folder}"
+        )
+    uploaded: list[str] = []
     files = sorted((file for file in folder.rglob("*") if file.is_file()), key=lambda file: (file.name in _LAST, file))
     try:
         with _as_os_errors():
@@ -219,43 +230,45 @@ def upload(folder: Path, url: str) -> None:
                     name = f"{root}/{file.relative_to(folder).as_posix()}"
                     with suppress(NotImplementedError):
                         system.makedirs(str(PurePosixPath(name).parent), exist_ok=True)
-                    done.append(name)
+                    uploaded.append(name)
                     system.put_file(str(file), name)
             except BaseException:
-                for name in done:  # and nothing that is not ours
+                for name in uploaded:  # keep files that others wrote
                     with suppress(Exception):
                         system.rm_file(name)
                 _remove_if_empty(system, root)
                 raise
     except OSError as error:
-        raise CheckpointError(f"{url} could not be uploaded ({error}): it lies finished in {folder}") from None
+        raise CheckpointError(
+            f"{url} could not be uploaded ({error}): upload the finished folder yourself from {folder}"
+        ) from None
     shutil.rmtree(folder.parent)
     mirror.cache_clear()
 
 
 def _remove_if_empty(system: Any, name: str) -> None:
-    """Remove a folder, where the file system has any, and nothing is in it."""
+    """Remove a folder if it is empty and the file system has folders."""
     with suppress(Exception):
         if not system.find(name):
             system.rmdir(name)
 
 
-def _stand_in(system: Any, name: str, told: dict[str, Any], folder: Path, relative: str, url: str) -> None:
-    """A copy of a small file, a hole for a large one; its time is another if the file is (see `Task`)."""
+def _mirror_file(system: Any, name: str, info: dict[str, Any], folder: Path, relative: str, url: str) -> None:
+    """Create a copy or a sparse file of a remote file. The modification time encodes its version (see `Task`)."""
     parts = PurePosixPath(relative).parts
     if not parts or any(part in ("..", ".") or "\\" in part or part.startswith(".") for part in parts):
         return
     file = folder.joinpath(*parts)
     file.parent.mkdir(parents=True, exist_ok=True)
-    size = told.get("size")
+    size = info.get("size")
     size = system.info(name)["size"] if size is None else size
     if _is_copied(file.name) and (size or 0) <= COPIED_BYTES:
         system.get_file(name, str(file))
     else:
-        with file.open("wb") as hole:
-            hole.truncate(size or 0)
+        with file.open("wb") as sparse:
+            sparse.truncate(size or 0)
         _mirrors[file] = f"{url}/{relative}"
-    version = int(sha256(repr(_state(told)).encode()).hexdigest()[:12], 16)
+    version = int(sha256(repr(_state(info)).encode()).hexdigest()[:12], 16)
     os.utime(file, ns=(version, version))
 
 
@@ -271,11 +284,11 @@ def _cache() -> Path:
 
 @contextmanager
 def _as_os_errors() -> Iterator[None]:
-    """The many kinds of error of the many file systems, as one."""
+    """Convert the exceptions of all file systems to `OSError`."""
     try:
         yield
     except NotImplementedError:
-        raise OSError("this kind of address cannot be written to") from None
+        raise OSError("the file system does not support this operation") from None
     except Exception as error:
-        finding = one_line(" ".join(str(error).split()), 160)
-        raise OSError(finding or type(error).__name__) from None
+        reason = one_line(" ".join(str(error).split()), 160)
+        raise OSError(reason or type(error).__name__) from None

@@ -1,4 +1,4 @@
-"""Signatures of finished folders, as OpenSSF's model-signing makes them: digests find damage, signatures forgery."""
+"""Signatures of finished folders in the format of OpenSSF model-signing. They reveal damage and forgery."""
 
 import os
 import shutil
@@ -10,70 +10,72 @@ from freebits.errors import CheckpointError, UsageError, one_line
 from freebits.storage.task import UNFINISHED
 
 SIGNATURE = "model.sig"
-"""The file in the folder that signs all others: a bundle of sigstore's with SHA-256 digests."""
+"""The file that signs all other files of a folder: a sigstore bundle with SHA-256 digests."""
 
 
 def sign(folder: Path, key: str | os.PathLike[str]) -> None:
     """Sign every file of a folder.
 
     Args:
-        folder: finished, but not yet published.
-        key: file of a private key of an elliptic curve (PEM, secp256r1, 384r1 or 521r1).
+        folder: a finished staging directory.
+        key: PEM file of an elliptic-curve private key (secp256r1, secp384r1 or secp521r1).
 
     Raises:
-        UsageError: the key cannot be used, or model-signing is not installed.
+        UsageError: the key cannot sign, or model-signing is not installed.
     """
     hashing = _library("hashing")
     check_key(key)
-    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)  # what was put together by now
-    of = hashing.Config().set_ignored_paths(paths=[folder / SIGNATURE])
+    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)  # must not be signed
+    hashing_config = hashing.Config().set_ignored_paths(paths=[folder / SIGNATURE])
     try:
-        _signer(key).set_hashing_config(of).sign(folder, folder / SIGNATURE)
-    except Exception as error:  # of the key's library, too
-        raise _no_key(key, error) from None
+        _signer(key).set_hashing_config(hashing_config).sign(folder, folder / SIGNATURE)
+    except Exception as error:  # also those of the cryptography library
+        raise _signing_error(key, error) from None
 
 
 def check_key(key: str | os.PathLike[str] | None) -> None:
-    """Check that a key, if there is one, can sign, before any work is done.
+    """Check that a private key can sign, before the command starts its work. None passes.
 
     Raises:
-        UsageError: it cannot, or model-signing is not installed.
+        UsageError: the key cannot sign, or model-signing is not installed.
     """
     if key is not None:
         _library("signing")
         try:
             _signer(key)
         except Exception as error:
-            raise _no_key(key, error) from None
+            raise _signing_error(key, error) from None
 
 
 def _signer(key: str | os.PathLike[str]) -> Any:
     return _library("signing").Config().use_elliptic_key_signer(private_key=Path(key))
 
 
-def _no_key(key: str | os.PathLike[str], error: Exception) -> UsageError:
-    return UsageError(f"{key} cannot sign ({one_line(error, 160)}): give a private key in PEM, of secp256r1")
+def _signing_error(key: str | os.PathLike[str], error: Exception) -> UsageError:
+    return UsageError(f"{key} cannot sign ({one_line(error, 160)}): give a PEM file with a secp256r1 private key")
 
 
 def check_signature(folder: Path, key: str | os.PathLike[str]) -> None:
-    """Check that a folder is, file for file, what the owner of a key signed.
+    """Check that every file of a folder is what the owner of a key signed.
 
     Args:
-        folder: with a signature in it.
-        key: file of the public key (PEM).
+        folder: a folder with a signature.
+        key: PEM file of the public key.
 
     Raises:
-        CheckpointError: it is not signed, not with that key, or was changed.
+        CheckpointError: the folder is not signed, is signed with another key, or was changed.
         UsageError: the key cannot be read, or model-signing is not installed.
     """
     hashing, verifying = _library("hashing"), _library("verifying")
     if not (folder / SIGNATURE).is_file():
-        raise CheckpointError(f"{folder} has no {SIGNATURE}: it is not signed")
-    of = hashing.Config().set_ignored_paths(paths=[folder / SIGNATURE])
+        raise CheckpointError(f"{folder} is not signed: it has no {SIGNATURE}, ask its publisher for a signed one")
+    hashing_config = hashing.Config().set_ignored_paths(paths=[folder / SIGNATURE])
     try:
-        config = verifying.Config().use_elliptic_key_verifier(public_key=Path(key)).set_hashing_config(of)
+        config = verifying.Config().use_elliptic_key_verifier(public_key=Path(key)).set_hashing_config(hashing_config)
     except Exception as error:
-        raise UsageError(f"{key} is no key ({one_line(error, 160)}): give a public key in PEM") from None
+        raise UsageError(
+            f"{key} is not a public key ({one_line(error, 160)}): give a PEM file with a public key"
+        ) from None
     try:
         config.verify(folder, folder / SIGNATURE)
     except Exception as error:
@@ -83,8 +85,8 @@ def check_signature(folder: Path, key: str | os.PathLike[str]) -> None:
         ) from None
 
 
-def _library(part: str) -> Any:
+def _library(module: str) -> Any:
     try:
-        return import_module(f"model_signing.{part}")
+        return import_module(f"model_signing.{module}")
     except ImportError:
         raise UsageError("signatures need model-signing: pip install 'freebits[sign]'") from None

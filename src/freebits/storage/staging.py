@@ -1,4 +1,4 @@
-"""A folder that appears complete or not at all."""
+"""Output folders that appear complete or not at all."""
 
 import logging
 import os
@@ -16,23 +16,23 @@ from freebits.storage.remote import check_new, staging_of, upload, url_of
 from freebits.storage.task import UNFINISHED, Task
 
 _log = logging.getLogger(__name__)
-_LONGEST_NAME = 180
+_MAX_NAME_BYTES = 180
 _open: set[Path] = set()
 """Staging directories that this process is writing."""
 
 
 @contextmanager
 def new_directory(path: str | os.PathLike[str], task: Task | None = None) -> Iterator[Path]:
-    """A folder that appears at `path` complete when the block ends, and not at all if it raises.
+    """Create the folder `path` when the block ends, complete, or not at all if the block raises.
 
     The block writes to a staging directory in the same parent folder. Its name contains the machine and the process.
     Staging directories that a killed process of this machine left there are removed. Before the staging directory is
     renamed to `path`, all of it is on the disk (`fsync`).
 
     Args:
-        path: the folder, or a URL: then the staging directory is in the user's cache, and is uploaded when finished.
+        path: a folder, or a URL. For a URL, the staging directory is in the user's cache and is uploaded at the end.
         task: the command. If a stopped run of the same task left a staging directory, this run takes it over. If this
-            run is stopped (Ctrl-C, or a signal that ends it), the staging directory is kept if a piece is finished.
+            run is stopped (Ctrl-C or a signal), the staging directory stays if it contains a finished piece.
 
     Raises:
         CheckpointError: `path` exists, or its parent folder cannot be written.
@@ -61,7 +61,7 @@ def new_directory(path: str | os.PathLike[str], task: Task | None = None) -> Ite
         raise
     except OSError as error:
         if error.filename is not None and not str(error.filename).startswith(str(staging)):
-            raise  # it is not the output that failed
+            raise  # the block failed to access another file
         raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
         _open.discard(staging)
@@ -71,45 +71,45 @@ def new_directory(path: str | os.PathLike[str], task: Task | None = None) -> Ite
 
 
 def _begin(path: str | os.PathLike[str], target: Path, staging: Path, task: Task | None) -> list[Path]:
-    """Create a staging directory, or take over one that was left; returns the parents that were created."""
+    """Create a staging directory, or take over that of a stopped run. Return the parent folders that were created."""
     created: list[Path] = []
     try:
         if target.exists() or target.is_symlink():
             raise CheckpointError(f"{path} exists already: choose another output folder or remove it")
-        left = _left_staging(target, task)
+        leftover = _leftover_staging(target, task)
         for parent in reversed([parent for parent in target.parents if not parent.exists()]):
             parent.mkdir()
             created.append(parent)
-        if left:
-            left.rename(staging)
+        if leftover:
+            leftover.rename(staging)
             _clear_but_unfinished(staging)
-            _log.warning("freebits: resuming the stopped run in %s", one_line(left))
+            _log.warning("freebits: resuming the stopped run in %s", one_line(leftover))
         else:
             staging.mkdir()
     except (OSError, ValueError) as error:
         _remove_empty(created)
         reason = error.strerror if isinstance(error, OSError) else error
-        raise CheckpointError(f"{path} cannot be created: {reason}") from None
+        raise CheckpointError(f"{path} cannot be created ({reason}): choose another output folder") from None
     return created
 
 
 def _staging_path(target: Path) -> Path:
-    """The staging directory of this process."""
+    """Return a new name for a staging directory of this process."""
     return target.with_name(f"{_prefix(target)}{os.getpid()}-{secrets.token_hex(4)}.staging")
 
 
 def _prefix(target: Path) -> str:
-    """With which the names of this machine's staging directories begin."""
+    """Return the prefix of the names of this machine's staging directories."""
     return f"{_hidden(target)}.{zlib.crc32(platform.node().encode()):08x}-"
 
 
 def _hidden(target: Path) -> str:
-    """A hidden name that leaves room for more: names have at most 255 bytes."""
-    return "." + target.name.encode(errors="replace")[:_LONGEST_NAME].decode(errors="ignore")
+    """Return a hidden file name, cut to leave room for a suffix: file names have at most 255 bytes."""
+    return "." + target.name.encode(errors="replace")[:_MAX_NAME_BYTES].decode(errors="ignore")
 
 
 def _publish(staging: Path, target: Path) -> None:
-    """Rename a staging directory once all of it is on the disk."""
+    """Flush a staging directory to the disk, then rename it."""
     for folder, _, files in os.walk(staging):
         for file in files:
             _sync(Path(folder) / file)
@@ -118,37 +118,39 @@ def _publish(staging: Path, target: Path) -> None:
         staging.rename(target)
     except OSError:
         if target.exists():
-            raise CheckpointError(f"{target} exists already: another run wrote it meanwhile") from None
+            raise CheckpointError(
+                f"{target} exists already: another run wrote it meanwhile, choose another output folder"
+            ) from None
         raise
     _sync(target.parent)
 
 
 def _sync(path: Path) -> None:
-    if os.name != "posix" and path.is_dir():  # only POSIX opens folders
+    if os.name != "posix" and path.is_dir():  # only POSIX systems open folders
         return
-    handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
     try:
-        os.fsync(handle)
+        os.fsync(descriptor)
     finally:
-        os.close(handle)
+        os.close(descriptor)
 
 
-def _left_staging(target: Path, task: Task | None) -> Path | None:
-    """A staging directory of the task whose process has ended. Others for `target` are removed, with a warning."""
+def _leftover_staging(target: Path, task: Task | None) -> Path | None:
+    """Return a staging directory of the task whose process has ended. Remove others for `target`, with a warning."""
     pattern = re.escape(_prefix(target)) + r"(\d+)-[0-9a-f]{8}\.staging"
-    found = None
+    resumable = None
     for staging in target.parent.iterdir() if target.parent.is_dir() else ():
         match = re.fullmatch(pattern, staging.name)
         if not match or staging in _open or not staging.is_dir() or staging.is_symlink():
             continue
         if int(match[1]) != os.getpid() and _alive(int(match[1])):
             continue
-        if found is None and task is not None and task.resume and task.began(staging):
-            found = staging
+        if resumable is None and task is not None and task.resume and task.began(staging):
+            resumable = staging
             continue
         shutil.rmtree(staging, ignore_errors=True)
-        _log.warning("freebits: removed what a killed run left: %s", one_line(staging))
-    return found
+        _log.warning("freebits: removed the unfinished output of a killed run: %s", one_line(staging))
+    return resumable
 
 
 def _clear_but_unfinished(staging: Path) -> None:
@@ -158,20 +160,20 @@ def _clear_but_unfinished(staging: Path) -> None:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def _alive(process: int) -> bool:
-    if os.name != "posix":  # there a signal of 0 would end the process
+def _alive(process_id: int) -> bool:
+    if os.name != "posix":  # on Windows, signal 0 would end the process
         return True
     try:
-        os.kill(process, 0)
+        os.kill(process_id, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except OSError:  # another user's process
+    except OSError:  # the process of another user
         return True
     return True
 
 
 def _remove_empty(folders: list[Path]) -> None:
-    """Remove folders, innermost first, as far as they are empty."""
+    """Remove empty folders, innermost first. Stop at the first that is not empty."""
     for folder in reversed(folders):
         try:
             folder.rmdir()

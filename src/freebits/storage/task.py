@@ -1,4 +1,4 @@
-"""Commands that resume: a staging directory records which command began it."""
+"""Resumable commands. A staging directory records the command that created it."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -24,9 +24,9 @@ class Task:
     """A command that can be stopped and resumed.
 
     Attributes:
-        command: its name.
-        source: the folder that it reads.
-        arguments: everything else that the result depends on.
+        command: the name of the command.
+        source: the folder that the command reads.
+        arguments: all other values that the result depends on.
         resume: whether to use the pieces that a stopped run finished.
     """
 
@@ -44,12 +44,12 @@ class Task:
         return json.dumps(facts, indent=2, sort_keys=True, default=str)
 
     def began(self, staging: Path) -> bool:
-        """Whether this task began a staging directory."""
+        """Whether this task created a staging directory."""
         path = staging / UNFINISHED / _TASK
         return path.is_file() and path.read_text(encoding="utf-8") == self.facts
 
     def store(self, staging: Path) -> WorkStore:
-        """The store of finished pieces in a staging directory."""
+        """Return the store of finished pieces in a staging directory, and record this task in it."""
         store = WorkStore(staging / UNFINISHED)
         if not self.began(staging):
             (staging / UNFINISHED / _TASK).write_text(self.facts, encoding="utf-8")
@@ -58,7 +58,7 @@ class Task:
 
 @contextmanager
 def unchanged(source: Path) -> Iterator[None]:
-    """Require that a folder stays the same while the block runs.
+    """Check that the files of a model do not change while the block runs.
 
     Raises:
         CheckpointError: a file was changed, added or removed.
@@ -74,11 +74,11 @@ def unchanged(source: Path) -> Iterator[None]:
 
 
 def _states(source: Path) -> list[tuple[str, int, int]]:
-    """Name, size and modification time of each file of a model."""
+    """Return name, size and modification time of each JSON and safetensors file of a model."""
     files = sorted(file for file in source.glob("*") if file.suffix in (".json", ".safetensors") and file.is_file())
     return [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
 
 
 def text_digest(text: str | None) -> str | None:
-    """The digest of a text that is an argument; None if there is none."""
+    """Return the SHA-256 digest of a text argument; None if there is no text."""
     return None if text is None else sha256(text.encode()).hexdigest()

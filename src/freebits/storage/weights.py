@@ -1,8 +1,8 @@
-"""One safetensors file: read a tensor at a time, written a tensor at a time.
+"""Safetensors files, read and written a tensor at a time.
 
-The library maps a file, and a mapped file that another process cuts short ends this one without a word; and it
-writes a file from memory as a whole. Here a tensor is read when it is asked for, from the very file whose header was
-read before.
+The safetensors library maps files into memory: if another process truncates a mapped file, this process dies without
+a message. The library also needs all tensors in memory to write a file. `WeightsFile` reads each tensor on access, and
+raises if the file is no longer the one whose header it read.
 """
 
 import json
@@ -19,20 +19,20 @@ import numpy as np
 
 from freebits.errors import CheckpointError, one_line
 from freebits.limits import HEADER_BYTES, TENSOR_VALUES
-from freebits.storage.remote import Readable, Remote, original
+from freebits.storage.remote import Readable, RemoteFile, original
 from freebits.types import Bytes, TensorSpec
 
 LENGTH = 8
-"""Bytes of the number that a safetensors file begins with: the length of its header."""
+"""Size in bytes of the integer at the start of a safetensors file, which is the length of the header."""
 METADATA = "__metadata__"
-_FREE = '{"__metadata__":{"format":"pt"}}'
+_EMPTY_HEADER = '{"__metadata__":{"format":"pt"}}'
 ENTRY = len('"":{"dtype":"F8_E4M3FNUZ","shape":,"data_offsets":[,]},') + 2 * len(str(TENSOR_VALUES))
-"""An upper bound on the bytes of one header entry, less its name and shape."""
+"""An upper bound on the bytes of a header entry without its name and shape."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor as the header of a file describes it; its bytes lie at `begin` to `end` behind the header."""
+    """A tensor as a header describes it. `begin` and `end` of its bytes are offsets from the end of the header."""
 
     name: str
     spec: TensorSpec
@@ -41,43 +41,47 @@ class Entry:
 
 
 def parse_header(text: str, n_bytes: int | None = None) -> list[Entry]:
-    """The tensors that a safetensors header lists, in the order of their bytes; `n_bytes` are behind it, if known.
+    """Return the tensors that a safetensors header lists, in the order of their bytes.
+
+    Args:
+        text: the header.
+        n_bytes: the size of the file after the header; None if it is unknown.
 
     Raises:
-        ValueError: it is no header; its tensors overlap or leave gaps; their bytes are not those of their kinds.
+        ValueError: the text is not a header, tensors overlap or leave gaps, or sizes do not match.
     """
     try:
-        told = json.loads(text, object_pairs_hook=_without_duplicates)
-        told.pop(METADATA, None)
+        header = json.loads(text, object_pairs_hook=_without_duplicates)
+        header.pop(METADATA, None)
         entries = [
-            Entry(name, TensorSpec(str(of["dtype"]), tuple(of["shape"])), *of["data_offsets"])
-            for name, of in told.items()
+            Entry(name, TensorSpec(str(fields["dtype"]), tuple(fields["shape"])), *fields["data_offsets"])
+            for name, fields in header.items()
         ]
         text.encode()
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"no safetensors header ({error!r})") from None
+        raise ValueError(f"it has no safetensors header ({error!r})") from None
     if not all(type(entry.begin) is type(entry.end) is int for entry in entries):
-        raise ValueError("an offset that is no whole number")
+        raise ValueError("an offset in its header is not an integer")
     entries.sort(key=lambda entry: (entry.begin, entry.end))
-    at = 0
+    position = 0
     for entry in entries:
-        if entry.begin != at or entry.end - entry.begin != entry.spec.n_bytes:
-            raise ValueError(f"tensor {entry.name} does not lie where its dtype and shape say")
-        at = entry.end
-    if n_bytes is not None and n_bytes != at:
-        raise ValueError(f"{n_bytes} bytes of tensors, where its header promises {at}")
+        if entry.begin != position or entry.end - entry.begin != entry.spec.n_bytes:
+            raise ValueError(f"the offsets of tensor {entry.name} do not match its dtype and shape, or leave a gap")
+        position = entry.end
+    if n_bytes is not None and n_bytes != position:
+        raise ValueError(f"it has {n_bytes} bytes of tensors, but its header declares {position}")
     return entries
 
 
 class WeightsFile:
-    """A safetensors file, its header read and checked; tensors are read when asked for.
+    """A safetensors file. The constructor reads and checks the header; tensors are read on access.
 
     Attributes:
-        header: its text, as it is.
+        header: the text of the header, unchanged.
         entries: name → tensor, in the order of their bytes.
 
     Raises:
-        CheckpointError: the file is missing, or is no sound safetensors file.
+        CheckpointError: the file is missing or is not a valid safetensors file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -99,14 +103,14 @@ class WeightsFile:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of all its tensors."""
+        """Number of bytes of all tensors."""
         return sum(entry.spec.n_bytes for entry in self.entries.values())
 
     def read(self, name: str) -> Bytes:
-        """The bytes of a tensor.
+        """Read the bytes of a tensor.
 
         Raises:
-            CheckpointError: the file can no longer be read, or is not the one that was opened.
+            CheckpointError: the file cannot be read any more, or has changed since its header was read.
         """
         entry = self.entries[name]
         try:
@@ -121,17 +125,17 @@ class WeightsFile:
 
     @contextmanager
     def _opened(self) -> Iterator[Readable]:
-        """The file, wherever it is."""
+        """Open the local or remote file."""
         if self._url:
-            yield Remote(self._url)
+            yield RemoteFile(self._url)
         else:
             with open_regular(self.path) as file:
-                yield _Local(file)
+                yield _LocalFile(file)
 
 
 @dataclass(frozen=True)
-class _Local:
-    """A file that is open."""
+class _LocalFile:
+    """An open local file. Implements `Readable`."""
 
     file: FileIO
 
@@ -147,36 +151,38 @@ class _Local:
     def read(self, start: int, n_bytes: int) -> Bytes:
         data = np.empty(n_bytes, np.uint8)
         self.file.seek(start)
-        done = 0
-        while done < n_bytes:
-            read = self.file.readinto(data[done:].data)
-            if not read:
-                raise ValueError(f"it ends after {start + done} bytes")
-            done += read
+        n_read = 0
+        while n_read < n_bytes:
+            count = self.file.readinto(data[n_read:].data)
+            if not count:
+                raise ValueError(f"it ends after {start + n_read} bytes")
+            n_read += count
         return data
 
 
 class WeightsWriter:
-    """A safetensors file, written a tensor at a time: header length, header, tensors without gaps.
+    """Writes a safetensors file a tensor at a time: header length, header, tensors without gaps.
 
-    The header is written last, into room reserved for the announced names and shapes; a longer name or shape does not
-    fit. What is left of the room is filled with spaces, as the format allows.
+    The header is written last, into space reserved for the announced names and shapes; longer ones do not fit. Spaces
+    fill the remainder, as the format allows.
     """
 
     def __init__(self, path: Path, announced: Mapping[str, tuple[int, ...]]) -> None:
         self.path = path
         self.size = 0
         self.header: dict[str, Any] = {}
-        room = len(_FREE) + sum(len(json.dumps(n)) + len(str(list(s))) + ENTRY for n, s in announced.items())
-        self._room = -(-room // LENGTH) * LENGTH
+        reserved = len(_EMPTY_HEADER) + sum(
+            len(json.dumps(name)) + len(str(list(shape))) + ENTRY for name, shape in announced.items()
+        )
+        self._reserved = -(-reserved // LENGTH) * LENGTH
         self._file = path.open("wb")
-        self._file.seek(LENGTH + self._room)
+        self._file.seek(LENGTH + self._reserved)
 
     def __enter__(self) -> "WeightsWriter":
         return self
 
-    def __exit__(self, spec: type[BaseException] | None, *_: object) -> None:
-        if spec is None:
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        if error_type is None:
             self.close()
         else:
             self._file.close()
@@ -192,38 +198,40 @@ class WeightsWriter:
         """Write the header.
 
         Raises:
-            AssertionError: a tensor was written whose name was not announced, so that the header has no room.
+            AssertionError: the header does not fit, because a written tensor was not announced.
         """
         header = json.dumps({METADATA: {"format": "pt"}, **self.header}, separators=(",", ":")).encode()
         with self._file:
-            if len(header) > self._room:
-                raise AssertionError(f"{self.path}: a header of {len(header)} bytes in a room of {self._room}")
+            if len(header) > self._reserved:
+                raise AssertionError(
+                    f"{self.path}: the header has {len(header)} bytes, but {self._reserved} are reserved"
+                )
             self._file.seek(0)
-            self._file.write(self._room.to_bytes(LENGTH, "little"))
-            self._file.write(header.ljust(self._room))
+            self._file.write(self._reserved.to_bytes(LENGTH, "little"))
+            self._file.write(header.ljust(self._reserved))
 
 
 def open_regular(path: Path) -> FileIO:
-    """A file opened to be read, unless it is a pipe or a device, which would not end.
+    """Open a regular file for reading. Reading a pipe or a device might never end.
 
     Raises:
-        OSError: it cannot be opened.
-        ValueError: it is no regular file.
+        OSError: the file cannot be opened.
+        ValueError: it is not a regular file.
     """
     if not stat.S_ISREG(path.stat().st_mode):
-        raise ValueError("it is no regular file")
+        raise ValueError("it is not a regular file")
     return FileIO(path, "r")
 
 
 def _read_header(file: Readable) -> str:
     length = int.from_bytes(file.read(0, min(LENGTH, file.size)), "little")
     if not LENGTH + 2 <= LENGTH + length <= min(file.size, LENGTH + HEADER_BYTES):
-        raise ValueError(f"a header of {length} bytes in {file.size}")
+        raise ValueError(f"it declares a header of {length} bytes, but has {file.size} bytes")
     return bytes(file.read(LENGTH, length)).decode()
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    told = dict(pairs)
-    if len(told) != len(pairs):
-        raise ValueError(f"a name that is listed twice among {one_line([name for name, _ in pairs], 100)}")
-    return told
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
+        raise ValueError(f"its header lists a name twice among {one_line([name for name, _ in pairs], 100)}")
+    return unique

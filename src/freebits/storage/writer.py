@@ -1,4 +1,4 @@
-"""Write weights, a tensor at a time, in as many files as it takes."""
+"""Writes weights a tensor at a time, to one file or to shards."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,18 +11,18 @@ from freebits.types import Bytes, TensorSpec, bytes_of
 
 
 def shard_bytes(source: Checkpoint) -> int | None:
-    """How large the largest file of a sharded checkpoint is, tensors alone; None where it is one file."""
+    """Return the bytes of tensors in the largest file of a sharded checkpoint; None if there is one file."""
     return max(file.n_bytes for file in source.weights.values()) if len(source.weights) > 1 else None
 
 
 class CheckpointWriter:
-    """Stream tensors into safetensors files, a new one when the next tensor would pass `shard_bytes`.
+    """Writes tensors to safetensors files. A new file starts when the next tensor would exceed `shard_bytes`.
 
     Args:
-        directory: where to write.
-        announced: every tensor that may come, by its name and a shape that is no shorter to write.
-        shard_bytes: see above; None makes one file.
-        stem: with which the names of the files begin.
+        directory: the output folder.
+        announced: name → shape of every tensor that may follow. As text, the written shape must not be longer.
+        shard_bytes: the largest number of bytes of tensors in a file; None writes one file.
+        stem: the stem of the file names.
     """
 
     def __init__(
@@ -46,20 +46,20 @@ class CheckpointWriter:
         self.write_bytes(name, TensorSpec.of(tensor), bytes_of(tensor))
 
     def write_bytes(self, name: str, spec: TensorSpec, data: Bytes) -> None:
-        """Append one tensor, given its bytes."""
-        full = self._shards and self._shard_bytes and self._shards[-1].size + spec.n_bytes > self._shard_bytes
-        if full or not self._shards:
+        """Append the bytes of one tensor."""
+        exceeds = self._shards and self._shard_bytes and self._shards[-1].size + spec.n_bytes > self._shard_bytes
+        if exceeds or not self._shards:
             self._next_shard()
         self._shards[-1].write(name, spec, data)
 
-    def __exit__(self, spec: type[BaseException] | None, *error: object) -> None:
-        if spec is None:
-            if not self._shards:  # a file without tensors is a file
+    def __exit__(self, error_type: type[BaseException] | None, *error: object) -> None:
+        if error_type is None:
+            if not self._shards:  # a checkpoint without tensors has one file
                 self._next_shard()
             self._shards[-1].close()
             self._name_shards()
         elif self._shards:
-            self._shards[-1].__exit__(spec, *error)
+            self._shards[-1].__exit__(error_type, *error)
 
     def _next_shard(self) -> None:
         if self._shards:

@@ -1,20 +1,20 @@
-"""What bits-back coding needs first: each output matrix turned to its canonical direction (paper, Algorithm 1)."""
+"""Rotate each output matrix to its canonical direction, as bits-back coding requires (paper, Algorithm 1)."""
 
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from freebits.codecs.rotation_values import canonical_direction
-from freebits.execution.stored_values import kept
+from freebits.execution.stored_values import storable
 from freebits.models.table import Architecture, Part, Sublayer
 from freebits.storage.folder import Source
 from freebits.transforms.transform import Dtypes, Rotations, Turn, unsound_sites
 
 
-@kept
+@storable
 @dataclass(frozen=True)
-class Seen:
-    """What is seen of a part: unsound sites with the reason, and the directions of its output matrices by site."""
+class DiagonalAnalysis:
+    """The analysis of one part: the sites that cannot be rotated, with reasons, and the directions by site."""
 
     unsound: dict[int, str]
     directions: dict[int, Tensor]
@@ -22,41 +22,42 @@ class Seen:
 
 @dataclass(frozen=True)
 class Diagonal:
-    """The move, of a sliced model with dense shortcuts: `WᵀW` becomes diagonal at each site but the first."""
+    """The transform of a sliced model with dense shortcuts that makes `WᵀW` diagonal at each site from 1."""
 
     source: Source
     architecture: Architecture
 
     def begin(self) -> Rotations:
-        """Site 0 stays."""
+        """Return the state before site 0, which is not rotated."""
         return {}
 
-    def look(self, part: Part) -> Seen:
-        """The directions, which do not depend on each other."""
+    def look(self, part: Part) -> DiagonalAnalysis:
+        """Compute the directions, which are independent of each other."""
         unsound = unsound_sites(self.source, part)
         unsound |= {
             sub.site: "its output matrix varies from block to block" for sub in part.sublayers if not self._fits(sub)
         }
         free = [s for s in part.sublayers if s.site in self.architecture.free_sites and s.site not in unsound]
         directions = {sub.site: canonical_direction(self.source[sub.write.weight].T).cpu() for sub in free}
-        return Seen(unsound, directions)
+        return DiagonalAnalysis(unsound, directions)
 
-    def step(self, state: Rotations, part: Part, seen: Seen, following: Seen | None) -> tuple[Rotations, Turn]:
-        """The rotations of a part's sites; the state is that of its last."""
-        unsound = seen.unsound | (following.unsound if following else {})
+    def step(
+        self, state: Rotations, part: Part, analysis: DiagonalAnalysis, following: DiagonalAnalysis | None
+    ) -> tuple[Rotations, Turn]:
+        """Return the rotations of the sites of a part; the new state is the rotation of the last one."""
+        unsound = analysis.unsound | (following.unsound if following else {})
         if not part.sublayers:
             return {}, Turn(state, reasons={0: "no output matrix leads to it"} if following else {})
-        reasons = {sub.site: "the tied head pins it" for sub in part.sublayers} | unsound
-        after = {site: Q for site, Q in seen.directions.items() if site not in unsound}
+        obstacles = {sub.site: "the tied head pins it" for sub in part.sublayers} | unsound
+        rotations = {site: Q for site, Q in analysis.directions.items() if site not in unsound}
         last = part.sublayers[-1].site
-        unrounded = frozenset(sub.write.weight for sub in part.sublayers if sub.site in after)
-        plain = {sub.site: reasons[sub.site] for sub in part.sublayers if sub.site not in after}
-        return {s: Q for s, Q in after.items() if s == last}, Turn(
-            {**state, **after}, unrounded=unrounded, reasons=plain
-        )
+        unrounded = frozenset(sub.write.weight for sub in part.sublayers if sub.site in rotations)
+        reasons = {sub.site: obstacles[sub.site] for sub in part.sublayers if sub.site not in rotations}
+        turn = Turn({**state, **rotations}, unrounded=unrounded, reasons=reasons)
+        return {site: Q for site, Q in rotations.items() if site == last}, turn
 
     def _fits(self, sub: Sublayer) -> bool:
         return sub.write.weight in self.source.specs and not sub.write.stacked
 
     def finish(self, part: Part, tensors: dict[str, Tensor], dtype: Dtypes) -> None:
-        """Nothing: the code rotates the output matrices once more before they are rounded."""
+        """Do nothing: the codec rotates the output matrices once more and then rounds them."""

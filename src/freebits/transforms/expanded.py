@@ -1,4 +1,4 @@
-"""A sliced model with every shortcut a matrix, also where it is stored as a factor."""
+"""A sliced model in which every shortcut is a matrix, even if it is stored as a factor."""
 
 from collections.abc import Mapping
 from functools import cached_property
@@ -16,10 +16,10 @@ from freebits.types import TensorSpec
 
 
 class Expanded:
-    """A sliced model seen with dense shortcuts. Implements `Source`.
+    """A view of a sliced model with dense shortcuts. Implements `Source`.
 
     Raises:
-        CheckpointError: the model is not what its `config.json` says.
+        CheckpointError: the tensors do not match `config.json`.
     """
 
     def __init__(self, source: Source, architecture: Architecture) -> None:
@@ -27,56 +27,56 @@ class Expanded:
         self._layout = Layout.of(source.config, architecture)
         self._layout.check({name: spec.shape for name, spec in source.specs.items()}, architecture)
         subs = [sub for sub in architecture.sublayers if self._layout.rank(sub.site) is not None]
-        self._dense = {sub.shortcut.factor: sub.shortcut.weight for sub in subs}
-        self._factors = {sub.shortcut.weight: sub for sub in subs}
+        self._weight_of_factor = {sub.shortcut.factor: sub.shortcut.weight for sub in subs}
+        self._sublayers = {sub.shortcut.weight: sub for sub in subs}
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """What `config.json` says of the model, less the ranks."""
+        """The content of `config.json` without the ranks."""
         return self.plain_config(self._source.config)
 
     @staticmethod
     def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
-        """What `config.json` says of a model once its shortcuts are dense."""
+        """Return the content of `config.json` for a model with dense shortcuts."""
         return {key: value for key, value in config.items() if key != RANKS}
 
     @cached_property
     def specs(self) -> Mapping[str, TensorSpec]:
-        """The tensors, those of dense shortcuts among them."""
+        """The tensors, including the dense shortcuts."""
         specs = {self.name(name): spec for name, spec in self._source.specs.items()}
-        some = next(spec.code for spec in specs.values())
-        for name, sub in self._factors.items():
+        default_dtype = next(spec.code for spec in specs.values())
+        for name, sub in self._sublayers.items():
             after, before = (self._widths[sub.site], self._widths[sub.site - 1])
-            specs[name] = TensorSpec(specs[name].code if name in specs else some, (after, before))
+            specs[name] = TensorSpec(specs[name].code if name in specs else default_dtype, (after, before))
         return specs
 
     def __getitem__(self, name: str) -> Tensor:
-        """The tensor called `name`."""
-        if name not in self._factors:
+        """Return the tensor called `name`."""
+        if name not in self._sublayers:
             return self._source[name]
-        factor = self._factors[name].shortcut.factor
-        if factor not in self._source.specs:  # of rank 0, of which nothing needs to be stored
+        factor = self._sublayers[name].shortcut.factor
+        if factor not in self._source.specs:  # a factor of rank 0 need not be stored
             return self.expand(factor, torch.empty(self.specs[name].shape[1], 0, dtype=self.specs[name].dtype))
         return self.expand(factor, self._source[factor])
 
     def name(self, name: str) -> str:
-        """What a tensor of the source is called here."""
-        return self._dense.get(name, name)
+        """Return the name in this view of a tensor of the source."""
+        return self._weight_of_factor.get(name, name)
 
     def expand(self, name: str, tensor: Tensor) -> Tensor:
-        """A tensor of the source, as it is here.
+        """Return a tensor of the source as it is in this view.
 
         Raises:
-            CheckpointError: it does not fit in memory.
+            CheckpointError: the tensor does not fit in memory.
         """
-        if name not in self._dense:
+        if name not in self._weight_of_factor:
             return tensor
-        after = self._widths[self._factors[self._dense[name]].site]
+        after = self._widths[self._sublayers[self._weight_of_factor[name]].site]
         try:
             return shortcut_from_factor(tensor, after).to(tensor.dtype)
-        except (RuntimeError, MemoryError) as error:  # of the allocator
+        except (RuntimeError, MemoryError) as error:  # from the allocator
             raise CheckpointError(
-                f"tensor {name} stands for a shortcut that does not fit in memory ({error})"
+                f"tensor {name} expands to a shortcut that does not fit in memory: use a machine with more ({error})"
             ) from None
 
     @property

@@ -1,7 +1,7 @@
 """Fold the norms into the matrices around them (SliceGPT, section 3.2).
 
-After folding, the norms of the residual stream are bare: `x / rms(x)`. A norm's scale and bias go into the
-matrices that read it. A LayerNorm's subtraction of the mean goes into the matrices that write the stream.
+After folding, the norms of the residual stream are bare: `x / rms(x)`. The scale and the bias of a norm go into the
+matrices that read it. The mean that a LayerNorm subtracts is removed from the matrices that write the stream.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,7 +15,7 @@ Tensors = Mapping[str, Tensor]
 
 
 def fold_embeddings(tensors: Tensors, architecture: Architecture) -> dict[str, Tensor]:
-    """The embeddings, centred where the norms are LayerNorms; for a tied one its factor is centred instead."""
+    """Return the embeddings, centered if the norms are LayerNorms; if tied, the factor is centered instead."""
     folded = {}
     for name, weight in architecture.parts[0].weights.items():
         if weight.role is Role.FACTOR:
@@ -24,20 +24,20 @@ def fold_embeddings(tensors: Tensors, architecture: Architecture) -> dict[str, T
         else:
             folded[name] = tensors[name]
         if architecture.family.centred and weight.axes:
-            folded[name] = _centre(folded[name], weight.axes[0].dim)
+            folded[name] = _center(folded[name], weight.axes[0].dim)
     return folded
 
 
 def fold_sublayers(tensors: Tensors, architecture: Architecture, sublayers: Iterable[Sublayer]) -> dict[str, Tensor]:
-    """One block's tensors in float64, its norms folded in, with an identity for each shortcut.
+    """Return the tensors of one block in float64, with its norms folded in and an identity for each shortcut.
 
-    Matrices come out as (outputs, inputs), and a number by which a block multiplies its branches goes into the matrices
-    that write them.
+    Matrices are returned as (outputs, inputs). If a block multiplies its branches by a factor, the matrices that write
+    these branches include it.
 
     Args:
-        tensors: the dense block, by full names, norms included.
-        architecture: the model they belong to.
-        sublayers: the block's sublayers.
+        tensors: tensors of the dense block, by full name, norms included.
+        architecture: architecture of the model.
+        sublayers: sublayers of the block.
 
     Returns:
         The tensors in the order of the table's rows, without the norms.
@@ -45,32 +45,32 @@ def fold_sublayers(tensors: Tensors, architecture: Architecture, sublayers: Iter
     centred, folded = architecture.family.centred, dict[str, Tensor]()
     for sub in sublayers:
         rows = {row.name: row for row in sub.weights(architecture.family)}
-        ours = {
+        inputs = {
             name: tensors[name].T if row.transposed else tensors[name] for name, row in rows.items() if name in tensors
         }
         folded[sub.shortcut.weight] = torch.eye(architecture.hidden_size, dtype=torch.float64, device=_device(tensors))
         for branch in sub.branches:
-            scale, shift = _norm(ours, branch.norm)
+            scale, shift = _norm(inputs, branch.norm)
             for module in (*branch.reads, *branch.writes):
                 if module.side:
-                    folded[module.other] = ours[module.other].double()
+                    folded[module.inner_weight] = inputs[module.inner_weight].double()
             for read in branch.reads:
-                folded |= _fold_into_reader(ours, read, scale, shift)
+                folded |= _fold_into_reader(inputs, read, scale, shift)
             for write in branch.writes:
-                for name in {write.weight, write.bias} & ours.keys():
-                    written = ours[name].double() * architecture.branch_scale
-                    folded[name] = _centre(written, rows[name].axes[0].dim) if centred else written
-            folded |= {name: ours[name].double() for name in branch.inner if name in ours}
+                for name in {write.weight, write.bias} & inputs.keys():
+                    scaled = inputs[name].double() * architecture.branch_scale
+                    folded[name] = _center(scaled, rows[name].axes[0].dim) if centred else scaled
+            folded |= {name: inputs[name].double() for name in branch.inner if name in inputs}
     order = (row.name for sub in sublayers for row in sub.weights(architecture.family))
     return {name: folded[name] for name in order if name in folded}
 
 
 def fold_head(tensors: Tensors, architecture: Architecture) -> dict[str, Tensor]:
-    """The head in float64 with the final norm folded in; where the head stays tied, the final norm as it is.
+    """Return the head in float64 with the final norm folded in; if it stays tied, the final norm unchanged.
 
     Args:
-        tensors: the final norm and the head; where there is no head, it is the token embedding.
-        architecture: the model they are to belong to.
+        tensors: the final norm and the head; or the token embedding instead of the head.
+        architecture: architecture of the resulting model.
     """
     norm, head = architecture.final_norm, architecture.head
     if architecture.tied:
@@ -80,20 +80,20 @@ def fold_head(tensors: Tensors, architecture: Architecture) -> dict[str, Tensor]
 
 
 def _norm(tensors: Tensors, norm: Module) -> tuple[Tensor, Tensor | None]:
-    """Scale and, of a LayerNorm, bias."""
+    """Return the scale of a norm and, for a LayerNorm, its bias."""
     shift = tensors.get(norm.bias)
     return tensors[norm.weight].double(), None if shift is None else shift.double()
 
 
 def _fold_into_reader(tensors: Tensors, read: Module, scale: Tensor, shift: Tensor | None) -> dict[str, Tensor]:
-    """Weight and bias of `y = norm(x) Wᵀ + b` for a bare norm; nothing where there is no such matrix."""
+    """Return weight and bias of `y = norm(x) Wᵀ + b` for a bare norm; empty if the model lacks the matrix."""
     if read.weight not in tensors:
         return {}
     weight = tensors[read.weight].double()
     bias = {read.bias: tensors[read.bias].double()} if read.bias in tensors else {}
     if shift is not None:
         shifted = weight @ shift
-        shifted = tensors[read.other].double() @ shifted if read.side else shifted
+        shifted = tensors[read.inner_weight].double() @ shifted if read.side else shifted
         bias = {read.bias: shifted + bias.get(read.bias, 0)}
     return {read.weight: weight * scale} | bias
 
@@ -102,6 +102,6 @@ def _device(tensors: Tensors) -> torch.device:
     return next(iter(tensors.values())).device
 
 
-def _centre(tensor: Tensor, dim: int) -> Tensor:
-    """`W (I - 1 1ᵀ / D)`: what a tensor writes into the stream along `dim`, less its mean."""
+def _center(tensor: Tensor, dim: int) -> Tensor:
+    """Return `W (I - 1 1ᵀ / D)`: a tensor that writes the stream along `dim`, minus its mean along `dim`."""
     return tensor.double() - tensor.double().mean(dim, keepdim=True)

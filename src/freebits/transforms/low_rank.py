@@ -1,8 +1,8 @@
-"""A linear layer through a narrow space: reduced-order modelling (Chavan, Lele and Gupta 2023, arXiv 2312.07046).
+"""Low-rank linear layers by reduced-order modelling (Chavan, Lele and Gupta 2023, arXiv 2312.07046).
 
-The outputs `y = W x` that a text gives vary mostly in few directions: the leading eigenvectors `V` of `Σ y yᵀ`. So the
-layer becomes `y = V (Vᵀ W x)`, which of all layers of that rank has the least `Σ ‖y' - y‖²` on the text. Where rows
-count differently, `f` each, the same holds of `√f y`.
+On a text, the outputs `y = W x` vary mostly in few directions: the leading eigenvectors `V` of `Σ y yᵀ`. The layer
+becomes `y = V (Vᵀ W x)`, which minimizes `Σ ‖y' - y‖²` on the text among all layers of that rank. If errors of the
+outputs have weights `f`, the same holds for `√f y`.
 """
 
 import math
@@ -14,16 +14,16 @@ from torch import Tensor
 
 
 def reduced(W: Tensor, gram: Tensor, rank: int, information: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The two matrices of the best layer of a rank, float64.
+    """Return the two matrices of the best layer of a given rank, float64.
 
     Args:
-        W: (n, m), the layer's.
+        W: (n, m), the matrix of the layer.
         gram: (m, m), `Σ x xᵀ` over its inputs.
         rank: 1 to min(n, m).
-        information: (n,), what an error of each output counts; None for all alike.
+        information: (n,), the weight of a squared error of each output; None for equal weights.
 
     Returns:
-        `down: (rank, m)` and `up: (n, rank)`, with `up @ down` for `W`.
+        `down: (rank, m)` and `up: (n, rank)`, where `up @ down` approximates `W`.
     """
     scales = _scales(information, len(W))
     scaled = W.double() * scales[:, None]
@@ -32,36 +32,39 @@ def reduced(W: Tensor, gram: Tensor, rank: int, information: Tensor | None = Non
 
 
 def spectrum(W: Tensor, gram: Tensor, information: Tensor | None = None) -> Tensor:
-    """What each direction of the outputs carries, (min(n, m),), float64, descending: what a rank leaves out is lost."""
+    """Return the energy of the outputs in each direction, (min(n, m),), float64, descending.
+
+    A layer of rank `r` loses the sum of all values after the first `r`.
+    """
     scaled = W.double() * _scales(information, len(W))[:, None]
     values = torch.linalg.eigvalsh(scaled @ gram.double() @ scaled.T).flip(0)
     return values[: min(W.shape)].clamp_min(0)
 
 
 def n_weights_of(n: int, m: int, rank: int) -> int:
-    """Numbers of a layer of a rank in canonical form: `rank²` of the two matrices say nothing (`symmetry.pivoting`)."""
+    """Return the weights of a low-rank layer in canonical form, which saves `rank²` (see `transforms.pivoting`)."""
     return rank * (n + m - rank)
 
 
 def rank_for(n: int, m: int, budget: float, *, paired: bool = True) -> int:
-    """The largest rank whose numbers are at most a part of the layer's.
+    """Return the largest rank at which a low-rank layer has at most a given fraction of the layer's weights.
 
     Args:
         n: outputs.
         m: inputs.
-        budget: the part, in (0, 1).
-        paired: whether numbers are counted in canonical form; else all of both matrices, as the paper does.
+        budget: the fraction, in (0, 1).
+        paired: whether to count the weights in canonical form; else all of both matrices, as the paper does.
     """
-    most = budget * n * m
+    max_weights = budget * n * m
     if not paired:
-        return max(1, int(most / (n + m)))
+        return max(1, int(max_weights / (n + m)))
     half = (n + m) / 2
-    rank = int(half - math.sqrt(max(0.0, half**2 - most)))
+    rank = int(half - math.sqrt(max(0.0, half**2 - max_weights)))
     return min(max(1, rank), n, m)
 
 
 def _scales(information: Tensor | None, n: int) -> Tensor:
-    """Roots of what rows count, none of them zero."""
+    """Return the square roots of the weights of the outputs, none of them zero."""
     if information is None:
         return torch.ones(n, dtype=torch.float64)
     wide = information.double()
@@ -69,28 +72,28 @@ def _scales(information: Tensor | None, n: int) -> Tensor:
 
 
 def allocated(spectra: Mapping[str, Tensor], sizes: Mapping[str, tuple[int, int]], budget: float) -> dict[str, int]:
-    """Ranks by which layers together take at most a part of their numbers, in canonical form, and lose least.
+    """Return the ranks that lose least energy while all layers together keep at most a fraction of their weights.
 
     Args:
-        spectra: of each layer what each direction of its outputs carries, descending, in one unit for all.
-        sizes: outputs and inputs of each layer.
-        budget: the part of all their numbers, in (0, 1).
+        spectra: layer → its `spectrum`, in the same unit for all layers.
+        sizes: layer → outputs and inputs.
+        budget: the fraction, in (0, 1), counted in canonical form.
 
     Returns:
-        Layer → rank, 0 for one that is to stay as it is: where a layer wants more than it has, it does.
+        Layer → rank; 0 for a layer that stays a matrix because it would get its full rank.
     """
-    names, slopes, costs = [], [], []
+    names, gains, costs = [], [], []
     for name, values in spectra.items():
         n, m = sizes[name]
-        cost = np.diff([n_weights_of(n, m, rank) for rank in range(len(values) + 1)])
-        gain = values.numpy() / np.maximum(cost, 1)
+        layer_costs = np.diff([n_weights_of(n, m, rank) for rank in range(len(values) + 1)])
+        layer_gains = values.numpy() / np.maximum(layer_costs, 1)
         names += [name] * len(values)
-        slopes.append(np.minimum.accumulate(gain))  # a rank has all directions before its last
-        costs.append(cost)
-    slope, cost = np.concatenate(slopes), np.concatenate(costs)
-    order = np.argsort(-slope, kind="stable")
-    most = budget * sum(n * m for n, m in sizes.values())
-    chosen = order[np.cumsum(cost[order]) <= most]
+        gains.append(np.minimum.accumulate(layer_gains))  # no direction may be chosen before a stronger one
+        costs.append(layer_costs)
+    gain, cost = np.concatenate(gains), np.concatenate(costs)
+    order = np.argsort(-gain, kind="stable")
+    max_weights = budget * sum(n * m for n, m in sizes.values())
+    chosen = order[np.cumsum(cost[order]) <= max_weights]
     counts = dict(zip(*np.unique(np.array(names)[chosen], return_counts=True), strict=True))
     ranks = {name: max(1, int(counts.get(name, 0))) for name in spectra}
     return {name: 0 if rank >= len(spectra[name]) else rank for name, rank in ranks.items()}

@@ -1,8 +1,8 @@
 """Rotate tensors along their residual axes (paper, Remark 3.1).
 
 In the layout `(d_out, d_in)` of `nn.Linear`, a producer `W ← Qᵀ W` and a consumer `W ← W Q` are the same
-operation: contract the residual axis with `Q`. So are slicing (`Q` with fewer columns) and the making of a
-shortcut, which is an identity rotated at both of its ends.
+operation: contract the residual axis with `Q`. Slicing is the same with fewer columns in `Q`. A shortcut is
+an identity matrix rotated along both axes.
 """
 
 from collections.abc import Mapping
@@ -13,6 +13,7 @@ from torch import Tensor
 from freebits.models.table import Axis
 
 _ROWS = 8192
+"""Number of vectors that are converted to float64 at a time."""
 
 
 def rotate(
@@ -21,15 +22,13 @@ def rotate(
     rotations: Mapping[int, Tensor],
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """`tensor` with each residual axis multiplied by the rotation of its site.
-
-    The arithmetic is float64; a large tensor is converted a few rows at a time.
+    """Multiply each residual axis of a tensor by the rotation of its site, in float64.
 
     Args:
         tensor: any shape, any float dtype.
         axes: its residual axes.
-        rotations: site → `Q: (d, d')`, float64; a site without entry is left alone.
-        dtype: of the result, rounded once.
+        rotations: site → `Q: (d, d')`, float64; axes at other sites are unchanged.
+        dtype: dtype of the result, which is rounded once.
     """
     rotated = [axis for axis in axes if axis.site in rotations]
     for axis in rotated[:-1]:
@@ -40,15 +39,15 @@ def rotate(
 
 
 def _contract(tensor: Tensor, dim: int, Q: Tensor, dtype: torch.dtype) -> Tensor:
-    if tensor.ndim == 2 and dim == 0:  # without transposing
+    if tensor.ndim == 2 and dim == 0:  # avoids a transposed copy
         return torch.cat([(Q.T @ chunk.double()).to(dtype) for chunk in tensor.split(_ROWS, dim=1)], dim=1)
     rows = tensor.movedim(dim, -1).reshape(-1, len(Q))
     product = torch.cat([(chunk.double() @ Q).to(dtype) for chunk in rows.split(_ROWS)])
-    kept = [size for index, size in enumerate(tensor.shape) if index != dim]
-    return product.reshape(*kept, Q.shape[1]).movedim(-1, dim)
+    other_sizes = [size for index, size in enumerate(tensor.shape) if index != dim]
+    return product.reshape(*other_sizes, Q.shape[1]).movedim(-1, dim)
 
 
 def random_orthogonal(size: int, generator: torch.Generator) -> Tensor:
-    """A Haar-distributed orthogonal matrix, `(size, size)`, float64 (Stewart 1980, by QR)."""
+    """Return a Haar-distributed orthogonal matrix, (size, size), float64 (Stewart 1980, by QR)."""
     Q, R = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
     return Q * R.diagonal().sign()

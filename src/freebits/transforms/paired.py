@@ -1,4 +1,4 @@
-"""Pairs in their canonical form: of each space, pivot columns of the matrix that writes it become the identity's."""
+"""Pairs in canonical form: in each space, pivot columns of the matrix that writes it become identity columns."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from freebits.execution.stored_values import kept
+from freebits.execution.stored_values import storable
 from freebits.models.pairs import Pair, Span, pairs_of
 from freebits.models.table import Architecture, Part
 from freebits.storage.folder import Source, View
@@ -17,49 +17,49 @@ from freebits.types import FLOATS, TensorSpec
 
 @dataclass(frozen=True)
 class Placed(View):
-    """A source seen from where its tensors are worked on."""
+    """A view of a source with its tensors on a given device."""
 
     device: torch.device
 
     def __getitem__(self, name: str) -> Tensor:
-        """The tensor called `name`, on the device."""
+        """Return the tensor called `name`, on the device."""
         return self.source[name].to(self.device)
 
 
 _PROBES = 32
-"""Random vectors on which a pair is compared with what it was."""
-_MOST = 2
-"""By so many `eps` may a product change when it is rounded; mostly it is less than one, in any basis."""
+"""Number of random vectors on which the product of a pair is compared before and after."""
+_MAX_ERROR = 2
+"""Largest accepted relative error of a rounded product, in `eps`; typical errors are below 1, in any basis."""
 
 
-@kept
+@storable
 @dataclass(frozen=True)
-class Nothing:
-    """There is nothing to be seen of a part, or to be kept for the next."""
+class Empty:
+    """An analysis or a state without content."""
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """The move of a dense model, whose stream has no rotation free at single sites, and of an adapter."""
+    """The transform of an adapter or of a dense model, whose stream cannot be rotated at single sites."""
 
     source: Source
     architecture: Architecture | None
 
-    def begin(self) -> Nothing:
-        """Blocks do not depend on each other."""
-        return Nothing()
+    def begin(self) -> Empty:
+        """Return an empty state: parts are independent of each other."""
+        return Empty()
 
-    def look(self, part: Part) -> Nothing:  # noqa: ARG002
-        """Nothing."""
-        return Nothing()
+    def look(self, part: Part) -> Empty:  # noqa: ARG002
+        """Return an empty analysis."""
+        return Empty()
 
-    def step(self, state: Nothing, part: Part, seen: Nothing, following: Nothing | None) -> tuple[Nothing, Turn]:  # noqa: ARG002
-        """No rotation; what pairs need is left in float64."""
+    def step(self, state: Empty, part: Part, analysis: Empty, following: Empty | None) -> tuple[Empty, Turn]:  # noqa: ARG002
+        """Request the tensors of the pairs in float64; nothing is rotated."""
         return state, Turn(unrounded=frozenset(name for pair in self._pairs(part) for name in pair.names))
 
     def finish(self, part: Part, tensors: dict[str, Tensor], dtype: Dtypes) -> None:
-        """Turn the pairs to their canonical form."""
-        turn_pairs(self._pairs(part), tensors, dtype)
+        """Put the pairs in canonical form."""
+        canonicalize_pairs(self._pairs(part), tensors, dtype)
 
     def _pairs(self, part: Part) -> list[Pair]:
         return free_pairs(self.source.specs, self.architecture, part, dense=True)
@@ -68,79 +68,82 @@ class Pairs:
 def free_pairs(
     specs: Mapping[str, TensorSpec], architecture: Architecture | None, part: Part, *, dense: bool
 ) -> list[Pair]:
-    """A part's pairs of which another basis undoes nothing: the first matrix that reads a sliced stream is triangular.
+    """Return the pairs of a part whose basis is free.
+
+    In a sliced model this excludes pairs with the first matrix that reads the stream, which has to stay triangular.
 
     Args:
-        specs: of the model's tensors.
-        architecture: the model's; None for an adapter.
+        specs: tensor specs of the model.
+        architecture: the architecture of the model; None for an adapter.
         part: the part.
         dense: whether the model is dense.
     """
     shapes = {name: specs[name].shape for name in part.weights if name in specs}
     pairs = pairs_of(architecture, part, shapes, dense=dense)
     floats = {name for name in shapes if specs[name].code in FLOATS}
-    taken = set() if dense else {sub.first_read(specs).weight for sub in part.sublayers if sub.site == 1}
-    return [pair for pair in pairs if floats.issuperset(pair.names) and not taken & {*pair.names}]
+    triangular = set() if dense else {sub.first_read(specs).weight for sub in part.sublayers if sub.site == 1}
+    return [pair for pair in pairs if floats.issuperset(pair.names) and not triangular & {*pair.names}]
 
 
-def turn_pairs(pairs: Iterable[Pair], tensors: dict[str, Tensor], dtype: Dtypes) -> None:
-    """Put pairs in their canonical form and round them, in place.
+def canonicalize_pairs(pairs: Iterable[Pair], tensors: dict[str, Tensor], dtype: Dtypes) -> None:
+    """Put pairs in canonical form and round them, in place.
 
-    A pair that has no such form, or of which rounding would then change the product by more than two `eps` of its dtype
-    (relative, in norm), is rounded as it is.
+    A pair is rounded in the basis it has if it has no canonical form, or if the rounded product would then differ by
+    more than two `eps` of the dtype (relative, in norm).
 
     Args:
-        pairs: which.
-        tensors: theirs among others, in float64.
-        dtype: of a tensor, by name.
+        pairs: the pairs.
+        tensors: name → tensor, including those of the pairs in float64.
+        dtype: name of a tensor → dtype to round it to.
     """
     names = {name for pair in pairs for name in pair.names}
     for pair in pairs:
         exact = {name: tensors[name].double() for name in pair.names}
-        turned = pivoted(exact, pair)
-        if turned is None:
+        canonical = pivoted(exact, pair)
+        if canonical is None:
             continue
-        rounded = {name: tensor.to(dtype(name)) for name, tensor in turned.items()}
-        if product_difference(exact, rounded, pair) <= _MOST * max(torch.finfo(dtype(name)).eps for name in pair.names):
-            tensors |= turned
+        rounded = {name: tensor.to(dtype(name)) for name, tensor in canonical.items()}
+        eps = max(torch.finfo(dtype(name)).eps for name in pair.names)
+        if product_difference(exact, rounded, pair) <= _MAX_ERROR * eps:
+            tensors |= canonical
     tensors |= {name: tensors[name].to(dtype(name)) for name in names}
 
 
 def pivoted(exact: Mapping[str, Tensor], pair: Pair) -> dict[str, Tensor] | None:
-    """A pair's tensors in its canonical form, float64; None where a matrix has not full rank."""
-    found = pivot_bases(exact, pair)
-    if found is None:
+    """Return the tensors of a pair in canonical form, float64; None if a matrix does not have full rank."""
+    bases_and_pivots = pivot_bases(exact, pair)
+    if bases_and_pivots is None:
         return None
-    bases, pivots = found
-    turned = act(exact, pair, bases)
+    bases, pivots = bases_and_pivots
+    canonical = act(exact, pair, bases)
     span = pair.writes[0]
-    along = turned[span.name].movedim(span.dim, 0)
-    for [start], columns in zip(span.starts, pivots, strict=True):  # what is the identity but for the last bits
+    along = canonical[span.name].movedim(span.dim, 0)
+    for [start], columns in zip(span.starts, pivots, strict=True):  # remove rounding errors from the identity
         along[start : start + pair.size, columns] = torch.eye(pair.size, dtype=along.dtype, device=along.device)
-    return turned
+    return canonical
 
 
 def product_difference(exact: Mapping[str, Tensor], rounded: Mapping[str, Tensor], pair: Pair) -> float:
-    """By how much the products of a pair's matrices differ, of all that they are, on random vectors."""
+    """Return the relative difference, in norm, of the products of a pair's matrices, estimated on random vectors."""
     generator = torch.Generator().manual_seed(0)
     writes, reads = pair.writes[0], [span for span in pair.reads if exact[span.name].ndim == 2]
     inner = exact[writes.name]
     probes = torch.randn(inner.shape[1 - writes.dim], _PROBES, generator=generator, dtype=torch.float64)
     probes = probes.to(inner.device)
-    changed = whole = 0.0
+    difference = total = 0.0
     for read in reads:
-        before, after = (_products(of, writes, read, pair, probes) for of in (exact, rounded))
-        changed += (after - before).square().sum().item()
-        whole += before.square().sum().item()
-    return (changed / whole) ** 0.5 if whole else 0.0
+        before, after = (_products(tensors, writes, read, pair, probes) for tensors in (exact, rounded))
+        difference += (after - before).square().sum().item()
+        total += before.square().sum().item()
+    return (difference / total) ** 0.5 if total else 0.0
 
 
 def _products(tensors: Mapping[str, Tensor], writes: Span, read: Span, pair: Pair, probes: Tensor) -> Tensor:
-    """What comes of probes through each space."""
+    """Return the product of both matrices with the probes, for each place at which a space is read."""
     inner = tensors[writes.name].double().movedim(writes.dim, 0)
     outer = tensors[read.name].double().movedim(read.dim, -1)
-    results = []
-    for [start], places in zip(writes.starts, read.starts, strict=True):
-        through = inner[start : start + pair.size] @ probes
-        results += [outer[:, place : place + pair.size] @ through for place in places]
-    return torch.stack(results)
+    products = []
+    for [start], read_starts in zip(writes.starts, read.starts, strict=True):
+        written = inner[start : start + pair.size] @ probes
+        products += [outer[:, read_start : read_start + pair.size] @ written for read_start in read_starts]
+    return torch.stack(products)

@@ -1,8 +1,8 @@
-"""The canonical form of pairs: a basis in which one of the two matrices has the rows of the identity.
+"""The canonical form of pairs: a basis in which one of the two matrices contains the rows of the identity.
 
-Of `A: (n, r)` choose `r` pivot rows and make them the identity: `A = T A[pivots]`, and `T` has `r²` numbers less to
-store. Rows of large volume (maxvol: Goreinov et al. 2010) keep every number of `T` near to or below 1, so that rounding
-it costs no more than rounding `A` (strong rank-revealing factorisation: Gu and Eisenstat 1996).
+Choose `r` pivot rows of `A: (n, r)` and make them the identity: `A = T A[pivots]`, where `T` needs `r²` weights less
+than `A`. Rows of large volume (maxvol: Goreinov et al. 2010) keep all entries of `T` near or below 1, so that rounding
+`T` costs no more than rounding `A` (strong rank-revealing factorization: Gu and Eisenstat 1996).
 """
 
 from collections.abc import Mapping
@@ -12,41 +12,41 @@ from torch import Tensor
 
 from freebits.models.pairs import Pair, Span
 
-_MOST = 1.1
-"""So large may a number of `T` be; each exchange of a pivot multiplies their volume by more than that."""
-_EXCHANGES = 4
-"""At most so many for each pivot."""
+_MAX_ENTRY = 1.1
+"""Largest accepted entry of `T`; each exchange of a pivot multiplies the volume by more than this."""
+_MAX_EXCHANGES = 4
+"""Largest number of exchanges per pivot."""
 
 
 def act(tensors: Mapping[str, Tensor], pair: Pair, bases: Tensor) -> dict[str, Tensor]:
-    """A pair's tensors with another basis in each of its spaces, float64.
+    """Return the tensors of a pair with another basis in each of its spaces, float64.
 
     Args:
-        tensors: those of the pair, any float dtype.
-        pair: where they have its spaces.
-        bases: `G: (spaces, r, r)`, invertible; for orthogonal ones what writes and what reads is treated alike.
+        tensors: tensors of the pair, any float dtype.
+        pair: the pair.
+        bases: `G: (spaces, r, r)`, invertible.
     """
     inverses = torch.linalg.inv(bases).mT
-    acted: dict[str, Tensor] = {}
-    for spans, by in ((pair.writes, bases), (pair.reads, inverses)):
-        for span in spans:  # keys and queries, of one space, may be in one tensor
-            acted[span.name] = _contracted(acted.get(span.name, tensors[span.name].double()), span, by)
-    return acted
+    changed: dict[str, Tensor] = {}
+    for spans, matrices in ((pair.writes, bases), (pair.reads, inverses)):
+        for span in spans:  # one tensor may contain both keys and queries
+            changed[span.name] = _multiplied(changed.get(span.name, tensors[span.name].double()), span, matrices)
+    return changed
 
 
-def _contracted(tensor: Tensor, span: Span, by: Tensor) -> Tensor:
-    """Each of a tensor's places multiplied by the matrix of its space."""
-    contracted = tensor.clone()
-    along = contracted.movedim(span.dim, -1)
+def _multiplied(tensor: Tensor, span: Span, matrices: Tensor) -> Tensor:
+    """Return a copy of a tensor in which each occurrence of a space is multiplied by the matrix of that space."""
+    product = tensor.clone()
+    after = product.movedim(span.dim, -1)
     before = tensor.movedim(span.dim, -1)
-    for G, starts in zip(by, span.starts, strict=True):
+    for G, starts in zip(matrices, span.starts, strict=True):
         for start in starts:
-            along[..., start : start + len(G)] = before[..., start : start + len(G)] @ G
-    return contracted
+            after[..., start : start + len(G)] = before[..., start : start + len(G)] @ G
+    return product
 
 
 def pivot_bases(tensors: Mapping[str, Tensor], pair: Pair) -> tuple[Tensor, list[Tensor]] | None:
-    """The bases in which the first matrix that writes has the identity among its rows, and which rows these are.
+    """Return the bases in which the first matrix that writes contains the identity, and the rows that become it.
 
     Returns:
         `G: (spaces, r, r)`, float64, and for each space its pivots, (r,), ascending; None where a matrix is singular.
@@ -65,7 +65,7 @@ def pivot_bases(tensors: Mapping[str, Tensor], pair: Pair) -> tuple[Tensor, list
 
 
 def pivot_rows(A: Tensor) -> Tensor | None:
-    """`r` rows of `A: (n, r)` whose volume is (nearly) the largest, ascending; None where it has not full rank."""
+    """Return `r` rows of `A: (n, r)` of (nearly) the largest volume, ascending; None if `A` lacks full rank."""
     n, r = A.shape
     if n < r or not A.isfinite().all():
         return None
@@ -73,14 +73,14 @@ def pivot_rows(A: Tensor) -> Tensor | None:
     if factored.diagonal().abs().min() <= torch.finfo(A.dtype).eps * factored.diagonal().abs().max():
         return None
     order = torch.arange(n)
-    for at, other in enumerate((exchanges - 1).tolist()):
-        order[[at, other]] = order[[other, at]]
+    for index, other in enumerate((exchanges - 1).tolist()):
+        order[[index, other]] = order[[other, index]]
     rows = order[:r].to(A.device)
     T = A @ torch.linalg.inv(A[rows])
-    for _ in range(_EXCHANGES * r):
+    for _ in range(_MAX_EXCHANGES * r):
         row, column = divmod(int(T.abs().argmax()), r)
         pivot = T[row, column].item()
-        if abs(pivot) <= _MOST:
+        if abs(pivot) <= _MAX_ENTRY:
             break
         change = T[row].clone()
         change[column] -= 1

@@ -1,8 +1,8 @@
 """Slice a dense model (SliceGPT, Ashkboos et al. 2024), one block in memory at a time.
 
-Slicing is a rotation into principal axes that keeps the first `k` of them. Each block is calibrated on the
-output of the part sliced before it: the dense sublayer runs on the stream projected onto the kept axes,
-which is what the sliced sublayer computes, seen in the dense basis.
+Slicing rotates the stream into its principal axes and keeps the first `k` of them. Each block is calibrated on the
+output of the sliced blocks before it. For that the dense sublayer runs on the stream projected onto these `k` axes,
+which gives the result of the sliced sublayer in the dense basis.
 """
 
 import math
@@ -26,42 +26,43 @@ from freebits.transforms.orthogonal import random_orthogonal
 from freebits.transforms.transform import Dtypes, Turn
 
 AtSite = Callable[[int, Tensor], Tensor]
-"""Takes a site and the stream there, (windows, T, D), float32; returns the stream that the model continues with."""
+"""Receives a site and its stream, (windows, T, D), float32; returns the stream with which the model continues."""
 
 
 class Runner(Protocol):
     """Runs a dense model whose norms are folded.
 
     Attributes:
-        device: where it runs.
+        device: device on which it runs.
     """
 
     device: torch.device
 
     def losses(self, tokens: Tensor, at_site: AtSite, n_measured: int) -> list[float]:
-        """Run windows of tokens through the model, all of them from site to site.
+        """Run windows of tokens through the model; all windows pass a site before any goes on.
 
         Args:
             tokens: (windows, T), int64.
-            at_site: sees the stream at each site, in order, and may replace it.
-            n_measured: for how many windows, the last ones, losses are wanted.
+            at_site: observes the stream at each site, in order, and may replace it.
+            n_measured: number of last windows whose losses to return.
 
         Returns:
-            For each of these windows the mean negative log-likelihood of its tokens after the first, in nats.
+            For each of these windows the mean negative log-likelihood of its tokens after the first, in nats per token.
         """
 
 
 def perplexity(losses: Sequence[float]) -> float:
-    """The perplexity over windows of equal length, from their mean losses in nats; NaN stays NaN."""
+    """Return the perplexity over windows of equal length, from their mean losses in nats per token; NaN stays NaN."""
     mean = math.fsum(losses) / len(losses)
     return math.exp(mean) if not mean >= math.log(sys.float_info.max) else math.inf
 
 
 _CHUNK = 4096
+"""Number of tokens that are converted to float64 at a time."""
 
 
 def covariance(x: Tensor) -> Tensor:
-    """`xᵀ x: (D, D)`, float64, of the signal entering a norm, (tokens, D), any float dtype."""
+    """Return `xᵀ x: (D, D)`, float64, of the input of a norm, (tokens, D), any float dtype."""
     total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
     for chunk in x.split(_CHUNK):
         total.addmm_(chunk.double().T, chunk.double())
@@ -69,51 +70,54 @@ def covariance(x: Tensor) -> Tensor:
 
 
 def principal_axes(total: Tensor, size: int) -> Tensor:
-    """The `size` directions in which a signal has most energy, strongest first.
+    """Return the `size` directions in which a signal has most energy, strongest first.
 
     Args:
-        total: (D, D), its covariance.
-        size: how many axes to keep.
+        total: (D, D), covariance of the signal.
+        size: number of axes to keep.
 
     Returns:
-        (D, size), float64, orthonormal columns. SliceGPT adds 1 % of the mean variance to the covariance's
-        diagonal; that moves no eigenvector, so it is left out.
+        (D, size), float64, orthonormal columns. SliceGPT adds 1 % of the mean variance to the diagonal of the
+        covariance. This changes no eigenvector and is omitted here.
     """
     return torch.linalg.eigh(total).eigenvectors.flip(-1)[:, :size]
 
 
 SIZE_STEP = 8
+"""Sliced widths are multiples of this."""
 
 
 def sliced_size(hidden_size: int, sparsity: float) -> int:
-    """`k`: the width left at a sliced site, `floor((1 - sparsity) D)` rounded down to a multiple of 8.
+    """Return `k`, the width of a sliced site: `floor((1 - sparsity) D)`, rounded down to a multiple of 8.
 
     Raises:
-        UsageError: `sparsity` lies outside [0, 1), or leaves nothing.
+        UsageError: `sparsity` is outside [0, 1), or `k` would be 0.
     """
     if not 0 <= sparsity < 1:
-        raise UsageError(f"sparsity {sparsity} lies outside [0, 1): 0.2 removes a fifth of the hidden size")
-    exact = round((1 - sparsity) * hidden_size, 6)  # 0.2 * 320 is 64, not 63.99…
+        raise UsageError(
+            f"`sparsity` is {sparsity}: give a number from 0 to below 1, such as 0.2 to remove a fifth of the width"
+        )
+    exact = round((1 - sparsity) * hidden_size, 6)  # avoid 63.99… for 0.2 * 320
     size = math.floor(exact) // SIZE_STEP * SIZE_STEP if sparsity else hidden_size
     if size == 0:
-        raise UsageError(f"sparsity {sparsity} leaves nothing of hidden size {hidden_size}: choose a smaller one")
+        raise UsageError(f"`sparsity` {sparsity} removes all of hidden size {hidden_size}: give a smaller number")
     return size
 
 
 @dataclass(frozen=True)
 class Slice:
-    """The move, of a dense model.
+    """The transform of a dense model to a sliced one.
 
     Attributes:
-        source: the model.
-        architecture: what is in it; `tied` if the sliced model is to keep the tie.
-        runner: runs it.
-        work: keeps the axes of each site.
+        source: the dense model.
+        architecture: its architecture; `tied` if the sliced model is to keep the tie.
+        runner: runs the dense model.
+        work: stores the axes of each site.
         tokens: (windows, T), the calibration text.
-        held_out: (windows, T), text on which to measure what slicing costs.
+        held_out: (windows, T), text on which to measure the loss of quality.
         size: `k`, the width to keep; see `sliced_size`.
-        seed: where given, the kept subspace of each site is turned at random within itself.
-        progress: called after each site at which axes were found.
+        seed: if given, the axes of each site are rotated randomly within the subspace they span.
+        progress: called after each site.
     """
 
     source: Source
@@ -127,20 +131,20 @@ class Slice:
     progress: Progress = silent
 
     def begin(self) -> dict[str, float]:
-        """Find the axes of all sites; the perplexities of the dense and of the sliced model on the held-out text."""
-        return self.work.once("perplexities", self._calibrated)
+        """Find the axes of all sites; return the perplexities of dense and sliced model on the held-out text."""
+        return self.work.once("perplexities", self._perplexities)
 
     def look(self, part: Part) -> None:
-        """Nothing: axes are found before."""
+        """Do nothing: `begin` finds the axes."""
 
     def step(
         self,
         state: dict[str, float],
         part: Part,
-        seen: None,  # noqa: ARG002
+        analysis: None,  # noqa: ARG002
         following: None,  # noqa: ARG002
     ) -> tuple[dict[str, float], Turn]:
-        """The rotations of a part's sites."""
+        """Return the rotations of the sites of a part."""
         if part.sublayers:
             sites = [part.sublayers[0].site - 1, *(sub.site for sub in part.sublayers)]
         else:
@@ -150,19 +154,19 @@ class Slice:
         return state, Turn(rotations, replaced, facts=state)
 
     def finish(self, part: Part, tensors: dict[str, Tensor], dtype: Dtypes) -> None:  # noqa: ARG002
-        """Whether everything fits.
+        """Check that all weights are finite.
 
         Raises:
-            CheckpointError: a rotated weight does not fit its dtype.
+            CheckpointError: a rotated weight overflows its dtype.
         """
         for name, tensor in tensors.items():
             if not tensor.isfinite().all():
                 raise CheckpointError(
-                    f"tensor {name} does not fit {tensor.dtype} after slicing: choose a wider --dtype, unless the "
-                    "dense model itself has weights that are not finite"
+                    f"tensor {name} overflows {tensor.dtype} after slicing: give a wider `dtype`, unless the dense "
+                    "model has infinite or NaN weights"
                 )
 
-    def _calibrated(self) -> dict[str, float]:
+    def _perplexities(self) -> dict[str, float]:
         n_held_out = len(self.held_out)
         sliced = self.runner.losses(torch.cat([self.tokens, self.held_out]), self._projected, n_held_out)
         if not n_held_out:
@@ -171,7 +175,7 @@ class Slice:
         return {"dense": perplexity(dense), "sliced": perplexity(sliced)}
 
     def _projected(self, site: int, x: Tensor) -> Tensor:
-        """The stream of all windows on the axes of a site, which those of the calibration text determine."""
+        """Project the stream of all windows onto the axes of a site, computed from the calibration windows."""
         axes = self._rotation(site, x[: len(self.tokens)]).to(x.device, x.dtype)
         self.progress("calibrating", "site", site + 1, self.architecture.n_sites)
         if axes.shape[1] == axes.shape[0]:
@@ -179,7 +183,7 @@ class Slice:
         return torch.cat([(window @ axes) @ axes.T for window in x.split(1)])
 
     def _rotation(self, site: int, x: Tensor | None = None) -> Tensor:
-        """What the stream at a site is multiplied by, (D, width). An unsliced site has nothing to choose: it stays."""
+        """Return the matrix that multiplies the stream at a site, (D, width); the identity if it is not sliced."""
         D = self.architecture.hidden_size
         width = (Layout.sliced(self.architecture, self.size).widths or ())[site]
         if width == D:
@@ -191,7 +195,7 @@ class Slice:
         return self.work.once(stage, lambda: self._axes(site, width, x))
 
     def _axes(self, site: int, width: int, x: Tensor) -> Tensor:
-        """The principal ones of the stream."""
+        """Return the principal axes of the stream, rotated randomly if there is a seed."""
         axes = principal_axes(covariance(x.flatten(0, 1)), width).cpu()
         if self.seed is None:
             return axes
@@ -200,13 +204,13 @@ class Slice:
 
 
 def _replaced(source: Source, architecture: Architecture, device: torch.device, part: Part) -> dict[str, Tensor | None]:
-    """What stands in the place of a part's tensors: the folded ones."""
+    """Return the folded tensors of a part, and None for each tensor that folding removes."""
     folded = folded_part(source, architecture, device, part)
     return dict.fromkeys(part.weights.keys() - folded.keys()) | folded
 
 
 def folded_part(source: Source, architecture: Architecture, device: torch.device, part: Part) -> dict[str, Tensor]:
-    """A part's tensors, with the norms folded into them."""
+    """Return the tensors of a part with the norms folded in."""
     tensors = _tensors(source, part, device)
     if part == architecture.parts[0]:
         return fold_embeddings(tensors, architecture)

@@ -1,7 +1,7 @@
-"""What a move is: from one model to another, part by part, with an explicit state.
+"""Transforms map one model to another, part by part, with an explicit state.
 
-A move decides by which matrix each site of the residual stream is multiplied. It looks at each part alone, which can be
-done for several parts at once, and then steps through them in order; what a step hands to the next is its state.
+A transform decides which matrix multiplies the residual stream at each site. `look` analyzes each part independently,
+so that several parts can be analyzed in parallel. `step` then goes through the parts in order and passes a state on.
 """
 
 import math
@@ -20,22 +20,22 @@ from freebits.transforms.orthogonal import rotate
 from freebits.types import CPU
 
 Rotations = Mapping[int, Tensor]
-"""Site → `Q: (d, d')`, float64; a site without entry stays as it is."""
+"""Site → `Q: (d, d')`, float64; a site without entry is not rotated."""
 
 State = TypeVar("State")
-Seen = TypeVar("Seen")
+Analysis = TypeVar("Analysis")
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What a move does to one part.
+    """The effect of a transform on one part.
 
     Attributes:
-        rotations: of the sites that the part's tensors touch.
-        replaced: gives tensors, not yet rotated, that stand in the place of the source's; None drops one.
-        unrounded: names of the tensors that `finish` wants in float64.
-        reasons: site that this part leads to → why it was left as it is.
-        facts: what the move has measured by now, for the history.
+        rotations: rotations of the sites of the part's tensors.
+        replaced: returns tensors, not yet rotated, that replace those of the source; None removes one.
+        unrounded: names of the tensors that `finish` needs in float64.
+        reasons: site to which this part leads → why it is not rotated.
+        facts: measurements so far, for the history.
     """
 
     rotations: Rotations = field(default_factory=dict)
@@ -45,20 +45,20 @@ class Turn:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Transform(Protocol[State, Seen]):
-    """One move, bound to a source and to what it needs. `begin`, `look` and `step` return what they found."""
+class Transform(Protocol[State, Analysis]):
+    """A transform of one source, with its parameters."""
 
     def begin(self) -> State:
-        """The state before the first part."""
+        """Return the state before the first part."""
 
-    def look(self, part: Part) -> Seen:
-        """What the move needs to know of a part; called for several parts at once."""
+    def look(self, part: Part) -> Analysis:
+        """Analyze a part; called for several parts in parallel."""
 
-    def step(self, state: State, part: Part, seen: Seen, following: Seen | None) -> tuple[State, Turn]:
-        """What to do to a part, knowing what was seen of it and of the one that follows; and the state after it."""
+    def step(self, state: State, part: Part, analysis: Analysis, following: Analysis | None) -> tuple[State, Turn]:
+        """Return the state after a part and the effect on it, from the analyses of it and of the following part."""
 
     def finish(self, part: Part, tensors: dict[str, Tensor], dtype: "Dtypes") -> None:
-        """Change a part's rotated tensors in place; called for several parts at once."""
+        """Change the rotated tensors of a part in place; called for several parts in parallel."""
 
 
 Dtypes = Callable[[str], torch.dtype]
@@ -73,19 +73,20 @@ def transform_parts(
     work: Work,
     device: torch.device = CPU,
 ) -> Iterator[tuple[Part, Turn, Callable[[], dict[str, Tensor]]]]:
-    """Apply a move to a model: yields each part, its turn, and a function that returns its tensors on any machine.
+    """Apply a transform to a model; yield each part, the effect on it, and a function that computes its tensors.
 
-    The tensors are rotated on `device` and returned on the CPU. The results of `look` are kept as stage `look`.
+    The function can run on another machine; it rotates on `device` and returns CPU tensors. `work` stores the results
+    of `look` as stage `look`.
     """
-    looks = chain(work.map("look", transform.look, parts), [None])
+    analyses = chain(work.map("look", transform.look, parts), [None])
     state = transform.begin()
-    for part, (seen, following) in zip(parts, pairwise(looks), strict=True):
-        state, turn = transform.step(state, part, seen, following)
-        yield part, turn, _Turned(transform, source, dtype, part, turn, device)
+    for part, (analysis, following) in zip(parts, pairwise(analyses), strict=True):
+        state, turn = transform.step(state, part, analysis, following)
+        yield part, turn, _TransformedPart(transform, source, dtype, part, turn, device)
 
 
 @dataclass(frozen=True)
-class _Turned:
+class _TransformedPart:
     transform: Transform[Any, Any]
     source: Source
     dtype: Dtypes
@@ -94,12 +95,12 @@ class _Turned:
     device: torch.device
 
     def __call__(self) -> dict[str, Tensor]:
-        """The part's tensors, rotated and rounded."""
+        """Return the tensors of the part, rotated and rounded."""
         tensors, replaced = {}, self.turn.replaced()
         rotations = {site: Q.to(self.device) for site, Q in self.turn.rotations.items()}
         for name, weight in self.part.weights.items():
-            ours = self.source[name] if name in self.source.specs and name not in replaced else None
-            tensor = replaced.get(name, ours)
+            unchanged = self.source[name] if name in self.source.specs and name not in replaced else None
+            tensor = replaced.get(name, unchanged)
             if tensor is not None:
                 dtype = torch.float64 if name in self.turn.unrounded else self.dtype(name)
                 tensors[name] = rotate(tensor.to(self.device), weight.axes, rotations, dtype)
@@ -108,16 +109,16 @@ class _Turned:
 
 
 def unsound_sites(source: Source, part: Part) -> dict[int, str]:
-    """The sites at which nothing can be rotated, as a tensor of this part is not finite or might overflow; and why."""
+    """Return site → reason, for sites with a tensor in this part that is not finite or could overflow when rotated."""
     unsound: dict[int, str] = {}
     for name, weight in part.weights.items():
         if name not in source.specs or not weight.axes or not source.specs[name].numel:
             continue
         tensor = source[name]
-        most, dims = torch.finfo(tensor.dtype).max, [axis.dim for axis in weight.axes]
-        least, largest = torch.aminmax(tensor)
-        if max(-least.item(), largest.item()) * math.sqrt(tensor.numel()) < most:
-            continue  # no vector in it is longer than that, so none needs to be measured
-        if not (torch.linalg.vector_norm(tensor, dim=dims, dtype=torch.float64) < most).all():
+        limit, dims = torch.finfo(tensor.dtype).max, [axis.dim for axis in weight.axes]
+        smallest, largest = torch.aminmax(tensor)
+        if max(-smallest.item(), largest.item()) * math.sqrt(tensor.numel()) < limit:
+            continue  # this bounds the norm of every vector
+        if not (torch.linalg.vector_norm(tensor, dim=dims, dtype=torch.float64) < limit).all():
             unsound |= {axis.site: f"{name} is not finite or could overflow when rotated" for axis in weight.axes}
     return unsound
