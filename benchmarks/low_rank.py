@@ -52,8 +52,8 @@ def main() -> None:
             tasks = freebits.evaluate(packed, tasks=["piqa"], data_dir=data, limit=300, perplexity=False)
             sizes = [size(folder) for folder in (plain, packed)]
             accuracy = tasks["tasks"]["piqa"]["acc"]
-            with_pivots = load(packed, dtype=torch.float32, keep_pivots=True).eval()
-            cost = [f"{multiplications(with_pivots) / 1e6:.1f}", f"{speed(with_pivots):.0f}"]
+            use_pivots = load(packed, dtype=torch.float32, keep_pivots=True).eval()
+            cost = [f"{multiplications(use_pivots) / 1e6:.1f}", f"{speed(use_pivots):.0f}"]
             rows.append((name, budget, *sizes, *comparison, accuracy, *cost))
             print(rows[-1], flush=True)
             save_csv("low_rank", HEADER, rows)

@@ -26,7 +26,7 @@ import freebits
 from benchmarks.results import many_small_models, print_table, save_csv, saved_rows, write_page
 from freebits.calibration.engine import Engine
 from freebits.errors import FreebitsError
-from freebits.integrations.naming import InMemory
+from freebits.integrations.naming import TransformersView
 from freebits.storage.folder import Checkpoint
 from tests.model_types import causal_types, plain_logits, random_text, save_tiny_type
 
@@ -138,7 +138,7 @@ def measured(dense: Path, expected: Tensor) -> tuple[str, ...]:
 
 def difference(dense: Path, config: Any, expected: Tensor) -> str:
     """Return the largest difference between the engine's logits, streamed block by block, and the expected ones."""
-    engine = Engine(InMemory(Checkpoint(dense), config), config, torch.device("cpu"), held_whole=0)
+    engine = Engine(TransformersView(Checkpoint(dense), config), config, torch.device("cpu"), max_resident_bytes=0)
     logits = torch.stack(list(engine.logits(TOKENS)))
     return f"{((logits - expected[:, :-1]).abs().max() / expected.abs().max()).item():.1e}"
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import freebits
 from benchmarks.results import print_table, save_csv
 from examples.demo_model import demo_model
-from freebits.models.pairs import pairs_of
+from freebits.models.pairs import find_pairs
 from freebits.models.table import Architecture
 from freebits.packed.reader import PackedFolder
 from freebits.storage.folder import Checkpoint
@@ -60,7 +60,7 @@ def product_errors(dense: Path, dtype: torch.dtype) -> tuple[str, str]:
     shapes = {name: spec.shape for name, spec in checkpoint.specs.items()}
     generator = torch.Generator().manual_seed(0)
     errors: tuple[list[float], list[float]] = [], []
-    for pair in (pair for part in architecture.parts for pair in pairs_of(architecture, part, shapes, dense=True)):
+    for pair in (pair for part in architecture.parts for pair in find_pairs(architecture, part, shapes, dense=True)):
         exact = {}
         for name in pair.names:
             factors = 1 + 0.02 * torch.rand(shapes[name], generator=generator, dtype=torch.float64)

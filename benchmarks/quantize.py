@@ -36,7 +36,7 @@ from freebits.packed.packing import publish
 from freebits.packed.reader import PackedFolder
 from freebits.quantization.measuring import measure_matrices
 from freebits.quantization.rounding import Goal, write_rounded
-from freebits.quantization.sensitivity_cache import SensitivityCache, whole_tensors
+from freebits.quantization.sensitivity_cache import SensitivityCache, fully_covered_matrices
 from freebits.storage.folder import Checkpoint
 from freebits.storage.staging import new_directory
 from freebits.transforms.slicing import perplexity
@@ -176,7 +176,7 @@ def calibrated(dense: Path, work: Work) -> tuple[dict[str, SensitivityCache], Ch
         work_of_rotation = Work(work.executor, WorkStore(work.store.folder / name))
         measured = measure_matrices(running, tokens, work_of_rotation, 0, rotation, silent)
         caches[name] = SensitivityCache(work_of_rotation, source, rotation)
-        caches[name].add(whole_tensors(measured.matrices, source))
+        caches[name].add(fully_covered_matrices(measured.matrices, source))
     return caches, source
 
 

@@ -28,7 +28,7 @@ from freebits.evaluation.inspection import inspect
 from freebits.evaluation.perplexity import evaluate
 from freebits.evaluation.sizes import bytes_on_disk
 from freebits.integrations.loading import load, load_tokenizer
-from freebits.packed.reader import opened
+from freebits.packed.reader import open_folder
 
 BITS, QUANTIZE_SAMPLES = 4.0, 16
 SPARSITY, SLICE_SAMPLES = 0.2, 32
@@ -98,14 +98,14 @@ def run(directory: Path) -> dict[str, Any]:
         start = time.perf_counter()
         make(progress=progress_bar())
         seconds[name] = time.perf_counter() - start
-        announce(f"{name}: {bytes_on_disk(opened(folders[name])):,} bytes, made in {seconds[name]:.0f} s")
+        announce(f"{name}: {bytes_on_disk(open_folder(folders[name])):,} bytes, made in {seconds[name]:.0f} s")
     stages = []
     for name, folder in folders.items():
         announce(f"{name}: measuring its perplexity")
         start = time.perf_counter()
         measured = evaluate(folder, limit=WINDOWS, progress=progress_bar())["perplexity"]
         announce(f"{name}: perplexity {measured:.3f}, measured in {time.perf_counter() - start:.0f} s")
-        size = bytes_on_disk(opened(folder))
+        size = bytes_on_disk(open_folder(folder))
         stages.append({"name": name, "bytes": size, "perplexity": measured, "seconds": seconds[name]})
     announce("generating a sentence")
     baselines = {key: inspect(sliced)["bytes"][key] for key in ("dense", "dense_untied")}

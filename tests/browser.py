@@ -53,7 +53,7 @@ def main() -> int:
         for width in WIDTHS:
             for scheme, number in SCHEMES.items():
                 options = [f"--blink-settings=preferredColorScheme={number}", f"--user-data-dir={scratch}/profile"]
-                found = opened(browser, page, width, options)
+                found = open_folder(browser, page, width, options)
                 wrong = [*faulty(found, width, dark=scheme == "dark")]
                 faults += len(wrong)
                 print(f"{width} px, {scheme}: {'; '.join(wrong) or 'well'}")  # noqa: T201
@@ -76,7 +76,7 @@ def written(scratch: Path) -> Path:
     return page
 
 
-def opened(browser: str, page: Path, width: int, options: list[str]) -> dict[str, Any]:
+def open_folder(browser: str, page: Path, width: int, options: list[str]) -> dict[str, Any]:
     """What a page looks like in a frame of so many pixels, with nothing to load from."""
     inside = html.escape(page.read_text(encoding="utf-8"))
     frame = page.with_name("frame.html")

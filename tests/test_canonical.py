@@ -17,7 +17,7 @@ from freebits.models.layout import Layout
 from freebits.models.table import Architecture
 from freebits.packed.reader import PackedFolder
 from freebits.storage.folder import Checkpoint
-from freebits.transforms.expanded import Expanded
+from freebits.transforms.expanded import DenseShortcutView
 from freebits.transforms.orthogonal import random_orthogonal
 from freebits.transforms.polar import carried_rotation, polar_form, shortcut_from_factor, trapezoid, triangular_rotation
 from tests.test_packed import without_history
@@ -250,7 +250,7 @@ def test_a_shortcut_forged_larger_than_any_memory_is_one_line(save_tiny: Make, s
     save_file(state, sliced / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(freebits.CheckpointError, match=r"the width of site 6"):
         freebits.pack(sliced, sliced.with_name("packed"))
-    forged = Expanded.__new__(Expanded)
+    forged = DenseShortcutView.__new__(DenseShortcutView)
     forged._weight_of_factor = {"f": "w"}
     forged._sublayers = {"w": Architecture.of(tiny_config().to_dict()).sublayers[0]}
     forged._layout = Layout((2**20, 2**20), (0,))

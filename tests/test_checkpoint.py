@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import freebits
 from freebits.errors import CheckpointError, one_line
 from freebits.integrations.loading import load
-from freebits.storage.auxiliary_files import carry_over
+from freebits.storage.auxiliary_files import copy_auxiliary_files
 from freebits.storage.folder import Checkpoint
 from freebits.storage.staging import new_directory
 from freebits.storage.weights import WeightsFile, WeightsWriter, parse_header
@@ -177,7 +177,7 @@ def test_the_files_of_a_cached_model_are_links_and_carried_over(tmp_path: Path) 
     (snapshot / "tokenizer.json").symlink_to("../../blobs/123")
     (snapshot / "LICENSE").symlink_to("/etc/hostname")
     (tmp_path / "target").mkdir()
-    carry_over(snapshot, tmp_path / "target")
+    copy_auxiliary_files(snapshot, tmp_path / "target")
     assert [file.name for file in (tmp_path / "target").iterdir()] == ["tokenizer.json"]
 
 

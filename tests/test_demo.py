@@ -9,7 +9,7 @@ import pytest
 from examples import demo_model
 from examples.demo import STAGES, main
 from freebits.evaluation.sizes import bytes_on_disk
-from freebits.packed.reader import opened
+from freebits.packed.reader import open_folder
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_the_demo_prints_one_object_and_keeps_its_stages(tmp_path: Path, capsys:
     for stage in result["stages"]:
         assert set(stage) == {"name", "bytes", "perplexity", "seconds"}
         if stage["name"] != "dense":
-            assert stage["bytes"] == bytes_on_disk(opened(tmp_path / "kept" / stage["name"]))
+            assert stage["bytes"] == bytes_on_disk(open_folder(tmp_path / "kept" / stage["name"]))
     assert result["bytes"]["dense"] == result["stages"][0]["bytes"]
 
 

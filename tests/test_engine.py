@@ -16,18 +16,18 @@ from freebits.calibration.engine import Engine
 from freebits.calibration.groups import RunningModel
 from freebits.calibration.products import Product, Products, Region
 from freebits.calibration.sensitivities import (
-    ENOUGH_VECTORS,
+    MIN_EXPERT_VECTORS,
     InputStatistics,
     Sums,
+    fisher_information,
     gram,
-    informations,
     measure,
-    with_idle,
+    mix_experts,
 )
 from freebits.errors import CheckpointError
 from freebits.execution.executor import Parallel
 from freebits.execution.work_store import Work, WorkStore
-from freebits.integrations.naming import InMemory
+from freebits.integrations.naming import TransformersView
 from freebits.quantization.measuring import measure_matrices
 from freebits.storage.folder import Checkpoint
 from tests.tiny import Make
@@ -39,7 +39,7 @@ MIXTURE = {"model_type": "mixtral", "num_key_value_heads": 2, "num_local_experts
 
 def engine_of(folder: Path, **options: Any) -> Engine:
     config = AutoConfig.from_pretrained(folder)
-    return Engine(InMemory(Checkpoint(folder), config), config, CPU, **options)
+    return Engine(TransformersView(Checkpoint(folder), config), config, CPU, **options)
 
 
 def plain_logits(folder: Path) -> Tensor:
@@ -51,16 +51,16 @@ def plain_logits(folder: Path) -> Tensor:
 
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"model_type": "gpt2"}, MIXTURE])
 @pytest.mark.parametrize("held_whole", [0, 2**30])
-def test_logits_are_the_librarys(changes: dict[str, Any], held_whole: int, save_tiny: Make) -> None:
+def test_logits_are_the_librarys(changes: dict[str, Any], max_resident_bytes: int, save_tiny: Make) -> None:
     folder = save_tiny(**changes)
-    engine = engine_of(folder, held_whole=held_whole)
+    engine = engine_of(folder, max_resident_bytes=max_resident_bytes)
     expected = plain_logits(folder)[:, :-1]
     found = torch.stack(list(engine.logits(WINDOWS)))
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_of_a_large_model_nothing_but_norms_is_in_memory_between_runs(save_tiny: Make) -> None:
-    engine = engine_of(save_tiny(), held_whole=0)
+    engine = engine_of(save_tiny(), max_resident_bytes=0)
     list(engine.logits(WINDOWS))
     held = {name for name, of in engine.model.named_parameters() if not of.is_meta and any(of.stride())}
     assert held == {"model.norm.weight"}
@@ -76,7 +76,7 @@ def test_a_missing_tensor_is_named(save_tiny: Make) -> None:
 
     config = AutoConfig.from_pretrained(folder)
     with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is missing"):
-        Engine(InMemory(Without(folder), config), config, CPU)
+        Engine(TransformersView(Without(folder), config), config, CPU)
 
 
 def by_autograd(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -226,21 +226,21 @@ def expert(number: int, n: int, scale: float) -> InputStatistics:
 
 
 def test_experts_share_what_few_tokens_tell() -> None:
-    found = with_idle([expert(0, 1000, 1.0), expert(2, 10, 5.0)], {"layers.0.experts": (4, 4, 6)}, "k")
+    found = mix_experts([expert(0, 1000, 1.0), expert(2, 10, 5.0)], {"layers.0.experts": (4, 4, 6)}, "k")
     by_region = {region.start // 4: of for of in found for region in of.regions}
     assert by_region.keys() == {0, 1, 2, 3}
     average = (1000 + 50) / 1010
     assert by_region[1] is by_region[3]
     assert math.isclose(by_region[1].gram[0, 0].item(), average, rel_tol=1e-5)
     assert math.isclose(
-        by_region[2].gram[0, 0].item(), (50 + ENOUGH_VECTORS * average) / (10 + ENOUGH_VECTORS), rel_tol=1e-5
+        by_region[2].gram[0, 0].item(), (50 + MIN_EXPERT_VECTORS * average) / (10 + MIN_EXPERT_VECTORS), rel_tol=1e-5
     )
     assert math.isclose(by_region[0].gram[0, 0].item(), 1, rel_tol=0.01)
 
 
 def test_matrices_of_a_block_that_are_no_experts_share_nothing() -> None:
     alone = replace(expert(0, 3, 1.0), regions=(Region("layers.0.q_proj.weight", 0, 4, False),))
-    [found] = with_idle([alone], {"layers.0.q_proj.weight": (4, 6), "layers.1.q_proj.weight": (4, 6)}, "k")
+    [found] = mix_experts([alone], {"layers.0.q_proj.weight": (4, 6), "layers.1.q_proj.weight": (4, 6)}, "k")
     assert found is alone
 
 
@@ -251,7 +251,7 @@ def test_idle_experts_are_as_important_as_some_tokens_of_the_average_one() -> No
         regions[1]: torch.zeros(4, dtype=torch.float64),
     }
     sums = Sums(1000, {regions[0]: 150, regions[1]: 50}, squares, {}, None, torch.zeros(()), 1.0, frozenset())
-    found = informations(sums, regions)
-    added = 100 * ENOUGH_VECTORS / 200
+    found = fisher_information(sums, regions)
+    added = 100 * MIN_EXPERT_VECTORS / 200
     for region, expected in zip(regions, (100 + added, added, added), strict=True):
         assert torch.allclose(found[region], torch.full((4,), expected / 1000, dtype=torch.float64))

@@ -14,7 +14,7 @@ import pytest
 
 from freebits import CheckpointError
 from freebits.storage import hub as hub_module
-from freebits.storage.hub import located
+from freebits.storage.hub import local_folder
 from tests.serving import Answer, serving
 from tests.tiny import Make
 
@@ -104,7 +104,7 @@ def test_a_folder_is_no_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a").mkdir()
     for path in ("a", "a/b", "./x/y", "/x/y", "~/x", "x"):
-        assert located(path) == Path(path)
+        assert local_folder(path) == Path(path)
 
 
 def test_pushing_uploads_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import freebits
 from freebits import CheckpointError, UnsupportedModelError, UsageError
 from freebits.packed.reader import PackedFolder
 from freebits.storage.folder import Checkpoint
-from freebits.transforms.low_rank import allocated, n_weights_of, rank_for, reduced, spectrum
+from freebits.transforms.low_rank import allocated, n_low_rank_weights, rank_for, reduced, spectrum
 from tests.conftest import content
 from tests.tiny import FAMILIES, Make, random_text
 
@@ -49,8 +49,8 @@ def test_a_reduced_layer_is_the_best_of_its_rank(seed: int, n: int, m: int, data
 def test_a_rank_takes_its_budget_and_no_more(n: int, m: int, budget: float) -> None:
     rank = rank_for(n, m, budget)
     assert 1 <= rank <= min(n, m)
-    assert n_weights_of(n, m, rank) <= budget * n * m or rank == 1
-    assert rank == min(n, m) or n_weights_of(n, m, rank + 1) > budget * n * m
+    assert n_low_rank_weights(n, m, rank) <= budget * n * m or rank == 1
+    assert rank == min(n, m) or n_low_rank_weights(n, m, rank + 1) > budget * n * m
     plain = rank_for(n, m, budget, paired=False)
     assert plain * (n + m) <= budget * n * m or plain == 1
 
@@ -64,7 +64,7 @@ def test_ranks_go_where_they_are_worth_most() -> None:
     spectra = {"flat": torch.ones(8).double(), "steep": 100 * 0.1 ** torch.arange(8).double()}
     ranks = allocated(spectra, {"flat": (8, 8), "steep": (8, 8)}, 0.8)
     assert ranks["steep"] < (ranks["flat"] or 8)
-    taken = sum(n_weights_of(8, 8, rank or 8) for rank in ranks.values())
+    taken = sum(n_low_rank_weights(8, 8, rank or 8) for rank in ranks.values())
     assert taken <= 0.8 * 128
 
 
@@ -163,7 +163,7 @@ def test_budgets_are_kept(allocate: str, save_tiny: Make, tmp_path: Path) -> Non
     matrices = [k.shape for n, k in before.specs.items() if n.startswith("model.layers") and len(k.shape) == 2]
     numbers_ = sum(n * m for n, m in matrices)
     shapes = {name: before.specs[f"{name}.weight"].shape for name in ranks}
-    spared = sum(n * m - n_weights_of(n, m, ranks[name]) for name, (n, m) in shapes.items())
+    spared = sum(n * m - n_low_rank_weights(n, m, ranks[name]) for name, (n, m) in shapes.items())
     assert spared >= (0.19 if allocate != "paper" else 0.15) * numbers_
 
 

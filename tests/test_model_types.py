@@ -14,7 +14,7 @@ from freebits.calibration.groups import RunningModel
 from freebits.calibration.streamed import window_logits
 from freebits.execution.executor import Parallel
 from freebits.execution.work_store import Work, WorkStore
-from freebits.integrations.naming import InMemory
+from freebits.integrations.naming import TransformersView
 from freebits.quantization.measuring import measure_matrices
 from freebits.storage.folder import Checkpoint
 from freebits.types import CPU
@@ -55,7 +55,7 @@ class TestType:
 
     def test_the_engine_gives_the_librarys_logits(self, folder: Path) -> None:
         config = AutoConfig.from_pretrained(folder)
-        engine = Engine(InMemory(Checkpoint(folder), config), config, torch.device("cpu"), held_whole=0)
+        engine = Engine(TransformersView(Checkpoint(folder), config), config, torch.device("cpu"), max_resident_bytes=0)
         expected = plain_logits(folder, TOKENS)[:, :-1]
         found = torch.stack(list(engine.logits(TOKENS)))
         assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
@@ -155,7 +155,7 @@ def test_routers_stay_as_they_are(model_type: str, tmp_path: Path) -> None:
         measured = measure_matrices(running, TOKENS, work, 0, None, lambda *_: None)
     routers = {name for name in Checkpoint(folder).specs if name.endswith((".gate.weight", ".router.weight"))}
     assert routers
-    assert measured.choosing == routers
+    assert measured.router_tensors == routers
 
 
 def test_an_infinity_in_a_config_survives(tmp_path: Path) -> None:

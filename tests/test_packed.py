@@ -496,8 +496,8 @@ def test_whatever_is_done_to_a_dense_model_holds_a_few_blocks(save_tiny: Make, r
     for verb, of in peaks.items():
         report(f"{verb}: peak memory in blocks of 16-bit words: { {n: round(of[n] / block, 1) for n in of} }")
         n_models = 2 if verb == "verify" else 1
-        held_whole = n_models * 2 * 16 * block  # in float32, as it is small; see test_engine.py
-        assert of[20] - of[4] < held_whole + 12 * block, verb  # 16 more blocks in the model
+        max_resident_bytes = n_models * 2 * 16 * block  # in float32, as it is small; see test_engine.py
+        assert of[20] - of[4] < max_resident_bytes + 12 * block, verb  # 16 more blocks in the model
     freebits.pack(dense, dense.with_name("packed"), codec="none")
     peak = peak_memory("model = freebits.load(folders[0])", dense.with_name("packed"))
     report(f"load: peak memory in models: {peak / model:.2f}")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import freebits
 from freebits import CheckpointError
-from freebits.models.pairs import pairs_of
+from freebits.models.pairs import find_pairs
 from freebits.models.table import Architecture
 from freebits.packed.reader import PackedFolder
 from freebits.storage.folder import Checkpoint
@@ -41,7 +41,7 @@ def test_any_basis_between_a_pair_is_the_same_function(name: str, report: Callab
     expected = in_float64(model)(tokens).logits
     state = dict(model.state_dict())
     shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    found = [pairs_of(architecture, part, shapes, dense=True) for part in architecture.parts]
+    found = [find_pairs(architecture, part, shapes, dense=True) for part in architecture.parts]
     assert [len(pairs) for pairs in found] == [0, *N_PAIRS.get(name, (1, 1, 1)), 0]
     for pair in (pair for pairs in found for pair in pairs):
         acted = act(state, pair, bases(pair.size, pair.n_spaces, generator))
@@ -64,7 +64,7 @@ def test_the_same_holds_of_a_folded_model(name: str) -> None:
     expected = unsliced(config, architecture, state)(tokens).logits
     shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
     for part in architecture.parts:
-        for pair in pairs_of(architecture, part, shapes, dense=False):
+        for pair in find_pairs(architecture, part, shapes, dense=False):
             state |= act(state, pair, bases(pair.size, pair.n_spaces, generator))
     assert (unsliced(config, architecture, state)(tokens).logits - expected).abs().max() < 1e-9
 
@@ -94,7 +94,7 @@ def test_in_pivot_bases_a_head_has_the_identity() -> None:
     architecture = Architecture.of(tiny_config(num_key_value_heads=2).to_dict())
     state = tiny_model(num_key_value_heads=2).state_dict()
     shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    [pair] = pairs_of(architecture, architecture.parts[1], shapes, dense=True)
+    [pair] = find_pairs(architecture, architecture.parts[1], shapes, dense=True)
     found = pivot_bases(state, pair)
     assert found is not None
     values = act(state, pair, found[0])[pair.writes[0].name]
@@ -116,7 +116,7 @@ def test_a_dense_model_is_packed_without_the_bits_of_its_pairs(name: str, save_t
     checkpoint = Checkpoint(dense)
     architecture = Architecture.of(checkpoint.config)
     shapes = {key: spec.shape for key, spec in checkpoint.specs.items()}
-    pairs = [pair for part in architecture.parts for pair in pairs_of(architecture, part, shapes, dense=True)]
+    pairs = [pair for part in architecture.parts for pair in find_pairs(architecture, part, shapes, dense=True)]
     free = sum(pair.n_spaces * pair.size**2 for pair in pairs)
     spared = sum(spec.numel for spec in checkpoint.specs.values()) - numbers_stored(tmp_path / "out")
     assert spared == free > 0

@@ -16,7 +16,7 @@ from freebits.cli.main import main
 from freebits.codecs.integers import Integers
 from freebits.errors import CheckpointError, UsageError
 from freebits.integrations.loading import load
-from freebits.integrations.trainable_adapters import Adapted, Rescaled
+from freebits.integrations.trainable_adapters import LoraAdapters, ScaleAdapters
 from freebits.packed.reader import PackedFolder
 from freebits.storage.folder import Checkpoint
 from tests.tiny import Make, random_text
@@ -121,7 +121,7 @@ def test_matrices_that_were_rounded_rotated_keep_their_steps(tmp_path: Path, sav
     dense = save_tiny()
     before = PackedFolder(quantized(dense, tmp_path / "turned", rotate="hadamard"))
     student = _trainable(before, load(before.path, dtype=torch.float32), 4, 0)
-    assert isinstance(student, Rescaled)
+    assert isinstance(student, ScaleAdapters)
     assert not student.steps()
     assert student.what == "norms"
     freebits.recover(before.path, tmp_path / "out", against=dense, force=True, samples=8, seq_len=32)
@@ -162,7 +162,7 @@ def test_names_may_lack_the_models_prefix(tmp_path: Path, save_tiny: Make) -> No
     save_file(state, dense / "model.safetensors", metadata={"format": "pt"})
     before = quantized(dense, tmp_path / "three")
     student = _trainable(PackedFolder(before), load(before), 4, 0)
-    assert isinstance(student, Rescaled)
+    assert isinstance(student, ScaleAdapters)
     assert len(student.steps()) == 12
     freebits.recover(before, tmp_path / "out", against=dense, force=True, samples=4, seq_len=16)
     assert not torch.equal(PackedFolder(tmp_path / "out")["ln_f.weight"], state["ln_f.weight"])
@@ -196,4 +196,4 @@ def test_what_cannot_be_recovered_gets_one_line(
 def test_without_peft_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, save_tiny: Make) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UsageError, match=r"freebits\[recover\]"):
-        Adapted(load(save_tiny()), {}, 4, 0)
+        LoraAdapters(load(save_tiny()), {}, 4, 0)

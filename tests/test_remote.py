@@ -14,7 +14,7 @@ from freebits import CheckpointError
 from freebits.cli.main import main
 from freebits.storage import remote as remote_module
 from freebits.storage.folder import Checkpoint
-from freebits.storage.hub import located
+from freebits.storage.hub import local_folder
 from freebits.storage.remote import url_of
 from freebits.storage.task import Task
 from tests.conftest import content
@@ -102,7 +102,7 @@ def test_weights_are_read_by_range_and_never_copied(served: Served, sliced: Path
     [size] = [file.stat().st_size for file in sliced.glob("*.safetensors")]
     freebits.inspect(served.address)
     assert served.sent["model.safetensors"] < size / 4  # the header alone
-    hole = located(served.address) / "model.safetensors"
+    hole = local_folder(served.address) / "model.safetensors"
     assert hole.stat().st_size == size
     assert hole.stat().st_blocks == 0
     freebits.pack(served.address, tmp_path / "there")
@@ -148,7 +148,7 @@ def test_what_cannot_be_uploaded_lies_here(
 
 def test_a_file_that_changes_is_noticed(sliced: Path, memory: Any) -> None:
     memory.put(str(sliced), "/models/sliced", recursive=True)
-    source = Checkpoint(located("memory://models/sliced"))
+    source = Checkpoint(local_folder("memory://models/sliced"))
     name = next(iter(source.specs))
     assert torch.equal(source[name], Checkpoint(sliced)[name])
     memory.pipe("/models/sliced/model.safetensors", (sliced / "model.safetensors").read_bytes())
@@ -161,7 +161,7 @@ def test_a_mirror_of_the_same_files_is_the_same_source(sliced: Path, memory: Any
 
     def facts() -> str:
         remote_module.mirror.cache_clear()
-        return Task("pack", located("memory://models/sliced"), {}).facts
+        return Task("pack", local_folder("memory://models/sliced"), {}).facts
 
     before = facts()
     assert facts() == before  # so a stopped run can be resumed
@@ -187,7 +187,7 @@ def test_what_somebody_else_wrote_meanwhile_stays(sliced: Path, memory: Any, mon
 def test_names_that_lead_elsewhere_are_left(memory: Any) -> None:
     memory.store["/model/../../escaped.json"] = memory.open("/x", "wb")
     memory.pipe("/model/config.json", b"{}")
-    folder = located("memory://model")
+    folder = local_folder("memory://model")
     assert sorted(file.name for file in folder.rglob("*")) == ["config.json"]
     assert not (folder.parent.parent / "escaped.json").exists()
 

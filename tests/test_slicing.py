@@ -16,10 +16,10 @@ import freebits
 from freebits.api import slice as slice_checkpoint
 from freebits.api.slice import HELD_OUT
 from freebits.calibration.sliced_runner import FoldedRunner
-from freebits.calibration.tokens import drawn_windows, token_windows
+from freebits.calibration.tokens import split_windows, token_windows
 from freebits.errors import CheckpointError, UsageError
 from freebits.integrations.loading import load
-from freebits.integrations.naming import InMemory
+from freebits.integrations.naming import TransformersView
 from freebits.models.families import MODEL_TYPES
 from freebits.models.table import Architecture
 from freebits.storage.folder import Checkpoint
@@ -191,7 +191,7 @@ def test_slicing_says_what_it_cost(save_tiny: Make, caplog: pytest.LogCaptureFix
     facts = freebits.slice_model(
         dense, dense.with_name("out"), sparsity=0.25, calibration=random_text(600), samples=8, seq_len=32
     )
-    held_out = drawn_windows(token_windows(dense, random_text(600), 32), 8, HELD_OUT, 0)[1]
+    held_out = split_windows(token_windows(dense, random_text(600), 32), 8, HELD_OUT, 0)[1]
     for name, folder in (("dense", dense), ("sliced", dense.with_name("out"))):
         with torch.no_grad():
             model = load(folder, dtype=torch.float32)
@@ -218,7 +218,7 @@ def test_a_slice_that_ruins_the_model_is_refused(
 @pytest.mark.parametrize(("n", "samples", "calibrated", "held_out"), [(18, 8, 8, 4), (10, 64, 9, 1), (1, 64, 1, 0)])
 def test_windows_to_measure_on_are_not_calibrated_on(n: int, samples: int, calibrated: int, held_out: int) -> None:
     windows = torch.arange(2 * n).reshape(n, 2)
-    drawn = drawn_windows(windows, samples, HELD_OUT, seed=0)
+    drawn = split_windows(windows, samples, HELD_OUT, seed=0)
     assert [len(part) for part in drawn] == [calibrated, held_out]
     assert len({*drawn[0][:, 0].tolist(), *drawn[1][:, 0].tolist()}) == calibrated + held_out
 
@@ -251,7 +251,7 @@ def test_every_block_runs_as_itself(save_tiny: Make) -> None:
         expected = model.eval()(tokens, output_hidden_states=True).hidden_states
     save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
     config = AutoConfig.from_pretrained(dense)
-    runner = FoldedRunner(InMemory(Checkpoint(dense), config), config, architecture, torch.device("cpu"))
+    runner = FoldedRunner(TransformersView(Checkpoint(dense), config), config, architecture, torch.device("cpu"))
     seen: dict[int, Tensor] = {}
 
     def at_site(site: int, x: Tensor) -> Tensor:

@@ -83,9 +83,9 @@ def test_the_canonical_model_is_the_sliced_one(demo_run: DemoRun, report: Report
 def test_four_bits_a_number_are_four_bits_and_cost_little(demo_run: DemoRun, tmp_path: Path, report: Report) -> None:
     text = embedded_text()[0]
     facts = freebits.quantize(demo_run.dense, tmp_path / "four", bits=4, calibration=text, samples=8)
-    n_weights_of = sum(spec.numel for spec in Checkpoint(demo_run.dense).specs.values() if len(spec.shape) == 2)
+    n_low_rank_weights = sum(spec.numel for spec in Checkpoint(demo_run.dense).specs.values() if len(spec.shape) == 2)
     assert (
-        0.995 < 2 * facts["bytes"]["packed"] / n_weights_of < 1.004
+        0.995 < 2 * facts["bytes"]["packed"] / n_low_rank_weights < 1.004
     )  # half a byte each, headers and manifest included
     result = freebits.verify(tmp_path / "four", against=demo_run.dense, limit=4)
     report(f"4 bits: {facts['bytes']['packed']:,} bytes, mean KL {result['mean_kl']:.4f}, ratio {result['ratio']:.4f}")

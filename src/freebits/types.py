@@ -31,11 +31,11 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 """Safetensors name of a dtype → dtype, of those that PyTorch computes with."""
-DTYPE_CODES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CPU = torch.device("cpu")
 """The default device of tensors."""
-HALVES = ("F16", "BF16")
-FLOATS = (*HALVES, "F32", "F64")
+HALF_DTYPES = ("F16", "BF16")
+FLOATS = (*HALF_DTYPES, "F32", "F64")
 _BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()} | {
     "F8_E8M0": 8,
     "F8_E4M3FNUZ": 8,
@@ -54,18 +54,18 @@ class TensorSpec:
         ValueError: the dtype is unknown, a size is out of range, or the tensor does not fill whole bytes.
     """
 
-    code: str
+    dtype_name: str
     shape: tuple[int, ...]
 
     def __post_init__(self) -> None:
         valid_sizes = all(type(size) is int and 0 <= size <= TENSOR_VALUES for size in self.shape)
-        if self.code not in _BITS or not valid_sizes or self.numel > TENSOR_VALUES or self.numel * self.bits % 8:
+        if self.dtype_name not in _BITS or not valid_sizes or self.numel > TENSOR_VALUES or self.numel * self.bits % 8:
             raise ValueError(f"{self} is not a valid dtype and shape")
 
     @classmethod
     def of(cls, tensor: Tensor) -> "TensorSpec":
         """Return the spec of a tensor."""
-        return cls(DTYPE_CODES[tensor.dtype], tuple(tensor.shape))
+        return cls(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
 
     @classmethod
     def parse(cls, text: str) -> "TensorSpec":
@@ -81,12 +81,12 @@ class TensorSpec:
         return spec
 
     def __str__(self) -> str:
-        return f"{self.code}{list(self.shape)}"
+        return f"{self.dtype_name}{list(self.shape)}"
 
     @property
     def bits(self) -> int:
         """Bits per value."""
-        return _BITS[self.code]
+        return _BITS[self.dtype_name]
 
     @property
     def numel(self) -> int:
@@ -101,14 +101,14 @@ class TensorSpec:
     @property
     def dtype(self) -> torch.dtype:
         """The PyTorch dtype; `uint8` if PyTorch does not compute with this dtype."""
-        return DTYPES.get(self.code, torch.uint8)
+        return DTYPES.get(self.dtype_name, torch.uint8)
 
     def view(self, data: Bytes) -> Tensor:
         """Return the tensor with these bytes, without a copy; flat bytes if PyTorch does not compute with the dtype."""
-        if self.code in DTYPES and not len(data):
+        if self.dtype_name in DTYPES and not len(data):
             return torch.empty(self.shape, dtype=self.dtype)
         flat = torch.from_numpy(np.require(data, requirements="W"))
-        return flat.view(self.dtype).reshape(self.shape) if self.code in DTYPES else flat
+        return flat.view(self.dtype).reshape(self.shape) if self.dtype_name in DTYPES else flat
 
 
 def bytes_of(tensor: Tensor) -> Bytes:

@@ -62,7 +62,7 @@ def samples(folder: Path, count: int = SAMPLES) -> Finding:
     """Flipped bits of a large folder, drawn at random; of a weight, what is made of it is read, of the rest all."""
     finding = Finding("damage", "a flipped bit of the demo model's folder (canonical, entropy-coded), at random")
     packed, draw = PackedFolder(folder), random.Random(0)  # noqa: S311
-    made_of = _dependants(packed)
+    check_recipes = _dependants(packed)
     files = [*packed.weight_files, folder / "freebits.json", folder / "config.json"]
     sizes = [file.stat().st_size for file in files]
     for _ in range(count):
@@ -78,7 +78,7 @@ def samples(folder: Path, count: int = SAMPLES) -> Finding:
             if name is None:
                 PackedFolder(folder)
             else:
-                packed[made_of[name]]
+                packed[check_recipes[name]]
         except FreebitsError:
             finding.refused += 1
         else:
@@ -116,15 +116,15 @@ def _try(finding: Finding, folder: Path, true: Mapping[str, Tensor]) -> None:
 
 
 def _write_at(file: Path, position: int, content: bytes) -> None:
-    with file.open("r+b") as opened:
-        opened.seek(position)
-        opened.write(content)
+    with file.open("r+b") as open_folder:
+        open_folder.seek(position)
+        open_folder.write(content)
 
 
 def _read_at(file: Path, position: int) -> int:
-    with file.open("rb") as opened:
-        opened.seek(position)
-        return opened.read(1)[0]
+    with file.open("rb") as open_folder:
+        open_folder.seek(position)
+        return open_folder.read(1)[0]
 
 
 def _tensor_at(packed: PackedFolder, file: Path, position: int) -> str | None:

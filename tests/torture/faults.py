@@ -207,9 +207,9 @@ def _replace(file: Path, draw: random.Random) -> None:
 
 def _overwrite(file: Path, draw: random.Random) -> None:
     size = file.stat().st_size
-    with file.open("r+b") as opened:
-        opened.seek(size // 2)
-        opened.write(draw.randbytes(size - size // 2))
+    with file.open("r+b") as open_folder:
+        open_folder.seek(size // 2)
+        open_folder.write(draw.randbytes(size - size // 2))
 
 
 CHANGES: Mapping[str, Callable[[Path, random.Random], None]] = {

@@ -27,16 +27,16 @@ from freebits.execution.executor import Executor, Parallel
 from freebits.execution.progress import Progress, silent
 from freebits.execution.work_store import Work, WorkStore
 from freebits.integrations.gguf_models import write_dense
-from freebits.integrations.packed_models import auto_class, reads_text
+from freebits.integrations.packed_models import auto_class, predicts_text
 from freebits.options import LOSSY
 from freebits.packed.packing import pack_into
 from freebits.packed.piece import stage
-from freebits.packed.reader import PackedFolder, opened
+from freebits.packed.reader import PackedFolder, open_folder
 from freebits.quantization.rounding import FALLBACK_BITS, Goal
-from freebits.quantized_inputs.source import readable
+from freebits.quantized_inputs.source import open_as_floats
 from freebits.storage.folder import Checkpoint
 from freebits.storage.gguf import gguf_folder, is_gguf
-from freebits.storage.hub import located
+from freebits.storage.hub import local_folder
 from freebits.storage.remote import original
 from freebits.storage.signature import check_key, sign
 from freebits.storage.staging import new_directory
@@ -146,7 +146,7 @@ def compress(
         UnsupportedModelError: transformers cannot run the model, or not block by block.
     """
     check_key(sign_with)
-    folder = located(model, revision, whole=not dry_run)
+    folder = local_folder(model, revision, whole=not dry_run)
     if is_gguf(folder):
         options: dict[str, Any] = {"target_size": target_size, "target_ratio": target_ratio, "bits": bits}
         options |= {"max_kl": max_kl, "lossless": lossless, "calibration": calibration, "text": text, "keep": keep}
@@ -173,7 +173,7 @@ def compress(
                 executor,
                 progress,
             )
-        loader = auto_class(opened(directory).config)
+        loader = auto_class(open_folder(directory).config)
         write_card(directory, folder, fidelity, loader)
         if sign_with is not None:
             sign(directory, sign_with)
@@ -216,7 +216,7 @@ def _compress_pipeline(
         return {"kind": "pipeline", "components": plans}
 
     def compress_component(model: Path, target: Path) -> dict[str, Any]:
-        patterns = [pattern for pattern in keep if any(fnmatchcase(name, pattern) for name in opened(model).specs)]
+        patterns = [pattern for pattern in keep if any(fnmatchcase(name, pattern) for name in open_folder(model).specs)]
         return compress(model, target, **targets, keep=patterns, progress=progress, **options)
 
     return for_each(folder, out, compress_component)
@@ -232,7 +232,7 @@ def make_plan(
     fallback_bits: float,
 ) -> Plan:
     """Choose how to reach the target. At most one target may be given. Only headers are read."""
-    source, name = opened(folder), original(folder) or str(folder)
+    source, name = open_folder(folder), original(folder) or str(folder)
     present_size = bytes_on_disk(source)
     if sum(target is not None for target in (target_size, target_ratio, bits, max_kl, lossless or None)) > 1:
         raise UsageError("`target_size`, `target_ratio`, `bits`, `max_kl` and `lossless` exclude each other: give one")
@@ -242,14 +242,14 @@ def make_plan(
         raise UsageError(f"`max_kl` is {max_kl}: give nats per token above 0, such as 0.05")
     size = target_size if target_ratio is None else math.floor(target_ratio * present_size)
     specs = source.specs.values()
-    lossless_size = round(sum(TYPICAL_ENTROPY.get(spec.code, 1.0) * spec.n_bytes for spec in specs))
+    lossless_size = round(sum(TYPICAL_ENTROPY.get(spec.dtype_name, 1.0) * spec.n_bytes for spec in specs))
     if lossless or (size is not None and 1.05 * lossless_size < size and not isinstance(source, PackedFolder)):
         if isinstance(source, PackedFolder):
             raise CheckpointError(f"{folder} is already packed: `lossless` cannot make it smaller; give another target")
         return Plan(name, present_size, "lossless", at_most=size, about=lossless_size)
     if size is not None:
         return Plan(name, present_size, "integers", at_most=size, about=size)
-    if max_kl is None and not reads_text(source.config):
+    if max_kl is None and not predicts_text(source.config):
         bits = fallback_bits if bits is None else bits
     if bits is not None:
         n_weights = sum(spec.numel for spec in specs if len(spec.shape) > 1)
@@ -307,7 +307,7 @@ def _quantize(
     """Round to the plan's target, in several tries if it is a bound on the KL divergence; returns as `_execute`."""
     text, positions = options.text, _max_positions(folder)
     held_out = embedded_text()[1] if text is None else text
-    if reads_text(opened(folder).config):
+    if predicts_text(open_folder(folder).config):
         token_windows(folder, held_out, min(512, positions), 1)  # fails early if the text cannot be used
     prepared = prepare(
         folder,
@@ -380,7 +380,7 @@ def _search(
 
 def _weight_error(folder: Path, packed: PackedFolder) -> dict[str, Any]:
     """The relative error of the rounded weights, as a root mean square."""
-    source = readable(folder)
+    source = open_as_floats(folder)
     error = size = 0.0
     for name in source.specs:
         before, after = source[name], packed[name]
@@ -391,6 +391,6 @@ def _weight_error(folder: Path, packed: PackedFolder) -> dict[str, Any]:
 
 
 def _max_positions(folder: Path) -> int:
-    config = opened(folder).config
+    config = open_folder(folder).config
     sizes = [config[key] for key in ("max_position_embeddings", "n_positions") if isinstance(config.get(key), int)]
     return min(sizes, default=512)

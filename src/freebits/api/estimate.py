@@ -12,16 +12,16 @@ import transformers
 from freebits.errors import CheckpointError, UnsupportedModelError
 from freebits.evaluation.estimation import TYPICAL_ENTROPY, n_bytes, n_values, planned_forms
 from freebits.evaluation.sizes import change
-from freebits.integrations.empty_models import BUILDING
+from freebits.integrations.empty_models import MODEL_CREATION_LOCK
 from freebits.integrations.loading import one_line_errors
 from freebits.integrations.packed_models import auto_class, config_of
 from freebits.limits import BLOCKS
 from freebits.models.families import FAMILIES, dense_family
 from freebits.models.table import Architecture
 from freebits.storage.folder import CONFIG, read_json
-from freebits.storage.hub import located
+from freebits.storage.hub import local_folder
 from freebits.transforms.slicing import sliced_size
-from freebits.types import DTYPE_CODES
+from freebits.types import DTYPE_NAMES
 
 
 def estimate(
@@ -48,7 +48,7 @@ def estimate(
         UnsupportedModelError: the residual stream of this model cannot be rotated; the message says why.
         UsageError: the sparsity is out of range.
     """
-    path = located(config, revision, config_only=True)
+    path = local_folder(config, revision, config_only=True)
     path = path / CONFIG if path.is_dir() else path
     content = read_json(path)
     if sparsity is None:
@@ -57,7 +57,7 @@ def estimate(
     architecture = Architecture.of(content)
     k = sliced_size(architecture.hidden_size, sparsity)
     dtype = _dtype(content)
-    dtype_name = DTYPE_CODES[dtype]
+    dtype_name = DTYPE_NAMES[dtype]
     try:
         planned = planned_forms(architecture, dense_shapes(content, path), k, dtype_name)
     except ValueError as error:
@@ -86,7 +86,7 @@ def _default_sizes(content: dict[str, Any], path: Path) -> dict[str, Any]:
     n_weights = sum(math.prod(shape) for shape in shapes if len(shape) > 1)
     vector_bytes = sum(math.prod(shape) for shape in shapes if len(shape) < 2) * dtype.itemsize
     dense = n_weights * dtype.itemsize + vector_bytes
-    sizes = {"dense": dense, "lossless": round(TYPICAL_ENTROPY.get(DTYPE_CODES[dtype], 1.0) * dense)}
+    sizes = {"dense": dense, "lossless": round(TYPICAL_ENTROPY.get(DTYPE_NAMES[dtype], 1.0) * dense)}
     sizes |= {f"{bits} bits": n_weights * bits // 8 + vector_bytes for bits in (8, 6, 5, 4, 3)}
     with suppress(UnsupportedModelError):
         dense_family(content)
@@ -103,7 +103,7 @@ def dense_shapes(config: dict[str, Any], path: Path) -> dict[str, tuple[int, ...
     for key in {family.depth for family in FAMILIES} & config.keys():
         if isinstance(config[key], int) and config[key] > BLOCKS:
             raise CheckpointError(f"{path}: {key} is {config[key]}, more than any model has: restore the file")
-    with BUILDING, one_line_errors(path, "config"), torch.device("meta"):
+    with MODEL_CREATION_LOCK, one_line_errors(path, "config"), torch.device("meta"):
         auto = getattr(transformers, auto_class(config) or "AutoModelForCausalLM")
         model = auto.from_config(config_of(config, auto), trust_remote_code=False)
     tensors = dict(model.named_parameters())
@@ -115,4 +115,4 @@ def dense_shapes(config: dict[str, Any], path: Path) -> dict[str, tuple[int, ...
 def _dtype(config: dict[str, Any]) -> torch.dtype:
     """The dtype of the weights according to a config; float16 if it names none."""
     dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
-    return dtype if isinstance(dtype, torch.dtype) and dtype in DTYPE_CODES else torch.float16
+    return dtype if isinstance(dtype, torch.dtype) and dtype in DTYPE_NAMES else torch.float16

@@ -24,13 +24,13 @@ from freebits.models.table import Architecture
 from freebits.options import LOSSY
 from freebits.packed.packing import history_of
 from freebits.packed.unpacking import SLICED_IN
-from freebits.storage.auxiliary_files import carry_over, write_remote_code
-from freebits.storage.folder import CONFIG, Checkpoint, existing_folder, read_json
-from freebits.storage.hub import located
+from freebits.storage.auxiliary_files import copy_auxiliary_files, write_remote_code
+from freebits.storage.folder import CONFIG, Checkpoint, checkpoint_folder, read_json
+from freebits.storage.hub import local_folder
 from freebits.storage.staging import new_directory
 from freebits.storage.weights import WeightsFile
 from freebits.storage.writer import CheckpointWriter
-from freebits.types import DTYPE_CODES, FLOATS
+from freebits.types import DTYPE_NAMES, FLOATS
 from freebits.version import __version__
 
 _SHORTCUTS = {"attention": "attn_shortcut_Q", "parallel": "attn_shortcut_Q", "mlp": "mlp_shortcut_Q"}
@@ -63,7 +63,7 @@ def import_slicegpt(
         CheckpointError: the file does not hold a model sliced from `model`, or `out` exists.
         UnsupportedModelError: the residual stream of this model cannot be rotated; the message says why.
     """
-    file, folder = Path(file), existing_folder(located(model))
+    file, folder = Path(file), checkpoint_folder(local_folder(model))
     content = read_json(folder / CONFIG)
     dense_family(content)
     imported = _read_tensors(file)
@@ -79,7 +79,7 @@ def import_slicegpt(
         with CheckpointWriter(directory, shapes, _SHARD) as writer:
             for name, tensor in tensors.items():
                 writer.write(name, tensor.contiguous())
-        carry_over(folder, directory, (file.name for file in folder.glob("model*.safetensors*")))
+        copy_auxiliary_files(folder, directory, (file.name for file in folder.glob("model*.safetensors*")))
         write_remote_code(directory, SLICED_IN, architecture.family.sliced_classes)
         has_weights = any(folder.glob("*.safetensors"))
         transform = {
@@ -139,7 +139,7 @@ def _unpickled(file: Path) -> Any:
 def _is_ordinary(tensor: Tensor) -> bool:
     """Whether a tensor is a floating-point matrix or vector with all of its data in the file."""
     plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.ndim in (1, 2)
-    if not plain or tensor.is_quantized or DTYPE_CODES.get(tensor.dtype) not in FLOATS:
+    if not plain or tensor.is_quantized or DTYPE_NAMES.get(tensor.dtype) not in FLOATS:
         return False
     return 0 < tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes()
 

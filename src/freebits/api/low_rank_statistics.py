@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from freebits.calibration.groups import RunningModel, measured_group
+from freebits.calibration.groups import RunningModel, measure_group
 from freebits.calibration.products import Product, Products
-from freebits.calibration.sensitivities import Recent, gram, informations
+from freebits.calibration.sensitivities import RecentInputs, fisher_information, gram
 from freebits.errors import UnsupportedModelError, UsageError
 from freebits.execution.progress import Progress
 from freebits.execution.work_store import Work
-from freebits.integrations.naming import InMemory
+from freebits.integrations.naming import TransformersView
 from freebits.models.table import Architecture
 from freebits.options import PAPER, SLOPE
 from freebits.storage.folder import Checkpoint
@@ -43,7 +43,7 @@ class Layers:
         transposed: names of the matrices that are stored as (inputs, outputs), as in GPT-2.
     """
 
-    source: InMemory
+    source: TransformersView
     architecture: Architecture
     running: RunningModel
     sizes: Mapping[int, Mapping[str, tuple[int, int]]]
@@ -77,7 +77,7 @@ class Layers:
             branches = [branch for sublayer in sublayers for branch in sublayer.branches]
             modules = [module for branch in branches for module in (*branch.reads, *branch.writes)]
             specs = {module.weight: source.specs.get(module.weight) for module in modules if not module.stacked}
-            shapes = {name: spec.shape for name, spec in specs.items() if spec and spec.code in FLOATS}
+            shapes = {name: spec.shape for name, spec in specs.items() if spec and spec.dtype_name in FLOATS}
             shapes = {name: shape[::-1] if name in transposed else shape for name, shape in shapes.items()}
             sizes[number] = {
                 name: (shape[0], shape[1]) for name, shape in shapes.items() if name in layers and min(shape) > 1
@@ -127,8 +127,8 @@ def choose_ranks(
 def _spectra(layers: Layers, tokens: Tensor, work: Work, seed: int, progress: Progress) -> dict[str, Tensor]:
     """For each layer, the weighted energy of each direction of its outputs; see `spectrum`."""
     sizes = layers.all_sizes
-    sums, statistics = measured_group(layers.running, work.store, seed, (0, tokens), progress)
-    information = informations(sums, [region for inputs in statistics for region in inputs.regions])
+    sums, statistics = measure_group(layers.running, work.store, seed, (0, tokens), progress)
+    information = fisher_information(sums, [region for inputs in statistics for region in inputs.regions])
     spectra: dict[str, Tensor] = {}
     for inputs in statistics:
         regions = {region.name: region for region in inputs.regions if region.name in sizes and region in information}
@@ -182,18 +182,20 @@ def reduce_layers(layers: Layers, ranks: Mapping[str, int], tokens: Tensor, work
 
     The factors are the result (`down`, `up`) of stage `factors-NAME` of `work`.
     """
-    engine, recent = layers.running.engine, Recent()
+    engine, recent = layers.running.engine, RecentInputs()
     reducer = partial(_low_rank, layers, ranks, work, recent)
 
     def finish_block(number: int) -> None:
         recent.clear()
         progress("reducing", "block", number + 1, len(engine.runs))
 
-    with Products(engine.parameter_at, reducer):
+    with Products(engine.find_parameter, reducer):
         engine.hidden(tokens, finish_block)
 
 
-def _low_rank(layers: Layers, ranks: Mapping[str, int], work: Work, recent: Recent, product: Product) -> Tensor | None:
+def _low_rank(
+    layers: Layers, ranks: Mapping[str, int], work: Work, recent: RecentInputs, product: Product
+) -> Tensor | None:
     """The result of a product with the low-rank layer; None if the layer stays as it is."""
     name, x = product.region.name, product.inputs
     if name not in ranks:

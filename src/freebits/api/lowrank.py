@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from freebits.api.low_rank_statistics import PAPER_SETTINGS, Layers, choose_ranks, reduce_layers
 from freebits.calibration.self_generated import self_generated_windows
 from freebits.calibration.streamed import window_logits
-from freebits.calibration.tokens import drawn_windows, token_windows
+from freebits.calibration.tokens import split_windows, token_windows
 from freebits.errors import CheckpointError, UsageError
 from freebits.evaluation.card import write_card
 from freebits.evaluation.inspection import inspect, known_sizes
@@ -26,9 +26,9 @@ from freebits.options import ALLOCATIONS, LOSSY, PAPER, SLOPE
 from freebits.packed.manifest import is_packed
 from freebits.packed.packing import HISTORY, history_of
 from freebits.packed.unpacking import LOW_RANK_IN, SLICED_IN
-from freebits.storage.auxiliary_files import auto_map, carry_over, write_remote_code
+from freebits.storage.auxiliary_files import auto_map, copy_auxiliary_files, write_remote_code
 from freebits.storage.folder import CONFIG, Checkpoint, write_json
-from freebits.storage.hub import located
+from freebits.storage.hub import local_folder
 from freebits.storage.signature import check_key, sign
 from freebits.storage.staging import new_directory
 from freebits.storage.task import Task, text_digest
@@ -100,7 +100,7 @@ def lowrank(
     if allocate == PAPER and budget not in PAPER_SETTINGS:
         budgets = ", ".join(map(str, PAPER_SETTINGS))
         raise UsageError(f"`allocate` is {PAPER!r}, but `budget` is {budget}: give a budget of {budgets}")
-    model = located(model)
+    model = local_folder(model)
     if is_packed(model):
         raise CheckpointError(f"{model} is packed: unpack it first")
     checkpoint = Checkpoint(model)
@@ -118,7 +118,7 @@ def lowrank(
             windows = work.once("text", generate)
         else:
             windows = token_windows(checkpoint.path, calibration, seq_len)
-        tokens, held_out = drawn_windows(windows, samples, HELD_OUT, seed)
+        tokens, held_out = split_windows(windows, samples, HELD_OUT, seed)
         ranks = choose_ranks(layers, tokens, work, (budget, target_size, allocate), seed, progress)
         reduce_layers(layers, ranks, tokens, work, progress)
         ranks = _write(directory, checkpoint, layers, ranks, work)
@@ -181,7 +181,7 @@ def _write_config(
         HISTORY: {"history": [*history_of(config), transform]},
     }
     write_json(directory / CONFIG, config | changes)
-    carry_over(checkpoint.path, directory, (file.name for file in checkpoint.weight_files))
+    copy_auxiliary_files(checkpoint.path, directory, (file.name for file in checkpoint.weight_files))
     write_remote_code(directory, SLICED_IN if sliced else LOW_RANK_IN, classes)
 
 

@@ -25,7 +25,7 @@ from freebits.packed.reader import PackedFolder
 from freebits.packed.unpacking import unpack_into
 from freebits.storage.folder import Checkpoint, is_adapter
 from freebits.storage.gguf import gguf_folder, is_gguf
-from freebits.storage.hub import located
+from freebits.storage.hub import local_folder
 from freebits.storage.signature import check_key, sign
 from freebits.storage.staging import new_directory
 from freebits.storage.task import Task
@@ -76,7 +76,7 @@ def pack(
     """
     check_key(sign_with)
     preset, entropy_code = chosen(codec, threshold, device_of(device, float64=True)), stage(entropy)
-    model = located(model)
+    model = local_folder(model)
     if is_gguf(model) or is_pipeline(model):
         return _pack_exact(model, out, entropy=entropy, parallel=parallel, progress=progress, sign_with=sign_with)
     if is_packed(model):
@@ -155,7 +155,7 @@ def unpack(
     Raises:
         CheckpointError: the folder is not packed or is damaged, or `out` exists.
     """
-    path = located(packed)
+    path = local_folder(packed)
     if is_pipeline(path):
         return for_each(path, out, partial(unpack, parallel=parallel, progress=progress))
     source = PackedFolder(path)

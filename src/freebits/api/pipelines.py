@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from freebits.packed.manifest import is_packed
-from freebits.storage.auxiliary_files import carry_over
+from freebits.storage.auxiliary_files import copy_auxiliary_files
 from freebits.storage.folder import CONFIG
 from freebits.storage.staging import new_directory
 
@@ -48,5 +48,5 @@ def for_each(
     with new_directory(out) as directory:
         results = {name: process(source / name, directory / name) for name in names}
         weights = {str(file.relative_to(source)) for name in names for file in (source / name).rglob("*")}
-        carry_over(source, directory, weights, exact=True)
+        copy_auxiliary_files(source, directory, weights, exact=True)
     return {"kind": "pipeline", "components": results}

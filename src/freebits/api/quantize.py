@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freebits.calibration.engine import HELD_WHOLE
+from freebits.calibration.engine import MAX_RESIDENT_BYTES
 from freebits.calibration.groups import RunningModel
 from freebits.calibration.self_generated import self_generated_windows
-from freebits.calibration.tokens import drawn_windows, token_windows
+from freebits.calibration.tokens import split_windows, token_windows
 from freebits.errors import UnsupportedModelError, UsageError
 from freebits.evaluation.card import write_card
 from freebits.evaluation.inspection import inspect, known_sizes
@@ -24,7 +24,7 @@ from freebits.execution.machine import device_of
 from freebits.execution.progress import Progress, silent
 from freebits.execution.work_store import Work
 from freebits.integrations.loading import load
-from freebits.integrations.packed_models import auto_for_text
+from freebits.integrations.packed_models import text_auto_class
 from freebits.options import EMBEDDINGS, HADAMARD, INTEGERS, LOSSY, PARTS, ROTATIONS, RTN
 from freebits.packed.packing import history_of, publish
 from freebits.packed.piece import stage
@@ -32,11 +32,11 @@ from freebits.packed.reader import PackedFolder
 from freebits.quantization.measuring import measure_matrices
 from freebits.quantization.rate_control import RateModel
 from freebits.quantization.rounding import FALLBACK_BITS, Goal, write_rounded
-from freebits.quantization.sensitivity_cache import Matrix, SensitivityCache, whole_tensors
-from freebits.quantization.weights_only import choosing_kept, coverage_of, names_to_keep, uncalibrated
-from freebits.quantized_inputs.source import readable
+from freebits.quantization.sensitivity_cache import Matrix, SensitivityCache, fully_covered_matrices
+from freebits.quantization.weights_only import coverage_report, names_to_keep, routers_to_keep, uncalibrated
+from freebits.quantized_inputs.source import open_as_floats
 from freebits.storage.folder import Checkpoint
-from freebits.storage.hub import located
+from freebits.storage.hub import local_folder
 from freebits.storage.signature import check_key, sign
 from freebits.storage.staging import new_directory
 from freebits.storage.task import Task, text_digest
@@ -104,7 +104,7 @@ def quantize(
         progress: called after each step.
 
     Returns:
-        The result of `inspect(out)`, and `coverage`, see `coverage_of`.
+        The result of `inspect(out)`, and `coverage`, see `coverage_report`.
 
     Raises:
         UsageError: an argument is out of range.
@@ -117,7 +117,7 @@ def quantize(
         raise UsageError(f"`rotate` is {rotate!r}: choose one of {', '.join(ROTATIONS)}")
     if only not in (None, *PARTS):
         raise UsageError(f"`only` is {only!r}: choose one of {', '.join(PARTS)}")
-    entropy_code, model = stage(entropy), located(model)
+    entropy_code, model = stage(entropy), local_folder(model)
     arguments: dict[str, Any] = {"method": method, "bits": bits, "size": target_size, "kl": target_kl}
     arguments |= {"rotate": rotate, "only": only, "keep": [*keep], "fallback_bits": fallback_bits}
     arguments |= {"samples": samples, "seq_len": seq_len, "seed": seed, "device": device, "entropy": entropy}
@@ -153,7 +153,7 @@ class Prepared:
         fallback_cache: the same of matrices that calibration does not reach; empty if it reaches none.
         facts: how the sensitivities were measured, for the history.
         sizes: the model's sizes, as `inspect` counts them.
-        coverage: see `coverage_of`.
+        coverage: see `coverage_report`.
     """
 
     source: Checkpoint | PackedFolder
@@ -224,7 +224,7 @@ def prepare(
 
     The result refers to data in the store of `work`, which must exist as long as the result is used.
     """
-    source = readable(model)
+    source = open_as_floats(model)
     torch_device = device_of(device)
     load_tokens = partial(_tokens, source.path, calibration, samples, seq_len, seed, torch_device, progress)
     rotation_seed = seed if rotate == HADAMARD else None
@@ -233,7 +233,7 @@ def prepare(
     facts: dict[str, Any] = {"rotate": rotate, "text": _NO_TEXT}
     experts: dict[str, int] = {}
     try:
-        auto_for_text(source.config)
+        text_auto_class(source.config)
         running = RunningModel(source.path, torch_device)
         tokens = work.once("text", load_tokens)
         _check_engine(running, tokens)
@@ -247,19 +247,21 @@ def prepare(
         facts |= {"text": "its own" if calibration is None else "given", "samples": len(tokens), "seq_len": seq_len}
         facts["seed"] = seed
         experts = {"experts": measured.n_experts, "undersampled": measured.n_undersampled}
-        unchanged = choosing_kept(source, measured.choosing) | unchanged
-        excluded = {*unchanged, *measured.choosing}
-        matrices = [matrix for matrix in whole_tensors(measured.matrices, source) if matrix.tensor not in excluded]
+        unchanged = routers_to_keep(source, measured.router_tensors) | unchanged
+        excluded = {*unchanged, *measured.router_tensors}
+        matrices = [
+            matrix for matrix in fully_covered_matrices(measured.matrices, source) if matrix.tensor not in excluded
+        ]
         if only is not None:
             names = (running.engine.embedding, running.engine.head)
-            embeddings = {running.named.in_file(name) for name in names if name}
+            embeddings = {running.named.checkpoint_name(name) for name in names if name}
             matrices = [matrix for matrix in matrices if (matrix.tensor in embeddings) == (only == EMBEDDINGS)]
     cache = SensitivityCache(work, source, rotation_seed)
     calibrated = {matrix.tensor for matrix in matrices}
     fallback_matrices = [] if only is not None else uncalibrated(source, calibrated, unchanged)
     cache.add([*matrices, *fallback_matrices])
     fallback = {matrix.tensor for matrix in fallback_matrices}
-    coverage = coverage_of(source, calibrated, fallback, unchanged) | experts
+    coverage = coverage_report(source, calibrated, fallback, unchanged) | experts
     if not fallback and not calibrated:
         raise UnsupportedModelError(f"{source.path} has no matrix to quantize: run freebits pack instead")
     targeted = calibrated or fallback
@@ -273,7 +275,7 @@ def _check_engine(running: RunningModel, tokens: Tensor) -> None:
     Raises:
         UnsupportedModelError: they differ by more than rounding errors.
     """
-    if 4 * sum(spec.numel for spec in readable(running.path).specs.values()) > HELD_WHOLE:
+    if 4 * sum(spec.numel for spec in open_as_floats(running.path).specs.values()) > MAX_RESIDENT_BYTES:
         return
     window = tokens[:1, :_COMPARED]
     expected = _transformers_logits(running, window)  # first, so that memory never holds both models
@@ -302,7 +304,7 @@ def _tokens(
     """The calibration windows, (samples, seq_len)."""
     if text is None:
         return self_generated_windows(path, samples, seq_len, seed, device, progress)
-    windows = drawn_windows(token_windows(path, text, seq_len), samples, 0, seed)[0]
+    windows = split_windows(token_windows(path, text, seq_len), samples, 0, seed)[0]
     if len(windows) < samples:
         _log.warning(
             "freebits: the text has %d windows of %d tokens instead of %d: calibration is less accurate with less text",

@@ -8,24 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from freebits.calibration.self_generated import write_windows
-from freebits.calibration.tokens import drawn_windows, token_windows
+from freebits.calibration.self_generated import generate_windows
+from freebits.calibration.tokens import split_windows, token_windows
 from freebits.errors import CheckpointError, UnsupportedModelError, UsageError
 from freebits.evaluation.card import write_card
 from freebits.evaluation.inspection import inspect, known_sizes
 from freebits.execution.machine import device_of
 from freebits.execution.progress import Progress, silent
 from freebits.integrations.loading import load
-from freebits.integrations.naming import InMemory, known_config
-from freebits.integrations.trainable_adapters import Adapted, Rescaled, Trainable
+from freebits.integrations.naming import TransformersView, config_object
+from freebits.integrations.trainable_adapters import LoraAdapters, ScaleAdapters, Trainable
 from freebits.models.registration import OwnModel
 from freebits.options import INTEGERS, LOSSY, PYRAMID
 from freebits.packed.packing import HISTORY, history_of, publish
-from freebits.packed.reader import PackedFolder, opened
-from freebits.packed.retouching import retouch
-from freebits.storage.auxiliary_files import carry_over, write_config, write_remote_code
+from freebits.packed.reader import PackedFolder, open_folder
+from freebits.packed.retouching import copy_with_changes
+from freebits.storage.auxiliary_files import copy_auxiliary_files, write_config, write_remote_code
 from freebits.storage.folder import CONFIG, Checkpoint
-from freebits.storage.hub import located
+from freebits.storage.hub import local_folder
 from freebits.storage.signature import check_key, sign
 from freebits.storage.staging import new_directory
 from freebits.storage.writer import CheckpointWriter, shard_bytes
@@ -90,8 +90,8 @@ def recover(
     if rank < 1:
         raise UsageError(f"`rank` is {rank}: give at least 1")
     check_key(sign_with)
-    torch_device, folder, against = device_of(device), located(folder), located(against)
-    source = opened(folder)
+    torch_device, folder, against = device_of(device), local_folder(folder), local_folder(against)
+    source = open_folder(folder)
     if isinstance(source, PackedFolder) and not any(recipe.code in _QUANTIZED for recipe in source.manifest.recipes):
         raise CheckpointError(f"{folder} is packed but not quantized: unpack it, recover the result, and pack it again")
     with new_directory(out) as directory:
@@ -102,7 +102,7 @@ def recover(
             windows = _generated(teacher, samples + HELD_OUT, seq_len, seed, progress)
         else:
             windows = token_windows(against, calibration, seq_len)
-        tokens, held_out = drawn_windows(windows, samples, HELD_OUT, seed)
+        tokens, held_out = split_windows(windows, samples, HELD_OUT, seed)
         if not len(held_out):
             raise UsageError(f"the text has only one window of {seq_len} tokens: give more text or a smaller `seq_len`")
         before = _mean_divergence(teacher, student.model, held_out)
@@ -139,16 +139,16 @@ def _trainable(source: Checkpoint | PackedFolder, model: Any, rank: int, seed: i
     Raises:
         UnsupportedModelError: nothing in the model can be trained.
     """
-    named = InMemory(source, known_config(source, source.path))
+    named = TransformersView(source, config_object(source, source.path))
     names = {}
     for name, parameter in model.named_parameters():
-        name_in_file = named.in_file(name)
+        name_in_file = named.checkpoint_name(name)
         if name_in_file is not None and source.specs[name_in_file].shape == tuple(parameter.shape):
             names[name] = name_in_file
     if isinstance(source, PackedFolder):
-        trainable: Trainable = Rescaled(model, names, source)
+        trainable: Trainable = ScaleAdapters(model, names, source)
     else:
-        trainable = Adapted(model, names, rank, seed)
+        trainable = LoraAdapters(model, names, rank, seed)
     if not trainable.trained:
         raise UnsupportedModelError(f"{source.path} has no linear layer or norm that freebits can train")
     return trainable
@@ -157,7 +157,7 @@ def _trainable(source: Checkpoint | PackedFolder, model: Any, rank: int, seed: i
 def _generated(teacher: Any, samples: int, seq_len: int, seed: int, progress: Progress) -> Tensor:
     """Windows that a model generates, in batches, as memory holds the keys and values of a batch."""
     sizes = [min(_BATCH, samples - start) for start in range(0, max(1, samples), _BATCH)]
-    return torch.cat([write_windows(teacher, n, seq_len, seed + batch, progress) for batch, n in enumerate(sizes)])
+    return torch.cat([generate_windows(teacher, n, seq_len, seed + batch, progress) for batch, n in enumerate(sizes)])
 
 
 def train(student: Trainable, teacher: Any, windows: Tensor, progress: Progress = silent) -> None:
@@ -213,7 +213,9 @@ def _write(directory: Path, source: Checkpoint | PackedFolder, student: Trainabl
     tensors = student.tensors
     if isinstance(source, PackedFolder):
         manifest = source.manifest
-        contents = retouch(directory, source, student.steps() if isinstance(student, Rescaled) else {}, tensors)
+        contents = copy_with_changes(
+            directory, source, student.steps() if isinstance(student, ScaleAdapters) else {}, tensors
+        )
         history = [*manifest.history, transform]
         publish(directory, source, contents, source.config, (manifest.codec, manifest.entropy), history)
         return
@@ -221,7 +223,7 @@ def _write(directory: Path, source: Checkpoint | PackedFolder, student: Trainabl
     with CheckpointWriter(directory, shapes, shard_bytes(source)) as writer:
         for name, spec in source.specs.items():
             writer.write(name, tensors[name].detach().to("cpu", spec.dtype) if name in tensors else source[name])
-    carry_over(source.path, directory, (file.name for file in source.weight_files))
+    copy_auxiliary_files(source.path, directory, (file.name for file in source.weight_files))
     write_config(directory / CONFIG, source.config | {HISTORY: {"history": [*history_of(source.config), transform]}})
     model = student.model
     if isinstance(model, OwnModel):

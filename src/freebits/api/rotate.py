@@ -14,16 +14,16 @@ from freebits.evaluation.card import write_card
 from freebits.evaluation.inspection import inspect
 from freebits.evaluation.sizes import dense_bytes
 from freebits.execution.progress import Progress, silent
-from freebits.integrations.naming import InMemory, known_config
+from freebits.integrations.naming import TransformersView, config_object
 from freebits.models.families import dense_family
 from freebits.models.layout import Layout
-from freebits.models.pairs import pairs_of
+from freebits.models.pairs import find_pairs
 from freebits.models.table import Architecture, Part
 from freebits.options import FUNCTION_PRESERVING
 from freebits.packed.packing import HISTORY, history_of
-from freebits.storage.auxiliary_files import carry_over, write_config
+from freebits.storage.auxiliary_files import copy_auxiliary_files, write_config
 from freebits.storage.folder import CONFIG, Checkpoint, Source
-from freebits.storage.hub import located
+from freebits.storage.hub import local_folder
 from freebits.storage.staging import new_directory
 from freebits.storage.writer import CheckpointWriter, shard_bytes
 from freebits.transforms.folding import fold_embeddings, fold_head, fold_sublayers
@@ -57,12 +57,12 @@ def rotate_model(
     """
     if not 0 <= seed < 2**63:
         raise UsageError(f"`seed` is {seed}: give an integer from 0 to 2^63 - 1")
-    checkpoint = Checkpoint(located(model))
+    checkpoint = Checkpoint(local_folder(model))
     if dense_family(checkpoint.config).centred:
         raise UnsupportedModelError(
             f"{checkpoint.path}: its norms subtract a mean, which rotations do not preserve: slice the model instead"
         )
-    dense = InMemory(checkpoint, known_config(checkpoint, model))
+    dense = TransformersView(checkpoint, config_object(checkpoint, model))
     architecture = Architecture.of(dense.config, len(dense.specs))
     baselines = dense_bytes(checkpoint, architecture)
     untied = architecture.with_tie(False)
@@ -71,7 +71,7 @@ def rotate_model(
     Layout().check(shapes, architecture)
     shapes |= {untied.head.weight: shapes[untied.embedding.weight]}
     with new_directory(out) as directory:
-        carry_over(checkpoint.path, directory, (file.name for file in checkpoint.weight_files))
+        copy_auxiliary_files(checkpoint.path, directory, (file.name for file in checkpoint.weight_files))
         with CheckpointWriter(directory, shapes, shard_bytes(checkpoint)) as writer:
             for done, part in enumerate(untied.parts, start=1):
                 for name, tensor in _rotated_part(dense, untied, part, seed).items():
@@ -120,7 +120,7 @@ def _rotate_heads(folded: Mapping[str, Tensor], architecture: Architecture, part
     rotated = dict(folded)
     shapes = {name: tuple(tensor.shape) for name, tensor in folded.items()}
     written = {write.weight for sub in part.sublayers for branch in sub.branches for write in branch.writes}
-    for pair in pairs_of(architecture, part, shapes, dense=False):
+    for pair in find_pairs(architecture, part, shapes, dense=False):
         if written.issuperset(span.name for span in pair.reads):  # not queries and keys
             Q = hadamard(torch.eye(pair.size, dtype=torch.float64), seed)
             rotated |= act(rotated, pair, Q.expand(pair.n_spaces, -1, -1))

@@ -14,7 +14,7 @@ from torch import Tensor
 from freebits.api.estimate import dense_shapes
 from freebits.calibration.self_generated import self_generated_windows
 from freebits.calibration.sliced_runner import FoldedRunner
-from freebits.calibration.tokens import drawn_windows, token_windows
+from freebits.calibration.tokens import split_windows, token_windows
 from freebits.errors import CheckpointError, UsageError
 from freebits.evaluation.card import write_card
 from freebits.evaluation.inspection import inspect
@@ -23,7 +23,7 @@ from freebits.execution.executor import Parallel
 from freebits.execution.machine import device_of
 from freebits.execution.progress import Progress, silent
 from freebits.execution.work_store import Work
-from freebits.integrations.naming import InMemory, known_config
+from freebits.integrations.naming import TransformersView, config_object
 from freebits.models.families import dense_family
 from freebits.models.layout import WIDTHS, Layout
 from freebits.models.table import Architecture, Part
@@ -31,14 +31,14 @@ from freebits.options import DTYPES, LOSSY
 from freebits.packed.manifest import is_packed
 from freebits.packed.packing import HISTORY, history_of
 from freebits.packed.unpacking import SLICED_IN
-from freebits.storage.auxiliary_files import auto_map, carry_over, write_remote_code
+from freebits.storage.auxiliary_files import auto_map, copy_auxiliary_files, write_remote_code
 from freebits.storage.folder import CONFIG, Checkpoint, Source, write_json
-from freebits.storage.hub import located
+from freebits.storage.hub import local_folder
 from freebits.storage.staging import new_directory
 from freebits.storage.task import Task, text_digest
 from freebits.storage.writer import CheckpointWriter, shard_bytes
 from freebits.transforms.slicing import Slice, sliced_size
-from freebits.transforms.transform import Turn, transform_parts
+from freebits.transforms.transform import PartChange, transform_parts
 from freebits.types import FLOATS
 from freebits.version import __version__
 
@@ -96,13 +96,13 @@ def slice_model(
         CheckpointError: `model` is not a sound checkpoint, or `out` exists.
         UnsupportedModelError: the residual stream of this model cannot be rotated; the message says why.
     """
-    model = located(model)
+    model = local_folder(model)
     if is_packed(model):
         raise CheckpointError(f"{model} is packed: slice the dense model it was made from")
     checkpoint = Checkpoint(model)
     dense_family(checkpoint.config)
-    config = known_config(checkpoint, model)
-    dense = InMemory(checkpoint, config)
+    config = config_object(checkpoint, model)
+    dense = TransformersView(checkpoint, config)
     architecture = _checked_architecture(dense, checkpoint.path)
     baselines = dense_bytes(checkpoint, architecture)
     architecture = architecture.with_tie(architecture.tied and not untie)
@@ -128,12 +128,12 @@ def slice_model(
             windows = work.once("text", generate)
         else:
             windows = token_windows(checkpoint.path, calibration, seq_len)
-        tokens, held_out = drawn_windows(windows, samples, HELD_OUT, seed)
+        tokens, held_out = split_windows(windows, samples, HELD_OUT, seed)
         runner = FoldedRunner(dense, config, architecture, torch_device)
         orientation = seed if random_orientation else None
         slicing = Slice(dense, architecture, runner, work, tokens, held_out, size, orientation, progress)
         measured = _write_parts(directory, checkpoint, slicing, dtypes, progress)
-        carry_over(checkpoint.path, directory, (file.name for file in checkpoint.weight_files))
+        copy_auxiliary_files(checkpoint.path, directory, (file.name for file in checkpoint.weight_files))
         write_remote_code(directory, SLICED_IN, architecture.family.sliced_classes)
         perplexity = _checked_perplexities(measured, sparsity, force)
         transform = {
@@ -177,7 +177,7 @@ def _write_parts(
 
 
 def _finished(
-    transformed: tuple[Part, Turn, Callable[[], dict[str, Tensor]]],
+    transformed: tuple[Part, PartChange, Callable[[], dict[str, Tensor]]],
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a transformed part, and the facts measured so far."""
     _, turn, tensors_of_part = transformed
@@ -200,9 +200,9 @@ def _checked_architecture(dense: Source, path: Path) -> Architecture:
             raise CheckpointError(
                 f"tensor {name} has shape {list(shapes[name])}, which contradicts config.json: restore the checkpoint"
             )
-        if dense.specs[name].code not in FLOATS:
+        if dense.specs[name].dtype_name not in FLOATS:
             raise CheckpointError(
-                f"tensor {name} has dtype {dense.specs[name].code}: give a checkpoint with floating-point weights"
+                f"tensor {name} has dtype {dense.specs[name].dtype_name}: give a checkpoint with floating-point weights"
             )
     for name in expected.keys() - dense.specs.keys() - {head}:
         raise CheckpointError(f"tensor {name} is missing: the checkpoint is incomplete")

@@ -28,10 +28,10 @@ from freebits.calibration.products import Product, Products
 from freebits.errors import CheckpointError, FreebitsError, UnsupportedModelError, one_line
 from freebits.execution.machine import release_freed_memory
 from freebits.integrations.empty_models import empty_model
-from freebits.integrations.naming import InMemory, known_config
+from freebits.integrations.naming import TransformersView, config_object
 from freebits.storage.folder import Source
 
-HELD_WHOLE = 2**30
+MAX_RESIDENT_BYTES = 2**30
 """A model of at most this many bytes in float32 stays in memory as a whole."""
 _N_PROBE_TOKENS = 12
 OnBlockEnd = Callable[[int], None]
@@ -56,7 +56,7 @@ class Engine:
         config: the config, parsed by transformers.
         device: where to run.
         modify_model: modifies the transformers model before its weights are loaded.
-        held_whole: a model of at most this many bytes in float32 stays in memory as a whole.
+        max_resident_bytes: a model of at most this many bytes in float32 stays in memory as a whole.
         max_stream_bytes: if the inputs of all blocks together are larger, they go to disk.
 
     Raises:
@@ -71,7 +71,7 @@ class Engine:
         device: torch.device,
         modify_model: Callable[[Any], None] = lambda _: None,
         *,
-        held_whole: int = HELD_WHOLE,
+        max_resident_bytes: int = MAX_RESIDENT_BYTES,
         max_stream_bytes: int = 2**30,
     ) -> None:
         self.model = empty_model(config)
@@ -96,7 +96,7 @@ class Engine:
         blocks = dict(_blocks(self.model))
         self.blocks = tuple(blocks)
         distinct = {self._origins[name]: tensor.numel() for name, tensor in self._empty.items()}
-        self._is_resident = 4 * sum(distinct.values()) <= held_whole
+        self._is_resident = 4 * sum(distinct.values()) <= max_resident_bytes
         block_prefixes = tuple(f"{name}." for name in blocks)
         outer_layers = {} if self._is_resident else dict(_outer_layers(self.model, block_prefixes))
         for name, module in outer_layers.items():
@@ -116,7 +116,7 @@ class Engine:
         """Name in the source → shape, of all parameters with at least two dimensions."""
         return {self._origins[name]: tuple(tensor.shape) for name, tensor in self._empty.items() if tensor.ndim > 1}
 
-    def parameter_at(self, tensor: Any) -> tuple[str, Tensor] | None:
+    def find_parameter(self, tensor: Any) -> tuple[str, Tensor] | None:
         """The parameter in whose memory a tensor lies, and its name in the source; None while a block is recomputed."""
         if self._is_recomputing or not isinstance(tensor, Tensor) or tensor.device.type == "meta":
             return None
@@ -229,7 +229,7 @@ class Engine:
             return run
 
         self._n_entered = 0
-        with Products(self.parameter_at, note_use), _body_replaced(self.model, capture):
+        with Products(self.find_parameter, note_use), _body_replaced(self.model, capture):
             logits = self._called(window)
         if not isinstance(logits, Tensor) or logits.shape[:2] != window.shape:
             raise UnsupportedModelError("the model does not return logits for each token of a text")
@@ -340,7 +340,7 @@ class Engine:
 
 def open_engine(
     source: Source, path: Path, device: torch.device, convert: Callable[[Source], Source] = lambda source: source
-) -> tuple[InMemory, Engine]:
+) -> tuple[TransformersView, Engine]:
     """Return a model's tensors under transformers' names, and an engine that runs it.
 
     The engine runs the class that the config names. If that class needs more than text, the engine runs the language
@@ -353,18 +353,18 @@ def open_engine(
         convert: returns the source with its tensors in another form.
 
     Raises:
-        CheckpointError: see `known_config` and `Engine`.
+        CheckpointError: see `config_object` and `Engine`.
         UnsupportedModelError: likewise.
     """
-    config = known_config(source, path)
+    config = config_object(source, path)
     try:
-        named = InMemory(convert(source), config)
+        named = TransformersView(convert(source), config)
         return named, Engine(named, config, device)
     except UnsupportedModelError:
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.get_text_config() is config:
             raise
     config.architectures = None
-    named = InMemory(convert(source), config)
+    named = TransformersView(convert(source), config)
     return named, Engine(named, config, device)
 
 

@@ -14,8 +14,8 @@ from freebits.calibration.sensitivities import InputStatistics, Sums, measure
 from freebits.execution.progress import Progress, silent
 from freebits.execution.stored_values import storable
 from freebits.execution.work_store import WorkStore
-from freebits.integrations.naming import InMemory
-from freebits.quantized_inputs.source import readable
+from freebits.integrations.naming import TransformersView
+from freebits.quantized_inputs.source import open_as_floats
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class RunningModel:
     device: torch.device
 
     @property
-    def named(self) -> InMemory:
+    def named(self) -> TransformersView:
         """Its tensors under transformers' names."""
         return self._opened[0]
 
@@ -41,8 +41,8 @@ class RunningModel:
         return self._opened[1]
 
     @cached_property
-    def _opened(self) -> tuple[InMemory, Engine]:
-        return open_engine(readable(self.path), self.path, self.device)
+    def _opened(self) -> tuple[TransformersView, Engine]:
+        return open_engine(open_as_floats(self.path), self.path, self.device)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RunningModel, (self.path, self.device)
@@ -66,7 +66,7 @@ class StoredStatistics:
     n: int
 
 
-def groups_of(tokens: Tensor, engine: Engine, max_bytes: int) -> list[tuple[int, Tensor]]:
+def split_into_groups(tokens: Tensor, engine: Engine, max_bytes: int) -> list[tuple[int, Tensor]]:
     """Split windows into as few groups of equal size as possible.
 
     The number of groups depends on the model and the text alone, never on the machine.
@@ -89,7 +89,7 @@ def groups_of(tokens: Tensor, engine: Engine, max_bytes: int) -> list[tuple[int,
     return [(start, tokens[start : start + size]) for start in range(0, len(tokens), size)]
 
 
-def measured_group(
+def measure_group(
     running: RunningModel, store: WorkStore, seed: int, group: tuple[int, Tensor], progress: Progress = silent
 ) -> tuple[Sums, list[StoredStatistics]]:
     """Measure one group of windows, and put the Gram matrices into the store.

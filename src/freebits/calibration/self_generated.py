@@ -15,8 +15,8 @@ from freebits.errors import CheckpointError, UnsupportedModelError, UsageError, 
 from freebits.execution.machine import physical_memory
 from freebits.execution.progress import Progress, silent
 from freebits.integrations.loading import load
-from freebits.quantized_inputs.source import readable
-from freebits.types import HALVES
+from freebits.quantized_inputs.source import open_as_floats
+from freebits.types import HALF_DTYPES
 
 _TRIALS = 7
 _MIN_SLOWDOWN = 1.3
@@ -49,15 +49,15 @@ def self_generated_windows(
     Raises:
         UsageError: the model names no token that begins a text, or an argument is out of range.
     """
-    return write_windows(
+    return generate_windows(
         load(path, dtype=_fast_dtype(path, device)).to(device).eval(), samples, seq_len, seed, progress
     )
 
 
 def _fast_dtype(path: str | os.PathLike[str], device: torch.device) -> torch.dtype | str:
     """Float32 if 16-bit floats are slower and the model in float32 takes at most a third of the machine's memory."""
-    specs = readable(path).specs.values()
-    halves = {spec.dtype for spec in specs if spec.code in HALVES}
+    specs = open_as_floats(path).specs.values()
+    halves = {spec.dtype for spec in specs if spec.dtype_name in HALF_DTYPES}
     float32_bytes = sum(4 * spec.numel for spec in specs)
     if device.type != "cpu" or not halves or 3 * float32_bytes > physical_memory():
         return "auto"
@@ -78,7 +78,7 @@ def _product_seconds(dtype: torch.dtype) -> float:
 
 
 @torch.no_grad()
-def write_windows(model: Any, samples: int, seq_len: int, seed: int, progress: Progress = silent) -> Tensor:
+def generate_windows(model: Any, samples: int, seq_len: int, seed: int, progress: Progress = silent) -> Tensor:
     """Do the same as `self_generated_windows` with a model that is in memory."""
     if samples < 1 or seq_len < 2 or not 0 <= seed < 2**63:
         raise UsageError(
@@ -99,7 +99,7 @@ def write_windows(model: Any, samples: int, seq_len: int, seed: int, progress: P
         )
     generator = torch.Generator(model.device).manual_seed(seed)
     tokens = torch.full((samples, 1), start_token, device=model.device)
-    cache: dict[str, Any] | None = {cache_name(model): None}
+    cache: dict[str, Any] | None = {cache_parameter(model): None}
     for done in range(1, seq_len):
         logits, cache = _next_logits(model, tokens, cache)
         tokens = torch.cat([tokens, sample_tokens(logits.float().softmax(-1), generator)], dim=1)
@@ -142,6 +142,6 @@ def sample_tokens(probabilities: Tensor, generator: torch.Generator) -> Tensor:
     return torch.searchsorted(sums, uniform * sums[..., -1:]).clamp_max(probabilities.shape[-1] - 1)
 
 
-def cache_name(model: Any) -> str:
+def cache_parameter(model: Any) -> str:
     """The name of the cache parameter of the model's `forward`; transformers 5.24 renamed it."""
     return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"

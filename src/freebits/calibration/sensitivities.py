@@ -22,7 +22,7 @@ from freebits.errors import UnsupportedModelError, one_line
 from freebits.execution.progress import Progress
 from freebits.execution.stored_values import storable
 
-ENOUGH_VECTORS = 64
+MIN_EXPERT_VECTORS = 64
 """An expert with fewer input vectors is undersampled. Each expert gets this many vectors of the average one added."""
 _N_RECENT = 4
 """Number of inputs that are remembered to find matrices that share their input."""
@@ -65,7 +65,7 @@ class Sums:
         head: `Σ x xᵀ` over the head's inputs; None if there is no head.
         likely: for each token of the vocabulary `Σ p (1 - p)` over its probabilities `p`, float64.
         scale: mean squared derivative of a logit with respect to the head's output, such as that of a final scale.
-        choosing: matrices whose outputs are compared, such as routers; gradients do not measure their effect.
+        router_tensors: matrices whose outputs are compared, such as routers; gradients do not measure their effect.
     """
 
     n_tokens: int
@@ -75,7 +75,7 @@ class Sums:
     head: Tensor | None
     likely: Tensor
     scale: float
-    choosing: frozenset[Region]
+    router_tensors: frozenset[Region]
 
     def __add__(self, other: "Sums") -> "Sums":
         head = None if self.head is None or other.head is None else self.head + other.head
@@ -88,7 +88,7 @@ class Sums:
             head,
             self.likely + other.likely,
             share * self.scale + (1 - share) * other.scale,
-            self.choosing | other.choosing,
+            self.router_tensors | other.router_tensors,
         )
 
 
@@ -152,7 +152,7 @@ def measure(
         observer.head,
         likely.cpu(),
         scale,
-        frozenset(observer.choosing),
+        frozenset(observer.router_tensors),
     )
 
 
@@ -201,7 +201,7 @@ class _Observer:
         self._engine = engine
         self._on_statistics = on_statistics
         self._last_runs = {f"{block}.": number for number, block in enumerate(engine.runs)}
-        self._recent = Recent()
+        self._recent = RecentInputs()
         self._grams: list[tuple[Tensor, int]] = []
         self._gram_numbers: dict[Region, list[int]] = {}
         self.n_inputs: dict[Region, int] = {}
@@ -209,9 +209,9 @@ class _Observer:
         self.lookups: dict[str, Tensor] = {}
         self.head: Tensor | None = None
         self.squares_at_head = 0.0
-        self.choosing: set[Region] = set()
+        self.router_tensors: set[Region] = set()
         self._region_of_node: dict[Any, Region] = {}
-        self.products = Products(engine.parameter_at, self._add_product, self._start_gradient, self._note_choice)
+        self.products = Products(engine.find_parameter, self._add_product, self._start_gradient, self._note_choice)
 
     def _add_product(self, product: Product) -> None:
         region, result = product.region, product.result
@@ -233,7 +233,7 @@ class _Observer:
         nodes = {compared.grad_fn} if isinstance(compared, Tensor) else set()
         regions = self._region_of_node
         for _ in range(_GRAPH_DEPTH):
-            self.choosing |= {regions[node] for node in nodes if node in regions}
+            self.router_tensors |= {regions[node] for node in nodes if node in regions}
             inner = [node for node in nodes if node is not None and node not in regions]
             nodes = {parent for node in inner for parent, _ in node.next_functions if parent is not None}
 
@@ -291,7 +291,7 @@ class _Observer:
         return max([self._engine.last_uses.get(region.name, -1), *own_runs])
 
 
-class Recent:
+class RecentInputs:
     """Remembers a value for each of the last few inputs, as several matrices may share one (queries, keys, values)."""
 
     def __init__(self) -> None:
@@ -339,12 +339,12 @@ def siblings(region: Region) -> tuple[str, int, bool]:
     return ".".join(pattern), region.stop - region.start, region.transposed
 
 
-def with_idle(
+def mix_experts(
     statistics: Sequence[InputStatistics], matrices: Mapping[str, tuple[int, ...]], key: str
 ) -> list[InputStatistics]:
     """Mix each expert's input statistics with those of the average expert (shrinkage), and add those of idle experts.
 
-    Each expert gets `ENOUGH_VECTORS` vectors of the average expert added. An expert that the text does not reach has
+    Each expert gets `MIN_EXPERT_VECTORS` vectors of the average expert added. An expert that no text reaches has
     only those.
 
     Args:
@@ -366,7 +366,7 @@ def with_idle(
         average = sum((inputs.gram * (inputs.n / n) for inputs in group[1:]), group[0].gram * (group[0].n / n))
         for inputs in group:
             if inputs.n:
-                mixed = (inputs.gram * inputs.n + average * ENOUGH_VECTORS) / (inputs.n + ENOUGH_VECTORS)
+                mixed = (inputs.gram * inputs.n + average * MIN_EXPERT_VECTORS) / (inputs.n + MIN_EXPERT_VECTORS)
                 result.append(replace(inputs, gram=mixed))
         if idle:
             result.append(InputStatistics(f"{key}-idle-{number}", tuple(sorted(idle)), 0, average))
@@ -390,10 +390,10 @@ def _idle(region: Region, reached: set[Region], matrices: Mapping[str, tuple[int
     return experts - reached
 
 
-def informations(sums: Sums, regions: Iterable[Region]) -> dict[Region, Tensor]:
+def fisher_information(sums: Sums, regions: Iterable[Region]) -> dict[Region, Tensor]:
     """Region → mean squared gradient at each output over all tokens, of regions that a gradient reached.
 
-    Each expert gets `ENOUGH_VECTORS` vectors of the average expert added, as in `with_idle`.
+    Each expert gets `MIN_EXPERT_VECTORS` vectors of the average expert added, as in `mix_experts`.
     """
     groups: dict[tuple[str, int, bool], list[Region]] = {}
     for region in regions:
@@ -405,6 +405,6 @@ def informations(sums: Sums, regions: Iterable[Region]) -> dict[Region, Tensor]:
         if not n:
             continue
         total = sum((sums.squares[region] for region in reached[1:]), sums.squares[reached[0]])
-        added = total * (ENOUGH_VECTORS / n if len(group) > 1 else 0.0)
+        added = total * (MIN_EXPERT_VECTORS / n if len(group) > 1 else 0.0)
         result |= {region: (sums.squares.get(region, 0.0) + added) / sums.n_tokens for region in group}
     return result

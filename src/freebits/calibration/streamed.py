@@ -7,7 +7,7 @@ from torch import Tensor
 
 from freebits.calibration.engine import open_engine
 from freebits.errors import UnsupportedModelError
-from freebits.quantized_inputs.source import readable
+from freebits.quantized_inputs.source import open_as_floats
 from freebits.storage.folder import Source
 from freebits.types import CPU
 
@@ -25,7 +25,7 @@ def window_logits(path: Path, windows: Tensor, convert: Callable[[Source], Sourc
     Raises:
         UnsupportedModelError: transformers cannot run the model on text alone.
     """
-    source = readable(path)
+    source = open_as_floats(path)
     if source.config.get("quantization_config"):
         raise UnsupportedModelError(f"{path} was quantized by another tool: unpack it first")
     _, engine = open_engine(source, path, CPU, *([convert] if convert else []))

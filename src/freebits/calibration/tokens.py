@@ -8,10 +8,10 @@ from torch import Tensor
 
 from freebits.errors import CheckpointError, UsageError
 from freebits.integrations.loading import load_tokenizer
-from freebits.integrations.packed_models import auto_for_text
-from freebits.packed.reader import opened
+from freebits.integrations.packed_models import text_auto_class
+from freebits.packed.reader import open_folder
 from freebits.storage.folder import is_adapter
-from freebits.storage.hub import located
+from freebits.storage.hub import local_folder
 
 _HELD_OUT_EVERY = 4
 
@@ -43,16 +43,16 @@ def token_windows(path: str | os.PathLike[str], text: str, seq_len: int, limit: 
         UsageError: `seq_len` is less than two or exceeds the model's positions, `limit` is less than one, or the text
             does not fill one window.
         CheckpointError: see `load_tokenizer`; or the tokenizer belongs to another model.
-        UnsupportedModelError: see `auto_for_text`.
+        UnsupportedModelError: see `text_auto_class`.
     """
     if seq_len < 2:
         raise UsageError(f"`seq_len` is {seq_len}: give at least 2, so that a window has a token to predict")
     if limit is not None and limit < 1:
         raise UsageError(f"`limit` is {limit}: give at least 1")
-    path = located(path)
-    config = opened(path).config
+    path = local_folder(path)
+    config = open_folder(path).config
     if not is_adapter(config):
-        auto_for_text(config)
+        text_auto_class(config)
     tokenizer = load_tokenizer(path)
     n_positions, n_ids = config.get("max_position_embeddings"), config.get("vocab_size")
     if isinstance(n_positions, int) and seq_len > n_positions:
@@ -68,7 +68,7 @@ def token_windows(path: str | os.PathLike[str], text: str, seq_len: int, limit: 
     return torch.tensor(tokens[: n_windows * seq_len]).reshape(n_windows, seq_len)[:limit]
 
 
-def drawn_windows(windows: Tensor, samples: int, held_out: int, seed: int) -> tuple[Tensor, Tensor]:
+def split_windows(windows: Tensor, samples: int, held_out: int, seed: int) -> tuple[Tensor, Tensor]:
     """Draw windows for calibration, and other windows for measuring, without replacement; see `token_windows`.
 
     If there are too few windows for both, an eighth of them is held out, and at least one if there are two or more.

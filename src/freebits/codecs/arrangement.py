@@ -29,7 +29,7 @@ class Transposed:
         [spec] = makes
         if len(spec.shape) != 2:
             raise ValueError(f"code transposed cannot make {spec}: it makes matrices")
-        return {TRANSPOSED: TensorSpec(spec.code, spec.shape[::-1])}
+        return {TRANSPOSED: TensorSpec(spec.dtype_name, spec.shape[::-1])}
 
 
 class Joined:
@@ -56,4 +56,4 @@ class Joined:
         rows = params["rows"]
         if len(spec.shape) < 2 or not rows or min(rows) < 1 or not spec.numel or spec.numel % sum(rows):
             raise ValueError(f"code joined cannot make {spec} from parts of {rows} rows")
-        return {str(index): TensorSpec(spec.code, (n, spec.numel // sum(rows))) for index, n in enumerate(rows)}
+        return {str(index): TensorSpec(spec.dtype_name, (n, spec.numel // sum(rows))) for index, n in enumerate(rows)}

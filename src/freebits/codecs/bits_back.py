@@ -24,7 +24,7 @@ from freebits.codecs.rotation_values import (
     values_from_rotation,
     with_signs,
 )
-from freebits.types import CPU, HALVES, TensorSpec
+from freebits.types import CPU, HALF_DTYPES, TensorSpec
 
 THRESHOLD = 0.01
 MESSAGE, MATRIX, SIGNS, CORRECTIONS = "message", "matrix", "signs", "corrections"
@@ -122,16 +122,16 @@ class BitsBack:
         *message_specs, output = makes
         (k, m), rank = output.shape, params["rank"]
         n_values = sum(spec.numel for spec in message_specs)
-        if {spec.code for spec in makes} != {output.code} or output.code not in HALVES:
-            raise ValueError(f"the tensors of code bits-back are not all {' or all '.join(HALVES)}")
+        if {spec.dtype_name for spec in makes} != {output.dtype_name} or output.dtype_name not in HALF_DTYPES:
+            raise ValueError(f"the tensors of code bits-back are not all {' or all '.join(HALF_DTYPES)}")
         if type(rank) is not int or not (0 < rank <= k and n_values >= n_values_taken(rank)):
             raise ValueError(f"a rotation of size {rank!r} does not fit {output} and a message of {n_values} values")
         sums = params["sums"]
         if len(sums) != _N_SUMS or not all(isinstance(value, float) and math.isfinite(value) for value in sums):
             raise ValueError(f"the sums are not {_N_SUMS} finite floats")
         parts = {
-            MESSAGE: TensorSpec(output.code, (n_values - n_values_taken(rank) + rank,)),
-            MATRIX: TensorSpec(output.code, (rank, m)),
+            MESSAGE: TensorSpec(output.dtype_name, (n_values - n_values_taken(rank) + rank,)),
+            MATRIX: TensorSpec(output.dtype_name, (rank, m)),
             SIGNS: bytes_spec(-(-rank // 8)),
             CORRECTIONS: bytes_spec(params[CORRECTIONS]),
         }

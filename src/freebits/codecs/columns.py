@@ -21,7 +21,7 @@ class Columns:
     def encode(self, tensors: Sequence[Tensor], makes: Sequence[TensorSpec]) -> Coded:  # noqa: ARG002
         """Return the parts as they are."""
         parts = {str(index): tensor for index, tensor in enumerate(tensors)}
-        return Coded(parts, {"fields": [[TensorSpec.of(tensor).code, tensor.shape[1]] for tensor in tensors]})
+        return Coded(parts, {"fields": [[TensorSpec.of(tensor).dtype_name, tensor.shape[1]] for tensor in tensors]})
 
     def decode(self, parts: Mapping[str, Tensor], makes: Sequence[TensorSpec], params: Params) -> list[Tensor]:
         """Return the tensor."""
@@ -33,7 +33,7 @@ class Columns:
     def parts(self, makes: Sequence[TensorSpec], params: Params) -> dict[str, TensorSpec]:
         """Return the spec of one part per field; the fields of a row take as many bytes as the tensor's row."""
         [spec] = makes
-        if spec.code != "U8" or len(spec.shape) != 2 or not params["fields"]:
+        if spec.dtype_name != "U8" or len(spec.shape) != 2 or not params["fields"]:
             raise ValueError(f"code columns cannot make {spec}: it needs fields and a matrix of bytes")
         n_rows, fields = spec.shape[0], params["fields"]
         parts = {str(index): TensorSpec(dtype_name, (n_rows, n)) for index, (dtype_name, n) in enumerate(fields)}

@@ -43,7 +43,7 @@ class Entropy:
             Declined: that saves less than 1 %.
         """
         [tensor], [spec] = tensors, makes
-        coded = compress(bytes_of(tensor), spec.code)
+        coded = compress(bytes_of(tensor), spec.dtype_name)
         if coded is None:
             raise Declined("entropy coding saves less than 1 %")
         return Coded({PART: as_tensor(coded)}, {"bytes": len(coded)})
@@ -51,7 +51,7 @@ class Entropy:
     def decode(self, parts: Mapping[str, Tensor], makes: Sequence[TensorSpec], params: Params) -> list[Tensor]:
         """Return the tensor."""
         [spec] = makes
-        return [spec.view(decompress(bytes_from(parts[PART], params["bytes"]), spec.code, spec.n_bytes))]
+        return [spec.view(decompress(bytes_from(parts[PART], params["bytes"]), spec.dtype_name, spec.n_bytes))]
 
     def parts(self, makes: Sequence[TensorSpec], params: Params) -> dict[str, TensorSpec]:
         """Return the spec of the coded bytes, which must be fewer than the tensor has."""

@@ -45,7 +45,7 @@ class Grid:
         """Return the specs of the packed integers, of the scales, and of the packed zero points."""
         [spec], bits, group = makes, params["bits"], params["group"]
         valid = type(bits) is type(group) is int and 1 <= bits <= 8 and group >= 1
-        if not valid or spec.code not in FLOATS or len(spec.shape) != 2:
+        if not valid or spec.dtype_name not in FLOATS or len(spec.shape) != 2:
             raise ValueError(f"code grid cannot make {spec} with {bits!r} bits in groups of {group!r}")
         groups = (spec.shape[0], -(-spec.shape[1] // group))
         integers, zeros = (bytes_spec(_n_bytes(shape, bits)) for shape in (spec.shape, groups))

@@ -121,7 +121,7 @@ class Hadamard:
     def parts(self, makes: Sequence[TensorSpec], params: Params) -> dict[str, TensorSpec]:
         """Return the spec of the rotated matrix, float32."""
         [spec], seed = makes, params["seed"]
-        if spec.code not in FLOATS or len(spec.shape) != 2 or type(seed) is not int or not 0 <= seed < 2**63:
+        if spec.dtype_name not in FLOATS or len(spec.shape) != 2 or type(seed) is not int or not 0 <= seed < 2**63:
             raise ValueError(f"code hadamard cannot make {spec} with seed {seed!r}")
         return {ROTATED: TensorSpec("F32", spec.shape)}
 

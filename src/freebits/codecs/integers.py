@@ -124,7 +124,7 @@ class Integers:
     def parts(self, makes: Sequence[TensorSpec], params: Params) -> dict[str, TensorSpec]:
         """Return the spec of the message, which has `params["bytes"]` bytes."""
         for spec in makes:
-            if spec.code not in FLOATS or len(spec.shape) != 2:
+            if spec.dtype_name not in FLOATS or len(spec.shape) != 2:
                 raise ValueError(f"code integers cannot make {spec}: it makes matrices of floats")
         return {MESSAGE: bytes_spec(params["bytes"])}
 

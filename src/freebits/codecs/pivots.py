@@ -70,7 +70,7 @@ class Pivots:
         """Return the specs of the pivots and of the other values."""
         [spec] = makes
         spaces, dim = params["spaces"], params["dim"]
-        if spec.code not in FLOATS or len(spec.shape) != 2 or type(dim) is not int or dim not in (0, 1):
+        if spec.dtype_name not in FLOATS or len(spec.shape) != 2 or type(dim) is not int or dim not in (0, 1):
             raise ValueError(f"code pivots cannot make {spec} with dim {dim!r}")
         n, m = spec.shape[dim], spec.shape[1 - dim]
         end = count = squares = 0
@@ -82,7 +82,7 @@ class Pivots:
             end, count, squares = start + size, count + size, squares + size**2
         if end > n or not count:
             raise ValueError(f"{count} pivots up to row {end} do not fit {n} rows")
-        return {PIVOTS: TensorSpec("I32", (count,)), WORDS: TensorSpec(spec.code, (n * m - squares,))}
+        return {PIVOTS: TensorSpec("I32", (count,)), WORDS: TensorSpec(spec.dtype_name, (n * m - squares,))}
 
 
 def identity_columns(space: Tensor) -> Tensor | None:

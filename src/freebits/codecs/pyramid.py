@@ -46,7 +46,7 @@ class Pyramid:
         """Return the specs of the packed points and scales, of the norms, and of the levels."""
         [spec], (size, pulses, bits) = makes, (params[key] for key in ("size", "pulses", "scale_bits"))
         valid = all(type(value) is int and 1 <= value <= 256 for value in (size, pulses, bits)) and bits <= 8
-        if not valid or spec.code not in FLOATS or len(spec.shape) != 2 or spec.shape[1] % size:
+        if not valid or spec.dtype_name not in FLOATS or len(spec.shape) != 2 or spec.shape[1] % size:
             raise ValueError(
                 f"code pyramid cannot make {spec} with {pulses!r} pulses in groups of {size!r}, scales of {bits!r} bits"
             )

@@ -30,9 +30,9 @@ class Lower:
         """Return the spec of the values on and below the diagonal."""
         [spec] = makes
         rows, columns = spec.shape
-        if spec.code not in FLOATS:
+        if spec.dtype_name not in FLOATS:
             raise ValueError(f"code lower cannot make {spec}: it makes matrices of floats")
-        return {WORDS: TensorSpec(spec.code, (n_lower_values(rows, columns),))}
+        return {WORDS: TensorSpec(spec.dtype_name, (n_lower_values(rows, columns),))}
 
 
 class Symmetric(Lower):

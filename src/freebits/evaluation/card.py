@@ -11,7 +11,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from freebits.errors import one_line
 from freebits.evaluation.inspection import inspect
 from freebits.evaluation.sizes import change
-from freebits.storage.auxiliary_files import CARD, CARD_MARK, kept_cards, stays_inside
+from freebits.storage.auxiliary_files import CARD, CARD_MARK, previous_cards, stays_inside
 from freebits.storage.folder import CONFIG, config_name
 
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "datasets")
@@ -66,7 +66,7 @@ def write_card(
         [f"# {one_line(base or source.name)}, smaller", *(line for section in sections for line in section)]
     )
     if (directory / CARD).exists():
-        (directory / CARD).rename(directory / kept_cards(directory)[-1])
+        (directory / CARD).rename(directory / previous_cards(directory)[-1])
     if existing := _existing_text(source_text):
         text += f"\n\n---\n\n{_BELOW}\n\n{existing}"
     front = ModelCardData(**data).to_yaml()

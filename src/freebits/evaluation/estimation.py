@@ -71,7 +71,7 @@ def n_values(architecture: Architecture, stored: Specs) -> int:
 
 def _n_values(spec: TensorSpec) -> int:
     """Count the 16-bit values of a tensor; bitstreams (`U8`) are divided into 16-bit units."""
-    return spec.n_bytes * 8 // VALUE_BITS if spec.code == "U8" else spec.numel
+    return spec.n_bytes * 8 // VALUE_BITS if spec.dtype_name == "U8" else spec.numel
 
 
 def n_bytes(stored: Iterable[TensorSpec]) -> int:

@@ -6,11 +6,11 @@ from typing import Any
 from freebits.errors import CheckpointError, UnsupportedModelError
 from freebits.evaluation.sizes import bytes_on_disk, dense_bytes, groups, side_bytes
 from freebits.models.table import Architecture
-from freebits.packed.manifest import sizes_before
+from freebits.packed.manifest import recorded_sizes
 from freebits.packed.packing import history_of
-from freebits.packed.reader import PackedFolder, opened
+from freebits.packed.reader import PackedFolder, open_folder
 from freebits.storage.folder import is_adapter
-from freebits.storage.hub import located
+from freebits.storage.hub import local_folder
 
 
 def known_sizes(path: str | os.PathLike[str]) -> dict[str, int]:
@@ -33,7 +33,7 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         CheckpointError: the checkpoint is damaged. Only headers are checked; `verify` also checks the tensors.
     """
-    folder = opened(located(path))
+    folder = open_folder(local_folder(path))
     sizes: dict[str, int | None] = dict.fromkeys(("dense", "dense_untied", "sliced", "packed", "corrections"))
     facts: dict[str, Any] = {"kind": "dense", "codec": None, "entropy": None, "bytes": sizes, "sites": []}
     facts["groups"] = groups(folder)
@@ -43,11 +43,11 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
         manifest, specs = folder.manifest, folder.model_specs
         facts |= {"kind": "packed", "codec": manifest.codec, "entropy": manifest.entropy}
         facts |= {"sites": manifest.notes, "history": manifest.history}
-        before = sizes_before(manifest.history)
+        before = recorded_sizes(manifest.history)
         sizes |= {key: before.get(key) for key in ("dense", "dense_untied", "sliced")}
         sizes |= {"packed": bytes_on_disk(folder), "corrections": side_bytes(folder, "corrections")}
     elif "site_sizes" in folder.config:
-        before = sizes_before(facts["history"])
+        before = recorded_sizes(facts["history"])
         sizes |= {key: before.get(key) for key in ("dense", "dense_untied")}
         sizes["sliced"] = bytes_on_disk(folder)
         facts["kind"] = "sliced"

@@ -7,7 +7,7 @@ from typing import Any
 from freebits.errors import one_line
 from freebits.evaluation import charts
 from freebits.evaluation.sizes import change
-from freebits.packed.manifest import sizes_before
+from freebits.packed.manifest import recorded_sizes
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1a1d21; --paper: #fff; --soft: #67707b; --line: #d9dde2; --card: #f4f6f8; }
@@ -83,7 +83,7 @@ def _facts(facts: Mapping[str, Any], measured: Mapping[str, Any]) -> str:
 
 
 def _sizes(facts: Mapping[str, Any]) -> Iterator[str]:
-    groups, earlier = facts["groups"], sizes_before(facts["history"])
+    groups, earlier = facts["groups"], recorded_sizes(facts["history"])
     total = sum(groups.values())
     sizes = {key: earlier[key] for key in ("dense", "sliced") if key in earlier} | {"now": total}
     first = next(iter(sizes.values()))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from freebits.calibration.self_generated import cache_name
+from freebits.calibration.self_generated import cache_parameter
 from freebits.calibration.tokens import embedded_text, token_windows
 from freebits.errors import UsageError
 from freebits.evaluation.simulation import Simulation
@@ -95,7 +95,7 @@ def _lm_eval() -> Any:
 @torch.no_grad()
 def logits(model: Any, window: Tensor, cache: Any = None) -> Tensor:
     """Return the logits for the tokens after the first, (T - 1, V); a given cache takes keys and values."""
-    options = {} if cache is None else {cache_name(model): cache}
+    options = {} if cache is None else {cache_parameter(model): cache}
     output = model(input_ids=window[None].to(model.device), use_cache=cache is not None, **options)
     result: Tensor = output.logits[0, :-1].float()
     return result

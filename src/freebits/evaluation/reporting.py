@@ -22,9 +22,9 @@ from freebits.evaluation.verification import WINDOWS, compare_models
 from freebits.execution.progress import Progress, silent
 from freebits.options import METHODS, NONE
 from freebits.packed.packing import history_of
-from freebits.packed.reader import PackedFolder, opened
+from freebits.packed.reader import PackedFolder, open_folder
 from freebits.storage.folder import Checkpoint, View
-from freebits.storage.hub import located
+from freebits.storage.hub import local_folder
 from freebits.types import FLOATS, TensorSpec
 
 ROUNDED_BITS = (8, 4)
@@ -69,10 +69,10 @@ def write_report(
     target = Path(out)
     if not target.name or target.is_dir() or not target.absolute().parent.is_dir():
         raise CheckpointError(f"{out} cannot be written: give the name of a file in an existing folder")
-    path = located(folder)
+    path = local_folder(folder)
     measured = _measured_from_headers(path)
     if against is not None:
-        model = located(against)
+        model = local_folder(against)
         windows = token_windows(model, embedded_text()[1] if text is None else text, seq_len, limit)
         text_name = "Python's documentation" if text is None else "the given text"
         measured |= _compared(path, model, windows, progress)
@@ -90,14 +90,14 @@ def write_report(
 
 def _measured_from_headers(path: Path) -> dict[str, Any]:
     """Return the bits of each matrix, the place of each tensor and the size of a folder; no model is run."""
-    source = opened(path)
+    source = open_folder(path)
     bits = {name: value for name, value in bits_by_tensor(source).items() if len(source.specs[name].shape) == 2}
     return {"bits": bits, "places": {name: _place(name) for name in source.specs}, "size": bytes_on_disk(source)}
 
 
 def _compared(path: Path, model: Path, windows: Tensor, progress: Progress) -> dict[str, Any]:
     """Compare a folder, and rounded versions of its original model, with that model."""
-    dense, source = opened(model), opened(path)
+    dense, source = open_folder(model), open_folder(path)
     against = compare_models(model, path, windows, progress)
     rounded = {}
     for bits in ROUNDED_BITS:
@@ -116,7 +116,7 @@ def _errors(dense: Checkpoint | PackedFolder, source: Checkpoint | PackedFolder)
     if not {str(transform.get("transform")) for transform in after[len(before) :]} <= {*METHODS, NONE}:
         return errors
     for name, spec in dense.specs.items():
-        if len(spec.shape) == 2 and spec == source.specs.get(name) and spec.code in FLOATS:
+        if len(spec.shape) == 2 and spec == source.specs.get(name) and spec.dtype_name in FLOATS:
             original = dense[name].double()
             errors[name] = ((source[name].double() - original).norm() / original.norm()).item()
     return errors
@@ -145,7 +145,7 @@ def _rounded_bytes(specs: Mapping[str, TensorSpec], bits: int) -> int:
     bytes_per_weight = (bits + _SCALE_BITS / _GROUP) / 8
     return round(
         sum(
-            spec.numel * bytes_per_weight if len(spec.shape) > 1 and spec.code in FLOATS else spec.n_bytes
+            spec.numel * bytes_per_weight if len(spec.shape) > 1 and spec.dtype_name in FLOATS else spec.n_bytes
             for spec in specs.values()
         )
     )

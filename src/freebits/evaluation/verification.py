@@ -19,9 +19,9 @@ from freebits.models.pairs import unproven_settings
 from freebits.models.table import Part, Role, Weight
 from freebits.options import BIT_EXACT, FUNCTION_PRESERVING, LOSSY
 from freebits.packed.packing import HISTORY, history_of
-from freebits.packed.reader import PackedFolder, opened
+from freebits.packed.reader import PackedFolder, open_folder
 from freebits.storage.folder import Checkpoint, Source, is_adapter
-from freebits.storage.hub import located
+from freebits.storage.hub import local_folder
 from freebits.storage.signature import check_signature
 from freebits.transforms.paired import free_pairs
 from freebits.transforms.slicing import perplexity
@@ -74,7 +74,7 @@ def verify(
         UsageError: the text has too few tokens, or an argument is invalid.
     """
     _check_tolerances(kl, ratio)
-    path = located(packed)
+    path = local_folder(packed)
     if key is not None:
         check_signature(path, key)
     folder = PackedFolder(path)
@@ -82,7 +82,7 @@ def verify(
     result: dict[str, Any] = {"ok": True, "failed": [], **_UNKNOWN, "perplexity": {"reference": None, "packed": None}}
     if against is None:
         return result
-    reference = opened(located(against))
+    reference = open_folder(local_folder(against))
     fidelity = _fidelity(folder, reference)
     if fidelity == BIT_EXACT:
         equal = _equal(folder, reference)

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 from freebits.integrations.packed_models import class_for_text
 
-BUILDING = threading.Lock()
+MODEL_CREATION_LOCK = threading.Lock()
 """Hold it while creating a model: PyTorch's default dtype and `register_parameter` then change for all threads."""
 
 
@@ -23,7 +23,7 @@ def empty_model(config: PreTrainedConfig) -> Any:
     model_class = class_for_text(config)
     if model_class.config_class is config.sub_configs.get("text_config"):  # the text part of a multimodal model
         config = config.get_text_config()
-    with BUILDING, _parameters_on_meta():
+    with MODEL_CREATION_LOCK, _parameters_on_meta():
         config._experts_implementation = "eager"  # runs one expert after another, so that each can be observed
         model = model_class(config).eval()
         return model._apply(

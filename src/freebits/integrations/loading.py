@@ -21,15 +21,15 @@ from freebits.integrations.packed_models import (
     auto_class,
     check_complete,
     config_of,
+    decode_floats,
     from_tensors,
     warn_about_remote_code,
-    with_floats,
 )
-from freebits.models.low_rank import with_pivots
-from freebits.packed.reader import PackedFolder, opened
-from freebits.quantized_inputs.source import readable
+from freebits.models.low_rank import use_pivots
+from freebits.packed.reader import PackedFolder, open_folder
+from freebits.quantized_inputs.source import open_as_floats
 from freebits.storage.folder import CONFIG, Checkpoint, is_adapter
-from freebits.storage.hub import located
+from freebits.storage.hub import local_folder
 from freebits.storage.remote import fill
 
 _DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
@@ -58,8 +58,8 @@ def load(
     Raises:
         CheckpointError: the folder is not a sound checkpoint, or a tensor is damaged.
     """
-    path = located(path)
-    folder = readable(path)  # reports defects in one line
+    path = local_folder(path)
+    folder = open_as_floats(path)  # reports defects in one line
     if is_adapter(folder.config):
         advice = "unpack it, then load it" if isinstance(folder, PackedFolder) else "load it"
         raise CheckpointError(f"{path} holds an adapter: {advice} with PEFT, on top of its base model")
@@ -79,7 +79,7 @@ def load(
     check_complete(model, loading_info["missing_keys"], folder.config, path)
     if keep_integers and isinstance(folder, PackedFolder):
         return with_integer_layers(model, folder)
-    return with_pivots(model) if keep_pivots else model
+    return use_pivots(model) if keep_pivots else model
 
 
 def _from_plain(folder: Checkpoint, config: Any, auto: Any, options: dict[str, Any]) -> Any:
@@ -118,12 +118,12 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     Raises:
         CheckpointError: the folder is not a sound checkpoint, or has no tokenizer that transformers can load.
     """
-    path = located(path)
-    folder = opened(path)
+    path = local_folder(path)
+    folder = open_folder(path)
     options: dict[str, Any] = {}
     if isinstance(folder, PackedFolder) and folder.config.get("model_type") in CONFIG_MAPPING:
         # for some tokenizers only the model type determines the class
-        options["config"] = CONFIG_MAPPING[folder.config["model_type"]].from_dict(with_floats(folder.config))
+        options["config"] = CONFIG_MAPPING[folder.config["model_type"]].from_dict(decode_floats(folder.config))
     with one_line_errors(path, "tokenizer"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             path, local_files_only=True, trust_remote_code=False, **options

@@ -21,12 +21,12 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from freebits.errors import CheckpointError
 from freebits.integrations.empty_models import empty_model
 from freebits.integrations.loading import one_line_errors
-from freebits.integrations.packed_models import auto_for_text, inner_config, with_floats
+from freebits.integrations.packed_models import decode_floats, inner_config, text_auto_class
 from freebits.storage.folder import CONFIG, Source
 from freebits.types import TensorSpec
 
 
-def known_config(source: Source, path: str | os.PathLike[str]) -> PreTrainedConfig:
+def config_object(source: Source, path: str | os.PathLike[str]) -> PreTrainedConfig:
     """Return transformers' config object of a checkpoint.
 
     Raises:
@@ -34,7 +34,7 @@ def known_config(source: Source, path: str | os.PathLike[str]) -> PreTrainedConf
         UnsupportedModelError: transformers does not support the model.
     """
     with one_line_errors(path, "model"):
-        config = inner_config(source.config, auto_for_text(source.config)).from_dict(with_floats(source.config))
+        config = inner_config(source.config, text_auto_class(source.config)).from_dict(decode_floats(source.config))
     depth = getattr(config.get_text_config(), "num_hidden_layers", None)
     if isinstance(depth, int) and depth > len(source.specs):
         raise CheckpointError(
@@ -75,7 +75,7 @@ class _Conversion:
     """Name of each tensor in the checkpoint → the converter's pattern for it."""
 
 
-class InMemory:
+class TransformersView:
     """A checkpoint under the names of transformers' modules. Implements `Source`.
 
     A tensor that transformers does not use keeps its name.
@@ -103,7 +103,7 @@ class InMemory:
         self._conversions: dict[str, _Conversion] = {}
         self._converted_specs: dict[str, TensorSpec] = {}
         for conversion in conversions.values():
-            dtype_name = source.specs[next(iter(conversion.patterns))].code
+            dtype_name = source.specs[next(iter(conversion.patterns))].dtype_name
             for name, shape in self._shapes(conversion).items():
                 self._conversions[name] = conversion
                 self._converted_specs[name] = TensorSpec(dtype_name, shape)
@@ -127,7 +127,7 @@ class InMemory:
         self._last = conversion, converted  # the caller usually reads the other tensors of the conversion next
         return tensor
 
-    def in_file(self, name: str) -> str | None:
+    def checkpoint_name(self, name: str) -> str | None:
         """Return the checkpoint's name of a tensor; None if the tensor is merged or split."""
         return self._renamed.get(name)
 

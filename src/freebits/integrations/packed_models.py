@@ -96,8 +96,8 @@ class PackedFactory:
         model_config, options = config_of(packed.config, cls.auto, return_unused_kwargs=True, **kwargs)
         warn_about_remote_code(packed.config, path)
         for name, spec in packed.model_specs.items():
-            if spec.code not in DTYPES:
-                raise CheckpointError(f"tensor {name} has dtype {spec.code}: unpack {path}, then load the result")
+            if spec.dtype_name not in DTYPES:
+                raise CheckpointError(f"tensor {name} has dtype {spec.dtype_name}: unpack {path}, then load the result")
         state = {name: tensor for name, tensor in packed.model_tensors() if tensor.numel()}
         with_info = options.pop("output_loading_info", False)
         options |= {"auto": cls.auto, "output_loading_info": True}
@@ -143,7 +143,7 @@ class PackedTokenizer:
         config_class: Any = PreTrainedConfig
         if model_type in CONFIG_MAPPING:  # `get` of this lazy mapping does not find its entries
             config_class = CONFIG_MAPPING[model_type]
-        kwargs["config"] = config_class.from_dict(with_floats(config))
+        kwargs["config"] = config_class.from_dict(decode_floats(config))
         return cls.auto.from_pretrained(path, *args, **kwargs)
 
 
@@ -225,15 +225,15 @@ def class_for_text(config: PreTrainedConfig) -> Any:
     Raises:
         UnsupportedModelError: the model does not predict it, or transformers has no such model.
     """
-    return _classes(auto_for_text(config.to_dict()), type(config), config.architectures)[0]
+    return _classes(text_auto_class(config.to_dict()), type(config), config.architectures)[0]
 
 
-def reads_text(config: Mapping[str, Any]) -> bool:
+def predicts_text(config: Mapping[str, Any]) -> bool:
     """Return whether transformers has the model in a config, and it predicts the next token of a text."""
     return auto_class(config) in [auto.__name__ for auto in _WITH_TEXT]
 
 
-def auto_for_text(config: Mapping[str, Any]) -> Any:
+def text_auto_class(config: Mapping[str, Any]) -> Any:
     """Return the Auto class for a config's model, which must predict the next token of a text.
 
     Raises:
@@ -263,11 +263,11 @@ def adopt_generation_settings(model: Any, folder: Path) -> None:
             model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
-def with_floats(value: Any) -> Any:
+def decode_floats(value: Any) -> Any:
     """Decode the floats in a config that JSON lacks; transformers writes `{"__float__": "Infinity"}` for them."""
     if isinstance(value, Mapping):
-        return float(value[_FLOAT]) if value.keys() == {_FLOAT} else {k: with_floats(v) for k, v in value.items()}
-    return [with_floats(item) for item in value] if isinstance(value, list) else value
+        return float(value[_FLOAT]) if value.keys() == {_FLOAT} else {k: decode_floats(v) for k, v in value.items()}
+    return [decode_floats(item) for item in value] if isinstance(value, list) else value
 
 
 def inner_config(config: Mapping[str, Any], auto: Any = AutoModelForCausalLM) -> type[PreTrainedConfig]:
@@ -292,7 +292,7 @@ def _needs_remote_code(config: Mapping[str, Any]) -> UnsupportedModelError:
 
 def config_of(config: Mapping[str, Any], auto: Any, **options: Any) -> Any:
     """Return a model's own config, from transformers' `from_dict`; without `auto_map`, as its code is never run."""
-    plain = {key: value for key, value in with_floats(config).items() if key != "auto_map"}
+    plain = {key: value for key, value in decode_floats(config).items() if key != "auto_map"}
     return inner_config(config, auto).from_dict(plain, **options)
 
 

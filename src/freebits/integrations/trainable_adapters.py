@@ -41,7 +41,7 @@ class Trainable(Protocol):
         """Merge the result of training into the tensors, and round these to the dtypes in which they are stored."""
 
 
-class Adapted:
+class LoraAdapters:
     """Adds `B A` to every linear layer but the head (LoRA by PEFT). Merging it at the end keeps the model's size.
 
     Args:
@@ -81,7 +81,7 @@ class Adapted:
         _round(self.tensors, specs)
 
 
-class Rescaled:
+class ScaleAdapters:
     """Trains the row scales of a quantized folder's linear layers, in the grid that stores them, and norms and biases.
 
     The integers stay the same. So do the scales of matrices that were rounded in a rotated basis or by another method.

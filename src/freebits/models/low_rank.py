@@ -87,7 +87,7 @@ class PivotedLinear(nn.Module):
         return linear(x[..., self.others], self.rest) + x[..., self.pivots]
 
 
-def with_pivots(model: Any) -> Any:
+def use_pivots(model: Any) -> Any:
     """Replace `down` of each low-rank layer whose matrix has identity columns, in place; return the model."""
     for layer in [module for module in model.modules() if isinstance(module, LowRankLinear)]:
         columns = identity_columns(layer.down.weight.detach()) if isinstance(layer.down, nn.Linear) else None

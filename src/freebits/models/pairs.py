@@ -67,7 +67,7 @@ class Pair:
         return [span.name for span in (*self.writes, *self.reads)]
 
 
-def pairs_of(architecture: Architecture | None, part: Part, shapes: Shapes, *, dense: bool) -> tuple[Pair, ...]:
+def find_pairs(architecture: Architecture | None, part: Part, shapes: Shapes, *, dense: bool) -> tuple[Pair, ...]:
     """Return the pairs in a part of a model, ordered so that no pair undoes the canonical form of an earlier one.
 
     Args:

@@ -141,7 +141,7 @@ def is_packed(path: str | os.PathLike[str]) -> bool:
         return False
 
 
-def sizes_before(history: object) -> dict[str, int]:
+def recorded_sizes(history: object) -> dict[str, int]:
     """The sizes in bytes that a history records from before its transforms; invalid entries are skipped."""
     entries = [entry for entry in history if isinstance(entry, Mapping)] if isinstance(history, list) else []
     tables = [entry.get("bytes") for entry in entries]

@@ -11,7 +11,7 @@ from freebits.execution.work_store import Work
 from freebits.packed.contents import STEM, Contents, announced, digests_of
 from freebits.packed.piece import Piece, encoded, staged
 from freebits.storage.auxiliary_files import stays_inside
-from freebits.storage.folder import Checkpoint, config_name, opened_weights, read_json, read_text
+from freebits.storage.folder import Checkpoint, config_name, open_weights, read_json, read_text
 from freebits.storage.gguf import GgufFile
 from freebits.storage.weights import Entry, WeightsFile
 from freebits.storage.writer import CheckpointWriter, shard_bytes
@@ -26,7 +26,7 @@ def pack_files(source: Checkpoint, directory: Path, stage: str | None, work: Wor
     folder = source.path
     paths = sorted({*folder.glob("*.safetensors"), *(file.path for file in source.weights.values())})
     files = {
-        path.name: opened_weights(path) for path in paths if path.name in source.weights or stays_inside(path, folder)
+        path.name: open_weights(path) for path in paths if path.name in source.weights or stays_inside(path, folder)
     }
     contents = Contents(auxiliary=[name for name in files if name not in source.weights])
     indices = [path for path in sorted(folder.glob("*.index.json")) if stays_inside(path, folder) and read_json(path)]

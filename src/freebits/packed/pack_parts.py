@@ -19,12 +19,12 @@ from freebits.packed.piece import Piece, staged
 from freebits.packed.presets import Preset, canonical
 from freebits.storage.folder import Checkpoint, Source, is_adapter
 from freebits.storage.writer import CheckpointWriter, shard_bytes
-from freebits.transforms.expanded import Expanded
-from freebits.transforms.paired import Placed, free_pairs
-from freebits.transforms.transform import Turn, transform_parts
+from freebits.transforms.expanded import DenseShortcutView
+from freebits.transforms.paired import DeviceView, free_pairs
+from freebits.transforms.transform import PartChange, transform_parts
 from freebits.types import FLOATS, TensorSpec
 
-_TransformedPart = tuple[Part, Turn, Callable[[], dict[str, Tensor]]]
+_TransformedPart = tuple[Part, PartChange, Callable[[], dict[str, Tensor]]]
 
 
 def pack_parts(
@@ -46,14 +46,14 @@ def pack_parts(
     if architecture is None or dense:
         preset = _dense_preset(preset, source, architecture, parts)
     else:
-        model = Expanded(source, architecture)
+        model = DenseShortcutView(source, architecture)
         parts = architecture.parts
         layout = Layout.of(model.config, architecture)
         _check_floats(model, architecture, preset)
     contents = Contents()
     ranks: dict[int, int] = {}
     encoder = _Encoder.of(preset, model, architecture, stage)
-    transform = preset.transform(Placed(model, preset.device), architecture)
+    transform = preset.transform(DeviceView(model, preset.device), architecture)
     transformed_parts = transform_parts(transform, model, parts, encoder.dtype, work, preset.device)
     names = _announced_names(preset, model, architecture, parts, layout)
     with CheckpointWriter(directory, names, shard_bytes(source), STEM) as writer:
@@ -133,7 +133,7 @@ class _Encoder:
     def __call__(self, transformed_part: _TransformedPart) -> tuple[Piece, dict[str, str]]:
         part, turn, load_tensors = transformed_part
         tensors = load_tensors()
-        specs = {name: TensorSpec(self.specs[name].code, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        specs = {name: TensorSpec(self.specs[name].dtype_name, tuple(tensor.shape)) for name, tensor in tensors.items()}
         notes = tuple(
             {"site": site, "name": _module_name(self.architecture, site, self.specs), "reason": reason}
             for site, reason in turn.reasons.items()
@@ -156,7 +156,7 @@ def _announced_names(
     shapes = {name: spec.shape for name, spec in model.specs.items()}
     if architecture is not None and layout.widths:
         shapes = preset.layout(architecture, layout).shapes(architecture, shapes)
-    dtype_name = next((spec.code for spec in model.specs.values() if spec.code in FLOATS), "F32")
+    dtype_name = next((spec.dtype_name for spec in model.specs.values() if spec.dtype_name in FLOATS), "F32")
     specs = {name: TensorSpec(dtype_name, shape) for name, shape in shapes.items()}
     planned = dict(model.specs)
     for part in parts:
@@ -166,7 +166,7 @@ def _announced_names(
 
 def _check_floats(model: Source, architecture: Architecture, preset: Preset) -> None:
     """Check that all tensors of the architecture are floats, and that the codec encodes the dtype of at least one."""
-    dtype_names = {name: model.specs[name].code for name in architecture.weights if name in model.specs}
+    dtype_names = {name: model.specs[name].dtype_name for name in architecture.weights if name in model.specs}
     for name, dtype_name in dtype_names.items():
         if dtype_name not in FLOATS:
             raise CheckpointError(

@@ -13,10 +13,10 @@ from freebits.packed.pack_files import pack_files
 from freebits.packed.pack_parts import pack_parts
 from freebits.packed.presets import Preset
 from freebits.packed.reader import MODEL, PackedFolder
-from freebits.packed.recipe import made_of
-from freebits.storage.auxiliary_files import auto_map, carry_over, write_remote_code
+from freebits.packed.recipe import check_recipes
+from freebits.storage.auxiliary_files import auto_map, copy_auxiliary_files, write_remote_code
 from freebits.storage.folder import CONFIG, Checkpoint, write_json
-from freebits.transforms.expanded import Expanded
+from freebits.transforms.expanded import DenseShortcutView
 from freebits.version import __version__
 
 HISTORY = "freebits"
@@ -59,7 +59,7 @@ def pack_into(
         contents = pack_files(source, directory, code, work, progress)
     else:
         contents, layout = pack_parts(source, directory, preset, code, work, progress)
-        model = {**Expanded.plain_config(source.config), **layout.to_config()}
+        model = {**DenseShortcutView.plain_config(source.config), **layout.to_config()}
     transform = {
         "transform": preset.name if preset else NONE,
         "fidelity": FUNCTION_PRESERVING if preset else BIT_EXACT,
@@ -89,10 +89,10 @@ def publish(
         packed_with: names of the codec and of the entropy stage.
         history: the transforms that made the model.
     """
-    made_of(contents.stored, contents.recipes)  # raises an error if no reader could follow the recipes
+    check_recipes(contents.stored, contents.recipes)  # raises an error if no reader could follow the recipes
     codec, entropy = packed_with
     handled = {*contents.originals, *(file.name for file in source.weight_files)}
-    carry_over(source.path, directory, handled, exact=bool(contents.originals))
+    copy_auxiliary_files(source.path, directory, handled, exact=bool(contents.originals))
     write_json(directory / CONFIG, _config(codec, {**model, HISTORY: {"history": history}}))
     write_remote_code(directory, CLASSES_MODULE, CLASSES)
     Manifest(

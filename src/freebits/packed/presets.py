@@ -22,9 +22,9 @@ from freebits.packed.piece import Piece, encoded, plain
 from freebits.packed.recipe import Recipe
 from freebits.transforms.canonical import Canonical
 from freebits.transforms.diagonal import Diagonal
-from freebits.transforms.paired import Pairs, Placed, free_pairs
-from freebits.transforms.transform import Transform, Turn
-from freebits.types import CPU, FLOATS, HALVES, TensorSpec
+from freebits.transforms.paired import DeviceView, Pairs, free_pairs
+from freebits.transforms.transform import PartChange, Transform
+from freebits.types import CPU, FLOATS, HALF_DTYPES, TensorSpec
 
 PIVOTS = "pivots"
 
@@ -69,7 +69,7 @@ class Preset:
     """
 
     name: str
-    transform: Callable[[Placed, Any], Transform[Any, Any]]
+    transform: Callable[[DeviceView, Any], Transform[Any, Any]]
     groups: Callable[[Part, Mapping[str, TensorSpec]], Iterator[Group]]
     pivots: Callable[[Architecture | None, Part, Mapping[str, TensorSpec]], Mapping[str, Pivots]]
     layout: Callable[[Architecture, Layout], Layout]
@@ -82,7 +82,7 @@ class Preset:
         self,
         architecture: Architecture | None,
         part: Part,
-        turn: Turn,
+        turn: PartChange,
         tensors: dict[str, Tensor],
         specs: Mapping[str, TensorSpec],
     ) -> Piece:
@@ -148,7 +148,9 @@ def bits_back(threshold: float, device: torch.device = CPU) -> Preset:
     """The preset of the paper's code. Decoded weights with an error above `threshold` are corrected."""
     codes = {BITS_BACK: BitsBack(threshold, device)}
     facts = {"threshold": threshold}
-    return Preset(BITS_BACK, Diagonal, _bits_back_groups, lambda *_: {}, _same_layout, codes, HALVES, device, facts)
+    return Preset(
+        BITS_BACK, Diagonal, _bits_back_groups, lambda *_: {}, _same_layout, codes, HALF_DTYPES, device, facts
+    )
 
 
 def chosen(codec: str, threshold: float | None = None, device: torch.device = CPU) -> Preset | None:
@@ -221,8 +223,8 @@ def _bits_back_groups(part: Part, specs: Mapping[str, TensorSpec]) -> Iterator[G
         reads = (read.weight for read in sub.reads if read.weight in specs)
         names = (sub.shortcut.weight, *reads, sub.write.weight)
         params = {"rank": min(specs[sub.write.weight].shape), "corrections": 0, "sums": [0.0] * 4}
-        dtype_names = {specs[name].code for name in names}
-        if len(dtype_names) == 1 and dtype_names <= {*HALVES}:
+        dtype_names = {specs[name].dtype_name for name in names}
+        if len(dtype_names) == 1 and dtype_names <= {*HALF_DTYPES}:
             yield Group(sub.site, sub.name, BITS_BACK, names, sub.name, params)
         else:
             yield Group(sub.site, sub.name, "", reason="its weights do not share one 16-bit dtype")

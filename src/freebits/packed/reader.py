@@ -17,8 +17,8 @@ from freebits.models.families import SLICED_PREFIX
 from freebits.models.layout import Layout
 from freebits.models.table import Architecture
 from freebits.packed.manifest import Manifest, digest, is_packed
-from freebits.packed.recipe import Recipe, made_of
-from freebits.storage.folder import ADAPTER, CONFIG, GGUF, Checkpoint, existing_folder, read_json
+from freebits.packed.recipe import Recipe, check_recipes
+from freebits.storage.folder import ADAPTER, CONFIG, GGUF, Checkpoint, checkpoint_folder, read_json
 from freebits.storage.weights import Entry, WeightsFile, parse_header
 from freebits.types import TensorSpec
 
@@ -48,7 +48,7 @@ class PackedFolder:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, verify: bool = True) -> None:
-        self.path = existing_folder(path)
+        self.path = checkpoint_folder(path)
         self.manifest = Manifest.read(self.path)
         self._verify = verify
         self.files = [WeightsFile(self.path / file) for file in self.manifest.files]
@@ -59,7 +59,7 @@ class PackedFolder:
         for name in sorted(self.stored.keys() ^ self.manifest.digests.keys()):
             raise self._damaged(f"tensor {name} is missing in the manifest or in the weights files")
         try:
-            self.specs: Mapping[str, TensorSpec] = made_of(self.stored, self.manifest.recipes)
+            self.specs: Mapping[str, TensorSpec] = check_recipes(self.stored, self.manifest.recipes)
         except ValueError as error:
             raise self._damaged(str(error)) from None
         self._recipes = {name: recipe for recipe in self.manifest.recipes for name in recipe.makes}
@@ -215,7 +215,7 @@ class PackedFolder:
         return CheckpointError(f"{self.path} is damaged: {finding}; download it again")
 
 
-def opened(path: str | os.PathLike[str]) -> Checkpoint | PackedFolder:
+def open_folder(path: str | os.PathLike[str]) -> Checkpoint | PackedFolder:
     """Open the checkpoint in a folder, packed or not.
 
     Raises:

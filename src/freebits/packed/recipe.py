@@ -62,7 +62,7 @@ class Recipe:
             raise ValueError(f"its parameters are not those of code {self.code} ({error!r})") from None
 
 
-def made_of(stored: Mapping[str, TensorSpec], recipes: Iterable[Recipe]) -> dict[str, TensorSpec]:
+def check_recipes(stored: Mapping[str, TensorSpec], recipes: Iterable[Recipe]) -> dict[str, TensorSpec]:
     """Check the recipes and return the specs of the tensors that remain at the end. Nothing is read or allocated.
 
     Args:

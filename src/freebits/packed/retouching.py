@@ -14,7 +14,7 @@ from freebits.storage.writer import CheckpointWriter
 from freebits.types import TensorSpec
 
 
-def retouch(
+def copy_with_changes(
     directory: Path, packed: PackedFolder, rows: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
 ) -> Contents:
     """Write the weights of a packed folder with changes. Unchanged stored tensors are copied byte for byte.
@@ -27,7 +27,7 @@ def retouch(
     """
     contents = Contents(notes=[*packed.manifest.notes])
     longest = {
-        name: TensorSpec("U8", (1 << 39,)) if spec.code == "U8" else spec for name, spec in packed.stored.items()
+        name: TensorSpec("U8", (1 << 39,)) if spec.dtype_name == "U8" else spec for name, spec in packed.stored.items()
     }
     names = announced(longest | {name: packed.specs[name] for name in tensors})
     shard_size = max(file.n_bytes for file in packed.files) if len(packed.files) > 1 else None

@@ -9,11 +9,17 @@ from freebits.models.families import MODEL_TYPES, SLICED_PREFIX, transformers_ty
 from freebits.models.table import Architecture
 from freebits.packed.packing import HISTORY
 from freebits.packed.reader import PackedFolder
-from freebits.storage.auxiliary_files import auto_map, carry_over, restore_card, write_config, write_remote_code
+from freebits.storage.auxiliary_files import (
+    auto_map,
+    copy_auxiliary_files,
+    restore_card,
+    write_config,
+    write_remote_code,
+)
 from freebits.storage.folder import ADAPTER, CONFIG, GGUF, is_adapter, stem_of
 from freebits.storage.weights import LENGTH
 from freebits.storage.writer import CheckpointWriter
-from freebits.transforms.expanded import Expanded
+from freebits.transforms.expanded import DenseShortcutView
 from freebits.types import bytes_of
 
 SLICED_IN = "freebits.models.sliced"
@@ -29,7 +35,9 @@ def unpack_into(directory: Path, packed: PackedFolder, parallel: Parallel, progr
     Raises:
         CheckpointError: a tensor is damaged.
     """
-    carry_over(packed.path, directory, (file.name for file in packed.weight_files), exact=packed.manifest.exact)
+    copy_auxiliary_files(
+        packed.path, directory, (file.name for file in packed.weight_files), exact=packed.manifest.exact
+    )
     restore_card(directory)
     if packed.manifest.exact:
         _write_files(directory, packed, parallel, progress)
@@ -50,7 +58,7 @@ def unpack_into(directory: Path, packed: PackedFolder, parallel: Parallel, progr
 
 def _write_sliced(directory: Path, packed: PackedFolder, parallel: Parallel, progress: Progress) -> None:
     architecture = Architecture.of(packed.config, len(packed.specs))
-    model = Expanded(packed, architecture)
+    model = DenseShortcutView(packed, architecture)
     additions = {
         "auto_map": auto_map(architecture.family.sliced_classes),
         HISTORY: {"history": packed.manifest.history},
@@ -61,7 +69,7 @@ def _write_sliced(directory: Path, packed: PackedFolder, parallel: Parallel, pro
 def _write_tensors(
     directory: Path,
     packed: PackedFolder,
-    model: Expanded | PackedFolder,
+    model: DenseShortcutView | PackedFolder,
     config: dict[str, Any],
     parallel: Parallel,
     progress: Progress,
@@ -73,7 +81,7 @@ def _write_tensors(
     with CheckpointWriter(directory, announced, shard_bytes, stem_of(config)) as writer:
         for done, tensors in enumerate(packed.decoded(packed.specs, parallel), start=1):
             for name, tensor in tensors.items():
-                if isinstance(model, Expanded):
+                if isinstance(model, DenseShortcutView):
                     writer.write(model.name(name), model.expand(name, tensor))
                 else:
                     writer.write(name, tensor)

@@ -1,6 +1,7 @@
 """Measure all matrices of a checkpoint: groups of windows run independently, and their sums are added in order."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -11,21 +12,21 @@ import torch
 from torch import Tensor
 
 from freebits.calibration.engine import Engine
-from freebits.calibration.groups import RunningModel, StoredStatistics, groups_of, measured_group
+from freebits.calibration.groups import RunningModel, StoredStatistics, measure_group, split_into_groups
 from freebits.calibration.products import Region
 from freebits.calibration.sensitivities import (
-    ENOUGH_VECTORS,
+    MIN_EXPERT_VECTORS,
     InputStatistics,
     Sums,
-    informations,
+    fisher_information,
     measure,
+    mix_experts,
     siblings,
-    with_idle,
 )
 from freebits.execution.progress import Progress
 from freebits.execution.stored_values import storable
 from freebits.execution.work_store import Work
-from freebits.integrations.naming import InMemory
+from freebits.integrations.naming import TransformersView
 from freebits.quantization.sensitivity_cache import Factor, Matrix, store_factor
 
 _TEMPER = 0.25
@@ -41,13 +42,13 @@ class Measurements:
         matrices: by the names of the checkpoint.
         n_experts: number of expert matrices.
         n_undersampled: number of expert matrices that multiplied fewer than 64 vectors.
-        choosing: names of tensors with matrices whose outputs are compared, such as routers.
+        router_tensors: names of tensors with matrices whose outputs are compared, such as routers.
     """
 
     matrices: list[Matrix]
     n_experts: int
     n_undersampled: int
-    choosing: frozenset[str]
+    router_tensors: frozenset[str]
 
 
 @storable
@@ -80,21 +81,21 @@ def measure_matrices(
         progress: called after each block, in the forward and in the backward pass.
         max_activation_bytes: bytes of a block's activations in the backward pass for one group of windows.
     """
-    groups = groups_of(tokens, running.engine, max_activation_bytes)
+    groups = split_into_groups(tokens, running.engine, max_activation_bytes)
     if len(groups) == 1:  # the sums of a block are complete as soon as the block has run
         sums, factors = work.once(
             "measured", partial(_measured_at_once, running, tokens, work, seed, rotation, progress)
         )
     else:
-        measure_group = partial(measured_group, running, work.store, seed)
+        measure_one = partial(measure_group, running, work.store, seed)
         results = []
-        for done, result in enumerate(work.map_large("group", measure_group, groups), start=1):
+        for done, result in enumerate(work.map_large("group", measure_one, groups), start=1):
             results.append(result)
             progress("calibrating", "group of windows", done, len(groups))
         sums = reduce(add, [result[0] for result in results])
         factors = _merged_factors([result[1] for result in results], running.engine, work, rotation)
     regions = [region for inputs in factors for region in inputs.regions]
-    information = informations(sums, regions)
+    information = fisher_information(sums, regions)
     matrices = [
         matrix
         for inputs in factors
@@ -102,13 +103,15 @@ def measure_matrices(
         for matrix in _as_stored(region, inputs.factor, _information_of(information, region), running.named)
     ]
     matrices += _embeddings(running, sums, work, rotation)
-    sibling_keys = [siblings(region) for region in regions]
-    experts = [region for region in regions if sibling_keys.count(siblings(region)) > 1]
-    undersampled = [region for region in experts if sums.n_inputs.get(region, 0) < ENOUGH_VECTORS]
-    choosing = {
-        rows.tensor for region in sums.choosing for rows in running.named.rows(region.name, region.start, region.stop)
+    n_siblings = Counter(map(siblings, regions))
+    experts = [region for region in regions if n_siblings[siblings(region)] > 1]
+    undersampled = [region for region in experts if sums.n_inputs.get(region, 0) < MIN_EXPERT_VECTORS]
+    router_tensors = {
+        rows.tensor
+        for region in sums.router_tensors
+        for rows in running.named.rows(region.name, region.start, region.stop)
     }
-    return Measurements(matrices, len(experts), len(undersampled), frozenset(choosing))
+    return Measurements(matrices, len(experts), len(undersampled), frozenset(router_tensors))
 
 
 def _measured_at_once(
@@ -156,7 +159,7 @@ def _factors(
     number: int, complete: list[InputStatistics], engine: Engine, work: Work, rotation: int | None
 ) -> list[_InputFactor]:
     """Return the factors of the inputs that are complete after a block; the largest runs last, on all threads."""
-    inputs = sorted(with_idle(complete, engine.matrices, str(number)), key=lambda inputs: len(inputs.gram))
+    inputs = sorted(mix_experts(complete, engine.matrices, str(number)), key=lambda inputs: len(inputs.gram))
     factors = work.map(f"factor-{number}", partial(store_factor, work.store, rotation), inputs)
     return [_InputFactor(statistics.regions, factor) for statistics, factor in zip(inputs, factors, strict=True)]
 
@@ -176,7 +179,7 @@ def _block(name: str) -> str:
     return re.sub(r"^(\D*\d*).*", r"\1", name)
 
 
-def _as_stored(region: Region, factor: Factor, information: Tensor | None, named: InMemory) -> Iterable[Matrix]:
+def _as_stored(region: Region, factor: Factor, information: Tensor | None, named: TransformersView) -> Iterable[Matrix]:
     """Yield a matrix as the checkpoint stores it: possibly as several matrices, or transposed."""
     if information is None:
         return

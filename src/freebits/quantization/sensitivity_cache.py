@@ -156,7 +156,7 @@ class SensitivityCache:
         """Return the dtype and shape of a matrix as it is stored."""
         matrix = self.matrices[name]
         tensor_spec = self._source.specs[matrix.tensor]
-        return TensorSpec(tensor_spec.code, (matrix.stop - matrix.start, matrix.width or tensor_spec.shape[-1]))
+        return TensorSpec(tensor_spec.dtype_name, (matrix.stop - matrix.start, matrix.width or tensor_spec.shape[-1]))
 
     def factor_and_scales(self, name: str) -> tuple[Tensor | None, Tensor, Tensor]:
         """Return `U` of a matrix, if it is calibrated, and the relative scales of its rows and columns."""
@@ -179,7 +179,7 @@ class SensitivityCache:
             rounded_name, spec = name, self.spec(name)
             if self.matrices[name].transposed:
                 makes = {name: spec}
-                rounded_name, spec = f"{name}.transposed", TensorSpec(spec.code, spec.shape[::-1])
+                rounded_name, spec = f"{name}.transposed", TensorSpec(spec.dtype_name, spec.shape[::-1])
                 recipes.append(Recipe(TRANSPOSED, {TRANSPOSED: rounded_name}, makes))
             if self.seed is not None:
                 makes = {rounded_name: spec}
@@ -215,7 +215,7 @@ class _LastTensorSource:
         return _LastTensorSource, (self._source,)
 
 
-def whole_tensors(matrices: Iterable[Matrix], source: Source) -> list[Matrix]:
+def fully_covered_matrices(matrices: Iterable[Matrix], source: Source) -> list[Matrix]:
     """Return the matrices of those tensors whose every row belongs to exactly one matrix."""
     by_tensor: dict[str, list[Matrix]] = {}
     for matrix in matrices:
@@ -226,7 +226,7 @@ def whole_tensors(matrices: Iterable[Matrix], source: Source) -> list[Matrix]:
         parts.sort(key=lambda matrix: (matrix.start, -matrix.stop))
         ends = [0, *(matrix.stop for matrix in parts)]
         contiguous = all(matrix.start == end for matrix, end in zip(parts, ends, strict=False))
-        if spec.code in FLOATS and len(spec.shape) > 1 and contiguous and ends[-1] == prod(spec.shape[:-1]):
+        if spec.dtype_name in FLOATS and len(spec.shape) > 1 and contiguous and ends[-1] == prod(spec.shape[:-1]):
             result += parts
     return result
 

@@ -8,7 +8,7 @@ from typing import Any
 from freebits.errors import UsageError
 from freebits.quantization.sensitivity_cache import Matrix
 from freebits.storage.folder import Source
-from freebits.types import FLOATS, HALVES, TensorSpec
+from freebits.types import FLOATS, HALF_DTYPES, TensorSpec
 
 _SMALL = 0.01
 """Routers are not rounded if they hold at most this fraction of the weights."""
@@ -32,11 +32,11 @@ def names_to_keep(source: Source, patterns: Sequence[str]) -> dict[str, str]:
     return reasons
 
 
-def choosing_kept(source: Source, choosing: Collection[str]) -> dict[str, str]:
+def routers_to_keep(source: Source, router_tensors: Collection[str]) -> dict[str, str]:
     """Return the tensors of a model's routers and the reason to keep them; nothing if the routers are not small."""
-    weights = sum(source.specs[name].numel for name in choosing)
+    weights = sum(source.specs[name].numel for name in router_tensors)
     small = weights <= _SMALL * sum(spec.numel for spec in source.specs.values())
-    return dict.fromkeys(choosing if small else (), "its outputs are compared, like those of a router")
+    return dict.fromkeys(router_tensors if small else (), "its outputs are compared, like those of a router")
 
 
 def uncalibrated(source: Source, calibrated: Collection[str], kept: Collection[str]) -> list[Matrix]:
@@ -67,7 +67,7 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return total // max(1, width), width
 
 
-def coverage_of(
+def coverage_report(
     source: Source, calibrated: Collection[str], weights_only: Collection[str], kept: Mapping[str, str]
 ) -> dict[str, Any]:
     """Report how much of a checkpoint is rounded.
@@ -111,18 +111,20 @@ def _summary(reasons: Mapping[str, str], weights: Mapping[str, int]) -> list[dic
 
 def _mostly_half_precision(source: Source) -> bool:
     """Return whether most floats of a checkpoint have 16 bits; then a tensor of 32 bits needs its precision."""
-    sizes = [(spec.code in HALVES, spec.numel) for spec in source.specs.values() if spec.code in FLOATS]
+    sizes = [
+        (spec.dtype_name in HALF_DTYPES, spec.numel) for spec in source.specs.values() if spec.dtype_name in FLOATS
+    ]
     return 2 * sum(n for is_half, n in sizes if is_half) > sum(n for _, n in sizes)
 
 
 def _reason(spec: TensorSpec, half_precision: bool) -> str | None:
     """Return why a tensor is not rounded; None if it is."""
-    if spec.code not in FLOATS:
-        return f"its dtype is {spec.code}"
+    if spec.dtype_name not in FLOATS:
+        return f"its dtype is {spec.dtype_name}"
     if len(spec.shape) < 2 or spec.numel == max(spec.shape):
         return "a vector"
-    if half_precision and spec.code not in HALVES:
-        return f"its dtype is {spec.code}, while most weights have 16 bits"
+    if half_precision and spec.dtype_name not in HALF_DTYPES:
+        return f"its dtype is {spec.dtype_name}, while most weights have 16 bits"
     if min(matrix_shape(spec.shape)) < _MIN_SIDE:
         return f"fewer than {_MIN_SIDE} rows or columns"
     return None

@@ -22,7 +22,7 @@ class StackedMXFP4:
         spec = specs[name]
         if (
             stem == name
-            or spec.code != "U8"
+            or spec.dtype_name != "U8"
             or specs.get(scale) != TensorSpec("U8", spec.shape[:-1])
             or len(spec.shape) != 4
         ):
@@ -46,7 +46,7 @@ class FP4:
         """See `Format`."""
         spec, stem = specs[name], name.removesuffix("_packed")
         scale = f"{stem}_scale"
-        if spec.code != "U8" or len(spec.shape) < 2 or scale not in specs:
+        if spec.dtype_name != "U8" or len(spec.shape) < 2 or scale not in specs:
             return None
         scale_shape = specs[scale].shape
         shape = (*spec.shape[:-1], 2 * spec.shape[-1])

@@ -21,7 +21,7 @@ class CompressedIntegers:
         """See `Format`."""
         stem = name.removesuffix("_packed")
         scale = f"{stem}_scale"
-        if stem == name or specs[name].code != "I32" or scale not in specs:
+        if stem == name or specs[name].dtype_name != "I32" or scale not in specs:
             return None
         bits, group_size = _bits_and_group_size(settings)
         rows, n_packed = specs[name].shape
@@ -75,7 +75,11 @@ class GPTQ:
     def match(self, name: str, specs: Mapping[str, TensorSpec], settings: Settings) -> StoredMatrix | None:
         """See `Format`."""
         stem = name.removesuffix("qweight")
-        if stem == name or settings.get("quant_method") not in ("gptq", "auto-round") or specs[name].code != "I32":
+        if (
+            stem == name
+            or settings.get("quant_method") not in ("gptq", "auto-round")
+            or specs[name].dtype_name != "I32"
+        ):
             return None
         bits = _checked_bits(settings.get("bits"))
         n_packed, n_outputs = specs[name].shape
@@ -105,7 +109,7 @@ class AWQ:
     def match(self, name: str, specs: Mapping[str, TensorSpec], settings: Settings) -> StoredMatrix | None:
         """See `Format`."""
         stem = name.removesuffix("qweight")
-        if stem == name or settings.get("quant_method") != "awq" or specs[name].code != "I32":
+        if stem == name or settings.get("quant_method") != "awq" or specs[name].dtype_name != "I32":
             return None
         if settings.get("bits", settings.get("w_bit")) != 4 or settings.get("version", "gemm").lower() != "gemm":
             raise UnsupportedModelError(

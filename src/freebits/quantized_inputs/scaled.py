@@ -32,10 +32,10 @@ class Scaled:
         stem = name.removesuffix("weight")
         candidates = (f"{name}_scale_inv", f"{name}_scale", f"{stem}scale" if stem != name else "")
         scale = next((candidate for candidate in candidates if candidate in specs), None)
-        if spec.code not in _DTYPE_NAMES or scale is None:
+        if spec.dtype_name not in _DTYPE_NAMES or scale is None:
             return None
         parts = {"values": name, "scale": scale} | present_parts(specs, {"zeros": f"{name}_zero_point"})
-        if spec.code == "I8" and 2 * spec.shape[-1] == _MX_BLOCK * (specs[scale].shape or (1,))[-1]:
+        if spec.dtype_name == "I8" and 2 * spec.shape[-1] == _MX_BLOCK * (specs[scale].shape or (1,))[-1]:
             return StoredMatrix(name, (*spec.shape[:-1], 2 * spec.shape[-1]), parts, _decode_mxfp4)
         block_size = settings.get("weight_block_size")
         blocks = tuple(block_size) if isinstance(block_size, list | tuple) else None

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from freebits.errors import CheckpointError, UnsupportedModelError
-from freebits.packed.reader import PackedFolder, opened
+from freebits.packed.reader import PackedFolder, open_folder
 from freebits.quantized_inputs.format import Format, Settings, StoredMatrix
 from freebits.quantized_inputs.fp4 import FP4, StackedMXFP4
 from freebits.quantized_inputs.packed_integers import AWQ, GPTQ, CompressedIntegers
 from freebits.quantized_inputs.scaled import Scaled
 from freebits.storage.folder import Checkpoint
-from freebits.types import DTYPES, HALVES, TensorSpec
+from freebits.types import DTYPES, HALF_DTYPES, TensorSpec
 
 FORMATS: tuple[Format, ...] = (StackedMXFP4(), FP4(), CompressedIntegers(), GPTQ(), AWQ(), Scaled())
 """All input formats. The first that matches a tensor decodes it."""
@@ -25,14 +25,14 @@ _IGNORED_SUFFIXES = ("input_scale", "activation_scale", "input_global_scale", "k
 _DTYPE_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
-def readable(path: str | os.PathLike[str]) -> Checkpoint | PackedFolder:
+def open_as_floats(path: str | os.PathLike[str]) -> Checkpoint | PackedFolder:
     """Open the checkpoint in a folder, packed or not. If another tool has quantized it, its weights are read as floats.
 
     Raises:
         CheckpointError: the folder holds no valid checkpoint.
         UnsupportedModelError: see `Dequantized`.
     """
-    source = opened(path)
+    source = open_folder(path)
     return Dequantized(path) if isinstance(source, Checkpoint) and is_quantized(source.config) else source
 
 
@@ -109,7 +109,7 @@ class Dequantized(Checkpoint):
         """Read a stored tensor; if PyTorch does not compute with its dtype, as bytes."""
         data = self.read(name)
         spec = self.weights[self.files[name]].entries[name].spec
-        return spec.view(data) if spec.code in DTYPES else torch.from_numpy(data).reshape(spec.shape)
+        return spec.view(data) if spec.dtype_name in DTYPES else torch.from_numpy(data).reshape(spec.shape)
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor with its name, read one at a time."""
@@ -141,4 +141,4 @@ def _float_dtype(config: Mapping[str, Any]) -> str:
     """The dtype of a config or of one of its sub-configs, by its safetensors name; `BF16` if there is none."""
     values = (subconfig.get(key) for subconfig in _with_subconfigs(config) for key in ("dtype", "torch_dtype"))
     dtype_names = (_DTYPE_NAMES.get(str(value)) for value in values)
-    return next((name for name in dtype_names if name in (*HALVES, "F32")), "BF16")
+    return next((name for name in dtype_names if name in (*HALF_DTYPES, "F32")), "BF16")

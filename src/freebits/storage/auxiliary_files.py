@@ -32,7 +32,7 @@ _MAX_LISTED = 20
 """The largest number of files that one message lists."""
 
 
-def carry_over(source: Path, target: Path, handled: Iterable[str] = (), *, exact: bool = False) -> None:
+def copy_auxiliary_files(source: Path, target: Path, handled: Iterable[str] = (), *, exact: bool = False) -> None:
     """Copy the auxiliary files of a model: all files but its weights, also those in subfolders.
 
     Pickles, hidden files and links that lead out of the folder are never copied. Links into the blobs of a Hugging Face
@@ -104,7 +104,7 @@ def _class_names(value: object) -> list[str]:
     return [name for name in (value if isinstance(value, list) else [value]) if isinstance(name, str)]
 
 
-def kept_cards(directory: Path) -> list[Path]:
+def previous_cards(directory: Path) -> list[Path]:
     """Return the names of the previous model cards in a folder, and as last item the next free name."""
     names = [Path(_PREVIOUS_CARD)]
     while (directory / names[-1]).exists():
@@ -114,7 +114,7 @@ def kept_cards(directory: Path) -> list[Path]:
 
 def restore_card(directory: Path) -> None:
     """Replace a model card that freebits wrote by the previous card, if there is one."""
-    card, names = directory / CARD, kept_cards(directory)
+    card, names = directory / CARD, previous_cards(directory)
     if not card.exists() or CARD_MARK not in card.read_text(encoding="utf-8", errors="replace"):
         return
     card.unlink()

@@ -128,9 +128,9 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = existing_folder(path)
+        self.path = checkpoint_folder(path)
         self.config = read_json(self.path / config_name(self.path))
-        self.weights = {file.name: opened_weights(file) for file in model_files(self.path, self.config)}
+        self.weights = {file.name: open_weights(file) for file in model_files(self.path, self.config)}
         """File name → weights file, for the files that transformers would load."""
         self.files = {name: file for file, weights in self.weights.items() for name in weights.entries}
         """Tensor name → file name, in the order of the files."""
@@ -178,7 +178,7 @@ class Checkpoint:
         return ((name, self[name]) for name in self.files)
 
 
-def opened_weights(path: Path) -> WeightsFile:
+def open_weights(path: Path) -> WeightsFile:
     """Open a safetensors or GGUF file and read its header."""
     if path.suffix != f".{GGUF}":
         return WeightsFile(path)
@@ -187,7 +187,7 @@ def opened_weights(path: Path) -> WeightsFile:
     return GgufFile(path)
 
 
-def existing_folder(path: str | os.PathLike[str]) -> Path:
+def checkpoint_folder(path: str | os.PathLike[str]) -> Path:
     """Check that a path is the folder of a checkpoint, and return it.
 
     Raises:

@@ -76,7 +76,7 @@ class GgufFile(WeightsFile):
                 self.fields |= {tensor.name: fields} if fields else {}
                 position = begin + spec.n_bytes
         header = {
-            name: {"dtype": spec.code, "shape": spec.shape, "data_offsets": [begin, begin + spec.n_bytes]}
+            name: {"dtype": spec.dtype_name, "shape": spec.shape, "data_offsets": [begin, begin + spec.n_bytes]}
             for name, (spec, begin) in specs.items()
         }
         self.header = json.dumps(header, separators=(",", ":"))

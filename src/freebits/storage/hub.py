@@ -16,7 +16,7 @@ _UNWANTED = [
 """Files that are not downloaded: pickles, and copies of the weights in other formats."""
 
 
-def located(
+def local_folder(
     model: str | os.PathLike[str], revision: str | None = None, *, config_only: bool = False, whole: bool = True
 ) -> Path:
     """Return the local folder of a model. Download a hub model first; create a mirror for a URL.

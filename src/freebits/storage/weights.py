@@ -190,7 +190,7 @@ class WeightsWriter:
     def write(self, name: str, spec: TensorSpec, data: Bytes) -> None:
         """Append one tensor."""
         end = self.size + spec.n_bytes
-        self.header[name] = {"dtype": spec.code, "shape": list(spec.shape), "data_offsets": [self.size, end]}
+        self.header[name] = {"dtype": spec.dtype_name, "shape": list(spec.shape), "data_offsets": [self.size, end]}
         self._file.write(data.data)
         self.size = end
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from freebits.execution.stored_values import storable
 from freebits.models.pairs import Pair
 from freebits.models.table import Architecture, Part, Sublayer
-from freebits.transforms.paired import Placed, canonicalize_pairs, free_pairs
+from freebits.transforms.paired import DeviceView, canonicalize_pairs, free_pairs
 from freebits.transforms.polar import PolarForm, carried_rotation, polar_form, trapezoid, triangular_rotation
-from freebits.transforms.transform import Dtypes, Turn, unsound_sites
+from freebits.transforms.transform import Dtypes, PartChange, unsound_sites
 
 storable(PolarForm)
 
@@ -51,7 +51,7 @@ class Chain:
 class Canonical:
     """The transform of a sliced model with dense shortcuts to canonical form."""
 
-    source: Placed
+    source: DeviceView
     architecture: Architecture
 
     def begin(self) -> Chain:
@@ -71,7 +71,7 @@ class Canonical:
 
     def step(
         self, state: Chain, part: Part, analysis: CanonicalAnalysis, following: CanonicalAnalysis | None
-    ) -> tuple[Chain, Turn]:
+    ) -> tuple[Chain, PartChange]:
         """Compute the next rotations of the chain, which are products."""
         unsound = analysis.unsound | (following.unsound if following else {})
         rotations: dict[int, Tensor] = {}
@@ -79,7 +79,7 @@ class Canonical:
         reasons: dict[int, str] = {}
         if not part.sublayers and following:  # the embeddings
             state, reasons = self._start(unsound, following)
-            return state, Turn({0: state.rotation} if state.rotated else {}, reasons=reasons)
+            return state, PartChange({0: state.rotation} if state.rotated else {}, reasons=reasons)
         sites = [sub.site for sub in part.sublayers]
         if state.rotated:
             rotations[sites[0] - 1 if sites else self.architecture.n_sites - 1] = state.rotation
@@ -96,7 +96,7 @@ class Canonical:
                 replaced |= {sub.shortcut.weight: None, sub.shortcut.factor: form.factor}
         factors = {name for name, tensor in replaced.items() if tensor is not None}
         in_pairs = {name for pair in self._pairs(part) for name in pair.names}
-        return state, Turn(rotations, partial(dict, replaced), frozenset(factors | in_pairs), reasons)
+        return state, PartChange(rotations, partial(dict, replaced), frozenset(factors | in_pairs), reasons)
 
     def finish(self, part: Part, tensors: dict[str, Tensor], dtype: Dtypes) -> None:
         """Put pairs in canonical form; rotate the columns of each factor, which is free, to make it trapezoidal."""

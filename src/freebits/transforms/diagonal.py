@@ -8,7 +8,7 @@ from freebits.codecs.rotation_values import canonical_direction
 from freebits.execution.stored_values import storable
 from freebits.models.table import Architecture, Part, Sublayer
 from freebits.storage.folder import Source
-from freebits.transforms.transform import Dtypes, Rotations, Turn, unsound_sites
+from freebits.transforms.transform import Dtypes, PartChange, Rotations, unsound_sites
 
 
 @storable
@@ -43,17 +43,17 @@ class Diagonal:
 
     def step(
         self, state: Rotations, part: Part, analysis: DiagonalAnalysis, following: DiagonalAnalysis | None
-    ) -> tuple[Rotations, Turn]:
+    ) -> tuple[Rotations, PartChange]:
         """Return the rotations of the sites of a part; the new state is the rotation of the last one."""
         unsound = analysis.unsound | (following.unsound if following else {})
         if not part.sublayers:
-            return {}, Turn(state, reasons={0: "no output matrix leads to it"} if following else {})
+            return {}, PartChange(state, reasons={0: "no output matrix leads to it"} if following else {})
         obstacles = {sub.site: "the tied head pins it" for sub in part.sublayers} | unsound
         rotations = {site: Q for site, Q in analysis.directions.items() if site not in unsound}
         last = part.sublayers[-1].site
         unrounded = frozenset(sub.write.weight for sub in part.sublayers if sub.site in rotations)
         reasons = {sub.site: obstacles[sub.site] for sub in part.sublayers if sub.site not in rotations}
-        turn = Turn({**state, **rotations}, unrounded=unrounded, reasons=reasons)
+        turn = PartChange({**state, **rotations}, unrounded=unrounded, reasons=reasons)
         return {site: Q for site, Q in rotations.items() if site == last}, turn
 
     def _fits(self, sub: Sublayer) -> bool:

@@ -15,7 +15,7 @@ from freebits.transforms.polar import shortcut_from_factor
 from freebits.types import TensorSpec
 
 
-class Expanded:
+class DenseShortcutView:
     """A view of a sliced model with dense shortcuts. Implements `Source`.
 
     Raises:
@@ -44,10 +44,10 @@ class Expanded:
     def specs(self) -> Mapping[str, TensorSpec]:
         """The tensors, including the dense shortcuts."""
         specs = {self.name(name): spec for name, spec in self._source.specs.items()}
-        default_dtype = next(spec.code for spec in specs.values())
+        default_dtype = next(spec.dtype_name for spec in specs.values())
         for name, sub in self._sublayers.items():
             after, before = (self._widths[sub.site], self._widths[sub.site - 1])
-            specs[name] = TensorSpec(specs[name].code if name in specs else default_dtype, (after, before))
+            specs[name] = TensorSpec(specs[name].dtype_name if name in specs else default_dtype, (after, before))
         return specs
 
     def __getitem__(self, name: str) -> Tensor:

@@ -41,7 +41,7 @@ def spectrum(W: Tensor, gram: Tensor, information: Tensor | None = None) -> Tens
     return values[: min(W.shape)].clamp_min(0)
 
 
-def n_weights_of(n: int, m: int, rank: int) -> int:
+def n_low_rank_weights(n: int, m: int, rank: int) -> int:
     """Return the weights of a low-rank layer in canonical form, which saves `rank²` (see `transforms.pivoting`)."""
     return rank * (n + m - rank)
 
@@ -85,7 +85,7 @@ def allocated(spectra: Mapping[str, Tensor], sizes: Mapping[str, tuple[int, int]
     names, gains, costs = [], [], []
     for name, values in spectra.items():
         n, m = sizes[name]
-        layer_costs = np.diff([n_weights_of(n, m, rank) for rank in range(len(values) + 1)])
+        layer_costs = np.diff([n_low_rank_weights(n, m, rank) for rank in range(len(values) + 1)])
         layer_gains = values.numpy() / np.maximum(layer_costs, 1)
         names += [name] * len(values)
         gains.append(np.minimum.accumulate(layer_gains))  # no direction may be chosen before a stronger one

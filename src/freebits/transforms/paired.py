@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 
 from freebits.execution.stored_values import storable
-from freebits.models.pairs import Pair, Span, pairs_of
+from freebits.models.pairs import Pair, Span, find_pairs
 from freebits.models.table import Architecture, Part
 from freebits.storage.folder import Source, View
 from freebits.transforms.pivoting import act, pivot_bases
-from freebits.transforms.transform import Dtypes, Turn
+from freebits.transforms.transform import Dtypes, PartChange
 from freebits.types import FLOATS, TensorSpec
 
 
 @dataclass(frozen=True)
-class Placed(View):
+class DeviceView(View):
     """A view of a source with its tensors on a given device."""
 
     device: torch.device
@@ -53,9 +53,9 @@ class Pairs:
         """Return an empty analysis."""
         return Empty()
 
-    def step(self, state: Empty, part: Part, analysis: Empty, following: Empty | None) -> tuple[Empty, Turn]:  # noqa: ARG002
+    def step(self, state: Empty, part: Part, analysis: Empty, following: Empty | None) -> tuple[Empty, PartChange]:  # noqa: ARG002
         """Request the tensors of the pairs in float64; nothing is rotated."""
-        return state, Turn(unrounded=frozenset(name for pair in self._pairs(part) for name in pair.names))
+        return state, PartChange(unrounded=frozenset(name for pair in self._pairs(part) for name in pair.names))
 
     def finish(self, part: Part, tensors: dict[str, Tensor], dtype: Dtypes) -> None:
         """Put the pairs in canonical form."""
@@ -79,8 +79,8 @@ def free_pairs(
         dense: whether the model is dense.
     """
     shapes = {name: specs[name].shape for name in part.weights if name in specs}
-    pairs = pairs_of(architecture, part, shapes, dense=dense)
-    floats = {name for name in shapes if specs[name].code in FLOATS}
+    pairs = find_pairs(architecture, part, shapes, dense=dense)
+    floats = {name for name in shapes if specs[name].dtype_name in FLOATS}
     triangular = set() if dense else {sub.first_read(specs).weight for sub in part.sublayers if sub.site == 1}
     return [pair for pair in pairs if floats.issuperset(pair.names) and not triangular & {*pair.names}]
 

@@ -23,7 +23,7 @@ from freebits.models.table import Architecture, Part
 from freebits.storage.folder import Source
 from freebits.transforms.folding import fold_embeddings, fold_head, fold_sublayers
 from freebits.transforms.orthogonal import random_orthogonal
-from freebits.transforms.transform import Dtypes, Turn
+from freebits.transforms.transform import Dtypes, PartChange
 
 AtSite = Callable[[int, Tensor], Tensor]
 """Receives a site and its stream, (windows, T, D), float32; returns the stream with which the model continues."""
@@ -143,7 +143,7 @@ class Slice:
         part: Part,
         analysis: None,  # noqa: ARG002
         following: None,  # noqa: ARG002
-    ) -> tuple[dict[str, float], Turn]:
+    ) -> tuple[dict[str, float], PartChange]:
         """Return the rotations of the sites of a part."""
         if part.sublayers:
             sites = [part.sublayers[0].site - 1, *(sub.site for sub in part.sublayers)]
@@ -151,7 +151,7 @@ class Slice:
             sites = [0 if part is self.architecture.parts[0] else self.architecture.n_sites - 1]
         rotations = {site: self._rotation(site) for site in sites}
         replaced = partial(_replaced, self.source, self.architecture, self.runner.device, part)
-        return state, Turn(rotations, replaced, facts=state)
+        return state, PartChange(rotations, replaced, facts=state)
 
     def finish(self, part: Part, tensors: dict[str, Tensor], dtype: Dtypes) -> None:  # noqa: ARG002
         """Check that all weights are finite.

@@ -27,7 +27,7 @@ Analysis = TypeVar("Analysis")
 
 
 @dataclass(frozen=True)
-class Turn:
+class PartChange:
     """The effect of a transform on one part.
 
     Attributes:
@@ -54,7 +54,9 @@ class Transform(Protocol[State, Analysis]):
     def look(self, part: Part) -> Analysis:
         """Analyze a part; called for several parts in parallel."""
 
-    def step(self, state: State, part: Part, analysis: Analysis, following: Analysis | None) -> tuple[State, Turn]:
+    def step(
+        self, state: State, part: Part, analysis: Analysis, following: Analysis | None
+    ) -> tuple[State, PartChange]:
         """Return the state after a part and the effect on it, from the analyses of it and of the following part."""
 
     def finish(self, part: Part, tensors: dict[str, Tensor], dtype: "Dtypes") -> None:
@@ -72,7 +74,7 @@ def transform_parts(
     dtype: Dtypes,
     work: Work,
     device: torch.device = CPU,
-) -> Iterator[tuple[Part, Turn, Callable[[], dict[str, Tensor]]]]:
+) -> Iterator[tuple[Part, PartChange, Callable[[], dict[str, Tensor]]]]:
     """Apply a transform to a model; yield each part, the effect on it, and a function that computes its tensors.
 
     The function can run on another machine; it rotates on `device` and returns CPU tensors. `work` stores the results
@@ -91,7 +93,7 @@ class _TransformedPart:
     source: Source
     dtype: Dtypes
     part: Part
-    turn: Turn
+    turn: PartChange
     device: torch.device
 
     def __call__(self) -> dict[str, Tensor]:
