@@ -50,7 +50,7 @@ def plain_logits(folder: Path) -> Tensor:
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"model_type": "gpt2"}, MIXTURE])
-@pytest.mark.parametrize("held_whole", [0, 2**30])
+@pytest.mark.parametrize("max_resident_bytes", [0, 2**30])
 def test_logits_are_the_librarys(changes: dict[str, Any], max_resident_bytes: int, save_tiny: Make) -> None:
     folder = save_tiny(**changes)
     engine = engine_of(folder, max_resident_bytes=max_resident_bytes)
@@ -109,7 +109,7 @@ def labels(logits: Tensor, number: int) -> Tensor:
     return sample_tokens(logits.detach().softmax(-1), torch.Generator().manual_seed(number))[:, 0]
 
 
-@pytest.mark.parametrize("options", [{}, {"held_whole": 0, "max_stream_bytes": 0}])
+@pytest.mark.parametrize("options", [{}, {"max_resident_bytes": 0, "max_stream_bytes": 0}])
 def test_what_is_observed_is_what_autograd_gives(options: dict[str, int], save_tiny: Make, tmp_path: Path) -> None:
     folder = save_tiny(num_key_value_heads=2)
     grams, squares = by_autograd(folder)

@@ -282,7 +282,7 @@ def test_an_exact_manifest_that_cannot_be_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("kind", ["F16[10000000000000]", "F16[-1]", "F16", "[2]", "F99[4]", "F16[x]", "F16[3]"])
+@pytest.mark.parametrize("spec", ["F16[10000000000000]", "F16[-1]", "F16", "[2]", "F99[4]", "F16[x]", "F16[3]"])
 def test_a_kind_that_makes_no_sense_is_refused(spec: str, save_tiny: Make, slice_tiny: Make, pack_tiny: Make) -> None:
     packed = pack_tiny(slice_tiny(save_tiny(hidden_size=64, intermediate_size=160)))
 
