@@ -12,26 +12,23 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from freebits.api.estimate import dense_shapes
+from freebits.api.finishing import finish
 from freebits.api.slice import write_sliced_config
 from freebits.errors import CheckpointError, one_line
-from freebits.evaluation.card import write_card
-from freebits.evaluation.inspection import inspect
 from freebits.evaluation.sizes import dense_bytes
 from freebits.integrations.loading import one_line_errors
 from freebits.models.families import dense_family
 from freebits.models.layout import Layout
 from freebits.models.table import Architecture
 from freebits.options import LOSSY
-from freebits.packed.packing import history_of
 from freebits.packed.unpacking import SLICED_IN
 from freebits.storage.auxiliary_files import copy_auxiliary_files, write_remote_code
-from freebits.storage.folder import CONFIG, Checkpoint, checkpoint_folder, read_json
+from freebits.storage.folder import CONFIG, Checkpoint, checkpoint_folder, history_of, history_step, read_json
 from freebits.storage.hub import local_folder
 from freebits.storage.staging import new_directory
 from freebits.storage.weights import WeightsFile
 from freebits.storage.writer import CheckpointWriter
 from freebits.types import DTYPE_NAMES, FLOATS
-from freebits.version import __version__
 
 _SHORTCUTS = {"attention": "attn_shortcut_Q", "parallel": "attn_shortcut_Q", "mlp": "mlp_shortcut_Q"}
 """Sublayer → name of its shortcut in TransformerCompression: `Q: (before, after)`, which multiplies row vectors."""
@@ -82,17 +79,11 @@ def import_slicegpt(
         copy_auxiliary_files(folder, directory, (file.name for file in folder.glob("model*.safetensors*")))
         write_remote_code(directory, SLICED_IN, architecture.family.sliced_classes)
         has_weights = any(folder.glob("*.safetensors"))
-        transform = {
-            "transform": "slice",
-            "fidelity": LOSSY,
-            "by": "TransformerCompression",
-            **({"bytes": dense_bytes(Checkpoint(folder), dense)} if has_weights else {}),
-            "producer": f"freebits {__version__}",
-        }
+        sizes = dense_bytes(Checkpoint(folder), dense) if has_weights else {}
+        step = history_step("slice", LOSSY, sizes, by="TransformerCompression")
         dtype = tensors[architecture.sublayers[0].shortcut.weight].dtype
-        write_sliced_config(directory, config, architecture, layout, dtype, [*history_of(content), transform])
-        write_card(directory, folder)
-        return inspect(directory)
+        write_sliced_config(directory, config, architecture, layout, dtype, [*history_of(content), step])
+        return finish(directory, folder)
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:

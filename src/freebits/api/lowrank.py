@@ -3,20 +3,17 @@
 import math
 import os
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from freebits.api.finishing import calibration_windows, finish
 from freebits.api.low_rank_statistics import PAPER_SETTINGS, Layers, choose_ranks, reduce_layers
-from freebits.calibration.self_generated import self_generated_windows
 from freebits.calibration.streamed import window_logits
-from freebits.calibration.tokens import split_windows, token_windows
 from freebits.errors import CheckpointError, UsageError
-from freebits.evaluation.card import write_card
-from freebits.evaluation.inspection import inspect, known_sizes
+from freebits.evaluation.inspection import known_sizes
 from freebits.execution.executor import Parallel
 from freebits.execution.machine import device_of
 from freebits.execution.progress import Progress, silent
@@ -24,20 +21,15 @@ from freebits.execution.work_store import Work
 from freebits.models.families import LOW_RANKS, SLICED_PREFIX, Family
 from freebits.options import ALLOCATIONS, LOSSY, PAPER, SLOPE
 from freebits.packed.manifest import is_packed
-from freebits.packed.packing import HISTORY, history_of
 from freebits.packed.unpacking import LOW_RANK_IN, SLICED_IN
 from freebits.storage.auxiliary_files import auto_map, copy_auxiliary_files, write_remote_code
-from freebits.storage.folder import CONFIG, Checkpoint, write_json
+from freebits.storage.folder import CONFIG, HISTORY, Checkpoint, history_step, write_json
 from freebits.storage.hub import local_folder
-from freebits.storage.signature import check_key, sign
+from freebits.storage.signature import check_key
 from freebits.storage.staging import new_directory
 from freebits.storage.task import Task, text_digest
-from freebits.storage.writer import CheckpointWriter, shard_bytes
+from freebits.storage.writer import CheckpointWriter
 from freebits.transforms.slicing import perplexity
-from freebits.version import __version__
-
-HELD_OUT = 4
-"""Number of windows on which perplexity is measured."""
 
 
 def lowrank(
@@ -104,43 +96,29 @@ def lowrank(
     if is_packed(model):
         raise CheckpointError(f"{model} is packed: unpack it first")
     checkpoint = Checkpoint(model)
-    layers = Layers.of(checkpoint, model, device_of(device), blocks)
+    torch_device = device_of(device)
+    layers = Layers.of(checkpoint, model, torch_device, blocks)
     arguments = {"budget": budget, "size": target_size, "blocks": blocks, "allocate": allocate, "samples": samples}
     arguments |= {"seq_len": seq_len, "seed": seed, "device": device, "text": text_digest(calibration)}
     task = Task("lowrank", checkpoint.path, arguments, resume)
     with new_directory(out, task) as directory, parallel.executor() as executor:
         work = Work(executor, task.store(directory))
-        if calibration is None:
-            n_windows, torch_device = samples + HELD_OUT, device_of(device)
-            generate = partial(
-                self_generated_windows, checkpoint.path, n_windows, seq_len, seed, torch_device, progress
-            )
-            windows = work.once("text", generate)
-        else:
-            windows = token_windows(checkpoint.path, calibration, seq_len)
-        tokens, held_out = split_windows(windows, samples, HELD_OUT, seed)
+        tokens, held_out = calibration_windows(
+            checkpoint.path, calibration, samples, seq_len, seed, torch_device, work, progress
+        )
         ranks = choose_ranks(layers, tokens, work, (budget, target_size, allocate), seed, progress)
         reduce_layers(layers, ranks, tokens, work, progress)
         ranks = _write(directory, checkpoint, layers, ranks, work)
-        transform = {
-            "transform": "lowrank",
-            "fidelity": LOSSY,
-            "budget": budget,
-            "allocate": allocate,
-            "blocks": blocks,
+        facts: dict[str, Any] = {
             "text": "its own" if calibration is None else "given",
             "samples": len(tokens),
             "seq_len": seq_len,
-            "seed": seed,
-            "bytes": known_sizes(checkpoint.path),
-            "producer": f"freebits {__version__}",
         }
-        _write_config(directory, checkpoint, layers.architecture.family, ranks, transform)
+        facts |= {"budget": budget, "allocate": allocate, "blocks": blocks, "seed": seed}
+        step = history_step("lowrank", LOSSY, known_sizes(checkpoint.path), **facts)
+        _write_config(directory, checkpoint, layers.architecture.family, ranks, step)
         perplexities = _perplexities(checkpoint.path, directory, held_out)
-        write_card(directory, checkpoint.path)
-        if sign_with is not None:
-            sign(directory, sign_with)
-        return inspect(directory) | {"perplexity": perplexities}
+        return finish(directory, checkpoint.path, sign_with) | {"perplexity": perplexities}
 
 
 def _write(
@@ -152,7 +130,7 @@ def _write(
         f"{name}.up.down": spec.shape for name, spec in specs.items()
     }
     factors = {name: work.result(f"factors-{name}") for name in ranks if work.has(f"factors-{name}")}
-    with CheckpointWriter(directory, shapes, shard_bytes(checkpoint)) as writer:
+    with CheckpointWriter(directory, shapes, checkpoint.shard_bytes) as writer:
         for name in specs:
             layer, _, parameter = name.rpartition(".")
             if f"{layer}.weight" not in factors:
@@ -168,7 +146,7 @@ def _write(
 
 
 def _write_config(
-    directory: Path, checkpoint: Checkpoint, family: Family, ranks: Mapping[str, int], transform: Mapping[str, Any]
+    directory: Path, checkpoint: Checkpoint, family: Family, ranks: Mapping[str, int], step: Mapping[str, Any]
 ) -> None:
     config = checkpoint.config
     sliced = str(config["model_type"]).startswith(SLICED_PREFIX)
@@ -178,7 +156,7 @@ def _write_config(
         "architectures": [classes["AutoModelForCausalLM"]],
         "auto_map": auto_map(classes),
         LOW_RANKS: dict(ranks),
-        HISTORY: {"history": [*history_of(config), transform]},
+        HISTORY: {"history": [*checkpoint.history, step]},
     }
     write_json(directory / CONFIG, config | changes)
     copy_auxiliary_files(checkpoint.path, directory, (file.name for file in checkpoint.weight_files))

@@ -6,9 +6,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from freebits.api.finishing import finish
 from freebits.api.pipelines import for_each, is_pipeline
 from freebits.errors import CheckpointError, one_line
-from freebits.evaluation.card import write_card
 from freebits.evaluation.inspection import inspect, known_sizes
 from freebits.execution.executor import Parallel
 from freebits.execution.machine import device_of
@@ -26,7 +26,7 @@ from freebits.packed.unpacking import unpack_into
 from freebits.storage.folder import Checkpoint, is_adapter
 from freebits.storage.gguf import gguf_folder, is_gguf
 from freebits.storage.hub import local_folder
-from freebits.storage.signature import check_key, sign
+from freebits.storage.signature import check_key
 from freebits.storage.staging import new_directory
 from freebits.storage.task import Task
 
@@ -89,10 +89,7 @@ def pack(
     with new_directory(out, task) as directory, parallel.executor(largest) as executor:
         work = Work(executor, task.store(directory) if task else None)
         pack_into(directory, source, preset, (entropy, entropy_code), sizes, work, progress)
-        write_card(directory, source.path, auto_class=_loader(source))
-        if sign_with is not None:
-            sign(directory, sign_with)
-        return inspect(directory)
+        return finish(directory, source.path, sign_with, auto_class=_loader(source))
 
 
 def _pack_exact(model: Path, out: str | os.PathLike[str], **options: Any) -> dict[str, Any]:

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from freebits.api.finishing import finish
 from freebits.calibration.engine import MAX_RESIDENT_BYTES
 from freebits.calibration.groups import RunningModel
 from freebits.calibration.self_generated import self_generated_windows
 from freebits.calibration.tokens import split_windows, token_windows
 from freebits.errors import UnsupportedModelError, UsageError
-from freebits.evaluation.card import write_card
-from freebits.evaluation.inspection import inspect, known_sizes
+from freebits.evaluation.inspection import known_sizes
 from freebits.execution.executor import Executor, Parallel
 from freebits.execution.machine import device_of
 from freebits.execution.progress import Progress, silent
@@ -26,21 +26,19 @@ from freebits.execution.work_store import Work
 from freebits.integrations.loading import load
 from freebits.integrations.packed_models import text_auto_class
 from freebits.options import EMBEDDINGS, HADAMARD, INTEGERS, LOSSY, PARTS, ROTATIONS, RTN
-from freebits.packed.packing import history_of, publish
+from freebits.packed.packing import publish
 from freebits.packed.piece import stage
-from freebits.packed.reader import PackedFolder
 from freebits.quantization.measuring import measure_matrices
 from freebits.quantization.rate_control import RateModel
 from freebits.quantization.rounding import FALLBACK_BITS, Goal, write_rounded
 from freebits.quantization.sensitivity_cache import Matrix, SensitivityCache, fully_covered_matrices
 from freebits.quantization.weights_only import coverage_report, names_to_keep, routers_to_keep, uncalibrated
 from freebits.quantized_inputs.source import open_as_floats
-from freebits.storage.folder import Checkpoint
+from freebits.storage.folder import Folder, history_step
 from freebits.storage.hub import local_folder
-from freebits.storage.signature import check_key, sign
+from freebits.storage.signature import check_key
 from freebits.storage.staging import new_directory
 from freebits.storage.task import Task, text_digest
-from freebits.version import __version__
 
 _log = logging.getLogger(__name__)
 _NO_TEXT = "none"
@@ -137,10 +135,7 @@ def quantize(
             progress=progress,
         )
         prepared.write(directory, goal, entropy, entropy_code, executor, progress)
-        write_card(directory, prepared.source.path)
-        if sign_with is not None:
-            sign(directory, sign_with)
-        return inspect(directory) | {"coverage": prepared.coverage}
+        return finish(directory, prepared.source.path, sign_with) | {"coverage": prepared.coverage}
 
 
 @dataclass(frozen=True)
@@ -156,7 +151,7 @@ class Prepared:
         coverage: see `coverage_report`.
     """
 
-    source: Checkpoint | PackedFolder
+    source: Folder
     cache: SensitivityCache
     fallback_cache: SensitivityCache
     facts: Mapping[str, Any]
@@ -193,17 +188,9 @@ class Prepared:
         contents = write_rounded(
             directory, source, self.cache, self.fallback_cache, goal, entropy_code, executor, progress
         )
-        transform = {
-            "transform": goal.method,
-            "fidelity": LOSSY,
-            **goal.facts,
-            **self.facts,
-            "share": self.coverage["share"],
-            "bytes": dict(self.sizes),
-            "producer": f"freebits {__version__}",
-        }
-        history = source.manifest.history if isinstance(source, PackedFolder) else history_of(source.config)
-        publish(directory, source, contents, source.config, (goal.method, entropy), [*history, transform])
+        facts = {**goal.facts, **self.facts, "share": self.coverage["share"]}
+        step = history_step(goal.method, LOSSY, self.sizes, **facts)
+        publish(directory, source, contents, source.config, (goal.method, entropy), [*source.history, step])
 
 
 def prepare(

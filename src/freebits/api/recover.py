@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from freebits.api.finishing import finish
 from freebits.calibration.self_generated import generate_windows
 from freebits.calibration.tokens import split_windows, token_windows
 from freebits.errors import CheckpointError, UnsupportedModelError, UsageError
-from freebits.evaluation.card import write_card
-from freebits.evaluation.inspection import inspect, known_sizes
+from freebits.evaluation.inspection import known_sizes
 from freebits.execution.machine import device_of
 from freebits.execution.progress import Progress, silent
 from freebits.integrations.loading import load
@@ -20,16 +20,15 @@ from freebits.integrations.naming import TransformersView, config_object
 from freebits.integrations.trainable_adapters import LoraAdapters, ScaleAdapters, Trainable
 from freebits.models.registration import OwnModel
 from freebits.options import INTEGERS, LOSSY, PYRAMID
-from freebits.packed.packing import HISTORY, history_of, publish
+from freebits.packed.packing import publish
 from freebits.packed.reader import PackedFolder, open_folder
 from freebits.packed.retouching import copy_with_changes
 from freebits.storage.auxiliary_files import copy_auxiliary_files, write_config, write_remote_code
-from freebits.storage.folder import CONFIG, Checkpoint
+from freebits.storage.folder import CONFIG, HISTORY, Folder, history_step
 from freebits.storage.hub import local_folder
-from freebits.storage.signature import check_key, sign
+from freebits.storage.signature import check_key
 from freebits.storage.staging import new_directory
-from freebits.storage.writer import CheckpointWriter, shard_bytes
-from freebits.version import __version__
+from freebits.storage.writer import CheckpointWriter
 
 HELD_OUT = 8
 """Number of windows on which the KL divergence is measured."""
@@ -114,26 +113,18 @@ def recover(
                 f"training did not help: mean KL {before:.4f} before and {after:.4f} after, on windows that were not "
                 "trained on: raise `samples`, or set `force`"
             )
-        transform = {
-            "transform": "recover",
-            "fidelity": LOSSY,
-            "trained": student.what,
+        kl = {"before": before, "after": after}
+        facts: dict[str, Any] = {
             "text": "its own" if calibration is None else "given",
             "samples": len(tokens),
             "seq_len": seq_len,
-            "seed": seed,
-            "kl": {"before": before, "after": after},
-            "bytes": known_sizes(folder),
-            "producer": f"freebits {__version__}",
         }
-        _write(directory, source, student, transform)
-        write_card(directory, source.path)
-        if sign_with is not None:
-            sign(directory, sign_with)
-        return inspect(directory) | {"kl": transform["kl"]}
+        facts |= {"trained": student.what, "seed": seed, "kl": kl}
+        _write(directory, source, student, history_step("recover", LOSSY, known_sizes(folder), **facts))
+        return finish(directory, source.path, sign_with) | {"kl": kl}
 
 
-def _trainable(source: Checkpoint | PackedFolder, model: Any, rank: int, seed: int) -> Trainable:
+def _trainable(source: Folder, model: Any, rank: int, seed: int) -> Trainable:
     """Add trainable adapters to a model.
 
     Raises:
@@ -208,7 +199,7 @@ def _mean_divergence(teacher: Any, student: Any, windows: Tensor) -> float:
     return sum(_divergence(teacher, student, window).item() for window in windows) / max(1, len(windows))
 
 
-def _write(directory: Path, source: Checkpoint | PackedFolder, student: Trainable, transform: dict[str, Any]) -> None:
+def _write(directory: Path, source: Folder, student: Trainable, step: dict[str, Any]) -> None:
     """Write the source folder with the trained tensors in place of the original ones."""
     tensors = student.tensors
     if isinstance(source, PackedFolder):
@@ -216,15 +207,15 @@ def _write(directory: Path, source: Checkpoint | PackedFolder, student: Trainabl
         contents = copy_with_changes(
             directory, source, student.steps() if isinstance(student, ScaleAdapters) else {}, tensors
         )
-        history = [*manifest.history, transform]
-        publish(directory, source, contents, source.config, (manifest.codec, manifest.entropy), history)
+        coded_with = manifest.codec, manifest.entropy
+        publish(directory, source, contents, source.config, coded_with, [*source.history, step])
         return
     shapes = {name: spec.shape for name, spec in source.specs.items()}
-    with CheckpointWriter(directory, shapes, shard_bytes(source)) as writer:
+    with CheckpointWriter(directory, shapes, source.shard_bytes) as writer:
         for name, spec in source.specs.items():
             writer.write(name, tensors[name].detach().to("cpu", spec.dtype) if name in tensors else source[name])
     copy_auxiliary_files(source.path, directory, (file.name for file in source.weight_files))
-    write_config(directory / CONFIG, source.config | {HISTORY: {"history": [*history_of(source.config), transform]}})
+    write_config(directory / CONFIG, {**source.config, HISTORY: {"history": [*source.history, step]}})
     model = student.model
     if isinstance(model, OwnModel):
         write_remote_code(directory, type(model).__module__, model.classes)

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from freebits.api.finishing import finish
 from freebits.codecs.hadamard import hadamard
 from freebits.errors import UnsupportedModelError, UsageError
-from freebits.evaluation.card import write_card
-from freebits.evaluation.inspection import inspect
 from freebits.evaluation.sizes import dense_bytes
 from freebits.execution.progress import Progress, silent
 from freebits.integrations.naming import TransformersView, config_object
@@ -20,16 +19,14 @@ from freebits.models.layout import Layout
 from freebits.models.pairs import find_pairs
 from freebits.models.table import Architecture, Part
 from freebits.options import FUNCTION_PRESERVING
-from freebits.packed.packing import HISTORY, history_of
 from freebits.storage.auxiliary_files import copy_auxiliary_files, write_config
-from freebits.storage.folder import CONFIG, Checkpoint, Source
+from freebits.storage.folder import CONFIG, HISTORY, Checkpoint, Source, history_step
 from freebits.storage.hub import local_folder
 from freebits.storage.staging import new_directory
-from freebits.storage.writer import CheckpointWriter, shard_bytes
+from freebits.storage.writer import CheckpointWriter
 from freebits.transforms.folding import fold_embeddings, fold_head, fold_sublayers
 from freebits.transforms.orthogonal import rotate
 from freebits.transforms.pivoting import act
-from freebits.version import __version__
 
 
 def rotate_model(
@@ -72,22 +69,15 @@ def rotate_model(
     shapes |= {untied.head.weight: shapes[untied.embedding.weight]}
     with new_directory(out) as directory:
         copy_auxiliary_files(checkpoint.path, directory, (file.name for file in checkpoint.weight_files))
-        with CheckpointWriter(directory, shapes, shard_bytes(checkpoint)) as writer:
+        with CheckpointWriter(directory, shapes, checkpoint.shard_bytes) as writer:
             for done, part in enumerate(untied.parts, start=1):
                 for name, tensor in _rotated_part(dense, untied, part, seed).items():
                     writer.write(name, tensor.to(dense.specs[name].dtype if name in dense.specs else default_dtype))
                 progress("rotating", "block", done, len(untied.parts))
-        transform = {
-            "transform": "rotate",
-            "fidelity": FUNCTION_PRESERVING,
-            "seed": seed,
-            "bytes": baselines,
-            "producer": f"freebits {__version__}",
-        }
-        history = {"history": [*history_of(dense.config), transform]}
+        step = history_step("rotate", FUNCTION_PRESERVING, baselines, seed=seed)
+        history = {"history": [*checkpoint.history, step]}
         write_config(directory / CONFIG, {**dense.config, "tie_word_embeddings": False, HISTORY: history})
-        write_card(directory, checkpoint.path)
-        return inspect(directory)
+        return finish(directory, checkpoint.path)
 
 
 def _rotated_part(dense: Source, architecture: Architecture, part: Part, seed: int) -> dict[str, Tensor]:

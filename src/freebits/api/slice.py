@@ -4,7 +4,6 @@ import logging
 import math
 import os
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,9 @@ import torch
 from torch import Tensor
 
 from freebits.api.estimate import dense_shapes
-from freebits.calibration.self_generated import self_generated_windows
+from freebits.api.finishing import calibration_windows, finish
 from freebits.calibration.sliced_runner import FoldedRunner
-from freebits.calibration.tokens import split_windows, token_windows
 from freebits.errors import CheckpointError, UsageError
-from freebits.evaluation.card import write_card
-from freebits.evaluation.inspection import inspect
 from freebits.evaluation.sizes import dense_bytes
 from freebits.execution.executor import Parallel
 from freebits.execution.machine import device_of
@@ -29,21 +25,17 @@ from freebits.models.layout import WIDTHS, Layout
 from freebits.models.table import Architecture, Part
 from freebits.options import DTYPES, LOSSY
 from freebits.packed.manifest import is_packed
-from freebits.packed.packing import HISTORY, history_of
 from freebits.packed.unpacking import SLICED_IN
 from freebits.storage.auxiliary_files import auto_map, copy_auxiliary_files, write_remote_code
-from freebits.storage.folder import CONFIG, Checkpoint, Source, write_json
+from freebits.storage.folder import CONFIG, HISTORY, Checkpoint, Source, history_step, write_json
 from freebits.storage.hub import local_folder
 from freebits.storage.staging import new_directory
 from freebits.storage.task import Task, text_digest
-from freebits.storage.writer import CheckpointWriter, shard_bytes
+from freebits.storage.writer import CheckpointWriter
 from freebits.transforms.slicing import Slice, sliced_size
 from freebits.transforms.transform import PartChange, transform_parts
 from freebits.types import FLOATS
-from freebits.version import __version__
 
-HELD_OUT = 4
-"""Number of windows on which perplexity is measured."""
 WARN, REFUSE = 1.5, 5.0
 """Factors of perplexity above which slicing warns, and above which it fails without `force`."""
 _log = logging.getLogger(__name__)
@@ -120,15 +112,9 @@ def slice_model(
     task = Task("slice", checkpoint.path, arguments, resume)
     with new_directory(out, task) as directory, parallel.executor() as executor:
         work = Work(executor, task.store(directory))
-        if calibration is None:
-            n_windows = samples + HELD_OUT
-            generate = partial(
-                self_generated_windows, checkpoint.path, n_windows, seq_len, seed, torch_device, progress
-            )
-            windows = work.once("text", generate)
-        else:
-            windows = token_windows(checkpoint.path, calibration, seq_len)
-        tokens, held_out = split_windows(windows, samples, HELD_OUT, seed)
+        tokens, held_out = calibration_windows(
+            checkpoint.path, calibration, samples, seq_len, seed, torch_device, work, progress
+        )
         runner = FoldedRunner(dense, config, architecture, torch_device)
         orientation = seed if random_orientation else None
         slicing = Slice(dense, architecture, runner, work, tokens, held_out, size, orientation, progress)
@@ -136,24 +122,17 @@ def slice_model(
         copy_auxiliary_files(checkpoint.path, directory, (file.name for file in checkpoint.weight_files))
         write_remote_code(directory, SLICED_IN, architecture.family.sliced_classes)
         perplexity = _checked_perplexities(measured, sparsity, force)
-        transform = {
-            "transform": "slice",
-            "fidelity": LOSSY,
-            "sparsity": sparsity,
+        facts: dict[str, Any] = {
             "text": "its own" if calibration is None else "given",
             "samples": len(tokens),
             "seq_len": seq_len,
-            "seed": seed,
-            "random_orientation": random_orientation,
-            "bytes": baselines,
-            "producer": f"freebits {__version__}",
-            "perplexity": perplexity,
         }
+        facts |= {"sparsity": sparsity, "seed": seed, "random_orientation": random_orientation}
+        step = history_step("slice", LOSSY, baselines, **facts, perplexity=perplexity)
         dtype = dtypes[architecture.sublayers[0].shortcut.weight]
-        layout, history = Layout.sliced(architecture, size), [*history_of(dense.config), transform]
+        layout, history = Layout.sliced(architecture, size), [*checkpoint.history, step]
         write_sliced_config(directory, checkpoint.config, architecture, layout, dtype, history)
-        write_card(directory, checkpoint.path)
-        return inspect(directory) | {"perplexity": perplexity}
+        return finish(directory, checkpoint.path) | {"perplexity": perplexity}
 
 
 def _write_parts(
@@ -167,7 +146,7 @@ def _write_parts(
     device = slicing.runner.device
     transformed = transform_parts(slicing, dense, architecture.parts, dtypes.__getitem__, slicing.work, device)
     parts = map(_finished, transformed)  # in this process: the transform holds the model that it runs
-    with CheckpointWriter(directory, sliced_shapes, shard_bytes(checkpoint)) as writer:
+    with CheckpointWriter(directory, sliced_shapes, checkpoint.shard_bytes) as writer:
         for done, (tensors, facts) in enumerate(parts, start=1):
             for name, tensor in tensors.items():
                 writer.write(name, tensor)

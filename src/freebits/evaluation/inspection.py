@@ -7,7 +7,6 @@ from freebits.errors import CheckpointError, UnsupportedModelError
 from freebits.evaluation.sizes import bytes_on_disk, dense_bytes, groups, side_bytes
 from freebits.models.table import Architecture
 from freebits.packed.manifest import recorded_sizes
-from freebits.packed.packing import history_of
 from freebits.packed.reader import PackedFolder, open_folder
 from freebits.storage.folder import is_adapter
 from freebits.storage.hub import local_folder
@@ -37,12 +36,12 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     sizes: dict[str, int | None] = dict.fromkeys(("dense", "dense_untied", "sliced", "packed", "corrections"))
     facts: dict[str, Any] = {"kind": "dense", "codec": None, "entropy": None, "bytes": sizes, "sites": []}
     facts["groups"] = groups(folder)
-    facts["history"] = history_of(folder.config)
+    facts["history"] = folder.history
     specs = folder.specs
     if isinstance(folder, PackedFolder):
         manifest, specs = folder.manifest, folder.model_specs
         facts |= {"kind": "packed", "codec": manifest.codec, "entropy": manifest.entropy}
-        facts |= {"sites": manifest.notes, "history": manifest.history}
+        facts["sites"] = manifest.notes
         before = recorded_sizes(manifest.history)
         sizes |= {key: before.get(key) for key in ("dense", "dense_untied", "sliced")}
         sizes |= {"packed": bytes_on_disk(folder), "corrections": side_bytes(folder, "corrections")}

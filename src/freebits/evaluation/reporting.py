@@ -21,9 +21,8 @@ from freebits.evaluation.sizes import bits_by_tensor, bytes_on_disk
 from freebits.evaluation.verification import WINDOWS, compare_models
 from freebits.execution.progress import Progress, silent
 from freebits.options import METHODS, NONE
-from freebits.packed.packing import history_of
-from freebits.packed.reader import PackedFolder, open_folder
-from freebits.storage.folder import Checkpoint, View
+from freebits.packed.reader import open_folder
+from freebits.storage.folder import Folder, View
 from freebits.storage.hub import local_folder
 from freebits.types import FLOATS, TensorSpec
 
@@ -106,12 +105,9 @@ def _compared(path: Path, model: Path, windows: Tensor, progress: Progress) -> d
     return {"against": against, "rounded": rounded, "errors": _errors(dense, source)}
 
 
-def _errors(dense: Checkpoint | PackedFolder, source: Checkpoint | PackedFolder) -> dict[str, float]:
+def _errors(dense: Folder, source: Folder) -> dict[str, float]:
     """Return the relative error of each matrix; nothing if a step since the original changed the basis."""
-    before, after = (
-        history_of(folder.config) if isinstance(folder, Checkpoint) else folder.manifest.history
-        for folder in (dense, source)
-    )
+    before, after = (folder.history for folder in (dense, source))
     errors: dict[str, float] = {}
     if not {str(transform.get("transform")) for transform in after[len(before) :]} <= {*METHODS, NONE}:
         return errors

@@ -6,13 +6,13 @@ from freebits.errors import CheckpointError, UnsupportedModelError
 from freebits.models.table import EMBEDDINGS, HEAD, Architecture
 from freebits.packed.manifest import MANIFEST
 from freebits.packed.reader import PackedFolder
-from freebits.storage.folder import Checkpoint, config_name
+from freebits.storage.folder import Folder, config_name
 
 SIDE_DATA, OTHER, OVERHEAD = "side data", "other tensors", "headers, manifest, config"
 _SIDE_PARTS = ("signs", "corrections")
 
 
-def bytes_on_disk(folder: Checkpoint | PackedFolder) -> int:
+def bytes_on_disk(folder: Folder) -> int:
     """Return the bytes of the files that define a model: weights, index, manifest, `config.json`.
 
     The tokenizer and the model card are not counted.
@@ -21,7 +21,7 @@ def bytes_on_disk(folder: Checkpoint | PackedFolder) -> int:
     return sum(file.stat().st_size for file in (*folder.weight_files, *metadata) if file.is_file())
 
 
-def dense_bytes(dense: Checkpoint, architecture: Architecture) -> dict[str, int]:
+def dense_bytes(dense: Folder, architecture: Architecture) -> dict[str, int]:
     """Return the two baselines: `dense`, the bytes on disk, and `dense_untied`, the paper's, with an untied head."""
     on_disk = bytes_on_disk(dense)
     head, embedding = architecture.head.weight, architecture.embedding.weight
@@ -29,7 +29,7 @@ def dense_bytes(dense: Checkpoint, architecture: Architecture) -> dict[str, int]
     return {"dense": on_disk, "dense_untied": on_disk + (dense.specs[embedding].n_bytes if shared else 0)}
 
 
-def groups(folder: Checkpoint | PackedFolder) -> dict[str, int]:
+def groups(folder: Folder) -> dict[str, int]:
     """Return bytes on disk by purpose: a group of the architecture, side data, other tensors, or overhead."""
     group_of = _group_by_tensor(folder)
     sizes = dict.fromkeys((EMBEDDINGS, *dict.fromkeys(group_of.values()), HEAD, SIDE_DATA, OTHER), 0)
@@ -39,7 +39,7 @@ def groups(folder: Checkpoint | PackedFolder) -> dict[str, int]:
     return {group: size for group, size in sizes.items() if size}
 
 
-def bits_by_tensor(folder: Checkpoint | PackedFolder) -> dict[str, float]:
+def bits_by_tensor(folder: Folder) -> dict[str, float]:
     """Return name of a tensor → stored bits per weight, side data included."""
     sizes = dict.fromkeys(folder.specs, 0)
     for size, tensor, _ in _uses(folder):
@@ -57,7 +57,7 @@ def change(n_bytes: int | None, baseline: int | None) -> float | None:
     return 100 * (n_bytes / baseline - 1) if n_bytes and baseline else None
 
 
-def _group_by_tensor(folder: Checkpoint | PackedFolder) -> dict[str, str]:
+def _group_by_tensor(folder: Folder) -> dict[str, str]:
     """Return tensor → group of the architecture; empty for an unknown architecture."""
     try:
         architecture = Architecture.of(folder.config, len(folder.specs))
@@ -66,7 +66,7 @@ def _group_by_tensor(folder: Checkpoint | PackedFolder) -> dict[str, str]:
     return {name: weight.group for name, weight in architecture.weights.items()}
 
 
-def _uses(folder: Checkpoint | PackedFolder) -> Iterator[tuple[int, str, str]]:
+def _uses(folder: Folder) -> Iterator[tuple[int, str, str]]:
     """Yield bytes, the model's tensor they encode, and the part of its encoding they are.
 
     The bytes of a stored tensor that encodes several tensors are divided by their numbers of values.

@@ -18,9 +18,8 @@ from freebits.execution.progress import Progress, silent
 from freebits.models.pairs import unproven_settings
 from freebits.models.table import Part, Role, Weight
 from freebits.options import BIT_EXACT, FUNCTION_PRESERVING, LOSSY
-from freebits.packed.packing import HISTORY, history_of
 from freebits.packed.reader import PackedFolder, open_folder
-from freebits.storage.folder import Checkpoint, Source, is_adapter
+from freebits.storage.folder import HISTORY, Folder, Source, is_adapter
 from freebits.storage.hub import local_folder
 from freebits.storage.signature import check_signature
 from freebits.transforms.paired import free_pairs
@@ -119,10 +118,9 @@ def _failed(measured: dict[str, Any], max_kl: float, max_ratio: float) -> list[s
     return [name for name, passed in checks.items() if not passed]
 
 
-def _fidelity(packed: PackedFolder, reference: Checkpoint | PackedFolder) -> str:
+def _fidelity(packed: PackedFolder, reference: Folder) -> str:
     """Return the lowest fidelity of the steps from the reference to the packed model; lossy if they are unknown."""
-    before = history_of(reference.config) if isinstance(reference, Checkpoint) else reference.manifest.history
-    after = packed.manifest.history
+    before, after = reference.history, packed.history
     between = after[len(before) :] if after[: len(before)] == before else [{"fidelity": LOSSY}]
     fidelities = {str(transform.get("fidelity")) for transform in between}
     if packed.manifest.exact and fidelities == {BIT_EXACT}:
@@ -130,7 +128,7 @@ def _fidelity(packed: PackedFolder, reference: Checkpoint | PackedFolder) -> str
     return FUNCTION_PRESERVING if fidelities <= {BIT_EXACT, FUNCTION_PRESERVING} else LOSSY
 
 
-def _equal(packed: PackedFolder, reference: Checkpoint | PackedFolder) -> bool:
+def _equal(packed: PackedFolder, reference: Folder) -> bool:
     """Whether two folders have the same config and the same tensors, bit for bit."""
     specs = packed.model_specs
     reference_specs = reference.model_specs if isinstance(reference, PackedFolder) else reference.specs
@@ -139,12 +137,12 @@ def _equal(packed: PackedFolder, reference: Checkpoint | PackedFolder) -> bool:
     return all(bool((bytes_of(tensor) == bytes_of(reference[name])).all()) for name, tensor in packed.model_tensors())
 
 
-def _settings(folder: Checkpoint | PackedFolder) -> dict[str, Any]:
+def _settings(folder: Folder) -> dict[str, Any]:
     """Return a folder's config without the history that freebits adds."""
     return {key: value for key, value in folder.config.items() if key != HISTORY}
 
 
-def _same_products(packed: PackedFolder, reference: Checkpoint | PackedFolder) -> dict[str, Any]:
+def _same_products(packed: PackedFolder, reference: Folder) -> dict[str, Any]:
     """Check that two adapters have the same config and, up to rounding, the same product in each layer.
 
     If the config does not prove that a layer adds the product of its matrices, every tensor must be equal.

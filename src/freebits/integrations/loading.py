@@ -28,7 +28,7 @@ from freebits.integrations.packed_models import (
 from freebits.models.low_rank import use_pivots
 from freebits.packed.reader import PackedFolder, open_folder
 from freebits.quantized_inputs.source import open_as_floats
-from freebits.storage.folder import CONFIG, Checkpoint, is_adapter
+from freebits.storage.folder import CONFIG, Folder, is_adapter
 from freebits.storage.hub import local_folder
 from freebits.storage.remote import fill
 
@@ -82,7 +82,7 @@ def load(
     return use_pivots(model) if keep_pivots else model
 
 
-def _from_plain(folder: Checkpoint, config: Any, auto: Any, options: dict[str, Any]) -> Any:
+def _from_plain(folder: Folder, config: Any, auto: Any, options: dict[str, Any]) -> Any:
     """Return what `from_pretrained` returns, but read the tensors here.
 
     transformers maps the files into memory, and a truncated file would then end the process.

@@ -14,7 +14,7 @@ from freebits.storage.auxiliary_files import stays_inside
 from freebits.storage.folder import Checkpoint, config_name, open_weights, read_json, read_text
 from freebits.storage.gguf import GgufFile
 from freebits.storage.weights import Entry, WeightsFile
-from freebits.storage.writer import CheckpointWriter, shard_bytes
+from freebits.storage.writer import CheckpointWriter
 
 
 def pack_files(source: Checkpoint, directory: Path, stage: str | None, work: Work, progress: Progress) -> Contents:
@@ -43,7 +43,7 @@ def pack_files(source: Checkpoint, directory: Path, stage: str | None, work: Wor
         for tensor, fields in fields_by_tensor.items()
         for number in range(len(fields))
     }
-    with CheckpointWriter(directory, announced(specs | columns), shard_bytes(source), STEM) as writer:
+    with CheckpointWriter(directory, announced(specs | columns), source.shard_bytes, STEM) as writer:
         for done, (piece, digests) in enumerate(pieces, start=1):
             contents.write(writer, piece, digests)
             progress("packing", "tensor", done, len(entries))

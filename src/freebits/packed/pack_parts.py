@@ -18,7 +18,7 @@ from freebits.packed.contents import STEM, Contents, announced, digests_of
 from freebits.packed.piece import Piece, staged
 from freebits.packed.presets import Preset, canonical
 from freebits.storage.folder import Checkpoint, Source, is_adapter
-from freebits.storage.writer import CheckpointWriter, shard_bytes
+from freebits.storage.writer import CheckpointWriter
 from freebits.transforms.expanded import DenseShortcutView
 from freebits.transforms.paired import DeviceView, free_pairs
 from freebits.transforms.transform import PartChange, transform_parts
@@ -56,7 +56,7 @@ def pack_parts(
     transform = preset.transform(DeviceView(model, preset.device), architecture)
     transformed_parts = transform_parts(transform, model, parts, encoder.dtype, work, preset.device)
     names = _announced_names(preset, model, architecture, parts, layout)
-    with CheckpointWriter(directory, names, shard_bytes(source), STEM) as writer:
+    with CheckpointWriter(directory, names, source.shard_bytes, STEM) as writer:
         pieces = work.map("part", encoder, transformed_parts)
         for done, (part, (piece, digests)) in enumerate(zip(parts, pieces, strict=True), start=1):
             contents.write(writer, piece, digests)

@@ -12,15 +12,12 @@ from freebits.packed.manifest import FORMAT, Manifest, digest_of_file
 from freebits.packed.pack_files import pack_files
 from freebits.packed.pack_parts import pack_parts
 from freebits.packed.presets import Preset
-from freebits.packed.reader import MODEL, PackedFolder
+from freebits.packed.reader import MODEL
 from freebits.packed.recipe import check_recipes
 from freebits.storage.auxiliary_files import auto_map, copy_auxiliary_files, write_remote_code
-from freebits.storage.folder import CONFIG, Checkpoint, write_json
+from freebits.storage.folder import CONFIG, HISTORY, Checkpoint, Folder, history_step, write_json
 from freebits.transforms.expanded import DenseShortcutView
-from freebits.version import __version__
 
-HISTORY = "freebits"
-"""Key of the history in `config.json`."""
 MODEL_TYPE = "freebits"
 CLASSES = {
     "AutoConfig": "PackedConfig",
@@ -60,20 +57,14 @@ def pack_into(
     else:
         contents, layout = pack_parts(source, directory, preset, code, work, progress)
         model = {**DenseShortcutView.plain_config(source.config), **layout.to_config()}
-    transform = {
-        "transform": preset.name if preset else NONE,
-        "fidelity": FUNCTION_PRESERVING if preset else BIT_EXACT,
-        **(preset.facts if preset else {}),
-        "bytes": dict(sizes),
-        "producer": f"freebits {__version__}",
-    }
-    history = [*history_of(source.config), transform]
-    publish(directory, source, contents, model, (transform["transform"], entropy), history)
+    codec, fidelity = (preset.name, FUNCTION_PRESERVING) if preset else (NONE, BIT_EXACT)
+    step = history_step(codec, fidelity, sizes, **(preset.facts if preset else {}))
+    publish(directory, source, contents, model, (codec, entropy), [*source.history, step])
 
 
 def publish(
     directory: Path,
-    source: Checkpoint | PackedFolder,
+    source: Folder,
     contents: Contents,
     model: Mapping[str, Any],
     packed_with: tuple[str, str],
@@ -107,13 +98,6 @@ def publish(
         originals=contents.originals,
         auxiliary=contents.auxiliary,
     ).write(directory)
-
-
-def history_of(config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The transforms that made a model, from its `config.json`; invalid entries are skipped."""
-    entry = config.get(HISTORY)
-    history = entry.get("history") if isinstance(entry, dict) else None
-    return [transform for transform in history if isinstance(transform, dict)] if isinstance(history, list) else []
 
 
 def _config(codec: str, model: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from freebits.models.layout import Layout
 from freebits.models.table import Architecture
 from freebits.packed.manifest import Manifest, digest, is_packed
 from freebits.packed.recipe import Recipe, check_recipes
-from freebits.storage.folder import ADAPTER, CONFIG, GGUF, Checkpoint, checkpoint_folder, read_json
+from freebits.storage.folder import ADAPTER, CONFIG, GGUF, Checkpoint, Folder, checkpoint_folder, read_json
 from freebits.storage.weights import Entry, WeightsFile, parse_header
 from freebits.types import TensorSpec
 
@@ -75,6 +75,16 @@ class PackedFolder:
         listed = {name for entries in self.originals.values() for name in entries}
         if self.manifest.exact and listed != self.specs.keys():
             raise self._damaged(f"{min(self.specs.keys() ^ listed)} is in no header of an original file")
+
+    @property
+    def shard_bytes(self) -> int | None:
+        """Bytes of tensors in the largest file; None if there is one file."""
+        return max(file.n_bytes for file in self.files) if len(self.files) > 1 else None
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The steps that made the model, oldest first."""
+        return self.manifest.history
 
     @property
     def weight_files(self) -> tuple[Path, ...]:
@@ -215,7 +225,7 @@ class PackedFolder:
         return CheckpointError(f"{self.path} is damaged: {finding}; download it again")
 
 
-def open_folder(path: str | os.PathLike[str]) -> Checkpoint | PackedFolder:
+def open_folder(path: str | os.PathLike[str]) -> Folder:
     """Open the checkpoint in a folder, packed or not.
 
     Raises:

@@ -7,7 +7,6 @@ from freebits.execution.executor import Parallel
 from freebits.execution.progress import Progress
 from freebits.models.families import MODEL_TYPES, SLICED_PREFIX, transformers_type
 from freebits.models.table import Architecture
-from freebits.packed.packing import HISTORY
 from freebits.packed.reader import PackedFolder
 from freebits.storage.auxiliary_files import (
     auto_map,
@@ -16,7 +15,7 @@ from freebits.storage.auxiliary_files import (
     write_config,
     write_remote_code,
 )
-from freebits.storage.folder import ADAPTER, CONFIG, GGUF, is_adapter, stem_of
+from freebits.storage.folder import ADAPTER, CONFIG, GGUF, HISTORY, is_adapter, stem_of
 from freebits.storage.weights import LENGTH
 from freebits.storage.writer import CheckpointWriter
 from freebits.transforms.expanded import DenseShortcutView
@@ -75,10 +74,9 @@ def _write_tensors(
     progress: Progress,
 ) -> None:
     write_config(directory / (ADAPTER if is_adapter(config) else CONFIG), config)
-    shard_bytes = max(file.n_bytes for file in packed.files) if len(packed.files) > 1 else None
     total = len(packed.groups(packed.specs))
     announced = {name: spec.shape for name, spec in model.specs.items()}
-    with CheckpointWriter(directory, announced, shard_bytes, stem_of(config)) as writer:
+    with CheckpointWriter(directory, announced, packed.shard_bytes, stem_of(config)) as writer:
         for done, tensors in enumerate(packed.decoded(packed.specs, parallel), start=1):
             for name, tensor in tensors.items():
                 if isinstance(model, DenseShortcutView):

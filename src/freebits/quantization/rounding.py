@@ -17,16 +17,15 @@ from freebits.execution.progress import Progress
 from freebits.options import GPTQ, INTEGERS, METHODS, PYRAMID, RTN
 from freebits.packed.contents import STEM, Contents, announced, digests_of
 from freebits.packed.piece import Piece, plain, staged
-from freebits.packed.reader import PackedFolder
 from freebits.packed.recipe import Recipe
 from freebits.quantization.group_rounding import GROUP, round_to_grid
 from freebits.quantization.pyramids import round_to_pyramids
 from freebits.quantization.rate_control import FixedRate, RateController, RateModel
 from freebits.quantization.scales import scaled_integers
 from freebits.quantization.sensitivity_cache import SensitivityCache, coding_groups
-from freebits.storage.folder import Checkpoint, Source
+from freebits.storage.folder import Folder, Source
 from freebits.storage.weights import ENTRY
-from freebits.storage.writer import CheckpointWriter, shard_bytes
+from freebits.storage.writer import CheckpointWriter
 from freebits.types import TensorSpec
 
 BITS, FALLBACK_BITS, MAX_BITS = 4.0, 6.0, 12
@@ -110,7 +109,7 @@ class Goal:
 
 def write_rounded(
     directory: Path,
-    source: Checkpoint | PackedFolder,
+    source: Folder,
     cache: SensitivityCache,
     weights_only: SensitivityCache,
     goal: Goal,
@@ -143,7 +142,7 @@ def write_rounded(
     methods = {group[0]: INTEGERS for group in fallback_groups} | {group[0]: goal.method for group in groups}
     part_shapes = {f"{name}.{part}": (1 << 39,) for name, method in methods.items() for part in _PART_NAMES[method]}
     shapes = {**announced({name: source.specs[name] for name in not_rounded}), **part_shapes}
-    shards = shard_bytes(source) if isinstance(source, Checkpoint) else None
+    shards = source.shard_bytes
     contents = Contents()
     done, total = 0, sum(subset.spec(name).n_bytes for subset in caches for name in subset.rate_models)
     with CheckpointWriter(directory, shapes, shards, STEM) as writer:

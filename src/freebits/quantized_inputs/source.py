@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from freebits.errors import CheckpointError, UnsupportedModelError
-from freebits.packed.reader import PackedFolder, open_folder
+from freebits.packed.reader import open_folder
 from freebits.quantized_inputs.format import Format, Settings, StoredMatrix
 from freebits.quantized_inputs.fp4 import FP4, StackedMXFP4
 from freebits.quantized_inputs.packed_integers import AWQ, GPTQ, CompressedIntegers
 from freebits.quantized_inputs.scaled import Scaled
-from freebits.storage.folder import Checkpoint
+from freebits.storage.folder import Checkpoint, Folder
 from freebits.types import DTYPES, HALF_DTYPES, TensorSpec
 
 FORMATS: tuple[Format, ...] = (StackedMXFP4(), FP4(), CompressedIntegers(), GPTQ(), AWQ(), Scaled())
@@ -25,7 +25,7 @@ _IGNORED_SUFFIXES = ("input_scale", "activation_scale", "input_global_scale", "k
 _DTYPE_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
-def open_as_floats(path: str | os.PathLike[str]) -> Checkpoint | PackedFolder:
+def open_as_floats(path: str | os.PathLike[str]) -> Folder:
     """Open the checkpoint in a folder, packed or not. If another tool has quantized it, its weights are read as floats.
 
     Raises:

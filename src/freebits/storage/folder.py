@@ -14,7 +14,10 @@ from freebits.errors import CheckpointError
 from freebits.limits import JSON_BYTES, JSON_DEPTH
 from freebits.storage.weights import WeightsFile, open_regular
 from freebits.types import Bytes, TensorSpec
+from freebits.version import __version__
 
+HISTORY = "freebits"
+"""Key of the history in `config.json`."""
 CONFIG = "config.json"
 WEIGHTS = "model"
 """The stem of the weights files of a model."""
@@ -100,6 +103,28 @@ class Source(Protocol):
         """
 
 
+class Folder(Source, Protocol):
+    """A source that is a folder.
+
+    Attributes:
+        path: the folder.
+    """
+
+    path: Path
+
+    @property
+    def weight_files(self) -> tuple[Path, ...]:
+        """The files that contain tensors, and the index if there is one."""
+
+    @property
+    def shard_bytes(self) -> int | None:
+        """Bytes of tensors in the largest file; None if there is one file."""
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The steps that made the model, oldest first."""
+
+
 @dataclass(frozen=True)
 class View:
     """Base class of sources that transform the tensors of another source and keep their specs."""
@@ -148,6 +173,16 @@ class Checkpoint:
         return (*(file.path for file in self.weights.values()), *index)
 
     @property
+    def shard_bytes(self) -> int | None:
+        """Bytes of tensors in the largest file; None if there is one file."""
+        return max(file.n_bytes for file in self.weights.values()) if len(self.weights) > 1 else None
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The steps that made the model, from its config; invalid entries are skipped."""
+        return history_of(self.config)
+
+    @property
     def _has_index(self) -> bool:
         return f"{stem_of(self.config)}.safetensors" not in self.weights and self.config.get("model_type") != GGUF
 
@@ -176,6 +211,26 @@ class Checkpoint:
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """Iterate over the names and tensors, and read one tensor at a time."""
         return ((name, self[name]) for name in self.files)
+
+
+def history_of(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The steps that made a model, from its `config.json`; invalid entries are skipped."""
+    entry = config.get(HISTORY)
+    history = entry.get("history") if isinstance(entry, dict) else None
+    return [step for step in history if isinstance(step, dict)] if isinstance(history, list) else []
+
+
+def history_step(transform: str, fidelity: str, sizes: Mapping[str, int], **facts: Any) -> dict[str, Any]:
+    """A new entry of a history.
+
+    Args:
+        transform: what was done: the name of a command, codec or method.
+        fidelity: what it preserves, see `freebits.options`.
+        sizes: name → size in bytes of the model before this step.
+        facts: settings and measurements of the step.
+    """
+    producer = f"freebits {__version__}"
+    return {"transform": transform, "fidelity": fidelity, **facts, "bytes": dict(sizes), "producer": producer}
 
 
 def open_weights(path: Path) -> WeightsFile:

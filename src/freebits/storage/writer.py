@@ -5,14 +5,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from freebits.storage.folder import STEMS, WEIGHTS, Checkpoint, index_of, write_json
+from freebits.storage.folder import STEMS, WEIGHTS, index_of, write_json
 from freebits.storage.weights import WeightsWriter
 from freebits.types import Bytes, TensorSpec, bytes_of
-
-
-def shard_bytes(source: Checkpoint) -> int | None:
-    """Return the bytes of tensors in the largest file of a sharded checkpoint; None if there is one file."""
-    return max(file.n_bytes for file in source.weights.values()) if len(source.weights) > 1 else None
 
 
 class CheckpointWriter:
