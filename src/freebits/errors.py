@@ -23,6 +23,11 @@ def one_line(text: object, max_length: int = MESSAGE) -> str:
     return f"{printable[: max_length * 2 // 3]} … {printable[-max_length // 3 :]}"
 
 
+def reason_of(error: BaseException, max_length: int = 200) -> str:
+    """Return the message of another library's exception in one line, or its type if it has no message."""
+    return one_line(" ".join(str(error).split()) or type(error).__name__, max_length)
+
+
 class FreebitsError(Exception):
     """Base class of all errors raised for bad input."""
 

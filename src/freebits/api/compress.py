@@ -157,6 +157,8 @@ def compress(
     if is_pipeline(folder):
         if target_size is not None or max_kl is not None:
             raise UsageError("`target_size` and `max_kl` cannot be used for a pipeline of models: give `target_ratio`")
+        if calibration is not None or text is not None:
+            raise UsageError("`calibration` and `text` cannot be used for a pipeline: its models run on no text alone")
         options = {"fallback_bits": fallback_bits, "device": device, "parallel": parallel, "sign_with": sign_with}
         return _compress_pipeline(folder, out, target_ratio, bits, lossless, keep, options, dry_run, progress)
     plan = make_plan(folder, target_size, target_ratio, bits, lossless, max_kl, fallback_bits)
@@ -212,7 +214,11 @@ def _compress_pipeline(
     """Compress each model of a pipeline, without calibration."""
     targets: dict[str, Any] = {"target_ratio": target_ratio, "bits": bits, "lossless": lossless}
     if dry_run:
-        plans = {name: compress(folder / name, out, **targets, dry_run=True) for name in components(folder)}
+        fallback_bits = options["fallback_bits"]
+        plans = {
+            name: compress(folder / name, out, **targets, fallback_bits=fallback_bits, dry_run=True)
+            for name in components(folder)
+        }
         return {"kind": "pipeline", "components": plans}
 
     def compress_component(model: Path, target: Path) -> dict[str, Any]:

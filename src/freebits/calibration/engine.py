@@ -25,7 +25,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from freebits.calibration.products import Product, Products
-from freebits.errors import CheckpointError, FreebitsError, UnsupportedModelError, one_line
+from freebits.errors import CheckpointError, FreebitsError, UnsupportedModelError, reason_of
 from freebits.execution.machine import release_freed_memory
 from freebits.integrations.empty_models import empty_model
 from freebits.integrations.naming import TransformersView, config_object
@@ -197,7 +197,7 @@ class Engine:
         except (FreebitsError, _Stopped):
             raise
         except Exception as error:  # transformers raises exceptions of many classes
-            reason = one_line(" ".join(str(error).split()) or type(error).__name__, 200)
+            reason = reason_of(error)
             raise UnsupportedModelError(f"transformers cannot run this model on text alone ({reason})") from error
         return logits
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from freebits.errors import CheckpointError, UnsupportedModelError, UsageError, one_line
+from freebits.errors import CheckpointError, UnsupportedModelError, UsageError, reason_of
 from freebits.execution.machine import physical_memory
 from freebits.execution.progress import Progress, silent
 from freebits.integrations.loading import load
@@ -122,7 +122,7 @@ def _next_logits(model: Any, tokens: Tensor, cache: dict[str, Any] | None) -> tu
     try:
         return model(input_ids=tokens, use_cache=False).logits[:, -1], None
     except Exception as error:
-        reason = one_line(" ".join(str(error).split()) or type(error).__name__, 200)
+        reason = reason_of(error)
         raise UnsupportedModelError(
             f"transformers cannot generate text with this model ({reason}): give a text as `calibration`"
         ) from error

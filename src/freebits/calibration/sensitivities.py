@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from freebits.calibration.engine import Engine, hidden_states
 from freebits.calibration.products import Product, Products, Region
 from freebits.calibration.self_generated import sample_tokens
-from freebits.errors import UnsupportedModelError, one_line
+from freebits.errors import UnsupportedModelError, reason_of
 from freebits.execution.progress import Progress
 from freebits.execution.stored_values import storable
 
@@ -160,7 +160,7 @@ def _backward(hidden: Tensor, gradients: Tensor) -> None:
     try:
         hidden.backward(gradients)
     except Exception as error:  # transformers raises exceptions of many classes
-        reason = one_line(" ".join(str(error).split()) or type(error).__name__, 200)
+        reason = reason_of(error)
         raise UnsupportedModelError(f"the backward pass of this model fails ({reason})") from error
 
 

@@ -17,7 +17,7 @@ from lm_eval import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from freebits.errors import CheckpointError, UsageError
+from freebits.errors import CheckpointError, UsageError, reason_of
 from freebits.execution.progress import Progress, silent
 
 BATCH = 16
@@ -117,7 +117,7 @@ def zero_shot(
                 task.set_config(key="num_fewshot", value=0)
             results = evaluate(_ReportingModel(model, tokenizer, progress), loaded, limit=limit, log_samples=False)
         except Exception as error:  # lm-eval and the hub raise many classes of errors
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            reason = reason_of(error)
             hint = ": if you are offline, give `data_dir`" if any(isinstance(task, str) for task in tasks) else ""
             raise UsageError(f"lm-eval cannot measure the tasks ({reason}){hint}") from error
     return {name: _metrics(metrics) for name, metrics in results["results"].items() if not name.startswith(_LOCAL)}

@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from freebits.errors import CheckpointError, FreebitsError, one_line
+from freebits.errors import CheckpointError, FreebitsError, reason_of
 from freebits.integrations.integer_layers import with_integer_layers
 from freebits.integrations.packed_models import (
     adopt_generation_settings,
@@ -139,5 +139,5 @@ def one_line_errors(path: str | os.PathLike[str], content: str) -> Iterator[None
     except FreebitsError:
         raise
     except Exception as error:  # transformers raises many types, which change between versions
-        finding = one_line(" ".join(str(error).split()) or type(error).__name__, 200)
+        finding = reason_of(error)
         raise CheckpointError(f"{path} holds no {content} that transformers can load ({finding})") from error

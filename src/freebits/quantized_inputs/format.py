@@ -74,7 +74,7 @@ def expand_scales(scale: Tensor, shape: tuple[int, ...], blocks: tuple[int, ...]
     for dim, size in enumerate(shape):
         n_scales = scale.shape[dim]
         given = (blocks or ())[dim - len(shape)] if len(shape) - dim <= len(blocks or ()) else 0
-        block = given if given and -(-size // given) == n_scales else size // n_scales
+        block = given if given and -(-size // given) == n_scales else max(1, size // n_scales)
         if n_scales > 1 and -(-size // block) != n_scales:
             raise ValueError(f"{n_scales} scales for {size} weights")
         if n_scales > 1:

@@ -60,8 +60,11 @@ class Dequantized(Checkpoint):
         self._matrices: dict[str, StoredMatrix] = {}
         part_names: set[str] = set()
         for name in specs:
-            matches = (format_.match(name, specs, settings) for format_ in FORMATS)
-            matrix = next((match for match in matches if match is not None), None)
+            try:
+                matches = (format_.match(name, specs, settings) for format_ in FORMATS)
+                matrix = next((match for match in matches if match is not None), None)
+            except (ValueError, TypeError, AttributeError) as error:
+                raise CheckpointError(f"{name} in {path} does not fit its quantization settings ({error})") from None
             if matrix is None:
                 continue
             missing = next((part for part in matrix.parts.values() if part not in specs), None)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
 
-from freebits.errors import CheckpointError, one_line
+from freebits.errors import CheckpointError, reason_of
 from freebits.storage.remote import mirror, url_of
 
 _UNWANTED = [
@@ -46,7 +46,7 @@ def local_folder(
     except CheckpointError:
         raise
     except Exception as error:  # the exception types of huggingface_hub change between versions
-        reason = one_line(" ".join(str(error).split()), 160)
+        reason = reason_of(error, 160)
         raise CheckpointError(
             f"{model} is not a folder and cannot be downloaded from the hub ({reason}): check the name, the connection "
             "and HF_TOKEN"
@@ -64,7 +64,7 @@ def push(folder: Path, repo: str) -> str:
         api.create_repo(repo, exist_ok=True, private=True)
         return str(api.upload_folder(folder_path=folder, repo_id=repo, commit_message="Made by freebits").commit_url)
     except Exception as error:
-        reason = one_line(" ".join(str(error).split()), 160)
+        reason = reason_of(error, 160)
         raise CheckpointError(
             f"{folder} is finished but cannot be uploaded to {repo} ({reason}): check HF_TOKEN and upload it yourself"
         ) from None

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import fsspec  # type: ignore[import-untyped]
 import numpy as np
 
-from freebits.errors import CheckpointError, one_line
+from freebits.errors import CheckpointError, reason_of
 from freebits.limits import COPIED_BYTES
 from freebits.types import Bytes
 
@@ -290,5 +290,5 @@ def _as_os_errors() -> Iterator[None]:
     except NotImplementedError:
         raise OSError("the file system does not support this operation") from None
     except Exception as error:
-        reason = one_line(" ".join(str(error).split()), 160)
+        reason = reason_of(error, 160)
         raise OSError(reason or type(error).__name__) from None

@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from freebits.errors import CheckpointError, UsageError, one_line
+from freebits.errors import CheckpointError, UsageError, one_line, reason_of
 from freebits.storage.task import UNFINISHED
 
 SIGNATURE = "model.sig"
@@ -80,8 +80,7 @@ def check_signature(folder: Path, key: str | os.PathLike[str]) -> None:
         config.verify(folder, folder / SIGNATURE)
     except Exception as error:
         raise CheckpointError(
-            f"{folder} is not what the owner of {key} signed ({one_line(' '.join(str(error).split()), 200)}): "
-            "do not use it"
+            f"{folder} is not what the owner of {key} signed ({reason_of(error)}): do not use it"
         ) from None
 
 
