@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import freebits
 from freebits.api import slice as slice_checkpoint
-from freebits.api.finishing import N_HELD_OUT as HELD_OUT
+from freebits.api.shared_steps import N_HELD_OUT as HELD_OUT
 from freebits.calibration.sliced_runner import FoldedRunner
 from freebits.calibration.tokens import split_windows, token_windows
 from freebits.errors import CheckpointError, UsageError

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from freebits.api.estimate import dense_shapes
-from freebits.api.finishing import finish
+from freebits.api.shared_steps import finish
 from freebits.api.slice import write_sliced_config
 from freebits.errors import CheckpointError, one_line
 from freebits.evaluation.sizes import dense_bytes

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from freebits.api.finishing import calibration_windows, finish
 from freebits.api.low_rank_statistics import PAPER_SETTINGS, Layers, choose_ranks, reduce_layers
+from freebits.api.shared_steps import calibration_windows, finish
 from freebits.calibration.streamed import window_logits
 from freebits.errors import CheckpointError, UsageError
 from freebits.evaluation.inspection import known_sizes

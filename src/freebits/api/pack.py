@@ -6,8 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from freebits.api.finishing import finish
 from freebits.api.pipelines import for_each, is_pipeline
+from freebits.api.shared_steps import finish
 from freebits.errors import CheckpointError, one_line
 from freebits.evaluation.inspection import inspect, known_sizes
 from freebits.execution.executor import Parallel

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freebits.api.finishing import finish
+from freebits.api.shared_steps import finish
 from freebits.calibration.engine import MAX_RESIDENT_BYTES
 from freebits.calibration.groups import RunningModel
 from freebits.calibration.self_generated import self_generated_windows

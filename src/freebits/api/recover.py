@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from freebits.api.finishing import finish
+from freebits.api.shared_steps import finish
 from freebits.calibration.self_generated import generate_windows
 from freebits.calibration.tokens import split_windows, token_windows
 from freebits.errors import CheckpointError, UnsupportedModelError, UsageError

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freebits.api.finishing import finish
+from freebits.api.shared_steps import finish
 from freebits.codecs.hadamard import hadamard
 from freebits.errors import UnsupportedModelError, UsageError
 from freebits.evaluation.sizes import dense_bytes

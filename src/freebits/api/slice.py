@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from freebits.api.estimate import dense_shapes
-from freebits.api.finishing import calibration_windows, finish
+from freebits.api.shared_steps import calibration_windows, finish
 from freebits.calibration.sliced_runner import FoldedRunner
 from freebits.errors import CheckpointError, UsageError
 from freebits.evaluation.sizes import dense_bytes

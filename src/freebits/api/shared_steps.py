@@ -1,4 +1,4 @@
-"""What several commands share: calibration windows at their begin, card and signature at their end."""
+"""Steps that several commands share: calibration windows at the start; model card and signature at the end."""
 
 import os
 from functools import partial
