@@ -15,7 +15,7 @@ import freebits
 from benchmarks.results import print_table, save_csv
 from examples.demo_model import demo_model
 from freebits.calibration.tokens import embedded_text
-from freebits.evaluation.sizes import change
+from freebits.evaluation.folder_sizes import change
 
 SAMPLES = 32
 WINDOWS = 16

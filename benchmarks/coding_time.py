@@ -19,8 +19,8 @@ import torch
 import freebits
 from benchmarks.results import print_table, save_csv
 from freebits.api.estimate import dense_shapes
+from freebits.models.architecture import Architecture
 from freebits.models.layout import Layout
-from freebits.models.table import Architecture
 from freebits.storage.writer import CheckpointWriter
 from freebits.transforms.slicing import sliced_size
 

@@ -19,8 +19,8 @@ from benchmarks.results import print_table, save_csv
 from freebits.codecs.registry import CODES
 from freebits.execution.executor import Parallel
 from freebits.packed.contents import STEM, Contents, digests_of
+from freebits.packed.encoded_piece import Piece
 from freebits.packed.packing import publish
-from freebits.packed.piece import Piece
 from freebits.packed.reader import PackedFolder
 from freebits.packed.recipe import Recipe
 from freebits.storage.writer import CheckpointWriter

@@ -19,6 +19,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+import benchmarks.group_rounding  # noqa: F401  (registers gptq and rtn)
 import freebits
 from benchmarks.results import print_table, save_csv
 from benchmarks.scale import CONFIGS, n_bytes, write_sliced

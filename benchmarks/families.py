@@ -14,7 +14,7 @@ import torch
 import freebits
 from benchmarks.families_page import families_page
 from benchmarks.results import print_table, save_csv
-from freebits.models.table import Architecture
+from freebits.models.architecture import Architecture
 from freebits.transforms.orthogonal import random_orthogonal, rotate
 from tests.test_families import differs, logits_of
 from tests.test_symmetry import folded_state, unsliced

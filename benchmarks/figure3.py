@@ -14,7 +14,7 @@ import freebits
 from benchmarks.results import RESULTS, print_table, save_csv
 from examples.demo_model import demo_model
 from freebits.calibration.tokens import embedded_text
-from freebits.evaluation.sizes import change
+from freebits.evaluation.folder_sizes import change
 
 THRESHOLDS = (0.05, 0.02, 0.01, 0.005, 0.002, 0.001)
 WINDOWS = 16

@@ -27,7 +27,7 @@ from benchmarks.results import many_small_models, print_table, save_csv, saved_r
 from freebits.calibration.engine import Engine
 from freebits.errors import FreebitsError
 from freebits.integrations.naming import TransformersView
-from freebits.storage.folder import Checkpoint
+from freebits.storage.checkpoint import Checkpoint
 from tests.model_types import causal_types, plain_logits, random_text, save_tiny_type
 
 HEADER = (

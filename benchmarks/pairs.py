@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import freebits
 from benchmarks.results import print_table, save_csv
 from examples.demo_model import demo_model
-from freebits.models.pairs import find_pairs
-from freebits.models.table import Architecture
+from freebits.models.architecture import Architecture
+from freebits.models.free_bases import find_pairs
 from freebits.packed.reader import PackedFolder
-from freebits.storage.folder import Checkpoint
+from freebits.storage.checkpoint import Checkpoint
 from freebits.transforms.paired import pivoted, product_difference
 
 HEADER = (

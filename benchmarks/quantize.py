@@ -20,14 +20,15 @@ import torch
 from torch.nn.functional import kl_div, log_softmax
 from tqdm import tqdm
 
+import benchmarks.group_rounding  # noqa: F401  (registers gptq and rtn)
 from benchmarks.off_grid import off_grid
 from benchmarks.results import save_csv
 from freebits.api.quantize import SAMPLES, WINDOW
 from freebits.calibration.groups import RunningModel
 from freebits.calibration.self_generated import self_generated_windows
 from freebits.calibration.tokens import token_windows
+from freebits.evaluation.folder_sizes import bytes_on_disk
 from freebits.evaluation.perplexity import logits, loss
-from freebits.evaluation.sizes import bytes_on_disk
 from freebits.execution.executor import Parallel
 from freebits.execution.progress import silent
 from freebits.execution.work_store import Work, WorkStore
@@ -37,7 +38,7 @@ from freebits.packed.reader import PackedFolder
 from freebits.quantization.measuring import measure_matrices
 from freebits.quantization.rounding import Goal, write_rounded
 from freebits.quantization.sensitivity_cache import SensitivityCache, fully_covered_matrices
-from freebits.storage.folder import Checkpoint
+from freebits.storage.checkpoint import Checkpoint
 from freebits.storage.staging import new_directory
 from freebits.transforms.slicing import perplexity
 

@@ -24,7 +24,7 @@ import freebits
 from benchmarks.results import print_table, save_csv
 from benchmarks.scale import CONFIGS, SHARD, cores, n_bytes, run
 from freebits.api.estimate import dense_shapes
-from freebits.storage.folder import write_json
+from freebits.storage.checkpoint import write_json
 from freebits.storage.writer import CheckpointWriter
 
 HEADER = ("model", "blocks", "seconds", "peak memory, GB", "bytes of the model", "bytes of the result", "cores")

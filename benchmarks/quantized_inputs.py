@@ -23,11 +23,11 @@ import freebits
 from benchmarks.results import print_table, save_csv
 from examples.demo_model import demo_model
 from freebits.calibration.tokens import token_windows
-from freebits.evaluation.sizes import bits_by_tensor
+from freebits.evaluation.folder_sizes import bits_by_tensor
 from freebits.evaluation.verification import compare_models
 from freebits.execution.progress import silent
 from freebits.packed.reader import PackedFolder
-from freebits.storage.folder import Checkpoint
+from freebits.storage.checkpoint import Checkpoint
 from freebits.types import bytes_of
 from tests.quantized_inputs import MAKERS, save_quantized
 

@@ -34,9 +34,9 @@ from torch import Tensor
 import freebits
 from benchmarks.results import RESULTS, print_table, save_csv, saved_rows
 from freebits.api.estimate import dense_shapes
+from freebits.models.architecture import Architecture, Role, Weight
 from freebits.models.layout import Layout
-from freebits.models.table import Architecture, Role, Weight
-from freebits.storage.folder import write_json
+from freebits.storage.checkpoint import write_json
 from freebits.storage.writer import CheckpointWriter
 from freebits.transforms.orthogonal import random_orthogonal
 from freebits.transforms.slicing import sliced_size

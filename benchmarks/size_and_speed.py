@@ -31,7 +31,7 @@ from benchmarks.timing import timed
 from examples.demo_model import demo_model
 from freebits.calibration.tokens import embedded_text
 from freebits.codecs.bits import zstd
-from freebits.storage.weights import WeightsWriter
+from freebits.storage.safetensors_files import WeightsWriter
 from freebits.types import TensorSpec, bytes_of
 
 RUNS = 5

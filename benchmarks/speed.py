@@ -20,9 +20,9 @@ from benchmarks.timing import interleaved
 from examples.demo_model import demo_model
 from freebits.calibration.tokens import embedded_text
 from freebits.models import sliced as modeling
+from freebits.models.architecture import Architecture
 from freebits.models.layout import Layout
-from freebits.models.table import Architecture
-from freebits.storage.folder import Checkpoint
+from freebits.storage.checkpoint import Checkpoint
 from freebits.transforms.orthogonal import random_orthogonal
 
 CODECS = ("canonical", "bits-back")

@@ -20,7 +20,7 @@ import freebits
 from benchmarks.off_grid import off_grid
 from benchmarks.results import print_table, save_csv
 from examples.demo_model import demo_model
-from freebits.evaluation.tasks import METRICS, prepare, zero_shot
+from freebits.evaluation.zero_shot_tasks import METRICS, prepare, zero_shot
 from freebits.integrations.loading import load, load_tokenizer
 
 THRESHOLDS = (0.01, 0.005)

@@ -24,9 +24,9 @@ from freebits.calibration.tokens import embedded_text
 from freebits.cli.output import Row, changes, print_json, print_table
 from freebits.cli.progress import progress_bar
 from freebits.errors import FreebitsError
+from freebits.evaluation.folder_sizes import bytes_on_disk
 from freebits.evaluation.inspection import inspect
 from freebits.evaluation.perplexity import evaluate
-from freebits.evaluation.sizes import bytes_on_disk
 from freebits.integrations.loading import load, load_tokenizer
 from freebits.packed.reader import open_folder
 

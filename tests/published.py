@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from freebits.storage.folder import Checkpoint
+from freebits.storage.checkpoint import Checkpoint
 from tests.model_types import save_tiny_type
 from tests.quantized_inputs import MAKERS
 

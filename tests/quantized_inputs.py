@@ -13,7 +13,7 @@ from compressed_tensors.quantization.utils import calculate_qparams, generate_gp
 from safetensors.torch import save_file
 from torch import Tensor
 
-from freebits.storage.folder import Checkpoint
+from freebits.storage.checkpoint import Checkpoint
 
 Made = tuple[dict[str, Tensor], Tensor | None]
 """Tensors by the end of their names, and what the package makes of them; None where there is no package."""

@@ -14,10 +14,10 @@ from peft.tuners.lora.config import BdLoraConfig, KasaConfig
 import freebits
 from freebits import CheckpointError
 from freebits.cli.main import main
-from freebits.models.pairs import unproven_settings
+from freebits.models.free_bases import unproven_settings
 from freebits.packed.manifest import digest_of_file
 from freebits.packed.reader import PackedFolder
-from freebits.storage.folder import Checkpoint
+from freebits.storage.checkpoint import Checkpoint
 from tests.conftest import content
 from tests.tiny import Make, change_config, change_tensors, redigest, tiny_model
 

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from freebits.errors import CheckpointError, UnsupportedModelError
+from freebits.models.architecture import Architecture, Axis, Role
 from freebits.models.families import MODEL_TYPES, dense_family, family_of
 from freebits.models.layout import Layout
-from freebits.models.table import Architecture, Axis, Role
 from tests.tiny import VARIANTS, tiny_config, tiny_model
 
 CONFIG = tiny_config().to_dict()

@@ -13,11 +13,11 @@ from torch import Tensor
 
 import freebits
 from freebits import UsageError
+from freebits.models.architecture import Architecture
 from freebits.models.layout import Layout
-from freebits.models.table import Architecture
 from freebits.packed.reader import PackedFolder
-from freebits.storage.folder import Checkpoint
-from freebits.transforms.expanded import DenseShortcutView
+from freebits.storage.checkpoint import Checkpoint
+from freebits.transforms.dense_shortcuts import DenseShortcutView
 from freebits.transforms.orthogonal import random_orthogonal
 from freebits.transforms.polar import carried_rotation, polar_form, shortcut_from_factor, trapezoid, triangular_rotation
 from tests.test_packed import without_history

@@ -16,9 +16,9 @@ import freebits
 from freebits.errors import CheckpointError, one_line
 from freebits.integrations.loading import load
 from freebits.storage.auxiliary_files import copy_auxiliary_files
-from freebits.storage.folder import Checkpoint
+from freebits.storage.checkpoint import Checkpoint
+from freebits.storage.safetensors_files import WeightsFile, WeightsWriter, parse_header
 from freebits.storage.staging import new_directory
-from freebits.storage.weights import WeightsFile, WeightsWriter, parse_header
 from freebits.types import TensorSpec, bytes_of
 from tests.tiny import Make, change_config
 

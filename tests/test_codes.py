@@ -9,9 +9,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from freebits.codecs.base import Code, Coded, Declined
 from freebits.codecs.bits import as_tensor, bytes_from, pack_bits, unpack_bits
 from freebits.codecs.bits_back import BitsBack
-from freebits.codecs.code import Code, Coded, Declined
 from freebits.codecs.corrections import apply_corrections, encode_corrections, read_corrections
 from freebits.codecs.pivots import Pivots
 from freebits.codecs.registry import CODES

@@ -12,8 +12,8 @@ import freebits
 from freebits import CheckpointError
 from freebits.cli.main import main
 from freebits.evaluation.estimation import TYPICAL_ENTROPY
-from freebits.evaluation.sizes import bytes_on_disk
-from freebits.storage.folder import Checkpoint
+from freebits.evaluation.folder_sizes import bytes_on_disk
+from freebits.storage.checkpoint import Checkpoint
 from tests.tiny import Make, random_text
 
 SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "head_dim": 32}

@@ -8,7 +8,7 @@ import pytest
 
 from examples import demo_model
 from examples.demo import STAGES, main
-from freebits.evaluation.sizes import bytes_on_disk
+from freebits.evaluation.folder_sizes import bytes_on_disk
 from freebits.packed.reader import open_folder
 
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from freebits.calibration.engine import Engine
 from freebits.calibration.groups import RunningModel
-from freebits.calibration.products import Product, Products, Region
+from freebits.calibration.observers import Product, Products, Region
 from freebits.calibration.sensitivities import (
     MIN_EXPERT_VECTORS,
     InputStatistics,
@@ -29,7 +29,7 @@ from freebits.execution.executor import Parallel
 from freebits.execution.work_store import Work, WorkStore
 from freebits.integrations.naming import TransformersView
 from freebits.quantization.measuring import measure_matrices
-from freebits.storage.folder import Checkpoint
+from freebits.storage.checkpoint import Checkpoint
 from tests.tiny import Make
 
 CPU = torch.device("cpu")

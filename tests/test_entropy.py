@@ -22,7 +22,7 @@ from freebits.codecs.planes import merge, n_planes, split
 from freebits.errors import CheckpointError
 from freebits.options import CODECS, ENTROPIES
 from freebits.packed.reader import PackedFolder
-from freebits.storage.folder import Checkpoint
+from freebits.storage.checkpoint import Checkpoint
 from freebits.types import Bytes
 from tests.tiny import Make, flip, random_text, redigest, tensors_of
 

@@ -11,7 +11,7 @@ from freebits.cli.main import main
 from freebits.codecs.triangles import n_lower_values
 from freebits.errors import CheckpointError, UnsupportedModelError
 from freebits.packed.reader import PackedFolder
-from freebits.storage.folder import Checkpoint
+from freebits.storage.checkpoint import Checkpoint
 from tests.tiny import VARIANTS, Make, change_config
 
 CONFIGS = Path(__file__).parent.parent / "benchmarks" / "configs"

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 import freebits
 from benchmarks.families_page import families_page
+from freebits.models.architecture import Architecture
 from freebits.models.families import FAMILIES as ROWS
-from freebits.models.table import Architecture
 from freebits.packed.reader import PackedFolder
-from freebits.storage.folder import Checkpoint
+from freebits.storage.checkpoint import Checkpoint
 from freebits.transforms.orthogonal import random_orthogonal, rotate
 from tests.test_symmetry import folded_state, unsliced
 from tests.tiny import FAMILIES, Make, in_float64, random_text, tiny_config, tiny_model

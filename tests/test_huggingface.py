@@ -24,7 +24,7 @@ from transformers import (
 import freebits
 from freebits.errors import CheckpointError
 from freebits.integrations.loading import load
-from freebits.storage.weights import WeightsFile
+from freebits.storage.safetensors_files import WeightsFile
 from tests.tiny import VARIANTS, Make
 
 

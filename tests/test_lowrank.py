@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import freebits
 from freebits import CheckpointError, UnsupportedModelError, UsageError
 from freebits.packed.reader import PackedFolder
-from freebits.storage.folder import Checkpoint
+from freebits.storage.checkpoint import Checkpoint
 from freebits.transforms.low_rank import allocated, n_low_rank_weights, rank_for, reduced, spectrum
 from tests.conftest import content
 from tests.tiny import FAMILIES, Make, random_text

@@ -16,7 +16,7 @@ from freebits.execution.executor import Parallel
 from freebits.execution.work_store import Work, WorkStore
 from freebits.integrations.naming import TransformersView
 from freebits.quantization.measuring import measure_matrices
-from freebits.storage.folder import Checkpoint
+from freebits.storage.checkpoint import Checkpoint
 from freebits.types import CPU
 from tests.model_types import plain_logits, random_text, save_tiny_type
 from tests.tiny import Make, change_config

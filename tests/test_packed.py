@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import freebits
-from freebits.codecs.code import Coded
+from freebits.codecs.base import Coded
 from freebits.codecs.corrections import read_corrections
 from freebits.codecs.registry import CODES
 from freebits.errors import CheckpointError, UsageError
@@ -23,7 +23,7 @@ from freebits.execution.executor import threads
 from freebits.models.sliced import SlicedLlamaConfig, SlicedLlamaForCausalLM
 from freebits.options import CODECS
 from freebits.packed.reader import PackedFolder
-from freebits.storage.folder import Checkpoint
+from freebits.storage.checkpoint import Checkpoint
 from freebits.types import TensorSpec, bytes_of
 from tests.tiny import VARIANTS, Make, change_config, flip, random_text, redigest, tensors_of, tiny_config
 

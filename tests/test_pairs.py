@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 import freebits
 from freebits import CheckpointError
-from freebits.models.pairs import find_pairs
-from freebits.models.table import Architecture
+from freebits.models.architecture import Architecture
+from freebits.models.free_bases import find_pairs
 from freebits.packed.reader import PackedFolder
-from freebits.storage.folder import Checkpoint
+from freebits.storage.checkpoint import Checkpoint
 from freebits.transforms.pivoting import act, pivot_bases, pivot_rows
 from tests.test_symmetry import folded_state, unsliced
 from tests.tiny import FAMILIES, Make, change_tensors, in_float64, tiny_config, tiny_model

@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import freebits
+from benchmarks.group_rounding import GROUP, round_to_grid
 from freebits.codecs import ans, enumeration
 from freebits.codecs.hadamard import hadamard, hadamard_inverse
 from freebits.codecs.integers import ScaledIntegers, exponents, steps
 from freebits.codecs.registry import CODES
 from freebits.errors import UsageError
-from freebits.evaluation.simulation import round_asymmetric, round_symmetric
+from freebits.evaluation.coarse_activations import round_asymmetric, round_symmetric
 from freebits.integrations.integer_layers import IntegerLinear
 from freebits.quantization.error_compensation import compensated_rounding, inverse_factor
-from freebits.quantization.group_rounding import GROUP, round_to_grid
 from freebits.quantization.pyramids import nearest_points, round_to_pyramids
 from freebits.quantization.scales import scaled_integers
 from freebits.types import TensorSpec

@@ -10,9 +10,9 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import freebits
+from freebits.dequantization.source import Dequantized
 from freebits.errors import CheckpointError, UnsupportedModelError
-from freebits.quantized_inputs.source import Dequantized
-from freebits.storage.folder import Checkpoint, write_json
+from freebits.storage.checkpoint import Checkpoint, write_json
 from tests.quantized_inputs import MAKERS, fp8_blocks, save_quantized
 from tests.tiny import Make, random_text
 

@@ -18,7 +18,7 @@ from freebits.errors import CheckpointError, UsageError
 from freebits.integrations.loading import load
 from freebits.integrations.trainable_adapters import LoraAdapters, ScaleAdapters
 from freebits.packed.reader import PackedFolder
-from freebits.storage.folder import Checkpoint
+from freebits.storage.checkpoint import Checkpoint
 from tests.tiny import Make, random_text
 
 TOKENS = torch.randint(96, (2, 20), generator=torch.Generator().manual_seed(3))

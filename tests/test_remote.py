@@ -13,10 +13,10 @@ import freebits
 from freebits import CheckpointError
 from freebits.cli.main import main
 from freebits.storage import remote as remote_module
-from freebits.storage.folder import Checkpoint
+from freebits.storage.checkpoint import Checkpoint
 from freebits.storage.hub import local_folder
 from freebits.storage.remote import url_of
-from freebits.storage.task import Task
+from freebits.storage.resumption import Task
 from tests.conftest import content
 from tests.serving import Answer, serving
 from tests.tiny import Make

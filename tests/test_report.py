@@ -14,7 +14,7 @@ import freebits
 from freebits import CheckpointError
 from freebits.cli.main import main
 from freebits.evaluation.reporting import RoundedView
-from freebits.storage.folder import Checkpoint
+from freebits.storage.checkpoint import Checkpoint
 from tests.tiny import Make, random_text, redigest
 
 VOID = {"meta", "path", "use", "line", "circle", "rect", "br"}

@@ -20,9 +20,9 @@ from freebits.calibration.tokens import split_windows, token_windows
 from freebits.errors import CheckpointError, UsageError
 from freebits.integrations.loading import load
 from freebits.integrations.naming import TransformersView
+from freebits.models.architecture import Architecture
 from freebits.models.families import MODEL_TYPES
-from freebits.models.table import Architecture
-from freebits.storage.folder import Checkpoint
+from freebits.storage.checkpoint import Checkpoint
 from freebits.transforms.orthogonal import random_orthogonal
 from freebits.transforms.slicing import covariance, perplexity, principal_axes, sliced_size
 from tests.tiny import VARIANTS, Make, change_config, random_text

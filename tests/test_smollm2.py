@@ -19,7 +19,7 @@ from freebits.codecs import bits_back as bitsback
 from freebits.codecs.registry import CODES
 from freebits.packed.reader import PackedFolder
 from freebits.packed.recipe import Recipe
-from freebits.storage.folder import Checkpoint
+from freebits.storage.checkpoint import Checkpoint
 from tests.conftest import DemoRun
 from tests.tiny import tensors_of
 

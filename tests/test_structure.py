@@ -10,7 +10,7 @@ import freebits
 SOURCE = Path(freebits.__file__).parent
 ORDER = (
     *("limits", "errors", "options", "version", "types"),
-    *("execution", "storage", "codecs", "models", "transforms", "packed", "quantized_inputs"),
+    *("execution", "storage", "codecs", "models", "transforms", "packed", "dequantization"),
     *("integrations", "calibration", "quantization", "evaluation", "api", "cli", "__init__"),
 )
 """Modules and packages; each imports only those before it."""

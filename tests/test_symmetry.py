@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import freebits  # noqa: F401  (registers the sliced models)
-from freebits.models.table import Architecture, Axis
+from freebits.models.architecture import Architecture, Axis
 from freebits.transforms.folding import fold_embeddings, fold_head, fold_sublayers
 from freebits.transforms.orthogonal import random_orthogonal, rotate
 from tests.tiny import VARIANTS, in_float64, tiny_config, tiny_model

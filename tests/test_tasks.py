@@ -128,6 +128,6 @@ def test_what_cannot_be_measured_is_said_in_one_line(
         assert error.startswith("freebits: error: ")
         assert error.count("\n") == 1
         assert finding in error
-    monkeypatch.setitem(sys.modules, "freebits.evaluation.tasks", None)
+    monkeypatch.setitem(sys.modules, "freebits.evaluation.zero_shot_tasks", None)
     assert main([*command, "piqa"]) == 2
     assert "pip install 'freebits[eval]'" in capsys.readouterr().err

@@ -25,7 +25,7 @@ from freebits.cli.main import main
 from freebits.errors import UnsupportedModelError, UsageError
 from freebits.packed.reader import PackedFolder
 from freebits.quantization.weights_only import matrix_shape
-from freebits.storage.folder import Checkpoint
+from freebits.storage.checkpoint import Checkpoint
 from tests.model_types import random_text, save_tiny_type
 
 TOKENS = torch.arange(3, 23)[None]
@@ -88,7 +88,7 @@ def test_a_model_that_writes_no_text_is_compressed(saved: tuple[str, Path], tmp_
 @pytest.mark.parametrize("saved", ["classifier"], indirect=True)
 def test_what_needs_calibration_is_refused(saved: tuple[str, Path], tmp_path: Path) -> None:
     _, dense = saved
-    for options in ({"target_kl": 0.01}, {"only": "linear"}, {"method": "gptq"}):
+    for options in ({"target_kl": 0.01}, {"only": "linear"}, {"method": "pyramid"}):
         with pytest.raises(UnsupportedModelError, match="BertForSequenceClassification"):
             freebits.quantize(dense, tmp_path / "q", **options)
     with pytest.raises(UnsupportedModelError, match="BertForSequenceClassification"):

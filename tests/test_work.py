@@ -19,7 +19,7 @@ from freebits import Parallel
 from freebits.cli.main import main
 from freebits.codecs.rotation_values import canonical_direction
 from freebits.execution.executor import threads
-from freebits.execution.stored_values import read, save
+from freebits.execution.serialization import read, save
 from freebits.execution.work_store import Work, WorkStore
 from freebits.transforms.polar import PolarForm
 from tests.tiny import Make, random_text

@@ -16,7 +16,7 @@ from freebits.errors import FreebitsError
 from freebits.execution.executor import Parallel
 from freebits.packed.manifest import digest
 from freebits.packed.reader import PackedFolder
-from freebits.storage.weights import parse_header
+from freebits.storage.safetensors_files import parse_header
 from freebits.types import TensorSpec
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "v1"

@@ -21,7 +21,6 @@ THRESHOLDS = {"bits-back": 0.001, "canonical": None}
 METHODS: dict[str, dict[str, Any]] = {
     "integers": {},
     "pyramid": {"rotate": "hadamard", "only": "linear"},
-    "gptq": {"only": "linear"},
 }
 """How matrices are quantized."""
 

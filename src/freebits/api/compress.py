@@ -17,11 +17,12 @@ import torch
 from freebits.api.pipelines import components, for_each, is_pipeline
 from freebits.api.quantize import WINDOW, prepare
 from freebits.calibration.tokens import embedded_text, token_windows
+from freebits.dequantization.source import open_as_floats
 from freebits.errors import CheckpointError, UsageError
-from freebits.evaluation.card import write_card
 from freebits.evaluation.estimation import TYPICAL_ENTROPY
+from freebits.evaluation.folder_sizes import bytes_on_disk
 from freebits.evaluation.inspection import inspect
-from freebits.evaluation.sizes import bytes_on_disk
+from freebits.evaluation.model_card import write_card
 from freebits.evaluation.verification import verify
 from freebits.execution.executor import Executor, Parallel
 from freebits.execution.progress import Progress, silent
@@ -29,18 +30,17 @@ from freebits.execution.work_store import Work, WorkStore
 from freebits.integrations.gguf_models import write_dense
 from freebits.integrations.packed_models import auto_class, predicts_text
 from freebits.options import LOSSY
+from freebits.packed.encoded_piece import stage
 from freebits.packed.packing import pack_into
-from freebits.packed.piece import stage
 from freebits.packed.reader import PackedFolder, open_folder
 from freebits.quantization.rounding import FALLBACK_BITS, Goal
-from freebits.quantized_inputs.source import open_as_floats
-from freebits.storage.folder import Checkpoint
+from freebits.storage.checkpoint import Checkpoint
 from freebits.storage.gguf import gguf_folder, is_gguf
 from freebits.storage.hub import local_folder
 from freebits.storage.remote import original
+from freebits.storage.resumption import unchanged
 from freebits.storage.signature import check_key, sign
 from freebits.storage.staging import new_directory
-from freebits.storage.task import unchanged
 
 MAX_KL = 0.05
 """The default target: the largest mean KL divergence, in nats per token."""

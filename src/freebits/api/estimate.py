@@ -11,14 +11,14 @@ import transformers
 
 from freebits.errors import CheckpointError, UnsupportedModelError
 from freebits.evaluation.estimation import TYPICAL_ENTROPY, n_bytes, n_values, planned_forms
-from freebits.evaluation.sizes import change
+from freebits.evaluation.folder_sizes import change
 from freebits.integrations.empty_models import MODEL_CREATION_LOCK
 from freebits.integrations.loading import one_line_errors
 from freebits.integrations.packed_models import auto_class, config_of
 from freebits.limits import BLOCKS
+from freebits.models.architecture import Architecture
 from freebits.models.families import FAMILIES, dense_family
-from freebits.models.table import Architecture
-from freebits.storage.folder import CONFIG, read_json
+from freebits.storage.checkpoint import CONFIG, read_json
 from freebits.storage.hub import local_folder
 from freebits.transforms.slicing import sliced_size
 from freebits.types import DTYPE_NAMES

@@ -15,18 +15,18 @@ from freebits.api.estimate import dense_shapes
 from freebits.api.shared_steps import finish
 from freebits.api.slice import write_sliced_config
 from freebits.errors import CheckpointError, one_line
-from freebits.evaluation.sizes import dense_bytes
+from freebits.evaluation.folder_sizes import dense_bytes
 from freebits.integrations.loading import one_line_errors
+from freebits.models.architecture import Architecture
 from freebits.models.families import dense_family
 from freebits.models.layout import Layout
-from freebits.models.table import Architecture
 from freebits.options import LOSSY
 from freebits.packed.unpacking import SLICED_IN
 from freebits.storage.auxiliary_files import copy_auxiliary_files, write_remote_code
-from freebits.storage.folder import CONFIG, Checkpoint, checkpoint_folder, history_of, history_step, read_json
+from freebits.storage.checkpoint import CONFIG, Checkpoint, checkpoint_folder, history_of, history_step, read_json
 from freebits.storage.hub import local_folder
+from freebits.storage.safetensors_files import WeightsFile
 from freebits.storage.staging import new_directory
-from freebits.storage.weights import WeightsFile
 from freebits.storage.writer import CheckpointWriter
 from freebits.types import DTYPE_NAMES, FLOATS
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from freebits.api.low_rank_statistics import PAPER_SETTINGS, Layers, choose_ranks, reduce_layers
+from freebits.api.lowrank_layers import PAPER_SETTINGS, Layers, choose_ranks, reduce_layers
 from freebits.api.shared_steps import calibration_windows, finish
 from freebits.calibration.streamed import window_logits
 from freebits.errors import CheckpointError, UsageError
@@ -23,11 +23,11 @@ from freebits.options import ALLOCATIONS, LOSSY, PAPER, SLOPE
 from freebits.packed.manifest import is_packed
 from freebits.packed.unpacking import LOW_RANK_IN, SLICED_IN
 from freebits.storage.auxiliary_files import auto_map, copy_auxiliary_files, write_remote_code
-from freebits.storage.folder import CONFIG, HISTORY, Checkpoint, history_step, write_json
+from freebits.storage.checkpoint import CONFIG, HISTORY, Checkpoint, history_step, write_json
 from freebits.storage.hub import local_folder
+from freebits.storage.resumption import Task, text_digest
 from freebits.storage.signature import check_key
 from freebits.storage.staging import new_directory
-from freebits.storage.task import Task, text_digest
 from freebits.storage.writer import CheckpointWriter
 from freebits.transforms.slicing import perplexity
 

@@ -14,21 +14,21 @@ from freebits.execution.executor import Parallel
 from freebits.execution.machine import device_of
 from freebits.execution.progress import Progress, silent
 from freebits.execution.work_store import Work
-from freebits.models.pairs import unproven_settings
-from freebits.models.table import Architecture
+from freebits.models.architecture import Architecture
+from freebits.models.free_bases import unproven_settings
 from freebits.options import CANONICAL, NONE
+from freebits.packed.encoded_piece import stage
 from freebits.packed.manifest import is_packed
 from freebits.packed.packing import pack_into
-from freebits.packed.piece import stage
 from freebits.packed.presets import Preset, chosen
 from freebits.packed.reader import PackedFolder
 from freebits.packed.unpacking import unpack_into
-from freebits.storage.folder import Checkpoint, is_adapter
+from freebits.storage.checkpoint import Checkpoint, is_adapter
 from freebits.storage.gguf import gguf_folder, is_gguf
 from freebits.storage.hub import local_folder
+from freebits.storage.resumption import Task
 from freebits.storage.signature import check_key
 from freebits.storage.staging import new_directory
-from freebits.storage.task import Task
 
 _log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from freebits.packed.manifest import is_packed
 from freebits.storage.auxiliary_files import copy_auxiliary_files
-from freebits.storage.folder import CONFIG
+from freebits.storage.checkpoint import CONFIG
 from freebits.storage.staging import new_directory
 
 INDEX = "model_index.json"

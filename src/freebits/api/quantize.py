@@ -17,6 +17,7 @@ from freebits.calibration.engine import MAX_RESIDENT_BYTES
 from freebits.calibration.groups import RunningModel
 from freebits.calibration.self_generated import self_generated_windows
 from freebits.calibration.tokens import split_windows, token_windows
+from freebits.dequantization.source import open_as_floats
 from freebits.errors import UnsupportedModelError, UsageError
 from freebits.evaluation.inspection import known_sizes
 from freebits.execution.executor import Executor, Parallel
@@ -25,20 +26,19 @@ from freebits.execution.progress import Progress, silent
 from freebits.execution.work_store import Work
 from freebits.integrations.loading import load
 from freebits.integrations.packed_models import text_auto_class
-from freebits.options import EMBEDDINGS, HADAMARD, INTEGERS, LOSSY, PARTS, ROTATIONS, RTN
+from freebits.options import EMBEDDINGS, HADAMARD, INTEGERS, LOSSY, PARTS, ROTATIONS
+from freebits.packed.encoded_piece import stage
 from freebits.packed.packing import publish
-from freebits.packed.piece import stage
 from freebits.quantization.measuring import measure_matrices
 from freebits.quantization.rate_control import RateModel
 from freebits.quantization.rounding import FALLBACK_BITS, Goal, write_rounded
 from freebits.quantization.sensitivity_cache import Matrix, SensitivityCache, fully_covered_matrices
 from freebits.quantization.weights_only import coverage_report, names_to_keep, routers_to_keep, uncalibrated
-from freebits.quantized_inputs.source import open_as_floats
-from freebits.storage.folder import Folder, history_step
+from freebits.storage.checkpoint import Folder, history_step
 from freebits.storage.hub import local_folder
+from freebits.storage.resumption import Task, text_digest
 from freebits.storage.signature import check_key
 from freebits.storage.staging import new_directory
-from freebits.storage.task import Task, text_digest
 
 _log = logging.getLogger(__name__)
 _NO_TEXT = "none"
@@ -82,10 +82,9 @@ def quantize(
         bits: bits per weight of the matrices on average, side data included; by default 4.
         target_size: instead, the largest size of the finished folder in bytes, as `inspect` counts them.
         target_kl: instead, the expected KL divergence on self-generated text, in nats per token.
-        method: `integers`, unbounded and entropy-coded, with scales that balance the error; `pyramid` vectors; or, for
-            comparison, `gptq` (with error compensation) and `rtn` (to nearest): whole bits in groups of 64.
-        rotate: `hadamard` rotates each matrix on both sides before rounding, and back when it is decoded. The other
-            methods gain much by that, `integers` nothing.
+        method: `integers`, unbounded and entropy-coded, with scales that balance the error; or `pyramid` vectors.
+        rotate: `hadamard` rotates each matrix on both sides before rounding, and back when it is decoded. `pyramid`
+            gains much by that, `integers` nothing.
         only: quantize only the matrices of the blocks (`linear`), or only embedding and head (`embeddings`).
         keep: patterns of names of tensors to leave unchanged, such as `vision_tower.*`.
         fallback_bits: bits per weight, on average, of the matrices that calibration does not reach. If it reaches none,
@@ -179,9 +178,9 @@ class Prepared:
     ) -> None:
         """Round the model to a goal and write it as a packed folder."""
         if not self.calibrated:
-            if goal.kl is not None or goal.method not in (INTEGERS, RTN):
+            if goal.kl is not None or goal.method != INTEGERS:
                 option = "`target_kl`" if goal.kl is not None else f"`method` {goal.method}"
-                advice = "give `bits`" if goal.kl is not None else f"choose {INTEGERS} or {RTN}"
+                advice = "give `bits`" if goal.kl is not None else f"choose {INTEGERS}"
                 raise UnsupportedModelError(f"{option} requires calibration, but {self.facts['reason']}: {advice}")
             goal = goal if goal.size or goal.bits else replace(goal, bits=goal.fallback_bits)
         source = self.source

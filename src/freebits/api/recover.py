@@ -18,13 +18,13 @@ from freebits.execution.progress import Progress, silent
 from freebits.integrations.loading import load
 from freebits.integrations.naming import TransformersView, config_object
 from freebits.integrations.trainable_adapters import LoraAdapters, ScaleAdapters, Trainable
-from freebits.models.registration import OwnModel
+from freebits.models.derived_classes import OwnModel
 from freebits.options import INTEGERS, LOSSY, PYRAMID
 from freebits.packed.packing import publish
+from freebits.packed.partial_copy import copy_with_changes
 from freebits.packed.reader import PackedFolder, open_folder
-from freebits.packed.retouching import copy_with_changes
 from freebits.storage.auxiliary_files import copy_auxiliary_files, write_config, write_remote_code
-from freebits.storage.folder import CONFIG, HISTORY, Folder, history_step
+from freebits.storage.checkpoint import CONFIG, HISTORY, Folder, history_step
 from freebits.storage.hub import local_folder
 from freebits.storage.signature import check_key
 from freebits.storage.staging import new_directory
@@ -36,7 +36,7 @@ _WARM_UP = 10
 """Windows during which the learning rate rises."""
 _BATCH = 32
 """Windows that a model generates at once."""
-_QUANTIZED = (INTEGERS, PYRAMID, "grid")
+_QUANTIZED = (INTEGERS, PYRAMID)
 
 
 def recover(

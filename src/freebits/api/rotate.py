@@ -11,16 +11,16 @@ from torch import Tensor
 from freebits.api.shared_steps import finish
 from freebits.codecs.hadamard import hadamard
 from freebits.errors import UnsupportedModelError, UsageError
-from freebits.evaluation.sizes import dense_bytes
+from freebits.evaluation.folder_sizes import dense_bytes
 from freebits.execution.progress import Progress, silent
 from freebits.integrations.naming import TransformersView, config_object
+from freebits.models.architecture import Architecture, Part
 from freebits.models.families import dense_family
+from freebits.models.free_bases import find_pairs
 from freebits.models.layout import Layout
-from freebits.models.pairs import find_pairs
-from freebits.models.table import Architecture, Part
 from freebits.options import FUNCTION_PRESERVING
 from freebits.storage.auxiliary_files import copy_auxiliary_files, write_config
-from freebits.storage.folder import CONFIG, HISTORY, Checkpoint, Source, history_step
+from freebits.storage.checkpoint import CONFIG, HISTORY, Checkpoint, Source, history_step
 from freebits.storage.hub import local_folder
 from freebits.storage.staging import new_directory
 from freebits.storage.writer import CheckpointWriter

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from freebits.calibration.self_generated import self_generated_windows
 from freebits.calibration.tokens import split_windows, token_windows
-from freebits.evaluation.card import write_card
 from freebits.evaluation.inspection import inspect
+from freebits.evaluation.model_card import write_card
 from freebits.execution.progress import Progress
 from freebits.execution.work_store import Work
 from freebits.storage.signature import sign

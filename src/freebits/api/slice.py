@@ -14,23 +14,23 @@ from freebits.api.estimate import dense_shapes
 from freebits.api.shared_steps import calibration_windows, finish
 from freebits.calibration.sliced_runner import FoldedRunner
 from freebits.errors import CheckpointError, UsageError
-from freebits.evaluation.sizes import dense_bytes
+from freebits.evaluation.folder_sizes import dense_bytes
 from freebits.execution.executor import Parallel
 from freebits.execution.machine import device_of
 from freebits.execution.progress import Progress, silent
 from freebits.execution.work_store import Work
 from freebits.integrations.naming import TransformersView, config_object
+from freebits.models.architecture import Architecture, Part
 from freebits.models.families import dense_family
 from freebits.models.layout import WIDTHS, Layout
-from freebits.models.table import Architecture, Part
 from freebits.options import DTYPES, LOSSY
 from freebits.packed.manifest import is_packed
 from freebits.packed.unpacking import SLICED_IN
 from freebits.storage.auxiliary_files import auto_map, copy_auxiliary_files, write_remote_code
-from freebits.storage.folder import CONFIG, HISTORY, Checkpoint, Source, history_step, write_json
+from freebits.storage.checkpoint import CONFIG, HISTORY, Checkpoint, Source, history_step, write_json
 from freebits.storage.hub import local_folder
+from freebits.storage.resumption import Task, text_digest
 from freebits.storage.staging import new_directory
-from freebits.storage.task import Task, text_digest
 from freebits.storage.writer import CheckpointWriter
 from freebits.transforms.slicing import Slice, sliced_size
 from freebits.transforms.transform import PartChange, transform_parts

@@ -24,12 +24,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from freebits.calibration.products import Product, Products
+from freebits.calibration.observers import Product, Products
 from freebits.errors import CheckpointError, FreebitsError, UnsupportedModelError, reason_of
 from freebits.execution.machine import release_freed_memory
 from freebits.integrations.empty_models import empty_model
 from freebits.integrations.naming import TransformersView, config_object
-from freebits.storage.folder import Source
+from freebits.storage.checkpoint import Source
 
 MAX_RESIDENT_BYTES = 2**30
 """A model of at most this many bytes in float32 stays in memory as a whole."""

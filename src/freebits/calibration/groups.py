@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from freebits.calibration.engine import Engine, open_engine
-from freebits.calibration.products import Region
+from freebits.calibration.observers import Region
 from freebits.calibration.sensitivities import InputStatistics, Sums, measure
+from freebits.dequantization.source import open_as_floats
 from freebits.execution.progress import Progress, silent
-from freebits.execution.stored_values import storable
+from freebits.execution.serialization import storable
 from freebits.execution.work_store import WorkStore
 from freebits.integrations.naming import TransformersView
-from freebits.quantized_inputs.source import open_as_floats
 
 
 @dataclass(frozen=True)

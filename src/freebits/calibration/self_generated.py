@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from freebits.dequantization.source import open_as_floats
 from freebits.errors import CheckpointError, UnsupportedModelError, UsageError, reason_of
 from freebits.execution.machine import physical_memory
 from freebits.execution.progress import Progress, silent
 from freebits.integrations.loading import load
-from freebits.quantized_inputs.source import open_as_floats
 from freebits.types import HALF_DTYPES
 
 _TRIALS = 7

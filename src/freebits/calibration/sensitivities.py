@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from freebits.calibration.engine import Engine, hidden_states
-from freebits.calibration.products import Product, Products, Region
+from freebits.calibration.observers import Product, Products, Region
 from freebits.calibration.self_generated import sample_tokens
 from freebits.errors import UnsupportedModelError, reason_of
 from freebits.execution.progress import Progress
-from freebits.execution.stored_values import storable
+from freebits.execution.serialization import storable
 
 MIN_EXPERT_VECTORS = 64
 """An expert with fewer input vectors is undersampled. Each expert gets this many vectors of the average one added."""

@@ -10,9 +10,9 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedConfig
 
 from freebits.calibration.engine import Engine, hidden_states
+from freebits.models.architecture import Architecture, Part
 from freebits.models.blocks import residual_block
-from freebits.models.table import Architecture, Part
-from freebits.storage.folder import Source
+from freebits.storage.checkpoint import Source
 from freebits.transforms.folding import fold_embeddings
 from freebits.transforms.slicing import AtSite, folded_part
 from freebits.types import TensorSpec

@@ -6,9 +6,9 @@ from pathlib import Path
 from torch import Tensor
 
 from freebits.calibration.engine import open_engine
+from freebits.dequantization.source import open_as_floats
 from freebits.errors import UnsupportedModelError
-from freebits.quantized_inputs.source import open_as_floats
-from freebits.storage.folder import Source
+from freebits.storage.checkpoint import Source
 from freebits.types import CPU
 
 _BATCH_TOKENS = 8192

@@ -10,7 +10,7 @@ from freebits.errors import CheckpointError, UsageError
 from freebits.integrations.loading import load_tokenizer
 from freebits.integrations.packed_models import text_auto_class
 from freebits.packed.reader import open_folder
-from freebits.storage.folder import is_adapter
+from freebits.storage.checkpoint import is_adapter
 from freebits.storage.hub import local_folder
 
 _HELD_OUT_EVERY = 4

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from freebits.codecs.base import Coded, Declined, Params
 from freebits.codecs.bits import as_tensor, bytes_from, bytes_spec, pack_bits, unpack_bits
-from freebits.codecs.code import Coded, Declined, Params
 from freebits.codecs.corrections import apply_corrections, encode_corrections, read_corrections
 from freebits.codecs.rotation_values import (
     n_values_taken,

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from freebits.codecs.code import Coded, Params
+from freebits.codecs.base import Coded, Params
 from freebits.types import TensorSpec, bytes_of
 
 

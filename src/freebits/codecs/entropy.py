@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from torch import Tensor
 
+from freebits.codecs.base import Coded, Declined, Params
 from freebits.codecs.bits import as_tensor, bytes_from, bytes_spec, zstd
-from freebits.codecs.code import Coded, Declined, Params
 from freebits.codecs.planes import merge, n_planes, split
 from freebits.types import Bytes, TensorSpec, bytes_of
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from freebits.codecs.code import Coded, Params
+from freebits.codecs.base import Coded, Params
 from freebits.types import FLOATS, TensorSpec
 
 _MAX_ORDER = 512

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from freebits.codecs import ans
+from freebits.codecs.base import Coded, Params
 from freebits.codecs.bits import as_tensor, bytes_from, bytes_spec, pack_bits, unpack_bits, zstd
-from freebits.codecs.code import Coded, Params
 from freebits.types import FLOATS, TensorSpec
 
 MESSAGE = "message"

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from freebits.codecs import enumeration
+from freebits.codecs.base import Coded, Params
 from freebits.codecs.bits import as_tensor, bytes_from, bytes_spec, pack_bits, unpack_bits
-from freebits.codecs.code import Coded, Params
 from freebits.types import FLOATS, TensorSpec
 
 POINTS, SCALES, NORMS, LEVELS = "points", "scales", "norms", "levels"

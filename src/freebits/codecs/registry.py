@@ -1,15 +1,14 @@
 """The codes that a recipe can name."""
 
-from freebits.codecs.arrangement import Joined, Transposed
+from freebits.codecs.base import Code
 from freebits.codecs.bits_back import BitsBack
-from freebits.codecs.code import Code
 from freebits.codecs.columns import Columns
 from freebits.codecs.entropy import Entropy
-from freebits.codecs.grid import Grid
 from freebits.codecs.hadamard import Hadamard
 from freebits.codecs.integers import Integers
 from freebits.codecs.pivots import Pivots
 from freebits.codecs.pyramid import Pyramid
+from freebits.codecs.rearranging import Joined, Transposed
 from freebits.codecs.triangles import Lower, Symmetric
 
 CODES: dict[str, Code] = {
@@ -18,7 +17,6 @@ CODES: dict[str, Code] = {
     "bits-back": BitsBack(),
     "columns": Columns(),
     "entropy": Entropy(),
-    "grid": Grid(),
     "hadamard": Hadamard(),
     "integers": Integers(),
     "joined": Joined(),

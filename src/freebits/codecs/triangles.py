@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from freebits.codecs.code import Coded, Params
+from freebits.codecs.base import Coded, Params
 from freebits.types import FLOATS, TensorSpec
 
 WORDS = "words"

@@ -6,8 +6,8 @@ biases, embeddings and the head; no norms. Files add a header and, for bits-back
 
 from collections.abc import Iterable, Mapping
 
+from freebits.models.architecture import Architecture, Role
 from freebits.models.layout import Layout
-from freebits.models.table import Architecture, Role
 from freebits.packed.presets import bits_back, canonical
 from freebits.types import TensorSpec
 

@@ -4,11 +4,11 @@ import os
 from typing import Any
 
 from freebits.errors import CheckpointError, UnsupportedModelError
-from freebits.evaluation.sizes import bytes_on_disk, dense_bytes, groups, side_bytes
-from freebits.models.table import Architecture
+from freebits.evaluation.folder_sizes import bytes_on_disk, dense_bytes, groups, side_bytes
+from freebits.models.architecture import Architecture
 from freebits.packed.manifest import recorded_sizes
 from freebits.packed.reader import PackedFolder, open_folder
-from freebits.storage.folder import is_adapter
+from freebits.storage.checkpoint import is_adapter
 from freebits.storage.hub import local_folder
 
 

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from freebits.calibration.self_generated import cache_parameter
 from freebits.calibration.tokens import embedded_text, token_windows
 from freebits.errors import UsageError
-from freebits.evaluation.simulation import Simulation
+from freebits.evaluation.coarse_activations import Simulation
 from freebits.execution.machine import device_of
 from freebits.execution.progress import Progress, silent
 from freebits.integrations.loading import load, load_tokenizer
@@ -87,7 +87,7 @@ def evaluate(
 def _lm_eval() -> Any:
     """Import `evaluation.tasks`, which needs an extra."""
     try:
-        return importlib.import_module("freebits.evaluation.tasks")
+        return importlib.import_module("freebits.evaluation.zero_shot_tasks")
     except ImportError as error:
         raise UsageError(f"`tasks` need lm-eval ({error}): pip install 'freebits[eval]'") from None
 

@@ -14,15 +14,15 @@ from torch.nn.functional import pad
 from freebits.calibration.tokens import embedded_text, token_windows
 from freebits.errors import CheckpointError
 from freebits.evaluation.charts import check_charts
+from freebits.evaluation.folder_sizes import bits_by_tensor, bytes_on_disk
+from freebits.evaluation.html_page import page
 from freebits.evaluation.inspection import inspect
-from freebits.evaluation.page import page
 from freebits.evaluation.perplexity import WINDOW
-from freebits.evaluation.sizes import bits_by_tensor, bytes_on_disk
 from freebits.evaluation.verification import WINDOWS, compare_models
 from freebits.execution.progress import Progress, silent
 from freebits.options import METHODS, NONE
 from freebits.packed.reader import open_folder
-from freebits.storage.folder import Folder, View
+from freebits.storage.checkpoint import Folder, View
 from freebits.storage.hub import local_folder
 from freebits.types import FLOATS, TensorSpec
 

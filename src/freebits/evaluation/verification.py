@@ -15,11 +15,11 @@ from freebits.calibration.tokens import embedded_text, token_windows
 from freebits.errors import CheckpointError, UsageError
 from freebits.evaluation.perplexity import WINDOW, loss
 from freebits.execution.progress import Progress, silent
-from freebits.models.pairs import unproven_settings
-from freebits.models.table import Part, Role, Weight
+from freebits.models.architecture import Part, Role, Weight
+from freebits.models.free_bases import unproven_settings
 from freebits.options import BIT_EXACT, FUNCTION_PRESERVING, LOSSY
 from freebits.packed.reader import PackedFolder, open_folder
-from freebits.storage.folder import HISTORY, Folder, Source, is_adapter
+from freebits.storage.checkpoint import HISTORY, Folder, Source, is_adapter
 from freebits.storage.hub import local_folder
 from freebits.storage.signature import check_signature
 from freebits.transforms.paired import free_pairs

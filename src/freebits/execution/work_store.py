@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from freebits.execution.executor import Executor
-from freebits.execution.stored_values import read, save
+from freebits.execution.serialization import read, save
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from freebits.dequantization.source import open_as_floats
 from freebits.errors import CheckpointError, FreebitsError, reason_of
 from freebits.integrations.integer_layers import with_integer_layers
 from freebits.integrations.packed_models import (
@@ -27,8 +28,7 @@ from freebits.integrations.packed_models import (
 )
 from freebits.models.low_rank import use_pivots
 from freebits.packed.reader import PackedFolder, open_folder
-from freebits.quantized_inputs.source import open_as_floats
-from freebits.storage.folder import CONFIG, Folder, is_adapter
+from freebits.storage.checkpoint import CONFIG, Folder, is_adapter
 from freebits.storage.hub import local_folder
 from freebits.storage.remote import fill
 

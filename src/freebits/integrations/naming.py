@@ -22,7 +22,7 @@ from freebits.errors import CheckpointError
 from freebits.integrations.empty_models import empty_model
 from freebits.integrations.loading import one_line_errors
 from freebits.integrations.packed_models import decode_floats, inner_config, text_auto_class
-from freebits.storage.folder import CONFIG, Source
+from freebits.storage.checkpoint import CONFIG, Source
 from freebits.types import TensorSpec
 
 

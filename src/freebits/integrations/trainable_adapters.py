@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
-from freebits.codecs.arrangement import TRANSPOSED
 from freebits.codecs.integers import FINENESS
+from freebits.codecs.rearranging import TRANSPOSED
 from freebits.errors import UsageError
 from freebits.options import INTEGERS
 from freebits.packed.reader import PackedFolder

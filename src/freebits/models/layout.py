@@ -6,8 +6,8 @@ from typing import Any
 
 from freebits.errors import CheckpointError
 from freebits.limits import WIDTH
+from freebits.models.architecture import Architecture, Role, Sublayer, Weight
 from freebits.models.families import SLICED_PREFIX
-from freebits.models.table import Architecture, Role, Sublayer, Weight
 
 WIDTHS, RANKS = "site_sizes", "shortcut_ranks"
 """Keys in `config.json`; a dense model has neither."""

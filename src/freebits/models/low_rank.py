@@ -13,8 +13,8 @@ from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from freebits.codecs.pivots import identity_columns
+from freebits.models.derived_classes import OwnModel, derive_classes
 from freebits.models.families import LOW_RANKS, MODEL_TYPES
-from freebits.models.registration import OwnModel, derive_classes
 
 
 class LowRankLinear(nn.Module):

@@ -11,12 +11,12 @@ import transformers
 from torch import nn
 from transformers import PreTrainedConfig
 
+from freebits.models.architecture import Architecture, Axis, Role
 from freebits.models.blocks import RESIDUAL, BareNorm, FactoredEmbedding, ProjectedShortcut, residual_block, submodule
+from freebits.models.derived_classes import OwnModel, derive_classes
 from freebits.models.families import MODEL_TYPES
 from freebits.models.layout import Layout
 from freebits.models.low_rank import split_layers
-from freebits.models.registration import OwnModel, derive_classes
-from freebits.models.table import Architecture, Axis, Role
 
 
 class SlicedModel(OwnModel):

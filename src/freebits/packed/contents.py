@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from freebits.packed.encoded_piece import Piece
 from freebits.packed.manifest import digest
-from freebits.packed.piece import Piece
 from freebits.packed.recipe import Recipe
 from freebits.storage.writer import CheckpointWriter
 from freebits.types import TensorSpec, bytes_of

@@ -11,7 +11,7 @@ import xxhash
 
 from freebits.errors import CheckpointError
 from freebits.packed.recipe import Recipe
-from freebits.storage.folder import ADAPTER, CONFIG, GGUF, read_json, read_text
+from freebits.storage.checkpoint import ADAPTER, CONFIG, GGUF, read_json, read_text
 from freebits.types import Bytes, TensorSpec
 from freebits.version import __version__
 

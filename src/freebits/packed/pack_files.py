@@ -9,11 +9,11 @@ from freebits.codecs.registry import CODES
 from freebits.execution.progress import Progress
 from freebits.execution.work_store import Work
 from freebits.packed.contents import STEM, Contents, announced, digests_of
-from freebits.packed.piece import Piece, encoded, staged
+from freebits.packed.encoded_piece import Piece, encoded, staged
 from freebits.storage.auxiliary_files import stays_inside
-from freebits.storage.folder import Checkpoint, config_name, open_weights, read_json, read_text
+from freebits.storage.checkpoint import Checkpoint, config_name, open_weights, read_json, read_text
 from freebits.storage.gguf import GgufFile
-from freebits.storage.weights import Entry, WeightsFile
+from freebits.storage.safetensors_files import Entry, WeightsFile
 from freebits.storage.writer import CheckpointWriter
 
 

@@ -10,16 +10,16 @@ from torch import Tensor
 from freebits.errors import CheckpointError
 from freebits.execution.progress import Progress
 from freebits.execution.work_store import Work
+from freebits.models.architecture import Architecture, Part, Role, Weight
 from freebits.models.families import SLICED_PREFIX
 from freebits.models.layout import Layout
-from freebits.models.table import Architecture, Part, Role, Weight
 from freebits.options import CANONICAL, NONE
 from freebits.packed.contents import STEM, Contents, announced, digests_of
-from freebits.packed.piece import Piece, staged
+from freebits.packed.encoded_piece import Piece, staged
 from freebits.packed.presets import Preset, canonical
-from freebits.storage.folder import Checkpoint, Source, is_adapter
+from freebits.storage.checkpoint import Checkpoint, Source, is_adapter
 from freebits.storage.writer import CheckpointWriter
-from freebits.transforms.expanded import DenseShortcutView
+from freebits.transforms.dense_shortcuts import DenseShortcutView
 from freebits.transforms.paired import DeviceView, free_pairs
 from freebits.transforms.transform import PartChange, transform_parts
 from freebits.types import FLOATS, TensorSpec

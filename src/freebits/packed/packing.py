@@ -15,8 +15,8 @@ from freebits.packed.presets import Preset
 from freebits.packed.reader import MODEL
 from freebits.packed.recipe import check_recipes
 from freebits.storage.auxiliary_files import auto_map, copy_auxiliary_files, write_remote_code
-from freebits.storage.folder import CONFIG, HISTORY, Checkpoint, Folder, history_step, write_json
-from freebits.transforms.expanded import DenseShortcutView
+from freebits.storage.checkpoint import CONFIG, HISTORY, Checkpoint, Folder, history_step, write_json
+from freebits.transforms.dense_shortcuts import DenseShortcutView
 
 MODEL_TYPE = "freebits"
 CLASSES = {

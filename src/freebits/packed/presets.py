@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from freebits.codecs.base import Code, Declined
 from freebits.codecs.bits_back import THRESHOLD, BitsBack
-from freebits.codecs.code import Code, Declined
 from freebits.codecs.pivots import Pivots
 from freebits.codecs.registry import CODES
 from freebits.errors import UsageError
+from freebits.models.architecture import Architecture, Part
 from freebits.models.layout import Layout
-from freebits.models.table import Architecture, Part
 from freebits.options import BITS_BACK, CANONICAL, CODECS, NONE
-from freebits.packed.piece import Piece, encoded, plain
+from freebits.packed.encoded_piece import Piece, encoded, plain
 from freebits.packed.recipe import Recipe
 from freebits.transforms.canonical import Canonical
 from freebits.transforms.diagonal import Diagonal

@@ -13,13 +13,13 @@ from freebits.codecs.registry import CODES
 from freebits.errors import CheckpointError
 from freebits.execution.executor import Parallel
 from freebits.limits import check_expansion
+from freebits.models.architecture import Architecture
 from freebits.models.families import SLICED_PREFIX
 from freebits.models.layout import Layout
-from freebits.models.table import Architecture
 from freebits.packed.manifest import Manifest, digest, is_packed
 from freebits.packed.recipe import Recipe, check_recipes
-from freebits.storage.folder import ADAPTER, CONFIG, GGUF, Checkpoint, Folder, checkpoint_folder, read_json
-from freebits.storage.weights import Entry, WeightsFile, parse_header
+from freebits.storage.checkpoint import ADAPTER, CONFIG, GGUF, Checkpoint, Folder, checkpoint_folder, read_json
+from freebits.storage.safetensors_files import Entry, WeightsFile, parse_header
 from freebits.types import TensorSpec
 
 MODEL = "model"

@@ -5,8 +5,8 @@ from typing import Any
 
 from freebits.execution.executor import Parallel
 from freebits.execution.progress import Progress
+from freebits.models.architecture import Architecture
 from freebits.models.families import MODEL_TYPES, SLICED_PREFIX, transformers_type
-from freebits.models.table import Architecture
 from freebits.packed.reader import PackedFolder
 from freebits.storage.auxiliary_files import (
     auto_map,
@@ -15,10 +15,10 @@ from freebits.storage.auxiliary_files import (
     write_config,
     write_remote_code,
 )
-from freebits.storage.folder import ADAPTER, CONFIG, GGUF, HISTORY, is_adapter, stem_of
-from freebits.storage.weights import LENGTH
+from freebits.storage.checkpoint import ADAPTER, CONFIG, GGUF, HISTORY, is_adapter, stem_of
+from freebits.storage.safetensors_files import LENGTH
 from freebits.storage.writer import CheckpointWriter
-from freebits.transforms.expanded import DenseShortcutView
+from freebits.transforms.dense_shortcuts import DenseShortcutView
 from freebits.types import bytes_of
 
 SLICED_IN = "freebits.models.sliced"

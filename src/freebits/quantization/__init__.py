@@ -1,5 +1,4 @@
 """Rounds matrices so that the model's output changes least, to a target size, bit rate or KL divergence.
 
-A new quantizer takes one file, a case in `rounding.Goal.round_matrix` and an entry in `rounding._PART_NAMES`. Coding
-the integers belongs in `codecs`.
+A new quantizer takes one file and one entry in `quantizers.QUANTIZERS`. Coding the integers belongs in `codecs`.
 """

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from freebits.calibration.engine import Engine
 from freebits.calibration.groups import RunningModel, StoredStatistics, measure_group, split_into_groups
-from freebits.calibration.products import Region
+from freebits.calibration.observers import Region
 from freebits.calibration.sensitivities import (
     MIN_EXPERT_VECTORS,
     InputStatistics,
@@ -24,7 +24,7 @@ from freebits.calibration.sensitivities import (
     siblings,
 )
 from freebits.execution.progress import Progress
-from freebits.execution.stored_values import storable
+from freebits.execution.serialization import storable
 from freebits.execution.work_store import Work
 from freebits.integrations.naming import TransformersView
 from freebits.quantization.sensitivity_cache import Factor, Matrix, store_factor

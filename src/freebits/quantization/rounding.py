@@ -7,38 +7,27 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from freebits.codecs.registry import CODES
 from freebits.errors import UsageError
 from freebits.execution.executor import Executor
 from freebits.execution.progress import Progress
-from freebits.options import GPTQ, INTEGERS, METHODS, PYRAMID, RTN
+from freebits.options import INTEGERS
 from freebits.packed.contents import STEM, Contents, announced, digests_of
-from freebits.packed.piece import Piece, plain, staged
+from freebits.packed.encoded_piece import Piece, plain, staged
 from freebits.packed.recipe import Recipe
-from freebits.quantization.group_rounding import GROUP, round_to_grid
-from freebits.quantization.pyramids import round_to_pyramids
+from freebits.quantization.quantizers import QUANTIZERS, Quantizer
 from freebits.quantization.rate_control import FixedRate, RateController, RateModel
-from freebits.quantization.scales import scaled_integers
 from freebits.quantization.sensitivity_cache import SensitivityCache, coding_groups
-from freebits.storage.folder import Folder, Source
-from freebits.storage.weights import ENTRY
+from freebits.storage.checkpoint import Folder, Source
+from freebits.storage.safetensors_files import ENTRY
 from freebits.storage.writer import CheckpointWriter
 from freebits.types import TensorSpec
 
 BITS, FALLBACK_BITS, MAX_BITS = 4.0, 6.0, 12
 _MIN_GROUP = 1 << 22
 """Number of weights at which a group of integer matrices that are coded together is complete."""
-_CODE_OF = {GPTQ: "grid", RTN: "grid"}
-"""Method → codec class name, where they differ."""
-_PART_NAMES = {
-    INTEGERS: ("message",),
-    PYRAMID: ("points", "scales", "norms", "levels"),
-    GPTQ: ("words", "scales", "zeros"),
-    RTN: ("words", "scales", "zeros"),
-}
 _FIXED_OVERHEAD = 2048
 """Bytes for the history and everything else that the manifest and `config.json` contain once."""
 
@@ -63,8 +52,8 @@ class Goal:
 
     def __post_init__(self) -> None:
         targets = self._targets
-        if self.method not in METHODS:
-            raise UsageError(f"`method` is {self.method!r}: choose one of {', '.join(METHODS)}")
+        if self.method not in QUANTIZERS:
+            raise UsageError(f"`method` is {self.method!r}: choose one of {', '.join(QUANTIZERS)}")
         if len(targets) > 1:
             raise UsageError("`bits`, `target_size` and `target_kl` exclude each other: give one")
         for name, value in targets.items():
@@ -74,10 +63,15 @@ class Goal:
                 raise UsageError(f"`{name}` is {value}: give more than 0")
         if not 1 <= self.fallback_bits <= MAX_BITS:
             raise UsageError(f"`fallback_bits` is {self.fallback_bits}: give 1 to {MAX_BITS}")
-        if self.method != INTEGERS and (self.size or self.kl):
+        if not self.quantizer.adaptive and (self.size or self.kl):
             raise UsageError(f"method {self.method} has a fixed number of bits per weight: give `bits` as the target")
-        if self.method in (GPTQ, RTN) and self.bits_per_weight not in range(2, 9):
+        if self.quantizer.whole_bits and self.bits_per_weight not in range(2, 9):
             raise UsageError(f"`bits` is {self.bits}: give a whole number from 2 to 8 for method {self.method}")
+
+    @property
+    def quantizer(self) -> Quantizer:
+        """The quantizer of the method."""
+        return QUANTIZERS[self.method]
 
     @property
     def _targets(self) -> dict[str, float]:
@@ -93,18 +87,6 @@ class Goal:
     def facts(self) -> dict[str, float]:
         """The target, for the history."""
         return self._targets or {"bits": BITS}
-
-    def round_matrix(
-        self, W: Tensor, U: Tensor | None, rows: Tensor, columns: Tensor, amount: float
-    ) -> tuple[Tensor, ...]:
-        """Return the tensors that the codec takes for a matrix; `amount` is `c` for integers, else bits per weight."""
-        if self.method == INTEGERS:
-            matrix = scaled_integers(W, U, rows, columns, amount)
-            return matrix.integers, matrix.rows, matrix.columns
-        if self.method == PYRAMID and U is not None:
-            return round_to_pyramids(W, U, amount)
-        bits = int(amount)
-        return *round_to_grid(W, U if self.method == GPTQ else None, bits), torch.tensor([bits, GROUP])
 
 
 def write_rounded(
@@ -132,15 +114,15 @@ def write_rounded(
     caches = weights_only, cache
     tensors = weights_only.tensors | cache.tensors
     n_weights = {name: subset.spec(name).numel for subset in caches for name in subset.rate_models}
-    min_weights = _MIN_GROUP if goal.method == INTEGERS else 0
+    min_weights = _MIN_GROUP if goal.quantizer.adaptive else 0
     fallback_groups, groups = (
         coding_groups(subset.tensors, n_weights, min_weights, {tensor: _numbers(tensor) for tensor in subset.tensors})
         for subset in caches
     )
     completes = {names[-1]: tensor for tensor, names in tensors.items()}
     not_rounded = [name for name in source.specs if name not in tensors]
-    methods = {group[0]: INTEGERS for group in fallback_groups} | {group[0]: goal.method for group in groups}
-    part_shapes = {f"{name}.{part}": (1 << 39,) for name, method in methods.items() for part in _PART_NAMES[method]}
+    part_shapes = {f"{group[0]}.{part}": (1 << 39,) for group in groups for part in goal.quantizer.parts}
+    part_shapes |= {f"{group[0]}.message": (1 << 39,) for group in fallback_groups}
     shapes = {**announced({name: source.specs[name] for name in not_rounded}), **part_shapes}
     shards = source.shard_bytes
     contents = Contents()
@@ -174,7 +156,7 @@ def _controller(
 ) -> RateController | FixedRate:
     """Return the controller that chooses the amount for each group."""
     n_weights = cache.n_weights
-    if goal.method != INTEGERS:
+    if not goal.quantizer.adaptive:
         return FixedRate(goal.bits_per_weight)
     if goal.kl is not None:
         return FixedRate(math.sqrt(24 * goal.kl / n_weights))
@@ -218,13 +200,13 @@ def _rounded_group(
 
 
 def _rounded_matrix(cache: SensitivityCache, goal: Goal, amount: float, name: str) -> tuple[Tensor, ...]:
-    return goal.round_matrix(cache.matrix(name), *cache.factor_and_scales(name), amount)
+    return goal.quantizer.round(cache.matrix(name), *cache.factor_and_scales(name), amount)
 
 
 def _encoded_group(cache: SensitivityCache, goal: Goal, group: Sequence[str], tensors: list[Tensor]) -> Piece:
     """Encode a group of rounded matrices, with the recipes that undo their rotation and transposition."""
     makes, recipes = cache.recipes(group)
-    code = _CODE_OF.get(goal.method, goal.method)
+    code = goal.quantizer.code
     coded = CODES[code].encode(tensors, list(makes.values()))
     takes = {part: f"{group[0]}.{part}" for part in coded.parts}
     stored = {takes[part]: (TensorSpec.of(tensor), tensor) for part, tensor in coded.parts.items()}

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from freebits.calibration.sensitivities import InputStatistics
-from freebits.codecs.arrangement import TRANSPOSED
 from freebits.codecs.hadamard import rotated
+from freebits.codecs.rearranging import TRANSPOSED
 from freebits.errors import CheckpointError
-from freebits.execution.stored_values import storable
+from freebits.execution.serialization import storable
 from freebits.execution.work_store import Work, WorkStore
 from freebits.options import HADAMARD
 from freebits.packed.recipe import Recipe
 from freebits.quantization.error_compensation import inverse_factor
 from freebits.quantization.rate_control import RateModel
 from freebits.quantization.scales import DAMPING, row_scales, typical_scales
-from freebits.storage.folder import Source
+from freebits.storage.checkpoint import Source
 from freebits.types import FLOATS, TensorSpec
 
 JOINED = "joined"

@@ -7,7 +7,7 @@ from typing import Any
 
 from freebits.errors import UsageError
 from freebits.quantization.sensitivity_cache import Matrix
-from freebits.storage.folder import Source
+from freebits.storage.checkpoint import Source
 from freebits.types import FLOATS, HALF_DTYPES, TensorSpec
 
 _SMALL = 0.01

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from freebits.errors import CheckpointError, one_line
-from freebits.storage.folder import ADAPTER, CONFIG, read_json, write_json
+from freebits.storage.checkpoint import ADAPTER, CONFIG, read_json, write_json
 from freebits.storage.remote import download, original
 from freebits.storage.signature import SIGNATURE
 

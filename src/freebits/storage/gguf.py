@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from freebits.errors import CheckpointError
-from freebits.storage.folder import CONFIG, GGUF, write_json
+from freebits.storage.checkpoint import CONFIG, GGUF, write_json
 from freebits.storage.remote import Readable
-from freebits.storage.weights import Entry, WeightsFile
+from freebits.storage.safetensors_files import Entry, WeightsFile
 from freebits.types import TensorSpec
 
 Fields = tuple[tuple[str, int], ...]

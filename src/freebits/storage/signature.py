@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from freebits.errors import CheckpointError, UsageError, one_line, reason_of
-from freebits.storage.task import UNFINISHED
+from freebits.storage.resumption import UNFINISHED
 
 SIGNATURE = "model.sig"
 """The file that signs all other files of a folder: a sigstore bundle with SHA-256 digests."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from freebits.errors import CheckpointError, one_line
 from freebits.storage.remote import check_new, staging_of, upload, url_of
-from freebits.storage.task import UNFINISHED, Task
+from freebits.storage.resumption import UNFINISHED, Task
 
 _log = logging.getLogger(__name__)
 _MAX_NAME_BYTES = 180

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from freebits.storage.folder import STEMS, WEIGHTS, index_of, write_json
-from freebits.storage.weights import WeightsWriter
+from freebits.storage.checkpoint import STEMS, WEIGHTS, index_of, write_json
+from freebits.storage.safetensors_files import WeightsWriter
 from freebits.types import Bytes, TensorSpec, bytes_of
 
 

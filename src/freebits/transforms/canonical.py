@@ -10,9 +10,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from freebits.execution.stored_values import storable
-from freebits.models.pairs import Pair
-from freebits.models.table import Architecture, Part, Sublayer
+from freebits.execution.serialization import storable
+from freebits.models.architecture import Architecture, Part, Sublayer
+from freebits.models.free_bases import Pair
 from freebits.transforms.paired import DeviceView, canonicalize_pairs, free_pairs
 from freebits.transforms.polar import PolarForm, carried_rotation, polar_form, trapezoid, triangular_rotation
 from freebits.transforms.transform import Dtypes, PartChange, unsound_sites

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from freebits.codecs.rotation_values import canonical_direction
-from freebits.execution.stored_values import storable
-from freebits.models.table import Architecture, Part, Sublayer
-from freebits.storage.folder import Source
+from freebits.execution.serialization import storable
+from freebits.models.architecture import Architecture, Part, Sublayer
+from freebits.storage.checkpoint import Source
 from freebits.transforms.transform import Dtypes, PartChange, Rotations, unsound_sites
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from freebits.models.table import Architecture, Module, Role, Sublayer
+from freebits.models.architecture import Architecture, Module, Role, Sublayer
 
 Tensors = Mapping[str, Tensor]
 

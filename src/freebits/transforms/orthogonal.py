@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from freebits.models.table import Axis
+from freebits.models.architecture import Axis
 
 _ROWS = 8192
 """Number of vectors that are converted to float64 at a time."""

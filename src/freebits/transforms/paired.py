@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from freebits.execution.stored_values import storable
-from freebits.models.pairs import Pair, Span, find_pairs
-from freebits.models.table import Architecture, Part
-from freebits.storage.folder import Source, View
+from freebits.execution.serialization import storable
+from freebits.models.architecture import Architecture, Part
+from freebits.models.free_bases import Pair, Span, find_pairs
+from freebits.storage.checkpoint import Source, View
 from freebits.transforms.pivoting import act, pivot_bases
 from freebits.transforms.transform import Dtypes, PartChange
 from freebits.types import FLOATS, TensorSpec

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from freebits.models.pairs import Pair, Span
+from freebits.models.free_bases import Pair, Span
 
 _MAX_ENTRY = 1.1
 """Largest accepted entry of `T`; each exchange of a pivot multiplies the volume by more than this."""

@@ -18,9 +18,9 @@ from torch import Tensor
 from freebits.errors import CheckpointError, UsageError
 from freebits.execution.progress import Progress, silent
 from freebits.execution.work_store import Work
+from freebits.models.architecture import Architecture, Part
 from freebits.models.layout import Layout
-from freebits.models.table import Architecture, Part
-from freebits.storage.folder import Source
+from freebits.storage.checkpoint import Source
 from freebits.transforms.folding import fold_embeddings, fold_head, fold_sublayers
 from freebits.transforms.orthogonal import random_orthogonal
 from freebits.transforms.transform import Dtypes, PartChange

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from freebits.execution.work_store import Work
-from freebits.models.table import Part
-from freebits.storage.folder import Source
+from freebits.models.architecture import Part
+from freebits.storage.checkpoint import Source
 from freebits.transforms.orthogonal import rotate
 from freebits.types import CPU
 

@@ -49,10 +49,10 @@ def add(commands: Any) -> ArgumentParser:
         "--method",
         choices=METHODS,
         default=INTEGERS,
-        help="integers are best; pyramid, gptq and rtn are for comparison (default: %(default)s)",
+        help="integers are better; pyramid vectors are research (default: %(default)s)",
     )
     parser.add_argument(
-        "--rotate", choices=ROTATIONS, default="none", help="round in a rotated basis; helps all methods but integers"
+        "--rotate", choices=ROTATIONS, default="none", help="round in a rotated basis; helps pyramid only"
     )
     parser.add_argument("--only", choices=PARTS, help="quantize only the blocks' matrices, or only embedding and head")
     add_uncalibrated(parser)

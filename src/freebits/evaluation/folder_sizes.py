@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 
 from freebits.errors import CheckpointError, UnsupportedModelError
-from freebits.models.table import EMBEDDINGS, HEAD, Architecture
+from freebits.models.architecture import EMBEDDINGS, HEAD, Architecture
 from freebits.packed.manifest import MANIFEST
 from freebits.packed.reader import PackedFolder
-from freebits.storage.folder import Folder, config_name
+from freebits.storage.checkpoint import Folder, config_name
 
 SIDE_DATA, OTHER, OVERHEAD = "side data", "other tensors", "headers, manifest, config"
 _SIDE_PARTS = ("signs", "corrections")

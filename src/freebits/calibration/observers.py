@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from freebits.execution.stored_values import storable
+from freebits.execution.serialization import storable
 
 
 @storable

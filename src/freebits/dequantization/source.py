@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from freebits.dequantization.format import Format, Settings, StoredMatrix
+from freebits.dequantization.fp4 import FP4, StackedMXFP4
+from freebits.dequantization.packed_integers import AWQ, GPTQ, CompressedIntegers
+from freebits.dequantization.scaled import Scaled
 from freebits.errors import CheckpointError, UnsupportedModelError
 from freebits.packed.reader import open_folder
-from freebits.quantized_inputs.format import Format, Settings, StoredMatrix
-from freebits.quantized_inputs.fp4 import FP4, StackedMXFP4
-from freebits.quantized_inputs.packed_integers import AWQ, GPTQ, CompressedIntegers
-from freebits.quantized_inputs.scaled import Scaled
-from freebits.storage.folder import Checkpoint, Folder
+from freebits.storage.checkpoint import Checkpoint, Folder
 from freebits.types import DTYPES, HALF_DTYPES, TensorSpec
 
 FORMATS: tuple[Format, ...] = (StackedMXFP4(), FP4(), CompressedIntegers(), GPTQ(), AWQ(), Scaled())

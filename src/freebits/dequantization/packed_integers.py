@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from freebits.dequantization.format import Settings, StoredMatrix, expand_scales, present_parts, unpack_integers
 from freebits.errors import UnsupportedModelError
-from freebits.quantized_inputs.format import Settings, StoredMatrix, expand_scales, present_parts, unpack_integers
 from freebits.types import TensorSpec
 
 _BITS = (2, 4, 8)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from freebits.codecs.integers import Integers
 from freebits.packed.contents import STEM, Contents, announced, digests_of
-from freebits.packed.piece import Piece, plain, stage, staged
+from freebits.packed.encoded_piece import Piece, plain, stage, staged
 from freebits.packed.reader import PackedFolder
 from freebits.packed.recipe import Recipe
 from freebits.storage.writer import CheckpointWriter

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from freebits.errors import CheckpointError
+from freebits.models.architecture import Architecture
 from freebits.models.layout import RANKS, Layout
-from freebits.models.table import Architecture
-from freebits.storage.folder import Source
+from freebits.storage.checkpoint import Source
 from freebits.transforms.polar import shortcut_from_factor
 from freebits.types import TensorSpec
 

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from freebits.calibration.groups import RunningModel, measure_group
-from freebits.calibration.products import Product, Products
+from freebits.calibration.observers import Product, Products
 from freebits.calibration.sensitivities import RecentInputs, fisher_information, gram
 from freebits.errors import UnsupportedModelError, UsageError
 from freebits.execution.progress import Progress
 from freebits.execution.work_store import Work
 from freebits.integrations.naming import TransformersView
-from freebits.models.table import Architecture
+from freebits.models.architecture import Architecture
 from freebits.options import PAPER, SLOPE
-from freebits.storage.folder import Checkpoint
+from freebits.storage.checkpoint import Checkpoint
 from freebits.transforms.low_rank import allocated, rank_for, reduced, spectrum
 from freebits.types import FLOATS
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from freebits.errors import CheckpointError
 from freebits.limits import JSON_BYTES, JSON_DEPTH
-from freebits.storage.weights import WeightsFile, open_regular
+from freebits.storage.safetensors_files import WeightsFile, open_regular
 from freebits.types import Bytes, TensorSpec
 from freebits.version import __version__
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from freebits.errors import one_line
 from freebits.evaluation import charts
-from freebits.evaluation.sizes import change
+from freebits.evaluation.folder_sizes import change
 from freebits.packed.manifest import recorded_sizes
 
 _STYLE = """

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from freebits.models.architecture import Architecture, BoundBranch, Module, Part
 from freebits.models.families import ALL_UNLESS_ALIBI, BY_BLOCK, LEADING_VALUES, NO_VALUES, Heads
-from freebits.models.table import Architecture, BoundBranch, Module, Part
 
 Shapes = Mapping[str, tuple[int, ...]]
 

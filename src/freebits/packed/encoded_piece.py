@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from freebits.codecs.code import Code, Declined
+from freebits.codecs.base import Code, Declined
 from freebits.codecs.registry import CODES
 from freebits.errors import UsageError
-from freebits.execution.stored_values import storable
+from freebits.execution.serialization import storable
 from freebits.options import ENTROPIES
 from freebits.packed.recipe import Recipe
 from freebits.types import TensorSpec

@@ -1,4 +1,7 @@
-"""Integers of a fixed number of bits, with a scale and a zero point per group of a row, as in most quantizers."""
+"""GPTQ and rounding to nearest, in whole bits and groups of 64, for comparison with what freebits does.
+
+Importing this module registers the methods `gptq` and `rtn` and their code, `grid`.
+"""
 
 from collections.abc import Mapping, Sequence
 from math import prod
@@ -6,8 +9,11 @@ from math import prod
 import torch
 from torch import Tensor
 
+from freebits.codecs.base import Coded, Params
 from freebits.codecs.bits import as_tensor, bytes_from, bytes_spec, pack_bits, unpack_bits
-from freebits.codecs.code import Coded, Params
+from freebits.codecs.registry import CODES
+from freebits.quantization.error_compensation import compensated_rounding
+from freebits.quantization.quantizers import QUANTIZERS, Quantizer
 from freebits.types import FLOATS, TensorSpec
 
 WORDS, SCALES, ZEROS = "words", "scales", "zeros"
@@ -54,3 +60,48 @@ class Grid:
 
 def _n_bytes(shape: tuple[int, ...], bits: int) -> int:
     return -(-prod(shape) * bits // 8)
+
+
+GROUP = 64
+
+
+def round_to_grid(W: Tensor, U: Tensor | None, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Round a matrix (n, m) to integers, (n, m), scales and zeros, (n, groups); see `Grid`.
+
+    Args:
+        W: the matrix.
+        U: see `inverse_factor`; None for no error compensation.
+        bits: per integer.
+    """
+    max_integer = 2**bits - 1
+    groups = W.float().split(GROUP, 1)
+    lows = torch.stack([group.amin(1).clamp_max(0) for group in groups], 1)
+    highs = torch.stack([group.amax(1).clamp_min(0) for group in groups], 1)
+    scales = ((highs - lows) / max_integer).clamp_min(2.0**-24).half()
+    zeros = (-lows / scales.float()).round().clamp(0, max_integer)
+
+    def round_columns(weights: Tensor, first: int) -> Tensor:
+        scale, zero = scales[:, first // GROUP, None].float(), zeros[:, first // GROUP, None]
+        return ((weights / scale + zero).round().clamp(0, max_integer) - zero) * scale
+
+    if U is None:
+        rounded = torch.cat([round_columns(group, number * GROUP) for number, group in enumerate(groups)], 1)
+    else:
+        rounded = compensated_rounding(W, U, round_columns)
+    column_scales, column_zeros = (
+        values.repeat_interleave(GROUP, 1)[:, : W.shape[1]] for values in (scales.float(), zeros)
+    )
+    return (rounded / column_scales + column_zeros).round().to(torch.uint8), scales, zeros.to(torch.uint8)
+
+
+def _gptq(W: Tensor, U: Tensor | None, _rows: Tensor, _columns: Tensor, bits: float) -> tuple[Tensor, ...]:
+    return *round_to_grid(W, U, int(bits)), torch.tensor([int(bits), GROUP])
+
+
+def _nearest(W: Tensor, _U: Tensor | None, _rows: Tensor, _columns: Tensor, bits: float) -> tuple[Tensor, ...]:
+    return *round_to_grid(W, None, int(bits)), torch.tensor([int(bits), GROUP])
+
+
+CODES["grid"] = Grid()
+QUANTIZERS["gptq"] = Quantizer(_gptq, "grid", (WORDS, SCALES, ZEROS), whole_bits=True)
+QUANTIZERS["rtn"] = Quantizer(_nearest, "grid", (WORDS, SCALES, ZEROS), whole_bits=True)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, cat
 
-from freebits.codecs.code import Coded, Params
+from freebits.codecs.base import Coded, Params
 from freebits.types import TensorSpec
 
 TRANSPOSED = "transposed"

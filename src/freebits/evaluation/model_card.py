@@ -9,10 +9,10 @@ from huggingface_hub import ModelCardData, metadata_load
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from freebits.errors import one_line
+from freebits.evaluation.folder_sizes import change
 from freebits.evaluation.inspection import inspect
-from freebits.evaluation.sizes import change
 from freebits.storage.auxiliary_files import CARD, CARD_MARK, previous_cards, stays_inside
-from freebits.storage.folder import CONFIG, config_name
+from freebits.storage.checkpoint import CONFIG, config_name
 
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "datasets")
 """Fields of the source card's front matter that also hold for the new folder."""

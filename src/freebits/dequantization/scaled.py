@@ -5,7 +5,7 @@ from functools import partial
 
 from torch import Tensor
 
-from freebits.quantized_inputs.format import (
+from freebits.dequantization.format import (
     Settings,
     StoredMatrix,
     expand_scales,
