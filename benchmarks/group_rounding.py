@@ -1,6 +1,6 @@
-"""GPTQ and rounding to nearest, in whole bits and groups of 64, for comparison with what freebits does.
+"""GPTQ and rounding to nearest, with whole bits per weight and groups of 64 weights, to compare with freebits.
 
-Importing this module registers the methods `gptq` and `rtn` and their code, `grid`.
+Importing this module registers the methods `gptq` and `rtn`, and the code `grid`, which stores their results.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,12 +20,15 @@ WORDS, SCALES, ZEROS = "words", "scales", "zeros"
 
 
 class Grid:
-    """One matrix `(integers - zero) * scale`."""
+    """One matrix, `(integers - zero) * scale`. Each group of a row has its own zero point and scale."""
 
     exact = False
 
     def encode(self, tensors: Sequence[Tensor], makes: Sequence[TensorSpec]) -> Coded:  # noqa: ARG002
-        """Encode integers and zero points, uint8 below `2^bits`; scales per group, float16; and `(bits, group)`."""
+        """Encode four tensors: integers, scales of the groups, zero points of the groups, and `(bits, group)`.
+
+        Integers and zero points are uint8 and less than `2^bits`; scales are float16; `group` is the size of a group.
+        """
         integers, scales, zeros, bits_and_group = tensors
         bits, group = bits_and_group.tolist()
         packed_integers, packed_zeros = (
@@ -52,7 +55,7 @@ class Grid:
         [spec], bits, group = makes, params["bits"], params["group"]
         valid = type(bits) is type(group) is int and 1 <= bits <= 8 and group >= 1
         if not valid or spec.dtype_name not in FLOATS or len(spec.shape) != 2:
-            raise ValueError(f"code grid cannot make {spec} with {bits!r} bits in groups of {group!r}")
+            raise ValueError(f"code grid cannot make {spec} with {bits!r} bits per weight and groups of size {group!r}")
         groups = (spec.shape[0], -(-spec.shape[1] // group))
         integers, zeros = (bytes_spec(_n_bytes(shape, bits)) for shape in (spec.shape, groups))
         return {WORDS: integers, SCALES: TensorSpec("F16", groups), ZEROS: zeros}
@@ -66,12 +69,12 @@ GROUP = 64
 
 
 def round_to_grid(W: Tensor, U: Tensor | None, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Round a matrix (n, m) to integers, (n, m), scales and zeros, (n, groups); see `Grid`.
+    """Round a matrix (n, m), and return integers, (n, m), scales and zero points, (n, groups); see `Grid`.
 
     Args:
         W: the matrix.
-        U: see `inverse_factor`; None for no error compensation.
-        bits: per integer.
+        U: the inverse-Hessian Cholesky factor, see `inverse_factor`; None to round without error compensation.
+        bits: the number of bits per integer.
     """
     max_integer = 2**bits - 1
     groups = W.float().split(GROUP, 1)

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin take a busy machine's cores from each other
+if "PYTEST_XDIST_WORKER" in os.environ:  # each test process, and each that it starts, has one core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -27,12 +29,12 @@ Build = Callable[[Path], object]
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[object, Build], Path]:
     """The folder for a key, built at the first call; whoever wants to change it takes a copy."""
-    shelf = tmp_path_factory.mktemp("made")
+    parent = tmp_path_factory.mktemp("made")
     folders: dict[str, Path] = {}
 
     def get(key: object, build: Build) -> Path:
         if repr(key) not in folders:
-            folder = shelf / str(len(folders))
+            folder = parent / str(len(folders))
             build(folder)
             folders[repr(key)] = folder
         return folders[repr(key)]
@@ -91,18 +93,21 @@ def pack_tiny(tmp_path: Path, made: Callable[[object, Build], Path]) -> Make:
     return pack
 
 
-_FIGURES = pytest.StashKey[list[str]]()
-
-
 @pytest.fixture
-def report(request: pytest.FixtureRequest) -> Callable[[str], None]:
+def report(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
     """Show a measured figure at the end of the run, whether the test passes or not."""
-    return request.config.stash.setdefault(_FIGURES, []).append
+    return lambda figure: record_property("measured", figure)
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    for figure in config.stash.get(_FIGURES, []):
-        terminalreporter.write_line(f"measured: {figure}")
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = [report for key in ("passed", "failed") for report in terminalreporter.stats.get(key, [])]
+    for name, figure in (item for report in reports for item in report.user_properties):
+        terminalreporter.write_line(f"{name}: {figure}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the tests of the real model, which take longest and run in one process."""
+    items.sort(key=lambda item: item.get_closest_marker("smollm2") is None)
 
 
 @dataclass(frozen=True)

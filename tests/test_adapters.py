@@ -110,11 +110,11 @@ def test_what_is_no_model_is_not_taken_for_one(
     assert "AutoModel" not in (tmp_path / "packed" / "README.md").read_text()
     (adapter / "adapter_model.safetensors").unlink()
     assert main(["pack", str(adapter), str(tmp_path / "out")]) == 2
-    assert "holds no adapter_model.safetensors" in capsys.readouterr().err
+    assert "no adapter_model.safetensors" in capsys.readouterr().err
     dense = save_tiny()
     (dense / "adapter_config.json").write_text("{}")
     assert main(["pack", str(dense), str(tmp_path / "out")]) == 2
-    assert "merge it into the model first" in capsys.readouterr().err
+    assert "merge the adapter into the model first" in capsys.readouterr().err
 
 
 def trained(how: Any, folder: Path, **model: Any) -> Path:

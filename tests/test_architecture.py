@@ -88,7 +88,7 @@ def test_a_config_without_sizes_is_refused() -> None:
 
 
 def test_a_config_cannot_ask_for_more_blocks_than_there_are_tensors() -> None:
-    with pytest.raises(CheckpointError, match="num_hidden_layers is 1000000000, but there are 29 tensors"):
+    with pytest.raises(CheckpointError, match=r"num_hidden_layers.*1000000000.*29 tensors"):
         Architecture.of({**CONFIG, "num_hidden_layers": 10**9}, n_tensors=29)
 
 

@@ -97,7 +97,7 @@ def test_in_float64_the_canonical_model_is_the_sliced_one(
     assert (logits(tmp_path / "unpacked") - expected).abs().max() < 1e-9
     plain = [site["reason"] for site in facts["sites"] if "code" not in site]
     tied = json.loads((sliced / "config.json").read_text())["tie_word_embeddings"]
-    assert plain == (["the tied head pins it"] if tied else [])
+    assert plain == (["the tied head fixes its basis"] if tied else [])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -49,7 +49,7 @@ def test_other_weights_than_transformers_would_load_are_refused(save_tiny: Make,
         freebits.pack(dense, tmp_path / "packed", codec="none")
     adapted = save_tiny("adapted")
     (adapted / "adapter_config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="holds an adapter"):
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json"):
         freebits.pack(adapted, tmp_path / "packed", codec="none")
 
 
@@ -286,7 +286,7 @@ def test_a_folder_that_cannot_be_made_leaves_no_parents(tmp_path: Path) -> None:
 
 def test_the_slower_of_two_writers_is_told(tmp_path: Path) -> None:
     with (
-        pytest.raises(CheckpointError, match="another run wrote it meanwhile"),
+        pytest.raises(CheckpointError, match="another run wrote it"),
         new_directory(tmp_path / "out") as staging,
     ):
         (staging / "mine").touch()

@@ -188,7 +188,7 @@ def test_nothing_is_left_behind_when_writing_fails(sliced: Path, tmp_path: Path)
     def stop(_step: str, _unit: str, _done: int, _total: int) -> None:
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(CheckpointError, match="cannot be written: No space left"):
+    with pytest.raises(CheckpointError, match=r"cannot be written \(No space left"):
         pack(sliced, tmp_path / "out", progress=stop)
     with pytest.raises(CheckpointError, match="exists already"):
         pack(sliced, sliced)
@@ -405,7 +405,7 @@ def test_a_chain_without_end_is_refused(packed: Path) -> None:
             manifest["recipes"].insert(number, {"code": "entropy", "takes": takes, "makes": made, "params": params})
 
     redigest(packed, chain)
-    with pytest.raises(CheckpointError, match="steps"):
+    with pytest.raises(CheckpointError, match="recipes in a row"):
         PackedFolder(packed)
 
 
@@ -470,34 +470,34 @@ def test_memory_does_not_grow_with_the_number_of_blocks(
     codec: str, tmp_path: Path, report: Callable[[str], None]
 ) -> None:
     peaks = {}
-    for n_blocks in (4, 36):
+    for n_blocks in (4, 20):
         config = tiny_config(hidden_size=512, intermediate_size=1024, num_hidden_layers=n_blocks, head_dim=64)
         values = config.to_dict() | {"site_sizes": [408] * 2 * n_blocks + [512]}
         values = {key: value for key, value in values.items() if key != "model_type"}
         folders = [tmp_path / f"{name} {n_blocks}" for name in ("sliced", "packed", "unpacked")]
         SlicedLlamaForCausalLM(SlicedLlamaConfig(**values)).half().save_pretrained(folders[0])
         peaks[n_blocks] = peak_memory(PACK.format(codec=codec), *folders)
-    block = freebits.inspect(folders[0])["bytes"]["sliced"] // 36
+    block = freebits.inspect(folders[0])["bytes"]["sliced"] // 20
     found = {n: round(peaks[n] / block, 1) for n in peaks}
     report(f"{codec}: peak memory to pack and unpack, in blocks of 16-bit words: {found}")
-    assert peaks[36] - peaks[4] < 12 * block  # 32 more blocks in the model; the allocator's waste varies by a few
+    assert peaks[20] - peaks[4] < 8 * block  # 16 more blocks in the model; the allocator's waste varies by a few
 
 
 def test_whatever_is_done_to_a_dense_model_holds_a_few_blocks(save_tiny: Make, report: Callable[[str], None]) -> None:
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 64}
     peaks: dict[str, dict[int, int]] = {verb: {} for verb in OF_DENSE}
-    for n_blocks in (4, 20):
+    for n_blocks in (4, 12):
         dense = save_tiny(f"dense {n_blocks}", num_hidden_layers=n_blocks, shard="20MB", **sizes)
         for verb, steps in OF_DENSE.items():
             out = dense.with_name(f"{'sliced' if verb == 'slice' else 'quantized'} {n_blocks}")
             peaks[verb][n_blocks] = peak_memory(f"{TEXT}\n{steps}", dense, out)
     model = freebits.inspect(dense)["bytes"]["dense"]
-    block = model // 20
+    block = model // 12
     for verb, of in peaks.items():
         report(f"{verb}: peak memory in blocks of 16-bit words: { {n: round(of[n] / block, 1) for n in of} }")
         n_models = 2 if verb == "verify" else 1
-        max_resident_bytes = n_models * 2 * 16 * block  # in float32, as it is small; see test_engine.py
-        assert of[20] - of[4] < max_resident_bytes + 12 * block, verb  # 16 more blocks in the model
+        max_resident_bytes = n_models * 2 * 8 * block  # in float32, as it is small; see test_engine.py
+        assert of[12] - of[4] < max_resident_bytes + 7 * block, verb  # 8 more blocks in the model
     freebits.pack(dense, dense.with_name("packed"), codec="none")
     peak = peak_memory("model = freebits.load(folders[0])", dense.with_name("packed"))
     report(f"load: peak memory in models: {peak / model:.2f}")

@@ -138,7 +138,7 @@ def test_a_head_without_full_rank_is_left_as_it_is(save_tiny: Make, tmp_path: Pa
 
 
 def test_what_has_no_pairs_is_refused(save_tiny: Make, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="`codec` none"):
+    with pytest.raises(CheckpointError, match="`codec` to none"):
         freebits.pack(save_tiny(**FAMILIES["DeepSeek V3"]), tmp_path / "out")
     with pytest.raises(CheckpointError, match="codec bits-back"):
         freebits.pack(save_tiny("llama"), tmp_path / "out", codec="bits-back")

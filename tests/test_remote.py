@@ -142,7 +142,7 @@ def test_what_cannot_be_uploaded_lies_here(
     assert freebits.inspect(finished)["kind"] == "packed"
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent))
-    with pytest.raises(CheckpointError, match="could not be uploaded before"):
+    with pytest.raises(CheckpointError, match="could not be uploaded"):
         freebits.pack(sliced, "memory://packed")
 
 

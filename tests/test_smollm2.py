@@ -104,8 +104,8 @@ def test_every_word_is_within_the_threshold_and_every_corrected_word_exact(
     packed = PackedFolder(demo_run.bits_back)
     notes = packed.manifest.notes
     assert [note["reason"] for note in notes if "code" not in note] == [
-        "no output matrix leads to it",
-        "the tied head pins it",
+        "no output matrix writes to it",
+        "the tied head fixes its basis",
     ]
     freebits.pack(
         demo_run.sliced, tmp_path / "true", codec="bits-back", entropy="none", threshold=0

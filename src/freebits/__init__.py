@@ -69,7 +69,7 @@ _MODULES = {
     "verify": "evaluation.verification",
     "write_report": "evaluation.reporting",
 }
-"""Name → module. Modules are imported on first use, because PyTorch and transformers take seconds to import."""
+"""Public name → module. Modules are imported on first use, because PyTorch and transformers take seconds to import."""
 
 
 def __getattr__(name: str) -> Any:

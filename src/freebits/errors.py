@@ -5,16 +5,17 @@
     ├── CheckpointError        a folder or file is missing, damaged or of the wrong type
     └── UnsupportedModelError  the checkpoint is sound, but freebits does not support its model
 
-Each message is one line: which file or tensor, what was found, what to do. The command line prints it and exits with 2.
+Each message is one line that says which file or tensor is concerned, what was found, and what to do. The command line
+prints the message and exits with code 2.
 """
 
 from freebits.limits import MESSAGE
 
 
 def one_line(text: object, max_length: int = MESSAGE) -> str:
-    """Return a text that is safe to print: escape control characters and cut out the middle of a long text.
+    """Make a text safe to print: escape control characters and cut out the middle of a long text.
 
-    Names of tensors and files come from untrusted checkpoints, and terminals print them.
+    Messages contain names of tensors and files from untrusted checkpoints, which could manipulate a terminal.
     """
     start = str(text)[: 4 * max_length]
     printable = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in start)
@@ -24,7 +25,7 @@ def one_line(text: object, max_length: int = MESSAGE) -> str:
 
 
 def reason_of(error: BaseException, max_length: int = 200) -> str:
-    """Return the message of another library's exception in one line, or its type if it has no message."""
+    """Return another library's error message in one line, or the exception type if there is no message."""
     return one_line(" ".join(str(error).split()) or type(error).__name__, max_length)
 
 

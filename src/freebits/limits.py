@@ -7,13 +7,13 @@ HEADER_BYTES = 100_000_000
 TENSOR_VALUES = 2**40
 """Number of values in a tensor."""
 RECIPE_STEPS = 16
-"""Number of recipes in a row between a stored tensor and a tensor of the model."""
+"""Number of recipes that are applied one after another to decode a tensor of the model."""
 BLOCKS = 4096
-"""Number of blocks in a config that comes without weights; with weights, the number of tensors is the bound."""
+"""Number of blocks in a config without weights. Otherwise, the number of tensors bounds the number of blocks."""
 WIDTH = 2**31
 """Width or rank of a layer, or number of blocks in a config."""
 EXPANSION, EXPANSION_FREE = 256, 2**28
-"""Decoded bytes per stored byte of a packed folder, and decoded bytes that are allowed on top of that."""
+"""Decoded bytes per stored byte of a packed folder, and the decoded bytes that are allowed in addition."""
 COPIED_BYTES = 2**27
 """Size of an auxiliary file that is downloaded from a URL."""
 MESSAGE = 600
@@ -24,7 +24,7 @@ def check_expansion(stored: int, decoded: int) -> None:
     """Check that a folder does not declare many more decoded bytes than it stores.
 
     Raises:
-        ValueError: it declares more than `EXPANSION` and `EXPANSION_FREE` allow.
+        ValueError: the folder declares more decoded bytes than `EXPANSION` and `EXPANSION_FREE` allow.
     """
     if decoded > EXPANSION * stored + EXPANSION_FREE:
-        raise ValueError(f"{stored} stored bytes would decode to {decoded}, more than {EXPANSION} times as many")
+        raise ValueError(f"{stored} stored bytes would decode to {decoded} bytes, more than {EXPANSION} times as many")

@@ -1,4 +1,4 @@
-"""Names of options and fidelities. The module imports nothing, so that the command line starts fast."""
+"""The values of options, and the names of fidelities. Nothing is imported, so that the command line starts fast."""
 
 CANONICAL, BITS_BACK, NONE = "canonical", "bits-back", "none"
 CODECS = (CANONICAL, BITS_BACK, NONE)
@@ -15,4 +15,4 @@ ALLOCATIONS = (SLOPE, UNIFORM, PAPER)
 THREADS, RAY = "threads", "ray"
 BACKENDS = (THREADS, RAY)
 LOSSY, FUNCTION_PRESERVING, BIT_EXACT = "lossy", "function-preserving", "bit-exact"
-"""What a step preserves of a model, from least to most."""
+"""The fidelities. Each states what a step preserves of a model, from least to most."""

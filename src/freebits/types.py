@@ -30,7 +30,7 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
     "BOOL": torch.bool,
 }
-"""Safetensors name of a dtype → dtype, of those that PyTorch computes with."""
+"""Safetensors name → dtype, for all dtypes that PyTorch can compute with."""
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CPU = torch.device("cpu")
 """The default device of tensors."""
@@ -48,10 +48,10 @@ _BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()} | {
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Dtype and shape of a tensor, written `F16[456, 576]`; the dtype by its safetensors name.
+    """Dtype and shape of a tensor, written as `F16[456, 576]`. F16 is the safetensors name of a dtype.
 
     Raises:
-        ValueError: the dtype is unknown, a size is out of range, or the tensor does not fill whole bytes.
+        ValueError: the dtype is unknown, a size is out of range, or the tensor does not have a whole number of bytes.
     """
 
     dtype_name: str
@@ -100,11 +100,11 @@ class TensorSpec:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The PyTorch dtype; `uint8` if PyTorch does not compute with this dtype."""
+        """The PyTorch dtype, or `uint8` if PyTorch cannot compute with this dtype."""
         return DTYPES.get(self.dtype_name, torch.uint8)
 
     def view(self, data: Bytes) -> Tensor:
-        """Return the tensor with these bytes, without a copy; flat bytes if PyTorch does not compute with the dtype."""
+        """Return the tensor with these bytes, without a copy. Return flat bytes if PyTorch lacks the dtype."""
         if self.dtype_name in DTYPES and not len(data):
             return torch.empty(self.shape, dtype=self.dtype)
         flat = torch.from_numpy(np.require(data, requirements="W"))

@@ -1,3 +1,3 @@
-"""The version. The build reads it, and every packed checkpoint contains it."""
+"""The version of freebits. The build reads the version from here, and packed checkpoints record it."""
 
 __version__ = "0.1.0.dev0"

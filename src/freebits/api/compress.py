@@ -1,4 +1,4 @@
-"""Make a model smaller in one call: plan, pack or quantize, compare the result with the original, and report."""
+"""Make a model smaller in one call: plan, pack or quantize, compare with the original, and write a model card."""
 
 import math
 import os
@@ -43,14 +43,14 @@ from freebits.storage.signature import check_key, sign
 from freebits.storage.staging import new_directory
 
 MAX_KL = 0.05
-"""The default target: the largest mean KL divergence, in nats per token."""
+"""Largest mean KL divergence, in nats per token, if no target is given."""
 RUINOUS_KL = 0.5
-"""Mean KL divergence above which a model is not written without `force`."""
+"""Mean KL divergence, in nats per token, above which a model is written only with `force`."""
 _TRIES = 3
 _MAX_FACTOR = 8.0
-"""The largest factor by which one try raises the expected KL divergence."""
+"""Largest factor by which the expected KL divergence grows from one try to the next."""
 _CLOSE_ENOUGH = 0.9
-"""The search stops when the mean KL divergence lies between this fraction of its bound and the bound."""
+"""The search stops if the mean KL divergence is at most its bound and at least this fraction of the bound."""
 _DEFAULT_TEXT_NAME = "pages of Python's documentation"
 
 
@@ -59,13 +59,13 @@ class Plan:
     """The actions that `compress` plans.
 
     Attributes:
-        model: the folder.
-        bytes: its present size.
-        way: `lossless` or `integers`.
-        at_most: largest size of the finished folder in bytes, if that is the target.
-        about: expected size in bytes, if it can be estimated without measuring.
-        bits: bits per weight of the matrices, if that is the target.
-        max_kl: bound on the mean KL divergence, if that is the target.
+        model: folder or URL of the model.
+        bytes: present size of the model in bytes.
+        way: how the model becomes smaller, `lossless` or `integers`.
+        at_most: largest size of the finished folder in bytes; None if no size is required.
+        about: expected size in bytes; None if estimating it requires measurements.
+        bits: average bits per weight of the matrices; None if no number of bits is required.
+        max_kl: bound on the mean KL divergence in nats per token; None if no bound is required.
     """
 
     model: str
@@ -79,7 +79,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Options:
-    """The arguments of `compress` that do not set its target; see there."""
+    """The arguments of `compress` that do not set a target. `compress` documents them."""
 
     calibration: str | None
     text: str | None
@@ -110,40 +110,42 @@ def compress(
     sign_with: str | os.PathLike[str] | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Make a model smaller: to a size, to a number of bits, within a bound on the KL divergence, or without loss.
+    """Make a model smaller. The target is a size, a number of bits, a bound on the KL divergence, or no loss.
 
     Args:
-        model: folder of a checkpoint, its URL (`s3://…`, any that fsspec supports), or an id on the hub.
+        model: folder of a checkpoint, URL of such a folder (`s3://…` or another that fsspec supports), or id of a model
+            on the hub.
         out: folder to create; it appears complete or not at all.
-        target_size: largest size of the finished folder in bytes, as `inspect` counts them.
-        target_ratio: the same as a fraction of the model's present size, in (0, 1).
-        bits: bits per weight of the matrices, on average.
-        lossless: keep every bit: `unpack` restores the files byte for byte.
+        target_size: largest size of the finished folder in bytes, counted as in `inspect`.
+        target_ratio: largest size of the finished folder, as a fraction of the model's present size, in (0, 1).
+        bits: average bits per weight of the matrices.
+        lossless: whether to keep every bit; `unpack` then restores the files byte for byte.
         max_kl: largest mean KL divergence from the original model on `text`, in nats per token; 0.05 if no target is
             given.
-        calibration: text; by default the model generates its own.
-        text: text to measure on; by default pages of Python's documentation, which calibration does not use.
-        keep: patterns of names of tensors to leave unchanged, see `quantize`.
-        fallback_bits: bits per weight of matrices that calibration does not reach, see `quantize`.
-        revision: of a model on the hub.
-        device: where to run the model.
-        parallel: how rounding and coding run in parallel.
-        force: write the model even if its mean KL divergence is more than 0.5.
-        dry_run: return the plan and write nothing. Of a model on the hub, only the headers of the weights and the
-            other files are read.
-        sign_with: file of a private key (PEM), with which every file of the folder is signed; see `verify`.
-        progress: called after each step.
+        calibration: text to calibrate on; by default the model generates the text.
+        text: text on which the result is compared with the original; by default pages of Python's documentation.
+        keep: patterns for the names of tensors to leave unchanged; see `quantize`.
+        fallback_bits: average bits per weight of the matrices that are rounded without calibration; see `quantize`.
+        revision: branch, tag or commit of a model on the hub.
+        device: device on which to run the model.
+        parallel: options for rounding and coding in parallel.
+        force: whether to write the model even if its mean KL divergence is more than 0.5.
+        dry_run: whether to return the plan and write nothing. The weights of a model on the hub are then not
+            downloaded, except for their headers.
+        sign_with: file with a private key (PEM), which signs every file of the folder; see `verify`.
+        progress: callback, called after each step.
 
     Returns:
-        `plan`. Without `dry_run` also the result of `inspect(out)`; `fidelity`, the result of `verify`, or
-        `weight_error`, the relative error of rounded weights, if transformers cannot run the model on text; `coverage`,
-        see `quantize`, or None if nothing was rounded;
-        `auto_class`, the class of transformers that loads the folder, or None; and `seconds`.
+        `plan`. Without `dry_run`, also the result of `inspect(out)` and these entries. `fidelity` is the result of
+        `verify`; if transformers cannot run the model on text, it contains `weight_error`, the relative error of the
+        rounded weights, instead. `coverage` is the result of `coverage_report`, or None if no matrix was rounded.
+        `auto_class` is the class of transformers that loads the folder, or None if there is none. `seconds` is the
+        time that the call took.
 
     Raises:
-        UsageError: the arguments contradict each other, or the target ruins the model.
-        CheckpointError: `model` is not a sound checkpoint, or `out` exists.
-        UnsupportedModelError: transformers cannot run the model, or not block by block.
+        UsageError: the arguments contradict each other, or the target ruins the model or cannot be reached.
+        CheckpointError: `model` is not a sound checkpoint, or `out` already exists.
+        UnsupportedModelError: freebits does not support the model, for example because it has no matrix to quantize.
     """
     check_key(sign_with)
     folder = local_folder(model, revision, whole=not dry_run)
@@ -158,7 +160,7 @@ def compress(
         if target_size is not None or max_kl is not None:
             raise UsageError("`target_size` and `max_kl` cannot be used for a pipeline of models: give `target_ratio`")
         if calibration is not None or text is not None:
-            raise UsageError("`calibration` and `text` cannot be used for a pipeline: its models run on no text alone")
+            raise UsageError("`calibration` and `text` cannot be used for a pipeline of models: leave them out")
         options = {"fallback_bits": fallback_bits, "device": device, "parallel": parallel, "sign_with": sign_with}
         return _compress_pipeline(folder, out, target_ratio, bits, lossless, keep, options, dry_run, progress)
     plan = make_plan(folder, target_size, target_ratio, bits, lossless, max_kl, fallback_bits)
@@ -192,9 +194,9 @@ def compress(
 
 @contextmanager
 def _dense_folder(gguf: Path, dry_run: bool) -> Iterator[Path]:
-    """A temporary folder with the model of a GGUF file, converted to floats."""
+    """Provide a temporary folder with the model of a GGUF file, converted to floats."""
     if dry_run:
-        raise UsageError("`dry_run` of a GGUF file supports only `lossless`: for other targets, run without `dry_run`")
+        raise UsageError("`dry_run` with a GGUF file supports only `lossless`: set `lossless`, or leave out `dry_run`")
     with TemporaryDirectory() as scratch:
         write_dense(gguf, Path(scratch))
         yield Path(scratch)
@@ -237,11 +239,13 @@ def make_plan(
     max_kl: float | None,
     fallback_bits: float,
 ) -> Plan:
-    """Choose how to reach the target. At most one target may be given. Only headers are read."""
+    """Choose how to reach the target. Callers give at most one target. Of the weights, only headers are read."""
     source, name = open_folder(folder), original(folder) or str(folder)
     present_size = bytes_on_disk(source)
     if sum(target is not None for target in (target_size, target_ratio, bits, max_kl, lossless or None)) > 1:
-        raise UsageError("`target_size`, `target_ratio`, `bits`, `max_kl` and `lossless` exclude each other: give one")
+        raise UsageError(
+            "`target_size`, `target_ratio`, `bits`, `max_kl` and `lossless` cannot be combined: give only one"
+        )
     if target_ratio is not None and not 0 < target_ratio < 1:
         raise UsageError(f"`target_ratio` is {target_ratio}: give a fraction between 0 and 1, such as 0.4")
     if max_kl is not None and not 0 < max_kl < math.inf:
@@ -251,7 +255,9 @@ def make_plan(
     lossless_size = round(sum(TYPICAL_ENTROPY.get(spec.dtype_name, 1.0) * spec.n_bytes for spec in specs))
     if lossless or (size is not None and 1.05 * lossless_size < size and not isinstance(source, PackedFolder)):
         if isinstance(source, PackedFolder):
-            raise CheckpointError(f"{folder} is already packed: `lossless` cannot make it smaller; give another target")
+            raise CheckpointError(
+                f"{folder} is already packed, and `lossless` cannot make it smaller: give another target"
+            )
         return Plan(name, present_size, "lossless", at_most=size, about=lossless_size)
     if size is not None:
         return Plan(name, present_size, "integers", at_most=size, about=size)
@@ -272,7 +278,7 @@ def _execute(
     executor: Executor,
     progress: Progress,
 ) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
-    """Carry out the plan; returns the result of `verify`, and the coverage if matrices were rounded."""
+    """Carry out the plan. Return fidelity and coverage as `compress` does."""
     scratch = directory / ".scratch"
     scratch.mkdir()
     fidelity = _pack_lossless(plan, folder, scratch / "made", executor, progress) if plan.way == "lossless" else None
@@ -288,7 +294,7 @@ def _execute(
 def _pack_lossless(
     plan: Plan, folder: Path, target: Path, executor: Executor, progress: Progress
 ) -> dict[str, Any] | None:
-    """Pack bit for bit and verify; returns None if the result exceeds the size that the plan allows."""
+    """Pack bit for bit and return the result of `verify`, or None if the packed folder is larger than planned."""
     source = Checkpoint(folder)
     target.mkdir()
     sizes = {key: size for key, size in inspect(folder)["bytes"].items() if size is not None}
@@ -298,7 +304,9 @@ def _pack_lossless(
         return None
     fidelity = verify(target, against=folder)
     if not fidelity["ok"]:
-        raise CheckpointError(f"the packed copy of {folder} differs from it: check this machine's memory and disk")
+        raise CheckpointError(
+            f"the packed copy of {folder} differs from the original: check this machine's memory and disk"
+        )
     return fidelity
 
 
@@ -310,11 +318,14 @@ def _quantize(
     executor: Executor,
     progress: Progress,
 ) -> tuple[dict[str, Any], Mapping[str, Any]]:
-    """Round to the plan's target, in several tries if it is a bound on the KL divergence; returns as `_execute`."""
+    """Round the matrices to the plan's target. Return fidelity and coverage as `compress` does.
+
+    A bound on the KL divergence can require several tries.
+    """
     text, positions = options.text, _max_positions(folder)
     held_out = embedded_text()[1] if text is None else text
     if predicts_text(open_folder(folder).config):
-        token_windows(folder, held_out, min(512, positions), 1)  # fails early if the text cannot be used
+        token_windows(folder, held_out, min(512, positions), 1)  # to fail early if the text cannot be used
     prepared = prepare(
         folder,
         Work(executor, WorkStore(scratch / "finished")),
@@ -348,16 +359,17 @@ def _quantize(
 def _search(
     plan: Plan, write: Callable[[float | None], None], measure: Callable[[], dict[str, Any]], force: bool
 ) -> dict[str, Any]:
-    """Write the model, repeatedly if the plan bounds its KL divergence; returns the last result of `measure`.
+    """Write the model and return the last result of `measure`. Repeat this if the plan bounds the KL divergence.
 
     Args:
-        plan: the target.
-        write: writes the model, rounded to an expected KL divergence or, given None, to the other target of the plan.
-        measure: returns how far the written model is from the original.
-        force: accept a model that is ruined.
+        plan: plan with the target.
+        write: function that rounds and writes the model, given the expected KL divergence; None stands for another
+            target of the plan.
+        measure: function that compares the written model with the original, as `verify` does.
+        force: whether to accept a ruined model.
 
     Raises:
-        UsageError: the target ruins the model, or the bound was not reached.
+        UsageError: the target ruins the model, or the bound on the KL divergence was not reached.
     """
     expected_kl = None if plan.max_kl is None else plan.max_kl / 2
     n_tries = 0
@@ -368,8 +380,8 @@ def _search(
         above_bound = plan.max_kl is not None and kl > plan.max_kl
         if not kl <= RUINOUS_KL and not force and not above_bound:
             raise UsageError(
-                f"this target ruins the model: mean KL {kl:.2f} nats per token, perplexity x {fidelity['ratio']:.2f} "
-                f"on {fidelity['text']}; choose a larger target, or set `force`"
+                f"this target ruins the model (mean KL {kl:.2f} nats per token, perplexity x {fidelity['ratio']:.2f} "
+                f"on {fidelity['text']}): choose a target that changes the model less, or set `force`"
             )
         if expected_kl is None or plan.max_kl is None or not math.isfinite(kl):
             return fidelity
@@ -378,14 +390,14 @@ def _search(
             return fidelity
         if n_tries >= 2 * _TRIES:
             raise UsageError(
-                f"`max_kl` {plan.max_kl} was not reached in {n_tries} tries: the last has a mean KL of {kl:.3g}; give "
-                "a larger value"
+                f"`max_kl` is {plan.max_kl}, but the last of {n_tries} tries has a mean KL of {kl:.3g}: give a larger "
+                "value"
             )
         expected_kl *= min(0.95 * plan.max_kl / kl, _MAX_FACTOR) if kl else _MAX_FACTOR
 
 
 def _weight_error(folder: Path, packed: PackedFolder) -> dict[str, Any]:
-    """The relative error of the rounded weights, as a root mean square."""
+    """Measure the relative error of the rounded weights, as a root mean square."""
     source = open_as_floats(folder)
     error = size = 0.0
     for name in source.specs:

@@ -1,4 +1,4 @@
-"""Estimate sizes from a config alone."""
+"""Estimate the sizes of a model from its config, without its weights."""
 
 import math
 import os
@@ -27,24 +27,28 @@ from freebits.types import DTYPE_NAMES
 def estimate(
     config: str | os.PathLike[str], sparsity: float | None = None, revision: str | None = None
 ) -> dict[str, Any]:
-    """Estimate compressed sizes of a model from its `config.json` alone, without downloading or allocating weights.
+    """Estimate the compressed sizes of a model from its `config.json`, without downloading or allocating weights.
 
     Args:
-        config: a `config.json`, a folder that contains one, or a model's id on the hub.
-        sparsity: fraction of the hidden size to remove, in [0, 1); None for sizes at several settings.
-        revision: of a model on the hub.
+        config: path of a `config.json`, folder that contains one, or id of a model on the hub.
+        sparsity: fraction of the hidden size to remove, in [0, 1). If None, sizes are estimated for several bits per
+            weight and several sparsities.
+        revision: branch, tag or commit of a model on the hub.
 
     Returns:
-        Without sparsity: `dtype`, and `bytes` {`dense`, `lossless`, `8 bits` … `3 bits`, and, if the model can be
-        sliced, `sliced 10 %` … `sliced 30 %`}, estimates of the files that freebits writes by default.
-        With sparsity: `hidden_size`, `sliced_size`; `params` {`dense`, `dense_untied`, `dense_canonical`, `sliced`,
-        `bits_back`, `canonical`, `canonical_tied`}, see `planned_forms`; `change_vs_dense_untied` and
-        `change_vs_dense`, in percent (negative is smaller), of `dense_canonical` and the forms after it;
-        `dtype`; and `bytes`: the same forms as tensors in the config's dtype, norms included, and `default`, the
-        estimate for slicing and packing with default options (ties kept, canonical, entropy-coded).
+        Without `sparsity`: `dtype`, and `bytes` {`dense`, `lossless`, `8 bits` … `3 bits`, `sliced 10 %` …
+        `sliced 30 %`}, estimates of the files that freebits writes by default. The sliced sizes are missing if the
+        model cannot be sliced.
+
+        With `sparsity`: `hidden_size`, `sliced_size` and `dtype`. `params` {`dense`, `dense_untied`, `dense_canonical`,
+        `sliced`, `bits_back`, `canonical`, `canonical_tied`} has the number of parameters of each form; `planned_forms`
+        describes the forms. `change_vs_dense_untied` and `change_vs_dense` have the changes of `dense_canonical` and
+        the later forms in percent, negative if a form is smaller. `bytes` has the size of each form in the config's
+        dtype, norms included. Its entry `default` is the size after slicing and packing with default options (ties
+        kept, codec `canonical`, entropy-coded).
 
     Raises:
-        CheckpointError: the file does not exist, or does not describe a model.
+        CheckpointError: the config does not exist, or does not describe a model.
         UnsupportedModelError: the residual stream of this model cannot be rotated; the message says why.
         UsageError: the sparsity is out of range.
     """
@@ -61,7 +65,9 @@ def estimate(
     try:
         planned = planned_forms(architecture, dense_shapes(content, path), k, dtype_name)
     except ValueError as error:
-        raise CheckpointError(f"{path} describes a model too large for any machine ({error}): restore it") from None
+        raise CheckpointError(
+            f"{path} describes a model too large for any machine ({error}): download it again"
+        ) from None
     params = {form: None if specs is None else n_values(architecture, specs) for form, specs in planned.items()}
     sizes = {form: None if specs is None else n_bytes(specs.values()) for form, specs in planned.items()}
     packed = sizes["canonical_tied"] or sizes["canonical"] or 0
@@ -80,7 +86,7 @@ def estimate(
 
 
 def _default_sizes(content: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Estimated sizes with default options: lossless, at several bits per weight, and at several sparsities."""
+    """Estimate sizes with default options: lossless, at several bits per weight, and at several sparsities."""
     dtype = _dtype(content)
     shapes = dense_shapes(content, path).values()
     n_weights = sum(math.prod(shape) for shape in shapes if len(shape) > 1)
@@ -95,14 +101,14 @@ def _default_sizes(content: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def dense_shapes(config: dict[str, Any], path: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the dense model that a config describes, except a tied head.
+    """Return name → shape of every tensor of the dense model that a config describes, except a tied head.
 
     Raises:
         CheckpointError: the config does not describe a model, or its number of blocks is implausible.
     """
     for key in {family.depth for family in FAMILIES} & config.keys():
         if isinstance(config[key], int) and config[key] > BLOCKS:
-            raise CheckpointError(f"{path}: {key} is {config[key]}, more than any model has: restore the file")
+            raise CheckpointError(f"{path}: {key} is {config[key]}, more than any model has: download it again")
     with MODEL_CREATION_LOCK, one_line_errors(path, "config"), torch.device("meta"):
         auto = getattr(transformers, auto_class(config) or "AutoModelForCausalLM")
         model = auto.from_config(config_of(config, auto), trust_remote_code=False)
@@ -113,6 +119,6 @@ def dense_shapes(config: dict[str, Any], path: Path) -> dict[str, tuple[int, ...
 
 
 def _dtype(config: dict[str, Any]) -> torch.dtype:
-    """The dtype of the weights according to a config; float16 if it names none."""
+    """Return the dtype of the weights that a config names, or float16 if it names none."""
     dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
     return dtype if isinstance(dtype, torch.dtype) and dtype in DTYPE_NAMES else torch.float16

@@ -31,9 +31,9 @@ from freebits.storage.writer import CheckpointWriter
 from freebits.types import DTYPE_NAMES, FLOATS
 
 _SHORTCUTS = {"attention": "attn_shortcut_Q", "parallel": "attn_shortcut_Q", "mlp": "mlp_shortcut_Q"}
-"""Sublayer → name of its shortcut in TransformerCompression: `Q: (before, after)`, which multiplies row vectors."""
+"""Sublayer → name of its shortcut `Q: (before, after)` in TransformerCompression, which maps a row vector x to x Q."""
 _EPS = 1e-5
-"""Epsilon of every norm in TransformerCompression, whatever the dense model's is."""
+"""Epsilon of every norm in TransformerCompression, which ignores the epsilon of the dense model."""
 _SHARD = 5 * 10**9
 """Largest size of a weights file, in bytes."""
 _EPS_KEY = re.compile(r"\w*norm\w*_eps(ilon)?")
@@ -42,22 +42,24 @@ _EPS_KEY = re.compile(r"\w*norm\w*_eps(ilon)?")
 def import_slicegpt(
     file: str | os.PathLike[str], model: str | os.PathLike[str], out: str | os.PathLike[str]
 ) -> dict[str, Any]:
-    """Convert a model that TransformerCompression sliced to a sliced folder of freebits: the same weights, renamed.
+    """Convert a model that TransformerCompression sliced to a sliced folder of freebits. The weights stay the same.
 
-    The result computes the same function: its norms have TransformerCompression's epsilon. Both projects slice
-    Llama, OPT, Phi-2 and Phi-3.
+    The result computes the same function, because its norms get TransformerCompression's epsilon. Both projects
+    support Llama, OPT, Phi-2 and Phi-3.
 
     Args:
-        file: a `.pt` file of `run_slicegpt.py`, read without running code in it, or a `.safetensors` file with the
-            same names. A `.json` file of the same name next to it is checked against `model`.
-        model: folder of the dense model: its config, its tokenizer and, if its weights are there, its size.
+        file: a `.pt` file that `run_slicegpt.py` saved, or a `.safetensors` file with the same tensor names. Code in a
+            `.pt` file is not run. If there is a `.json` file of the same name next to `file`, it is checked against
+            `model`.
+        model: folder of the dense model. The config and the tokenizer are required. If the folder also contains the
+            weights, the history of the result states their size.
         out: folder to create; it appears complete or not at all.
 
     Returns:
         The result of `inspect(out)`.
 
     Raises:
-        CheckpointError: the file does not hold a model sliced from `model`, or `out` exists.
+        CheckpointError: the file does not contain a model that was sliced from `model`, or `out` already exists.
         UnsupportedModelError: the residual stream of this model cannot be rotated; the message says why.
     """
     file, folder = Path(file), checkpoint_folder(local_folder(model))
@@ -87,48 +89,51 @@ def import_slicegpt(
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
-    """Name → tensor of everything in a file.
+    """Read all tensors of a file, and return name → tensor.
 
     Raises:
         CheckpointError: the file contains anything but floating-point matrices and vectors.
     """
     if not file.is_file():
-        raise CheckpointError(f"{file} is not a file: give the .pt that run_slicegpt.py saved")
+        raise CheckpointError(f"there is no file {file}: give the .pt file that run_slicegpt.py saved")
     if file.suffix == ".safetensors":
         weights = WeightsFile(file)
         content: Any = {name: entry.spec.view(weights.read(name)) for name, entry in weights.entries.items()}
     else:
         content = _unpickled(file)
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-        raise CheckpointError(f"{file} is not a table of named tensors: give the .pt that run_slicegpt.py saved")
+        raise CheckpointError(f"{file} does not contain named tensors: give the .pt file that run_slicegpt.py saved")
     for name, tensor in content.items():
         if not isinstance(tensor, Tensor) or not _is_ordinary(tensor):
             raise CheckpointError(
-                f"{file}: {one_line(name)} is not a floating-point matrix or vector: give the .pt that "
+                f"tensor {one_line(name)} in {file} is not a floating-point matrix or vector: give the .pt file that "
                 "run_slicegpt.py saved"
             )
     return content
 
 
 def _unpickled(file: Path) -> Any:
-    """The content of a `.pt` file, read without running code in it."""
+    """Return the content of a `.pt` file, without running code in the file."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about tensor types that are rejected later
+            warnings.simplefilter("ignore")  # warnings about tensor types that `_read_tensors` rejects
             return torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from None
+        raise CheckpointError(
+            f"{file} cannot be read ({error.strerror or error}): check its permissions and the disk"
+        ) from None
     except MemoryError:
         raise
-    except Exception as error:  # PyTorch raises many types
+    except Exception as error:  # PyTorch raises exceptions of many types
         finding = one_line(str(error).partition("\n")[0] or type(error).__name__, 120)
         raise CheckpointError(
-            f"{file} is damaged, or contains more than tensors ({finding}): give the .pt that run_slicegpt.py saved"
+            f"{file} is damaged, or contains more than tensors ({finding}): give the .pt file that run_slicegpt.py "
+            "saved"
         ) from None
 
 
 def _is_ordinary(tensor: Tensor) -> bool:
-    """Whether a tensor is a floating-point matrix or vector with all of its data in the file."""
+    """Return whether a tensor is a floating-point matrix or vector whose values are all in the file."""
     plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.ndim in (1, 2)
     if not plain or tensor.is_quantized or DTYPE_NAMES.get(tensor.dtype) not in FLOATS:
         return False
@@ -136,20 +141,23 @@ def _is_ordinary(tensor: Tensor) -> bool:
 
 
 def _check_settings(path: Path, architecture: Architecture) -> None:
-    """Check that the `.json` file next to the imported one, if there is one, describes the dense model."""
+    """Check that the `.json` file next to the imported file describes the dense model, if there is such a file."""
     if not path.exists():
         return
     settings = read_json(path)
     for key, size in {"hidden_size": architecture.hidden_size, "layers_num": architecture.n_blocks}.items():
         if settings.get(key) not in (None, 0, size):
             raise CheckpointError(
-                f"{path}: {key} is {one_line(settings[key], 40)}, but {size} in the dense model: give the model that "
-                "was sliced"
+                f"in {path}, {key} is {one_line(settings[key], 40)}, but it is {size} in the dense model: give the "
+                "folder of the model that was sliced as `model`"
             )
 
 
 def _renamed(imported: Mapping[str, Tensor], architecture: Architecture, file: Path) -> dict[str, Tensor]:
-    """The tensors with freebits' names, in its order. Shortcuts are transposed to weights of linear layers."""
+    """Return the tensors with freebits' names, in the order of the architecture's table.
+
+    Shortcuts are transposed, because freebits stores them as the weights of linear layers.
+    """
     shortcut_names = {}
     for sub in architecture.sublayers:
         block, _, sublayer = sub.name.rpartition(".")
@@ -157,8 +165,8 @@ def _renamed(imported: Mapping[str, Tensor], architecture: Architecture, file: P
     names = {name: shortcut_names.get(name, name) for name in architecture.weights}
     for name in architecture.without_ignored(sorted(imported.keys() - names.values())):
         raise CheckpointError(
-            f"{file} holds {name}, which no sliced {architecture.family.model_type} model has: if it is of a LoRA "
-            "adapter, merge that first"
+            f"{file} contains {name}, which no sliced {architecture.family.model_type} model has: if it belongs to a "
+            "LoRA adapter, merge the adapter into the model first"
         )
     return {
         name: imported[old_name].t() if name in shortcut_names else imported[old_name]
@@ -168,17 +176,23 @@ def _renamed(imported: Mapping[str, Tensor], architecture: Architecture, file: P
 
 
 def _layout(tensors: Mapping[str, Tensor], architecture: Architecture, file: Path) -> Layout:
-    """The widths of the sites, from the shapes of the shortcuts."""
+    """Return the widths of the residual stream between the shortcuts, as the shapes of the shortcuts give them."""
     names = [sub.shortcut.weight for sub in architecture.sublayers]
     shortcuts = [tensors[name] for name in names if name in tensors and tensors[name].ndim == 2]
     if len(shortcuts) < len(names) or architecture.embedding.weight not in tensors:
-        raise CheckpointError(f"{file} lacks a shortcut or the embedding: it is incomplete, or of another model")
+        raise CheckpointError(
+            f"{file} lacks a shortcut or the embedding, so it is incomplete or belongs to another model: give the .pt "
+            "file that run_slicegpt.py saved"
+        )
     widths = (shortcuts[0].shape[1], *(shortcut.shape[0] for shortcut in shortcuts))
     return Layout(widths, (None,) * len(shortcuts))
 
 
 def _config(dense: Mapping[str, Any], embedding: Tensor, folder: Path) -> dict[str, Any]:
-    """The dense model's config with the sliced model's vocabulary size (tokens may have been added) and epsilons."""
+    """Return the dense model's config with the vocabulary size and the epsilons of the sliced model.
+
+    The vocabulary of the sliced model can be larger, because users can add tokens.
+    """
     with one_line_errors(folder, "config"):
         keys = AutoConfig.for_model(**dense).to_dict().keys()
     epsilons = {key: _EPS for key in keys if _EPS_KEY.fullmatch(key)}
@@ -191,17 +205,18 @@ def _check_shapes(
     architecture: Architecture,
     dense: Mapping[str, tuple[int, ...]],
 ) -> None:
-    """Check that the tensors are exactly those that the config requires, with their shapes.
+    """Check that the names and shapes of the tensors are exactly those that the config requires.
 
     Raises:
-        CheckpointError: a tensor is missing, superfluous or of another shape.
+        CheckpointError: a tensor is missing or superfluous, or has another shape.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     layout.check(shapes, architecture)
     expected = layout.shapes(architecture, dense)
     for name in sorted(expected.keys() ^ shapes.keys()):
         raise CheckpointError(
-            f"tensor {name} is missing, or not part of the model that was sliced: give that model's folder as `model`"
+            f"tensor {name} is missing, or does not belong to this model: give the folder of the model that was sliced "
+            "as `model`"
         )
     for name, shape in expected.items():
         if shapes[name] != shape:

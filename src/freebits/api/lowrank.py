@@ -1,4 +1,4 @@
-"""Replace linear layers of a checkpoint by low-rank ones."""
+"""Replace linear layers of a checkpoint by low-rank layers."""
 
 import math
 import os
@@ -50,47 +50,48 @@ def lowrank(
     sign_with: str | os.PathLike[str] | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Replace linear layers by low-rank ones (reduced-order modelling): lossy. Memory holds one block.
+    """Replace linear layers by low-rank layers (reduced-order modeling). This is lossy. Memory holds one block.
 
     Args:
         model: folder of a dense or sliced checkpoint.
         out: folder to create; it appears complete or not at all.
-        budget: fraction of the weights of all blocks' matrices to keep, in (0, 1), counted in canonical form; by
-            default 0.8.
-        target_size: instead, the largest size of the written weights in bytes.
-        blocks: `all`, or `last:N`.
-        allocate: `slope` chooses ranks so that the last direction of each layer is worth the same per weight, and
-            skips layers that do not gain; `uniform` keeps the same fraction of each matrix; `paper` keeps the same
-            fraction of each matrix in the last blocks, not counted in canonical form, with a budget of 0.9, 0.8 or 0.5.
-        calibration: text; by default the model generates its own.
+        budget: fraction of the weights in the matrices of all blocks to keep, in (0, 1); by default 0.8. Low-rank
+            layers are counted in canonical form.
+        target_size: largest size of the written weights in bytes; replaces `budget`.
+        blocks: blocks to reduce, `all` or `last:N` for the last N blocks.
+        allocate: method that chooses the ranks. With `slope`, the last direction of each layer preserves the same
+            energy per weight, and layers that would get full rank stay unchanged. With `uniform`, the same fraction of
+            each matrix is kept. With `paper`, this holds only for the last blocks; the weights are not counted in
+            canonical form, and the budget must be 0.9, 0.8 or 0.5.
+        calibration: text to calibrate on; by default the model generates the text.
         samples: number of windows of calibration text.
         seq_len: tokens per window.
-        seed: of everything that is drawn at random.
-        device: where to run the model.
-        parallel: how work other than running the model runs in parallel.
-        resume: continue a stopped run with the same arguments from its last finished block.
-        sign_with: file of a private key (PEM), with which every file of the folder is signed; see `verify`.
-        progress: called after each block.
+        seed: seed for all random choices.
+        device: device on which to run the model.
+        parallel: options for parallel execution of all work except running the model.
+        resume: whether to continue a stopped run with the same arguments after its last finished block.
+        sign_with: file with a private key (PEM), which signs every file of the folder; see `verify`.
+        progress: callback, called after each block.
 
     Returns:
-        The result of `inspect(out)`, and `perplexity` {`dense`, `reduced`} on other windows of the calibration text;
-        None if there are no others.
+        The result of `inspect(out)`, and `perplexity` {`dense`, `reduced`}, measured on windows of the calibration text
+        that are not used for calibration. The perplexities are None if there are no such windows.
 
     Raises:
         UsageError: an argument is out of range.
-        CheckpointError: `model` is not a sound checkpoint, or `out` exists.
-        UnsupportedModelError: the model is of an unknown type, or already has low-rank layers.
+        CheckpointError: `model` is not a sound checkpoint, or `out` already exists.
+        UnsupportedModelError: the type of the model is unknown, or the model already has low-rank layers.
     """
     check_key(sign_with)
     if budget is not None and target_size is not None:
-        raise UsageError("`budget` and `target_size` exclude each other: give one")
+        raise UsageError("`budget` and `target_size` cannot be combined: give only one")
     budget = 0.8 if budget is None else budget
     if not 0 < budget < 1:
         raise UsageError(f"`budget` is {budget}: give a fraction of the weights between 0 and 1, such as 0.8")
     if allocate not in ALLOCATIONS:
-        raise UsageError(f"`allocate` is {allocate!r}: choose one of {', '.join(ALLOCATIONS)}")
+        raise UsageError(f"`allocate` is {allocate!r}: choose {' or '.join(ALLOCATIONS)}")
     if allocate == PAPER and budget not in PAPER_SETTINGS:
-        budgets = ", ".join(map(str, PAPER_SETTINGS))
+        budgets = " or ".join(map(str, PAPER_SETTINGS))
         raise UsageError(f"`allocate` is {PAPER!r}, but `budget` is {budget}: give a budget of {budgets}")
     model = local_folder(model)
     if is_packed(model):
@@ -124,7 +125,7 @@ def lowrank(
 def _write(
     directory: Path, checkpoint: Checkpoint, layers: Layers, ranks: Mapping[str, int], work: Work
 ) -> dict[str, int]:
-    """Write the weights; returns the ranks of the low-rank layers."""
+    """Write the weights, and return the ranks of the low-rank layers."""
     source, specs, written_ranks = layers.source, layers.source.specs, dict[str, int]()
     shapes = {f"{name}.down.up": (*spec.shape, *spec.shape) for name, spec in specs.items()} | {
         f"{name}.up.down": spec.shape for name, spec in specs.items()
@@ -164,7 +165,7 @@ def _write_config(
 
 
 def _perplexities(before: Path, after: Path, held_out: Tensor) -> dict[str, float | None]:
-    """Perplexities of both models on windows that were not used for calibration; None if they are not finite."""
+    """Measure the perplexities of both models on held-out windows. A perplexity that is not finite becomes None."""
     if not len(held_out):
         return {"dense": None, "reduced": None}
     perplexities: dict[str, float | None] = {}

@@ -27,19 +27,19 @@ from freebits.transforms.low_rank import allocated, rank_for, reduced, spectrum
 from freebits.types import FLOATS
 
 PAPER_SETTINGS = {0.9: (8, 0.60), 0.8: (12, 0.46), 0.5: (24, 0.33)}
-"""Budget → how many of 32 blocks the paper reduces, counted from the last, and the fraction of each matrix it keeps."""
+"""Budget → number of last blocks, of 32, that the paper reduces, and fraction of each of their matrices to keep."""
 _LAYERS = (nn.Linear, Conv1D)
 
 
 @dataclass(frozen=True)
 class Layers:
-    """The linear layers that may become low-rank.
+    """The linear layers that can become low-rank.
 
     Attributes:
-        source: the model's tensors, with the names of transformers.
-        architecture: the table of its tensors.
-        running: the model that is run.
-        sizes: number of a block that may be reduced → name of a matrix → (outputs, inputs).
+        source: the model's tensors, under their names in transformers.
+        architecture: table of the model's tensors.
+        running: the model, opened to be run.
+        sizes: number of a block that can be reduced → name of a matrix → (outputs, inputs).
         transposed: names of the matrices that are stored as (inputs, outputs), as in GPT-2.
     """
 
@@ -51,11 +51,11 @@ class Layers:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, path: Path, device: torch.device, blocks: str) -> "Layers":
-        """The layers of a model.
+        """Return the layers in the chosen blocks of a model.
 
         Raises:
-            UsageError: `blocks` is malformed, or asks for more blocks than there are.
-            UnsupportedModelError: the model is already low-rank, or of an unknown type.
+            UsageError: `blocks` is malformed, or names more blocks than the model has.
+            UnsupportedModelError: the model already has low-rank layers, or its type is unknown.
         """
         architecture = Architecture.of(checkpoint.config, len(checkpoint.specs))
         if architecture.low_ranks:
@@ -85,12 +85,12 @@ class Layers:
         return cls(source, architecture, running, sizes, transposed)
 
     def matrix(self, name: str) -> Tensor:
-        """A matrix as (outputs, inputs)."""
+        """Return a matrix as (outputs, inputs)."""
         return self.source[name].T if name in self.transposed else self.source[name]
 
     @property
     def all_sizes(self) -> dict[str, tuple[int, int]]:
-        """Name of a matrix → (outputs, inputs), in all blocks that may be reduced."""
+        """Name of a matrix → (outputs, inputs), in all blocks that can be reduced."""
         return {name: size for block in self.sizes.values() for name, size in block.items()}
 
 
@@ -102,7 +102,7 @@ def choose_ranks(
     seed: int,
     progress: Progress,
 ) -> dict[str, int]:
-    """The rank of each layer that becomes low-rank; `plan` is (budget, target size, allocation)."""
+    """Return the rank of each layer that becomes low-rank. `plan` is (budget, target size, allocation)."""
     budget, target_size, allocate = plan
     sizes = layers.all_sizes
     spectra: dict[str, Tensor] = {}
@@ -125,7 +125,7 @@ def choose_ranks(
 
 
 def _spectra(layers: Layers, tokens: Tensor, work: Work, seed: int, progress: Progress) -> dict[str, Tensor]:
-    """For each layer, the weighted energy of each direction of its outputs; see `spectrum`."""
+    """Return for each layer the energy of its outputs in each direction, weighted by Fisher information."""
     sizes = layers.all_sizes
     sums, statistics = measure_group(layers.running, work.store, seed, (0, tokens), progress)
     information = fisher_information(sums, [region for inputs in statistics for region in inputs.regions])
@@ -139,7 +139,10 @@ def _spectra(layers: Layers, tokens: Tensor, work: Work, seed: int, progress: Pr
 
 
 def _paper_ranks(layers: Layers, budget: float) -> dict[str, int]:
-    """The paper's ranks: the same fraction of each matrix in the last blocks, in proportion to their number."""
+    """Return the ranks with which the paper's fraction of each matrix in the last blocks is kept.
+
+    The number of these blocks is scaled from 32 blocks, for which the paper states it, to the blocks of this model.
+    """
     n_of_32, fraction = PAPER_SETTINGS[budget]
     n_blocks = len(layers.running.engine.blocks)
     chosen = range(n_blocks - round(n_of_32 / 32 * n_blocks), n_blocks)
@@ -148,10 +151,10 @@ def _paper_ranks(layers: Layers, budget: float) -> dict[str, int]:
 
 
 def _ranks_for_size(layers: Layers, ranks_for: Callable[[float], dict[str, int]], target: int) -> dict[str, int]:
-    """The largest ranks with which the weights take at most `target` bytes, by bisection.
+    """Find by bisection the largest ranks with which the weights take at most `target` bytes.
 
     Raises:
-        UsageError: the smallest ranks take more.
+        UsageError: the weights take more than `target` bytes even with the smallest ranks.
     """
     specs, sizes = layers.source.specs, layers.all_sizes
     dense_bytes = sum(spec.n_bytes for spec in specs.values())
@@ -171,7 +174,7 @@ def _ranks_for_size(layers: Layers, ranks_for: Callable[[float], dict[str, int]]
     chosen = ranks_for(low) if low else {}
     if not low or total(chosen) > target:
         raise UsageError(
-            f"`target_size` is {target}: no ranks make the model of {dense_bytes} bytes that small; give more"
+            f"`target_size` is {target}, but no ranks make a model of {dense_bytes} bytes so small: give a larger size"
         )
     return {name: rank for name, rank in chosen.items() if rank}
 
@@ -180,7 +183,7 @@ def _ranks_for_size(layers: Layers, ranks_for: Callable[[float], dict[str, int]]
 def reduce_layers(layers: Layers, ranks: Mapping[str, int], tokens: Tensor, work: Work, progress: Progress) -> None:
     """Find the two factors of each layer, given the outputs of the low-rank layers before it.
 
-    The factors are the result (`down`, `up`) of stage `factors-NAME` of `work`.
+    `work` stores the factors `(down, up)` as the result of stage `factors-NAME`.
     """
     engine, recent = layers.running.engine, RecentInputs()
     reducer = partial(_low_rank, layers, ranks, work, recent)
@@ -196,7 +199,7 @@ def reduce_layers(layers: Layers, ranks: Mapping[str, int], tokens: Tensor, work
 def _low_rank(
     layers: Layers, ranks: Mapping[str, int], work: Work, recent: RecentInputs, product: Product
 ) -> Tensor | None:
-    """The result of a product with the low-rank layer; None if the layer stays as it is."""
+    """Return the result of a product with the low-rank layer, or None if the layer stays unchanged."""
     name, x = product.region.name, product.inputs
     if name not in ranks:
         return None

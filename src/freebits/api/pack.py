@@ -1,4 +1,4 @@
-"""Pack checkpoints, and unpack them again."""
+"""Pack and unpack checkpoints."""
 
 import logging
 import os
@@ -46,33 +46,34 @@ def pack(
     sign_with: str | os.PathLike[str] | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Pack a checkpoint without the bits that its rotations and the bases of its heads take, or bit for bit.
+    """Pack a checkpoint: either omit bits that do not affect the function of the model, or keep every bit.
 
-    Codecs `canonical` and `bits-back` preserve the function: the weights are those of a rotated model, rounded once to
-    their dtypes. Codec `none` and the entropy stage are bit-exact. Codec `canonical` packs an adapter as codec `none`
-    does, with a warning, unless its config proves that every layer adds the product of two matrices.
+    Codecs `canonical` and `bits-back` preserve the function. They store the weights of a rotated model, rounded once to
+    their dtypes, and omit the bits that only determine the rotations and the bases of the heads. Codec `none` and the
+    entropy stage are bit-exact. If the config of an adapter does not prove that every layer adds the product of two
+    matrices, codec `canonical` warns and packs the adapter as codec `none` does.
 
     Args:
         model: folder of a sliced or dense checkpoint, or of an adapter; `bits-back` requires a sliced one. A GGUF file
             or a pipeline of several models is packed bit for bit.
         out: folder to create; it appears complete or not at all.
-        codec: `canonical` chooses rotations that need no storage and no decoding; `bits-back` is the paper's code;
-            `none` keeps the files: `unpack` restores them byte for byte.
-        entropy: `auto` entropy-codes the tensors that become smaller by it, bit for bit; `none` codes nothing.
-        threshold: for `bits-back`, the largest error of a decoded 16-bit value that needs no correction, by default
-            0.01. The paper uses 0.01 for OPT and 0.005 for Llama 2.
-        device: where linear algebra runs, always in float64. Results of other devices may differ in the last bits.
-        parallel: where the blocks are packed, and how many at once. Memory holds as many blocks, in float64.
-        resume: use the blocks that a stopped run with the same arguments finished.
-        sign_with: file of a private key (PEM), with which every file of the folder is signed; see `verify`.
-        progress: called after each block, with codec `none` after each tensor.
+        codec: `canonical` chooses rotations that need no storage and no decoding. `bits-back` is the code of the paper.
+            `none` keeps the files, which `unpack` restores byte for byte.
+        entropy: `auto` entropy-codes, without loss, the tensors that become smaller. `none` entropy-codes no tensor.
+        threshold: largest error of a decoded 16-bit value that codec `bits-back` does not correct; by default 0.01. The
+            paper uses 0.01 for OPT and 0.005 for Llama 2.
+        device: device for linear algebra, which always uses float64. Devices can differ in the last bits of results.
+        parallel: where blocks are packed, and how many at once. Memory holds this many blocks in float64.
+        resume: whether to use the blocks that a stopped run with the same arguments finished.
+        sign_with: file with a private key (PEM), which signs every file of the folder; see `verify`.
+        progress: callback, called after each block, or after each tensor with codec `none`.
 
     Returns:
         The result of `inspect(out)`.
 
     Raises:
-        UsageError: the codec or device does not exist, or the codec has no threshold.
-        CheckpointError: `model` is not a sound checkpoint, or the codec does not support it; or `out` exists.
+        UsageError: the codec or the device does not exist, or `threshold` is given for a codec without threshold.
+        CheckpointError: `model` is not a sound checkpoint, the codec does not support `model`, or `out` already exists.
     """
     check_key(sign_with)
     preset, entropy_code = chosen(codec, threshold, device_of(device, float64=True)), stage(entropy)
@@ -84,7 +85,7 @@ def pack(
     source, sizes = Checkpoint(model), known_sizes(model)
     preset = _safe_preset(preset, source)
     arguments = {"codec": codec, "entropy": entropy, "threshold": threshold, "device": device}
-    task = Task("pack", source.path, arguments, resume) if preset else None  # codec `none` is not worth resuming
+    task = Task("pack", source.path, arguments, resume) if preset else None  # codec `none` cannot be resumed
     largest = _largest_part(source) if preset and not is_adapter(source.config) else 0
     with new_directory(out, task) as directory, parallel.executor(largest) as executor:
         work = Work(executor, task.store(directory) if task else None)
@@ -93,36 +94,39 @@ def pack(
 
 
 def _pack_exact(model: Path, out: str | os.PathLike[str], **options: Any) -> dict[str, Any]:
-    """Pack a GGUF file or each model of a pipeline, which only codec `none` supports."""
+    """Pack a GGUF file or each model of a pipeline bit for bit, because only codec `none` supports them."""
     if is_gguf(model):
         with gguf_folder(model) as folder:
             return pack(folder, out, codec=NONE, **options)
-    _log.warning("freebits: %s is a pipeline: each of its models is packed with codec none, bit for bit", model)
+    _log.warning("freebits: %s is a pipeline, so each of its models is packed bit for bit, with codec none", model)
     return for_each(model, out, partial(pack, codec=NONE, **options))
 
 
 def _safe_preset(preset: Preset | None, source: Checkpoint) -> Preset | None:
-    """The preset, or None (codec `none`) for an adapter whose function codec `canonical` could change."""
+    """Return the preset, or None (codec `none`) for an adapter whose function codec `canonical` could change."""
     if preset is None or preset.name != CANONICAL or not is_adapter(source.config):
         return preset
     unproven = unproven_settings(source.config)
     if unproven:
         settings = one_line(", ".join(unproven), 120)
         _log.warning(
-            "freebits: the adapter is packed bit for bit: its update may not be a plain product (%s)", settings
+            "freebits: the adapter is packed bit for bit, because its update may not be a product of two matrices (%s)",
+            settings,
         )
     return None if unproven else preset
 
 
 def _loader(source: Checkpoint) -> str | None:
-    """The Auto class that loads the packed model."""
-    from freebits.integrations.packed_models import auto_class  # imports transformers, which takes seconds
+    """Return the name of the Auto class that loads the packed model, or None if there is none."""
+    from freebits.integrations.packed_models import (
+        auto_class,
+    )  # imported here, because importing transformers takes seconds
 
     return auto_class(source.config)
 
 
 def _largest_part(source: Checkpoint) -> int:
-    """Size of a model's largest part, in bytes."""
+    """Return the size in bytes of the largest part of a model: the embeddings, a block, or the head."""
     specs = source.specs
     parts = Architecture.of(source.config, len(specs)).parts
     return max(sum(specs[name].n_bytes for name in part.weights if name in specs) for part in parts)
@@ -135,22 +139,22 @@ def unpack(
     parallel: Parallel = Parallel(),
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Write the plain checkpoint that a packed one encodes, for `transformers` and any other tool.
+    """Write the plain checkpoint that a packed folder encodes, for `transformers` and any other tool.
 
-    A sliced model has dense shortcuts, as in SliceGPT. Files packed with codec `none` are restored byte for byte.
+    A sliced model gets dense shortcuts, as in SliceGPT. Files packed with codec `none` are restored byte for byte.
 
     Args:
         packed: a packed folder.
         out: folder to create; it appears complete or not at all.
-        parallel: where sites and tensors are decoded, and how many at once. Memory holds as many, in float64, and one
-            embedding.
-        progress: called after each site or plain tensor.
+        parallel: where groups of tensors are decoded, and how many groups at once. A group is decoded from the same
+            stored tensors. Memory holds this many groups in float64, and one embedding.
+        progress: callback, called after each group.
 
     Returns:
         The result of `inspect(out)`.
 
     Raises:
-        CheckpointError: the folder is not packed or is damaged, or `out` exists.
+        CheckpointError: the folder is not packed, it is damaged, or `out` already exists.
     """
     path = local_folder(packed)
     if is_pipeline(path):

@@ -1,4 +1,4 @@
-"""Folders of several models, such as diffusion pipelines: process each model alone and copy the other files."""
+"""Process pipelines, which are folders of several models, such as for diffusion, one model at a time."""
 
 import os
 from collections.abc import Callable
@@ -12,18 +12,18 @@ from freebits.storage.checkpoint import CONFIG
 from freebits.storage.staging import new_directory
 
 INDEX = "model_index.json"
-"""The file that lists the models of a pipeline."""
+"""Name of the file that lists the models of a pipeline."""
 
 
 def is_pipeline(path: str | os.PathLike[str]) -> bool:
-    """Whether a folder holds a pipeline."""
-    with suppress(OSError):  # for example, the name is too long
+    """Return whether a folder contains a pipeline."""
+    with suppress(OSError):  # for example, because the name is too long
         return (Path(path) / INDEX).is_file() and not (Path(path) / CONFIG).exists()
     return False
 
 
 def components(path: str | os.PathLike[str]) -> list[str]:
-    """The names of the subfolders that hold a model with weights, sorted."""
+    """Return the sorted names of the subfolders that contain a model with weights."""
     folders = (folder for folder in sorted(Path(path).iterdir()) if (folder / CONFIG).is_file())
     return [folder.name for folder in folders if is_packed(folder) or any(folder.glob("*.safetensors"))]
 
@@ -31,18 +31,18 @@ def components(path: str | os.PathLike[str]) -> list[str]:
 def for_each(
     path: str | os.PathLike[str], out: str | os.PathLike[str], process: Callable[[Path, Path], dict[str, Any]]
 ) -> dict[str, Any]:
-    """Write a new pipeline by processing each model of another; it appears complete or not at all.
+    """Process each model of a pipeline, copy the other files, and write a new pipeline.
 
     Args:
         path: folder of the pipeline.
-        out: folder to create.
-        process: writes the new folder of a model, given its present folder and the new one.
+        out: folder to create; it appears complete or not at all.
+        process: function that processes a model, given its present folder and its new folder.
 
     Returns:
-        `kind`, which is `pipeline`, and `components`: name → result of `process`.
+        `kind`, which is `pipeline`, and `components`: name of a model → result of `process`.
 
     Raises:
-        CheckpointError: `out` exists, or `process` raises it.
+        CheckpointError: `out` already exists, or `process` raises this error.
     """
     source, names = Path(path), components(path)
     with new_directory(out) as directory:

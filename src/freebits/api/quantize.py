@@ -43,9 +43,9 @@ from freebits.storage.staging import new_directory
 _log = logging.getLogger(__name__)
 _NO_TEXT = "none"
 SAMPLES, WINDOW = 32, 256
-"""Default number of windows of calibration text, and of tokens per window."""
+"""Default number of windows of calibration text, and default number of tokens per window."""
 _COMPARED, _TOLERANCE = 16, 1e-3
-"""Tokens on which the engine is compared with the model of transformers, and the largest relative error of logits."""
+"""Number of tokens on which the engine is compared with transformers, and largest relative error of the logits."""
 
 
 def quantize(
@@ -71,49 +71,51 @@ def quantize(
     sign_with: str | os.PathLike[str] | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Quantize the matrices of a checkpoint: lossy.
+    """Quantize the matrices of a checkpoint. This is lossy.
 
     Matrices of the language model are calibrated on text. Other matrices, such as those of a vision tower, are rounded
-    without calibration. The same holds for all matrices of a model that transformers cannot run on text.
+    without calibration. If transformers cannot run the model on text, all matrices are rounded without calibration.
 
     Args:
         model: folder of a dense or sliced checkpoint, or of one packed with codec `canonical`.
         out: folder to create; it appears complete or not at all.
-        bits: bits per weight of the matrices on average, side data included; by default 4.
-        target_size: instead, the largest size of the finished folder in bytes, as `inspect` counts them.
-        target_kl: instead, the expected KL divergence on self-generated text, in nats per token.
-        method: `integers`, unbounded and entropy-coded, with scales that balance the error; or `pyramid` vectors.
-        rotate: `hadamard` rotates each matrix on both sides before rounding, and back when it is decoded. `pyramid`
-            gains much by that, `integers` nothing.
-        only: quantize only the matrices of the blocks (`linear`), or only embedding and head (`embeddings`).
-        keep: patterns of names of tensors to leave unchanged, such as `vision_tower.*`.
-        fallback_bits: bits per weight, on average, of the matrices that calibration does not reach. If it reaches none,
-            this applies only without another target.
-        calibration: text; by default the model generates its own.
+        bits: average bits per weight of the matrices, side data included; by default 4.
+        target_size: largest size of the finished folder in bytes, counted as in `inspect`; replaces `bits`.
+        target_kl: expected KL divergence on self-generated text, in nats per token; replaces `bits`.
+        method: `integers` rounds to unbounded integers, which are entropy-coded, at scales that balance the error.
+            `pyramid` rounds to pyramid vectors.
+        rotate: `hadamard` rotates each matrix on both sides before rounding, and rotates it back during decoding. This
+            improves method `pyramid` much, and `integers` not at all.
+        only: `linear` quantizes only the matrices of the blocks, `embeddings` only the embedding and the head.
+        keep: patterns for the names of tensors to leave unchanged, such as `vision_tower.*`.
+        fallback_bits: average bits per weight of the matrices that are rounded without calibration. If no matrix is
+            calibrated, this is used only if no other target is given.
+        calibration: text to calibrate on; by default the model generates the text.
         samples: number of windows of calibration text.
         seq_len: tokens per window.
-        seed: of everything that is drawn at random.
-        device: where to run the model.
-        entropy: entropy stage of tensors that are not quantized, as in `pack`.
-        parallel: how rounding, and measuring if the text has several groups of windows, run in parallel.
-        resume: continue a stopped run with the same arguments from its last finished block.
-        sign_with: file of a private key (PEM), with which every file of the folder is signed; see `verify`.
-        progress: called after each step.
+        seed: seed for all random choices.
+        device: device on which to run the model.
+        entropy: entropy stage for tensors that are not quantized; see `pack`.
+        parallel: options for rounding in parallel, and for measuring in parallel if the text is split into several
+            groups of windows.
+        resume: whether to continue a stopped run with the same arguments after its last finished block.
+        sign_with: file with a private key (PEM), which signs every file of the folder; see `verify`.
+        progress: callback, called after each step.
 
     Returns:
-        The result of `inspect(out)`, and `coverage`, see `coverage_report`.
+        The result of `inspect(out)`, and `coverage`, the result of `coverage_report`.
 
     Raises:
         UsageError: an argument is out of range.
-        CheckpointError: `model` is not a sound checkpoint, or `out` exists.
-        UnsupportedModelError: the arguments require calibration, and transformers cannot run the model on text.
+        CheckpointError: `model` is not a sound checkpoint, or `out` already exists.
+        UnsupportedModelError: the arguments require calibration, but transformers cannot run the model on text.
     """
     check_key(sign_with)
     goal = Goal(bits, target_size, target_kl, method, fallback_bits)
     if rotate not in ROTATIONS:
-        raise UsageError(f"`rotate` is {rotate!r}: choose one of {', '.join(ROTATIONS)}")
+        raise UsageError(f"`rotate` is {rotate!r}: choose {' or '.join(ROTATIONS)}")
     if only not in (None, *PARTS):
-        raise UsageError(f"`only` is {only!r}: choose one of {', '.join(PARTS)}")
+        raise UsageError(f"`only` is {only!r}: choose {' or '.join(PARTS)}")
     entropy_code, model = stage(entropy), local_folder(model)
     arguments: dict[str, Any] = {"method": method, "bits": bits, "size": target_size, "kl": target_kl}
     arguments |= {"rotate": rotate, "only": only, "keep": [*keep], "fallback_bits": fallback_bits}
@@ -142,12 +144,13 @@ class Prepared:
     """A model with measured sensitivities, ready to be rounded.
 
     Attributes:
-        source: the model.
-        cache: sensitivities of the matrices that are rounded to a goal.
-        fallback_cache: the same of matrices that calibration does not reach; empty if it reaches none.
-        facts: how the sensitivities were measured, for the history.
-        sizes: the model's sizes, as `inspect` counts them.
-        coverage: see `coverage_report`.
+        source: checkpoint of the model.
+        cache: measurements of the matrices that are rounded to a goal: the calibrated matrices or, if there are none,
+            all matrices that are rounded.
+        fallback_cache: measurements of the other matrices that are rounded, at the fallback bits of a goal.
+        facts: settings with which the sensitivities were measured, for the history.
+        sizes: sizes of the model in bytes; see `inspect`.
+        coverage: result of `coverage_report`.
     """
 
     source: Folder
@@ -159,11 +162,11 @@ class Prepared:
 
     @property
     def calibrated(self) -> bool:
-        """Whether calibration reached any matrix."""
+        """Whether the model was run on calibration text."""
         return self.facts["text"] != _NO_TEXT
 
     def expected_kl(self, bits: float) -> float:
-        """Expected KL divergence on self-generated text, in nats per token, at an average of `bits` per weight."""
+        """Return the expected KL divergence on self-generated text, in nats per token, at `bits` per weight."""
         n_weights = self.cache.n_weights
         return float(RateModel.sum(self.cache.rate_models.values()).c(bits * n_weights)) ** 2 * n_weights / 24
 
@@ -176,7 +179,7 @@ class Prepared:
         executor: Executor,
         progress: Progress,
     ) -> None:
-        """Round the model to a goal and write it as a packed folder."""
+        """Round the model to a goal, and write a packed folder."""
         if not self.calibrated:
             if goal.kl is not None or goal.method != INTEGERS:
                 option = "`target_kl`" if goal.kl is not None else f"`method` {goal.method}"
@@ -206,9 +209,9 @@ def prepare(
     device: str = "cpu",
     progress: Progress = silent,
 ) -> Prepared:
-    """Measure how sensitive a model is to an error of each of its matrices; for the arguments see `quantize`.
+    """Measure how sensitive a model is to errors in each of its matrices. `quantize` documents the arguments.
 
-    The result refers to data in the store of `work`, which must exist as long as the result is used.
+    The store of `work` must exist as long as the result is used, because the result refers to data in the store.
     """
     source = open_as_floats(model)
     torch_device = device_of(device)
@@ -259,14 +262,14 @@ def _check_engine(running: RunningModel, tokens: Tensor) -> None:
     """Compare the engine's logits with those of transformers on a few tokens, if the model is small.
 
     Raises:
-        UnsupportedModelError: they differ by more than rounding errors.
+        UnsupportedModelError: the logits differ by more than rounding errors.
     """
     if 4 * sum(spec.numel for spec in open_as_floats(running.path).specs.values()) > MAX_RESIDENT_BYTES:
         return
     window = tokens[:1, :_COMPARED]
-    expected = _transformers_logits(running, window)  # first, so that memory never holds both models
+    expected = _transformers_logits(running, window)  # computed first, so that memory never holds both models
     [actual] = running.engine.logits(window)
-    if expected is None or not expected.isfinite().all():  # the engine runs more models; calibration reports overflow
+    if expected is None or not expected.isfinite().all():  # no comparison; calibration reports if the logits overflow
         return
     if not (actual - expected).abs().max() <= _TOLERANCE * expected.abs().max():
         raise UnsupportedModelError(
@@ -276,9 +279,9 @@ def _check_engine(running: RunningModel, tokens: Tensor) -> None:
 
 
 def _transformers_logits(running: RunningModel, window: Tensor) -> Tensor | None:
-    """The logits of transformers for the tokens after the first of a window, (T - 1, V); None if it fails."""
+    """Return the logits of transformers for all tokens of a window but the first, (T - 1, V); None if it fails."""
     model = load(running.path, dtype=torch.float32).to(running.device).eval()
-    with suppress(Exception):  # transformers raises many types; the engine then reports the cause
+    with suppress(Exception):  # of many types; the engine reports the cause if it fails, too
         logits: Tensor = model(input_ids=window.to(running.device), use_cache=False).logits[0, :-1]
         return logits
     return None
@@ -287,13 +290,13 @@ def _transformers_logits(running: RunningModel, window: Tensor) -> Tensor | None
 def _tokens(
     path: Path, text: str | None, samples: int, seq_len: int, seed: int, device: torch.device, progress: Progress
 ) -> Tensor:
-    """The calibration windows, (samples, seq_len)."""
+    """Return the calibration windows, (samples, seq_len)."""
     if text is None:
         return self_generated_windows(path, samples, seq_len, seed, device, progress)
     windows = split_windows(token_windows(path, text, seq_len), samples, 0, seed)[0]
     if len(windows) < samples:
         _log.warning(
-            "freebits: the text has %d windows of %d tokens instead of %d: calibration is less accurate with less text",
+            "freebits: the text has %d windows of %d tokens instead of %d, which makes calibration less accurate",
             len(windows),
             seq_len,
             samples,

@@ -33,9 +33,9 @@ from freebits.storage.writer import CheckpointWriter
 HELD_OUT = 8
 """Number of windows on which the KL divergence is measured."""
 _WARM_UP = 10
-"""Windows during which the learning rate rises."""
+"""Number of windows during which the learning rate rises."""
 _BATCH = 32
-"""Windows that a model generates at once."""
+"""Number of windows that a model generates at once."""
 _QUANTIZED = (INTEGERS, PYRAMID)
 
 
@@ -54,36 +54,36 @@ def recover(
     sign_with: str | os.PathLike[str] | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Recover a part of the quality that slicing or quantizing lost: lossy; the size stays the same.
+    """Recover a part of the quality that slicing or quantizing lost. This is lossy. The size stays the same.
 
-    The model is trained to predict what the original model predicts (KL divergence, Adam, each window once). In a
-    quantized folder, the scales of the linear layers' rows, in their stored grid, and norms and biases are trained. In
-    a plain folder every linear layer is trained by LoRA, which is merged at the end. This includes the shortcuts of a
-    sliced model, which codec `canonical` then stores as full matrices.
+    Training minimizes the KL divergence from the predictions of the original model, with Adam and each window once. In
+    a quantized folder, it changes norms, biases and the row scales of linear layers, which stay in their stored grid.
+    In a plain folder, it changes every linear layer except the head by LoRA, which is merged at the end. This includes
+    the shortcuts of a sliced model, which codec `canonical` then stores as full matrices.
 
-    Memory holds both models in float32, and what training on one window takes.
+    Memory holds both models in float32, and the activations of one window.
 
     Args:
-        folder: folder of a sliced, low-rank or other plain checkpoint, or of one quantized to integers.
+        folder: folder of a plain checkpoint, such as a sliced or low-rank one, or of a quantized checkpoint.
         out: folder to create; it appears complete or not at all.
         against: folder of the original model.
-        calibration: text to train on; by default the original model generates its own.
-        samples: number of windows, each of which is trained on once.
+        calibration: text to train on; by default the original model generates the text.
+        samples: number of windows to train on.
         seq_len: tokens per window.
-        rank: of LoRA.
-        seed: of everything that is drawn at random.
-        device: where to train.
-        force: write the model even if training did not help.
-        sign_with: file of a private key (PEM), with which every file of the folder is signed; see `verify`.
-        progress: called after each generated token, then after each window.
+        rank: rank of the LoRA updates.
+        seed: seed for all random choices.
+        device: device on which to train.
+        force: whether to write the model even if training did not help.
+        sign_with: file with a private key (PEM), which signs every file of the folder; see `verify`.
+        progress: callback, called after each generated token, then after each window.
 
     Returns:
-        The result of `inspect(out)`, and `kl` {`before`, `after`}: mean KL divergence from `against` in nats per token
-        on windows that were not trained on.
+        The result of `inspect(out)`, and `kl` {`before`, `after`}, the mean KL divergence from `against` in nats per
+        token before and after training, on windows that are not used for training.
 
     Raises:
-        UsageError: an argument is out of range, training did not help, or the extra is not installed.
-        CheckpointError: a folder is not a sound checkpoint, the vocabularies differ, or `out` exists.
+        UsageError: an argument is out of range, training did not help, or the extra `recover` is not installed.
+        CheckpointError: a folder is not a sound checkpoint, the vocabularies differ, or `out` already exists.
         UnsupportedModelError: nothing in the model can be trained.
     """
     if rank < 1:
@@ -96,7 +96,9 @@ def recover(
     with new_directory(out) as directory:
         student = _trainable(source, load(folder, dtype=torch.float32).to(torch_device).eval(), rank, seed)
         teacher = load(against, dtype=torch.float32).to(torch_device).eval().requires_grad_(False)
-        _mean_divergence(teacher, student.model, torch.zeros(1, 2, dtype=torch.int64))  # raises if vocabularies differ
+        _mean_divergence(
+            teacher, student.model, torch.zeros(1, 2, dtype=torch.int64)
+        )  # fail early if vocabularies differ
         if calibration is None:
             windows = _generated(teacher, samples + HELD_OUT, seq_len, seed, progress)
         else:
@@ -110,8 +112,8 @@ def recover(
         after = _mean_divergence(teacher, student.model, held_out)
         if not after < before and not force:
             raise UsageError(
-                f"training did not help: mean KL {before:.4f} before and {after:.4f} after, on windows that were not "
-                "trained on: raise `samples`, or set `force`"
+                f"training did not help (mean KL {before:.4f} before and {after:.4f} after, on windows that were not "
+                "used for training): raise `samples`, or set `force`"
             )
         kl = {"before": before, "after": after}
         facts: dict[str, Any] = {
@@ -146,19 +148,19 @@ def _trainable(source: Folder, model: Any, rank: int, seed: int) -> Trainable:
 
 
 def _generated(teacher: Any, samples: int, seq_len: int, seed: int, progress: Progress) -> Tensor:
-    """Windows that a model generates, in batches, as memory holds the keys and values of a batch."""
+    """Generate windows with a model, in batches, because memory holds the keys and values of a whole batch."""
     sizes = [min(_BATCH, samples - start) for start in range(0, max(1, samples), _BATCH)]
     return torch.cat([generate_windows(teacher, n, seq_len, seed + batch, progress) for batch, n in enumerate(sizes)])
 
 
 def train(student: Trainable, teacher: Any, windows: Tensor, progress: Progress = silent) -> None:
-    """Train a student on each window once, with Adam. The learning rate rises linearly, then falls to 0 as a cosine.
+    """Train a student on each window once, with Adam. The learning rate rises linearly, then falls to 0 along a cosine.
 
     Args:
         student: the model with trainable adapters.
         teacher: the model whose predictions the student learns.
-        windows: (n, T), int64.
-        progress: called after each window.
+        windows: windows to train on, (n, T), int64.
+        progress: callback, called after each window.
 
     Raises:
         CheckpointError: the loss is not finite.
@@ -171,7 +173,10 @@ def train(student: Trainable, teacher: Any, windows: Tensor, progress: Progress 
     for done, window in enumerate(windows, start=1):
         loss = _divergence(teacher, student.model, window)
         if not loss.isfinite():
-            raise CheckpointError("the predictions of a model are not finite: its weights overflow or are damaged")
+            raise CheckpointError(
+                "the predictions of the trained or the original model are not finite, so weights overflow or are "
+                "damaged: check both models with freebits eval"
+            )
         loss.backward()
         nn.utils.clip_grad_norm_(student.trained, 1.0)
         optimizer.step()
@@ -181,15 +186,15 @@ def train(student: Trainable, teacher: Any, windows: Tensor, progress: Progress 
 
 
 def _divergence(teacher: Any, student: Any, window: Tensor) -> Tensor:
-    """KL divergence of the student from the teacher on a window, in nats per token."""
+    """Return the KL divergence of the student from the teacher on a window, in nats per token."""
     tokens = window[None].to(teacher.device)
     with torch.no_grad():
         expected = teacher(input_ids=tokens, use_cache=False).logits[0].log_softmax(-1)
     logits = student(input_ids=tokens, use_cache=False).logits[0]
     if logits.shape != expected.shape:
         raise CheckpointError(
-            f"`against` has a vocabulary of {expected.shape[1]} tokens, the model to train one of {logits.shape[1]}: "
-            "give the original model"
+            f"`against` has a vocabulary of {expected.shape[1]} tokens, but the model to train has {logits.shape[1]} "
+            "tokens: give the original model"
         )
     return nn.functional.kl_div(logits.log_softmax(-1), expected, reduction="sum", log_target=True) / len(window)
 
@@ -200,7 +205,7 @@ def _mean_divergence(teacher: Any, student: Any, windows: Tensor) -> float:
 
 
 def _write(directory: Path, source: Folder, student: Trainable, step: dict[str, Any]) -> None:
-    """Write the source folder with the trained tensors in place of the original ones."""
+    """Write the source folder with the trained tensors in place of the original tensors."""
     tensors = student.tensors
     if isinstance(source, PackedFolder):
         manifest = source.manifest

@@ -32,24 +32,24 @@ from freebits.transforms.pivoting import act
 def rotate_model(
     model: str | os.PathLike[str], out: str | os.PathLike[str], *, seed: int = 0, progress: Progress = silent
 ) -> dict[str, Any]:
-    """Rotate the residual stream, and each head between values and output: function-preserving, rounded once.
+    """Rotate the residual stream and the values of each head. The function is preserved; weights are rounded once.
 
-    Norms are folded into the matrices that read them. One randomized Hadamard matrix then rotates the stream, another
-    each head (QuaRot, sections 3.1 and 4, without the transforms that run with the model). The result is an ordinary
-    checkpoint for any quantizer. A tied head becomes a separate matrix, because the final norm is folded into it.
+    Norms are folded into the matrices that read their outputs. Then one randomized Hadamard matrix rotates the stream,
+    and another rotates each head (QuaRot, sections 3.1 and 4, without its online transforms). The result is an ordinary
+    checkpoint for any quantizer. A tied head becomes a separate matrix, because the final norm is folded into the head.
 
     Args:
         model: folder of a dense checkpoint.
         out: folder to create; it appears complete or not at all.
-        seed: of both rotations.
-        progress: called after each block.
+        seed: seed of both rotations.
+        progress: callback, called after each block.
 
     Returns:
         The result of `inspect(out)`.
 
     Raises:
         UsageError: the seed is out of range.
-        CheckpointError: `model` is not a sound checkpoint, or `out` exists.
+        CheckpointError: `model` is not a sound checkpoint, or `out` already exists.
         UnsupportedModelError: transformers could not run the rotated model; the message says why.
     """
     if not 0 <= seed < 2**63:
@@ -57,7 +57,7 @@ def rotate_model(
     checkpoint = Checkpoint(local_folder(model))
     if dense_family(checkpoint.config).centred:
         raise UnsupportedModelError(
-            f"{checkpoint.path}: its norms subtract a mean, which rotations do not preserve: slice the model instead"
+            f"the norms of {checkpoint.path} subtract a mean, which rotations do not preserve: slice the model instead"
         )
     dense = TransformersView(checkpoint, config_object(checkpoint, model))
     architecture = Architecture.of(dense.config, len(dense.specs))
@@ -81,7 +81,7 @@ def rotate_model(
 
 
 def _rotated_part(dense: Source, architecture: Architecture, part: Part, seed: int) -> dict[str, Tensor]:
-    """The rotated tensors of a part, in float64; its norms have scale 1."""
+    """Return the rotated tensors of a part in float64: the embeddings, a block, or the head. All norms get scale 1."""
     tensors = {name: dense[name] for name in part.weights if name in dense.specs}
     norms = [norm.weight for sub in part.sublayers for norm in sub.norms]
     if part.sublayers:
@@ -111,7 +111,9 @@ def _rotate_heads(folded: Mapping[str, Tensor], architecture: Architecture, part
     shapes = {name: tuple(tensor.shape) for name, tensor in folded.items()}
     written = {write.weight for sub in part.sublayers for branch in sub.branches for write in branch.writes}
     for pair in find_pairs(architecture, part, shapes, dense=False):
-        if written.issuperset(span.name for span in pair.reads):  # not queries and keys
+        if written.issuperset(
+            span.name for span in pair.reads
+        ):  # true for values and outputs, not for queries and keys
             Q = hadamard(torch.eye(pair.size, dtype=torch.float64), seed)
             rotated |= act(rotated, pair, Q.expand(pair.n_spaces, -1, -1))
     return rotated

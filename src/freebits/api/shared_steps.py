@@ -1,4 +1,4 @@
-"""Steps that several commands share: calibration windows at the start; model card and signature at the end."""
+"""Steps that several commands share: choose calibration windows, and write the model card and the signature."""
 
 import os
 from functools import partial
@@ -17,7 +17,7 @@ from freebits.execution.work_store import Work
 from freebits.storage.signature import sign
 
 N_HELD_OUT = 4
-"""Windows of the calibration text on which a command measures its result."""
+"""Number of windows of the calibration text on which a command measures its result."""
 
 
 def calibration_windows(
@@ -30,17 +30,17 @@ def calibration_windows(
     work: Work,
     progress: Progress,
 ) -> tuple[Tensor, Tensor]:
-    """Windows of tokens to calibrate on, (samples, seq_len), and to measure on, (at most `N_HELD_OUT`, seq_len).
+    """Return windows to calibrate on, (samples, seq_len), and others to measure on, (at most `N_HELD_OUT`, seq_len).
 
     Args:
         path: folder of the model.
-        text: the text; None lets the model generate it, once for each work store.
+        text: calibration text; if None, the model generates the text.
         samples: number of windows to calibrate on; fewer are returned if the text is too short.
         seq_len: tokens per window.
-        seed: of the random choice of windows, or of the generated text.
-        device: where the model generates text.
-        work: stores the generated text.
-        progress: called after each generated token.
+        seed: seed for the choice of windows and for the generated text.
+        device: device on which the model generates text.
+        work: keeps the generated text, so that a resumed run need not generate it again.
+        progress: callback, called after each generated token.
     """
     if text is None:
         generate = partial(self_generated_windows, path, samples + N_HELD_OUT, seq_len, seed, device, progress)
@@ -53,12 +53,12 @@ def calibration_windows(
 def finish(
     directory: Path, original: Path, sign_with: str | os.PathLike[str] | None = None, **card: Any
 ) -> dict[str, Any]:
-    """Write the model card of a new folder and sign it; returns the result of `inspect`.
+    """Write the model card of a new folder, sign the folder, and return the result of `inspect`.
 
     Args:
-        directory: the folder.
-        original: folder of the model it was made from.
-        sign_with: file of a private key.
+        directory: the new folder.
+        original: folder of the model that the new folder was made from.
+        sign_with: file with a private key; if None, the folder is not signed.
         card: further arguments of `write_card`.
     """
     write_card(directory, original, **card)

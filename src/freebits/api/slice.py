@@ -1,4 +1,4 @@
-"""Slice a dense checkpoint."""
+"""Slice a dense checkpoint with SliceGPT."""
 
 import logging
 import math
@@ -37,7 +37,7 @@ from freebits.transforms.transform import PartChange, transform_parts
 from freebits.types import FLOATS
 
 WARN, REFUSE = 1.5, 5.0
-"""Factors of perplexity above which slicing warns, and above which it fails without `force`."""
+"""Factors of growth of perplexity above which slicing warns, and above which slicing fails without `force`."""
 _log = logging.getLogger(__name__)
 
 
@@ -59,33 +59,35 @@ def slice_model(
     resume: bool = True,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Slice a dense checkpoint (SliceGPT): lossy. Memory holds one block, one embedding and the activations.
+    """Slice a dense checkpoint with SliceGPT. This is lossy. Memory holds one block, one embedding and the activations.
 
     Args:
         model: folder of a dense checkpoint.
         out: folder to create; it appears complete or not at all.
         sparsity: fraction of the hidden size to remove, in [0, 1).
-        untie: give a head that is tied to the token embedding its own matrix, as SliceGPT does. By default the tied
-            matrix is stored once, bit for bit (unless `dtype` differs), with a factor between it and the sliced stream.
-        calibration: text to calibrate on; by default the model generates its own, see `self_generated_windows`.
+        untie: whether a head that is tied to the token embedding gets its own matrix, as in SliceGPT. By default the
+            tied matrix is stored once, bit for bit (unless `dtype` differs), and a factor maps it to the sliced stream.
+        calibration: text to calibrate on; by default the model generates the text, see `self_generated_windows`.
         samples: number of windows of calibration text, drawn without replacement; fewer if the text is too short.
         seq_len: tokens per window.
-        seed: of that draw, and of the random orientation.
-        random_orientation: rotate each kept subspace at random within itself.
-        device: where to calibrate, in float32.
-        dtype: of the sliced weights; by default each tensor keeps its dtype, and shortcuts have the embedding's.
-        force: write the model even if its perplexity is more than 5 times that of the dense one.
-        parallel: for consistency with other commands; slicing runs in this process alone.
-        resume: continue a stopped run with the same arguments from its last finished block.
-        progress: called after each block.
+        seed: seed for all random choices.
+        random_orientation: whether to rotate the axes of each kept subspace at random within the subspace.
+        device: device on which to calibrate, in float32.
+        dtype: dtype of the sliced weights; by default each tensor keeps its dtype, and shortcuts get the dtype of the
+            embedding.
+        force: whether to write the model even if its perplexity is more than 5 times that of the dense model.
+        parallel: accepted for consistency with other commands; slicing uses only this process.
+        resume: whether to continue a stopped run with the same arguments after its last finished block.
+        progress: callback, called after each block.
 
     Returns:
-        The result of `inspect(out)`, and `perplexity` {`dense`, `sliced`} on other windows of the calibration text;
-        None if there are no others. Use `evaluate` to measure the loss on different text.
+        The result of `inspect(out)`, and `perplexity` {`dense`, `sliced`}, measured on windows of the calibration text
+        that are not used for calibration. The perplexities are None if there are no such windows. Use `evaluate` to
+        measure the loss of quality on another text.
 
     Raises:
         UsageError: an argument is out of range, or slicing ruins the model.
-        CheckpointError: `model` is not a sound checkpoint, or `out` exists.
+        CheckpointError: `model` is not a sound checkpoint, or `out` already exists.
         UnsupportedModelError: the residual stream of this model cannot be rotated; the message says why.
     """
     model = local_folder(model)
@@ -138,14 +140,14 @@ def slice_model(
 def _write_parts(
     directory: Path, checkpoint: Checkpoint, slicing: Slice, dtypes: dict[str, torch.dtype], progress: Progress
 ) -> dict[str, float]:
-    """Write the sliced tensors, part by part; returns the measured perplexities."""
+    """Write the sliced tensors part by part (embeddings, blocks, head), and return the measured perplexities."""
     architecture, dense = slicing.architecture, slicing.source
     shapes = {name: spec.shape for name, spec in dense.specs.items()}
     sliced_shapes = Layout.sliced(architecture, slicing.size).shapes(architecture, shapes)
     perplexities: dict[str, float] = {}
     device = slicing.runner.device
     transformed = transform_parts(slicing, dense, architecture.parts, dtypes.__getitem__, slicing.work, device)
-    parts = map(_finished, transformed)  # in this process: the transform holds the model that it runs
+    parts = map(_finished, transformed)  # in this process, because the transform holds a running model
     with CheckpointWriter(directory, sliced_shapes, checkpoint.shard_bytes) as writer:
         for done, (tensors, facts) in enumerate(parts, start=1):
             for name, tensor in tensors.items():
@@ -158,16 +160,16 @@ def _write_parts(
 def _finished(
     transformed: tuple[Part, PartChange, Callable[[], dict[str, Tensor]]],
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a transformed part, and the facts measured so far."""
+    """Return the tensors of a transformed part, and the facts measured so far."""
     _, turn, tensors_of_part = transformed
     return tensors_of_part(), dict(turn.facts)
 
 
 def _checked_architecture(dense: Source, path: Path) -> Architecture:
-    """The architecture of a dense checkpoint whose tensors agree with its config.
+    """Return the architecture of a dense checkpoint, after checking that the tensors agree with the config.
 
     Raises:
-        CheckpointError: a tensor is missing, or of a shape or dtype that the config excludes.
+        CheckpointError: a tensor is missing, has another shape than the config requires, or is not floating-point.
     """
     architecture = Architecture.of(dense.config, len(dense.specs))
     shapes = {name: spec.shape for name, spec in dense.specs.items()}
@@ -177,27 +179,28 @@ def _checked_architecture(dense: Source, path: Path) -> Architecture:
     for name in architecture.without_ignored(dense.specs):
         if shapes[name] != expected.get(name, expected[embedding] if name == head else None):
             raise CheckpointError(
-                f"tensor {name} has shape {list(shapes[name])}, which contradicts config.json: restore the checkpoint"
+                f"tensor {name} has shape {list(shapes[name])}, which contradicts config.json: download the checkpoint "
+                "again"
             )
         if dense.specs[name].dtype_name not in FLOATS:
             raise CheckpointError(
                 f"tensor {name} has dtype {dense.specs[name].dtype_name}: give a checkpoint with floating-point weights"
             )
     for name in expected.keys() - dense.specs.keys() - {head}:
-        raise CheckpointError(f"tensor {name} is missing: the checkpoint is incomplete")
+        raise CheckpointError(f"tensor {name} is missing: download the checkpoint again")
     if architecture.tied and head in dense.specs and not torch.equal(dense[head], dense[embedding]):
-        return architecture.with_tie(False)  # transformers also uses the stored head in this case
+        return architecture.with_tie(False)  # transformers also uses the stored head if it differs
     return architecture
 
 
 def _dtypes(dense: Source, architecture: Architecture, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
-    """Name → dtype of each tensor of the sliced model."""
+    """Return name → dtype of each tensor of the sliced model."""
     if dtype is not None and str(dtype).removeprefix("torch.") not in (*DTYPES, "float64"):
-        raise UsageError(f"`dtype` is {dtype}: choose one of {', '.join(DTYPES)} for the sliced weights")
+        raise UsageError(f"`dtype` is {dtype}: choose {' or '.join(DTYPES)} for the sliced weights")
     dtypes = {name: dtype or spec.dtype for name, spec in dense.specs.items()}
     default = dtypes[architecture.embedding.weight]
     for part in architecture.parts:
-        for sub in part.sublayers:  # a bias that folding adds has the dtype of its matrix
+        for sub in part.sublayers:  # a bias that folding adds gets the dtype of its matrix
             reads = [read for read in sub.reads if read.weight in dtypes and read.bias not in dtypes]
             dtypes |= {read.bias: dtypes[read.weight] for read in reads}
     head = architecture.head
@@ -207,23 +210,23 @@ def _dtypes(dense: Source, architecture: Architecture, dtype: torch.dtype | None
 
 
 def _checked_perplexities(perplexities: dict[str, float], sparsity: float, force: bool) -> dict[str, float | None]:
-    """Warn if slicing costs much quality; returns the perplexities, None for those that are not finite.
+    """Warn if slicing loses much quality. Return the perplexities, with None for those that are not finite.
 
     Raises:
-        UsageError: perplexity grows by more than the factor `REFUSE`, or is not finite.
+        UsageError: perplexity grows by more than the factor `REFUSE`, or becomes infinite, and `force` is not set.
     """
     if not perplexities:
         return {"dense": None, "sliced": None}
     before, after = perplexities["dense"], perplexities["sliced"]
     growth = after / before if before else math.nan
-    cost = (
+    finding = (
         f"a sparsity of {sparsity} raises perplexity from {before:.2f} to {after:.2f} on held-out windows of the "
         "calibration text"
     )
     if not growth <= REFUSE and not force and math.isfinite(before):
-        raise UsageError(f"{cost}, which ruins the model: choose a smaller `sparsity`, or set `force`")
+        raise UsageError(f"{finding}, which ruins the model: choose a smaller `sparsity`, or set `force`")
     if not growth <= WARN:
-        _log.warning("freebits: %s: measure the model on your own text with freebits eval", cost)
+        _log.warning("freebits: %s: measure the model on your own text with freebits eval", finding)
     return {name: value if math.isfinite(value) else None for name, value in perplexities.items()}
 
 
@@ -239,11 +242,11 @@ def write_sliced_config(
 
     Args:
         directory: folder of the sliced model.
-        config: the dense model's config.
-        architecture: the sliced model's table of tensors.
+        config: config of the dense model.
+        architecture: table of the sliced model's tensors.
         layout: widths of the sliced model.
-        dtype: dtype of most of its weights.
-        history: the steps that made it.
+        dtype: dtype of most weights.
+        history: steps that made the sliced model.
     """
     family = architecture.family
     common = {key: value for key, value in config.items() if key not in ("torch_dtype", WIDTHS)}

@@ -1,4 +1,4 @@
-"""Measure how much a model's output depends on each matrix: text, engine, observers and sensitivities.
+"""Run a model on text, and measure how much the model's output depends on each matrix.
 
-`quantization` rounds weights according to these measurements.
+`quantization` rounds the matrices according to these measurements.
 """

@@ -1,11 +1,11 @@
 """Run a causal language model through transformers' forward and backward passes, with few weights in memory.
 
-A block's weights are loaded when a pass enters the block: in the forward pass, and again when the backward pass
-recomputes it (gradient checkpointing). They are dropped when the pass leaves it. Loading replaces the `Parameter`
-object, so tensors that autograd saved stay valid. A small model stays in memory as a whole.
+A pass loads the weights of a block when it enters the block, and drops them when it leaves the block. The backward
+pass loads the weights again, because it recomputes each block (gradient checkpointing). Loading replaces the
+`Parameter` object, so tensors that autograd saved stay valid. All weights of a small model stay in memory.
 
-With `t` tokens in a batch, memory is about `t (3 d_ff + 8 d) 4 bytes + 3 blocks in float32`. The stream between blocks
-goes to disk if it is large.
+For `t` tokens in a batch, the passes need about `4 t (3 d_ff + 8 d)` bytes plus 3 blocks in float32. The residual
+stream between blocks goes to disk if it is large.
 """
 
 import tempfile
@@ -32,36 +32,37 @@ from freebits.integrations.naming import TransformersView, config_object
 from freebits.storage.checkpoint import Source
 
 MAX_RESIDENT_BYTES = 2**30
-"""A model of at most this many bytes in float32 stays in memory as a whole."""
+"""If a model takes at most this many bytes in float32, all its weights stay in memory."""
 _N_PROBE_TOKENS = 12
 OnBlockEnd = Callable[[int], None]
-"""Called at the end of each block execution with its number; the first has number 0."""
+"""Called when a block has run, with the number of this block execution. The first block execution has number 0."""
 
 
 class Engine:
-    """A causal language model in float32, run by transformers. Its weights have no gradients.
+    """A causal language model that transformers runs in float32, without gradients of the weights.
 
     Attributes:
-        model: the transformers model; weights that are not loaded are on the meta device.
-        device: where it runs.
-        blocks: names of its blocks.
-        runs: names of blocks in order of execution; a block in a loop occurs several times.
-        last_uses: parameter → number of the last block execution that multiplies by it.
-        on_recompute: called when the backward pass enters a block.
-        embedding: name of the token embedding in `source`; None if there is none.
-        head: name of the output head in `source`, or of the embedding if they are tied; None if there is none.
+        model: transformers model; weights that are not loaded take no memory.
+        device: device on which the model runs.
+        blocks: names of the blocks.
+        runs: names of the blocks in order of execution; a block in a loop occurs several times.
+        last_uses: parameter → number of the last block execution that multiplies by this parameter.
+        on_recompute: callback for the moment when the backward pass enters a block.
+        embedding: name of the token embedding in `source`; None if transformers finds no embedding.
+        head: name of the output head in `source`, or of the embedding if the two are tied; None if transformers finds
+            no head.
 
     Args:
-        source: the tensors, under transformers' names.
-        config: the config, parsed by transformers.
-        device: where to run.
-        modify_model: modifies the transformers model before its weights are loaded.
-        max_resident_bytes: a model of at most this many bytes in float32 stays in memory as a whole.
-        max_stream_bytes: if the inputs of all blocks together are larger, they go to disk.
+        source: tensors of the model, under transformers' names.
+        config: config of the model, parsed by transformers.
+        device: device on which to run the model.
+        modify_model: function that modifies the transformers model before its weights are loaded.
+        max_resident_bytes: size of a model in float32 up to which all its weights stay in memory.
+        max_stream_bytes: total size of the inputs of all blocks above which these inputs go to disk.
 
     Raises:
         CheckpointError: a tensor is missing.
-        UnsupportedModelError: transformers cannot run the model on text alone.
+        UnsupportedModelError: transformers cannot run the model on text only.
     """
 
     def __init__(
@@ -107,24 +108,27 @@ class Engine:
             self._load_on_entry(name, module, is_block=name in blocks)
         loaded_on_entry = () if self._is_resident else (*block_prefixes, *(f"{name}." for name in outer_layers))
         self._load("", self.model, excluded=loaded_on_entry)
-        if not self._probe() and outer_layers:  # the model uses a layer's weight without calling the layer
+        if not self._probe() and outer_layers:  # NaN, because the model uses a layer's weight without calling the layer
             self._load("", self.model, excluded=block_prefixes)
             self._probe()
 
     @property
     def matrices(self) -> dict[str, tuple[int, ...]]:
-        """Name in the source → shape, of all parameters with at least two dimensions."""
+        """Name in the source → shape, for all parameters with at least two dimensions."""
         return {self._origins[name]: tuple(tensor.shape) for name, tensor in self._empty.items() if tensor.ndim > 1}
 
     def find_parameter(self, tensor: Any) -> tuple[str, Tensor] | None:
-        """The parameter in whose memory a tensor lies, and its name in the source; None while a block is recomputed."""
+        """Return the name (in the source) and the value of the parameter in whose memory a tensor lies.
+
+        Return None if there is no such parameter, or while a block is recomputed.
+        """
         if self._is_recomputing or not isinstance(tensor, Tensor) or tensor.device.type == "meta":
             return None
         return self._loaded.get(tensor.untyped_storage().data_ptr())
 
     @torch.no_grad()
     def logits(self, windows: Tensor) -> Iterator[Tensor]:
-        """Yield for each window of a batch the logits for the tokens after its first, (T - 1, V).
+        """For each window of a batch, yield the logits for the tokens after the first token, (T - 1, V).
 
         Args:
             windows: (windows, T), int64.
@@ -135,11 +139,11 @@ class Engine:
                 yield self.run_head(output, hidden_states(output)[number : number + 1], window)[:-1]
 
     def hidden(self, windows: Tensor, on_block_end: OnBlockEnd | None = None) -> Any:
-        """Run the body of the model, which is all but the head, and return its output.
+        """Run the body of the model (everything except the head), and return the output of the body.
 
         Args:
             windows: (windows, T), int64.
-            on_block_end: see `OnBlockEnd`.
+            on_block_end: callback, see `OnBlockEnd`.
         """
         self._on_block_end, self._n_entered = on_block_end, 0
         try:
@@ -150,16 +154,16 @@ class Engine:
                     self._called(windows)
                 except _Stopped as stopped:
                     return stopped.output
-            raise UnsupportedModelError("the model does not call its body")
+            raise UnsupportedModelError("the `forward` function of this model does not call the body of the model")
         finally:
             self._on_block_end = None
 
     def run_head(self, output: Any, hidden: Tensor, window: Tensor) -> Tensor:
-        """The logits of one window, (T, V), from its last hidden states, (1, T, D).
+        """Return the logits of one window, (T, V), given the last hidden states of the window, (1, T, D).
 
         Args:
-            output: the output of `hidden` for the batch.
-            hidden: the hidden states of the window; its logits if the model has no separate head.
+            output: output of `hidden` for the batch.
+            hidden: hidden states of the window, or logits of the window if the model has no separate head.
             window: (T,), int64.
         """
         if not self._has_separate_head:
@@ -170,7 +174,7 @@ class Engine:
 
     @contextmanager
     def head_loaded(self) -> Iterator[None]:
-        """Keep the head in memory between the windows."""
+        """Inside the `with` block, keep the weights of the head in memory."""
         name = next((n for n, module in self.model.named_modules() if module is self._head), None)
         if self._head is None or name is None or self._is_resident:
             yield
@@ -180,7 +184,7 @@ class Engine:
 
     @contextmanager
     def stream_on_disk(self, windows: Tensor, folder: Path) -> Iterator[None]:
-        """During a forward and a backward pass, keep the stream between blocks in a folder if it is large."""
+        """Inside the `with` block, keep the residual stream between blocks in a folder if the stream is large."""
         width = getattr(self.model.config.get_text_config(), "hidden_size", 0)
         size = 4 * windows.numel() * width
         if size * len(self.runs) <= self._max_stream_bytes:
@@ -198,18 +202,18 @@ class Engine:
             raise
         except Exception as error:  # transformers raises exceptions of many classes
             reason = reason_of(error)
-            raise UnsupportedModelError(f"transformers cannot run this model on text alone ({reason})") from error
+            raise UnsupportedModelError(f"transformers cannot run this model on text only ({reason})") from error
         return logits
 
     @torch.no_grad()
     def _probe(self) -> bool:
-        """Run the model on a few tokens to find the order of its blocks, and whether its head runs separately.
+        """Run the model on a few tokens to find the order of its blocks, and whether its head can run separately.
 
         Returns:
             Whether the logits are finite.
 
         Raises:
-            UnsupportedModelError: the model does not run.
+            UnsupportedModelError: the model does not run, or does not return logits for each token.
         """
         n_tokens = _N_PROBE_TOKENS
         if self.embedding:
@@ -240,7 +244,7 @@ class Engine:
         return bool(logits.isfinite().all())
 
     def _named_origins(self) -> dict[str, str]:
-        """Parameter → tensor of the source, under its own name or that of a parameter tied to it."""
+        """Return parameter → name in the source, which is the name of the parameter or of a parameter tied to it."""
         tied: dict[int, list[str]] = {}
         for name, parameter in self._empty.items():
             tied.setdefault(id(parameter), []).append(name)
@@ -249,13 +253,13 @@ class Engine:
             candidates = [alias for alias in (name, *tied[id(parameter)]) if alias in self._source.specs]
             if not candidates:
                 raise CheckpointError(
-                    f"tensor {name} is missing: the checkpoint is incomplete, or transformers does not know its names"
+                    f"tensor {name} is missing, or transformers does not know its name: download the checkpoint again"
                 )
             origins[name] = candidates[0]
         return origins
 
     def _origin_of(self, module: nn.Module | None) -> str | None:
-        """The tensor of the source that is a module's weight."""
+        """Return the name in the source of a module's weight; None if the source has no such tensor."""
         names = (f"{name}.weight" for name, other in self.model.named_modules() if other is module)
         return next((self._origins[name] for name in names if name in self._origins), None)
 
@@ -269,7 +273,10 @@ class Engine:
                 module._buffers[key] = None if buffer is None else buffer.to(self.device)
 
     def _load_on_entry(self, name: str, module: nn.Module, *, is_block: bool) -> None:
-        """Make a module load its weights on entry. A block also checkpoints: autograd saves only its inputs."""
+        """Make a module load its weights on entry.
+
+        A block also uses gradient checkpointing, so autograd saves only the inputs of the block.
+        """
         forward = module.forward
 
         @wraps(forward)
@@ -307,7 +314,7 @@ class Engine:
 
     @contextmanager
     def _weights_of(self, name: str, module: nn.Module) -> Iterator[None]:
-        """Keep the weights of a module in memory inside the `with` block."""
+        """Inside the `with` block, keep the weights of a module in memory."""
         if self._is_resident or any(not _is_empty(parameter) for parameter in module.parameters()):
             yield
             return
@@ -341,20 +348,20 @@ class Engine:
 def open_engine(
     source: Source, path: Path, device: torch.device, convert: Callable[[Source], Source] = lambda source: source
 ) -> tuple[TransformersView, Engine]:
-    """Return a model's tensors under transformers' names, and an engine that runs it.
+    """Return a model's tensors under transformers' names, and an engine that runs the model.
 
-    The engine runs the class that the config names. If that class needs more than text, the engine runs the language
-    model inside it.
+    The engine runs the class that the config names. If that class needs other inputs than text, the engine runs the
+    language model inside that class.
 
     Args:
-        source: the model's tensors.
-        path: the model's folder, for messages.
-        device: where to run.
-        convert: returns the source with its tensors in another form.
+        source: tensors of the model.
+        path: folder of the model, for error messages.
+        device: device on which to run the model.
+        convert: function that returns a source with the same tensors in another form.
 
     Raises:
         CheckpointError: see `config_object` and `Engine`.
-        UnsupportedModelError: likewise.
+        UnsupportedModelError: see `config_object` and `Engine`.
     """
     config = config_object(source, path)
     try:
@@ -369,7 +376,7 @@ def open_engine(
 
 
 def _embedding_and_head(model: Any) -> tuple[nn.Module | None, nn.Module | None]:
-    """The token embedding and the output head; None if transformers does not know them."""
+    """Return the token embedding and the output head of a model. A layer that transformers does not find is None."""
     try:
         return model.get_input_embeddings(), model.get_output_embeddings()
     except NotImplementedError:
@@ -377,17 +384,17 @@ def _embedding_and_head(model: Any) -> tuple[nn.Module | None, nn.Module | None]
 
 
 def _placeholder(parameter: Tensor, device: torch.device) -> nn.Parameter:
-    """A NaN parameter that takes no memory, on the device that transformers expects."""
+    """Return a parameter of NaN values that takes no memory, on the device that transformers expects."""
     return nn.Parameter(torch.full((1,), torch.nan, device=device).expand(parameter.shape), requires_grad=False)
 
 
 def _is_empty(parameter: Tensor) -> bool:
-    """Whether a parameter is on the meta device or a placeholder."""
+    """Return whether a parameter is on the meta device or is a placeholder."""
     return parameter.is_meta or (parameter.numel() > 1 and not any(parameter.stride()))
 
 
 class _Stopped(Exception):  # noqa: N818
-    """Stops the model after its body; carries the body's output."""
+    """Exception that stops the model after its body and carries the output of the body."""
 
     def __init__(self, output: Any) -> None:
         super().__init__()
@@ -403,7 +410,7 @@ def _stop_after(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def _body_replaced(model: Any, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    """Wrap the forward function of a model's body inside the `with` block; do nothing if there is no body."""
+    """Inside the `with` block, wrap the forward function of a model's body, if the model has a body."""
     body = model.base_model
     if body is model:
         yield
@@ -417,13 +424,13 @@ def _body_replaced(model: Any, wrap: Callable[[Callable[..., Any]], Callable[...
 
 
 def hidden_states(output: Any) -> Tensor:
-    """The hidden states in a body's output; an empty tensor if there are none."""
+    """Return the hidden states in a body's output, or an empty tensor if the output has none."""
     states = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", None)
     return states if isinstance(states, Tensor) else torch.empty(0)
 
 
 def _with_hidden_states(output: Any, hidden: Tensor) -> Any:
-    """A copy of a body's output with other hidden states."""
+    """Return a copy of a body's output with other hidden states."""
     if isinstance(output, tuple):
         return (hidden, *output[1:])
     changed = copy(output)
@@ -432,7 +439,7 @@ def _with_hidden_states(output: Any, hidden: Tensor) -> Any:
 
 
 def _all_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield all parameters, a tied one under each of its names."""
+    """Yield the name and value of each parameter. Yield a tied parameter under each of its names."""
     for path, module in model.named_modules(remove_duplicate=False):
         for key, parameter in module._parameters.items():
             if parameter is not None:
@@ -440,7 +447,10 @@ def _all_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the outermost layers that transformers can checkpoint; if none, the items of the longest module list."""
+    """Yield the outermost layers that support gradient checkpointing.
+
+    If there are none, yield the items of the longest module list.
+    """
     blocks: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         is_inside_block = name.startswith(tuple(f"{block}." for block in blocks))
@@ -465,7 +475,7 @@ def _joined(*names: str) -> str:
 
 
 class _DiskTensors:
-    """Writes large tensors that autograd saves to files, and reads them back."""
+    """Hooks that write large tensors of autograd to files, and read the tensors back."""
 
     def __init__(self, folder: Path, min_bytes: int) -> None:
         self._folder = folder
@@ -483,7 +493,7 @@ class _DiskTensors:
 
     @staticmethod
     def read(saved: Any) -> Tensor:
-        """Return a saved tensor, from its file if it was written to one."""
+        """Return a saved tensor. If the tensor was written to a file, read the file."""
         if isinstance(saved, Tensor):
             return saved
         path, shape, device = saved

@@ -1,4 +1,7 @@
-"""Run a model on groups of windows, in this process or another one."""
+"""Run a model on groups of windows, in this process or in another process.
+
+A group is a set of windows that pass through the model together.
+"""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,11 +23,11 @@ from freebits.integrations.naming import TransformersView
 
 @dataclass(frozen=True)
 class RunningModel:
-    """A model in a folder. Each process opens it for itself, at first use.
+    """A model in a folder. Each process opens the model when the process first uses it.
 
     Attributes:
-        path: the folder.
-        device: where to run.
+        path: folder of the model.
+        device: device on which to run the model.
     """
 
     path: Path
@@ -32,12 +35,12 @@ class RunningModel:
 
     @property
     def named(self) -> TransformersView:
-        """Its tensors under transformers' names."""
+        """The tensors of the model under transformers' names."""
         return self._opened[0]
 
     @property
     def engine(self) -> Engine:
-        """The engine that runs it."""
+        """The engine that runs the model."""
         return self._opened[1]
 
     @cached_property
@@ -51,13 +54,13 @@ class RunningModel:
 @storable
 @dataclass(frozen=True)
 class StoredStatistics:
-    """Input statistics whose Gram matrix is in the store.
+    """Input statistics whose Gram matrix is in the work store.
 
     Attributes:
         number: number of the block execution after which the statistics were complete.
-        key: key of the Gram matrix in the store.
-        regions: see `InputStatistics`.
-        n: see `InputStatistics`.
+        key: key of the Gram matrix in the work store.
+        regions: matrices that share the inputs.
+        n: number of nonzero input vectors.
     """
 
     number: int
@@ -67,14 +70,14 @@ class StoredStatistics:
 
 
 def split_into_groups(tokens: Tensor, engine: Engine, max_bytes: int) -> list[tuple[int, Tensor]]:
-    """Split windows into as few groups of equal size as possible.
+    """Split windows into as few groups as possible. All groups have the same size, except that the last may be smaller.
 
-    The number of groups depends on the model and the text alone, never on the machine.
+    The number of groups depends only on the arguments, never on the machine.
 
     Args:
-        tokens: (windows, T).
-        engine: runs the model.
-        max_bytes: limit of a block's activations for one group; a group has at least one window.
+        tokens: windows, (windows, T).
+        engine: engine that runs the model.
+        max_bytes: maximum bytes of a block's activations for one group; a group has at least one window even so.
 
     Returns:
         For each group the number of its first window, and its windows.
@@ -92,14 +95,14 @@ def split_into_groups(tokens: Tensor, engine: Engine, max_bytes: int) -> list[tu
 def measure_group(
     running: RunningModel, store: WorkStore, seed: int, group: tuple[int, Tensor], progress: Progress = silent
 ) -> tuple[Sums, list[StoredStatistics]]:
-    """Measure one group of windows, and put the Gram matrices into the store.
+    """Measure one group of windows, and put the Gram matrices into the work store.
 
     Args:
-        running: the model.
-        store: receives the Gram matrices.
-        seed: seed of the labels.
-        group: number of its first window, and its windows, (windows, T).
-        progress: called after each block of the forward and the backward pass.
+        running: model to run.
+        store: work store that receives the Gram matrices.
+        seed: seed for sampling the labels.
+        group: number of the group's first window, and the windows of the group, (windows, T).
+        progress: callback after each block of the forward and the backward pass.
     """
     start, windows = group
     stored: list[StoredStatistics] = []
@@ -107,7 +110,7 @@ def measure_group(
     def store_grams(number: int, statistics: list[InputStatistics]) -> None:
         for inputs in statistics:
             key = f"gram-{start}-{inputs.key}"
-            if key not in store:  # an interrupted run may have stored it
+            if key not in store:  # because an interrupted run may have stored this matrix
                 store.put(key, inputs.gram)
             stored.append(StoredStatistics(number, key, inputs.regions, inputs.n))
 

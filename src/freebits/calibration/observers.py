@@ -1,7 +1,7 @@
-"""Observe every multiplication by a parameter, or by a view of one, in whichever module it happens.
+"""Observe every multiplication by a parameter or by a view of a parameter, in any module.
 
-A parameter is recognized by its memory. So experts in a stack, transposed weights and operands of `einsum` are
-recognized as well as the weights of linear layers.
+Parameters are recognized by their memory. This covers not only the weights of linear layers, but also stacked experts,
+transposed weights and operands of `einsum`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,13 +20,13 @@ from freebits.execution.serialization import storable
 @storable
 @dataclass(frozen=True, order=True)
 class Region:
-    """A matrix in a parameter: consecutive rows of the parameter reshaped to (rows, last dimension).
+    """A matrix that consists of consecutive rows of a parameter, which is viewed as (rows, last dimension).
 
     Attributes:
         name: name of the parameter.
-        start: its first row.
-        stop: the row after its last.
-        transposed: whether it is stored as (inputs, outputs).
+        start: first row of the matrix.
+        stop: row after the last row of the matrix.
+        transposed: whether the matrix is stored as (inputs, outputs).
     """
 
     name: str
@@ -40,10 +40,11 @@ class Product:
     """One multiplication by a matrix.
 
     Attributes:
-        region: the matrix.
-        inputs: the other operand, (vectors, inputs).
-        result: the result of the whole call.
-        select: selects this matrix's outputs, (vectors, outputs), from a tensor of the result's shape.
+        region: matrix of the product.
+        inputs: other operand of the product, (vectors, inputs).
+        result: result of the whole call, which may compute several products.
+        select: function that selects the outputs of this matrix, (vectors, outputs), from a tensor of the shape of
+            `result`.
     """
 
     region: Region
@@ -53,17 +54,19 @@ class Product:
 
 
 FindParameter = Callable[[Tensor], "tuple[str, Tensor] | None"]
-"""Returns the name of a parameter and the parameter, for a tensor that lies in its memory."""
+"""Takes a tensor. Returns the name and value of the parameter in whose memory the tensor lies, or None."""
 
 
 class Products(TorchFunctionMode):
-    """While active, report products and embedding lookups.
+    """Context manager that reports products, embedding lookups and comparisons of values.
 
     Args:
-        find_parameter: recognizes parameters.
-        on_product: called with each product of a call. A tensor that it returns replaces the result of the call.
-        on_lookup: called with a parameter's name and the rows that were looked up in it; returns their replacement.
-        on_choice: called with a tensor whose values are compared, such as a router's outputs.
+        find_parameter: function that recognizes parameters, see `FindParameter`.
+        on_product: callback for each product of a call; if it returns a tensor, the tensor replaces the result of the
+            call.
+        on_lookup: callback for a parameter's name and the rows that a lookup found; it returns a replacement for these
+            rows.
+        on_choice: callback for a tensor whose values are compared, such as the outputs of a router.
     """
 
     def __init__(
@@ -80,7 +83,7 @@ class Products(TorchFunctionMode):
         self._on_choice = on_choice
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run any torch function, and report it if it is a product, a lookup or a comparison."""
+        """Run a torch function, and report the call if it is a product, a lookup or a comparison."""
         result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         if name == "embedding" and self._on_lookup is not None:
@@ -112,7 +115,7 @@ class Operand(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """Both tensors of a product, and the labels of its result."""
+    """The two operands of a product, and a label for each dimension of the result."""
 
     left: Operand
     right: Operand
@@ -142,7 +145,7 @@ def _matmul(left: Any, right: Any) -> Operands | None:
 
 
 def _squeezed(tensor: Tensor, labels: tuple[str, ...]) -> Operand:
-    """Remove the batch dimensions of size one, which broadcasting expands."""
+    """Return an operand without the batch dimensions of size one, because broadcasting expands them."""
     dims = [dim for dim, label in enumerate(labels) if not (label.startswith("b") and tensor.shape[dim] == 1)]
     ones = [dim for dim in range(tensor.ndim) if dim not in dims]
     return Operand(tensor.squeeze(ones) if ones else tensor, tuple(labels[dim] for dim in dims))
@@ -167,7 +170,7 @@ def _einsum(args: Sequence[Any], kwargs: Any) -> Operands | None:  # noqa: ARG00
 
 
 def _labels(term: str, dots: list[str], n_dims: int) -> tuple[str, ...]:
-    """The labels of a term of an `einsum` equation, with the labels in `dots` in place of an ellipsis."""
+    """Return the labels of a term of an `einsum` equation. Labels from `dots` replace an ellipsis."""
     if "..." not in term:
         return tuple(term)
     before, _, after = term.partition("...")
@@ -191,7 +194,7 @@ _OPERANDS: dict[str, Callable[[Any, Any], Operands | None]] = {
 def _products(
     name: str, parameter: Tensor, matrix: Operand, other: Operand, labels: tuple[str, ...], result: Tensor
 ) -> Iterator[Product]:
-    """Yield the products of a call: one for each matrix in the operand that lies in the parameter."""
+    """Yield the products of a call, one for each matrix in the operand that lies in the parameter."""
     batch = [label for label in matrix.labels if label in other.labels and label in labels]
     inputs = [label for label in matrix.labels if label in other.labels and label not in labels]
     outputs = [label for label in matrix.labels if label not in other.labels and label in labels]
@@ -206,7 +209,8 @@ def _products(
     input_stride = _merged_stride(inputs, size, stride)
     if n_separate is None or input_stride is None:
         return
-    separate, outputs = [*batch, *outputs[:n_separate]], outputs[n_separate:]  # one matrix for each index into these
+    # Each index into the dimensions in `separate` is one matrix.
+    separate, outputs = [*batch, *outputs[:n_separate]], outputs[n_separate:]
     output_stride = _merged_stride(outputs, size, stride) or 0
     n_outputs, n_inputs = (prod(size[label] for label in group) for group in (outputs, inputs))
     for position in combinations(*(range(size[label]) for label in separate)):
@@ -225,7 +229,7 @@ def _products(
 
 
 def _merged_stride(group: list[str], size: dict[str, int], stride: dict[str, int]) -> int | None:
-    """The stride of several dimensions viewed as one; None if no such view exists."""
+    """Return the stride of several dimensions viewed as one dimension; None if no such view exists."""
     group = [label for label in group if size[label] > 1] or group[-1:]
     for outer, inner in pairwise(group):
         if stride[outer] != stride[inner] * size[inner]:
@@ -236,7 +240,10 @@ def _merged_stride(group: list[str], size: dict[str, int], stride: dict[str, int
 def _region(
     name: str, parameter: Tensor, offset: int, outputs: tuple[int, int], inputs: tuple[int, int]
 ) -> Region | None:
-    """The region of a view, given size and stride of its outputs and of its inputs; None if it is no whole rows."""
+    """Return the region of a view, given the size and stride of its outputs and of its inputs.
+
+    Return None if the view does not consist of whole rows.
+    """
     width = parameter.shape[-1]
     for transposed, (n_rows, row_stride), (n_columns, column_stride) in (
         (False, outputs, inputs),
@@ -249,7 +256,7 @@ def _region(
 
 
 def _selected(operand: Operand, indices: dict[str, int], order: list[str]) -> Tensor:
-    """Index some dimensions of a tensor, and permute the others into an order."""
+    """Index some dimensions of a tensor, and permute the other dimensions into the given order."""
     tensor, labels = operand.tensor, list(operand.labels)
     for label, index in indices.items():
         if label in labels:

@@ -1,4 +1,7 @@
-"""Self-generated calibration data: text that the model writes covers what quantization must preserve, in any domain."""
+"""Generate calibration text with the model itself.
+
+Such text shows the predictions that quantization must preserve, in every domain that the model covers.
+"""
 
 import inspect
 import math
@@ -20,7 +23,7 @@ from freebits.types import HALF_DTYPES
 
 _TRIALS = 7
 _MIN_SLOWDOWN = 1.3
-"""Choose float32 if 16-bit floats are slower by this factor; timing noise does not reach it."""
+"""Float32 is used if 16-bit floats are slower by more than this factor, which exceeds timing noise."""
 
 
 def self_generated_windows(
@@ -31,23 +34,24 @@ def self_generated_windows(
     device: torch.device,
     progress: Progress = silent,
 ) -> Tensor:
-    """Sample tokens from the model's own predictions at temperature 1, after the token that begins a text.
+    """Sample texts from a model's own predictions at temperature 1, starting with the token that begins a text.
 
-    This loads the whole model: in its own dtype, or in float32 if that is faster and fits into memory.
+    The function loads the whole model, in float32 if that is faster and fits into memory, otherwise in the dtype of the
+    checkpoint.
 
     Args:
         path: folder of the model.
-        samples: number of texts, generated as one batch.
-        seq_len: tokens per text.
-        seed: seed of the sampling.
-        device: where to run.
-        progress: called after each token.
+        samples: number of texts, which are generated as one batch.
+        seq_len: number of tokens per text.
+        seed: seed for sampling the tokens.
+        device: device on which to run the model.
+        progress: callback after each token.
 
     Returns:
         (samples, seq_len), int64.
 
     Raises:
-        UsageError: the model names no token that begins a text, or an argument is out of range.
+        UsageError: the config of the model defines no token that begins a text, or an argument is out of range.
     """
     return generate_windows(
         load(path, dtype=_fast_dtype(path, device)).to(device).eval(), samples, seq_len, seed, progress
@@ -55,7 +59,10 @@ def self_generated_windows(
 
 
 def _fast_dtype(path: str | os.PathLike[str], device: torch.device) -> torch.dtype | str:
-    """Float32 if 16-bit floats are slower and the model in float32 takes at most a third of the machine's memory."""
+    """Return float32 if the model's 16-bit floats are slower than float32, and "auto" otherwise.
+
+    Return "auto", too, if the model in float32 takes more than a third of the machine's memory.
+    """
     specs = open_as_floats(path).specs.values()
     halves = {spec.dtype for spec in specs if spec.dtype_name in HALF_DTYPES}
     float32_bytes = sum(4 * spec.numel for spec in specs)
@@ -67,7 +74,7 @@ def _fast_dtype(path: str | os.PathLike[str], device: torch.device) -> torch.dty
 
 
 def _product_seconds(dtype: torch.dtype) -> float:
-    """The shortest time of a matrix product of the size that is usual in text generation."""
+    """Return the shortest measured time in seconds of a matrix product whose size is usual in text generation."""
     x, W = torch.ones(32, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
     best = math.inf
     for _ in range(_TRIALS):
@@ -79,14 +86,15 @@ def _product_seconds(dtype: torch.dtype) -> float:
 
 @torch.no_grad()
 def generate_windows(model: Any, samples: int, seq_len: int, seed: int, progress: Progress = silent) -> Tensor:
-    """Do the same as `self_generated_windows` with a model that is in memory."""
+    """Generate windows as `self_generated_windows` does, with a model that is already in memory."""
     if samples < 1 or seq_len < 2 or not 0 <= seed < 2**63:
         raise UsageError(
-            f"`samples` is {samples}, `seq_len` is {seq_len}, `seed` is {seed}: give at least 1, 2 and 0, in this order"
+            f"`samples` is {samples}, `seq_len` is {seq_len} and `seed` is {seed}: give at least 1 for `samples`, at "
+            "least 2 for `seq_len`, and 0 to 2^63 - 1 for `seed`"
         )
     n_positions = getattr(model.config, "max_position_embeddings", None)
     if isinstance(n_positions, int) and 0 < n_positions < seq_len:
-        raise UsageError(f"`seq_len` is {seq_len}, but the model has only {n_positions} positions: give fewer tokens")
+        raise UsageError(f"`seq_len` is {seq_len}: give at most {n_positions}, the number of positions of the model")
     configs = (model.config, model.config.get_text_config(decoder=True), model.generation_config)
     candidates = (getattr(config, key, None) for config in configs for key in ("bos_token_id", "eos_token_id"))
     start_token = next((token for token in candidates if token is not None), None)
@@ -94,8 +102,8 @@ def generate_windows(model: Any, samples: int, seq_len: int, seed: int, progress
     n_ids = model.get_input_embeddings().weight.shape[0]
     if not isinstance(start_token, int) or not 0 <= start_token < n_ids:
         raise UsageError(
-            f"{model.name_or_path} names no token that begins a text (bos_token_id or eos_token_id is {start_token}, "
-            f"the vocabulary has {n_ids}): give a text as `calibration`"
+            f"the config of {model.name_or_path} defines no token that begins a text (bos_token_id or eos_token_id is "
+            f"{start_token}, and the vocabulary has {n_ids} tokens): give a text as `calibration`"
         )
     generator = torch.Generator(model.device).manual_seed(seed)
     tokens = torch.full((samples, 1), start_token, device=model.device)
@@ -108,10 +116,12 @@ def generate_windows(model: Any, samples: int, seq_len: int, seed: int, progress
 
 
 def _next_logits(model: Any, tokens: Tensor, cache: dict[str, Any] | None) -> tuple[Tensor, dict[str, Any] | None]:
-    """The logits after the last token, (n, vocabulary), and the cache; None if the model returns no usable cache.
+    """Return the logits after the last token, (n, vocabulary), and the new cache.
+
+    The cache is None if the model returns no usable cache.
 
     Raises:
-        UnsupportedModelError: transformers cannot run the model on text alone.
+        UnsupportedModelError: transformers cannot run the model on text only.
     """
     if cache is not None:
         with suppress(Exception):  # models with another type of cache raise exceptions of many classes
@@ -129,13 +139,16 @@ def _next_logits(model: Any, tokens: Tensor, cache: dict[str, Any] | None) -> tu
 
 
 def sample_tokens(probabilities: Tensor, generator: torch.Generator) -> Tensor:
-    """Sample a token from each row of probabilities, (n, 1).
+    """Sample one token from each row of probabilities, and return the tokens, (n, 1).
 
     Raises:
         CheckpointError: a probability is not finite.
     """
     if not probabilities.isfinite().all():
-        raise CheckpointError("the model's predictions are not finite: the model overflows or its weights are damaged")
+        raise CheckpointError(
+            "the model's predictions are not finite, because the model overflows or its weights are damaged: download "
+            "the model again"
+        )
     sums = probabilities.cumsum(-1, dtype=torch.float64)  # much faster than torch.multinomial
     shape = (*probabilities.shape[:-1], 1)
     uniform = torch.rand(*shape, dtype=torch.float64, device=probabilities.device, generator=generator)
@@ -143,5 +156,5 @@ def sample_tokens(probabilities: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def cache_parameter(model: Any) -> str:
-    """The name of the cache parameter of the model's `forward`; transformers 5.24 renamed it."""
+    """Return the name of the cache parameter of the model's `forward`, which transformers 5.24 renamed."""
     return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"

@@ -1,7 +1,8 @@
-"""Measure how much a model's output depends on each of its matrices, by one forward and one backward pass.
+"""Measure how much a model's output depends on each of its matrices, with one forward and one backward pass.
 
-The forward pass sums the inputs of each matrix; the backward pass sums the gradients at its outputs. Labels are sampled
-from the model's own predictions, so the squared gradients are the model's Fisher information.
+The forward pass computes the Gram matrix of each matrix's inputs. The backward pass sums the squared gradients at each
+matrix's outputs. Labels are sampled from the model's own predictions, so the squared gradients estimate the Fisher
+information of the model.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,12 +24,13 @@ from freebits.execution.progress import Progress
 from freebits.execution.serialization import storable
 
 MIN_EXPERT_VECTORS = 64
-"""An expert with fewer input vectors is undersampled. Each expert gets this many vectors of the average one added."""
+"""An expert with fewer input vectors is undersampled. Each expert's statistics are averaged with the statistics of this
+many vectors of the average expert."""
 _N_RECENT = 4
-"""Number of inputs that are remembered to find matrices that share their input."""
+"""Number of recent inputs that are stored in order to find matrices that share an input."""
 _SMALL_WIDTH = 1024
 _GRAPH_DEPTH = 16
-"""Number of steps from compared values back through the autograd graph, in search of a matrix."""
+"""Number of steps back through the autograd graph, in search of the matrix that compared values come from."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,10 @@ class InputStatistics:
     """Statistics of the inputs that several matrices share.
 
     Attributes:
-        key: a unique name.
-        regions: the matrices.
+        key: unique name of the statistics.
+        regions: matrices that share the inputs.
         n: number of nonzero input vectors.
-        gram: mean of `x xᵀ` over them, (inputs, inputs).
+        gram: mean of `x xᵀ` over these vectors, (inputs, inputs).
     """
 
     key: str
@@ -49,23 +51,26 @@ class InputStatistics:
 
 
 OnStatistics = Callable[[int, list[InputStatistics]], None]
-"""Called after a block execution with its number and the statistics that it completes."""
+"""Called after a block execution with the number of this execution and the statistics that are now complete."""
 
 
 @storable
 @dataclass(frozen=True)
 class Sums:
-    """Measurements of a group of windows, without input statistics.
+    """Measurements of a group of windows, except the input statistics.
 
     Attributes:
         n_tokens: number of tokens.
-        n_inputs: matrix → number of nonzero vectors that it multiplies.
-        squares: matrix → sum of the squared gradients at each of its outputs, float64.
+        n_inputs: matrix → number of nonzero vectors that this matrix multiplies.
+        squares: matrix → sum of the squared gradients at each output of this matrix, float64.
         lookups: embedding → `Σ g gᵀ` over the gradients at the rows that were looked up.
-        head: `Σ x xᵀ` over the head's inputs; None if there is no head.
-        likely: for each token of the vocabulary `Σ p (1 - p)` over its probabilities `p`, float64.
-        scale: mean squared derivative of a logit with respect to the head's output, such as that of a final scale.
-        router_tensors: matrices whose outputs are compared, such as routers; gradients do not measure their effect.
+        head: `Σ x xᵀ` over the inputs of the head; None if the model has no head.
+        likely: for each token of the vocabulary, `Σ p (1 - p)` over all predicted probabilities `p` of this token,
+            float64.
+        scale: mean squared derivative of a logit with respect to the head's output; not 1 if the model scales its
+            logits.
+        router_tensors: matrices whose outputs are compared, such as routers; gradients do not measure the effect of
+            comparisons.
     """
 
     n_tokens: int
@@ -110,16 +115,16 @@ def measure(
     """Run a forward and a backward pass on a group of windows.
 
     Args:
-        engine: the model.
+        engine: engine that runs the model.
         windows: (windows, T), int64.
         start: number of the group's first window among all windows.
-        seed: seed of the labels; each window adds its number to it.
+        seed: seed for sampling the labels; the seed of a window is `seed` plus the number of the window.
         scratch: folder for data that does not fit into memory.
-        on_statistics: receives input statistics as soon as they are complete; see `OnStatistics`.
-        progress: called after each block of the forward and the backward pass.
+        on_statistics: callback for input statistics that have become complete, see `OnStatistics`.
+        progress: callback after each block of the forward and the backward pass.
 
     Raises:
-        CheckpointError: predictions are not finite.
+        CheckpointError: a prediction is not finite.
         UnsupportedModelError: no gradient reaches an embedding.
     """
     observer = _Observer(engine, on_statistics)
@@ -141,7 +146,7 @@ def measure(
             observer.end_block(n_runs)
             hidden = hidden_states(output)
             if not hidden.requires_grad:
-                raise UnsupportedModelError("no gradient reaches an embedding of this model")
+                raise UnsupportedModelError("gradients of this model do not reach any embedding")
             likely, scale, gradients = _through_head(engine, output, windows, start, seed, observer)
         _backward(hidden, gradients)
     return Sums(
@@ -170,7 +175,7 @@ def _through_head(
     """Run the head window by window.
 
     Returns:
-        `likely` and `scale`, see `Sums`, and the gradient at the last hidden states.
+        `likely` and `scale` (see `Sums`), and the gradient at the last hidden states.
     """
     hidden = hidden_states(output)
     gradients = torch.empty_like(hidden)
@@ -187,7 +192,7 @@ def _through_head(
                 cross_entropy(logits, labels, reduction="sum"), leaf
             )
             likely = likely + (probabilities * (1 - probabilities)).sum(0).double()
-            # The gradient at the logits is the probabilities minus 1 at the label.
+            # The gradient at the logits equals the probabilities, with 1 subtracted at the label.
             at_label = probabilities.gather(1, labels[:, None])
             squares_at_logits += (probabilities.square().sum() - 2 * at_label.sum() + len(at_label)).item()
     scale = observer.squares_at_head / squares_at_logits if observer.squares_at_head and squares_at_logits else 1.0
@@ -195,7 +200,7 @@ def _through_head(
 
 
 class _Observer:
-    """Sums statistics of the inputs of every matrix, and of the gradients at its outputs."""
+    """Observer that sums statistics of the inputs of every matrix, and of the gradients at its outputs."""
 
     def __init__(self, engine: Engine, on_statistics: OnStatistics) -> None:
         self._engine = engine
@@ -229,7 +234,7 @@ class _Observer:
             self._region_of_node[result.grad_fn] = region
 
     def _note_choice(self, compared: Tensor) -> None:
-        """Find the matrices that compared values come from, through a few steps of the autograd graph."""
+        """Follow the autograd graph back from compared values, and record the matrices that the values come from."""
         nodes = {compared.grad_fn} if isinstance(compared, Tensor) else set()
         regions = self._region_of_node
         for _ in range(_GRAPH_DEPTH):
@@ -246,7 +251,7 @@ class _Observer:
         self.squares_at_head += gradient.square().sum().item()
 
     def _gram_number(self, x: Tensor) -> int:
-        """The index of the Gram matrix of `x`, which is computed only if no recent product had the same input."""
+        """Return the index of the Gram matrix of `x`. Compute the matrix unless a recent product had the same input."""
         number: int | None = self._recent.get(x)
         if number is None:
             number = len(self._grams)
@@ -255,17 +260,17 @@ class _Observer:
         return number
 
     def _start_gradient(self, name: str, rows: Tensor) -> Tensor:
-        """Return rows of an embedding that require a gradient."""
+        """Return a copy of an embedding's rows that requires a gradient."""
         leaf = rows.detach().requires_grad_()
         leaf.register_hook(partial(self._add_lookup_gradient, name))
-        return leaf.clone()  # the model may change it in place, which autograd forbids for leaves and their views
+        return leaf.clone()  # because the model may change the rows in place, which autograd forbids for leaves
 
     def _add_lookup_gradient(self, name: str, gradient: Tensor) -> None:
         total = gram(gradient.flatten(0, -2)).cpu()
         self.lookups[name] = self.lookups[name] + total if name in self.lookups else total
 
     def end_block(self, number: int) -> None:
-        """After a block execution, pass on the statistics that are complete, and free their memory."""
+        """Pass on the statistics that are complete after a block execution, and free their memory."""
         self._recent.clear()
         self._region_of_node.clear()
         complete = sorted(region for region in self._gram_numbers if self._last_use(region) <= number)
@@ -286,36 +291,42 @@ class _Observer:
             self._on_statistics(number, statistics)
 
     def _last_use(self, region: Region) -> int:
-        """The number of the last known block execution that multiplies by a matrix; -1 if there is none."""
+        """Return the number of the last known block execution that multiplies by a matrix; -1 if none is known."""
         own_runs = [number for prefix, number in self._last_runs.items() if region.name.startswith(prefix)]
         return max([self._engine.last_uses.get(region.name, -1), *own_runs])
 
 
 class RecentInputs:
-    """Remembers a value for each of the last few inputs, as several matrices may share one (queries, keys, values)."""
+    """A cache with a value for each of the last few inputs, because several matrices may share an input.
+
+    For example, the matrices of queries, keys and values have the same input.
+    """
 
     def __init__(self) -> None:
         self._entries: list[tuple[Tensor, int, Any]] = []
 
     def get(self, x: Tensor) -> Any:
-        """Return the value of a tensor; None if the tensor is not among the last few."""
+        """Return the value that is stored for a tensor; None if the tensor is not one of the last few inputs."""
         view = (x.data_ptr(), x.shape, x.stride())
-        for other, version, value in self._entries:  # an entry holds its tensor, so no other tensor reuses the memory
+        for other, version, value in self._entries:  # entries hold tensors, so no other tensor reuses their memory
             if view == (other.data_ptr(), other.shape, other.stride()) and version == x._version:
                 return value
         return None
 
     def add(self, x: Tensor, value: Any) -> None:
-        """Remember the value of a tensor."""
+        """Store a value for a tensor."""
         self._entries = [*self._entries[1 - _N_RECENT :], (x, x._version, value)]
 
     def clear(self) -> None:
-        """Forget all values."""
+        """Delete all stored values."""
         self._entries.clear()
 
 
 def gram(x: Tensor) -> Tensor:
-    """`xᵀ x`, (m, m), for `x` of shape (vectors, m). If `m` is large, the blocks below the diagonal are copies."""
+    """Return `xᵀ x`, (m, m), for `x` of shape (vectors, m).
+
+    If `m` is large, copy the blocks below the diagonal from the blocks above the diagonal.
+    """
     m = x.shape[1]
     if m < _SMALL_WIDTH:
         return x.T @ x
@@ -331,7 +342,8 @@ def gram(x: Tensor) -> Tensor:
 def siblings(region: Region) -> tuple[str, int, bool]:
     """Return a key that all experts of one mixture share.
 
-    It consists of the name, in which `*` replaces all numbers after the block's, the number of rows, and `transposed`.
+    The key consists of the name with `*` in place of each number after the block number, of the number of rows, and of
+    `transposed`.
     """
     names = region.name.split(".")
     block = next((index for index, name in enumerate(names) if name.isdigit()), len(names))
@@ -342,23 +354,26 @@ def siblings(region: Region) -> tuple[str, int, bool]:
 def mix_experts(
     statistics: Sequence[InputStatistics], matrices: Mapping[str, tuple[int, ...]], key: str
 ) -> list[InputStatistics]:
-    """Mix each expert's input statistics with those of the average expert (shrinkage), and add those of idle experts.
+    """Mix the input statistics of each expert with those of the average expert (shrinkage).
 
-    Each expert gets `MIN_EXPERT_VECTORS` vectors of the average expert added. An expert that no text reaches has
-    only those.
+    `MIN_EXPERT_VECTORS` vectors of the average expert are added to the vectors of each expert. An idle expert, which no
+    text uses, gets the statistics of the average expert.
 
     Args:
-        statistics: input statistics of a block.
-        matrices: parameter → shape, of all matrices.
-        key: prefix of the keys for idle experts.
+        statistics: input statistics of the matrices of a block.
+        matrices: parameter → shape, for all parameters that are matrices.
+        key: prefix of the keys of the statistics of idle experts.
+
+    Returns:
+        The mixed statistics, including those of idle experts.
     """
     groups: dict[tuple[tuple[str, int, bool], int], list[InputStatistics]] = {}
     for inputs in statistics:
         groups.setdefault((siblings(inputs.regions[0]), len(inputs.gram)), []).append(inputs)
-    reached = {region for inputs in statistics for region in inputs.regions if inputs.n}
+    used = {region for inputs in statistics for region in inputs.regions if inputs.n}
     result: list[InputStatistics] = []
     for number, group in enumerate(groups.values()):
-        idle = {expert for inputs in group for region in inputs.regions for expert in _idle(region, reached, matrices)}
+        idle = {expert for inputs in group for region in inputs.regions for expert in _idle(region, used, matrices)}
         n = sum(inputs.n for inputs in group)
         if (len(group) == 1 and not idle) or not n:
             result += group
@@ -373,8 +388,8 @@ def mix_experts(
     return result
 
 
-def _idle(region: Region, reached: set[Region], matrices: Mapping[str, tuple[int, ...]]) -> set[Region]:
-    """The sibling experts of a region that no text reached, in the same parameter or in parameters of equal shape."""
+def _idle(region: Region, used: set[Region], matrices: Mapping[str, tuple[int, ...]]) -> set[Region]:
+    """Return the idle siblings of an expert, which lie in the same parameter or in parameters of equal shape."""
     height = region.stop - region.start
     shape = matrices[region.name]
     n_rows = prod(shape[:-1])
@@ -387,24 +402,25 @@ def _idle(region: Region, reached: set[Region], matrices: Mapping[str, tuple[int
         for start in range(0, n_rows, height)
         if other_shape == shape and siblings(replace(region, name=name)) == sibling_key
     }
-    return experts - reached
+    return experts - used
 
 
 def fisher_information(sums: Sums, regions: Iterable[Region]) -> dict[Region, Tensor]:
-    """Region → mean squared gradient at each output over all tokens, of regions that a gradient reached.
+    """Return region → mean squared gradient over all tokens, at each output of the region.
 
-    Each expert gets `MIN_EXPERT_VECTORS` vectors of the average expert added, as in `mix_experts`.
+    `MIN_EXPERT_VECTORS` vectors of the average expert are added to the vectors of each expert, as in `mix_experts`. The
+    result omits a region if neither this region nor a sibling has gradients.
     """
     groups: dict[tuple[str, int, bool], list[Region]] = {}
     for region in regions:
         groups.setdefault(siblings(region), []).append(region)
     result: dict[Region, Tensor] = {}
     for group in groups.values():
-        reached = [region for region in group if region in sums.squares]
-        n = sum(sums.n_inputs[region] for region in reached)
+        with_gradients = [region for region in group if region in sums.squares]
+        n = sum(sums.n_inputs[region] for region in with_gradients)
         if not n:
             continue
-        total = sum((sums.squares[region] for region in reached[1:]), sums.squares[reached[0]])
+        total = sum((sums.squares[region] for region in with_gradients[1:]), sums.squares[with_gradients[0]])
         added = total * (MIN_EXPERT_VECTORS / n if len(group) > 1 else 0.0)
         result |= {region: (sums.squares.get(region, 0.0) + added) / sums.n_tokens for region in group}
     return result

@@ -1,4 +1,7 @@
-"""Run a dense model for slicing: transformers' forward pass with folded norms, observed at each site."""
+"""Run a dense model with folded norms for slicing, and observe the residual stream at each site.
+
+A site is a place in the residual stream before or after a sublayer.
+"""
 
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
@@ -22,10 +25,10 @@ class FoldedRunner:
     """A dense model with folded norms. Implements `freebits.transforms.slicing.Runner`.
 
     Args:
-        source: the dense model.
-        config: its config, parsed by transformers.
-        architecture: its layout.
-        device: where to run, in float32.
+        source: tensors of the dense model.
+        config: config of the model, parsed by transformers.
+        architecture: architecture of the model.
+        device: device on which the model runs, in float32.
     """
 
     def __init__(
@@ -38,7 +41,7 @@ class FoldedRunner:
 
     @torch.no_grad()
     def losses(self, tokens: Tensor, at_site: AtSite, n_measured: int) -> list[float]:
-        """See `freebits.transforms.slicing.Runner`."""
+        """Return the losses, as `freebits.transforms.slicing.Runner` specifies."""
         self._at_site = at_site
         output = self._engine.hidden(tokens)
         losses = []
@@ -50,14 +53,17 @@ class FoldedRunner:
         return losses
 
     def _observe_sites(self, model: Any) -> None:
-        """Turn blocks into residual blocks that pass the stream at each site to `at_site`."""
+        """Convert the blocks of a model to residual blocks that pass the stream at each site to `at_site`."""
         family = self._architecture.family
         for number, layer in enumerate(model.get_submodule(family.blocks)):
             block: Any = residual_block(layer, family)
             block.run = partial(self._run, number * len(family.sublayers), block.run)
 
     def _run(self, site: int, run: Callable[..., Tensor], index: int, x: Tensor, **context: Any) -> Tensor:
-        """Run a sublayer window by window, and call `at_site` after it (for the model's first one also before)."""
+        """Run a sublayer window by window, and call `at_site` after the sublayer.
+
+        For the first sublayer of the model, also call `at_site` before the sublayer.
+        """
         if site + index == 0:
             x = self._at_site(0, x)
         output = torch.empty_like(x)
@@ -67,7 +73,7 @@ class FoldedRunner:
 
 
 def _for_window(context: Any, number: int, n: int) -> Any:
-    """A block's arguments other than the stream, for one of `n` windows."""
+    """Return the arguments of a block, except the residual stream, for one of `n` windows."""
     if isinstance(context, Tensor):
         return context[number : number + 1] if context.ndim and len(context) == n else context
     if isinstance(context, Mapping):
@@ -76,7 +82,7 @@ def _for_window(context: Any, number: int, n: int) -> Any:
 
 
 class _FoldedSource:
-    """A dense model with folded norms, for `Engine`. The head and the final norm are not folded."""
+    """A source of the tensors of a dense model with folded norms, for `Engine`. The final norm is not folded."""
 
     def __init__(self, source: Source, architecture: Architecture, device: torch.device) -> None:
         self.config = source.config
@@ -88,7 +94,7 @@ class _FoldedSource:
 
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:
-        """The specs of the dense tensors; those that only folding creates get a shape of ()."""
+        """The specs of the dense tensors. Tensors that only folding creates have the shape ()."""
         head, embedding = self._architecture.head.weight, self._architecture.embedding.weight
         head_spec = {head: self._source.specs.get(head, self._source.specs[embedding])}
         return dict.fromkeys(self._part_numbers, TensorSpec("F32", ())) | dict(self._source.specs) | head_spec
@@ -112,6 +118,6 @@ class _FoldedSource:
 def _folded_embeddings(
     source: Source, architecture: Architecture, device: torch.device, part: Part
 ) -> dict[str, Tensor]:
-    """The dense model's embeddings, folded as if the head were not tied to them."""
+    """Return the folded embeddings of the dense model. Fold as if the head were not tied to the embeddings."""
     tensors = {name: source[name].to(device) for name in part.weights if name in source.specs}
     return fold_embeddings(tensors, architecture.with_tie(False))

@@ -1,4 +1,4 @@
-"""Compute a model's logits for a text with little memory, whatever the model's size."""
+"""Compute the logits of a model for a text, with little memory even for a large model."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,15 +15,15 @@ _BATCH_TOKENS = 8192
 
 
 def window_logits(path: Path, windows: Tensor, convert: Callable[[Source], Source] | None = None) -> Iterator[Tensor]:
-    """Yield for each window the logits for the tokens after its first, (T - 1, V), float32.
+    """For each window, yield the logits for the tokens after the first token, (T - 1, V), float32.
 
     Args:
         path: folder of a dense, sliced or packed checkpoint.
         windows: (windows, T).
-        convert: returns the source with its tensors in another form.
+        convert: function that returns a source with the same tensors in another form; None changes nothing.
 
     Raises:
-        UnsupportedModelError: transformers cannot run the model on text alone.
+        UnsupportedModelError: transformers cannot run the model on text only.
     """
     source = open_as_floats(path)
     if source.config.get("quantization_config"):

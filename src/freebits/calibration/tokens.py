@@ -19,8 +19,8 @@ _HELD_OUT_EVERY = 4
 def embedded_text() -> tuple[str, str]:
     """Return a calibration text and a held-out text that share no paragraph.
 
-    Both come from Python's documentation. Every fourth topic is held out. Some topics quote others, so the calibration
-    text omits all paragraphs of held-out topics.
+    Both texts come from Python's documentation. Every fourth topic is held out. Some topics quote other topics, so the
+    calibration text omits every paragraph that occurs in a held-out topic.
     """
     names = sorted(topics)
     held_out = [topics[name] for name in names[::_HELD_OUT_EVERY]]
@@ -31,18 +31,18 @@ def embedded_text() -> tuple[str, str]:
 
 
 def token_windows(path: str | os.PathLike[str], text: str, seq_len: int, limit: int | None = None) -> Tensor:
-    """Cut a text into windows that do not overlap, (windows, seq_len), int64; drop the incomplete last window.
+    """Cut a text into windows without overlap, (windows, seq_len), int64, and drop the incomplete last window.
 
     Args:
         path: folder with the tokenizer.
         text: the text, tokenized as one document.
-        seq_len: tokens per window.
-        limit: return only this many windows, from the start.
+        seq_len: number of tokens per window.
+        limit: maximum number of windows to return, from the start of the text; None returns all windows.
 
     Raises:
-        UsageError: `seq_len` is less than two or exceeds the model's positions, `limit` is less than one, or the text
-            does not fill one window.
-        CheckpointError: see `load_tokenizer`; or the tokenizer belongs to another model.
+        UsageError: `seq_len` is less than two or exceeds the number of positions of the model, `limit` is less than
+            one, or the text does not fill one window.
+        CheckpointError: the tokenizer cannot be loaded, or belongs to another model.
         UnsupportedModelError: see `text_auto_class`.
     """
     if seq_len < 2:
@@ -56,22 +56,26 @@ def token_windows(path: str | os.PathLike[str], text: str, seq_len: int, limit: 
     tokenizer = load_tokenizer(path)
     n_positions, n_ids = config.get("max_position_embeddings"), config.get("vocab_size")
     if isinstance(n_positions, int) and seq_len > n_positions:
-        raise UsageError(f"`seq_len` is {seq_len}, but the model has only {n_positions} positions: give fewer tokens")
+        raise UsageError(f"`seq_len` is {seq_len}: give at most {n_positions}, the number of positions of the model")
     tokens = tokenizer(text, verbose=False)["input_ids"]
     n_windows = len(tokens) // seq_len
     if not n_windows:
-        raise UsageError(f"the text has {len(tokens)} tokens, but a window has {seq_len}: lower `seq_len`")
+        raise UsageError(
+            f"the text has {len(tokens)} tokens, but a window has {seq_len}: give a longer text or lower `seq_len`"
+        )
     if isinstance(n_ids, int) and max(tokens) >= n_ids:
         raise CheckpointError(
-            f"{path}: the tokenizer gives token {max(tokens)}, but vocab_size is {n_ids}: use the model's own tokenizer"
+            f"the tokenizer in {path} returns token ID {max(tokens)}, but vocab_size is {n_ids}: download the "
+            "tokenizer files of this model again"
         )
     return torch.tensor(tokens[: n_windows * seq_len]).reshape(n_windows, seq_len)[:limit]
 
 
 def split_windows(windows: Tensor, samples: int, held_out: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Draw windows for calibration, and other windows for measuring, without replacement; see `token_windows`.
+    """Select windows for calibration and other windows for measurements, at random and without replacement.
 
-    If there are too few windows for both, an eighth of them is held out, and at least one if there are two or more.
+    If there are too few windows for both, hold out an eighth of the windows for measurements, and at least one window
+    if there are two or more.
 
     Raises:
         UsageError: `samples` is less than one, or `seed` is out of range.
@@ -79,7 +83,7 @@ def split_windows(windows: Tensor, samples: int, held_out: int, seed: int) -> tu
     if samples < 1:
         raise UsageError(f"`samples` is {samples}: give at least 1")
     if not 0 <= seed < 2**63:
-        raise UsageError(f"`seed` is {seed}: give one from 0 to 2^63 - 1")
+        raise UsageError(f"`seed` is {seed}: give a number from 0 to 2^63 - 1")
     n = len(windows)
     n_held_out = min(held_out, max(n - samples, n // 8, min(1, n - 1)))
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))

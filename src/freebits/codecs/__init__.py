@@ -1,4 +1,4 @@
-"""Codes: each turns tensors into stored parts and back. Each code is one class in one file.
+"""Codes, which turn tensors into stored parts and back. A code is a class with the interface in `base.py`.
 
-To add a code, write one file and one line in `registry.py`. Codes know nothing about models or checkpoint folders.
+To add a code, write its class and one line in `registry.py`. Codes do not depend on models or checkpoint folders.
 """

@@ -1,13 +1,13 @@
 """Code integers with asymmetric numeral systems (rANS, Duda 2013) in many lanes at once.
 
-A lane is a state of 32 bits. One step of coding puts one symbol into each lane, so that NumPy codes thousands at once.
-A state that starts empty wastes its first 16 bits. So the symbols are coded in pieces, each over more lanes than the
-piece before it. The lanes of a piece start with values from the bitstream of the piece before it (bits-back coding).
-Only the few lanes of the first piece start empty.
+A *lane* is a coder with its own state of 32 bits. One step of coding puts one symbol into each lane, so that NumPy
+codes thousands of symbols at once. A state that starts empty wastes its first 16 bits. The symbols are therefore coded
+in *pieces*, each with more lanes than the piece before it. The states of a piece start with values from the bitstream
+of the piece before it (bits-back coding). Only the few lanes of the first piece start empty.
 
-The integers are roughly normal. An integer is coded with the table of its level: level `v` has the standard deviation
-`2^(v / 4)`. Tables are not stored. Encoder and decoder compute them with additions, multiplications and divisions
-alone, which IEEE 754 rounds alike on all machines.
+The integers have roughly a normal distribution. Each integer has a *level*: level `v` stands for the standard deviation
+`2^(v / 4)` and has its own table of probabilities. Tables are not stored. Encoder and decoder compute them using only
+additions, multiplications and divisions, because IEEE 754 rounds these in the same way on all machines.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,29 +24,33 @@ LEVELS = range(-12, 25)
 """The levels that have a table: standard deviations from 1/8 to 64."""
 LEVELS_PER_OCTAVE = 4
 PRECISION = 14
-"""Bits of a probability."""
+"""Number of bits of a probability."""
 _UNIT = 16
-"""Bits of one value of the bitstream."""
+"""Number of bits of one value of the bitstream."""
 _MIN_LANES, _MAX_LANES, _LANE_GROWTH = 128, 8192, 4
-"""Lanes of the first piece, the most lanes of a piece, and the growth from piece to piece."""
+"""Lanes of the first piece, lanes of the largest piece, and the growth factor of lanes from piece to piece."""
 _SYMBOLS_PER_NEXT_LANE = 16
-"""Symbols of a piece for each lane of the next piece; they give that lane enough bits to start with."""
+"""Symbols that a piece codes per lane of the next piece, which give that lane enough bits to start with."""
 _MIN_SYMBOLS_PER_LANE = 1536
-"""Symbols that a lane must code to be worthwhile; its last state wastes about eight bits."""
+"""Minimum number of symbols per lane. Fewer do not pay, because its last state wastes about eight bits."""
 _QUARTER_POWERS = (1.0, 1.189207115002721, 1.4142135623730951, 1.681792830507429)
 """`2^(i / 4)` for `i` from 0 to 3."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """The probabilities of a level's symbols: `0 … 2 radius` for the integers from `-radius`, then the escape.
+    """The probabilities of the symbols of a level.
+
+    Symbols 0 to `2 radius` stand for the integers `-radius` to `radius`. The last symbol, the *escape*, stands for any
+    other integer. The lower `PRECISION` bits of a state are its *slot*. Each symbol has a range of slots.
 
     Attributes:
         radius: the largest integer that has a symbol.
-        frequencies: (symbols,), which sum to `2^PRECISION`.
-        starts: (symbols,), the sum of the frequencies before each symbol.
-        slot_symbols: (2^PRECISION,), the symbol whose range contains the slot, which is the lower bits of a state.
-        slot_updates: (2^PRECISION,), that symbol's frequency (upper 16 bits) and the slot's offset in its range.
+        frequencies: (symbols,), the number of slots of each symbol; the sum is `2^PRECISION`.
+        starts: (symbols,), the first slot of each symbol.
+        slot_symbols: (2^PRECISION,), the symbol of each slot.
+        slot_updates: (2^PRECISION,), the frequency of the symbol of each slot (upper 16 bits) and the offset of the
+            slot in the range of the symbol (lower 16 bits).
     """
 
     radius: int
@@ -58,7 +62,7 @@ class Table:
 
 @cache
 def table(level: int) -> Table:
-    """Return the table of a level: a normal distribution, integrated over the cell of each integer."""
+    """Compute the table of a level by integrating a normal distribution over the interval around each integer."""
     octave, quarter = divmod(level, LEVELS_PER_OCTAVE)
     deviation = _QUARTER_POWERS[quarter] * 2.0**octave
     radius = int(4.5 * deviation) + 2
@@ -77,7 +81,7 @@ def table(level: int) -> Table:
 
 
 def _exp(x: float) -> float:
-    """Return `exp(-x)`. Math libraries differ between machines in the last bit; this function does not."""
+    """Return `exp(-x)`, the same on all machines; the results of math libraries differ in the last bit."""
     small = x / 1024
     value = 1 - small * (1 - small / 2 * (1 - small / 3 * (1 - small / 4)))
     for _ in range(10):
@@ -89,10 +93,10 @@ def encode(segments: Sequence[tuple[int, Values]]) -> tuple[Bitstream, Values]:
     """Encode segments of integers, each with the table of its level.
 
     Args:
-        segments: level and integers, (n,), of each segment.
+        segments: pairs of a level and integers, (n,).
 
     Returns:
-        The bitstream; and the escaped integers, which have no symbol, in their order.
+        The bitstream, and the escaped integers in their order. An integer is escaped if its table has no symbol for it.
     """
     symbols, escaped = [], []
     for level, values in segments:
@@ -118,9 +122,9 @@ def decode(bitstream: Bitstream, segments: Sequence[tuple[int, int]], escaped: V
     """Return the integers of each segment; the inverse of `encode`.
 
     Args:
-        bitstream: as `encode` returned it.
-        segments: level and length of each segment.
-        escaped: as `encode` returned them.
+        bitstream: the bitstream that `encode` returned.
+        segments: pairs of the level and the length of a segment.
+        escaped: the escaped integers that `encode` returned.
 
     Raises:
         ValueError: the bitstream or the escaped integers are damaged.
@@ -137,12 +141,12 @@ def decode(bitstream: Bitstream, segments: Sequence[tuple[int, int]], escaped: V
             position = _pop(states[:n], level_table, remaining, position, out)
         remaining = np.concatenate([states - np.uint32(1 << _UNIT), remaining[position:]])
     if remaining.any():
-        raise ValueError("the bitstream does not end in the state in which coding began")
+        raise ValueError("the bitstream does not end in the initial state of the encoder")
     return _values(segments, symbols, escaped)
 
 
 def _push(states: NDArray[np.uint64], frequencies: NDArray[np.uint64], starts: NDArray[np.uint64]) -> Bitstream:
-    """Put one symbol into each state, in place; return the lower 16 bits of the states that were full."""
+    """Put one symbol into each state, in place. Return the lower 16 bits of the states that were full."""
     is_full = states >= frequencies << np.uint64(2 * _UNIT - PRECISION)
     output = states[is_full].astype(np.uint16)
     states[is_full] >>= np.uint64(_UNIT)
@@ -158,7 +162,7 @@ def _pop(
     position: int,
     out: NDArray[np.uint16],
 ) -> int:
-    """Take one symbol from each state, in place, into `out`; return the next position in the bitstream."""
+    """Take one symbol from each state, in place, and write it to `out`. Return the next position in the bitstream."""
     slots = states & np.uint32((1 << PRECISION) - 1)
     level_table.slot_symbols.take(slots, out=out, mode="clip")
     updates = level_table.slot_updates.take(slots, mode="clip")
@@ -176,14 +180,14 @@ def _pop(
 def _values(
     segments: Sequence[tuple[int, int]], symbols: list[NDArray[np.uint16]], escaped: Values
 ) -> Iterator[Decoded]:
-    """Yield the integers of each segment from its symbols, which it overwrites."""
+    """Convert the symbols of each segment, in place, to integers, and yield the integers."""
     start = 0
     for (level, _), segment_symbols in zip(segments, symbols, strict=True):
         radius = table(level).radius
         escapes = (segment_symbols == 2 * radius + 1).nonzero()[0]
         end = start + len(escapes)
         if end > len(escaped):
-            raise ValueError(f"there are only {len(escaped)} escaped integers, fewer than escapes")
+            raise ValueError(f"there are more escape symbols than the {len(escaped)} escaped integers")
         values: Decoded = segment_symbols.view(np.int16)
         values -= np.int16(radius)
         if len(escapes):
@@ -192,11 +196,14 @@ def _values(
         start = end
         yield values
     if start != len(escaped):
-        raise ValueError(f"there are {len(escaped)} escaped integers for {start} escapes")
+        raise ValueError(f"there are {len(escaped)} escaped integers for {start} escape symbols")
 
 
 def _pieces(segments: Sequence[tuple[int, int]]) -> list[tuple[list[tuple[int, int, int]], int]]:
-    """Return the pieces, the largest first: steps (segment, start in it, number of symbols), and number of lanes."""
+    """Return the steps and the number of lanes of each piece, in decoding order: the last piece first.
+
+    A step is a tuple of the index of a segment, the start in this segment, and the number of symbols.
+    """
     plan: list[tuple[int, int]] = []
     n_remaining, n_lanes = sum(n for _, n in segments), _MIN_LANES
     while n_lanes < _MAX_LANES and n_remaining >= _MIN_SYMBOLS_PER_LANE * _LANE_GROWTH * n_lanes:

@@ -1,4 +1,4 @@
-"""The interface of a code, which turns tensors into stored parts and back. Codes know no models."""
+"""The interface of a code, which turns tensors into stored parts and back. Codes do not depend on models."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ Params = Mapping[str, Any]
 
 
 class Declined(Exception):  # noqa: N818
-    """The code cannot encode these tensors, or saves nothing by it; the message gives the reason."""
+    """The code cannot encode these tensors, or encoding them saves nothing. The message gives the reason."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class Coded:
     """The result of encoding.
 
     Attributes:
-        parts: the tensors to store, by the code's part names.
-        params: the other values that decoding needs, as JSON.
-        corrected: the number of corrected values, for reports; 0 for a code without corrections.
+        parts: part name → tensor to store.
+        params: all other values that decoding needs, as JSON values.
+        corrected: the number of corrected values, for reports; 0 if the code makes no corrections.
     """
 
     parts: dict[str, Tensor]
@@ -31,29 +31,29 @@ class Coded:
 
 
 class Code(Protocol):
-    """One code. To add one, write a class like this and a line in `freebits.codecs.registry.CODES`."""
+    """One code. To add a code, write a class with these methods and a line in `freebits.codecs.registry.CODES`."""
 
     @property
     def exact(self) -> bool:
-        """Whether the code stores any single tensor bit-exactly. Such a code can follow any other code."""
+        """Whether the code stores one tensor of any spec bit-exactly, and so can encode the parts of other codes."""
 
     def encode(self, tensors: Sequence[Tensor], makes: Sequence[TensorSpec]) -> Coded:
-        """Encode tensors; `makes` has the specs of the tensors that `decode` returns.
+        """Encode tensors. `makes` lists the specs of the tensors that `decode` returns.
 
         Raises:
-            Declined: the tensors are better stored as they are.
+            Declined: the code cannot encode the tensors, or encoding them saves nothing.
         """
 
     def decode(self, parts: Mapping[str, Tensor], makes: Sequence[TensorSpec], params: Params) -> list[Tensor]:
-        """Return the tensors with the specs `makes`. The caller has checked the parts against the specs of `parts()`.
+        """Return the tensors, which have the specs `makes`. The caller has checked the parts against `parts()`.
 
         Raises:
             ValueError: the parts are damaged.
         """
 
     def parts(self, makes: Sequence[TensorSpec], params: Params) -> dict[str, TensorSpec]:
-        """Return the specs of the parts for tensors with the specs `makes`; reads and allocates nothing.
+        """Return the specs of the parts for tensors with the specs `makes`, without reading or allocating anything.
 
         Raises:
-            ValueError: the code has no parts for these specs and params.
+            ValueError: the code does not accept these specs and params.
         """

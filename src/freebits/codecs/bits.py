@@ -1,4 +1,4 @@
-"""Integers as bits of a fixed width, and bytes as tensors."""
+"""Pack integers into bits of a fixed width, and convert bytes to tensors."""
 
 import sys
 
@@ -18,7 +18,7 @@ _ALIGNMENT = 8
 
 
 def pack_bits(values: NDArray[np.int64], n_bits: int) -> bytes:
-    """Pack each value into `n_bits` bits, most significant first; zeros fill the last byte."""
+    """Pack each value into `n_bits` bits, the most significant bit first. Zero bits fill the last byte."""
     bits = values[:, None] >> np.arange(n_bits)[::-1] & 1
     return np.packbits(bits.astype(np.uint8)).tobytes()
 
@@ -36,17 +36,17 @@ def unpack_bits(content: bytes, count: int, n_bits: int) -> NDArray[np.int64]:
 
 
 def as_tensor(content: bytes) -> Tensor:
-    """Return bytes as uint8, padded with zeros to a multiple of 8, which aligns the next tensor in a file."""
+    """Return bytes as a uint8 tensor, padded with zeros to a multiple of 8, to align the next tensor in a file."""
     spec = bytes_spec(len(content))
     padded = content.ljust(spec.n_bytes, b"\0")
     return torch.frombuffer(bytearray(padded), dtype=torch.uint8) if padded else torch.empty(0, dtype=torch.uint8)
 
 
 def bytes_spec(n_bytes: int) -> TensorSpec:
-    """Return the spec of the tensor that `as_tensor` makes of `n_bytes` bytes.
+    """Return the spec of the tensor to which `as_tensor` converts `n_bytes` bytes.
 
     Raises:
-        ValueError: `n_bytes` is not an integer, or is negative.
+        ValueError: `n_bytes` is not an integer or is negative.
     """
     if type(n_bytes) is not int or n_bytes < 0:
         raise ValueError(f"{n_bytes!r} is not a number of bytes")
@@ -54,7 +54,7 @@ def bytes_spec(n_bytes: int) -> TensorSpec:
 
 
 def bytes_from(tensor: Tensor, n_bytes: int) -> Bytes:
-    """Return the bytes of which `as_tensor` made a tensor.
+    """Return the `n_bytes` bytes that `as_tensor` converted to a tensor.
 
     Raises:
         ValueError: the padding is not zero.

@@ -1,8 +1,10 @@
-"""The bits-back code of one site (paper, Algorithms 5 and 6, one step of each).
+"""The bits-back code of one site (one step of Algorithms 5 and 6 in the paper).
 
-The *message* is a sequence of 16-bit floats. Encoding turns its last `r (r + 1) / 2` values into a random rotation,
-appends `r` eigenvalues in their place, and stores the matrix rotated. Decoding finds the rotation from the rotated
-matrix and restores the values. The code has a fixed length, so that an error does not spread.
+A *site* is a section of the residual stream, between two shortcuts. The *message* is a sequence of 16-bit floats from
+the matrices of the site. Encoding converts the last `r (r + 1) / 2` values of the message to a rotation and `r`
+eigenvalues. The eigenvalues replace these values, and the output matrix is stored rotated. Decoding computes the
+rotation from the rotated matrix and restores the values. All values have a fixed length, so a wrong value does not
+shift later values.
 """
 
 import math
@@ -31,7 +33,7 @@ MESSAGE, MATRIX, SIGNS, CORRECTIONS = "message", "matrix", "signs", "corrections
 _N_SUMS = 4
 _TOLERANCE = 2.0**-10
 _SUM_ROW = 4096
-"""Values in a row of `_sums`."""
+"""Number of values in each row that `_sums` forms."""
 _ROWS_AT_ONCE = 8192
 """Rows that are converted to float64 at a time."""
 
@@ -40,11 +42,11 @@ _ROWS_AT_ONCE = 8192
 class BitsBack:
     """The code of one site.
 
-    Its tensors are those whose values form the message, in order, and last the output matrix `Wᵀ: (k, m)`.
+    The last tensor is the output matrix `Wᵀ: (k, m)`. The values of the tensors before it, in order, are the message.
 
     Attributes:
         threshold: the largest error of a decoded value that is not corrected.
-        device: where the encoder's linear algebra runs.
+        device: the device for the linear algebra of the encoder.
     """
 
     threshold: float = THRESHOLD
@@ -52,15 +54,16 @@ class BitsBack:
     exact = False
 
     def encode(self, tensors: Sequence[Tensor], makes: Sequence[TensorSpec]) -> Coded:
-        """Store the output matrix in a random rotation, which replaces the end of the message.
+        """Encode the end of the message as a rotation of the output matrix.
 
         Args:
-            tensors: the message's as 16-bit floats; the output matrix in float64 and in canonical direction
-                (`canonical_direction`).
+            tensors: the tensors of the message as 16-bit floats, then the output matrix in float64 and in canonical
+                direction (see `canonical_direction`).
             makes: the specs of the decoded tensors.
 
         Raises:
-            Declined: a value is not finite or does not fit, the message is too short, or nothing is saved.
+            Declined: a value is not finite or does not fit its dtype, the message is too short, or encoding saves
+                nothing.
         """
         *message_tensors, output = tensors
         dtype, W = makes[-1].dtype, output.T
@@ -96,7 +99,7 @@ class BitsBack:
         return Coded({name: part for name, part in parts.items() if len(part)}, params, n_corrected)
 
     def decode(self, parts: Mapping[str, Tensor], makes: Sequence[TensorSpec], params: Params) -> list[Tensor]:
-        """Return the message's tensors, and the output matrix in canonical direction, as 16-bit floats."""
+        """Return the tensors of the message and the output matrix in canonical direction, all as 16-bit floats."""
         *message_specs, output = makes
         rank = params["rank"]
         head, eigenvalues = parts[MESSAGE].split([len(parts[MESSAGE]) - rank, rank])
@@ -106,7 +109,7 @@ class BitsBack:
             raise ValueError("an eigenvalue or a rotated weight is not finite")
         try:
             decoded = _decoded(eigenvalues, matrix, with_signs(unsigned_rotation(matrix), signs))
-        except RuntimeError as error:  # the decomposition does not converge
+        except RuntimeError as error:  # the eigendecomposition did not converge
             raise ValueError(str(error)) from None
         decoded = apply_corrections(decoded, parts.get(CORRECTIONS, torch.empty(0, dtype=torch.uint8)))
         _check_sums(decoded, params["sums"])
@@ -118,17 +121,17 @@ class BitsBack:
         return [*tensors, torch.cat([zeros, W], dim=1).T.contiguous()]
 
     def parts(self, makes: Sequence[TensorSpec], params: Params) -> dict[str, TensorSpec]:
-        """Return the specs of the message, the rotated matrix, the signs of its rotation, and any corrections."""
+        """Return the specs of the message, the rotated matrix, the signs of the rotation, and any corrections."""
         *message_specs, output = makes
         (k, m), rank = output.shape, params["rank"]
         n_values = sum(spec.numel for spec in message_specs)
         if {spec.dtype_name for spec in makes} != {output.dtype_name} or output.dtype_name not in HALF_DTYPES:
-            raise ValueError(f"the tensors of code bits-back are not all {' or all '.join(HALF_DTYPES)}")
+            raise ValueError(f"the tensors of code bits-back must be all {' or all '.join(HALF_DTYPES)}")
         if type(rank) is not int or not (0 < rank <= k and n_values >= n_values_taken(rank)):
             raise ValueError(f"a rotation of size {rank!r} does not fit {output} and a message of {n_values} values")
         sums = params["sums"]
         if len(sums) != _N_SUMS or not all(isinstance(value, float) and math.isfinite(value) for value in sums):
-            raise ValueError(f"the sums are not {_N_SUMS} finite floats")
+            raise ValueError(f"the sums must be {_N_SUMS} finite floats")
         parts = {
             MESSAGE: TensorSpec(output.dtype_name, (n_values - n_values_taken(rank) + rank,)),
             MATRIX: TensorSpec(output.dtype_name, (rank, m)),
@@ -139,7 +142,10 @@ class BitsBack:
 
 
 def _decoded(eigenvalues: Tensor, matrix: Tensor, Q: Tensor) -> Tensor:
-    """Return the message's last values and then the matrix by rows, before correction. The encoder calls this, too."""
+    """Decode the last values of the message and then the matrix, row by row, without applying corrections.
+
+    The encoder also calls this function, to find the values that need corrections.
+    """
     values = values_from_rotation(Q, eigenvalues).to(matrix.dtype)
     rows = [(block.double() @ Q.T).to(matrix.dtype).flatten() for block in matrix.split(_ROWS_AT_ONCE)]
     return torch.cat([values, *rows])
@@ -148,28 +154,29 @@ def _decoded(eigenvalues: Tensor, matrix: Tensor, Q: Tensor) -> Tensor:
 def _rank(W: Tensor, dtype: torch.dtype, threshold: float) -> int:
     """Return the number of columns that do not vanish.
 
-    A column vanishes if its norm is negligible in this dtype next to the largest, and no value exceeds the threshold.
+    A column vanishes if none of its values exceeds the threshold, and its norm is negligible in this dtype compared
+    with the largest norm of a column.
     """
     norms = _finite(W, "a weight").norm(dim=0)
     low, high = torch.aminmax(W, dim=0)
     vanishes = (norms <= norms.max() * torch.finfo(dtype).eps ** 2) & (torch.maximum(-low, high) <= threshold)
-    rank = W.shape[1] - int(vanishes.int().cumprod(dim=0).sum())  # they come first, as eigenvalues ascend
+    rank = W.shape[1] - int(vanishes.int().cumprod(dim=0).sum())  # they come first because eigenvalues ascend
     if rank < 2:
-        raise Declined(f"the output matrix has rank {rank}, so that a rotation saves nothing")
+        raise Declined(f"the output matrix has rank {rank}, so a rotation saves nothing")
     return rank
 
 
-def _finite(values: Tensor, what: str) -> Tensor:
+def _finite(values: Tensor, description: str) -> Tensor:
     if not values.isfinite().all():
-        raise Declined(f"{what} is not finite or does not fit {values.dtype}")
+        raise Declined(f"{description} is not finite or does not fit {values.dtype}")
     return values
 
 
 def _sums(values: Tensor) -> list[float]:
-    """Return sums of the values in rows of 4096, each times the sign of its row and the sign of its column.
+    """Return four sums of the values, each value multiplied by the sign of its row and the sign of its column.
 
-    Another machine may round a few values differently, so decoded values have no digest. But if it finds a different
-    rotation, these sums change by about as much as the values are large.
+    The values fill rows of 4096. Decoded values have no digest, because another machine may round a few of them
+    differently. A different rotation, however, changes the sums much more than such rounding does.
     """
     n_rows = -(-len(values) // _SUM_ROW)
     rows = torch.nn.functional.pad(values, (0, n_rows * _SUM_ROW - len(values))).reshape(n_rows, _SUM_ROW)
@@ -179,7 +186,7 @@ def _sums(values: Tensor) -> list[float]:
 
 
 def _signs(count: int) -> Tensor:
-    """Return the sign of index n in sum j, (count, 4): minus if bit 63 - j of `n · 0x9E3779B97F4A7C15` is 1."""
+    """Return the sign of index n in sum j, (count, 4). It is minus if bit 63 - j of `n · 0x9E3779B97F4A7C15` is 1."""
     hashed = np.arange(count, dtype=np.uint64)[:, None] * np.uint64(0x9E3779B97F4A7C15)
     bits = hashed >> (63 - np.arange(_N_SUMS, dtype=np.uint64)) & np.uint64(1)
     return torch.from_numpy(1 - 2 * bits.astype(np.float64))
@@ -188,4 +195,6 @@ def _signs(count: int) -> Tensor:
 def _check_sums(values: Tensor, expected: list[float]) -> None:
     tolerance = _TOLERANCE * torch.linalg.vector_norm(values, dtype=torch.float64).item()
     if not all(abs(actual - wanted) <= tolerance for actual, wanted in zip(_sums(values), expected, strict=True)):
-        raise ValueError("the decoded values do not add up to the packed sums: this machine decodes them differently")
+        raise ValueError(
+            "the decoded values do not add up to the packed sums, because this machine decodes them differently"
+        )

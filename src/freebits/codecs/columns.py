@@ -1,4 +1,4 @@
-"""Rows of bytes that consist of fields of several dtypes, such as the blocks of llama.cpp's formats."""
+"""Rows of bytes, split into fields of several dtypes. The blocks of llama.cpp's formats are such rows."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,15 +11,15 @@ from freebits.types import TensorSpec, bytes_of
 
 
 class Columns:
-    """One tensor of bytes (rows, size); part `i` is field `i` of each row, (rows, n), in the field's dtype.
+    """One tensor of bytes (rows, size). Part `i` is field `i` of all rows, (rows, n), in the dtype of the field.
 
-    Params: `fields`, the dtype and `n` of each field, in the order in which their bytes fill a row.
+    Params: `fields`, a list of the dtype and `n` of each field, in the order of the fields in a row.
     """
 
     exact = False
 
     def encode(self, tensors: Sequence[Tensor], makes: Sequence[TensorSpec]) -> Coded:  # noqa: ARG002
-        """Return the parts as they are."""
+        """Store the fields unchanged as parts."""
         parts = {str(index): tensor for index, tensor in enumerate(tensors)}
         return Coded(parts, {"fields": [[TensorSpec.of(tensor).dtype_name, tensor.shape[1]] for tensor in tensors]})
 
@@ -31,10 +31,12 @@ class Columns:
         return [torch.from_numpy(np.concatenate(rows, axis=1))]
 
     def parts(self, makes: Sequence[TensorSpec], params: Params) -> dict[str, TensorSpec]:
-        """Return the spec of one part per field; the fields of a row take as many bytes as the tensor's row."""
+        """Return the spec of each field. The fields of a row must together have the size of a row of the tensor."""
         [spec] = makes
         if spec.dtype_name != "U8" or len(spec.shape) != 2 or not params["fields"]:
-            raise ValueError(f"code columns cannot make {spec}: it needs fields and a matrix of bytes")
+            raise ValueError(
+                f"code columns cannot make {spec}: the code makes matrices of bytes from one or more fields"
+            )
         n_rows, fields = spec.shape[0], params["fields"]
         parts = {str(index): TensorSpec(dtype_name, (n_rows, n)) for index, (dtype_name, n) in enumerate(fields)}
         specs = parts.values()

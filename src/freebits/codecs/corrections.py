@@ -1,10 +1,10 @@
-"""Corrections: positions and true values where a decoder returns wrong values (paper, section 3.3).
+"""Store the positions and the true values of wrongly decoded values (paper, section 3.3).
 
-The sorted positions are stored as gaps of a fixed width, the fewest bits that hold the largest gap.
-Random positions then take fewer bits than the paper's `⌈log₂ L⌉`.
+The sorted positions are stored as gaps. All gaps have the same width, the fewest bits that hold the largest gap. If
+the positions are random, a gap takes fewer bits than a position in the paper, `⌈log₂ L⌉` for `L` values.
 
 Layout, little-endian: number of corrections (u32), bits per gap (u32), the true values, the gaps with the most
-significant bit first, zeros up to a multiple of 8 bytes. Without corrections there are no bytes at all.
+significant bit first, zeros up to a multiple of 8 bytes. If there are no corrections, there are no bytes.
 """
 
 import struct
@@ -26,7 +26,7 @@ def encode_corrections(true: Tensor, decoded: Tensor, threshold: float) -> Tenso
 
     Args:
         true: (L,), 16-bit floats.
-        decoded: (L,), same dtype; a value that is not finite counts as wrong.
+        decoded: (L,), in the dtype of `true`; a value that is not finite counts as wrong.
         threshold: the largest error that is not corrected.
 
     Returns:
@@ -49,12 +49,12 @@ def apply_corrections(decoded: Tensor, corrections: Tensor) -> Tensor:
     """Return a copy of `decoded` with the corrections of `encode_corrections` applied.
 
     Raises:
-        ValueError: the corrections are damaged, or do not fit `decoded`.
+        ValueError: the corrections are damaged or do not fit `decoded`.
     """
     corrected = decoded.clone()
     positions, values = read_corrections(corrections, decoded.dtype)
     if len(positions) and int(positions[-1]) >= len(decoded):
-        raise ValueError(f"a correction at position {int(positions[-1])} is beyond the {len(decoded)} values")
+        raise ValueError(f"a correction has position {int(positions[-1])}, but there are only {len(decoded)} values")
     corrected[positions] = values
     return corrected
 

@@ -1,10 +1,10 @@
-"""Entropy-code the byte planes that shrink, chunk by chunk; store the others as they are.
+"""Entropy-code byte planes, chunk by chunk. Planes that would not shrink are stored unchanged.
 
-The coder is zstd without its search for matches, which leaves its Huffman code for literals. In weights some exponents
-are frequent, but sequences do not repeat.
+The coder is zstd without its search for matches, so only its Huffman code for literals remains. It suits weights, in
+which some exponents are frequent, but sequences do not repeat.
 
-Layout, little-endian: values per chunk (u32); the stored bytes of each chunk and plane (u32), which are as many as the
-plane has if it is stored as it is; then those planes, one after another.
+Layout, little-endian: the number of values per chunk (u32); the stored size in bytes of each plane of each chunk (u32);
+then the planes, one after another. A plane whose stored size is its original size is stored unchanged.
 """
 
 import threading
@@ -20,14 +20,14 @@ from freebits.types import Bytes, TensorSpec, bytes_of
 
 PART = "entropy"
 CHUNK, FINE_CHUNK = 1 << 20, 1 << 15
-"""Values per chunk: many, so that tables cost little; or few, for a tensor whose regions differ in scale."""
+"""Values per chunk. Large chunks have few Huffman tables; fine chunks suit tensors whose regions differ in scale."""
 MIN_SAVING = 0.02
-"""The fraction that a plane must save to be worth the time to decode it."""
+"""The fraction of its bytes that a plane must save. A smaller saving is not worth the time to decode the plane."""
 _SAMPLE_SIZE = 1 << 16
-_BLOCK = 1 << 17  # zstd makes a new table for each block
-_COMPRESS_LITERALS = 1002  # ZSTD_c_literalCompressionMode in zstd.h; Python has no name for it
+_BLOCK = 1 << 17  # zstd makes a new Huffman table for each block of this size
+_COMPRESS_LITERALS = 1002  # ZSTD_c_literalCompressionMode in zstd.h; Python has no name for this option
 _OPTIONS: dict[int, int] = {zstd.CompressionParameter.compression_level: -_BLOCK, _COMPRESS_LITERALS: 1}
-"""A negative level is the step after a miss in the search for matches; here it skips the whole block."""
+"""A negative level is the distance that zstd skips after it finds no match. This level skips the whole block."""
 _local = threading.local()
 
 
@@ -40,7 +40,7 @@ class Entropy:
         """Encode one tensor.
 
         Raises:
-            Declined: that saves less than 1 %.
+            Declined: entropy coding saves less than 1 %.
         """
         [tensor], [spec] = tensors, makes
         coded = compress(bytes_of(tensor), spec.dtype_name)
@@ -54,7 +54,7 @@ class Entropy:
         return [spec.view(decompress(bytes_from(parts[PART], params["bytes"]), spec.dtype_name, spec.n_bytes))]
 
     def parts(self, makes: Sequence[TensorSpec], params: Params) -> dict[str, TensorSpec]:
-        """Return the spec of the coded bytes, which must be fewer than the tensor has."""
+        """Return the spec of the coded bytes, which must be fewer than the bytes of the tensor."""
         [spec], n_bytes = makes, params["bytes"]
         stored = bytes_spec(n_bytes)
         if not n_bytes < spec.n_bytes:
@@ -63,11 +63,11 @@ class Entropy:
 
 
 def compress(data: Bytes, dtype_name: str) -> bytes | None:
-    """Compress the bytes of a tensor; None if that saves less than 1 %.
+    """Compress the bytes of a tensor. Return None if this saves less than 1 %.
 
     Args:
-        data: (n,), the tensor's bytes, little-endian.
-        dtype_name: its safetensors dtype.
+        data: (n,), the bytes of the tensor, little-endian.
+        dtype_name: the safetensors dtype of the tensor.
     """
     chunk_size = _chunk_size(data, dtype_name)
     step = chunk_size * n_planes(dtype_name)
@@ -75,7 +75,7 @@ def compress(data: Bytes, dtype_name: str) -> bytes | None:
     planes = [_compress_plane(plane) for chunk in chunks for plane in split(chunk, dtype_name)]
     table = np.array([chunk_size, *map(len, planes)], "<u4").tobytes()
     coded = b"".join([table, *planes])
-    return coded if len(coded) < (1 - MIN_SAVING / 2) * len(data) - 8 else None  # the file pads to 8 bytes
+    return coded if len(coded) < (1 - MIN_SAVING / 2) * len(data) - 8 else None  # 8 bytes for padding
 
 
 def decompress(coded: Bytes, dtype_name: str, n_bytes: int) -> Bytes:
@@ -83,8 +83,8 @@ def decompress(coded: Bytes, dtype_name: str, n_bytes: int) -> Bytes:
 
     Args:
         coded: (m,), the result of `compress`.
-        dtype_name: the tensor's safetensors dtype.
-        n_bytes: the number of the tensor's bytes.
+        dtype_name: the safetensors dtype of the tensor.
+        n_bytes: the number of bytes of the tensor.
 
     Raises:
         ValueError: the coded bytes are damaged or belong to another tensor.
@@ -92,13 +92,13 @@ def decompress(coded: Bytes, dtype_name: str, n_bytes: int) -> Bytes:
     width = n_planes(dtype_name)
     chunk_size = int(coded[:4].view("<u4")[0]) if len(coded) >= 4 else 0
     if not chunk_size or n_bytes < 0 or n_bytes % width:
-        raise ValueError(f"{n_bytes} bytes of {dtype_name} do not divide into chunks of {chunk_size} values")
+        raise ValueError(f"{n_bytes} bytes of {dtype_name} cannot be divided into chunks of {chunk_size} values")
     offset = 4 + 4 * width * -(-n_bytes // (chunk_size * width))
     if offset > len(coded):
         raise ValueError("the table of plane sizes is cut off")
     table = coded[4:offset].view("<u4")
     if offset + int(table.sum(dtype=np.int64)) != len(coded):
-        raise ValueError("the planes have other sizes than the table says")
+        raise ValueError("the planes do not have the sizes in the table")
     sizes = iter(table.tolist())
     try:
         data = np.empty(n_bytes, np.uint8)
@@ -116,14 +116,14 @@ def decompress(coded: Bytes, dtype_name: str, n_bytes: int) -> Bytes:
 
 
 def _chunk_size(data: Bytes, dtype_name: str) -> int:
-    """Return `FINE_CHUNK` if the first block compresses better in pieces of that size, else `CHUNK`."""
+    """Return `FINE_CHUNK` if the first block compresses better in chunks of that size, else `CHUNK`."""
     block = split(data[: _BLOCK * n_planes(dtype_name)], dtype_name)[0]
     sizes = [len(_frame(block[start : start + FINE_CHUNK])) for start in range(0, len(block), FINE_CHUNK)]
     return CHUNK if len(_frame(block)) <= 1.002 * sum(sizes) else FINE_CHUNK
 
 
 def _compress_plane(plane: Bytes) -> bytes:
-    """Compress the plane, or return it as it is if a sample or the whole plane saves too little."""
+    """Compress a plane. Return the plane unchanged if compressing a sample or the whole plane saves too little."""
     sample = plane[len(plane) // 2 :][:_SAMPLE_SIZE]
     if len(sample) == _SAMPLE_SIZE and len(_frame(sample)) > (1 - MIN_SAVING) * _SAMPLE_SIZE:
         return plane.tobytes()
@@ -142,12 +142,12 @@ def _decompress_plane(coded: Bytes, size: int, length: int) -> Bytes:
     except zstd.ZstdError as error:
         raise ValueError(str(error)) from None
     if len(plane) != length or not decoder.eof or decoder.unused_data:
-        raise ValueError(f"a frame does not hold a plane of {length} bytes")
+        raise ValueError(f"a zstd frame does not hold exactly one plane of {length} bytes")
     return np.frombuffer(plane, np.uint8)
 
 
 def _frame(plane: Bytes) -> bytes:
-    """Compress to a zstd frame. Each thread keeps its own compressor, because threads cannot share one."""
+    """Compress a plane to a zstd frame. Each thread has its own compressor, because threads cannot share one."""
     if not hasattr(_local, "compressor"):
         _local.compressor = zstd.ZstdCompressor(options=_OPTIONS)
     frame: bytes = _local.compressor.compress(plane.data, zstd.ZstdCompressor.FLUSH_FRAME)

@@ -1,9 +1,12 @@
-"""Number the points of a pyramid `{y ∈ Zᴺ : Σ |y_i| = K}` (Fischer 1986), many vectors at once.
+"""Number the points of a pyramid `{y ∈ Zᴺ : Σ |y_i| = K}` (Fischer 1986), for many vectors at once.
 
-Vectors are ordered by their first coordinate, in the order 0, 1, -1, 2, -2, …, then by the next. A pyramid has
-`V(n, k)` points; `S(n, k)` is the sum of `V(n, i)` for `i ≤ k`. Let a coordinate be `±a`, with `k` pulses for it and
-the `n` coordinates after it. `V(n, k) + 2 (S(n, k - 1) - S(n, k - a))` vectors precede it; `V(n, k - a)` more precede
-`-a`.
+The pyramid has `K` *pulses*. Vectors are ordered by their first coordinate, in the order 0, 1, -1, 2, -2, …, then by
+their second coordinate, and so on. The pyramid of `n` dimensions and `k` pulses has `V(n, k)` points; `S(n, k)` is the
+sum of `V(n, i)` for `i ≤ k`.
+
+Suppose that a coordinate is `±a` with `a > 0`, that `n` coordinates follow it, and that `k` pulses remain for these
+`n + 1` coordinates. Then `V(n, k) + 2 (S(n, k - 1) - S(n, k - a))` vectors precede those with `a`, and `V(n, k - a)`
+more precede those with `-a`.
 """
 
 from functools import cache
@@ -13,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ranks = NDArray[Any]
-"""Of int64, or of Python's integers."""
+"""An array of int64 or of Python integers."""
 
 
 def rank(vectors: NDArray[np.int64]) -> Ranks:
-    """Return the rank of each vector (n, N) on its pyramid, (n,); as Python's integers if 63 bits are too few."""
+    """Return the rank of each vector (n, N) on its pyramid, (n,). Ranks are Python integers if int64 is too small."""
     pulses = int(np.abs(vectors[:1]).sum())
     points, sums = _tables(vectors.shape[1], pulses)
     ranks: Ranks = np.zeros(len(vectors), points.dtype)
@@ -35,7 +38,7 @@ def unrank(ranks: Ranks, size: int, pulses: int) -> NDArray[np.int64]:
     """Return the vectors with these ranks, (n, size); the inverse of `rank`.
 
     Raises:
-        ValueError: the pyramid has too few points.
+        ValueError: a rank is out of range.
     """
     points, sums = _tables(size, pulses)
     ranks = ranks.astype(points.dtype)
@@ -45,10 +48,7 @@ def unrank(ranks: Ranks, size: int, pulses: int) -> NDArray[np.int64]:
     remaining = np.full(len(ranks), pulses)
     for place in range(size):
         n = size - 1 - place
-        low, high = (
-            np.zeros_like(remaining),
-            remaining.copy(),
-        )  # the largest `a` with `before <= rank`
+        low, high = np.zeros_like(remaining), remaining.copy()  # bisect for the largest `a` with `before <= rank`
         for _ in range(pulses.bit_length()):
             middle = (low + high + 1) // 2
             before = points[n, remaining] + 2 * (sums[n, remaining - 1] - sums[n, remaining - middle])
@@ -65,13 +65,13 @@ def unrank(ranks: Ranks, size: int, pulses: int) -> NDArray[np.int64]:
 
 
 def n_bits(size: int, pulses: int) -> int:
-    """Return the number of bits of a rank."""
+    """Return the number of bits that a rank needs."""
     return int(_tables(size, pulses)[0][size, pulses] - 1).bit_length()
 
 
 @cache
 def _tables(size: int, pulses: int) -> tuple[Ranks, Ranks]:
-    """Return `V(n, k)` and `S(n, k)`, (size + 1, pulses + 2); the last column, which index -1 reads, is zero."""
+    """Return `V(n, k)` and `S(n, k)`, (size + 1, pulses + 2). The last column is zero, because `k = -1` reads it."""
     points = [[1] + [0] * pulses]
     for _ in range(size):
         row = [1]

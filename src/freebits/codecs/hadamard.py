@@ -1,4 +1,4 @@
-"""A matrix that is stored rotated on both sides, so that its values look normal (QuIP, QuaRot)."""
+"""A matrix that is stored rotated on both sides, so that its values are roughly normal (QuIP, QuaRot)."""
 
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -11,11 +11,11 @@ from freebits.codecs.base import Coded, Params
 from freebits.types import FLOATS, TensorSpec
 
 _MAX_ORDER = 512
-"""The largest order of a Paley matrix, which is applied by matrix multiplication."""
+"""The largest order of a Paley matrix. Larger ones are slow, because they are applied by matrix multiplication."""
 
 
 def hadamard(x: Tensor, seed: int) -> Tensor:
-    """Return `x Q`, with the rotation `Q` of a seed, along the last dimension; in the dtype of `x`."""
+    """Return `x Q` in the dtype of `x`. The seed determines the rotation `Q` of the last dimension."""
     n = x.shape[-1]
     core = _core(n)
     return _times_core_and_sylvester((x * _signs(n, seed).to(x)).unflatten(-1, (len(core), -1)), core.to(x))
@@ -29,7 +29,7 @@ def hadamard_inverse(x: Tensor, seed: int) -> Tensor:
 
 
 def _times_core_and_sylvester(x: Tensor, core: Tensor) -> Tensor:
-    """Multiply (…, m, 2^t) by `core` along the first and by Sylvester's matrix along the last dimension; flatten."""
+    """Multiply `x`, (…, m, 2^t), by `core` along `m` and by Sylvester's matrix along `2^t`; flatten both axes."""
     x = (x.transpose(-1, -2) @ core).transpose(-1, -2)
     half = 1
     while half < x.shape[-1]:
@@ -47,7 +47,10 @@ def _signs(n: int, seed: int) -> Tensor:
 
 @cache
 def _core(n: int) -> Tensor:
-    """Return the factor of the rotation besides Sylvester's, (m, m), float64: Paley's, or a random one."""
+    """Return the Kronecker factor of the rotation that is not Sylvester's matrix, (m, m), float64.
+
+    The factor is a Paley matrix, or a random rotation if no Paley matrix has a suitable order.
+    """
     odd = n // (n & -n)
     m = odd
     while m <= min(n, _MAX_ORDER):
@@ -62,9 +65,9 @@ def _core(n: int) -> Tensor:
 
 
 def _paley(order: int) -> Tensor | None:
-    """Return a Hadamard matrix of this order (Paley 1933), or None.
+    """Return a Hadamard matrix of this order (Paley 1933), or None if there is no such construction.
 
-    The order is `q + 1` for a prime `q = 4k + 3`, or `2 (q + 1)` for a prime `q = 4k + 1`.
+    The order must be 1, `q + 1` for a prime `q = 4k + 3`, or `2 (q + 1)` for a prime `q = 4k + 1`.
     """
     if order == 1:
         return torch.ones(1, 1, dtype=torch.float64)
@@ -81,7 +84,7 @@ def _paley(order: int) -> Tensor | None:
 
 
 def _conference(q: int) -> Tensor:
-    """Return Paley's conference matrix of order `q + 1`: `C Cᵀ = q I`, with zeros on its diagonal."""
+    """Return Paley's conference matrix `C` of order `q + 1`. Its diagonal is zero, and `C Cᵀ = q I`."""
     squares = {index * index % q for index in range(1, q)}
     row = torch.tensor([0.0] + [1.0 if index in squares else -1.0 for index in range(1, q)], dtype=torch.float64)
     indices = torch.arange(q)
@@ -100,7 +103,7 @@ ROTATED = "rotated"
 
 
 class Hadamard:
-    """One matrix `(n, m)`, rotated on both sides; both rotations have the same `seed`."""
+    """One matrix `(n, m)`, rotated on both sides. The same `seed` determines both rotations."""
 
     exact = False
 
@@ -119,7 +122,7 @@ class Hadamard:
         return [hadamard_inverse(columns.T, seed).T.to(spec.dtype).contiguous()]
 
     def parts(self, makes: Sequence[TensorSpec], params: Params) -> dict[str, TensorSpec]:
-        """Return the spec of the rotated matrix, float32."""
+        """Return the spec of the rotated matrix, which is float32."""
         [spec], seed = makes, params["seed"]
         if spec.dtype_name not in FLOATS or len(spec.shape) != 2 or type(seed) is not int or not 0 <= seed < 2**63:
             raise ValueError(f"code hadamard cannot make {spec} with seed {seed!r}")

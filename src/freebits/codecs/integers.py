@@ -1,4 +1,4 @@
-"""Matrices of integers with a scale per row and per column, entropy-coded."""
+"""Entropy-coded matrices of integers with a scale for each row and each column."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,16 +20,16 @@ FINENESS = 16
 """Scales are `2^(e / FINENESS)` for integer exponents `e`."""
 _MAX_EXPONENT = 128 * FINENESS - 1
 """The largest exponent whose scale fits float32."""
-_ROOT = sqrt(sqrt(sqrt(sqrt(2.0))))  # IEEE rounds square roots and products alike everywhere
+_ROOT = sqrt(sqrt(sqrt(sqrt(2.0))))  # IEEE 754 rounds roots and products in the same way everywhere
 _POWERS = np.array([np.prod([1.0] + [_ROOT] * power) for power in range(FINENESS)])
 _HEADER_SIZE = 4 * 2
 _ZSTD_LEVEL = 19
 _DECODED_AT_ONCE = 1 << 17
-"""Integers that become floats at a time, few enough for the processor's cache."""
+"""Number of integers that are converted to floats at a time; they fit the cache of the processor."""
 _PACKED_AT_ONCE = 1 << 20
-"""Integers whose lower bits are packed at a time; a multiple of 8, so that they fill complete bytes."""
+"""Number of integers whose lower bits are packed at a time; a multiple of 8, so that the bits fill complete bytes."""
 _MAX_LEVEL = ans.LEVELS[-1] + 18 * ans.LEVELS_PER_OCTAVE
-"""The level of integers of 24 bits."""
+"""The level of integers whose standard deviation is `2^24`."""
 _MIN_VARIANCE = 1e-3
 
 
@@ -39,8 +39,8 @@ class ScaledIntegers:
 
     Attributes:
         integers: (n, m), int32.
-        rows: (n,), int16.
-        columns: (m,), int16.
+        rows: (n,), int16, exponents of the row scales.
+        columns: (m,), int16, exponents of the column scales.
     """
 
     integers: Tensor
@@ -59,26 +59,26 @@ def steps(exponents: Tensor) -> Tensor:
 
 
 def exponents(scales: Tensor) -> Tensor:
-    """Return the nearest exponents of positive scales, int16; the inverse of `steps`."""
+    """Round positive scales to the nearest exponents, int16; the inverse of `steps`."""
     return (scales.double().log2() * FINENESS).round().to(torch.int16)
 
 
 class Integers:
-    """Matrices, encoded together: for each its integers and the exponents of its row scales and column scales.
+    """Matrices, encoded together. Each consists of integers and the exponents of its row scales and column scales.
 
-    The level of a row plus the level of a column, each to a quarter of an octave, estimate how large their integers
-    are. The sum selects the table of `freebits.codecs.ans` for an integer. Integers too large for any table are split:
-    only their upper bits are entropy-coded, as the lower bits are almost random.
+    Each row and each column has a *level* in quarters of an octave. Row level plus column level estimates how large an
+    integer is, and selects the table of `freebits.codecs.ans` for the integer. Integers too large for any table are
+    split: only their upper bits are entropy-coded, because their lower bits are almost random.
 
-    Part `message`, little-endian: bytes of the side data, number of escaped integers (u32 each); side data (zstd);
-    escaped integers (i32); lower bits; bitstream (u16). Side data: for each matrix the exponents of its rows and of
-    its columns (i16), then the levels of both (i8).
+    Layout of part `message`, little-endian: size of the side data in bytes, number of escaped integers (u32 each); side
+    data (zstd); escaped integers (i32); lower bits; bitstream (u16). The side data has for each matrix the row
+    exponents and column exponents (i16), then the row levels and column levels (i8).
     """
 
     exact = False
 
     def encode(self, tensors: Sequence[Tensor], makes: Sequence[TensorSpec]) -> Coded:  # noqa: ARG002
-        """Encode matrices, each given as the three tensors of `ScaledIntegers`."""
+        """Encode matrices. `tensors` has the three tensors of a `ScaledIntegers` for each matrix."""
         matrices = [ScaledIntegers(*tensors[start : start + 3]) for start in range(0, len(tensors), 3)]
         levels = [_levels(matrix.integers) for matrix in matrices]
         ordered = [
@@ -125,7 +125,7 @@ class Integers:
         """Return the spec of the message, which has `params["bytes"]` bytes."""
         for spec in makes:
             if spec.dtype_name not in FLOATS or len(spec.shape) != 2:
-                raise ValueError(f"code integers cannot make {spec}: it makes matrices of floats")
+                raise ValueError(f"code integers cannot make {spec}: the code makes only matrices of floats")
         return {MESSAGE: bytes_spec(params["bytes"])}
 
     def scaled_integers(
@@ -143,7 +143,11 @@ class Integers:
 def _read(
     parts: Mapping[str, Tensor], makes: Sequence[TensorSpec], params: Params
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
-    """Yield for each matrix: its integers ordered by level, where its rows and columns are in them, and exponents."""
+    """Decode the message, and yield five tensors for each matrix.
+
+    The tensors are the integers with rows and columns sorted by level, the positions of the rows and of the columns
+    among the sorted ones, and the exponents of the rows and of the columns.
+    """
     message = bytes_from(parts[MESSAGE], params["bytes"])
     if len(message) < _HEADER_SIZE:
         raise ValueError("the message is cut off")
@@ -175,7 +179,7 @@ def _read(
         block = matrices[index][rows, columns]
         block[:] = segment[start : start + block.size].reshape(block.shape)
         start += block.size
-    for _ in decoded:  # run the decoder's checks at its end
+    for _ in decoded:  # exhaust the decoder, because it checks the escaped integers at its end
         pass
     for ordered, (row_exponents, column_exponents, *levels) in zip(matrices, side_data, strict=True):
         row_positions, column_positions = (torch.from_numpy(np.argsort(_order(axis_levels))) for axis_levels in levels)
@@ -184,19 +188,20 @@ def _read(
 
 
 def _levels(integers: Tensor) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
-    """Return the levels of the rows and of the columns; the level of an integer is the sum of both."""
+    """Return the levels of the rows and of the columns. The level of an integer is row level plus column level."""
     squares = integers.double().square_()
     columns = squares.mean(0).clamp_min_(_MIN_VARIANCE)
     rows = (squares / columns).mean(1).clamp_min_(_MIN_VARIANCE)
     columns = (squares / rows[:, None]).mean(0)
     typical = rows.log().mean().exp()
-    variances = (rows / typical, (columns * typical - 1 / 12).clamp_min_(_MIN_VARIANCE))  # 1/12: of rounding
+    # 1/12 is the variance of rounding errors
+    variances = (rows / typical, (columns * typical - 1 / 12).clamp_min_(_MIN_VARIANCE))
     levels = [(variance.log2() * ans.LEVELS_PER_OCTAVE / 2).round().clamp(-64, 63) for variance in variances]
     return levels[0].numpy().astype(np.int8), levels[1].numpy().astype(np.int8)
 
 
 def _n_lower(level: int) -> int:
-    """Return the number of lower bits by which integers of a level exceed those of the last table."""
+    """Return the number of lower bits to split off integers of a level, so that the last table fits the upper bits."""
     return max(0, -(-(level - ans.LEVELS[-1]) // ans.LEVELS_PER_OCTAVE))
 
 
@@ -210,7 +215,7 @@ def _pack_lower(integers: NDArray[np.int32], n_bits: int) -> bytes:
 
 
 def _join(upper: ans.Decoded, lower: bytes, n_bits: int) -> ans.Decoded:
-    """Join upper bits and packed lower bits to integers."""
+    """Join upper bits and packed lower bits into integers."""
     if not n_bits:
         return upper
     integers = upper.astype(np.int32) << n_bits
@@ -226,7 +231,10 @@ def _order(levels: NDArray[np.int8]) -> NDArray[np.int64]:
 
 
 def _blocks(levels: Sequence[Sequence[NDArray[np.int8]]]) -> list[tuple[int, int, slice, slice]]:
-    """Return the blocks of one level in the ordered matrices, by level: level, matrix, rows, columns."""
+    """Return the blocks of the ordered matrices, sorted by level. All integers of a block have the same level.
+
+    A block is a tuple of level, index of the matrix, rows and columns.
+    """
     blocks = []
     for index, row_and_column_levels in enumerate(levels):
         rows, columns = (_runs(axis_levels) for axis_levels in row_and_column_levels)
@@ -238,14 +246,14 @@ def _blocks(levels: Sequence[Sequence[NDArray[np.int8]]]) -> list[tuple[int, int
 
 
 def _runs(levels: NDArray[np.int8]) -> list[tuple[int, slice]]:
-    """Return each level, ascending, with the slice that it takes once the levels are sorted."""
+    """Return the distinct levels in ascending order, each with its slice of the sorted levels."""
     values, counts = np.unique(levels, return_counts=True)
     ends = np.cumsum(counts)
     return [(int(v), slice(int(end - n), int(end))) for v, n, end in zip(values, counts, ends, strict=True)]
 
 
 def _side_data(data: bytes, shapes: Sequence[tuple[int, ...]]) -> Iterator[tuple[NDArray[Any], ...]]:
-    """Yield for each matrix: row exponents, column exponents, row levels, column levels."""
+    """Yield the row exponents, column exponents, row levels and column levels of each matrix."""
     n_bytes = sum(3 * (rows + columns) for rows, columns in shapes)
     decoder = zstd.ZstdDecompressor()
     try:
@@ -253,7 +261,7 @@ def _side_data(data: bytes, shapes: Sequence[tuple[int, ...]]) -> Iterator[tuple
     except zstd.ZstdError as error:
         raise ValueError(str(error)) from None
     if len(content) != n_bytes or not decoder.eof or decoder.unused_data:
-        raise ValueError(f"the side data does not have the {n_bytes} bytes that its matrices need")
+        raise ValueError(f"the side data does not have exactly the {n_bytes} bytes that the matrices need")
     offset = 0
     for rows, columns in shapes:
         arrays = []

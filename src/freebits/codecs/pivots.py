@@ -1,4 +1,4 @@
-"""A matrix whose spaces of rows have the identity among their columns, stored without those columns."""
+"""A matrix in which some ranges of rows have all columns of the identity, stored without these columns."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,11 +12,11 @@ WORDS, PIVOTS = "words", "pivots"
 
 
 class Pivots:
-    """A matrix `(n, m)`, or with `dim` 1 its transpose `(m, n)`.
+    """A matrix `(n, m)`, or its transpose `(m, n)` if `dim` is 1.
 
-    Each of `spaces`, `[start, size]`, is `size` rows from row `start`. Its `size` pivots, ascending, are the columns of
-    the identity. The code stores the pivots, space after space; then the other columns of each space, row by row; then
-    the rows outside all spaces.
+    Each *space*, `[start, size]`, is a range of `size` rows that begins at row `start`. The `size` columns of a space
+    that form the identity are its *pivots*. The code stores the column numbers of the pivots, space by space; then the
+    other columns of each space, row by row; then the rows outside all spaces.
     """
 
     exact = False
@@ -77,16 +77,21 @@ class Pivots:
         for start, size in spaces:
             if type(start) is not int or type(size) is not int or not 0 < size <= m or start < end:
                 raise ValueError(
-                    f"a space has {size!r} rows from row {start!r}: it may have 1 to {m}, from row {end} or later"
+                    f"a space has {size!r} rows from row {start!r}: it needs 1 to {m} rows, from row {end} or later"
                 )
             end, count, squares = start + size, count + size, squares + size**2
         if end > n or not count:
-            raise ValueError(f"{count} pivots up to row {end} do not fit {n} rows")
+            raise ValueError(
+                f"the spaces have {count} pivots and end at row {end}: they need a pivot, and there are only {n} rows"
+            )
         return {PIVOTS: TensorSpec("I32", (count,)), WORDS: TensorSpec(spec.dtype_name, (n * m - squares,))}
 
 
 def identity_columns(space: Tensor) -> Tensor | None:
-    """Return the columns of `(r, m)` that form the identity, (r,), ascending; None if one is missing or misplaced."""
+    """Return the columns of a space, (r, m), that form the identity, (r,), ascending.
+
+    Return None if a column of the identity is missing, or if the columns are not in order.
+    """
     single = ((space != 0).sum(0) == 1).nonzero().flatten()
     ones = single[(space[:, single].sum(0) == 1).nonzero().flatten()]
     row = space[:, ones].argmax(0)

@@ -1,7 +1,7 @@
-"""Values as byte planes, which separate exponents, which repeat, from mantissas, which do not.
+"""Split values into byte planes. This separates exponents, which often repeat, from mantissas, which do not.
 
-A float with at least eight exponent bits is rotated left by one bit. Its exponent then fills the upper byte, and its
-sign joins the mantissa (as in ZipNN, Hershcovitch et al. 2024).
+A *plane* has one byte of each value. A float with at least eight exponent bits is first rotated left by one bit. The
+exponent then fills the upper byte, and the sign joins the mantissa (as in ZipNN, Hershcovitch et al. 2024).
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ _WIDTHS = {"F16": 2, "BF16": 2, "I16": 2, "U16": 2, "F32": 4, "I32": 4, "U32": 4
 
 
 def n_planes(dtype_name: str) -> int:
-    """Return the bytes per value of a safetensors dtype; 1 for a dtype that is narrower or unknown."""
+    """Return the bytes per value of a safetensors dtype, or 1 if the dtype is unknown or narrower than a byte."""
     return _WIDTHS.get(dtype_name, 1)
 
 
@@ -22,7 +22,7 @@ def split(data: Bytes, dtype_name: str) -> list[Bytes]:
 
     Args:
         data: (n,), the bytes of complete values.
-        dtype_name: their safetensors dtype.
+        dtype_name: the safetensors dtype of the values.
     """
     width = n_planes(dtype_name)
     if width == 1:

@@ -1,4 +1,4 @@
-"""Groups of a row as points on a pyramid and separate scales (pyramid vector quantization, Fischer 1986)."""
+"""Groups of weights, stored as points on a pyramid and scales (pyramid vector quantization, Fischer 1986)."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,7 +14,11 @@ POINTS, SCALES, NORMS, LEVELS = "points", "scales", "norms", "levels"
 
 
 class Pyramid:
-    """One matrix: the direction of each group is a point, its length is a level times the norm of the row."""
+    """One matrix, whose rows are split into groups.
+
+    The direction of a group is the direction of its point. The length of a group is a level times the norm of the row.
+    The scale of a group is the index of its level.
+    """
 
     exact = False
 
@@ -48,11 +52,11 @@ class Pyramid:
         valid = all(type(value) is int and 1 <= value <= 256 for value in (size, pulses, bits)) and bits <= 8
         if not valid or spec.dtype_name not in FLOATS or len(spec.shape) != 2 or spec.shape[1] % size:
             raise ValueError(
-                f"code pyramid cannot make {spec} with {pulses!r} pulses in groups of {size!r}, scales of {bits!r} bits"
+                f"code pyramid cannot make {spec} with {pulses!r} pulses, groups of {size!r}, and {bits!r}-bit scales"
             )
         width = enumeration.n_bits(size, pulses)
         if width > 62:
-            raise ValueError(f"points of {width} bits are too large: 62 bits are allowed")
+            raise ValueError(f"points have {width} bits: at most 62 bits are allowed")
         n_groups = spec.numel // size
         points, scales = (bytes_spec(-(-n_groups * n_bits // 8)) for n_bits in (width, bits))
         norms, levels = TensorSpec("F16", spec.shape[:1]), TensorSpec("F16", (1 << bits,))

@@ -28,20 +28,20 @@ class Transposed:
         """Return the spec of the transposed matrix."""
         [spec] = makes
         if len(spec.shape) != 2:
-            raise ValueError(f"code transposed cannot make {spec}: it makes matrices")
+            raise ValueError(f"code transposed cannot make {spec}: the code makes only matrices")
         return {TRANSPOSED: TensorSpec(spec.dtype_name, spec.shape[::-1])}
 
 
 class Joined:
     """One tensor, reshaped to a matrix and stored in parts of consecutive rows.
 
-    Params: `rows`, the number of rows of each part. The width of the matrix follows from their sum.
+    Params: `rows`, the number of rows of each part. The width of the matrix follows from the sum of `rows`.
     """
 
     exact = False
 
     def encode(self, tensors: Sequence[Tensor], makes: Sequence[TensorSpec]) -> Coded:  # noqa: ARG002
-        """Return the parts as they are."""
+        """Store the tensors unchanged as parts."""
         parts = {str(index): tensor for index, tensor in enumerate(tensors)}
         return Coded(parts, {"rows": [len(tensor) for tensor in tensors]})
 
@@ -51,7 +51,7 @@ class Joined:
         return [cat([parts[str(index)] for index in range(len(params["rows"]))]).reshape(spec.shape)]
 
     def parts(self, makes: Sequence[TensorSpec], params: Params) -> dict[str, TensorSpec]:
-        """Return the specs of matrices with these numbers of rows, which together hold the tensor."""
+        """Return the specs of the parts, which together must hold the tensor."""
         [spec] = makes
         rows = params["rows"]
         if len(spec.shape) < 2 or not rows or min(rows) < 1 or not spec.numel or spec.numel % sum(rows):

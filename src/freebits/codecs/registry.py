@@ -24,4 +24,4 @@ CODES: dict[str, Code] = {
     "pyramid": Pyramid(),
     "transposed": Transposed(),
 }
-"""Name in a recipe → code. Each code has one line."""
+"""Name in a recipe → code."""

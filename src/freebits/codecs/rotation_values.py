@@ -1,30 +1,30 @@
-"""Rotations from 16-bit values and back (paper, Algorithms 2 to 4). Encoder and decoder compute in float64.
+"""Convert 16-bit values to rotations and back (paper, Algorithms 2 to 4).
 
-In float32 the eigenvectors of close eigenvalues depend on the number of threads and on the kernel, so
-another machine would decode a file differently.
+Encoder and decoder compute in float64. In float32 the eigenvectors of close eigenvalues depend on the number of threads
+and on the kernel, so another machine would decode a file differently.
 """
 
 import torch
 from torch import Tensor
 
 _ROWS_AT_ONCE = 8192
-"""Rows that are converted to float64 at a time."""
+"""Number of rows that are converted to float64 at a time."""
 
 
 def n_values_taken(size: int) -> int:
-    """Return the number of values that encode a rotation: a symmetric matrix's upper triangle with the diagonal."""
+    """Return the number of values that encode a rotation. They are the upper triangle of a symmetric matrix."""
     return size * (size + 1) // 2
 
 
 def rotation_from_values(values: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Decode a rotation from the message (Algorithm 3).
+    """Convert values to a rotation (Algorithm 3).
 
     Args:
-        values: (size (size + 1) / 2,), any float dtype, finite.
-        size: `k`.
+        values: (size (size + 1) / 2,), any float dtype, finite, the upper triangle of a symmetric matrix `X`.
+        size: the size `k` of the rotation.
 
     Returns:
-        `Q: (k, k)` and eigenvalues `λ: (k,)` with `X = Q diag(λ) Qᵀ`, both float64.
+        The rotation `Q: (k, k)` and eigenvalues `λ: (k,)` with `X = Q diag(λ) Qᵀ`, in float64.
     """
     row, column = torch.triu_indices(size, size, device=values.device)
     X = torch.zeros(size, size, dtype=torch.float64, device=values.device)
@@ -35,20 +35,20 @@ def rotation_from_values(values: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def values_from_rotation(Q: Tensor, eigenvalues: Tensor) -> Tensor:
-    """Encode a rotation back into values (Algorithm 4), the inverse of `rotation_from_values`; float64."""
+    """Convert a rotation back to values, in float64 (Algorithm 4); the inverse of `rotation_from_values`."""
     row, column = torch.triu_indices(len(Q), len(Q), device=Q.device)
     X = Q * eigenvalues.double() @ Q.T
     return X[row, column]
 
 
 def canonical_direction(W: Tensor) -> Tensor:
-    """Return the rotation `Q` that makes `(W Q)ᵀ (W Q)` diagonal, ascending (paper, section 3.1 and Algorithm 1).
+    """Return the rotation `Q` for which `(W Q)ᵀ (W Q)` is diagonal and ascending (paper, section 3.1, Algorithm 1).
 
     Args:
         W: (n, k), any float dtype, finite.
 
     Returns:
-        (k, k), float64. Where `W` has rank `r < k`, the first `k - r` columns of `W Q` are zero.
+        (k, k), float64. If `W` has rank `r < k`, the first `k - r` columns of `W Q` are zero.
     """
     gram = torch.zeros(W.shape[1], W.shape[1], dtype=torch.float64, device=W.device)
     for rows in W.split(_ROWS_AT_ONCE):
@@ -58,27 +58,27 @@ def canonical_direction(W: Tensor) -> Tensor:
 
 
 def unsigned_rotation(W: Tensor) -> Tensor:
-    """Return the rotation `Q` that took a matrix from its canonical direction to `W` (Algorithm 2), up to signs.
+    """Compute the rotation from a matrix in canonical direction to `W`, up to the signs of its rows (Algorithm 2).
 
     Args:
         W: (n, k), any float dtype, the rotated matrix.
 
     Returns:
-        `Q: (k, k)`, float64, with the sign of each row chosen so that its sum is not negative.
+        `Q: (k, k)`, float64. The sign of each row is chosen so that the sum of the row is not negative.
     """
     rows = canonical_direction(W).T
     return with_signs(rows, rows.sum(1) < 0)
 
 
 def rotation_signs(unsigned: Tensor, Q: Tensor) -> Tensor:
-    """Return which rows of `unsigned_rotation` must be negated to get `Q`, (k,), bool.
+    """Return a mask of the rows of `unsigned_rotation` that must be negated to get `Q`, (k,), bool.
 
-    The paper stores the sign of each row's sum. This code compares each row with the row that the decoder computes,
-    so that a row whose sum is nearly zero needs no correction either.
+    The paper stores the sign of the sum of each row. freebits instead compares each row with the row that the decoder
+    computes, so that even a row whose sum is nearly zero needs no correction.
     """
     return (unsigned * Q).sum(1) < 0
 
 
 def with_signs(rows: Tensor, signs: Tensor) -> Tensor:
-    """Return the rows, negated where the sign is set."""
+    """Negate each row whose sign is True, and return all rows."""
     return torch.where(signs[:, None], -rows, rows)

@@ -12,12 +12,12 @@ WORDS = "words"
 
 
 class Lower:
-    """A lower trapezoidal matrix `(n, m)`: the values on and below its diagonal, row by row."""
+    """A lower trapezoidal matrix `(n, m)`, stored as the values on and below its diagonal, row by row."""
 
     exact = False
 
     def encode(self, tensors: Sequence[Tensor], makes: Sequence[TensorSpec]) -> Coded:  # noqa: ARG002
-        """Encode one matrix; ignores the values above the diagonal."""
+        """Encode one matrix. Ignore the values above its diagonal."""
         [matrix] = tensors
         return Coded({WORDS: lower_values(matrix)})
 
@@ -31,7 +31,7 @@ class Lower:
         [spec] = makes
         rows, columns = spec.shape
         if spec.dtype_name not in FLOATS:
-            raise ValueError(f"code lower cannot make {spec}: it makes matrices of floats")
+            raise ValueError(f"code lower cannot make {spec}: the code makes only matrices of floats")
         return {WORDS: TensorSpec(spec.dtype_name, (n_lower_values(rows, columns),))}
 
 
@@ -47,7 +47,7 @@ class Symmetric(Lower):
         """Return the spec of the lower triangle of a square matrix."""
         [spec] = makes
         if len(set(spec.shape)) != 1:
-            raise ValueError(f"code symmetric cannot make {spec}: it makes square matrices")
+            raise ValueError(f"code symmetric cannot make {spec}: the code makes only square matrices")
         return super().parts(makes, params)
 
 

@@ -1,4 +1,5 @@
-"""Reads checkpoints that other tools have quantized (FP8, MXFP4, NVFP4, INT4, GPTQ, AWQ) as floats.
+"""Read checkpoints that other tools have quantized (FP8, MXFP4, NVFP4, INT4, GPTQ, AWQ), with their weights as floats.
 
-To add an input format, write a class and add it to `source.FORMATS`. Formats that freebits writes are in `codecs`.
+To add an input format, write a class that implements `Format`, and add an instance to `source.FORMATS`. The formats
+that freebits writes are in `codecs`.
 """

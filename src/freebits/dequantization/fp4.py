@@ -1,4 +1,4 @@
-"""4-bit floats with scales: MXFP4 of gpt-oss, and both dialects of NVFP4."""
+"""4-bit floats with scales: MXFP4, and NVFP4 as compressed-tensors and ModelOpt write it."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -10,9 +10,10 @@ from freebits.types import TensorSpec
 
 
 class StackedMXFP4:
-    """MXFP4 of gpt-oss: stacks of experts in blocks of 32 weights, each with a power of two as scale.
+    """The format of gpt-oss: stacks of expert matrices in MXFP4.
 
-    Decoding transposes each matrix to the layout of transformers.
+    Each block of 32 weights has a power of two as its scale. Decoding transposes each matrix to the layout of
+    transformers.
     """
 
     def match(self, name: str, specs: Mapping[str, TensorSpec], settings: Settings) -> StoredMatrix | None:  # noqa: ARG002
@@ -37,9 +38,9 @@ def _decode_stack(parts: Mapping[str, Tensor]) -> Tensor:
 
 
 class FP4:
-    """NVFP4 (blocks of 16 along the rows, FP8 scales, a global scale) or MXFP4 (blocks of 32).
+    """NVFP4 (blocks of 16 weights along the rows, FP8 scales, and a global scale) or MXFP4 (blocks of 32 weights).
 
-    compressed-tensors divides by the global scale, ModelOpt multiplies by it.
+    Decoding divides by the global scale of compressed-tensors, but multiplies by the global scale of ModelOpt.
     """
 
     def match(self, name: str, specs: Mapping[str, TensorSpec], settings: Settings) -> StoredMatrix | None:  # noqa: ARG002

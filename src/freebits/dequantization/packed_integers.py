@@ -15,7 +15,10 @@ _BITS = (2, 4, 8)
 
 
 class CompressedIntegers:
-    """Format `pack-quantized` of compressed-tensors: packed along rows, with an offset of `2^(bits - 1)`."""
+    """The format `pack-quantized` of compressed-tensors.
+
+    Integers are packed along the rows. By default, their zero point is `2^(bits - 1)`.
+    """
 
     def match(self, name: str, specs: Mapping[str, TensorSpec], settings: Settings) -> StoredMatrix | None:
         """See `Format`."""
@@ -27,7 +30,7 @@ class CompressedIntegers:
         rows, n_packed = specs[name].shape
         width = n_packed * (32 // bits)
         n_grouped = group_size * specs[scale].shape[-1]
-        if group_size and 0 <= width - n_grouped < 32 // bits:  # the last 32-bit value may be only partly used
+        if group_size and 0 <= width - n_grouped < 32 // bits:  # the last 32-bit value of a row may be only partly used
             width = n_grouped
         parts = {"values": name, "scale": scale}
         parts |= present_parts(specs, {"zeros": f"{stem}_zero_point", "groups": f"{stem}_g_idx"})
@@ -35,7 +38,7 @@ class CompressedIntegers:
 
 
 def _bits_and_group_size(settings: Settings) -> tuple[int, int]:
-    """Bits and group size of the weights in a config of compressed-tensors; 0 for no groups."""
+    """Return the bits and the group size in a config of compressed-tensors; size 0 if there are no groups."""
     groups: Any = settings.get("config_groups")
     groups = list(groups.values()) if isinstance(groups, dict) else []
     schemes = [group.get("weights") for group in groups if isinstance(group, dict)]
@@ -43,7 +46,7 @@ def _bits_and_group_size(settings: Settings) -> tuple[int, int]:
     if len(pairs) != 1:
         raise UnsupportedModelError(
             f"quantization_config has {len(pairs)} combinations of num_bits and group_size for weights, but freebits "
-            "reads exactly one: use the original model"
+            "reads only checkpoints with exactly one: use the unquantized model"
         )
     [(bits, group_size)] = pairs
     return _checked_bits(bits), max(0, group_size)
@@ -52,7 +55,7 @@ def _bits_and_group_size(settings: Settings) -> tuple[int, int]:
 def _checked_bits(bits: Any) -> int:
     if bits not in _BITS:
         raise UnsupportedModelError(
-            f"the weights are packed integers of {bits} bits, but freebits reads 2, 4 and 8: use the original model"
+            f"the weights are packed integers of {bits} bits, but freebits reads 2, 4 or 8: use the unquantized model"
         )
     return int(bits)
 
@@ -60,7 +63,7 @@ def _checked_bits(bits: Any) -> int:
 def _decode_compressed(parts: Mapping[str, Tensor], bits: int, shape: tuple[int, int]) -> Tensor:
     values = unpack_integers(parts["values"], bits, shape[1]).float()
     zeros = torch.tensor(float(1 << bits - 1))
-    if "zeros" in parts:  # packed along the other dimension
+    if "zeros" in parts:  # zero points are packed along the other dimension
         scale = parts["scale"]
         zeros = unpack_integers(parts["zeros"].T.contiguous(), bits, scale.shape[0]).T.float()
     if "groups" in parts:
@@ -70,7 +73,10 @@ def _decode_compressed(parts: Mapping[str, Tensor], bits: int, shape: tuple[int,
 
 
 class GPTQ:
-    """GPTQ: packed along the inputs, with a group index for each input. Version 1 stores zero points minus one."""
+    """The format of GPTQ.
+
+    Integers are packed along the inputs, and each input has a group index. Version 1 stores zero points minus 1.
+    """
 
     def match(self, name: str, specs: Mapping[str, TensorSpec], settings: Settings) -> StoredMatrix | None:
         """See `Format`."""
@@ -101,7 +107,7 @@ def _decode_gptq(parts: Mapping[str, Tensor], bits: int, shape: tuple[int, int],
 
 
 class AWQ:
-    """AWQ: packed along the outputs; the eight integers of a 32-bit value are permuted."""
+    """The format of AWQ. Integers are packed along the outputs, and permuted within each 32-bit value."""
 
     _ORDER = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
     """Position of each of the eight integers in a 32-bit value."""
@@ -113,7 +119,7 @@ class AWQ:
             return None
         if settings.get("bits", settings.get("w_bit")) != 4 or settings.get("version", "gemm").lower() != "gemm":
             raise UnsupportedModelError(
-                "freebits reads AWQ weights only if they have 4 bits and version 'gemm': use the original model"
+                "freebits reads AWQ weights only if they have 4 bits and version 'gemm': use the unquantized model"
             )
         n_inputs, n_packed = specs[name].shape
         parts = {"values": name, "scale": f"{stem}scales"} | present_parts(specs, {"zeros": f"{stem}qzeros"})

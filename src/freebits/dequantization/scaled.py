@@ -1,4 +1,4 @@
-"""8-bit weights with scales: FP8 as DeepSeek, Qwen and Mistral publish it, MXFP8, and INT8."""
+"""8-bit weights with scales: MXFP8, INT8, and FP8 as DeepSeek, Qwen and Mistral publish it."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -20,10 +20,10 @@ _MX_BLOCK = 32
 
 
 class Scaled:
-    """8-bit weights with scales for the tensor, its rows or its blocks; INT8 may have zero points.
+    """8-bit weights with a scale for the tensor, for each row, or for each block. INT8 weights can have zero points.
 
-    Scales are floats, or exponents in E8M0. DeepSeek V4 stores MXFP4 in the same way: two weights in each INT8 byte and
-    a scale for each 32 weights.
+    Scales are floats, or exponents in E8M0. Under the same tensor names, DeepSeek V4 stores MXFP4: each INT8 byte holds
+    two weights, and each block of 32 weights has a scale.
     """
 
     def match(self, name: str, specs: Mapping[str, TensorSpec], settings: Settings) -> StoredMatrix | None:

@@ -18,15 +18,15 @@ from freebits.storage.checkpoint import Checkpoint, Folder
 from freebits.types import DTYPES, HALF_DTYPES, TensorSpec
 
 FORMATS: tuple[Format, ...] = (StackedMXFP4(), FP4(), CompressedIntegers(), GPTQ(), AWQ(), Scaled())
-"""All input formats. The first that matches a tensor decodes it."""
+"""All input formats. The first format that matches a tensor decodes the tensor."""
 _SETTINGS_KEYS = ("quantization_config", "compression_config")
 _IGNORED_SUFFIXES = ("input_scale", "activation_scale", "input_global_scale", "k_scale", "v_scale", "weight_shape")
-"""Suffixes of tensors that only quantized models have and that the weights do not need."""
+"""Suffixes of tensors that only quantized models have and that are not needed to decode weights."""
 _DTYPE_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 def open_as_floats(path: str | os.PathLike[str]) -> Folder:
-    """Open the checkpoint in a folder, packed or not. If another tool has quantized it, its weights are read as floats.
+    """Open the checkpoint in a folder, packed or not. Weights that another tool has quantized are read as floats.
 
     Raises:
         CheckpointError: the folder holds no valid checkpoint.
@@ -37,15 +37,15 @@ def open_as_floats(path: str | os.PathLike[str]) -> Folder:
 
 
 def is_quantized(config: Mapping[str, Any]) -> bool:
-    """Whether a model's config says that another tool has quantized its weights."""
+    """Return whether a model's config says that another tool has quantized the weights."""
     return bool(_settings(config))
 
 
 class Dequantized(Checkpoint):
     """A checkpoint that another tool has quantized, read as floats. Implements `Source`.
 
-    Each matrix is read and multiplied by its scales on request. Its dtype is that of the config, by default bfloat16.
-    Scales of activations are left out.
+    Each matrix is read and multiplied by its scales on request. It gets the dtype in the config, or bfloat16 if the
+    config has none. Scales of activations are left out.
 
     Raises:
         UnsupportedModelError: the format is unknown.
@@ -64,18 +64,22 @@ class Dequantized(Checkpoint):
                 matches = (format_.match(name, specs, settings) for format_ in FORMATS)
                 matrix = next((match for match in matches if match is not None), None)
             except (ValueError, TypeError, AttributeError) as error:
-                raise CheckpointError(f"{name} in {path} does not fit its quantization settings ({error})") from None
+                raise CheckpointError(
+                    f"tensor {name} in {path} does not fit the quantization settings in its config ({error})"
+                ) from None
             if matrix is None:
                 continue
             missing = next((part for part in matrix.parts.values() if part not in specs), None)
             if missing is not None:
-                raise CheckpointError(f"tensor {missing} is missing in {path}: the checkpoint is incomplete")
+                raise CheckpointError(
+                    f"tensor {missing} is missing in {path}, so the checkpoint is incomplete: download it again"
+                )
             self._matrices[matrix.name] = matrix
             part_names.update(matrix.parts.values())
         if not self._matrices:
             raise UnsupportedModelError(
-                f"{path} is quantized in a format that freebits does not read ({method}): use the original model, or "
-                "compress it with `lossless`"
+                f"{path} is quantized in a format that freebits does not read ({method}): use the unquantized "
+                "model, or compress this one with `lossless`"
             )
         self._dtype_name = _float_dtype(self.config)
         self._plain_specs = {
@@ -87,12 +91,12 @@ class Dequantized(Checkpoint):
 
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:
-        """Dtype and shape of every tensor, dequantized."""
+        """Dtype and shape of every tensor after dequantization."""
         matrices = {name: TensorSpec(self._dtype_name, matrix.shape) for name, matrix in self._matrices.items()}
         return self._plain_specs | matrices
 
     def __getitem__(self, name: str) -> Tensor:
-        """The tensor called `name`, dequantized in float32 and rounded once."""
+        """Read the tensor called `name`. A quantized matrix is decoded in float32 and then rounded once."""
         matrix = self._matrices.get(name)
         if matrix is None:
             return super().__getitem__(name) if name in self._plain_specs else self._stored_tensor(name)
@@ -100,27 +104,28 @@ class Dequantized(Checkpoint):
             values = matrix.decode({role: self._stored_tensor(part) for role, part in matrix.parts.items()})
         except (ValueError, RuntimeError, IndexError) as error:
             raise CheckpointError(
-                f"{name} in {self.path} cannot be dequantized ({error}): download the model again"
+                f"tensor {name} in {self.path} cannot be dequantized ({error}): download the model again"
             ) from None
         if tuple(values.shape) != matrix.shape:
             raise CheckpointError(
-                f"{name} in {self.path} has shape {tuple(values.shape)}, not {matrix.shape}: download the model again"
+                f"tensor {name} in {self.path} has shape {tuple(values.shape)}, not {matrix.shape}: "
+                "download the model again"
             )
         return values.to(DTYPES[self._dtype_name]).contiguous()
 
     def _stored_tensor(self, name: str) -> Tensor:
-        """Read a stored tensor; if PyTorch does not compute with its dtype, as bytes."""
+        """Read a stored tensor; return it as bytes if PyTorch does not compute with its dtype."""
         data = self.read(name)
         spec = self.weights[self.files[name]].entries[name].spec
         return spec.view(data) if spec.dtype_name in DTYPES else torch.from_numpy(data).reshape(spec.shape)
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor with its name, read one at a time."""
+        """Yield every tensor with its name, reading one tensor at a time."""
         return ((name, self[name]) for name in self.specs)
 
 
 def _settings(config: Mapping[str, Any]) -> Settings:
-    """The quantization settings of a config or of one of its sub-configs; empty if there are none."""
+    """Return the quantization settings of a config or of one of its sub-configs; empty if there are none."""
     for subconfig in _with_subconfigs(config):
         for key in _SETTINGS_KEYS:
             if isinstance(settings := subconfig.get(key), Mapping):
@@ -141,7 +146,7 @@ def _without_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _float_dtype(config: Mapping[str, Any]) -> str:
-    """The dtype of a config or of one of its sub-configs, by its safetensors name; `BF16` if there is none."""
+    """Return the safetensors name of the dtype in a config or in one of its sub-configs; `BF16` if there is none."""
     values = (subconfig.get(key) for subconfig in _with_subconfigs(config) for key in ("dtype", "torch_dtype"))
     dtype_names = (_DTYPE_NAMES.get(str(value)) for value in values)
     return next((name for name in dtype_names if name in (*HALF_DTYPES, "F32")), "BF16")

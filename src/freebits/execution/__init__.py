@@ -1,4 +1,4 @@
-"""Runs pieces of work on threads or Ray, stores finished pieces and reports progress.
+"""Run pieces of work on threads or Ray, store the results of finished pieces, and report progress.
 
 A new backend implements `executor.Executor`. The functions that compute a piece are in other packages.
 """

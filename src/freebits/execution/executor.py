@@ -1,4 +1,7 @@
-"""Run pieces of work in parallel, on threads of this process or on Ray, through one interface."""
+"""Run pieces of work in parallel, on threads of this process or on Ray, through one interface.
+
+A piece is one call of a function with one item.
+"""
 
 import os
 import threading
@@ -18,23 +21,23 @@ from freebits.options import BACKENDS, RAY, THREADS
 _MAX_PENDING_BYTES = 2**28
 _lock = threading.Lock()
 _open_pools: list[int] = []
-"""PyTorch's number of threads before the first pool was opened, and the same number again for each open pool."""
+"""PyTorch's number of threads before the first pool opened, repeated once for each open pool. Empty without pools."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 class Executor(Protocol):
-    """Runs a function on many items, several at once."""
+    """Calls a function with many items in parallel."""
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """Yield the results in the order of the items, each as soon as it and all earlier ones are finished.
+        """Yield the results in the order of the items, each result as soon as it and all earlier results are finished.
 
-        Each result must depend only on its item, so that any thread or worker can compute it.
+        Each result must depend only on its item, because any thread or worker may compute the result.
         """
 
     def map_large(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """The same for large items, of which each machine runs only one at a time."""
+        """Do the same as `map` for items so large that a process should run only one item at a time."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,10 @@ class Parallel:
     """Options for parallel execution.
 
     Attributes:
-        jobs: pieces to run at once; by default the number of PyTorch's threads, at most 4, fewer if pieces are large.
-        backend: `threads` of this process, or `ray`.
-        address: HOST:PORT of a Ray cluster; by default one that runs on this machine, else a new one.
+        jobs: number of threads, each of which runs one piece at a time; see `threads` for the default. Ray ignores it.
+        backend: `threads` for threads of this process, or `ray`.
+        address: HOST:PORT of a Ray cluster. By default, a cluster that runs on this machine is used; if there is none,
+            a new one is started.
 
     Raises:
         UsageError: there is no such backend, or `jobs` is less than 1.
@@ -56,7 +60,7 @@ class Parallel:
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
-            raise UsageError(f"`backend` is {self.backend!r}: choose one of {', '.join(BACKENDS)}")
+            raise UsageError(f"`backend` is {self.backend!r}: choose {' or '.join(BACKENDS)}")
         if self.jobs is not None and self.jobs < 1:
             raise UsageError(f"`jobs` is {self.jobs}: give at least 1")
 
@@ -65,7 +69,7 @@ class Parallel:
         """Provide an executor until the block ends.
 
         Args:
-            piece: bytes of the matrices in one piece; see `threads`.
+            piece: size in bytes of the matrices of one piece; see `threads`.
         """
         with ray_workers(self.address) if self.backend == RAY else threads(self.jobs, piece) as executor:
             yield executor
@@ -79,10 +83,10 @@ class Threads:
         self._size = size
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Generator[Result, None, None]:
-        """See `Executor`. Each thread runs one piece, and one more piece waits.
+        """See `Executor`. Each thread runs one piece at a time, and one more piece waits.
 
-        The calling thread runs the last item, after all others, because it can use all of PyTorch's threads. If the
-        pool has one thread, the calling thread runs all items.
+        The calling thread runs the last item after all other items, because the calling thread can use all of
+        PyTorch's threads. If the pool has one thread, the calling thread runs all items.
         """
         if self._size == 1:
             yield from map(function, items)
@@ -105,16 +109,16 @@ class Threads:
 
 @contextmanager
 def threads(jobs: int | None, piece: int = 0) -> Iterator[Threads]:
-    """Provide a pool of threads until the block ends. PyTorch's threads are divided among them.
+    """Provide a pool of threads until the block ends. PyTorch's threads are divided among the threads of the pool.
 
-    Large matrices keep all of PyTorch's threads busy on their own, and one at a time takes less memory
-    (`benchmarks/scale.py --jobs`).
+    By default, large matrices get fewer jobs, because one large matrix keeps all of PyTorch's threads busy, and fewer
+    matrices at once need less memory (`benchmarks/scale.py --jobs`).
 
     Args:
-        jobs: number of threads. By default the number of PyTorch's threads (`OMP_NUM_THREADS`,
-            `torch.set_num_threads`) or of processors that this process may use, whichever is smaller; at most 4, and
-            so few that their pieces take at most 256 MiB together.
-        piece: bytes of the matrices in one piece.
+        jobs: number of threads. The default is the smallest of these numbers, but at least 1: the number of PyTorch's
+            threads (`OMP_NUM_THREADS`, `torch.set_num_threads`), the number of processors that this process is allowed
+            to use, 4, and the number of pieces that fit into 256 MiB.
+        piece: size in bytes of the matrices of one piece.
 
     Raises:
         UsageError: `jobs` is less than 1.
@@ -135,11 +139,11 @@ def threads(jobs: int | None, piece: int = 0) -> Iterator[Threads]:
     finally:
         with _lock:
             _open_pools.pop()
-            if len(_open_pools) == 1:  # a new thread starts with the number that any thread set last
+            if len(_open_pools) == 1:  # reset it, because new threads start with the number that any thread set last
                 torch.set_num_threads(_open_pools.pop())
 
 
 def _n_processors() -> int:
-    if hasattr(os, "sched_getaffinity"):  # counts only the processors that this process may use
+    if hasattr(os, "sched_getaffinity"):  # counts only the processors that this process is allowed to use
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 Progress = Callable[[str, str, int, int], None]
-"""Called with the step (`calibrating`), its unit (`block`), the number of finished units and of all units."""
+"""Called with the step (`calibrating`), its unit (`block`), the number of finished units, and the number of units."""
 
 
 def silent(_step: str, _unit: str, _done: int, _total: int) -> None:

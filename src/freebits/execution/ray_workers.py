@@ -1,4 +1,4 @@
-"""Run pieces of work on a Ray cluster. Ray distributes them over machines and reruns pieces of lost workers."""
+"""Run pieces of work on a Ray cluster. Ray distributes them over machines and reruns a piece if its worker dies."""
 
 import os
 import socket
@@ -16,7 +16,7 @@ from freebits.errors import FreebitsError, UsageError, one_line
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 _RETRIES = 8
-"""How often a piece is rerun after its worker died, or an error other than `FreebitsError` occurred."""
+"""How often a piece is rerun if its worker dies or it raises an error other than `FreebitsError`."""
 _TIMEOUT = 10
 """Seconds to wait for a cluster to accept a connection. Ray itself would try for many minutes."""
 
@@ -26,16 +26,16 @@ def ray_workers(address: str | None) -> Iterator["RayWorkers"]:
     """Connect to a Ray cluster until the block ends.
 
     Args:
-        address: HOST:PORT; None for a cluster that runs on this machine, or else a new one.
+        address: HOST:PORT. If None, use a cluster that runs on this machine; if there is none, start a new one.
 
     Raises:
-        UsageError: Ray is not installed, or there is no cluster at the address.
+        UsageError: Ray is not installed, or no cluster at the address can be reached.
     """
     try:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        ray: Any = import_module("ray")  # an extra
+        ray: Any = import_module("ray")  # an optional dependency
     except ImportError:
-        raise UsageError("`backend` ray needs the package ray: pip install 'freebits[ray]'") from None
+        raise UsageError("`backend` ray needs the package ray: run pip install 'freebits[ray]'") from None
     must_connect = not ray.is_initialized()
     if must_connect:
         try:
@@ -44,7 +44,7 @@ def ray_workers(address: str | None) -> Iterator["RayWorkers"]:
         except Exception as error:  # Ray raises many types
             place = f"at {address}" if address else "on this machine"
             raise UsageError(
-                f"no Ray cluster {place} ({one_line(error, 160)}): start one, or change `address`"
+                f"no Ray cluster {place} can be reached ({one_line(error, 160)}): start one or change `address`"
             ) from None
     try:
         yield RayWorkers(ray)
@@ -73,7 +73,7 @@ class RayWorkers:
             yield self._result(pending.popleft())
 
     def map_large(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """The same as `map`: each worker has one item at a time."""
+        """Do the same as `map`, because each worker runs only one item at a time."""
         return self.map(function, items)
 
     def _result(self, reference: Any) -> Any:
@@ -91,9 +91,9 @@ def _check_reachable(address: str | None) -> None:
 
 
 def _run(function: Callable[..., Any], item: Any, folder: Path) -> tuple[FreebitsError | None, Any]:
-    """Run a piece in a worker, which has one processor. Relative paths start from `folder` if it exists.
+    """Run a piece in a worker with one processor. Relative paths start from `folder` if `folder` exists.
 
-    A `FreebitsError` would occur again in every rerun, so it is returned instead of raised.
+    A `FreebitsError` is returned instead of raised, because Ray would rerun the piece and the error would occur again.
     """
     with suppress(OSError):
         os.chdir(folder)

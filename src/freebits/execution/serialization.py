@@ -1,4 +1,4 @@
-"""Save plain data, tensors and storable dataclasses in safetensors files, and read them without running code."""
+"""Save plain data, tensors and storable dataclasses in safetensors files. Read these files without running code."""
 
 import json
 import os
@@ -27,14 +27,14 @@ def storable(cls: Class) -> Class:
 
 
 def save(path: Path, value: Any) -> None:
-    """Write a value to a file. The file appears only once it is complete, even if the machine stops.
+    """Write a value to a file. The file appears only after it is complete, even if the machine stops.
 
     Args:
         path: the file.
         value: None, text, a number, a tensor, a `storable` dataclass, or a tuple, list, dict or frozenset of these.
 
     Raises:
-        TypeError: the value contains another type.
+        TypeError: the value contains an object of another type.
         OSError: the file cannot be written.
     """
     tensors: dict[str, Tensor] = {}
@@ -60,7 +60,7 @@ def read(path: Path) -> Any:
 
     Raises:
         ValueError: the file is damaged.
-        FileNotFoundError: there is no file.
+        FileNotFoundError: the file does not exist.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -86,7 +86,7 @@ def _class_name(cls: type) -> str:
 
 
 def _to_tree(value: Any, tensors: dict[str, Tensor], names: dict[int, str]) -> Any:
-    """Convert a value to JSON; its tensors go to `tensors`, and their names to `names` by `id`."""
+    """Convert a value to JSON. Add its tensors to `tensors`, and `id` and name of each tensor to `names`."""
     if value is None or isinstance(value, (str, bool, int, float)):
         return value
     if isinstance(value, Tensor):
@@ -106,7 +106,7 @@ def _to_tree(value: Any, tensors: dict[str, Tensor], names: dict[int, str]) -> A
     for cls in (tuple, list, frozenset):
         if isinstance(value, cls):
             return {cls.__name__: [_to_tree(part, tensors, names) for part in value]}
-    raise TypeError(f"no file can hold {type(value)}: make it a `storable` dataclass")
+    raise TypeError(f"{type(value)} cannot be saved: make it a `storable` dataclass")
 
 
 def _from_tree(tree: Any, tensors: dict[str, Tensor]) -> Any:

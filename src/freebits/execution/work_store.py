@@ -1,4 +1,7 @@
-"""Store finished pieces of work in a folder, so that an interrupted run can be resumed."""
+"""Store finished pieces of work in a folder, so that an interrupted run can be resumed.
+
+A stage is a named sequence of pieces, which call the same function. To store a piece is to store its result.
+"""
 
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -14,10 +17,10 @@ Result = TypeVar("Result")
 
 
 class WorkStore:
-    """A folder of finished pieces. The file of a piece appears only once it is complete.
+    """A folder of finished pieces. The file of a piece appears only after it is complete.
 
     Args:
-        folder: created if it does not exist.
+        folder: the folder, which is created if it does not exist.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -28,15 +31,15 @@ class WorkStore:
         return self._path(key).exists()
 
     def put(self, key: str, value: Any) -> None:
-        """Store a finished piece of a type that `stored_values.save` accepts."""
+        """Store the result of a piece. `serialization.save` must accept the type of the result."""
         save(self._path(key), value)
 
     def get(self, key: str) -> Any:
-        """Read a finished piece.
+        """Read the result of a finished piece.
 
         Raises:
-            ValueError: its file is damaged.
-            FileNotFoundError: it is not finished.
+            ValueError: the file of the piece is damaged.
+            FileNotFoundError: the piece is not finished.
         """
         return read(self._path(key))
 
@@ -50,13 +53,13 @@ class WorkStore:
 
 
 class Work:
-    """Runs stages of work with an executor, and keeps finished pieces in a store until `drop`.
+    """Runs stages of work with an executor, and stores finished pieces until `drop` deletes them.
 
-    The key of a piece in the store is `STAGE-NUMBER`. No other code makes keys.
+    The key of a piece in the store is `STAGE-NUMBER`.
 
     Args:
-        executor: runs pieces.
-        store: keeps finished pieces; None keeps none.
+        executor: the executor that runs the pieces.
+        store: the store of finished pieces; if None, nothing is stored.
     """
 
     def __init__(self, executor: Executor, store: WorkStore | None = None) -> None:
@@ -65,7 +68,7 @@ class Work:
 
     @property
     def executor(self) -> Executor:
-        """The executor, for results that need not be kept."""
+        """The executor, for work whose results are not stored."""
         return self._executor
 
     @property
@@ -80,28 +83,28 @@ class Work:
         return self._store
 
     def map(self, stage: str, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """Yield the results of a stage in order: read the finished pieces, run and keep the others.
+        """Yield the results of a stage in order. Read the finished pieces from the store; run and store all others.
 
-        A piece may run in another process, so `function`, items and results must be picklable.
+        `function`, items and results must be picklable, because a piece may run in another process.
         """
         if self._store is None:
             return self._executor.map(function, items)
         return self._executor.map(partial(_run_or_read, self._store, stage, function), enumerate(items))
 
     def map_large(self, stage: str, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """The same for large items, of which each machine runs only one at a time."""
+        """Do the same as `map` for items so large that a process should run only one item at a time."""
         if self._store is None:
             return self._executor.map_large(function, items)
         return self._executor.map_large(partial(_run_or_read, self._store, stage, function), enumerate(items))
 
     def once(self, stage: str, function: Callable[[], Result]) -> Result:
-        """The result of a stage with one piece, which runs in this process unless it is finished."""
+        """Return the result of a stage with one piece. Unless the piece is finished, run it in this process."""
         if self._store is None:
             return function()
         return _run_or_read(self._store, stage, lambda _: function(), (0, None))
 
     def result(self, stage: str) -> Any:
-        """The result of a finished stage with one piece.
+        """Return the result of a finished stage with one piece.
 
         Raises:
             LookupError: the stage is not finished.
@@ -111,11 +114,11 @@ class Work:
         return self.store.get(f"{stage}-0")
 
     def has(self, stage: str) -> bool:
-        """Whether a stage with one piece is finished."""
+        """Return whether a stage with one piece is finished."""
         return self._store is not None and f"{stage}-0" in self._store
 
     def drop(self, *stages: str) -> None:
-        """Delete the results of stages."""
+        """Delete the stored results of stages."""
         for stage in stages if self._store is not None else ():
             self.store.drop(f"{stage}-*")
 

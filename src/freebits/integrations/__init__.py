@@ -1,4 +1,4 @@
-"""Connects freebits to transformers, PEFT and SliceGPT: Auto classes, loading, tensor names, trainable adapters.
+"""Connect freebits to transformers and PEFT: Auto classes, loading, tensor names, and trainable adapters.
 
 All code that depends on the internals of another library belongs here. Commands belong in `api`.
 """

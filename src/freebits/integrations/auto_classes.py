@@ -1,4 +1,4 @@
-"""Importing this module registers the configs and models of freebits with transformers' Auto classes."""
+"""Register the configs and models of freebits with transformers' Auto classes when this module is imported."""
 
 from freebits.integrations import packed_models
 from freebits.models import low_rank, sliced

@@ -1,4 +1,4 @@
-"""Create transformers' models without weights."""
+"""Create models of transformers without weights."""
 
 import threading
 from collections.abc import Iterator
@@ -11,11 +11,11 @@ from transformers import PreTrainedConfig
 from freebits.integrations.packed_models import class_for_text
 
 MODEL_CREATION_LOCK = threading.Lock()
-"""Hold it while creating a model: PyTorch's default dtype and `register_parameter` then change for all threads."""
+"""Lock to hold while a model is created, which changes PyTorch's default dtype and `nn.Module` for all threads."""
 
 
 def empty_model(config: PreTrainedConfig) -> Any:
-    """Return the language model of a config, for float32. Its parameters have no memory; its buffers are real.
+    """Create the language model of a config in float32. Its parameters have no memory, but its buffers have values.
 
     Raises:
         UnsupportedModelError: see `class_for_text`.
@@ -24,20 +24,20 @@ def empty_model(config: PreTrainedConfig) -> Any:
     if model_class.config_class is config.sub_configs.get("text_config"):  # the text part of a multimodal model
         config = config.get_text_config()
     with MODEL_CREATION_LOCK, _parameters_on_meta():
-        config._experts_implementation = "eager"  # runs one expert after another, so that each can be observed
+        config._experts_implementation = "eager"  # runs the experts one by one, so that each can be observed
         model = model_class(config).eval()
         return model._apply(
             lambda tensor: tensor.float() if tensor.is_floating_point() else tensor
-        )  # `to` would also convert complex buffers
+        )  # not `to`, because it would also convert complex buffers
 
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Create the parameters of new modules on the meta device, without memory. Buffers stay real."""
+    """Create the parameters of new modules on the meta device, without memory. Buffers are created as usual."""
     register = nn.Module.register_parameter
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:  # a tied parameter is on the meta device already
+        if parameter is not None and not parameter.is_meta:  # a tied parameter is already on the meta device
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
         register(module, name, parameter)
 

@@ -1,4 +1,4 @@
-"""Convert models in GGUF files to floats, as transformers dequantizes them."""
+"""Convert models in GGUF files to floats with transformers."""
 
 import importlib.util
 import io
@@ -13,7 +13,7 @@ from freebits.errors import UsageError
 from freebits.integrations.loading import one_line_errors
 
 REQUIRED_PACKAGES = ("gguf", "accelerate")
-"""Packages of the extra `gguf` that reading needs."""
+"""Packages of the extra `gguf` that are needed to read GGUF files."""
 
 
 def missing_packages() -> list[str]:
@@ -29,7 +29,7 @@ def write_dense(gguf: Path, directory: Path) -> None:
         CheckpointError: transformers cannot read the file.
     """
     if missing_packages():
-        raise UsageError(f"reading {gguf} needs {', '.join(missing_packages())}: pip install 'freebits[gguf]'")
+        raise UsageError(f"reading {gguf} needs {' and '.join(missing_packages())}: run pip install 'freebits[gguf]'")
     with _quiet_without_terminal(), one_line_errors(gguf, "model"):
         options = {"gguf_file": gguf.name}
         model = AutoModelForCausalLM.from_pretrained(
@@ -40,5 +40,5 @@ def write_dense(gguf: Path, directory: Path) -> None:
 
 
 def _quiet_without_terminal() -> AbstractContextManager[object]:
-    """Hide the conversion's progress bar unless stderr is a terminal."""
+    """Return a context that hides the progress bar of the conversion unless stderr is a terminal."""
     return nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())

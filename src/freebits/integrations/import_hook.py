@@ -1,7 +1,7 @@
 """Register freebits' models with transformers' Auto classes when transformers is imported, but not before.
 
-So `import freebits` is fast for programs that do not run models, and sufficient for those that do. A finder of Python's
-import system notifies freebits after each module of transformers has been executed, until the models are registered.
+This keeps `import freebits` fast for programs that do not run models. Programs that run models need no other import. A
+finder in Python's import system checks after each module of transformers whether the models can be registered.
 """
 
 import importlib
@@ -14,11 +14,11 @@ from types import ModuleType
 
 _REGISTRATION = "freebits.integrations.auto_classes"
 _AUTO = "transformers.models.auto.configuration_auto"
-"""The module that every Auto class imports."""
+"""The module that all Auto classes import."""
 
 
 def register_with_transformers() -> None:
-    """Register the models now if the Auto classes are imported, otherwise as soon as they are."""
+    """Register the models now if the Auto classes are already imported, otherwise as soon as they are imported."""
     if _AUTO in sys.modules and not _is_busy(""):
         importlib.import_module(_REGISTRATION)
     else:
@@ -26,7 +26,7 @@ def register_with_transformers() -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds transformers' modules in the usual way, and wraps their loaders in `_Loader`."""
+    """Finds modules of transformers as Python does, and wraps their loaders in `_Loader`."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -50,16 +50,16 @@ class _Loader(Loader):
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
         if self._finder in sys.meta_path and _AUTO in sys.modules and not _is_busy(module.__name__):
-            with suppress(ValueError):  # another thread has removed it
+            with suppress(ValueError):  # another thread has removed the finder
                 sys.meta_path.remove(self._finder)
             importlib.import_module(_REGISTRATION)
 
-    def __getattr__(self, name: str) -> object:  # other abilities of a loader, such as reading the source
+    def __getattr__(self, name: str) -> object:  # other methods of the loader, such as `get_source`
         return getattr(self._loader, name)
 
 
 def _is_busy(finished: str) -> bool:
-    """Return whether transformers is importing a module other than `finished`, which would be incomplete."""
+    """Return whether a module of transformers other than `finished` is still being imported, and so is incomplete."""
     modules = [(name, module) for name, module in list(sys.modules.items()) if name.startswith("transformers.")]
     specs = [getattr(module, "__spec__", None) for name, module in modules if name != finished]
     return any(getattr(spec, "_initializing", False) for spec in specs)

@@ -1,4 +1,4 @@
-"""Linear layers that store quantized integers of one byte each, and multiply by them directly."""
+"""Linear layers that store their weights as 8-bit integers, and multiply by the integers directly."""
 
 from typing import Any
 
@@ -13,11 +13,11 @@ _MAX_INTEGER = 127
 
 
 class IntegerLinear(nn.Module):
-    """`y = ((x * columns) integersᵀ) * rows + bias`: half the memory of 16-bit weights.
+    """The layer `y = ((x * columns) integersᵀ) * rows + bias`. It takes half the memory of a layer with 16-bit weights.
 
     Args:
-        matrix: (n_out, n_in), of 8-bit integers.
-        bias: (n_out,).
+        matrix: weights, (n_out, n_in), as integers that fit 8 bits, with scales.
+        bias: bias, (n_out,); None for a layer without bias.
     """
 
     integers: Tensor
@@ -33,7 +33,7 @@ class IntegerLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, n_in) to (…, n_out)."""
+        """Map inputs (…, n_in) to outputs (…, n_out)."""
         scaled = (x * self.columns).to(x.dtype).flatten(0, -2)
         if x.dtype == torch.bfloat16 and x.device.type == "cpu":
             y = torch._weight_int8pack_mm(scaled, self.integers, torch.ones_like(self.rows, dtype=x.dtype))
@@ -44,7 +44,7 @@ class IntegerLinear(nn.Module):
 
 
 def with_integer_layers(model: Any, packed: PackedFolder) -> Any:
-    """Replace the linear layers of a loaded model whose integers in the folder fit a byte each; return the model."""
+    """Replace linear layers of a loaded model, if their integers in the folder fit 8 bits, and return the model."""
     for recipe in packed.manifest.recipes:
         codec = CODES.get(recipe.code)
         if isinstance(codec, Integers):

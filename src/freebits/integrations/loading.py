@@ -1,4 +1,4 @@
-"""Load a model to run it."""
+"""Load the model or the tokenizer in a folder."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -44,25 +44,26 @@ def load(
     keep_integers: bool = False,
     keep_pivots: bool = False,
 ) -> Any:
-    """Return the model in a dense, sliced or packed folder, ready to run. A packed folder is decoded as it is read.
+    """Load the model in a dense, sliced or packed folder. A packed folder is decoded while it is read.
 
     Args:
         path: folder of the checkpoint.
-        dtype: of the weights in memory; `auto` is the checkpoint's own.
-        verify: check the digest of every tensor of a packed folder.
-        keep_integers: in a quantized model, keep the blocks' linear layers as integers of one byte each. Once loaded,
-            they take half the memory of 16 bits; in bfloat16 PyTorch multiplies by them directly.
-        keep_pivots: in low-rank layers in canonical form, skip the multiplication by the columns of the identity. This
-            saves `rank²` multiplications and weights per layer.
+        dtype: dtype of the weights in memory; `auto` is the dtype of the checkpoint.
+        verify: whether to check the digest of every tensor in a packed folder.
+        keep_integers: whether to keep the linear layers in the blocks of a quantized model as 8-bit integers. After
+            loading, they take half the memory of 16-bit weights. In bfloat16, PyTorch multiplies by the integers
+            directly.
+        keep_pivots: whether low-rank layers in canonical form skip the multiplication by the columns of the identity.
+            This saves `rank²` multiplications and weights per layer.
 
     Raises:
-        CheckpointError: the folder is not a sound checkpoint, or a tensor is damaged.
+        CheckpointError: the folder holds no valid checkpoint, or a tensor is damaged.
     """
     path = local_folder(path)
-    folder = open_as_floats(path)  # reports defects in one line
+    folder = open_as_floats(path)  # before transformers, because these errors have one line
     if is_adapter(folder.config):
         advice = "unpack it, then load it" if isinstance(folder, PackedFolder) else "load it"
-        raise CheckpointError(f"{path} holds an adapter: {advice} with PEFT, on top of its base model")
+        raise CheckpointError(f"{path} holds an adapter: {advice} with PEFT on top of its base model")
     _check_depth(path, folder.config, len(folder.specs))
     warn_about_remote_code(folder.config, path)
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "output_loading_info": True}
@@ -83,9 +84,9 @@ def load(
 
 
 def _from_plain(folder: Folder, config: Any, auto: Any, options: dict[str, Any]) -> Any:
-    """Return what `from_pretrained` returns, but read the tensors here.
+    """Return the same as `from_pretrained`, but read the tensors with freebits.
 
-    transformers maps the files into memory, and a truncated file would then end the process.
+    transformers would map the files into memory, and a truncated file would then crash the process.
     """
     wide = options["dtype"] in (torch.float32, torch.float64)
     state = {}
@@ -99,30 +100,30 @@ def _from_plain(folder: Folder, config: Any, auto: Any, options: dict[str, Any])
 
 
 def _check_depth(path: Path, config: Mapping[str, Any], n_tensors: int) -> None:
-    """Check, before any block is created, that a config has no more blocks than there are tensors.
+    """Check that a config does not have more blocks than there are tensors, before any block is created.
 
     Raises:
-        CheckpointError: it has more.
+        CheckpointError: the config has more blocks.
     """
     for key in _DEPTH_KEYS:
         if isinstance(config.get(key), int) and config[key] > n_tensors:
             raise CheckpointError(
-                f"{path / CONFIG}: {key} is {config[key]}, but there are {n_tensors} tensors: the checkpoint is "
-                "incomplete"
+                f"{key} in {path / CONFIG} is {config[key]}, but there are only {n_tensors} tensors, so the checkpoint "
+                "is incomplete: download it again"
             )
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
-    """Return the tokenizer in a checkpoint folder.
+    """Load the tokenizer in a checkpoint folder.
 
     Raises:
-        CheckpointError: the folder is not a sound checkpoint, or has no tokenizer that transformers can load.
+        CheckpointError: the folder holds no valid checkpoint, or no tokenizer that transformers can load.
     """
     path = local_folder(path)
     folder = open_folder(path)
     options: dict[str, Any] = {}
     if isinstance(folder, PackedFolder) and folder.config.get("model_type") in CONFIG_MAPPING:
-        # for some tokenizers only the model type determines the class
+        # because for some tokenizers only the model type determines the class
         options["config"] = CONFIG_MAPPING[folder.config["model_type"]].from_dict(decode_floats(folder.config))
     with one_line_errors(path, "tokenizer"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -133,11 +134,11 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
 
 @contextmanager
 def one_line_errors(path: str | os.PathLike[str], content: str) -> Iterator[None]:
-    """Turn the errors of transformers, when it cannot load the `content` of a folder, into a `CheckpointError`."""
+    """Raise a `CheckpointError` if transformers cannot load the `content` of a folder, such as its "model"."""
     try:
         yield
     except FreebitsError:
         raise
-    except Exception as error:  # transformers raises many types, which change between versions
+    except Exception as error:  # the types that transformers raises are many, and change between versions
         finding = reason_of(error)
         raise CheckpointError(f"{path} holds no {content} that transformers can load ({finding})") from error

@@ -1,7 +1,8 @@
-"""A checkpoint as transformers holds it in memory: under its names, with the experts of a block in one tensor.
+"""A view of a checkpoint in which tensors have the names and shapes that they have in transformers.
 
 Checkpoints on the hub keep the names under which they were published. While transformers loads a checkpoint, it renames
-tensors, and merges or splits some; its own tables define how.
+tensors, and merges or splits some of them; for example, it merges the experts of a block into one tensor. Conversion
+tables in transformers define how.
 """
 
 import copy
@@ -27,7 +28,7 @@ from freebits.types import TensorSpec
 
 
 def config_object(source: Source, path: str | os.PathLike[str]) -> PreTrainedConfig:
-    """Return transformers' config object of a checkpoint.
+    """Return transformers' config object for a checkpoint.
 
     Raises:
         CheckpointError: the config is not valid, or has more blocks than there are tensors.
@@ -38,23 +39,24 @@ def config_object(source: Source, path: str | os.PathLike[str]) -> PreTrainedCon
     depth = getattr(config.get_text_config(), "num_hidden_layers", None)
     if isinstance(depth, int) and depth > len(source.specs):
         raise CheckpointError(
-            f"{CONFIG} of {path} has {depth} blocks, but there are {len(source.specs)} tensors: the checkpoint is "
-            "incomplete"
+            f"{CONFIG} in {path} has {depth} blocks, but there are only {len(source.specs)} tensors, so the checkpoint "
+            "is incomplete: download it again"
         )
     return config
 
 
 class FileRows(NamedTuple):
-    """The place in the checkpoint of some rows of a tensor in memory.
+    """Consecutive rows of a checkpoint tensor that hold some requested rows of a tensor in memory.
 
     A tensor of more than two dimensions is viewed as (rows, last dimension).
 
     Attributes:
-        tensor: name in the checkpoint.
-        start: the first row in the checkpoint.
-        stop: the row after the last.
-        order: for each of these rows (columns, if `swapped`) the number of its row in memory, (n,), int64.
-        swapped: whether rows in memory are columns in the checkpoint.
+        tensor: name of the tensor in the checkpoint.
+        start: number of the first row in the checkpoint.
+        stop: number of the last row in the checkpoint, plus 1.
+        order: for each of these rows (or for each column, if `swapped`), the number of the requested row that it holds,
+            (n,), int64.
+        swapped: whether the requested rows are columns in the checkpoint.
     """
 
     tensor: str
@@ -66,7 +68,7 @@ class FileRows(NamedTuple):
 
 @dataclass
 class _Conversion:
-    """Some tensors of the checkpoint that transformers converts together."""
+    """Tensors of the checkpoint that transformers converts together."""
 
     converter: WeightConverter
     first: str
@@ -76,7 +78,7 @@ class _Conversion:
 
 
 class TransformersView:
-    """A checkpoint under the names of transformers' modules. Implements `Source`.
+    """A view of a checkpoint with the tensor names of transformers' modules. Implements `Source`.
 
     A tensor that transformers does not use keeps its name.
     """
@@ -111,12 +113,12 @@ class TransformersView:
 
     @cached_property
     def specs(self) -> Mapping[str, TensorSpec]:
-        """Dtype and shape of every tensor, as transformers has it."""
+        """Dtype and shape of every tensor after renaming and conversion."""
         renamed_specs = {name: self._source.specs[file_name] for name, file_name in self._renamed.items()}
         return self._converted_specs | renamed_specs
 
     def __getitem__(self, name: str) -> Tensor:
-        """Read the tensor called `name`; merge or split it if transformers does."""
+        """Read the tensor called `name`, merged or split if transformers does so."""
         conversion = self._conversions.get(name)
         if conversion is None:
             return self._source[self._renamed.get(name, name)]
@@ -128,11 +130,11 @@ class TransformersView:
         return tensor
 
     def checkpoint_name(self, name: str) -> str | None:
-        """Return the checkpoint's name of a tensor; None if the tensor is merged or split."""
+        """Return the name that a tensor has in the checkpoint; None if the tensor is merged or split."""
         return self._renamed.get(name)
 
     def rows(self, name: str, start: int, stop: int) -> list[FileRows]:
-        """Locate some rows of a tensor in the checkpoint; empty if they are neither rows nor columns there."""
+        """Locate some rows of a tensor in the checkpoint; empty if they are not stored there as rows or as columns."""
         if name in self._renamed:
             return [FileRows(self._renamed[name], start, stop, torch.arange(stop - start), swapped=False)]
         if name not in self._conversions:
@@ -154,7 +156,7 @@ class TransformersView:
         return result
 
     def _swapped(self, tensors: list[str], offsets: Tensor, rows: Tensor, columns: Tensor) -> list[FileRows]:
-        """Locate rows that are columns in the checkpoint; empty unless they are all columns of one matrix."""
+        """Locate rows that are columns in the checkpoint; empty unless they are all the columns of one matrix."""
         if len(rows.unique(dim=0)) != 1 or len(columns.unique()) != len(columns):
             return []
         first, end = int(rows[0, 0]), int(rows[0, -1]) + 1
@@ -168,8 +170,10 @@ class TransformersView:
         """Trace the rows of a converted tensor back to the checkpoint.
 
         Returns:
-            The tensors that it is made of; for each of its rows the number among all their rows, (rows,); and None. If
-            its rows are columns in the checkpoint: the numbers of the rows, (rows, width), and of the columns, (rows,).
+            The names of the checkpoint tensors from which the tensor is made, row numbers, and column numbers. The rows
+            of all these checkpoint tensors are numbered consecutively. If rows stay rows, there is one row number for
+            each row, (rows,), and the column numbers are None. If rows are columns in the checkpoint, there is a row
+            number for each value, (rows, width), and a column number for each row, (rows,).
         """
         cached: dict[str, tuple[list[str], Tensor, Tensor | None]] = self.__dict__.setdefault("_origins", {})
         if name not in cached:
@@ -178,7 +182,7 @@ class TransformersView:
         return cached[name]
 
     def _traced(self, name: str) -> tuple[list[str], Tensor, Tensor | None]:
-        """Compute `_origin`: convert tensors that contain the numbers of their rows, then those of their columns."""
+        """Compute the result of `_origin` by converting tensors that contain row numbers, then column numbers."""
         conversion = self._conversions[name]
         tensors = sorted(conversion.patterns)
         row_numbers: dict[str, Tensor] = {}
@@ -188,7 +192,7 @@ class TransformersView:
             row_numbers[tensor] = torch.arange(n_rows, n_rows + self._n_rows(tensor)).reshape(*shape[:-1], 1)
             n_rows += self._n_rows(tensor)
         shape = self._converted_specs[name].shape
-        with suppress(Exception):  # a conversion that does not keep rows may fail on tensors of one column
+        with suppress(Exception):  # a conversion that does not keep rows can fail on tensors of one column
             rows = self._converted(conversion, row_numbers.__getitem__)[name]
             if tuple(rows.shape) == (*shape[:-1], 1):
                 return tensors, rows.flatten(), None
@@ -206,7 +210,7 @@ class TransformersView:
         return TensorSpec("U8", shape).numel // max(1, shape[-1]) if shape else 1
 
     def _shapes(self, conversion: _Conversion) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the converted tensors, without reading any."""
+        """Return the shapes of the converted tensors, without reading a tensor."""
         specs = self._source.specs
 
         def empty(name: str) -> Tensor:
@@ -215,7 +219,7 @@ class TransformersView:
         return {name: tuple(tensor.shape) for name, tensor in self._converted(conversion, empty).items()}
 
     def _converted(self, conversion: _Conversion, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        """Return the converted tensors, merged and split by transformers."""
+        """Return the tensors that transformers makes in a conversion, by name."""
         converter: Any = copy.deepcopy(conversion.converter)
         for name, pattern in sorted(conversion.patterns.items(), key=_natural_order):
             converter.add_tensor(conversion.first, name, pattern, partial(read, name))
@@ -224,5 +228,5 @@ class TransformersView:
 
 
 def _natural_order(name_and_pattern: tuple[str, str]) -> list[tuple[int, str]]:
-    """Return a sort key for the order in which transformers merges tensors: experts by number."""
+    """Return a sort key for the order in which transformers merges tensors. Experts are ordered by number."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name_and_pattern[0].split(".")]

@@ -1,8 +1,8 @@
-"""Packed folders in transformers: one model type for all of them; every Auto class returns transformers' own model.
+"""Load packed folders with the Auto classes of transformers.
 
-Without freebits, transformers does not know that model type. It then raises an error instead of creating a model with
-random weights. With freebits, `from_pretrained` of an Auto class decodes the folder, and passes the tensors to
-transformers' class for the model. The result is an ordinary model.
+All packed folders have the same model type. Without freebits, transformers does not know this model type, and raises an
+error instead of creating a model with random weights. With freebits, `from_pretrained` of an Auto class decodes the
+folder, and passes the tensors to transformers' class for the model. The result is an ordinary model of transformers.
 """
 
 import logging
@@ -37,23 +37,23 @@ from freebits.types import DTYPES
 AUTO_CLASSES: list[Any] = [
     getattr(modeling_auto, name) for name in modeling_auto.__all__ if name.startswith("AutoModel")
 ]
-"""Every Auto class of models."""
+"""All Auto classes that load models."""
 _WITH_TEXT = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 """Auto classes whose models predict the next token of a text."""
 _PREFERRED = (*_WITH_TEXT, AutoModelForSeq2SeqLM)
-"""Auto classes to prefer when several have a class for the same model."""
+"""Auto classes to prefer if several of them have a class for the same model."""
 _FLOAT = "__float__"
 _log = logging.getLogger(__name__)
 
 
 class PackedConfig(PreTrainedConfig):
-    """The content of a packed folder's `config.json`. The model's own config is under `model`, or in the manifest."""
+    """The content of a packed folder's `config.json`. The key `model` or the manifest has the model's own config."""
 
     model_type = "freebits"
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers, but all other arguments belong to the model."""
+        """Return the config. Unlike in transformers, other arguments do not change it: they belong to the model."""
         return_unused = kwargs.pop("return_unused_kwargs", False)
         config = super().from_dict(config_dict)
         config.name_or_path = str(kwargs.get("name_or_path", ""))
@@ -61,11 +61,11 @@ class PackedConfig(PreTrainedConfig):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Do nothing: only packing writes folders with this config."""
+        """Do nothing, because only packing writes folders with this config."""
 
 
 class PackedFactory:
-    """Returns the model in a packed folder, in the class that an Auto class has for it. It has no instances."""
+    """Loads packed folders for one Auto class. It has no instances; `from_pretrained` returns a transformers model."""
 
     config_class = PackedConfig
     auto: ClassVar[Any]
@@ -74,14 +74,14 @@ class PackedFactory:
     def from_pretrained(
         cls, path: str | os.PathLike[str], *args: Any, config: object = None, verify: bool = True, **kwargs: Any
     ) -> Any:
-        """Return the model in a packed folder, decoded on all threads as it is read. Arguments as in transformers.
+        """Return the model in a packed folder. The folder is decoded on several threads while it is read.
 
         Args:
-            path: folder or hub id.
-            args: for the model's class.
-            config: ignored; Auto classes pass it, but the model's own config comes from the folder.
-            verify: check the digest of every tensor.
-            kwargs: `dtype`, `device_map` and other arguments of the model's `from_pretrained`.
+            path: folder, or id of a repository on the hub.
+            args: positional arguments of the model's `from_pretrained`.
+            config: ignored. Auto classes pass it, but the model's own config comes from the folder.
+            verify: whether to check the digest of every tensor.
+            kwargs: keyword arguments of the model's `from_pretrained`, such as `dtype` and `device_map`.
 
         Raises:
             CheckpointError: the folder is damaged, or lacks a tensor of the model.
@@ -97,7 +97,9 @@ class PackedFactory:
         warn_about_remote_code(packed.config, path)
         for name, spec in packed.model_specs.items():
             if spec.dtype_name not in DTYPES:
-                raise CheckpointError(f"tensor {name} has dtype {spec.dtype_name}: unpack {path}, then load the result")
+                raise CheckpointError(
+                    f"tensor {name} has dtype {spec.dtype_name}: unpack {path}, then load the unpacked model"
+                )
         state = {name: tensor for name, tensor in packed.model_tensors() if tensor.numel()}
         with_info = options.pop("output_loading_info", False)
         options |= {"auto": cls.auto, "output_loading_info": True}
@@ -115,7 +117,7 @@ class PackedFactory:
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Do nothing: the returned models are not of this class."""
+        """Do nothing, because the returned models are not of this class."""
 
 
 class PackedModel(PackedFactory):
@@ -131,24 +133,24 @@ class PackedForCausalLM(PackedFactory):
 
 
 class PackedTokenizer:
-    """Returns the tokenizer of the model in a packed folder, if only the model's type determines its class."""
+    """Loads tokenizers from packed folders. transformers uses it if only the model type determines their class."""
 
     auto: ClassVar[Any] = AutoTokenizer
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
-        """Return the tokenizer; arguments as in transformers."""
+        """Return the tokenizer in a packed folder. The arguments are those of transformers."""
         config = PackedFolder(_local_folder(path, kwargs)).config
         model_type = str(config.get("model_type"))
         config_class: Any = PreTrainedConfig
-        if model_type in CONFIG_MAPPING:  # `get` of this lazy mapping does not find its entries
+        if model_type in CONFIG_MAPPING:  # not `get`, because it does not find the entries of this lazy mapping
             config_class = CONFIG_MAPPING[model_type]
         kwargs["config"] = config_class.from_dict(decode_floats(config))
         return cls.auto.from_pretrained(path, *args, **kwargs)
 
 
 class PackedProcessor(PackedTokenizer):
-    """Returns the processor, in the same way."""
+    """Loads processors from packed folders, as `PackedTokenizer` loads tokenizers."""
 
     auto = AutoProcessor
 
@@ -165,7 +167,7 @@ def _factories() -> Iterable[type[PackedFactory]]:
 def from_tensors(
     config: PreTrainedConfig, tensors: Mapping[str, Any], *args: Any, auto: Any = AutoModelForCausalLM, **options: Any
 ) -> Any:
-    """Return what an Auto class's `from_pretrained` returns for a folder with this config and these tensors."""
+    """Return the same as `from_pretrained` of an Auto class for a folder with this config and these tensors."""
     model_class = _classes(auto, type(config), config.architectures)[0]
     if model_class.config_class is config.sub_configs.get("text_config"):  # the text part of a multimodal model
         config = config.get_text_config()
@@ -173,7 +175,7 @@ def from_tensors(
 
 
 def warn_about_remote_code(config: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Log, once per folder, that freebits runs transformers' class of a model instead of its maker's code."""
+    """Log, once per folder, that freebits uses transformers' class for a model instead of the maker's code."""
     auto_map = config.get("auto_map")
     classes = [str(name) for name in auto_map.values()] if isinstance(auto_map, dict) else []
     if any(f"{Path(REMOTE_CODE).stem}." not in name for name in classes) and auto_class(config) is not None:
@@ -183,27 +185,26 @@ def warn_about_remote_code(config: Mapping[str, Any], path: str | os.PathLike[st
 @cache
 def _warn_once(path: str, model_type: str) -> None:
     _log.warning(
-        "freebits: %s refers to its maker's code, which is not run; transformers' own class for %s is used instead",
+        "freebits: %s refers to its maker's code; freebits does not run that code, but uses transformers' class for %s",
         path,
         model_type,
     )
 
 
 def check_complete(model: Any, missing: Iterable[str], config: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Check that a folder has every tensor of a model, as transformers initializes missing tensors at random.
+    """Check that a folder has every tensor of a model, because transformers initializes missing tensors at random.
 
     Raises:
-        CheckpointError: a tensor is missing. If another Auto class loads the folder, the message names it.
+        CheckpointError: a tensor is missing. If another Auto class fits the folder, the message names that class.
     """
     name = min(missing, default=None)
     if name is None:
         return
     architecture = (config.get("architectures") or [type(model).__name__])[0]
     if architecture == type(model).__name__:
-        raise CheckpointError(f"tensor {name} is missing in {path}: the checkpoint is incomplete, download it again")
-    raise CheckpointError(
-        f"{path} holds a {architecture}, which has no {name}: load it with {auto_class(config) or 'its own class'}"
-    )
+        raise CheckpointError(f"tensor {name} is missing in {path}, so the checkpoint is incomplete: download it again")
+    suitable = auto_class(config) or "its own class"
+    raise CheckpointError(f"{path} holds a {architecture}, which has no tensor {name}: load it with {suitable}")
 
 
 def auto_class(config: Mapping[str, Any]) -> str | None:
@@ -223,13 +224,13 @@ def class_for_text(config: PreTrainedConfig) -> Any:
     """Return transformers' class for a config's model, which must predict the next token of a text.
 
     Raises:
-        UnsupportedModelError: the model does not predict it, or transformers has no such model.
+        UnsupportedModelError: the model does not predict the next token, or transformers has no such model.
     """
     return _classes(text_auto_class(config.to_dict()), type(config), config.architectures)[0]
 
 
 def predicts_text(config: Mapping[str, Any]) -> bool:
-    """Return whether transformers has the model in a config, and it predicts the next token of a text."""
+    """Return whether a config describes a model that transformers has and that predicts the next token of a text."""
     return auto_class(config) in [auto.__name__ for auto in _WITH_TEXT]
 
 
@@ -250,28 +251,31 @@ def text_auto_class(config: Mapping[str, Any]) -> Any:
 
 
 def _classes(auto: Any, config_class: type[PreTrainedConfig], architectures: Iterable[str] | None = ()) -> list[Any]:
-    """Return the classes that an Auto class has for a config class; those in `architectures` first."""
+    """Return the classes that an Auto class has for a config class. Classes named in `architectures` come first."""
     entry = auto._model_mapping[config_class]
     classes = list(entry) if isinstance(entry, list | tuple) else [entry]
     return sorted(classes, key=lambda model_class: model_class.__name__ not in (architectures or ()))
 
 
 def adopt_generation_settings(model: Any, folder: Path) -> None:
-    """Read `generation_config.json` unless it is broken. `from_pretrained` skips it when it is given the weights."""
+    """Give a model the settings in `generation_config.json`, if the folder has a valid one.
+
+    `from_pretrained` does not read this file if it gets the weights as tensors.
+    """
     if model.can_generate() and (folder / "generation_config.json").exists():
         with suppress(OSError, ValueError, TypeError):  # transformers ignores the same errors
             model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
 def decode_floats(value: Any) -> Any:
-    """Decode the floats in a config that JSON lacks; transformers writes `{"__float__": "Infinity"}` for them."""
+    """Decode floats that JSON lacks, such as infinity, which transformers writes as `{"__float__": "Infinity"}`."""
     if isinstance(value, Mapping):
         return float(value[_FLOAT]) if value.keys() == {_FLOAT} else {k: decode_floats(v) for k, v in value.items()}
     return [decode_floats(item) for item in value] if isinstance(value, list) else value
 
 
 def inner_config(config: Mapping[str, Any], auto: Any = AutoModelForCausalLM) -> type[PreTrainedConfig]:
-    """Return the class of a model's own config.
+    """Return transformers' class for a model's own config.
 
     Raises:
         UnsupportedModelError: the Auto class has no class for the model, or would need the model maker's code.
@@ -287,17 +291,19 @@ def inner_config(config: Mapping[str, Any], auto: Any = AutoModelForCausalLM) ->
 
 def _needs_remote_code(config: Mapping[str, Any]) -> UnsupportedModelError:
     model_type = config.get("model_type", config.get("_class_name"))
-    return UnsupportedModelError(f"transformers has no model of type {model_type!r} without its maker's code")
+    return UnsupportedModelError(
+        f"transformers has no model of type {model_type!r}, and freebits does not run its maker's code"
+    )
 
 
 def config_of(config: Mapping[str, Any], auto: Any, **options: Any) -> Any:
-    """Return a model's own config, from transformers' `from_dict`; without `auto_map`, as its code is never run."""
+    """Create a model's own config with `from_dict`, but without `auto_map`, because freebits never runs its code."""
     plain = {key: value for key, value in decode_floats(config).items() if key != "auto_map"}
     return inner_config(config, auto).from_dict(plain, **options)
 
 
 def _local_folder(path: str | os.PathLike[str], arguments: Mapping[str, Any]) -> Path:
-    """Return the local path of a packed folder; one on the hub is downloaded as transformers would."""
+    """Return the local path of a packed folder. A folder on the hub is downloaded, with the options of transformers."""
     options = {
         key: arguments[key]
         for key in ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")

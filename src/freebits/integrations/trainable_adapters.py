@@ -1,4 +1,4 @@
-"""Train a model without making it larger: the scales of its integers, or its matrices by LoRA."""
+"""Train a model without making it larger: train the scales of a quantized model, or other models with LoRA."""
 
 import warnings
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from freebits.packed.reader import PackedFolder
 from freebits.types import TensorSpec
 
 ParameterNames = Mapping[str, str]
-"""Name of a parameter in memory → name in the folder, of those that the folder stores as one tensor each."""
+"""Name of a parameter in memory → its name in the folder. Parameters that are merged or split are left out."""
 
 
 class Trainable(Protocol):
@@ -25,9 +25,9 @@ class Trainable(Protocol):
 
     Attributes:
         model: the model.
-        what: describes what is trained, for the history.
+        what: description of what is trained, recorded in the history.
         trained: the trainable parameters.
-        tensors: the tensors that training changes, by their names in the folder.
+        tensors: name in the folder → tensor that training changes.
         rate: maximum learning rate of Adam.
     """
 
@@ -38,17 +38,19 @@ class Trainable(Protocol):
     rate: float
 
     def finish(self, specs: Mapping[str, TensorSpec]) -> None:
-        """Merge the result of training into the tensors, and round these to the dtypes in which they are stored."""
+        """Merge the result of training into the tensors, and round the tensors to the dtypes in `specs`."""
 
 
 class LoraAdapters:
-    """Adds `B A` to every linear layer but the head (LoRA by PEFT). Merging it at the end keeps the model's size.
+    """Adds a trainable `B A` to every linear layer except the head (LoRA, by PEFT).
+
+    At the end, `B A` is merged into the weights, so that the model keeps its size.
 
     Args:
         model: the model to train; it is changed in place.
-        names: of its parameters.
-        rank: of the updates.
-        seed: of their `A`.
+        names: names of the model's parameters.
+        rank: rank of `B A`.
+        seed: seed for the random initial values of `A`.
     """
 
     rate = 1e-3
@@ -58,7 +60,7 @@ class LoraAdapters:
             from peft import LoraConfig, inject_adapter_in_model
         except ImportError:
             raise UsageError(
-                "training a model that is not quantized needs PEFT: pip install 'freebits[recover]'"
+                "training a model that is not quantized needs PEFT: run pip install 'freebits[recover]'"
             ) from None
         layers = {name: layer for name, layer in linear_layers(model).items() if f"{name}.weight" in names}
         self.what = f"LoRA of rank {rank}"
@@ -66,13 +68,13 @@ class LoraAdapters:
         self.model = model.requires_grad_(False)
         if layers:
             with torch.random.fork_rng(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about matrices that are stored as (inputs, outputs)
+                warnings.simplefilter("ignore")  # PEFT warns about matrices that are stored as (inputs, outputs)
                 torch.manual_seed(seed)
                 inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=[*layers]), model)
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def finish(self, specs: Mapping[str, TensorSpec]) -> None:
-        """Merge the updates, and round."""
+        """Merge each `B A` into the weights, and round the weights."""
         from peft.tuners.lora import LoraLayer
 
         for module in self.model.modules():
@@ -82,14 +84,15 @@ class LoraAdapters:
 
 
 class ScaleAdapters:
-    """Trains the row scales of a quantized folder's linear layers, in the grid that stores them, and norms and biases.
+    """Trains norms, biases, and the row scales of quantized linear layers.
 
-    The integers stay the same. So do the scales of matrices that were rounded in a rotated basis or by another method.
+    The scales stay on the grid on which they are stored. The integers do not change. Matrices that were rounded in a
+    rotated basis or by another method keep their scales, too.
 
     Args:
         model: the model in the folder; it is changed in place.
-        names: of its parameters.
-        packed: the folder.
+        names: names of the model's parameters.
+        packed: the packed folder of the model.
     """
 
     rate = 1e-3
@@ -119,16 +122,19 @@ class ScaleAdapters:
             parameter.requires_grad_(True)
 
     def finish(self, specs: Mapping[str, TensorSpec]) -> None:
-        """Round norms and biases; the scales are in their grid already."""
+        """Round norms and biases. The scales are already on their grid."""
         _round(self.tensors, specs)
 
     def steps(self) -> dict[str, Tensor]:
-        """Return how much training increased the exponents of the row scales, int16, by the names of `Integers`."""
+        """Return name of a quantized matrix → increase of its row scales' exponents by training, (n_out,), int16."""
         return {name: layer.exponents.detach().to(torch.int16).cpu() for name, layer in self._layers.items()}
 
 
 class RescaledLinear(nn.Module):
-    """A linear layer whose outputs are multiplied by `2^(e / 16)` for integer `e`; gradients ignore the rounding."""
+    """A linear layer that multiplies its outputs by `2^(e / 16)`, where `e` is trained.
+
+    Each `e` is rounded to an integer. Gradients ignore the rounding.
+    """
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
@@ -138,12 +144,12 @@ class RescaledLinear(nn.Module):
 
     @property
     def exponents(self) -> Tensor:
-        """`e`, (n_out,)."""
+        """The exponents `e`, rounded to integers, (n_out,)."""
         exponents = self.octaves * FINENESS
         return exponents + (exponents.round() - exponents).detach()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, n_in) to (…, n_out)."""
+        """Map inputs (…, n_in) to outputs (…, n_out)."""
         weight, bias = self.layer.weight, self.layer.bias
         y = linear(x, weight.T if isinstance(self.layer, Conv1D) else weight) * torch.exp2(self.exponents / FINENESS)
         return y if bias is None else y + bias
@@ -151,12 +157,12 @@ class RescaledLinear(nn.Module):
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
-        except AttributeError:  # blocks read attributes of their layers, such as sizes
+        except AttributeError:  # because blocks read attributes of their layers, such as sizes
             return getattr(super().__getattr__("layer"), name)
 
 
 def linear_layers(model: Any) -> dict[str, Any]:
-    """Return the layers, except the head, that compute just `x Wᵀ + b`; a router may compute more."""
+    """Return name → layer that only computes `x Wᵀ + b`, except the head. A router can compute more."""
     head, layers = model.get_output_embeddings(), {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D) and module is not head:
@@ -170,6 +176,6 @@ def linear_layers(model: Any) -> dict[str, Any]:
 
 @torch.no_grad()
 def _round(tensors: Mapping[str, nn.Parameter], specs: Mapping[str, TensorSpec]) -> None:
-    """Round tensors in place to the dtypes in which they are stored."""
+    """Round tensors in place to the dtypes in `specs`."""
     for name, tensor in tensors.items():
         tensor.copy_(tensor.to(specs[name].dtype))

@@ -1,4 +1,4 @@
-"""Describe model families as data, and define the modules of sliced and low-rank models.
+"""Model families described as data, and the modules of sliced and low-rank models.
 
 To add a family, add one row to `families.py`. Algorithms that change a model belong in `transforms`.
 """

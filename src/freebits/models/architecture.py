@@ -1,17 +1,17 @@
-"""The table of a model: each tensor, its role, and which of its axes runs along the residual stream, at which site.
+"""The architecture table of a model: the role of each tensor, and its axes along the residual stream.
 
-After norm folding each norm of the residual stream is a bare RMS norm, which commutes with rotations.
-A *site* is a stretch of the stream between two shortcuts. An orthogonal `Q` can be inserted there without
-changing the function: each tensor with an axis at the site, producer or consumer, is multiplied by `Q` along that axis
-(paper, Remark 3.1, in the layout `(d_out, d_in)` in which `nn.Linear` stores its weights).
+After norm folding, each norm of the residual stream is a bare RMS norm, which commutes with rotations. A *site* is the
+stretch of the stream between two shortcuts. A rotation of a site does not change the function of the model: each
+tensor with an axis at the site is multiplied along this axis by the same orthogonal `Q`, whether the tensor writes the
+stream or reads it (paper, Remark 3.1). Matrices have the layout of `nn.Linear`, `(d_out, d_in)`.
 
 A model with `L` blocks of two sublayers has `2L + 1` sites. If attention and MLP run in parallel, they are two branches
 of one sublayer, and there are `L + 1` sites. Site 0 lies before the first sublayer and site `s` after sublayer `s`,
 whose shortcut joins sites `s - 1` and `s`.
 
-If the head is tied to the token embedding, that matrix has axes at the first and the last site, and no rotation fits
-both. It stays as it is, and so do the final norm and the head, which fixes the basis of the last site. A factor
-`(D, k)` after the embedding leads to site 0.
+If the head is tied to the token embedding, the shared matrix has axes at the first and the last site, and no rotation
+fits both sites. Therefore this matrix and the final norm stay unchanged, and the last site cannot be rotated. A factor
+`(D, k)` after the embedding maps it to site 0.
 """
 
 import math
@@ -26,7 +26,7 @@ from freebits.limits import WIDTH
 from freebits.models.families import LOW_RANKS, Branch, Family, Stack, SublayerNames, family_of
 
 EMBEDDINGS, SHORTCUTS, HEAD = "embeddings", "shortcuts", "head"
-"""Groups for size statistics; a sublayer has a group of its own name."""
+"""Groups of tensors in size statistics. Each other tensor is counted in the group of its sublayer, such as `mlp`."""
 
 
 class Role(Enum):
@@ -38,7 +38,7 @@ class Role(Enum):
     WRITE = "write"
     SHORTCUT = "shortcut"
     INNER = "inner"
-    """Inside a branch, without an axis along the stream."""
+    """A tensor inside a branch, without an axis along the stream."""
     FACTOR = "factor"
     """`M` of a shortcut `[I - M Mᵀ, 0]`, or the matrix that maps a tied embedding to the stream."""
     HEAD = "head"
@@ -46,7 +46,7 @@ class Role(Enum):
 
 @dataclass(frozen=True)
 class Axis:
-    """Dimension `dim` of a tensor runs along the residual stream at `site`."""
+    """Dimension `dim` of a tensor, which runs along the residual stream at site `site`."""
 
     dim: int
     site: int
@@ -56,53 +56,53 @@ class Axis:
 
 @dataclass(frozen=True)
 class Weight:
-    """One row of the table."""
+    """One row of the architecture table, which describes one tensor."""
 
     name: str
     role: Role
     group: str
-    """Group under which size statistics count it."""
+    """Group in which size statistics count the tensor."""
     axes: tuple[Axis, ...] = ()
     optional: bool = False
-    """Whether a model may lack it."""
+    """Whether a model may lack the tensor."""
     ndim: int | None = 2
-    """Number of dimensions: 1 for a bias or the scale of a norm, 3 for a stack of experts, None for any."""
+    """Number of dimensions: 1 for a bias or the scale of a norm, 3 for a stack of experts, None for any number."""
     transposed: bool = False
-    """Whether the dense model stores it as (inputs, outputs)."""
+    """Whether the dense model stores the matrix as (inputs, outputs)."""
 
 
 @dataclass(frozen=True)
 class Module:
-    """The names of the tensors of a module. No other code composes them."""
+    """A module, with the names of its tensors, which differ for stacks of experts and low-rank layers."""
 
     name: str
     stacked: bool = False
-    """Whether it is a stack of expert matrices."""
+    """Whether the module is a stack of expert matrices."""
     side: str = ""
-    """For a low-rank layer, which of its two matrices has an axis along the stream: `down` reads, `up` writes."""
+    """For a low-rank layer, its matrix with an axis along the stream: `down` reads the stream, `up` writes it."""
 
     @property
     def weight(self) -> str:
-        """Its matrix, or the scale of a norm; for a low-rank layer the matrix that `side` names."""
+        """The name of its matrix or, for a norm, of its scale. For a low-rank layer, `side` selects the matrix."""
         if self.side:
             return f"{self.name}.{self.side}.weight"
         return self.name if self.stacked else f"{self.name}.weight"
 
     @property
     def inner_weight(self) -> str:
-        """The other matrix of a low-rank layer."""
+        """The name of the matrix of a low-rank layer that `side` does not select."""
         return f"{self.name}.{'up' if self.side == 'down' else 'down'}.weight"
 
     @property
     def bias(self) -> str:
-        """Its bias."""
+        """The name of its bias."""
         if self.side:
             return f"{self.name}.up.bias"
         return f"{self.name}_bias" if self.stacked else f"{self.name}.bias"
 
     @property
     def factor(self) -> str:
-        """The factor that replaces its matrix (shortcut) or follows it (tied embedding)."""
+        """The name of the factor that replaces the matrix of a shortcut or follows a tied embedding."""
         return f"{self.name}.factor"
 
 
@@ -119,7 +119,7 @@ class BoundBranch:
 
     @classmethod
     def bind(cls, names: Branch, block: str, low_rank_layers: Container[str]) -> "BoundBranch":
-        """Return the branch `names` of the block called `block`."""
+        """Return the branch that `names` describes in the block called `block`."""
 
         def modules(relative: Iterable[str], side: str) -> Iterator[Module]:
             for name in relative:
@@ -136,7 +136,7 @@ class BoundBranch:
         )
 
     def weights(self, group: str, site: int, transposed: bool) -> Iterator[Weight]:
-        """Yield the rows of its matrices and biases, for a branch that reads at `site - 1` and writes at `site`."""
+        """Yield the rows of all its tensors except the norm. The branch reads at `site - 1` and writes at `site`."""
         varies = self.names.varies
         for read in self.reads:
             axis, ndim = (Axis(2, site - 1), 3) if read.stacked else (Axis(1, site - 1), 2)
@@ -163,14 +163,14 @@ class Sublayer:
 
     site: int
     name: str
-    """Its full name, such as `model.layers.0.attention`."""
+    """Full name of the sublayer, such as `model.layers.0.attention`."""
     group: str
     branches: tuple[BoundBranch, ...]
     shortcut: Module
 
     @classmethod
     def bind(cls, names: SublayerNames, block: str, site: int, low_rank_layers: Container[str]) -> "Sublayer":
-        """Return the sublayer `names` of the block called `block`."""
+        """Return the sublayer that `names` describes in the block called `block`."""
         return cls(
             site=site,
             name=f"{block}.{names.name}",
@@ -181,25 +181,25 @@ class Sublayer:
 
     @property
     def norms(self) -> tuple[Module, ...]:
-        """The norms of its branches; branches may share one."""
+        """The norms of its branches. A norm that several branches share is listed once."""
         return tuple(dict.fromkeys(branch.norm for branch in self.branches))
 
     @property
     def reads(self) -> tuple[Module, ...]:
-        """The matrices that read the stream; a model may lack some of them."""
+        """The modules that read the stream. A model may lack some of them."""
         return tuple(read for branch in self.branches for read in branch.reads)
 
     def first_read(self, names: Container[str]) -> Module:
-        """Return the first matrix that reads the stream and is in `names`, the tensors of the model."""
+        """Return the first module that reads the stream, is not a stack, and has its matrix among `names`."""
         return next(read for read in self.reads if read.weight in names and not read.stacked)
 
     @property
     def write(self) -> Module:
-        """The first matrix that writes the stream."""
+        """The first module that writes the stream."""
         return self.branches[0].writes[0]
 
     def weights(self, family: Family) -> Iterator[Weight]:
-        """Yield its rows, in storage order."""
+        """Yield the rows of the sublayer, in storage order."""
         before, after = Axis(1, self.site - 1), Axis(0, self.site, writes=True)
         for norm in self.norms:
             yield from _norm(norm, self.group, family.centred)
@@ -211,7 +211,7 @@ class Sublayer:
 
 @dataclass(frozen=True)
 class Part:
-    """The unit of processing: the embeddings, one block, or the head."""
+    """A part of a model that is processed as a unit: the embeddings, one block, or the head."""
 
     weights: Mapping[str, Weight]
     sublayers: tuple[Sublayer, ...] = ()
@@ -240,7 +240,8 @@ class Architecture:
 
         Args:
             config: the content of `config.json`.
-            n_tensors: number of tensors of the checkpoint, which limits the number of blocks.
+            n_tensors: number of tensors of the checkpoint, used as upper limit of the number of blocks; None for no
+                limit.
 
         Raises:
             UnsupportedModelError: see `family_of`.
@@ -249,24 +250,30 @@ class Architecture:
         family = family_of(config)
         sizes = [config.get(key) for key in (family.width, family.depth)]
         if not all(type(size) is int and 0 < size < WIDTH for size in sizes):
-            raise CheckpointError(f"config.json: {family.width}, {family.depth} are {sizes}: give positive integers")
+            raise CheckpointError(
+                f"config.json sets {family.width} and {family.depth} to {sizes[0]!r} and {sizes[1]!r}: "
+                "give positive integers"
+            )
         width, depth = config[family.width], config[family.depth]
         if n_tensors is not None and depth > n_tensors:
             raise CheckpointError(
-                f"config.json: {family.depth} is {depth}, but there are {n_tensors} tensors: the checkpoint is "
-                "incomplete"
+                f"config.json sets {family.depth} to {depth}, but the checkpoint has only {n_tensors} tensors: "
+                "download it again"
             )
         scale = config.get(family.branch_scale, 1.0)
         if not isinstance(scale, (int, float)) or not math.isfinite(scale):
-            raise CheckpointError(f"config.json: {family.branch_scale} is {scale!r}: give a finite number")
+            raise CheckpointError(f"config.json sets {family.branch_scale} to {scale!r}: give a finite number")
         tied = config.get("tie_word_embeddings", family.tied_by_default)
         ranks = config.get(LOW_RANKS) or {}
         if not isinstance(ranks, dict) or not all(type(rank) is int and 0 < rank < WIDTH for rank in ranks.values()):
-            raise CheckpointError(f"config.json: {LOW_RANKS} does not map layers to ranks: restore the file")
+            raise CheckpointError(
+                f"{LOW_RANKS} in config.json does not map layers to ranks: "
+                "download the file again, or restore it from a backup"
+            )
         return cls(family, width, depth, tied=bool(tied), branch_scale=scale, config=config, low_ranks=ranks)
 
     def with_tie(self, tied: bool) -> "Architecture":
-        """Return the same architecture with its head tied or not."""
+        """Return the same architecture with a tied or an untied head."""
         return replace(self, tied=tied)
 
     @property
@@ -296,7 +303,7 @@ class Architecture:
 
     @cached_property
     def sublayers(self) -> tuple[Sublayer, ...]:
-        """All sublayers, in order: index `s - 1` leads to site `s`."""
+        """All sublayers, in order. The sublayer at index `s - 1` leads to site `s`."""
         per_block = len(self.family.sublayers)
         return tuple(
             Sublayer.bind(names, f"{self.family.blocks}.{block}", block * per_block + index + 1, self.low_ranks.keys())
@@ -306,7 +313,7 @@ class Architecture:
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
-        """The embeddings, each block and the head: together all rows of the table, in forward order."""
+        """The parts in forward order: the embeddings, each block, and the head. Together they have all rows."""
         per_block = len(self.family.sublayers)
         blocks = [self.sublayers[start : start + per_block] for start in range(0, len(self.sublayers), per_block)]
         return (
@@ -317,17 +324,17 @@ class Architecture:
 
     @cached_property
     def weights(self) -> Mapping[str, Weight]:
-        """All tensors that the dense or the sliced model may have, in forward order."""
+        """The rows of all tensors that the dense or the sliced model may have, by name, in forward order."""
         return {name: weight for part in self.parts for name, weight in part.weights.items()}
 
     @property
     def folded_norms(self) -> tuple[Module, ...]:
-        """The norms that become bare by folding, in order: all, except the final norm if the head is tied."""
+        """The norms that folding makes bare, in order: all norms, except the final norm if the head is tied."""
         norms = tuple(norm for sublayer in self.sublayers for norm in sublayer.norms)
         return norms if self.tied else (*norms, self.final_norm)
 
     def without_ignored(self, names: Iterable[str]) -> list[str]:
-        """Return the names without those that no model reads."""
+        """Return the names of tensors without those that no model reads."""
         return [name for name in names if not name.endswith(self.family.ignored)]
 
     def _embeddings(self) -> Iterator[Weight]:
@@ -342,7 +349,7 @@ class Architecture:
         yield from _norm(self.final_norm, HEAD, self.family.centred)
         axes = () if self.tied else (Axis(1, self.n_sites - 1),)
         yield Weight(self.head.weight, Role.HEAD, HEAD, axes, optional=self.tied)
-        if self.family.head_bias or (self.family.centred and not self.tied):  # the bias of the final norm is folded in
+        if self.family.head_bias or (self.family.centred and not self.tied):  # folding adds the bias of the final norm
             yield Weight(self.head.bias, Role.HEAD, HEAD, optional=True, ndim=1)
 
 

@@ -18,9 +18,10 @@ RESIDUAL = "Residual"
 
 
 class BareNorm(nn.Module):
-    """`x / rms(x)` without a scale, in float32 or wider. Not named RMSNorm: other libraries replace modules so named.
+    """The norm `x / rms(x)` without a scale, computed in float32 or wider.
 
-    The mean is taken over the *dense* width, because slicing removes only dimensions that are (nearly) zero.
+    The mean is taken over the *dense* width, because slicing removes only dimensions that are (nearly) zero. The class
+    is not called RMSNorm, because other libraries replace modules of that name.
     """
 
     def __init__(self, dense_size: int, eps: float) -> None:
@@ -40,7 +41,10 @@ class BareNorm(nn.Module):
 
 
 class ProjectedShortcut(nn.Module):
-    """The canonical shortcut `x ↦ [x - (x M) Mᵀ, 0]`: `factor` is `M: (before, rank)`, zeros widen `x` to `after`."""
+    """The canonical shortcut `x ↦ [x - (x M) Mᵀ, 0]`, where `factor` is `M: (before, rank)`.
+
+    Zeros widen the result from `before` to `after`.
+    """
 
     def __init__(self, before: int, after: int, rank: int) -> None:
         super().__init__()
@@ -48,7 +52,7 @@ class ProjectedShortcut(nn.Module):
         self.factor = nn.Parameter(torch.zeros(before, rank)) if rank else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Project (…, before) to (…, after)."""
+        """Map (…, before) to (…, after)."""
         if self.factor is not None:
             rows = x.reshape(-1, self.before)
             x = torch.addmm(rows, rows @ self.factor, self.factor.T, alpha=-1).view_as(x)
@@ -62,7 +66,7 @@ class ProjectedShortcut(nn.Module):
 class FactoredEmbedding(nn.Embedding):
     """A token embedding that stays tied to the head, followed by a factor that maps it to the stream.
 
-    `weight` is (V, D), the dense model's; `factor` is (D, k).
+    `weight` is the embedding of the dense model, (V, D). `factor` is (D, k).
     """
 
     def __init__(self, dense: nn.Embedding) -> None:
@@ -77,13 +81,14 @@ class FactoredEmbedding(nn.Embedding):
 class ResidualBlock(GradientCheckpointingLayer):
     """A pre-norm decoder layer of transformers that computes `x ← x A + Σ branch(norm(x))` for each sublayer.
 
-    It remains an instance of the class in transformers, with the same children. Shortcuts are identities until set.
+    The block remains an instance of its class in transformers and keeps its children. Its shortcuts are identities
+    until they are replaced.
     """
 
     family: Family
 
     def forward(self, hidden_states: Tensor, *args: Any, **context: Any) -> Any:
-        """Return the stream after the block; the attention receives `context` (mask, positions, cache)."""
+        """Return the stream after the block. Attention receives `context` (mask, positions, cache)."""
         if args:
             context.update(zip(self.arguments, args, strict=False))
         for index in range(len(self.family.sublayers)):
@@ -104,7 +109,7 @@ class ResidualBlock(GradientCheckpointingLayer):
 
     @property
     def arguments(self) -> list[str]:
-        """The names that the class in transformers gives to the arguments of `forward` after the stream."""
+        """The names of the arguments after the stream in `forward` of the original class in transformers."""
         original_class: Any = type(self).__mro__[2]
         return list(signature(unwrap(original_class.forward)).parameters)[2:]
 
@@ -112,7 +117,8 @@ class ResidualBlock(GradientCheckpointingLayer):
 def residual_block(layer: Any, family: Family) -> ResidualBlock:
     """Convert a decoder layer of transformers to a residual block, in place.
 
-    Its matrices get the form that folding needs: (outputs, inputs), with a bias where a norm's bias is folded in.
+    Each matrix gets the layout (outputs, inputs). If the norms have biases, each matrix that reads the stream gets a
+    bias, because folding adds the bias of the norm to it.
     """
     layer.__class__ = _residual_class(layer.__class__)
     layer.family = family
@@ -141,13 +147,13 @@ def submodule(model: nn.Module, name: str) -> nn.Module | None:
 
 
 def _residual_class(layer_class: type) -> Any:
-    """Return the residual class of a decoder layer class; it is an attribute of this module so that pickle finds it."""
+    """Return the residual class of a decoder layer class, and store it in this module so that pickle finds it."""
     name = RESIDUAL + layer_class.__name__
     return globals().setdefault(name, type(name, (ResidualBlock, layer_class), {"__module__": __name__}))
 
 
 def __getattr__(name: str) -> Any:
-    """Return the residual block class of that name: `ResidualLlamaDecoderLayer` and so on, of all families."""
+    """Return the residual block class of that name, such as `ResidualLlamaDecoderLayer`, for any family."""
     for family in FAMILIES if name.startswith(RESIDUAL) else ():
         module = sys.modules[getattr(transformers, family.causal_lm).__module__]
         layer_class = getattr(module, name.removeprefix(RESIDUAL), None)

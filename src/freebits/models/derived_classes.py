@@ -1,4 +1,4 @@
-"""Derive model classes from those in transformers, register them with its Auto classes, and save their models."""
+"""Model classes that are derived from classes in transformers and registered with the Auto classes there."""
 
 import os
 from pathlib import Path
@@ -20,17 +20,17 @@ from freebits.storage.auxiliary_files import auto_map, write_remote_code
 
 
 class OwnModel(PreTrainedModel):
-    """Mixin for a model class of transformers, with or without head; it changes the modules of the model."""
+    """Mixin for a model class of transformers, with or without a head. The mixin changes the modules of the model."""
 
     family: Family
     config_class: type[PreTrainedConfig]
     classes: dict[str, str]
-    """Auto class → class name, of the configuration and both model classes."""
+    """Name of an Auto class → name of the derived class, for the configuration and the two model classes."""
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         root: nn.Module = self
-        if self.base_model is self:  # module names must begin as in a model with a head
+        if self.base_model is self:  # because module names must begin as in a model with a head
             root = nn.Module()
             root.add_module(self.base_model_prefix, self)
         self.change_modules(root, config)
@@ -43,7 +43,7 @@ class OwnModel(PreTrainedModel):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Do nothing, so that `save_pretrained` does not copy this module; it writes two lines of code instead."""
+        """Do nothing, so that transformers does not copy this module. `save_pretrained` writes two lines instead."""
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Save the model as transformers does, and add the code that `trust_remote_code=True` needs."""
@@ -55,18 +55,18 @@ class OwnModel(PreTrainedModel):
 def derive_classes(
     family: Family, mixin: type[OwnModel], model_type: str, classes: dict[str, str], about: str, **attributes: Any
 ) -> dict[str, type]:
-    """Derive the classes of a family from those in transformers and register them with the Auto classes.
+    """Derive the configuration and model classes of a family, and register them with the Auto classes.
 
     Args:
         family: the family.
         mixin: the class to mix into the model classes of transformers.
         model_type: the model type of the configuration.
-        classes: Auto class → name of the derived class.
-        about: end of the docstrings.
+        classes: name of an Auto class → name of the derived class.
+        about: text that ends the docstring of each class.
         attributes: further attributes of the model classes.
 
     Returns:
-        Name → class.
+        Name of a derived class → class.
     """
     causal_lm = getattr(transformers, family.causal_lm)
     module = {"__module__": mixin.__module__}

@@ -1,4 +1,4 @@
-"""Model families as data: to support another family, add a row, not code."""
+"""Model families described as data. To support another family, add a row to `FAMILIES`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -7,43 +7,44 @@ from typing import Any
 from freebits.errors import UnsupportedModelError
 
 SLICED_PREFIX, LOW_RANK_PREFIX = "sliced_", "lowrank_"
-"""Prefixes of a transformers model type, for the models that freebits derives from it."""
+"""Prefixes of the model types of sliced and low-rank models, followed by the model type in transformers."""
 LOW_RANKS = "low_ranks"
 """Key in `config.json`: name of a low-rank linear layer → its rank."""
 
 
 class Stack(str):
-    """The name of a stack of expert matrices: one tensor, (experts, outputs, inputs), named without `.weight`."""
+    """The name, without `.weight`, of a stack of expert matrices: one tensor, (experts, outputs, inputs)."""
 
     __slots__ = ()
 
 
 ALL_VALUES, LEADING_VALUES, BY_BLOCK, NO_VALUES, ALL_UNLESS_ALIBI = "all", "leading", "by block", "none", "unless alibi"
-"""Which values of a query or key head need the basis they have: all; the leading ones, as many as the config says; all,
-but only in the blocks that the config names; none; all, unless positions are a term of the scores (ALiBi)."""
+"""The values of a query or key head whose basis is fixed. `LEADING_VALUES`: the leading fraction that the config gives.
+`BY_BLOCK`: all values in blocks with rotary positions according to the config, none in other blocks.
+`ALL_UNLESS_ALIBI`: none if the config enables ALiBi, which adds positions to the attention scores; else all."""
 
 
 @dataclass(frozen=True)
 class Heads:
     """Modules whose outputs are the heads of attention, named relative to the block.
 
-    Queries and keys of a head meet in a product, and so do its values and the output matrix. The basis between them is
-    free, except where positions or a norm fix it.
+    In each head, queries are multiplied by keys, and values by the output matrix. The inner basis of each product is
+    free unless positions or a norm fix it. A *group* consists of a key, a value and the queries that share them.
     """
 
     queries: str
     keys: str
     values: str
     by_group: bool = False
-    """Order of the outputs if one module computes all three. True: the queries of a group, then their key and value;
-    False: all queries, then all keys, then all values."""
+    """Order of the outputs if one module computes queries, keys and values. True: group by group, each with its
+    queries, its key and its value. False: all queries, then all keys, then all values."""
     fixed: str = ALL_VALUES
-    """Which values of queries and keys are rotated by positions or scaled by a norm, so that their basis is fixed."""
+    """The values of queries and keys whose basis is fixed, because positions rotate them or a norm scales them."""
 
 
 @dataclass(frozen=True)
 class Branch:
-    """One `write(f(reads(norm(x))))`; module names are relative to the block."""
+    """A branch, which computes `write(f(reads(norm(x))))`. Module names are relative to the block."""
 
     norm: str
     reads: tuple[str, ...]
@@ -53,18 +54,18 @@ class Branch:
     is_attention: bool = False
     """Whether the branch is attention, which also takes mask, positions and cache."""
     heads: Heads | None = None
-    """The heads of attention, if the table describes them."""
+    """The heads of attention; None if the branch has no heads or the table does not describe them."""
     inner: tuple[str, ...] = ()
     """Optional tensors inside the branch that do not touch the stream, with their suffix (`.weight`)."""
     varies: bool = False
-    """Whether some blocks lack some of these matrices."""
+    """Whether some blocks lack some of the matrices that `reads` and `writes` name."""
     keeps_width: bool = False
-    """Whether the code in transformers requires that the branch writes the same width as it reads."""
+    """Whether the code in transformers requires the stream to be as wide after the branch as before it."""
 
 
 @dataclass(frozen=True)
 class SublayerNames:
-    """One `x ← x A + Σ branch(x)` of a block: branches that read the stream at the same site share a shortcut."""
+    """A sublayer of a block, which computes `x ← x A + Σ branch(x)`. Its branches share the shortcut `A`."""
 
     name: str
     branches: tuple[Branch, ...]
@@ -83,7 +84,7 @@ class Requirement:
     reason: str = ""
     value: object = None
     same_as: str | None = None
-    """Another key that must have the same value."""
+    """Another key, whose value must equal that of `key`; None to compare with `value`."""
     by_default: bool = True
     """Whether a config without the key meets the requirement."""
 
@@ -97,7 +98,7 @@ class Requirement:
 
 @dataclass(frozen=True)
 class Family:
-    """How the residual stream runs through one family of models; names are those of the modules in transformers."""
+    """The path of the residual stream through a family of models. Module names are those in transformers."""
 
     model_type: str
     causal_lm: str
@@ -118,7 +119,7 @@ class Family:
     returns_tuple: bool = False
     """Whether a block returns the stream in a tuple."""
     keeps_width: bool = False
-    """Whether the code in transformers requires that the stream has the same width at its end as at its start."""
+    """Whether the code in transformers requires the stream to be as wide at its end as at its start."""
     tied_by_default: bool = False
     """Whether the head is tied if the config has no `tie_word_embeddings`."""
     width: str = "hidden_size"
@@ -126,11 +127,11 @@ class Family:
     n_heads: str = "num_attention_heads"
     """The config keys of the stream width, the number of blocks and the number of query heads."""
     ignored: tuple[str, ...] = ()
-    """Suffixes of tensors that old checkpoints contain and no model reads."""
+    """Suffixes of the names of tensors that old checkpoints contain and no model reads."""
     when: tuple[Requirement, ...] = ()
-    """When this row applies: of the rows of a model type, the first whose `when` holds."""
+    """Conditions for this row. Of the rows of a model type, the first one whose conditions all hold applies."""
     requirements: tuple[Requirement, ...] = ()
-    """Conditions without which the symmetry does not hold."""
+    """Conditions that a model must meet to be supported."""
 
     @property
     def sliced_model_type(self) -> str:
@@ -159,12 +160,12 @@ class Family:
 
     @property
     def low_rank_classes(self) -> dict[str, str]:
-        """Auto class → class name, of low-rank models that are not sliced."""
+        """Name of an Auto class → class name for low-rank models that are not sliced."""
         return {auto: name.replace("Sliced", "LowRank") for auto, name in self.sliced_classes.items()}
 
     @property
     def sliced_classes(self) -> dict[str, str]:
-        """Auto class → class name, of sliced models."""
+        """Name of an Auto class → class name for sliced models."""
         return {
             "AutoConfig": self.sliced_config,
             "AutoModel": f"{self._sliced_stem}Model",
@@ -264,7 +265,7 @@ DEEPSEEK_V3 = replace(
         replace(
             _ATTENTION,
             reads=("self_attn.q_proj", "self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),
-            heads=None,  # computed from compressed queries, keys and values
+            heads=None,  # not described, because heads are computed from compressed queries, keys and values
             inner=(
                 "self_attn.q_a_layernorm.weight",
                 "self_attn.q_b_proj.weight",
@@ -292,7 +293,7 @@ STABLELM_PARALLEL = replace(
     when=(Requirement("use_parallel_residual", value=True, by_default=False),),
     requirements=(
         Requirement(
-            "qk_layernorm", value=False, reason="the architecture table does not contain the norms of its heads"
+            "qk_layernorm", value=False, reason="the architecture table does not contain the norms of the heads"
         ),
     ),
 )
@@ -309,7 +310,7 @@ PHI = replace(
     centred=True,
     requirements=(
         Requirement(
-            "qk_layernorm", value=False, reason="the architecture table does not contain the norms of its heads"
+            "qk_layernorm", value=False, reason="the architecture table does not contain the norms of the heads"
         ),
     ),
 )
@@ -399,7 +400,7 @@ GPT2 = Family(
     n_heads="n_head",
     ignored=(".attn.bias", ".attn.masked_bias"),
     requirements=(
-        Requirement("add_cross_attention", value=False, reason="its cross-attention reads the stream of another model"),
+        Requirement("add_cross_attention", value=False, reason="cross-attention reads the stream of another model"),
     ),
 )
 
@@ -425,15 +426,15 @@ OPT = Family(
         Requirement(
             "do_layer_norm_before",
             value=True,
-            reason="it normalizes the residual stream itself after each branch, which leaves no free rotation",
+            reason="the norms scale the residual stream itself, which fixes its basis",
         ),
         Requirement(
             "word_embed_proj_dim",
             same_as="hidden_size",
-            reason="its embeddings and its residual stream have different widths",
+            reason="the embeddings and the residual stream have different widths",
         ),
-        Requirement("_remove_final_layer_norm", value=False, reason="it has no final norm to fold"),
-        Requirement("layer_norm_elementwise_affine", value=True, reason="its norms have no scale to fold"),
+        Requirement("_remove_final_layer_norm", value=False, reason="there is no final norm to fold"),
+        Requirement("layer_norm_elementwise_affine", value=True, reason="the norms have no scale to fold"),
     ),
 )
 
@@ -463,34 +464,34 @@ FAMILIES: tuple[Family, ...] = (
 """All rows. The last row of a model type is its default."""
 MODEL_TYPES: Mapping[str, Family] = {family.model_type: family for family in FAMILIES}
 
-_OUTPUT_NORM = "it normalizes the output of each branch, which leaves no free rotation of the residual stream"
-_ALTERNATIVES = "pack it with codec none, or use quantize if transformers runs it in floating point"
+_OUTPUT_NORM = "it normalizes the output of each branch, which fixes the basis of the residual stream"
+_ALTERNATIVES = "pack it with `codec` none, or quantize it if transformers can run it in floating point"
 REFUSALS: Mapping[str, str] = {
-    "gpt_oss": "its experts are stored as four-bit floats, and a rotation would change these",
+    "gpt_oss": "it stores experts as four-bit floats, which a rotation would change",
     "gemma2": _OUTPUT_NORM,
     "gemma3": _OUTPUT_NORM,
     "gemma3_text": _OUTPUT_NORM,
     "olmo2": _OUTPUT_NORM,
     "olmo3": _OUTPUT_NORM,
 }
-"""Model type → reason, of types that have no free rotation."""
+"""Model type → reason why models of this type have no free rotation."""
 
 
 def transformers_type(config: Mapping[str, Any]) -> str:
-    """Return the model type in transformers of a dense, sliced or low-rank model."""
+    """Return the model type of a dense, sliced or low-rank model, without the prefixes of freebits."""
     return str(config.get("model_type", "")).removeprefix(SLICED_PREFIX).removeprefix(LOW_RANK_PREFIX)
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
-    """Return the family of a dense or sliced model, from its `config.json`.
+    """Return the family of a dense, sliced or low-rank model, from its `config.json`.
 
     Raises:
-        UnsupportedModelError: the model type has no row, or the config does not meet a requirement of the row.
+        UnsupportedModelError: the model type has no row, or the config does not meet a requirement of its row.
     """
     model_type = transformers_type(config)
     if model_type in REFUSALS:
         raise UnsupportedModelError(
-            f"model type {model_type!r} has no free rotation: {REFUSALS[model_type]}; {_ALTERNATIVES}"
+            f"model type {model_type!r} has no free rotation, because {REFUSALS[model_type]}: {_ALTERNATIVES}"
         )
     if model_type not in MODEL_TYPES:
         supported = ", ".join(sorted(MODEL_TYPES))
@@ -503,8 +504,8 @@ def family_of(config: Mapping[str, Any]) -> Family:
     for requirement in family.requirements:
         if not requirement.holds(config):
             raise UnsupportedModelError(
-                f"{model_type} model with {requirement.key}={config[requirement.key]!r} is not supported: "
-                f"{requirement.reason}"
+                f"{model_type} model with {requirement.key}={config[requirement.key]!r} is not supported, because "
+                f"{requirement.reason}: {_ALTERNATIVES}"
             )
     return family
 
@@ -513,15 +514,15 @@ def dense_family(config: Mapping[str, Any]) -> Family:
     """Return the family of a dense model that can be folded and sliced.
 
     Raises:
-        UnsupportedModelError: see `family_of`; or the model is already sliced, or its weights are quantized.
+        UnsupportedModelError: `family_of` refuses the model, the model is already sliced, or its weights are quantized.
     """
     family = family_of(config)
     if str(config["model_type"]).startswith(SLICED_PREFIX):
-        raise UnsupportedModelError("the model is already sliced: slice the dense model it was made from")
+        raise UnsupportedModelError("the model is already sliced: use the dense model that was sliced")
     quantization = config.get("quantization_config")
     if quantization:
         method = isinstance(quantization, dict) and quantization.get("quant_method")
         raise UnsupportedModelError(
-            f"the weights are quantized ({method or 'unknown method'}): slice the model it was made from"
+            f"the weights are quantized ({method or 'unknown method'}): use the model before quantization"
         )
     return family

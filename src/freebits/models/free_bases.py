@@ -1,8 +1,9 @@
-"""Pairs: two matrices with an inner space between them, whose basis is free.
+"""Pairs of matrices, whose inner space has a free basis.
 
-Where a model computes `x A B` with nothing in between, `A G` and `G⁻¹ B` give the same function for every invertible
-`G: (r, r)`. The two matrices of a low-rank layer are such a pair. A head of attention has two: values and output, and
-queries and keys, except for the values that positions rotate. Queries that share a key and a value share the space.
+If a model computes `x A B` without an operation between `A` and `B`, the matrices `A G` and `G⁻¹ B` give the same
+function for every invertible `G: (r, r)`. The `r` outputs of `A` form the inner *space* of the pair. The two matrices
+of a low-rank layer are a pair. A head of attention has two pairs: values with output, and queries with keys, except for
+the query and key values that positions rotate. Queries that share a key and a value share its space.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,23 +19,23 @@ _PLAIN_SETTINGS = (
     *("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
     *("bias", "lora_bias", "use_dora", "trainable_token_indices", "inference_mode"),
-    *("eva_config", "loftq_config"),  # initialization
-    *("qalora_group_size", "megatron_core"),  # defaults without an effect of their own
+    *("eva_config", "loftq_config"),  # used only for initialization
+    *("qalora_group_size", "megatron_core"),  # without effect unless a setting outside this list is set
     *("task_type", "base_model_name_or_path", "revision", "auto_mapping", "peft_type", "peft_version"),
 )
 """Settings of PEFT's LoRA under which the output of a layer depends on its two matrices only through their product."""
 _PLAIN_INITIALIZATIONS = (True, False, "gaussian", "eva", "olora", "pissa", "loftq", "orthogonal")
-"""Values of `init_lora_weights` under which the same holds."""
+"""Values of `init_lora_weights` under which the output depends on the matrices only through their product, too."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """Where the spaces of a pair lie along a dimension of a tensor.
+    """The positions of the spaces of a pair along a dimension of a tensor.
 
     Attributes:
         name: name of the tensor.
         dim: the dimension.
-        starts: for each space the index at which it begins; a space may occur several times.
+        starts: for each space, the indices at which it begins; a space may occur several times in the tensor.
     """
 
     name: str
@@ -44,12 +45,13 @@ class Span:
 
 @dataclass(frozen=True)
 class Pair:
-    """Several spaces of the same size in the same tensors.
+    """The tensors that share one or more inner spaces of the same size.
 
     Attributes:
-        size: `r`, the size of a space.
-        writes: tensors that write to the spaces, multiplied by `G`; the first is a matrix with each space once.
-        reads: tensors that read the spaces, multiplied by the inverse.
+        size: `r`, the size of each space.
+        writes: tensors that write to the spaces, to be multiplied by `G`. The first of them is a matrix that contains
+            each space once.
+        reads: tensors that read the spaces, to be multiplied by the inverse of `G`.
     """
 
     size: int
@@ -63,18 +65,18 @@ class Pair:
 
     @property
     def names(self) -> list[str]:
-        """The names of all tensors."""
+        """The names of all tensors of the pair."""
         return [span.name for span in (*self.writes, *self.reads)]
 
 
 def find_pairs(architecture: Architecture | None, part: Part, shapes: Shapes, *, dense: bool) -> tuple[Pair, ...]:
-    """Return the pairs in a part of a model, ordered so that no pair undoes the canonical form of an earlier one.
+    """Return the pairs in a part, ordered so that changing a pair does not undo the canonical form of an earlier pair.
 
     Args:
         architecture: the architecture of the model; None for a LoRA adapter.
         part: the part.
         shapes: shapes of the tensors of the model, by name.
-        dense: whether matrices are stored as in the dense model, where some families transpose them.
+        dense: whether matrices are stored as in the dense model, which in some families means transposed.
     """
     if architecture is None:
         return tuple(_adapter_pairs(part, shapes))
@@ -95,7 +97,7 @@ def find_pairs(architecture: Architecture | None, part: Part, shapes: Shapes, *,
 
 
 def _adapter_pairs(part: Part, shapes: Shapes) -> Iterator[Pair]:
-    """Yield `A: (r, inputs)` and `B: (outputs, r)` of each layer, by their names in PEFT."""
+    """Yield the pair `A: (r, inputs)` and `B: (outputs, r)` of each layer, found by their names in PEFT."""
     for name in part.weights:
         other = name.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")
         down, up = shapes.get(name, ()), shapes.get(other, ())
@@ -120,7 +122,7 @@ def unproven_settings(adapter: Mapping[str, Any]) -> list[str]:
 
 
 def _low_rank_pairs(modules: Iterable[Module], shapes: Shapes) -> Iterator[Pair]:
-    """Yield the two matrices of each low-rank layer."""
+    """Yield the pair of matrices of each low-rank layer."""
     for module in modules:
         down, up = f"{module.name}.down.weight", f"{module.name}.up.weight"
         if module.side and {down, up} <= shapes.keys():
@@ -128,22 +130,23 @@ def _low_rank_pairs(modules: Iterable[Module], shapes: Shapes) -> Iterator[Pair]
 
 
 def _output_dim(module: Module, output_dim: int) -> int:
-    """Return the dimension of the outputs of a module's matrix; low-rank layers are never transposed."""
+    """Return the dimension of the outputs in a module's matrix, which is never transposed in low-rank layers."""
     return 0 if module.side else output_dim
 
 
 @dataclass(frozen=True)
 class _HeadPositions:
-    """Positions of the heads in the matrices of a block: `n_groups` of `per_group` queries, a key and a value.
+    """The positions of the heads of attention in the matrices of a block.
 
     Attributes:
-        modules: modules of queries, keys and values; `side` names the matrix of a low-rank layer that has the heads.
-        output: the module that reads the values, likewise.
-        by_group: see `Heads`.
-        size: values per head.
-        per_group: queries that share a key and a value.
-        n_groups: number of keys, and of values.
-        output_dim: dimension of the outputs of matrices that are not of low rank.
+        modules: modules that compute queries, keys and values. For a low-rank layer, `side` selects the matrix that
+            contains the heads.
+        output: module that reads the values, with the same meaning of `side`.
+        by_group: order of the outputs of a fused module; see `Heads`.
+        size: number of values per head.
+        per_group: number of queries in a group, which also has one key and one value.
+        n_groups: number of groups.
+        output_dim: dimension of the outputs in matrices of layers that are not low-rank.
         shapes: shapes of the tensors of the model.
     """
 
@@ -160,7 +163,7 @@ class _HeadPositions:
     def of(
         cls, branch: BoundBranch, heads: Heads, architecture: Architecture, shapes: Shapes, output_dim: int
     ) -> "_HeadPositions | None":
-        """Derive the positions from shapes; None if the shapes do not fit the number of heads."""
+        """Return the positions, derived from shapes, or None if the shapes do not fit the number of heads."""
         low_rank = architecture.low_ranks
         full_names = [f"{branch.block}.{name}" for name in (heads.queries, heads.keys, heads.values)]
         modules = [Module(name, side="up" if name in low_rank else "") for name in full_names]
@@ -184,7 +187,7 @@ class _HeadPositions:
         )
 
     def pairs(self, n_fixed: int) -> Iterator[Pair]:
-        """Yield values and output; then keys and queries without the first `n_fixed` values of each head, if any."""
+        """Yield the pair of values and output, and the pair of keys and queries without `n_fixed` values per head."""
         queries, keys, values = self.modules
         inputs = tuple(
             tuple((group * self.per_group + query) * self.size for query in range(self.per_group))
@@ -208,11 +211,11 @@ class _HeadPositions:
             yield Span(module.bias, 0, starts)
 
     def _starts(self, role: int, offset: int) -> tuple[tuple[int, ...], ...]:
-        """Return for each group where its queries, key or value begin among the outputs, plus `offset` in each head.
+        """Return, for each group, the outputs at which its queries, its key or its value begin.
 
         Args:
             role: 0 for queries, 1 for the key, 2 for the value.
-            offset: index within a head.
+            offset: number of outputs to skip at the start of each head.
         """
         per_group, n_queries = self.per_group, self.per_group * self.n_groups
         fused = self.modules[0] == self.modules[1]

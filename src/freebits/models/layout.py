@@ -1,4 +1,4 @@
-"""The layout of a model, from `config.json`: the width of the stream at each site and the form of each shortcut."""
+"""The layout of a model: the width of the stream at each site and the form of each shortcut."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -10,8 +10,9 @@ from freebits.models.architecture import Architecture, Role, Sublayer, Weight
 from freebits.models.families import SLICED_PREFIX
 
 WIDTHS, RANKS = "site_sizes", "shortcut_ranks"
-"""Keys in `config.json`; a dense model has neither."""
+"""Keys of the layout in `config.json`. A dense model has neither key."""
 _SLICED_ROLES = (Role.SHORTCUT, Role.FACTOR)
+_REPAIR = "download the file again, or restore it from a backup"
 
 
 @dataclass(frozen=True)
@@ -19,9 +20,9 @@ class Layout:
     """The widths of the sites and the ranks of the shortcut factors.
 
     Attributes:
-        widths: one for each site; None for a dense model, which has no shortcuts.
-        ranks: one for each site from 1: `r` where the shortcut is `[I - M Mᵀ, 0]` with `M: (k, r)`, None where it is a
-            matrix.
+        widths: width of each site; None for a dense model, which has no shortcuts.
+        ranks: rank of the shortcut that leads to each site from 1. The rank is `r` if the shortcut is `[I - M Mᵀ, 0]`
+            with `M: (k, r)`, and None if the shortcut is a matrix.
     """
 
     widths: tuple[int, ...] | None = None
@@ -29,7 +30,7 @@ class Layout:
 
     @classmethod
     def sliced(cls, architecture: Architecture, size: int) -> "Layout":
-        """Return the layout of a sliced model: `size` at all sites, except `D` where the architecture requires it."""
+        """Return the layout of a sliced model: width `size`, or `D` at sites that have to keep the dense width."""
         last = architecture.n_sites - 1
         full = {last} | ({0} if architecture.family.keeps_width else set())
         full |= {last - 1} if any(branch.names.keeps_width for branch in architecture.sublayers[-1].branches) else set()
@@ -49,25 +50,25 @@ class Layout:
         widths = _sizes(config.get(WIDTHS), n_sites)
         if widths is None or 0 in widths:
             raise CheckpointError(
-                f"config.json: {WIDTHS} is not a list of the widths of {n_sites} sites: restore the file"
+                f"{WIDTHS} in config.json is not a list of positive widths of {n_sites} sites: {_REPAIR}"
             )
         ranks = config.get(RANKS)
         ranks = [None] * n_shortcuts if ranks is None else ranks
         if not isinstance(ranks, list) or _sizes([0 if r is None else r for r in ranks], n_shortcuts) is None:
             raise CheckpointError(
-                f"config.json: {RANKS} is not a list of the ranks of {n_shortcuts} shortcuts: restore the file"
+                f"{RANKS} in config.json is not a list of the ranks of {n_shortcuts} shortcuts: {_REPAIR}"
             )
         for sub, rank in zip(architecture.sublayers, ranks, strict=True):
             before, after = widths[sub.site - 1], widths[sub.site]
             if rank is not None and not rank <= before <= after:
                 raise CheckpointError(
-                    f"config.json: {RANKS} has {rank} for {sub.name}, whose shortcut maps width {before} to {after}: "
-                    "restore the file"
+                    f"{RANKS} in config.json has rank {rank} for {sub.name}, whose shortcut maps width {before} to "
+                    f"{after}: {_REPAIR}"
                 )
         return cls(widths, tuple(ranks))
 
     def to_config(self) -> dict[str, Any]:
-        """Return the layout as entries of `config.json`; ranks only if a shortcut has one."""
+        """Return the layout as entries of `config.json`. Ranks are included only if a shortcut has a rank."""
         if self.widths is None:
             return {}
         ranks = {RANKS: list(self.ranks)} if any(rank is not None for rank in self.ranks) else {}
@@ -98,7 +99,7 @@ class Layout:
         return sublayer.shortcut.weight if self.rank(sublayer.site) is None else sublayer.shortcut.factor
 
     def shapes(self, architecture: Architecture, dense: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-        """Return the shape of each tensor of a model with this layout, given the shapes in the `dense` model."""
+        """Return the shape of each tensor in a model with this layout, from the shapes in the `dense` model."""
         D, widths = architecture.hidden_size, self.widths
         if widths is None:
             return {name: dense[name] for name in self.weights(architecture) if name in dense}
@@ -118,17 +119,18 @@ class Layout:
         return shapes
 
     def check(self, shapes: Mapping[str, tuple[int, ...]], architecture: Architecture) -> None:
-        """Check that a checkpoint has exactly the tensors of this layout, with its widths.
+        """Check that a checkpoint has exactly the tensors of this layout, and that their shapes fit its widths.
 
         Raises:
-            CheckpointError: a tensor is missing, has another width, or is unknown, so that rotations could miss it.
+            CheckpointError: a tensor is missing, has a wrong shape, or is unknown. Unknown tensors are refused because
+                rotations would omit them.
         """
         rows = self.weights(architecture)
         widths = self.widths or (architecture.hidden_size,) * architecture.n_sites
         sublayers = architecture.sublayers if self.widths else ()
         empty = {sub.shortcut.factor for sub in sublayers if self.rank(sub.site) == 0}
         for name in sorted(n for n, row in rows.items() if not row.optional and n not in shapes and n not in empty):
-            raise CheckpointError(f"tensor {name} is missing: the checkpoint is incomplete")
+            raise CheckpointError(f"tensor {name} is missing, so the checkpoint is incomplete: download it again")
         for name in architecture.without_ignored(sorted(shapes.keys() - rows.keys())):
             model_type = architecture.family.sliced_model_type if self.widths else architecture.family.model_type
             raise CheckpointError(f"tensor {name} is not part of a {model_type} model in the architecture table")
@@ -148,12 +150,12 @@ class Layout:
             shape = (widths[sub.site - 1], rank)
             if rank is not None and shapes.get(name, (widths[sub.site - 1], 0)) != shape:
                 raise CheckpointError(
-                    f"tensor {name} has shape {list(shapes[name])}, but config.json says {list(shape)}"
+                    f"tensor {name} has shape {list(shapes[name])}, but config.json requires shape {list(shape)}"
                 )
 
 
 def _as_stored(row: Weight) -> Weight:
-    """Return a row with the axes of the matrix as the dense model stores it."""
+    """Return the row with its axes as the dense model stores the matrix, which may be transposed."""
     return replace(row, axes=tuple(replace(axis, dim=1 - axis.dim) for axis in row.axes)) if row.transposed else row
 
 
@@ -167,7 +169,7 @@ def _folded_biases(architecture: Architecture, dense: Mapping[str, tuple[int, ..
 
 
 def _sizes(sizes: object, count: int) -> tuple[int, ...] | None:
-    """Return a list of `count` sizes as a tuple, or None if it is not one."""
+    """Return `sizes` as a tuple, or None if they are not a list of `count` sizes."""
     if not isinstance(sizes, (list, tuple)) or len(sizes) != count:
         return None
     return tuple(sizes) if all(type(size) is int and 0 <= size < WIDTH for size in sizes) else None

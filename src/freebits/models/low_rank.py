@@ -1,7 +1,7 @@
-"""Models in transformers with low-rank linear layers, as reduced-order modelling makes them.
+"""Models in transformers with low-rank linear layers, which reduced-order modeling produces.
 
-For each family a configuration class and model classes are derived from those in transformers. `low_ranks` in the
-configuration names the layers and their ranks. A sliced model with the same key has low-rank layers, too.
+For each family, a configuration class and model classes are derived from classes in transformers. `low_ranks` in the
+configuration maps the names of the layers to their ranks. A sliced model with this key has low-rank layers, too.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from freebits.models.families import LOW_RANKS, MODEL_TYPES
 
 
 class LowRankLinear(nn.Module):
-    """`x ↦ (x Dᵀ) Uᵀ + b`: `down.weight` is `D: (rank, inputs)`, `up.weight` is `U: (outputs, rank)`."""
+    """The layer `x ↦ (x Dᵀ) Uᵀ + b`. `down.weight` is `D: (rank, inputs)`, `up.weight` is `U: (outputs, rank)`."""
 
     def __init__(self, inputs: int, outputs: int, rank: int, *, bias: bool) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class LowRankModel(OwnModel):
     change_modules = staticmethod(split_layers)
 
 
-_ABOUT = f"with low-rank layers: `{LOW_RANKS}` has their ranks."
+_ABOUT = f"with low-rank layers. `{LOW_RANKS}` maps their names to their ranks."
 _CLASSES: dict[str, type] = {}
 for _family in MODEL_TYPES.values():
     _CLASSES |= derive_classes(
@@ -56,14 +56,16 @@ for _family in MODEL_TYPES.values():
 
 
 def __getattr__(name: str) -> Any:
-    """Return the derived class of that name: `LowRankLlamaConfig`, `LowRankLlamaForCausalLM` and so on."""
+    """Return the derived class of that name, such as `LowRankLlamaConfig` or `LowRankLlamaForCausalLM`."""
     if name not in _CLASSES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return _CLASSES[name]
 
 
 class PivotedLinear(nn.Module):
-    """`y = x[pivots] + x[others] Tᵀ` for a matrix `(r, n_in)` with identity columns, which needs `r²` weights less.
+    """The layer `y = x[pivots] + x[others] Tᵀ`, for a matrix `(r, n_in)` with identity columns.
+
+    `T` contains the other columns, so the layer has `r²` fewer weights than the matrix.
 
     Args:
         weight: the matrix.
@@ -88,7 +90,7 @@ class PivotedLinear(nn.Module):
 
 
 def use_pivots(model: Any) -> Any:
-    """Replace `down` of each low-rank layer whose matrix has identity columns, in place; return the model."""
+    """Replace each `down` whose matrix has identity columns by a `PivotedLinear`, in place, and return the model."""
     for layer in [module for module in model.modules() if isinstance(module, LowRankLinear)]:
         columns = identity_columns(layer.down.weight.detach()) if isinstance(layer.down, nn.Linear) else None
         if columns is not None:

@@ -1,7 +1,7 @@
-"""Sliced models in transformers: its own model classes with narrower matrices and explicit shortcuts.
+"""Sliced models in transformers, with narrower matrices and explicit shortcuts.
 
-For each family a configuration class and model classes are derived from those in transformers and registered with its
-Auto classes. Attention, MLP, cache, masks and generation remain those of transformers.
+For each family, a configuration class and model classes are derived from classes in transformers and registered with
+the Auto classes there. Attention, MLP, cache, masks and generation remain those of transformers.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ class SlicedModel(OwnModel):
 
     @staticmethod
     def change_modules(model: nn.Module, config: PreTrainedConfig) -> None:
-        """Insert the low-rank layers, if the config names some, then slice all modules."""
+        """Insert the low-rank layers that the config names, if any, then slice all modules."""
         split_layers(model, config)
         _slice_modules(model, config)
 
@@ -59,12 +59,12 @@ def _slice_modules(model: nn.Module, config: PreTrainedConfig) -> None:
 
 
 def _shortcut(before: int, after: int, rank: int | None) -> nn.Module:
-    """Return a shortcut module: a dense one, or in canonical form if a rank is given."""
+    """Return a shortcut module, which is in canonical form if a rank is given, and dense otherwise."""
     return nn.Linear(before, after, bias=False) if rank is None else ProjectedShortcut(before, after, rank)
 
 
 def _crop(module: nn.Module, parameter: str, axis: Axis, widths: tuple[int, ...]) -> None:
-    """Crop one axis of a parameter to the width of its site; update the sizes that the module stores."""
+    """Crop one axis of a parameter to the width of its site, and update the sizes that the module stores."""
     size = widths[axis.site]
     cropped = getattr(module, parameter).detach().narrow(axis.dim, 0, size).clone()
     setattr(module, parameter, nn.Parameter(cropped))
@@ -83,7 +83,10 @@ _FEATURES: dict[type[nn.Module], tuple[str, str]] = {
 """Names of the attributes that store the sizes of `weight`, by dimension."""
 
 
-_ABOUT = "sliced: `site_sizes` holds the width of the residual stream at each site, `hidden_size` the dense width."
+_ABOUT = (
+    "that is sliced. `site_sizes` contains the width of the residual stream at each site, and `hidden_size` the width "
+    "of the dense model."
+)
 _CLASSES: dict[str, type] = {}
 for _family in MODEL_TYPES.values():
     _no_split = getattr(transformers, _family.causal_lm)._no_split_modules or ()

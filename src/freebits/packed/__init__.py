@@ -1,4 +1,4 @@
-"""Packed folders: the manifest, the recipes, and the code that packs, reads, validates and unpacks them.
+"""The format of packed folders: its manifest and recipes, and functions that pack, read, check and unpack a folder.
 
-Codes are in `codecs`. No module here depends on the name of a model.
+The codes, which encode tensors, are in `codecs`. No module here depends on the name of a model.
 """

@@ -1,4 +1,4 @@
-"""Collect what packing writes, for the manifest."""
+"""Collect the data that the manifest records about the written tensors."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,13 +11,13 @@ from freebits.storage.writer import CheckpointWriter
 from freebits.types import TensorSpec, bytes_of
 
 STEM = "packed"
-"""How the names of the weights files begin. They do not begin with `model`, so that no tool loads them as a model."""
+"""The stem of the names of weights files. It is not `model`, so that no tool loads the files as a model."""
 _LONGEST_SUFFIX = ".entropy__"
 
 
 @dataclass
 class Contents:
-    """Recipes, notes, stored tensors and their digests, collected piece by piece; see `Manifest`."""
+    """Recipes and notes, and the specs and digests of stored tensors, collected piece by piece; see `Manifest`."""
 
     recipes: list[Recipe] = field(default_factory=list)
     notes: list[dict[str, Any]] = field(default_factory=list)
@@ -27,7 +27,7 @@ class Contents:
     auxiliary: list[str] = field(default_factory=list)
 
     def write(self, writer: CheckpointWriter, piece: Piece, digests: Mapping[str, str]) -> None:
-        """Write the tensors of a piece, and collect its recipes, notes and digests."""
+        """Write the tensors of a piece. Collect its recipes and notes, and the given digests of its tensors."""
         for name, (spec, tensor) in piece.stored.items():
             writer.write_bytes(name, spec, bytes_of(tensor))
         self.recipes += piece.recipes
@@ -37,10 +37,13 @@ class Contents:
 
 
 def digests_of(piece: Piece) -> dict[str, str]:
-    """The digest of each stored tensor."""
+    """Return name → digest of each stored tensor of a piece."""
     return {name: digest(spec, bytes_of(tensor)) for name, (spec, tensor) in piece.stored.items()}
 
 
 def announced(specs: Mapping[str, TensorSpec]) -> dict[str, tuple[int, ...]]:
-    """The longest name and shape that each tensor may get in a header, entropy-coded or not; see `CheckpointWriter`."""
+    """Return, for each tensor, the longest name and shape that a file header may need; see `CheckpointWriter`.
+
+    Entropy coding can make both longer.
+    """
     return {name + _LONGEST_SUFFIX: (*spec.shape, 10) for name, spec in specs.items()}

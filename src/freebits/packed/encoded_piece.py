@@ -1,4 +1,4 @@
-"""Encode the pieces of a model: tensors to store, and the recipes that decode them."""
+"""Encode tensors of a model as pieces. A piece has tensors to store and the recipes that decode them."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -24,12 +24,13 @@ AUTO = "entropy"
 @storable
 @dataclass(frozen=True)
 class Piece:
-    """An encoded piece of a model.
+    """Some encoded tensors of a model.
 
     Attributes:
-        stored: name → spec and tensor (flat bytes if PyTorch has no such dtype).
-        recipes: in the order in which a reader follows them.
-        notes: for each site, the code that encodes it or the reason why none does; for reports.
+        stored: name → spec and tensor of each tensor to store. The tensor is flat bytes if PyTorch lacks its dtype.
+        recipes: recipes, in the order in which a reader follows them.
+        notes: notes for reports. Each names the code that encodes a site of the residual stream, or the reason why no
+            code does.
     """
 
     stored: Mapping[str, tuple[TensorSpec, Tensor]] = field(default_factory=dict)
@@ -41,7 +42,7 @@ class Piece:
 
 
 def plain(tensors: Mapping[str, Tensor]) -> Piece:
-    """A piece that stores the tensors unchanged."""
+    """Return a piece that stores the tensors unchanged."""
     return Piece({name: (TensorSpec.of(tensor), tensor) for name, tensor in tensors.items()})
 
 
@@ -53,15 +54,15 @@ def encoded(
     makes: Mapping[str, TensorSpec],
     note: dict[str, Any] | None = None,
 ) -> Piece:
-    """Encode tensors in a code.
+    """Encode tensors with a code.
 
     Args:
-        name: of the code in `CODES`.
-        code: encodes the tensors.
-        label: the stored tensors are called `label.part`.
-        tensors: name → tensor, in the code's order.
+        name: key of the code in `CODES`.
+        code: the code.
+        label: prefix of the stored names, which are `label.part` for each part of the code.
+        tensors: name → tensor, in the order that the code expects.
         makes: name → spec of each tensor that decoding makes.
-        note: to be completed with the code and the number of corrections; None for no note.
+        note: note to complete with the code and the number of corrected values; None if the piece gets no note.
 
     Raises:
         Declined: the code does not accept the tensors.
@@ -77,23 +78,23 @@ def encoded(
 
 
 def stage(entropy: str) -> str | None:
-    """The code of the entropy stage that users call `entropy`; None for no stage.
+    """Return the code (a key of `CODES`) for the option `entropy`; None if tensors are not entropy-coded.
 
     Raises:
-        UsageError: there is no such stage.
+        UsageError: the option has no such value.
     """
     code = {"auto": AUTO, "none": None}.get(entropy, entropy)
     if code is not None and not (code in CODES and CODES[code].exact):
-        raise UsageError(f"`entropy` is {entropy!r}: choose one of {', '.join(ENTROPIES)}")
+        raise UsageError(f"`entropy` is {entropy!r}: choose {' or '.join(ENTROPIES)}")
     return code
 
 
 def staged(piece: Piece, code: str | None, used_names: Collection[str] = ()) -> Piece:
-    """Encode each stored tensor of a piece with a bit-exact code, unless that saves nothing.
+    """Encode each stored tensor of a piece with a bit-exact code, unless this saves no bytes.
 
     Args:
         piece: the piece to encode.
-        code: a key of `freebits.codecs.registry.CODES`; None leaves the piece as it is.
+        code: key of the code in `freebits.codecs.registry.CODES`; None leaves the piece unchanged.
         used_names: names that the stored tensors must not get.
     """
     if code is None:

@@ -1,4 +1,4 @@
-"""Codec `none`: store the weights files of any checkpoint so that they can be restored byte for byte."""
+"""Pack any checkpoint with codec `none`. Unpacking restores its weights files byte for byte."""
 
 from collections.abc import Collection, Mapping
 from functools import partial
@@ -18,7 +18,9 @@ from freebits.storage.writer import CheckpointWriter
 
 
 def pack_files(source: Checkpoint, directory: Path, stage: str | None, work: Work, progress: Progress) -> Contents:
-    """Write the tensors of all weights files, each entropy-coded where that saves bytes, and collect the file headers.
+    """Write the tensors of all weights files, and collect the file headers.
+
+    A tensor is entropy-coded if this saves bytes.
 
     Raises:
         CheckpointError: a file is damaged.
@@ -57,7 +59,7 @@ def _piece(
     used_names: Collection[str],
     item: tuple[str, Entry],
 ) -> tuple[Piece, dict[str, str]]:
-    """Encode one tensor of a file, under its name in the packed folder; also return the digests."""
+    """Encode one tensor of a weights file. Return the piece and the digests of the stored tensors."""
     name, entry = item
     file, target = files[name], prefixes[name] + entry.name
     tensor = entry.spec.view(file.read(entry.name))

@@ -1,4 +1,8 @@
-"""Pack a sliced or dense model: transform and encode it part by part, with few blocks in memory."""
+"""Pack a sliced model, a dense model or an adapter with a codec that transforms it.
+
+The model is transformed and encoded part by part, so that only few blocks are in memory. A part has the embeddings, one
+block, the head, or all other tensors; for an adapter, it has one layer.
+"""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -30,13 +34,13 @@ _TransformedPart = tuple[Part, PartChange, Callable[[], dict[str, Tensor]]]
 def pack_parts(
     source: Checkpoint, directory: Path, preset: Preset, stage: str | None, work: Work, progress: Progress
 ) -> tuple[Contents, Layout]:
-    """Write the sites of a sliced model, or the pairs of a dense model, encoded.
+    """Transform and encode a model, and write the encoded tensors.
 
     Returns:
         The contents, and the layout of the packed model.
 
     Raises:
-        CheckpointError: the codec cannot make the model smaller, or does not encode its dtype.
+        CheckpointError: the codec cannot make the model smaller, or does not encode its dtypes.
     """
     architecture = None if is_adapter(source.config) else Architecture.of(source.config, len(source.specs))
     dense = not str(source.config.get("model_type")).startswith(SLICED_PREFIX)
@@ -70,7 +74,7 @@ def pack_parts(
 
 
 def _all_parts(architecture: Architecture | None, source: Source) -> tuple[Part, ...]:
-    """The parts of the architecture, and one more part for all other tensors; for an adapter one part per layer."""
+    """Return the parts of the architecture and one part with all other tensors; for an adapter, one part per layer."""
     parts = architecture.parts if architecture else ()
     part_names = {name for part in parts for name in part.weights}
     layers: dict[str, dict[str, Weight]] = {}
@@ -84,34 +88,34 @@ def _all_parts(architecture: Architecture | None, source: Source) -> tuple[Part,
 def _dense_preset(
     preset: Preset, source: Checkpoint, architecture: Architecture | None, parts: Iterable[Part]
 ) -> Preset:
-    """The preset for a dense model or an adapter.
+    """Return the preset for a dense model or an adapter.
 
     Raises:
-        CheckpointError: the codec cannot make it smaller.
+        CheckpointError: the codec cannot make the model or the adapter smaller.
     """
     if preset.name != CANONICAL:
-        kind, advice = ("a dense model", "slice it first, or ") if architecture else ("an adapter", "")
+        kind, advice = ("a dense model", "slice the model first, or ") if architecture else ("an adapter", "")
         raise CheckpointError(
             f"{source.path} is {kind}, which codec {preset.name} does not encode: "
-            f"{advice}pack it with `codec` {CANONICAL} or {NONE}"
+            f"{advice}set `codec` to {CANONICAL} or {NONE}"
         )
     if not any(free_pairs(source.specs, architecture, part, dense=True) for part in parts):
         raise CheckpointError(
             f"{source.path} has no attention heads or low-rank layers that codec {preset.name} can make smaller: "
-            f"pack it with `codec` {NONE}"
+            f"set `codec` to {NONE}"
         )
     return canonical(preset.device, dense=True)
 
 
 @dataclass(frozen=True)
 class _Encoder:
-    """Encodes and digests a transformed part of a model.
+    """Encodes a transformed part of a model, and computes the digests of the stored tensors.
 
     Attributes:
-        preset: the codec.
-        architecture: the model's; None for an adapter.
-        stage: code of the entropy stage.
-        specs: name → spec; its dtype is the one that the transformed tensor is rounded to.
+        preset: preset of the codec.
+        architecture: architecture of the model; None for an adapter.
+        stage: code of the entropy stage; None if tensors are not entropy-coded.
+        specs: name → spec before the transform. The transformed tensor is rounded to the dtype of this spec.
     """
 
     preset: Preset
@@ -123,7 +127,7 @@ class _Encoder:
     def of(cls, preset: Preset, model: Source, architecture: Architecture | None, stage: str | None) -> "_Encoder":
         specs = dict(model.specs)
         for sub in architecture.sublayers if architecture else ():
-            if sub.shortcut.weight in specs:  # the factor that replaces a shortcut has the same dtype
+            if sub.shortcut.weight in specs:  # a factor gets the dtype of the shortcut that it replaces
                 specs[sub.shortcut.factor] = specs[sub.shortcut.weight]
         return cls(preset, architecture, stage, specs)
 
@@ -145,14 +149,17 @@ class _Encoder:
 
 
 def _module_name(architecture: Architecture, site: int, specs: Mapping[str, TensorSpec]) -> str:
-    """The sublayer that leads to a site, or for site 0 the layer that reads it."""
+    """Return the name of the sublayer that leads to a site; for site 0, of the layer that reads the stream there."""
     return architecture.sublayers[site - 1].name if site else architecture.sublayers[0].first_read(specs).name
 
 
 def _announced_names(
     preset: Preset, model: Source, architecture: Architecture | None, parts: Iterable[Part], layout: Layout
 ) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all tensors that may be stored: encoded as planned, or plain if a code declines them."""
+    """Return the longest name and shape of each tensor that may be stored.
+
+    These are the encoded tensors that the codec plans, and the plain tensors, because a code can decline them.
+    """
     shapes = {name: spec.shape for name, spec in model.specs.items()}
     if architecture is not None and layout.widths:
         shapes = preset.layout(architecture, layout).shapes(architecture, shapes)
@@ -170,7 +177,7 @@ def _check_floats(model: Source, architecture: Architecture, preset: Preset) -> 
     for name, dtype_name in dtype_names.items():
         if dtype_name not in FLOATS:
             raise CheckpointError(
-                f"tensor {name} is {dtype_name}, which cannot be rotated: slice the dense model again"
+                f"tensor {name} has dtype {dtype_name}, but only floats can be rotated: slice the dense model again"
             )
     if not {*dtype_names.values()} & {*preset.floats}:
         actual, accepted = " and ".join(sorted({*dtype_names.values()})), " or ".join(preset.floats)

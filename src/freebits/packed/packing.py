@@ -1,4 +1,4 @@
-"""Write a packed folder: first the tensors, then the auxiliary files, last the manifest."""
+"""Write a packed folder. The tensors come first, then the auxiliary files, and the manifest comes last."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,14 +41,14 @@ def pack_into(
     Args:
         directory: an existing, empty folder.
         source: the checkpoint to pack.
-        preset: the codec; None stores the files unchanged.
-        stage: name and code of the entropy stage.
-        sizes: sizes of the source in bytes, for the history.
-        work: runs the pieces.
-        progress: called after each part; without a preset, after each tensor.
+        preset: preset of the codec; None for codec `none`, which stores the files unchanged.
+        stage: value of the option `entropy`, and the code for it (see `encoded_piece.stage`).
+        sizes: sizes of the source in bytes, to be recorded in the history.
+        work: executor of the encoding, and store of its results.
+        progress: function called after each part; with codec `none`, after each tensor.
 
     Raises:
-        CheckpointError: the source is damaged, or the codec does not encode it.
+        CheckpointError: the source is damaged, or the codec does not encode the model.
     """
     entropy, code = stage
     model: Mapping[str, Any] = source.config
@@ -70,17 +70,17 @@ def publish(
     packed_with: tuple[str, str],
     history: list[dict[str, Any]],
 ) -> None:
-    """Complete a packed folder: write the auxiliary files, `config.json` and the manifest.
+    """Complete a packed folder with the auxiliary files, `config.json` and the manifest.
 
     Args:
         directory: the folder, which already has the weights files.
         source: the checkpoint that was packed.
-        contents: what packing wrote.
-        model: the `config.json` of the packed model.
+        contents: data about the written tensors.
+        model: config of the packed model.
         packed_with: names of the codec and of the entropy stage.
-        history: the transforms that made the model.
+        history: steps that made the model, oldest first.
     """
-    check_recipes(contents.stored, contents.recipes)  # raises an error if no reader could follow the recipes
+    check_recipes(contents.stored, contents.recipes)  # raises an error if readers could not follow the recipes
     codec, entropy = packed_with
     handled = {*contents.originals, *(file.name for file in source.weight_files)}
     copy_auxiliary_files(source.path, directory, handled, exact=bool(contents.originals))
@@ -101,7 +101,7 @@ def publish(
 
 
 def _config(codec: str, model: Mapping[str, Any]) -> dict[str, Any]:
-    """The packed folder's `config.json`, with the model type that freebits registers in transformers."""
+    """Return the packed folder's `config.json`, with the model type that freebits registers in transformers."""
     common = {key: model[key] for key in ("architectures", "dtype") if key in model}
     summary = {"format": FORMAT, "codec": codec}
     config = {"model_type": MODEL_TYPE, **common, "auto_map": auto_map(CLASSES), HISTORY: summary}

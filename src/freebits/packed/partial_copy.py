@@ -1,4 +1,4 @@
-"""Copy the weights of a packed folder, with new scales for its integers and new values of plain tensors."""
+"""Copy the weights of a packed folder with new row scales of quantized matrices and new values of plain tensors."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,13 +17,14 @@ from freebits.types import TensorSpec
 def copy_with_changes(
     directory: Path, packed: PackedFolder, rows: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
 ) -> Contents:
-    """Write the weights of a packed folder with changes. Unchanged stored tensors are copied byte for byte.
+    """Copy the weights of a packed folder, with changes. Unchanged stored tensors are copied byte for byte.
 
     Args:
         directory: the folder to write to.
         packed: the folder to copy.
-        rows: name of a matrix of code `integers` → increase of the exponent of each row's scale, (n,), int16.
-        tensors: name → new value of a tensor that no code encodes, except for the entropy stage.
+        rows: name of a matrix that code `integers` encodes → numbers to add to the exponents of its row scales, (n,),
+            int16.
+        tensors: name → new value of a tensor that is stored plain or only entropy-coded.
     """
     contents = Contents(notes=[*packed.manifest.notes])
     longest = {
@@ -35,12 +36,13 @@ def copy_with_changes(
         for piece in _pieces(packed, rows, tensors):
             contents.write(writer, piece, digests_of(piece))
     order = {name: number for number, recipe in enumerate(packed.manifest.recipes) for name in recipe.makes}
-    contents.recipes.sort(key=lambda recipe: order.get(next(iter(recipe.makes)), -1))  # recipes of new stages first
+    # new recipes come first, because they undo the entropy stage
+    contents.recipes.sort(key=lambda recipe: order.get(next(iter(recipe.makes)), -1))
     return contents
 
 
 def _pieces(packed: PackedFolder, rows: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Iterator[Piece]:
-    """The stored tensors in order, each with the recipe that takes it; last the recipes that take no stored tensor."""
+    """Yield the stored tensors in order, with the recipes that take them; then the recipes that take none of them."""
     code, recipes = stage(packed.manifest.entropy), packed.manifest.recipes
     recipe_of = {name: recipe for recipe in recipes for name in recipe.takes.values()}
     groups: dict[str, tuple[Recipe | None, list[str]]] = {}
@@ -60,7 +62,7 @@ def _pieces(packed: PackedFolder, rows: Mapping[str, Tensor], tensors: Mapping[s
 
 
 def _rescaled(packed: PackedFolder, recipe: Recipe, rows: Mapping[str, Tensor]) -> Piece:
-    """Encode the integer matrices of a recipe with new row scales."""
+    """Encode the integer matrices that a recipe makes, with new row scales."""
     code, inputs = Integers(), []
     for name, matrix in zip(recipe.makes, packed.matrices(recipe, code), strict=True):
         exponents = matrix.rows + rows[name] if name in rows else matrix.rows

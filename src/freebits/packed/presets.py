@@ -1,4 +1,4 @@
-"""The codecs for models: each has a transform, and codes that encode what the transform makes redundant."""
+"""The codecs for models. Each has a transform that makes weights redundant, and codes that leave these weights out."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,13 +34,13 @@ class Group:
     """Tensors that one code encodes together.
 
     Attributes:
-        site: the site whose rotation makes the tensors redundant.
-        name: of the sublayer that leads to the site, or for site 0 of the layer that reads it.
-        code: a key of `freebits.codecs.registry.CODES`; empty if no code applies.
-        tensors: names, in the code's order.
-        label: first part of the names of the stored tensors.
-        params: the code's parameters for planning sizes before encoding.
-        reason: why no code applies.
+        site: site of the residual stream whose rotation makes the tensors redundant.
+        name: name of the sublayer that leads to the site; for site 0, of the layer that reads the stream there.
+        code: key of the code in `freebits.codecs.registry.CODES`; empty if no code applies.
+        tensors: names of the tensors, in the order that the code expects.
+        label: prefix of the stored names.
+        params: parameters of the code, used to plan sizes before encoding.
+        reason: reason why no code applies; empty if one does.
     """
 
     site: int
@@ -54,18 +54,21 @@ class Group:
 
 @dataclass(frozen=True)
 class Preset:
-    """A codec of sliced or of dense models.
+    """A codec for sliced models or for dense models.
 
     Attributes:
-        name: the name that users choose.
-        transform: constructs the transform, for a sliced model with dense shortcuts or for a dense model.
-        groups: the groups of a model part, given the specs of its tensors after the transform.
-        pivots: name → code of those tensors of a model part that have the identity among their columns.
-        layout: the layout of a model after the transform, given its layout before.
-        codes: encoders that replace those of `CODES`.
-        floats: dtypes that the codec can encode.
-        device: where linear algebra runs.
-        facts: parameters, for the history.
+        name: name of the codec.
+        transform: function that returns the transform, given the model and its architecture. In a sliced model, all
+            shortcuts must be dense.
+        groups: function that yields the groups of a model part, given the part and the specs of its transformed
+            tensors.
+        pivots: function that returns name → code of each transformed tensor of a model part that has the identity
+            among its columns.
+        layout: function that returns the layout after the transform, given the architecture and the layout before.
+        codes: key → code that replaces the code in `CODES`.
+        floats: names of the dtypes that the codec encodes.
+        device: device for linear algebra.
+        facts: parameters of the codec, recorded in the history.
     """
 
     name: str
@@ -89,17 +92,17 @@ class Preset:
         """Encode the transformed tensors of a model part.
 
         Args:
-            architecture: the model's; None for an adapter.
+            architecture: architecture of the model; None for an adapter.
             part: the model part.
-            turn: what the transform did to the part.
+            turn: effect of the transform on the part.
             tensors: name → transformed tensor.
-            specs: name → spec to which the tensor is rounded.
+            specs: name → spec of the transformed tensor, with the dtype to which it is rounded.
         """
         piece = Piece()
         remaining = dict(tensors)
         for group in self.groups(part, specs):
             if group.site not in turn.rotations:
-                continue  # the transform reports the reason
+                continue  # `turn.reasons` has the reason
             note = {"site": group.site, "name": group.name}
             if not group.code:
                 piece += Piece(notes=(note | {"reason": group.reason},))
@@ -121,7 +124,7 @@ class Preset:
     def plan(
         self, architecture: Architecture | None, part: Part, specs: Mapping[str, TensorSpec]
     ) -> dict[str, TensorSpec]:
-        """The specs of the tensors that would be stored for a model part, given only the specs of its tensors."""
+        """Return the specs of the tensors that would be stored for a model part, given the specs of its tensors."""
         stored = {name: specs[name] for name in part.weights if name in specs}
         for group in self.groups(part, specs):
             if architecture is not None and group.site in architecture.free_sites and group.code:
@@ -133,9 +136,10 @@ class Preset:
 
 
 def canonical(device: torch.device = CPU, *, dense: bool = False) -> Preset:
-    """The preset that rotates sites and changes the bases of pairs so that fewer weights need to be stored.
+    """Return the preset of codec `canonical`.
 
-    A dense model has only pairs.
+    The codec rotates the stream at sites and changes the bases of pairs of matrices, so that fewer weights need to be
+    stored. In a dense model it only changes the bases of pairs.
     """
     if dense:
         return Preset(
@@ -145,7 +149,7 @@ def canonical(device: torch.device = CPU, *, dense: bool = False) -> Preset:
 
 
 def bits_back(threshold: float, device: torch.device = CPU) -> Preset:
-    """The preset of the paper's code. Decoded weights with an error above `threshold` are corrected."""
+    """Return the preset of codec `bits-back`. Decoded weights with an error above `threshold` are corrected."""
     codes = {BITS_BACK: BitsBack(threshold, device)}
     facts = {"threshold": threshold}
     return Preset(
@@ -154,17 +158,17 @@ def bits_back(threshold: float, device: torch.device = CPU) -> Preset:
 
 
 def chosen(codec: str, threshold: float | None = None, device: torch.device = CPU) -> Preset | None:
-    """The preset of a codec; None for codec `none`, which stores files unchanged.
+    """Return the preset of a codec; None for codec `none`, which stores files unchanged.
 
     Raises:
-        UsageError: there is no such codec, the codec has no threshold, or the threshold is negative or not finite.
+        UsageError: there is no such codec, or the codec has no threshold, or the threshold is negative or not finite.
     """
     if codec not in CODECS:
-        raise UsageError(f"`codec` is {codec!r}: choose one of {', '.join(CODECS)}")
+        raise UsageError(f"`codec` is {codec!r}: choose {', '.join(CODECS[:-1])} or {CODECS[-1]}")
     if threshold is not None and codec != BITS_BACK:
-        raise UsageError(f"`threshold` is for codec {BITS_BACK} only: leave it out with codec {codec}")
+        raise UsageError(f"codec {codec} has no threshold: leave out `threshold`, or set `codec` to {BITS_BACK}")
     if threshold is not None and not 0 <= threshold < math.inf:
-        raise UsageError(f"`threshold` is {threshold}: give a finite number of at least 0")
+        raise UsageError(f"`threshold` is {threshold}: give a finite number that is at least 0")
     if codec == NONE:
         return None
     if codec == CANONICAL:
@@ -175,7 +179,7 @@ def chosen(codec: str, threshold: float | None = None, device: torch.device = CP
 def _planned(
     stored: Mapping[str, TensorSpec], code: str, names: Sequence[str], label: str, params: Mapping[str, Any]
 ) -> dict[str, TensorSpec]:
-    """The stored specs after a code encodes some of the tensors; unchanged if the code does not accept them."""
+    """Return the stored specs after a code encodes the tensors `names`; unchanged if the code does not accept them."""
     makes = {name: stored[name] for name in names}
     try:
         code_parts = Recipe(code, {}, makes, params).parts()
@@ -192,7 +196,7 @@ def _same_layout(architecture: Architecture, layout: Layout) -> Layout:  # noqa:
 def _pivot_codes(
     architecture: Architecture | None, part: Part, specs: Mapping[str, TensorSpec], *, dense: bool = False
 ) -> dict[str, Pivots]:
-    """Name → code of each tensor that has pivots once its pairs are in canonical form."""
+    """Return name → code of each tensor that has pivot columns after its pairs of matrices are in canonical form."""
     spaces: dict[str, list[tuple[int, int]]] = {}
     dims: dict[str, int] = {}
     for pair in free_pairs(specs, architecture, part, dense=dense):
@@ -213,13 +217,13 @@ def _canonical_groups(part: Part, specs: Mapping[str, TensorSpec]) -> Iterator[G
         elif len(set(specs[weight].shape)) == 1:
             yield Group(sub.site, sub.name, "symmetric", (weight,), weight)
         else:
-            yield Group(sub.site, sub.name, "", reason="too few singular values of its shortcut are 1")
+            yield Group(sub.site, sub.name, "", reason="too few singular values of the shortcut are 1")
 
 
 def _bits_back_groups(part: Part, specs: Mapping[str, TensorSpec]) -> Iterator[Group]:
     for sub in part.sublayers:
         if sub.write.weight not in specs:
-            continue  # the transform reports the reason
+            continue  # the transform reports that the model lacks this matrix
         reads = (read.weight for read in sub.reads if read.weight in specs)
         names = (sub.shortcut.weight, *reads, sub.write.weight)
         params = {"rank": min(specs[sub.write.weight].shape), "corrections": 0, "sums": [0.0] * 4}
@@ -227,11 +231,15 @@ def _bits_back_groups(part: Part, specs: Mapping[str, TensorSpec]) -> Iterator[G
         if len(dtype_names) == 1 and dtype_names <= {*HALF_DTYPES}:
             yield Group(sub.site, sub.name, BITS_BACK, names, sub.name, params)
         else:
-            yield Group(sub.site, sub.name, "", reason="its weights do not share one 16-bit dtype")
+            yield Group(sub.site, sub.name, "", reason="the tensors do not all have the same 16-bit dtype")
 
 
 def _factored_layout(architecture: Architecture, layout: Layout) -> Layout:
-    """Plan a factor of rank `D - after`, the most that slicing leaves, where that is less than the shortcut's width."""
+    """Return the layout in which a shortcut is stored as a factor if this makes it smaller.
+
+    The planned rank is `D - after`, the largest that slicing can leave. It must be less than `before`, the width of the
+    stream before the shortcut.
+    """
     widths, D = layout.widths or (), architecture.hidden_size
     ranks: list[int | None] = []
     for sub in architecture.sublayers:

@@ -1,4 +1,4 @@
-"""Read a packed folder: decode each tensor of the model on request."""
+"""Read a packed folder, and decode the tensors of its model on request."""
 
 import json
 import os
@@ -27,24 +27,25 @@ MODEL = "model"
 
 
 class PackedFolder:
-    """A packed folder, with manifest and headers validated. Implements `Source`.
+    """A packed folder. Its manifest and file headers are checked when it is opened. Implements `Source`.
 
     Attributes:
         manifest: the manifest.
         files: the weights files.
         stored: specs of the stored tensors, in file order.
-        specs: specs of the decoded tensors. With codec `none`, tensors of auxiliary weights files are called
+        specs: specs of the decoded tensors. With codec `none`, a tensor of an auxiliary weights file is called
             `file/name`.
         config: the model's config.
-        originals: with codec `none`, original file → name in this folder → header entry.
+        originals: with codec `none`, name of an original weights file → name of a tensor in this folder → entry of the
+            tensor in the original header.
 
     Args:
         path: the folder.
-        verify: check the digest of each stored tensor when it is read.
+        verify: whether to check the digest of each stored tensor when it is read.
 
     Raises:
         CheckpointError: the folder is not packed, or a file is missing, damaged or not as the manifest describes it.
-            Damaged tensors raise it when they are read.
+            Damaged tensors raise this error only when they are read.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, verify: bool = True) -> None:
@@ -55,7 +56,7 @@ class PackedFolder:
         self._files = {name: file for file in self.files for name in file.entries}
         self.stored = {name: file.entries[name].spec for name, file in self._files.items()}
         if sum(len(file.entries) for file in self.files) > len(self.stored):
-            raise self._damaged("two of its files have a tensor with the same name")
+            raise self._damaged("two of its weights files have a tensor with the same name")
         for name in sorted(self.stored.keys() ^ self.manifest.digests.keys()):
             raise self._damaged(f"tensor {name} is missing in the manifest or in the weights files")
         try:
@@ -74,11 +75,11 @@ class PackedFolder:
         self.originals = {file: self._entries(file) for file in headers}
         listed = {name for entries in self.originals.values() for name in entries}
         if self.manifest.exact and listed != self.specs.keys():
-            raise self._damaged(f"{min(self.specs.keys() ^ listed)} is in no header of an original file")
+            raise self._damaged(f"tensor {min(self.specs.keys() ^ listed)} is in no header of an original file")
 
     @property
     def shard_bytes(self) -> int | None:
-        """Bytes of tensors in the largest file; None if there is one file."""
+        """Number of bytes of tensors in the largest weights file; None if there is only one file."""
         return max(file.n_bytes for file in self.files) if len(self.files) > 1 else None
 
     @property
@@ -92,9 +93,11 @@ class PackedFolder:
         return tuple(file.path for file in self.files)
 
     def __getitem__(self, name: str) -> Tensor:
-        """Decode the tensor called `name`. Only the stored tensors that it needs are read."""
+        """Decode the tensor called `name`, reading only the stored tensors that it is made of."""
         if name not in self.specs:
-            raise CheckpointError(f"tensor {name} is missing in {self.path}: the checkpoint is incomplete")
+            raise CheckpointError(
+                f"tensor {name} is missing in {self.path}, so the checkpoint is incomplete: download it again"
+            )
         root, (last_root, cache) = self._root(name), self._last_group
         if last_root != root:
             cache = {}
@@ -104,23 +107,24 @@ class PackedFolder:
         return tensor
 
     def groups(self, names: Iterable[str]) -> list[list[str]]:
-        """Group the names of tensors that are decoded together."""
+        """Return the names in groups. The tensors of a group are decoded together."""
         groups: dict[str, list[str]] = {}
         for name in names:
             groups.setdefault(self._root(name), []).append(name)
         return list(groups.values())
 
     def _root(self, name: str) -> str:
-        """The first stored tensor that a tensor is made of."""
+        """Return the name of the first stored tensor that a tensor is made of."""
         while recipe := self._recipes.get(name):
             name = next(iter(recipe.takes.values()), "")
         return name
 
     def decoded(self, names: Iterable[str], parallel: Parallel = Parallel()) -> Iterator[dict[str, Tensor]]:
-        """Decode tensors and yield them group by group, in order; several groups are decoded in parallel."""
+        """Yield decoded tensors, group by group in the order of `groups`. Several groups are decoded in parallel."""
         groups = self.groups(names)
         group_sizes = (sum(self.specs[name].n_bytes for name in names) for names in groups if len(names) > 1)
-        with parallel.executor(max(group_sizes, default=0)) as executor:  # single tensors need no linear algebra
+        # a group of one tensor needs no linear algebra, so its size does not limit the number of threads
+        with parallel.executor(max(group_sizes, default=0)) as executor:
             yield from executor.map(self._decode_group, groups)
 
     def _decode_group(self, names: list[str]) -> dict[str, Tensor]:
@@ -128,18 +132,18 @@ class PackedFolder:
         return {name: self._decode(name, cache) for name in names}
 
     def model_tensors(self, parallel: Parallel = Parallel()) -> Iterator[tuple[str, Tensor]]:
-        """Names and tensors of the model, without those of auxiliary weights files."""
+        """Yield the names and tensors of the model. Tensors of auxiliary weights files are left out."""
         for tensors in self.decoded(self.model_specs, parallel):
             yield from tensors.items()
 
     @property
     def model_specs(self) -> dict[str, TensorSpec]:
-        """Specs of the model's tensors, without those of auxiliary weights files."""
+        """Specs of the model's tensors. Tensors of auxiliary weights files are left out."""
         auxiliary = {name for file in self.manifest.auxiliary for name in self.originals.get(file, {})}
         return {name: spec for name, spec in self.specs.items() if name not in auxiliary}
 
     def check(self, parallel: Parallel = Parallel()) -> None:
-        """Read and decode every tensor.
+        """Check the folder by decoding every tensor.
 
         Raises:
             CheckpointError: a tensor is damaged.
@@ -148,7 +152,7 @@ class PackedFolder:
             pass
 
     def _decode(self, name: str, cache: dict[str, Tensor]) -> Tensor:
-        """Return a stored tensor or follow its recipe; `cache` gets all tensors that recipes make."""
+        """Read a stored tensor, or make a tensor by its recipe. All tensors that recipes make are added to `cache`."""
         if name in cache:
             return cache[name]
         recipe = self._recipes.get(name)
@@ -162,26 +166,26 @@ class PackedFolder:
         try:
             tensors = CODES[recipe.code].decode(parts, list(recipe.makes.values()), recipe.params)
         except (ValueError, KeyError, TypeError, IndexError, RuntimeError, MemoryError) as error:
-            raise self._damaged(f"{next(iter(recipe.makes))} cannot be decoded ({error})") from None
+            raise self._damaged(f"tensor {next(iter(recipe.makes))} cannot be decoded ({error})") from None
         return dict(zip(recipe.makes, tensors, strict=True))
 
     def matrices(self, recipe: Recipe, code: Integers) -> list[ScaledIntegers]:
-        """The matrices that a recipe of code `integers` makes, as integers with scales."""
+        """Return the matrices that a recipe of code `integers` makes, as integers with scales."""
         parts = {part: self._decode(name, {}) for part, name in recipe.takes.items()}
         try:
             return list(code.scaled_integers(parts, list(recipe.makes.values()), recipe.params))
         except (ValueError, KeyError) as error:
-            raise self._damaged(f"{next(iter(recipe.makes))} cannot be decoded ({error})") from None
+            raise self._damaged(f"tensor {next(iter(recipe.makes))} cannot be decoded ({error})") from None
 
     def stored_tensor(self, name: str) -> Tensor:
         """Read a stored tensor.
 
         Raises:
-            CheckpointError: it is damaged.
+            CheckpointError: the tensor is damaged.
         """
         data = self._files[name].read(name)
         if self._verify and digest(self.stored[name], data) != self.manifest.digests[name]:
-            raise self._damaged(f"{name} does not match its digest")
+            raise self._damaged(f"tensor {name} does not match its digest")
         return self.stored[name].view(data)
 
     def _config(self) -> dict[str, Any]:
@@ -206,11 +210,11 @@ class PackedFolder:
         entries_by_name = {prefix + entry.name: entry for entry in entries}
         for name, entry in entries_by_name.items():
             if self.specs.get(name) != entry.spec:
-                raise self._damaged(f"tensor {name} is not as the header of {file} describes it")
+                raise self._damaged(f"tensor {name} does not have the spec that the header of {file} declares")
         return entries_by_name
 
     def _check_shortcuts(self, layout: Layout, architecture: Architecture) -> None:
-        """Check that the shortcuts stored as factors are not too large as dense matrices."""
+        """Check that shortcuts stored as factors would not be too large as dense matrices."""
         widths = layout.widths or ()
         sites = [sub.site for sub in architecture.sublayers if layout.rank(sub.site) is not None]
         try:
@@ -222,7 +226,7 @@ class PackedFolder:
             raise self._damaged(f"its shortcuts are too large ({error})") from None
 
     def _damaged(self, finding: str) -> CheckpointError:
-        return CheckpointError(f"{self.path} is damaged: {finding}; download it again")
+        return CheckpointError(f"{self.path} is damaged because {finding}: download the folder again")
 
 
 def open_folder(path: str | os.PathLike[str]) -> Folder:

@@ -1,4 +1,4 @@
-"""Recipes: how a reader decodes the model's tensors from the stored tensors. Readers need nothing else."""
+"""Recipes, which tell readers how to decode the model's tensors from the stored tensors."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,10 +14,11 @@ class Recipe:
     """One step of decoding.
 
     Attributes:
-        code: a key of `freebits.codecs.registry.CODES`.
-        takes: part of the code → name of the tensor, which is stored or made by an earlier recipe.
-        makes: name → spec of each tensor that this step makes, in the code's order.
-        params: other parameters of the code.
+        code: key of the code in `freebits.codecs.registry.CODES`.
+        takes: name of each part of the code → name of the tensor with this part. The tensor is stored, or an earlier
+            recipe makes it.
+        makes: name → spec of each tensor that this step makes, in the order that the code defines.
+        params: parameters of the code.
     """
 
     code: str
@@ -37,19 +38,19 @@ class Recipe:
         """Return the recipe that `facts` describes.
 
         Raises:
-            ValueError, TypeError, KeyError: this is not the JSON of a recipe.
+            ValueError, TypeError, KeyError: `facts` does not describe a recipe.
         """
         makes = {name: TensorSpec.parse(spec) for name, spec in facts["makes"]}
         objects = isinstance(facts["takes"], dict) and isinstance(facts.get("params", {}), dict)
         names = (facts["code"], *facts["takes"].values(), *makes)
         if not objects or not all(isinstance(name, str) for name in names):
-            raise ValueError("a recipe has a name that is not a text, or lacks an object")
+            raise ValueError("a name in a recipe is not a text, or its takes or params are not an object")
         if not 0 < len(makes) == len(facts["makes"]):
-            raise ValueError("a recipe makes no tensor, or makes one twice")
+            raise ValueError("a recipe makes no tensor, or makes a tensor twice")
         return cls(facts["code"], dict(facts["takes"]), makes, dict(facts.get("params", {})))
 
     def parts(self) -> dict[str, TensorSpec]:
-        """The spec of each part that the recipe takes.
+        """Return the spec of each part that the recipe takes.
 
         Raises:
             ValueError: the code is unknown, or does not accept the parameters.
@@ -59,23 +60,23 @@ class Recipe:
         try:
             return CODES[self.code].parts(list(self.makes.values()), self.params)
         except (KeyError, TypeError, IndexError, AttributeError) as error:
-            raise ValueError(f"its parameters are not those of code {self.code} ({error!r})") from None
+            raise ValueError(f"the parameters of a recipe do not fit code {self.code} ({error!r})") from None
 
 
 def check_recipes(stored: Mapping[str, TensorSpec], recipes: Iterable[Recipe]) -> dict[str, TensorSpec]:
-    """Check the recipes and return the specs of the tensors that remain at the end. Nothing is read or allocated.
+    """Check recipes, and return the specs of the tensors that remain after the last one. No tensor data is needed.
 
     Args:
-        stored: the stored tensors, in file order.
-        recipes: in written order. Each takes tensors that are stored or that an earlier recipe makes.
+        stored: name → spec of each stored tensor, in file order.
+        recipes: recipes in written order. Each takes tensors that are stored or that an earlier recipe makes.
 
     Returns:
-        The tensors that no recipe takes, including stored ones. They are in the order of the first stored tensor that
-        each is made of.
+        The specs of the tensors that no recipe takes, including stored tensors. A tensor has the place of the first
+        stored tensor that it is made of.
 
     Raises:
-        ValueError: a tensor is made twice, taken twice or missing, or has another spec than the recipe implies; or
-            the recipes make more bytes than any packing makes from so few.
+        ValueError: a tensor is made twice, is taken twice, is missing, or does not have the spec that a recipe needs;
+            or a tensor needs too many recipes; or the recipes make far more bytes than are stored.
     """
     recipes = list(recipes)
     n_made_bytes = sum(spec.n_bytes for recipe in recipes for spec in recipe.makes.values())
@@ -87,18 +88,18 @@ def check_recipes(stored: Mapping[str, TensorSpec], recipes: Iterable[Recipe]) -
         label = f"the recipe of {next(iter(recipe.makes), '?')}"
         parts = recipe.parts()
         if parts.keys() != recipe.takes.keys():
-            raise ValueError(f"{label} takes other parts than code {recipe.code} has")
+            raise ValueError(f"{label} does not take the parts of code {recipe.code}")
         place, depth = len(places), 0
         for part, spec in parts.items():
             name = recipe.takes[part]
             if remaining.pop(name, None) != spec:
-                raise ValueError(f"{label} takes {name}, which is missing, taken already, or not {spec}")
+                raise ValueError(f"{label} takes {name}, which is missing, is already taken, or is not {spec}")
             place, depth = min(place, places[name]), max(depth, depths[name])
         if depth >= RECIPE_STEPS:
-            raise ValueError(f"{label} is one of more than {RECIPE_STEPS} steps")
+            raise ValueError(f"{label} needs more than {RECIPE_STEPS} recipes in a row")
         for name, spec in recipe.makes.items():
             if name in places:
-                raise ValueError(f"{label} makes {name}, which exists already")
+                raise ValueError(f"{label} makes {name}, which already exists")
             remaining[name] = spec
             places[name], depths[name] = place, depth + 1
     return dict(sorted(remaining.items(), key=lambda item: places[item[0]]))

@@ -23,13 +23,13 @@ from freebits.types import bytes_of
 
 SLICED_IN = "freebits.models.sliced"
 LOW_RANK_IN = "freebits.models.low_rank"
-"""The modules that define the classes of sliced models and of models with low-rank layers."""
+"""The modules with the classes of sliced models, and with the classes of models with low-rank layers."""
 
 
 def unpack_into(directory: Path, packed: PackedFolder, parallel: Parallel, progress: Progress) -> None:
     """Write a plain checkpoint into a new folder.
 
-    With codec `none` these are the original files. A sliced model gets dense shortcuts.
+    With codec `none`, the original files are restored. The shortcuts of a sliced model become dense matrices.
 
     Raises:
         CheckpointError: a tensor is damaged.
@@ -42,7 +42,7 @@ def unpack_into(directory: Path, packed: PackedFolder, parallel: Parallel, progr
         _write_files(directory, packed, parallel, progress)
     elif str(packed.config.get("model_type", "")).startswith(SLICED_PREFIX):
         _write_sliced(directory, packed, parallel, progress)
-    elif is_adapter(packed.config):  # PEFT refuses keys that it does not know
+    elif is_adapter(packed.config):  # no history, because PEFT rejects unknown keys
         config = {key: value for key, value in packed.config.items() if key != HISTORY}
         _write_tensors(directory, packed, packed, config, parallel, progress)
     else:
@@ -94,7 +94,7 @@ def _write_files(directory: Path, packed: PackedFolder, parallel: Parallel, prog
     for file, entries in packed.originals.items():
         header = packed.manifest.originals[file].encode()
         with (directory / file).open("wb") as target:
-            if not file.endswith(f".{GGUF}"):  # the header of a GGUF file is stored as a tensor
+            if not file.endswith(f".{GGUF}"):  # because the header of a GGUF file is stored as a tensor
                 target.write(len(header).to_bytes(LENGTH, "little") + header)
             for tensors in packed.decoded(entries, parallel):
                 for tensor in tensors.values():

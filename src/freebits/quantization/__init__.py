@@ -1,4 +1,5 @@
-"""Rounds matrices so that the model's output changes least, to a target size, bit rate or KL divergence.
+"""Round matrices to a target size, bit rate or KL divergence, with the least change of the model's output.
 
-A new quantizer takes one file and one entry in `quantizers.QUANTIZERS`. Coding the integers belongs in `codecs`.
+To add a quantizer, write one module and add one entry to `quantizers.QUANTIZERS`. Code that encodes the rounded
+matrices belongs in `codecs`.
 """

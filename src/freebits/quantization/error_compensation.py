@@ -1,7 +1,8 @@
-"""Round a matrix column by column, and correct the later columns for the error of each (GPTQ).
+"""Round a matrix column by column, and correct later columns for the error of each rounded column (GPTQ).
 
 The loss is `tr((W - Ŵ) H (W - Ŵ)ᵀ)` for the Gram matrix `H` of the matrix's inputs. GPTQ, LDLQ and Babai's nearest
-plane are three names of this algorithm. Whatever the rounding function, the loss equals `Σ_i |w_i - q_i|² / U_ii²`.
+plane are three names of this algorithm. Let `w_i` be a corrected column and `q_i` the rounded column. For any rounding
+function, the loss equals `Σ_i |w_i - q_i|² / U_ii²`.
 """
 
 import math
@@ -13,17 +14,19 @@ from torch import Tensor
 _BLOCK = 128
 _MAX_ERROR = 1e-3
 RoundColumns = Callable[[Tensor, int], Tensor]
-"""Rounds some columns, (n, width); the second argument is the number of the first one."""
+"""Takes some columns, (n, width), and the number of the first of them. Returns the rounded columns."""
 
 
 def inverse_factor(gram: Tensor, damping: float) -> Tensor:
     """Return the inverse-Hessian Cholesky factor: upper triangular `U` with `H⁻¹ = Uᵀ U`, (m, m), float32.
 
-    The computation runs in float32, or in float64 if the float32 result has an error above a thousandth.
+    The function computes in float32. If the float32 result has a relative error above a thousandth, the function
+    computes again in float64.
 
     Args:
-        gram: `H`, (m, m), positive semi-definite.
-        damping: fraction of the mean diagonal that is added to it, so that errors in rare input directions have a cost.
+        gram: Gram matrix `H`, (m, m), positive semi-definite.
+        damping: fraction of the mean of the diagonal that is added to the diagonal, so that errors in rare input
+            directions count.
 
     Raises:
         ValueError: the Gram matrix is not positive semi-definite.
@@ -37,11 +40,11 @@ def inverse_factor(gram: Tensor, damping: float) -> Tensor:
 
 
 def _inverse_factor(gram: Tensor, damping: float, dtype: torch.dtype) -> Tensor | None:
-    """Compute the factor in one dtype; return None if it is not accurate enough."""
+    """Return the inverse-Hessian Cholesky factor, computed in one dtype; None if it is not accurate enough."""
     mean = gram.diagonal().double().mean().clamp_min(torch.finfo(torch.float32).tiny).item()
     H = gram.to(dtype).flip(0, 1).div_(mean)
     H.diagonal().add_(damping)
-    L, failed = torch.linalg.cholesky_ex(H)  # H is flipped, so the original is R Rᵀ with R upper triangular
+    L, failed = torch.linalg.cholesky_ex(H)  # H is flipped, so the unflipped matrix is R Rᵀ with R upper triangular
     if failed:
         return None
     _invert_lower(L)
@@ -54,7 +57,10 @@ def _inverse_factor(gram: Tensor, damping: float, dtype: torch.dtype) -> Tensor 
 
 
 def _invert_lower(L: Tensor) -> None:
-    """Invert a lower triangular matrix in place, by halves: most of the work is matrix products, which are fast."""
+    """Invert a lower triangular matrix in place.
+
+    The function inverts the two halves recursively, because then most of the work is matrix products, which are fast.
+    """
     n = len(L)
     if n <= _BLOCK:
         L.copy_(torch.linalg.solve_triangular(L, torch.eye(n, dtype=L.dtype, device=L.device), upper=False))
@@ -66,16 +72,16 @@ def _invert_lower(L: Tensor) -> None:
 
 
 def compensated_rounding(W: Tensor, U: Tensor, round_columns: RoundColumns, group: int = 1) -> Tensor:
-    """Round each group of columns after correcting it for the errors of the groups before it.
+    """Round a matrix in groups of columns, and correct each group for the errors of the groups before it.
 
     Args:
-        W: (n, m).
-        U: (m, m), see `inverse_factor`.
-        round_columns: rounds a group of columns.
-        group: number of columns that are rounded together; it divides 128.
+        W: matrix to round, (n, m).
+        U: inverse-Hessian Cholesky factor, (m, m), see `inverse_factor`.
+        round_columns: function that rounds a group of columns.
+        group: number of columns that are rounded together, a divisor of 128.
 
     Returns:
-        `Ŵ`, (n, m), float32.
+        The rounded matrix `Ŵ`, (n, m), float32.
     """
     U = U.float()
     n_columns = W.shape[1]

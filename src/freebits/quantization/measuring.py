@@ -1,4 +1,7 @@
-"""Measure all matrices of a checkpoint: groups of windows run independently, and their sums are added in order."""
+"""Measure all matrices of a checkpoint.
+
+Groups of windows are measured independently, and their sums are added in order.
+"""
 
 import re
 from collections import Counter
@@ -30,7 +33,8 @@ from freebits.integrations.naming import TransformersView
 from freebits.quantization.sensitivity_cache import Factor, Matrix, store_factor
 
 _TEMPER = 0.25
-"""Exponent of a token's frequency: a text shows which tokens are rare, but not how rare they are in other texts."""
+"""Exponent that is applied to the frequencies of tokens, because a text shows which tokens are rare, but not how rare
+these tokens are in other texts."""
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -39,10 +43,10 @@ class Measurements:
     """The result of `measure_matrices`.
 
     Attributes:
-        matrices: by the names of the checkpoint.
+        matrices: measured matrices, under the names of the checkpoint.
         n_experts: number of expert matrices.
-        n_undersampled: number of expert matrices that multiplied fewer than 64 vectors.
-        router_tensors: names of tensors with matrices whose outputs are compared, such as routers.
+        n_undersampled: number of expert matrices with fewer than `MIN_EXPERT_VECTORS` input vectors.
+        router_tensors: names of the tensors with matrices whose outputs are compared, such as routers.
     """
 
     matrices: list[Matrix]
@@ -54,7 +58,7 @@ class Measurements:
 @storable
 @dataclass(frozen=True)
 class _InputFactor:
-    """The matrices that read the same inputs, and the factor of these inputs."""
+    """The matrices that share some inputs, and the inverse-Hessian Cholesky factor of these inputs."""
 
     regions: tuple[Region, ...]
     factor: Factor
@@ -70,19 +74,19 @@ def measure_matrices(
     *,
     max_activation_bytes: int = 2**31,
 ) -> Measurements:
-    """Run the calibration text and measure how much the model's output depends on each matrix.
+    """Run the model on the calibration text, and measure how much the output depends on each matrix.
 
     Args:
-        running: the model.
-        tokens: (windows, T), int64.
-        work: runs the computation and keeps its results.
-        seed: of the labels that are drawn.
-        rotation: seed of the rotation in which matrices are rounded, if any.
-        progress: called after each block, in the forward and in the backward pass.
-        max_activation_bytes: bytes of a block's activations in the backward pass for one group of windows.
+        running: model to run.
+        tokens: windows of the calibration text, (windows, T), int64.
+        work: executor and work store of the computation.
+        seed: seed for sampling the labels.
+        rotation: seed of the rotation that is applied to matrices before rounding; None for no rotation.
+        progress: callback after each block of the forward and the backward pass, or after each group of windows.
+        max_activation_bytes: maximum bytes of a block's activations for one group of windows.
     """
     groups = split_into_groups(tokens, running.engine, max_activation_bytes)
-    if len(groups) == 1:  # the sums of a block are complete as soon as the block has run
+    if len(groups) == 1:  # because then the sums of a block are complete when the block has run
         sums, factors = work.once(
             "measured", partial(_measured_at_once, running, tokens, work, seed, rotation, progress)
         )
@@ -117,7 +121,7 @@ def measure_matrices(
 def _measured_at_once(
     running: RunningModel, tokens: Tensor, work: Work, seed: int, rotation: int | None, progress: Progress
 ) -> tuple[Sums, list[_InputFactor]]:
-    """Measure all windows as one group."""
+    """Measure all windows as one group, and return the sums and the factors of all inputs."""
     factors: list[_InputFactor] = []
 
     def finish(number: int, complete: list[InputStatistics]) -> None:
@@ -158,14 +162,21 @@ def _merged_factors(
 def _factors(
     number: int, complete: list[InputStatistics], engine: Engine, work: Work, rotation: int | None
 ) -> list[_InputFactor]:
-    """Return the factors of the inputs that are complete after a block; the largest runs last, on all threads."""
+    """Compute the factors of the inputs that are complete after a block, in the order of their size.
+
+    The largest factor comes last, because the executor computes the last item on all threads.
+    """
     inputs = sorted(mix_experts(complete, engine.matrices, str(number)), key=lambda inputs: len(inputs.gram))
     factors = work.map(f"factor-{number}", partial(store_factor, work.store, rotation), inputs)
     return [_InputFactor(statistics.regions, factor) for statistics, factor in zip(inputs, factors, strict=True)]
 
 
 def _information_of(information: Mapping[Region, Tensor], region: Region) -> Tensor | None:
-    """Return the information of a matrix; if no gradient reached it, the mean of its block or else of all matrices."""
+    """Return the Fisher information of a matrix.
+
+    If the matrix has no gradients, return the mean over its block. If the block has none either, return the mean over
+    all matrices. None means that no matrix has gradients.
+    """
     if region in information:
         return information[region]
     block = _block(region.name)
@@ -175,12 +186,12 @@ def _information_of(information: Mapping[Region, Tensor], region: Region) -> Ten
 
 
 def _block(name: str) -> str:
-    """Return the prefix that all names of one block share."""
+    """Return the prefix of a name that all names of the same block share."""
     return re.sub(r"^(\D*\d*).*", r"\1", name)
 
 
 def _as_stored(region: Region, factor: Factor, information: Tensor | None, named: TransformersView) -> Iterable[Matrix]:
-    """Yield a matrix as the checkpoint stores it: possibly as several matrices, or transposed."""
+    """Yield the matrices of the checkpoint, possibly transposed, that hold the rows of a matrix in memory."""
     if information is None:
         return
     m = len(factor.diagonal)
@@ -189,7 +200,7 @@ def _as_stored(region: Region, factor: Factor, information: Tensor | None, named
     information = information.expand(n_outputs) if information.ndim == 0 else information
     for rows in named.rows(region.name, region.start, region.stop):
         in_order = torch.equal(rows.order, torch.arange(len(rows.order)))
-        if region.transposed != rows.swapped:  # rows in the checkpoint are inputs
+        if region.transposed != rows.swapped:  # each row in the checkpoint belongs to one input
             complete = rows.stop - rows.start == m and (rows.swapped or in_order)
             row_information = information[rows.order] if rows.swapped else information
             transposed = True
@@ -202,10 +213,10 @@ def _as_stored(region: Region, factor: Factor, information: Tensor | None, named
 
 
 def _embeddings(running: RunningModel, sums: Sums, work: Work, rotation: int | None) -> list[Matrix]:
-    """Return the embeddings and the head as matrices. A tied embedding gets the sum of both Gram matrices.
+    """Return the embeddings and the head as matrices.
 
-    The row of a token is weighted by how often the token occurs. The frequencies are tempered so that the mean cost
-    stays the same.
+    If the embedding is tied to the head, the two Gram matrices are added. The row of a token is weighted by a power of
+    the token's frequency (`_TEMPER`). The powers are scaled so that the mean KL divergence stays the same.
     """
     engine, named = running.engine, running.named
     likely = (sums.likely / sums.n_tokens).clamp_min(_TINY) * sums.scale
@@ -235,5 +246,5 @@ def _embeddings(running: RunningModel, sums: Sums, work: Work, rotation: int | N
 
 
 def _resized(weight: Tensor, n: int) -> Tensor:
-    """Fit the weights to a table whose size differs from the vocabulary; additional rows get the mean weight."""
+    """Return `n` row weights: drop the last weights, or append ones, if the vocabulary has another size than `n`."""
     return torch.cat([weight[:n], weight.new_ones(max(0, n - len(weight)))])

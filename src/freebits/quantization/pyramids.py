@@ -1,8 +1,10 @@
-"""Round groups of a row to points on a pyramid, with a separate scale for each group.
+"""Round each group of weights in a row to a point on a pyramid, with a separate scale for each group.
 
-In a normally distributed row of `m` weights, a group of `N` has a `Beta(N / 2, (m - N) / 2)` share of the squared
-length. The levels of the scales are optimal for the square root of such a share. At 3.6 bits per weight, 3 bits per
-scale measured best among 3 to 6.
+A pyramid consists of the integer vectors whose absolute values sum to a given number of pulses. In a row of `m`
+normally distributed weights, a group of `N` weights has a share of the squared length of the row. This share has the
+distribution `Beta(N / 2, (m - N) / 2)`. A scale selects a level, which is the length of a group relative to the row.
+The levels are optimal for the square root of the share. At 3.6 bits per weight, 3 bits per scale gave the best results
+among 3 to 6 bits.
 """
 
 import torch
@@ -17,12 +19,12 @@ _SIZE = 16
 
 
 def group_size(n_columns: int) -> int:
-    """Return 16, or the largest smaller power of two that divides the number of columns."""
+    """Return the largest power of two, up to 16, that divides the number of columns."""
     return next(size for size in (_SIZE, 8, 4, 2, 1) if n_columns % size == 0)
 
 
 def max_pulses(size: int, bits: float) -> int:
-    """Return the most pulses whose points and scales take at most `bits` bits per weight; at least one."""
+    """Return the largest number of pulses with which points and scales take at most `bits` bits per weight, or 1."""
     pulses = 1
     while pulses < 128 and enumeration.n_bits(size, pulses + 1) + SCALE_BITS <= min(bits * size, 62 + SCALE_BITS):
         pulses += 1
@@ -33,9 +35,9 @@ def round_to_pyramids(W: Tensor, U: Tensor, bits: float) -> tuple[Tensor, Tensor
     """Round a matrix (n, m) to points, scales, norms and levels; see `freebits.codecs.pyramid.Pyramid`.
 
     Args:
-        W: the matrix.
-        U: see `inverse_factor`.
-        bits: bits per weight for points and scales together.
+        W: matrix to round.
+        U: inverse-Hessian Cholesky factor, see `inverse_factor`.
+        bits: maximum bits per weight for points and scales together.
     """
     n, m = W.shape
     size = group_size(m)
@@ -57,10 +59,10 @@ def round_to_pyramids(W: Tensor, U: Tensor, bits: float) -> tuple[Tensor, Tensor
 
 
 def nearest_points(x: Tensor, pulses: int) -> Tensor:
-    """Return the pyramid point closest in direction to each vector (n, N), approximately; (n, N), float32.
+    """Return for each vector, (n, N), the pyramid point with approximately the closest direction, (n, N), float32.
 
-    Project onto the pyramid and round towards zero. Then assign the missing pulses one by one, each to the coordinate
-    that increases `(x·y)² / (y·y)` most.
+    The function projects a vector `x` onto the pyramid and rounds the result towards zero to a point `y`. Then it
+    assigns the missing pulses one by one, each to the coordinate that increases `(x·y)² / (y·y)` most.
     """
     size = x.float().abs()
     size = torch.where(size.sum(1, keepdim=True) > 0, size, torch.ones_like(size))
@@ -79,7 +81,10 @@ def nearest_points(x: Tensor, pulses: int) -> Tensor:
 
 
 def _levels(size: int, n_columns: int) -> Tensor:
-    """Return the optimal `2^SCALE_BITS` lengths (Lloyd 1982), starting from the roots of evenly spaced quantiles."""
+    """Return the `2^SCALE_BITS` optimal lengths (Lloyd 1982).
+
+    The iteration starts from the square roots of evenly spaced quantiles of the share.
+    """
     if size == n_columns:
         return torch.ones(2**SCALE_BITS)
     shares = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000

@@ -1,4 +1,4 @@
-"""The ways to round a matrix. A new quantizer is one more entry in `QUANTIZERS`."""
+"""The quantizers. To add a quantizer, add an entry to `QUANTIZERS`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ class Quantizer:
     """A way to round a matrix (n, m).
 
     Attributes:
-        round: takes the matrix; the inverse-Hessian Cholesky factor of its inputs, (m, m), or None without calibration;
-            scales of rows, (n,), and columns, (m,), by which errors cost the same everywhere; and the rate. Returns
-            the tensors that the code encodes.
-        code: the code's name in `freebits.codecs.registry.CODES`.
+        round: function that returns the tensors that the code encodes. Its arguments are the matrix, the
+            inverse-Hessian Cholesky factor of the matrix's inputs, (m, m), or None without calibration, the relative
+            scales of the rows, (n,), and of the columns, (m,), and the rate parameter (see `adaptive`).
+        code: name of the code in `freebits.codecs.registry.CODES`.
         parts: names of the parts that the code stores.
-        adaptive: whether the rate is a common factor of all scales, which a rate controller chooses; several matrices
-            are then encoded together. Otherwise the rate is a number of bits per weight.
-        whole_bits: whether it rounds only to whole numbers of bits, from 2 to 8.
+        adaptive: whether the rate parameter is a common factor of all scales, which a rate controller chooses; several
+            matrices are then encoded together. Otherwise the rate parameter is a number of bits per weight.
+        whole_bits: whether the quantizer requires a whole number of bits per weight, from 2 to 8.
     """
 
     round: Callable[[Tensor, Tensor | None, Tensor, Tensor, float], tuple[Tensor, ...]]
@@ -38,7 +38,7 @@ def _integers(W: Tensor, U: Tensor | None, rows: Tensor, columns: Tensor, factor
 
 
 def _pyramids(W: Tensor, U: Tensor | None, _rows: Tensor, _columns: Tensor, bits: float) -> tuple[Tensor, ...]:
-    assert U is not None, "pyramids are rounded with calibration only"  # noqa: S101
+    assert U is not None, "only calibrated matrices are rounded to pyramids"  # noqa: S101
     return round_to_pyramids(W, U, bits)
 
 

@@ -1,4 +1,4 @@
-"""Predict how many bits integers will take, and choose the scale of each matrix so that all of them meet a target."""
+"""Predict how many bits integers take, and choose scales so that all matrices together take a target number of bits."""
 
 import math
 from collections.abc import Iterable
@@ -14,13 +14,13 @@ _OCTAVES = range(-40, 41)
 
 
 class RateModel:
-    """Predicts the size of some matrices from the global scale `c`.
+    """Predicts the size of some matrices from the global scale `c`, a factor of all scales.
 
-    The model counts the weights by their magnitude relative to their scale at `c = 1`. It assumes that weights of one
-    magnitude are normally distributed, and includes the errors that error compensation adds.
+    The rate model counts the weights by their magnitude relative to their scale at `c = 1`. It assumes that weights of
+    one magnitude are normally distributed, and includes the errors that error compensation adds.
 
     Attributes:
-        counts: number of weights of each magnitude, in sixteenths of an octave.
+        counts: number of weights per magnitude; one entry covers a sixteenth of an octave.
     """
 
     def __init__(self, counts: NDArray[np.float64] | None = None) -> None:
@@ -28,7 +28,7 @@ class RateModel:
 
     @classmethod
     def of(cls, W: Tensor, rows: Tensor, columns: Tensor) -> "RateModel":
-        """Return the model of one matrix (n, m), from its weights and its scales at `c = 1`."""
+        """Return the rate model of one matrix, (n, m), computed from its weights and its scales at `c = 1`."""
         squares = (W.float() / rows[:, None].float() / columns.float()).square_()
         columns = squares.mean(0).clamp_min_(1e-30)
         rows = (squares / columns).mean(1).clamp_min_(1e-30)
@@ -41,16 +41,16 @@ class RateModel:
 
     @classmethod
     def sum(cls, rate_models: Iterable["RateModel"]) -> "RateModel":
-        """Return the model of several matrices together."""
+        """Return the rate model of several matrices together."""
         return sum(rate_models, cls())
 
     def bits(self, c: float) -> float:
-        """Return the predicted bits of all integers."""
+        """Return the predicted number of bits of all integers at a global scale `c`."""
         logs = np.arange(len(self.counts)) / _PER_OCTAVE + _OCTAVES[0] - math.log2(c)
         return float(self.counts @ np.interp(logs, *_curve()))
 
     def c(self, bits: float) -> float:
-        """Return the `c` at which the integers take this many bits, to a millionth of an octave."""
+        """Return the `c` at which the integers take `bits` bits, accurate to a millionth of an octave."""
         low, high = -60.0, 40.0
         while high - low > 1e-6:
             middle = (low + high) / 2
@@ -60,11 +60,15 @@ class RateModel:
 
 @cache
 def _curve() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return log2 of the standard deviation relative to the scale, and the entropy of the integers in bits."""
+    """Return the points of a curve from standard deviation to entropy.
+
+    The first array is log2 of the standard deviation relative to the scale. The second array is the entropy of an
+    integer in bits.
+    """
     logs = np.arange(-6, 12.25, 0.25)
     bits = []
     for log in logs:
-        deviation = math.sqrt(4.0**log + 1 / 12)  # error compensation adds errors as large as those of rounding
+        deviation = math.sqrt(4.0**log + 1 / 12)  # error compensation adds errors as large as the rounding errors
         edges = torch.arange(-math.ceil(8 * deviation) - 1, math.ceil(8 * deviation) + 2, dtype=torch.float64) - 0.5
         masses = torch.special.ndtr(edges / deviation).diff().clamp_min(1e-300)
         bits.append(-(masses * masses.log2()).sum().item())
@@ -74,11 +78,13 @@ def _curve() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
 
 
 class RateController:
-    """Spends bits on matrices in order, and corrects later matrices for the prediction errors of earlier ones.
+    """Chooses the global scale `c` of one matrix after another, so that all matrices together take a number of bits.
+
+    The controller corrects each choice for the prediction errors of earlier matrices.
 
     Args:
-        rate_models: of the matrices, or groups of them.
-        bits: for all of them.
+        rate_models: rate models of the matrices, or of groups of matrices, in the order of rounding.
+        bits: number of bits for all matrices together.
     """
 
     def __init__(self, rate_models: list[RateModel], bits: float) -> None:
@@ -92,10 +98,11 @@ class RateController:
         return RateModel.sum(self._remaining_models).c(self._remaining_bits / ratio)
 
     def spend(self, c: float, bits: float) -> float:
-        """Record that the next matrix takes this many bits.
+        """Record that the next matrix takes `bits` bits if it is rounded with `c`.
 
         Returns:
-            0, or the excess in bits if the last matrix takes more than remains. Then nothing is recorded.
+            0, except if the last matrix takes more bits than remain. Then the method returns the excess in bits and
+            records nothing.
         """
         if len(self._remaining_models) == 1 and bits > self._remaining_bits:
             return bits - self._remaining_bits
@@ -106,15 +113,15 @@ class RateController:
 
 
 class FixedRate:
-    """Gives all matrices the same amount, whatever they take."""
+    """Chooses the same rate parameter for all matrices. Has the methods of `RateController`."""
 
-    def __init__(self, amount: float) -> None:
-        self._amount = amount
+    def __init__(self, rate_parameter: float) -> None:
+        self._rate_parameter = rate_parameter
 
     def next(self) -> float:
-        """Return the amount."""
-        return self._amount
+        """Return the rate parameter."""
+        return self._rate_parameter
 
-    def spend(self, amount: float, bits: float) -> float:  # noqa: ARG002
-        """Return an excess of 0."""
+    def spend(self, rate_parameter: float, bits: float) -> float:  # noqa: ARG002
+        """Record nothing, and return an excess of 0."""
         return 0.0

@@ -1,4 +1,4 @@
-"""Round matrices to a goal, based on the measurements of each, and write them."""
+"""Round matrices to a target, based on the measurements of each matrix, and write the rounded matrices."""
 
 import json
 import math
@@ -27,9 +27,9 @@ from freebits.types import TensorSpec
 
 BITS, FALLBACK_BITS, MAX_BITS = 4.0, 6.0, 12
 _MIN_GROUP = 1 << 22
-"""Number of weights at which a group of integer matrices that are coded together is complete."""
+"""Number of weights at which a group of matrices is complete. The integers of a group are encoded together."""
 _FIXED_OVERHEAD = 2048
-"""Bytes for the history and everything else that the manifest and `config.json` contain once."""
+"""Bytes reserved for the history and for all other entries that the manifest and `config.json` contain only once."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class Goal:
     """The rounding method, and one target for the result.
 
     Attributes:
-        bits: bits per weight on average.
-        size: instead, bytes of the finished folder.
-        kl: instead, the expected KL divergence in nats per token.
-        method: see `quantize`.
-        fallback_bits: bits per weight on average, for the matrices that calibration does not reach.
+        bits: average bits per weight; the default target.
+        size: bytes of the finished folder; replaces `bits`.
+        kl: expected KL divergence in nats per token; replaces `bits`.
+        method: rounding method, see `quantize`.
+        fallback_bits: average bits per weight of the matrices that are rounded without calibration.
     """
 
     bits: float | None = None
@@ -53,16 +53,16 @@ class Goal:
     def __post_init__(self) -> None:
         targets = self._targets
         if self.method not in QUANTIZERS:
-            raise UsageError(f"`method` is {self.method!r}: choose one of {', '.join(QUANTIZERS)}")
+            raise UsageError(f"`method` is {self.method!r}: choose {' or '.join(QUANTIZERS)}")
         if len(targets) > 1:
-            raise UsageError("`bits`, `target_size` and `target_kl` exclude each other: give one")
+            raise UsageError("`bits`, `target_size` and `target_kl` cannot be combined: give only one")
         for name, value in targets.items():
             if name == "bits" and not 1 <= value <= MAX_BITS:
-                raise UsageError(f"`bits` is {value}: give 1 to {MAX_BITS}")
+                raise UsageError(f"`bits` is {value}: give a number from 1 to {MAX_BITS}")
             if not 0 < value < math.inf:
-                raise UsageError(f"`{name}` is {value}: give more than 0")
+                raise UsageError(f"`{name}` is {value}: give a finite number above 0")
         if not 1 <= self.fallback_bits <= MAX_BITS:
-            raise UsageError(f"`fallback_bits` is {self.fallback_bits}: give 1 to {MAX_BITS}")
+            raise UsageError(f"`fallback_bits` is {self.fallback_bits}: give a number from 1 to {MAX_BITS}")
         if not self.quantizer.adaptive and (self.size or self.kl):
             raise UsageError(f"method {self.method} has a fixed number of bits per weight: give `bits` as the target")
         if self.quantizer.whole_bits and self.bits_per_weight not in range(2, 9):
@@ -80,12 +80,12 @@ class Goal:
 
     @property
     def bits_per_weight(self) -> float:
-        """The target in bits per weight, or its default."""
+        """The target in bits per weight, or the default target."""
         return BITS if self.bits is None else self.bits
 
     @property
     def facts(self) -> dict[str, float]:
-        """The target, for the history."""
+        """The target, in the form in which the history records it."""
         return self._targets or {"bits": BITS}
 
 
@@ -102,14 +102,14 @@ def write_rounded(
     """Round the matrices and write all tensors.
 
     Args:
-        directory: where to write.
-        source: the checkpoint.
-        cache: the matrices that are rounded to the goal's target.
-        weights_only: the matrices that are rounded by their weights alone, at the goal's `fallback_bits`.
-        goal: method and target.
-        stage: entropy stage of the other tensors.
-        executor: runs the rounding.
-        progress: called after each group of matrices.
+        directory: folder to write to.
+        source: checkpoint to round.
+        cache: matrices that are rounded to the target, with their measurements.
+        weights_only: matrices that are rounded without calibration, to `fallback_bits` of the goal.
+        goal: rounding method and target.
+        stage: entropy stage of the tensors that are not rounded; None stores these tensors without one.
+        executor: executor that runs the rounding.
+        progress: callback after each group of matrices.
     """
     caches = weights_only, cache
     tensors = weights_only.tensors | cache.tensors
@@ -142,8 +142,8 @@ def write_rounded(
 
         for group in fallback_groups:
             n = sum(n_weights[name] for name in group)
-            amount = RateModel.sum(weights_only.rate_models[name] for name in group).c(goal.fallback_bits * n)
-            piece = _rounded_group(weights_only, replace(goal, method=INTEGERS), amount, group, executor)
+            c = RateModel.sum(weights_only.rate_models[name] for name in group).c(goal.fallback_bits * n)
+            piece = _rounded_group(weights_only, replace(goal, method=INTEGERS), c, group, executor)
             write(weights_only, group, piece)
         controller = _controller(cache, goal, groups, partial(_overhead_bytes, source, cache, contents, groups, shapes))
         for group in groups:
@@ -154,7 +154,7 @@ def write_rounded(
 def _controller(
     cache: SensitivityCache, goal: Goal, groups: list[list[str]], overhead: Callable[[], int]
 ) -> RateController | FixedRate:
-    """Return the controller that chooses the amount for each group."""
+    """Return the controller that chooses the rate parameter for each group; see `Quantizer`."""
     n_weights = cache.n_weights
     if not goal.quantizer.adaptive:
         return FixedRate(goal.bits_per_weight)
@@ -175,36 +175,36 @@ def _fitting_group(
     group: Sequence[str],
     executor: Executor,
 ) -> Piece:
-    """Round and encode a group of matrices, again with a larger amount if the result exceeds the remaining bits."""
-    amount = controller.next()
-    max_amount = 4 * amount
+    """Round and encode a group of matrices. While the result exceeds the remaining bits, repeat with larger scales."""
+    rate_parameter = controller.next()
+    max_rate_parameter = 4 * rate_parameter
     n_weights = max(1, sum(cache.spec(name).numel for name in group))
     while True:
-        piece = _rounded_group(cache, goal, amount, group, executor)
-        excess = controller.spend(amount, 8.0 * sum(spec.n_bytes for spec, _ in piece.stored.values()))
+        piece = _rounded_group(cache, goal, rate_parameter, group, executor)
+        excess = controller.spend(rate_parameter, 8.0 * sum(spec.n_bytes for spec, _ in piece.stored.values()))
         if not excess:
             return piece
-        amount *= max(1.002, 2.0 ** min(2.0, excess / n_weights))
-        if amount > max_amount and goal.size is None:  # a tiny model, whose headers take more than its weights
-            return piece
-        if amount > max_amount:
+        rate_parameter *= max(1.002, 2.0 ** min(2.0, excess / n_weights))
+        if rate_parameter > max_rate_parameter:
+            if goal.size is None:  # because the headers of a tiny model take more bytes than its weights
+                return piece
             raise UsageError(f"a target of {goal.size} bytes has no room for the headers: give a larger target")
 
 
 def _rounded_group(
-    cache: SensitivityCache, goal: Goal, amount: float, group: Sequence[str], executor: Executor
+    cache: SensitivityCache, goal: Goal, rate_parameter: float, group: Sequence[str], executor: Executor
 ) -> Piece:
     """Round and encode a group of matrices."""
-    results = executor.map(partial(_rounded_matrix, cache, goal, amount), group)
+    results = executor.map(partial(_rounded_matrix, cache, goal, rate_parameter), group)
     return _encoded_group(cache, goal, group, [tensor for tensors in results for tensor in tensors])
 
 
-def _rounded_matrix(cache: SensitivityCache, goal: Goal, amount: float, name: str) -> tuple[Tensor, ...]:
-    return goal.quantizer.round(cache.matrix(name), *cache.factor_and_scales(name), amount)
+def _rounded_matrix(cache: SensitivityCache, goal: Goal, rate_parameter: float, name: str) -> tuple[Tensor, ...]:
+    return goal.quantizer.round(cache.matrix(name), *cache.factor_and_scales(name), rate_parameter)
 
 
 def _encoded_group(cache: SensitivityCache, goal: Goal, group: Sequence[str], tensors: list[Tensor]) -> Piece:
-    """Encode a group of rounded matrices, with the recipes that undo their rotation and transposition."""
+    """Encode a group of rounded matrices, and add the recipes that undo rotation and transposition."""
     makes, recipes = cache.recipes(group)
     code = goal.quantizer.code
     coded = CODES[code].encode(tensors, list(makes.values()))
@@ -214,7 +214,7 @@ def _encoded_group(cache: SensitivityCache, goal: Goal, group: Sequence[str], te
 
 
 def _numbers(name: str) -> tuple[int, ...]:
-    """Return the numbers in a tensor's name; names of embeddings and heads have none."""
+    """Return the numbers in a tensor's name. Names of embeddings and heads have no numbers."""
     return tuple(int(part) for part in name.split(".") if part.isdigit())
 
 
@@ -227,7 +227,7 @@ def _overhead_bytes(
 ) -> int:
     """Return an upper bound for the bytes of the finished folder without the bitstreams of the matrices.
 
-    These are the other tensors, headers, manifest and config.
+    The bound counts the other tensors, the headers, the manifest and the config.
     """
     tensors = sum(spec.n_bytes for spec in contents.stored.values())
     header = sum(len(name) + len(str(list(shape))) + ENTRY for name, shape in shapes.items())

@@ -1,10 +1,11 @@
 """Round to integers of any size, with the scales that give the least KL divergence for the entropy of the integers.
 
-To second order a change `Δ` of a matrix costs `KL = ½ Σ_r f_r Δ_r H Δ_rᵀ` nats per token. `H` is the Gram matrix of the
-matrix's inputs. `f_r` is the mean squared gradient at output `r`, its Fisher information. With error compensation an
-error in column `i` is weighted by `1 / U_ii²`, and a scale `s` gives a mean squared error of `s² / 12`. At high rates
-the integers' entropy falls by one bit when a scale doubles, so the best scales are `c U_ii / √f_r`, with one `c` for
-the whole model. Every weight then costs the same `c² / 24` nats. (WaterSIC, arXiv 2603.04956, has the column scales.)
+To second order, a change `Δ` of a matrix causes a KL divergence of `½ Σ_r f_r Δ_r H Δ_rᵀ` nats per token. `H` is the
+Gram matrix of the matrix's inputs. `f_r` is the Fisher information of output `r`, the mean squared gradient at this
+output. With error compensation, an error in column `i` is weighted by `1 / U_ii²`, and a scale `s` gives a mean squared
+error of `s² / 12`. At high rates, the entropy of an integer falls by one bit if its scale doubles. So the best scales
+are `c U_ii / √f_r`, with one `c` for the whole model. Every weight then adds the same `c² / 24` nats to the KL
+divergence. The column scales are those of WaterSIC (arXiv 2603.04956).
 """
 
 import torch
@@ -16,13 +17,13 @@ from freebits.quantization.error_compensation import compensated_rounding
 DAMPING = 0.03
 _MAX_INTEGER = 2**30
 _MIN_INFORMATION = 1e-4
-"""Minimum of a row, as a fraction of the mean of all rows."""
+"""Minimum Fisher information of a row, as a fraction of the mean over all rows."""
 _MIN_SCALE = 0.05
-"""Minimum of a row, as a fraction of the root mean square of all rows."""
+"""Minimum scale of a row, as a fraction of the root mean square over all rows."""
 
 
 def row_scales(information: Tensor) -> Tensor:
-    """Return the relative scale of each row, `1 / √f`, (n,), float64."""
+    """Return the relative scale `1 / √f` of each row, (n,), float64, given the Fisher information `f` of each row."""
     f = information.double()
     floor = max(_MIN_INFORMATION * f.mean().item(), torch.finfo(torch.float32).tiny)
     return f.clamp_min(floor).rsqrt()
@@ -42,10 +43,11 @@ def scaled_integers(W: Tensor, U: Tensor | None, rows: Tensor, columns: Tensor, 
     """Round a matrix to integers.
 
     Args:
-        W: (n, m).
-        U: (m, m), see `inverse_factor`; None to round each weight to the nearest integer.
-        rows: (n,), see `row_scales`.
-        columns: (m,), the diagonal of `U`, or see `typical_scales`.
+        W: matrix to round, (n, m).
+        U: inverse-Hessian Cholesky factor, (m, m), see `inverse_factor`; None to round each weight to the nearest
+            integer.
+        rows: relative scales of the rows, (n,), see `row_scales`.
+        columns: relative scales of the columns, (m,): the diagonal of `U`, or see `typical_scales`.
         c: factor of all scales.
     """
     row_exponents, column_exponents = exponents(rows), exponents(c * columns)

@@ -26,7 +26,7 @@ from freebits.types import FLOATS, TensorSpec
 
 JOINED = "joined"
 _MAX_WEIGHTS = 1 << 24
-"""A matrix with more weights is split by rows into pieces of this size, which are rounded and coded separately."""
+"""A matrix with more weights than this is split by rows into pieces, which are rounded and encoded separately."""
 
 
 @storable
@@ -35,8 +35,8 @@ class Factor:
     """The inverse-Hessian Cholesky factor `U` of the inputs of some matrices.
 
     Attributes:
-        key: of `U` in the store.
-        diagonal: of `U`, (inputs,), float32.
+        key: unique name of the inputs; the key of `U` in the work store is `U-` and this name.
+        diagonal: diagonal of `U`, (inputs,), float32.
     """
 
     key: str
@@ -46,16 +46,17 @@ class Factor:
 @storable
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix of a checkpoint: some rows of a tensor, which is viewed as (rows, width).
+    """A matrix of a checkpoint. It consists of consecutive rows of a tensor, which is viewed as (rows, width).
 
     Attributes:
-        tensor: name in the checkpoint.
-        start: its first row.
-        stop: the row after its last.
-        transposed: whether it is stored as (inputs, outputs).
-        factor: of its inputs; None without calibration.
-        information: mean squared gradient at each of its outputs, (outputs,), float64; None without calibration.
-        width: number of weights per row, if it differs from the tensor's last dimension.
+        tensor: name of the tensor in the checkpoint.
+        start: first row of the matrix.
+        stop: row after the last row of the matrix.
+        transposed: whether the matrix is stored as (inputs, outputs).
+        factor: inverse-Hessian Cholesky factor of the matrix's inputs; None without calibration.
+        information: Fisher information, the mean squared gradient at each output, (outputs,), float64; None without
+            calibration.
+        width: number of weights per row; None stands for the tensor's last dimension.
     """
 
     tensor: str
@@ -83,7 +84,7 @@ class Matrix:
 @storable
 @dataclass(frozen=True)
 class MatrixScales:
-    """The relative scales of a matrix's rows and columns, and the counts of its rate model."""
+    """The relative scales of a matrix's rows and columns, and the counts of the matrix's rate model."""
 
     rows: Tensor
     columns: Tensor
@@ -91,17 +92,20 @@ class MatrixScales:
 
 
 class SensitivityCache:
-    """The measurements of each matrix, by name: that of the tensor, or `name[first row:row after the last]`.
+    """The measurements of each matrix, by name.
+
+    A matrix that is a whole tensor has the name of the tensor. Otherwise the name is `tensor[start:stop]`, with the
+    first row and the row after the last row.
 
     Attributes:
         matrices: name → matrix.
         rate_models: name → rate model.
-        seed: of the rotation in which matrices are rounded; None for no rotation.
+        seed: seed of the rotation that is applied to matrices before rounding; None for no rotation.
 
     Args:
-        work: computes the scales and rate models, and keeps them.
-        source: the checkpoint.
-        seed: see above.
+        work: executor and work store for the scales and rate models.
+        source: tensors of the checkpoint.
+        seed: seed of the rotation, see the attribute.
     """
 
     def __init__(self, work: Work, source: Source, seed: int | None) -> None:
@@ -114,10 +118,10 @@ class SensitivityCache:
         self._last_factor: tuple[str, Tensor] = "", torch.empty(0)
 
     def add(self, matrices: Iterable[Matrix]) -> None:
-        """Add matrices with their measurements, and compute their scales and rate models.
+        """Add matrices with their measurements, and compute the scales and rate models of these matrices.
 
         Raises:
-            CheckpointError: a weight is not finite.
+            CheckpointError: a weight or a gradient is not finite.
         """
         for matrix in matrices:
             shape = self._source.specs[matrix.tensor].shape
@@ -130,7 +134,7 @@ class SensitivityCache:
             self.rate_models[name] = RateModel(scales.counts.numpy())
 
     def only(self, names: Collection[str]) -> "SensitivityCache":
-        """Return a cache with the matrices of some tensors only."""
+        """Return a cache that contains only the matrices of some tensors."""
         subset = copy(self)
         subset.rate_models = {
             name: rate_model for name, rate_model in self.rate_models.items() if self.matrices[name].tensor in names
@@ -139,7 +143,7 @@ class SensitivityCache:
 
     @property
     def tensors(self) -> dict[str, list[str]]:
-        """Each tensor that is rounded, and the names of its matrices in the order of their rows."""
+        """Tensor → names of its matrices in the order of their rows, for all tensors that are rounded."""
         by_tensor: dict[str, list[str]] = {}
         for name in self.rate_models:
             by_tensor.setdefault(self.matrices[name].tensor, []).append(name)
@@ -149,17 +153,17 @@ class SensitivityCache:
 
     @property
     def n_weights(self) -> int:
-        """Number of weights of all matrices."""
+        """The number of weights of all matrices together."""
         return sum(self.spec(name).numel for name in self.rate_models)
 
     def spec(self, name: str) -> TensorSpec:
-        """Return the dtype and shape of a matrix as it is stored."""
+        """Return the dtype and shape of a matrix in the form in which the checkpoint stores it."""
         matrix = self.matrices[name]
         tensor_spec = self._source.specs[matrix.tensor]
         return TensorSpec(tensor_spec.dtype_name, (matrix.stop - matrix.start, matrix.width or tensor_spec.shape[-1]))
 
     def factor_and_scales(self, name: str) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Return `U` of a matrix, if it is calibrated, and the relative scales of its rows and columns."""
+        """Return `U` of a matrix (None without calibration), and the relative scales of its rows and columns."""
         factor, last = self.matrices[name].factor, self._last_factor
         if factor is None:
             return None, *self._scales[name]
@@ -168,11 +172,14 @@ class SensitivityCache:
         return last[1], *self._scales[name]
 
     def matrix(self, name: str) -> Tensor:
-        """Return a matrix in the form in which it is rounded: not transposed, and rotated if there is a rotation."""
+        """Return a matrix in the form in which it is rounded: not transposed, and rotated if `seed` is not None."""
         return _matrix(self._source, self.seed, self.matrices[name])
 
     def recipes(self, names: Collection[str]) -> tuple[dict[str, TensorSpec], tuple[Recipe, ...]]:
-        """Return the specs of the matrices as they are rounded, and the recipes that make the stored ones from them."""
+        """Return the specs of matrices in the form in which they are rounded, and recipes.
+
+        The recipes undo rotation and transposition, and so make the matrices of the checkpoint.
+        """
         recipes: list[Recipe] = []
         rounded: dict[str, TensorSpec] = {}
         for name in names:
@@ -189,7 +196,7 @@ class SensitivityCache:
         return rounded, tuple(reversed(recipes))
 
     def join_recipes(self, tensor: str, names: Collection[str]) -> tuple[Recipe, ...]:
-        """Return the recipe that makes a tensor from its matrices; nothing if the tensor is a single matrix."""
+        """Return the recipe that makes a tensor from its matrices, or no recipe if the tensor is a single matrix."""
         if [*names] == [tensor]:
             return ()
         takes = {str(number): name for number, name in enumerate(names)}
@@ -198,7 +205,7 @@ class SensitivityCache:
 
 
 class _LastTensorSource:
-    """A source that keeps the last tensor it read, because each matrix of a tensor reads the tensor again."""
+    """A source that keeps the tensor that it read last, because each matrix of a tensor reads the whole tensor."""
 
     def __init__(self, source: Source) -> None:
         self.specs, self.config = source.specs, source.config
@@ -216,7 +223,7 @@ class _LastTensorSource:
 
 
 def fully_covered_matrices(matrices: Iterable[Matrix], source: Source) -> list[Matrix]:
-    """Return the matrices of those tensors whose every row belongs to exactly one matrix."""
+    """Return the matrices of floating-point tensors in which every row belongs to exactly one matrix."""
     by_tensor: dict[str, list[Matrix]] = {}
     for matrix in matrices:
         by_tensor.setdefault(matrix.tensor, []).append(matrix)
@@ -232,15 +239,15 @@ def fully_covered_matrices(matrices: Iterable[Matrix], source: Source) -> list[M
 
 
 def store_factor(store: WorkStore, seed: int | None, inputs: InputStatistics) -> Factor:
-    """Compute the factor `U` of some inputs and put it into a store.
+    """Compute the inverse-Hessian Cholesky factor `U` of some inputs, and put `U` into a work store.
 
     Raises:
-        CheckpointError: the inputs are not finite.
+        CheckpointError: an input is not finite.
     """
     if not inputs.gram.isfinite().all():
         raise CheckpointError(
-            f"the inputs of tensor {inputs.regions[0].name} are not finite: the model overflows, or its weights are "
-            "damaged"
+            f"the inputs of tensor {inputs.regions[0].name} are not finite, because the model overflows or its weights "
+            "are damaged: download the model again"
         )
     U = inverse_factor(inputs.gram if seed is None else rotated(inputs.gram, seed), DAMPING)
     store.put(f"U-{inputs.key}", U)
@@ -252,16 +259,17 @@ def _matrix_scales(source: Source, seed: int | None, matrix: Matrix) -> MatrixSc
     information = matrix.information
     if information is not None and not information.isfinite().all():
         raise CheckpointError(
-            f"the gradients at tensor {matrix.tensor} are not finite: the model overflows, or its weights are damaged"
+            f"the gradients at tensor {matrix.tensor} are not finite, because the model overflows or its weights are "
+            "damaged: download the model again"
         )
     W = _matrix(source, None, matrix)
     if not W.isfinite().all():
         n = int((~W.isfinite()).sum())
         raise CheckpointError(
             f"tensor {matrix.tensor} has {n} weights that are NaN or infinite and cannot be rounded: set them to "
-            "zero, or keep every bit: `compress` with `lossless`"
+            "zero, or use `compress` with `lossless`, which keeps every bit"
         )
-    if seed is not None:  # a rotation mixes all rows, so each gets the mean information
+    if seed is not None:  # a rotation mixes all rows, so each row gets the mean Fisher information
         W = rotated(W, seed)
         information = None if information is None else information.mean().expand(len(information))
     if matrix.factor is None or information is None:
@@ -284,13 +292,14 @@ def coding_groups(
     min_weights: int,
     order: Mapping[str, tuple[int, ...]],
 ) -> list[list[str]]:
-    """Group matrices that are coded together, in the order of their tensors.
+    """Divide matrices into groups that are encoded together, in the order of the numbers in `order`.
 
     Args:
-        matrices: tensor → its matrices.
+        matrices: tensor → names of its matrices.
         n_weights: matrix → number of its weights.
-        min_weights: number of weights at which a group is complete; a group may end earlier, with its block.
-        order: tensor → the numbers in its name; the first is the same for all tensors of a block.
+        min_weights: number of weights at which a group is complete; a group also ends at the end of a block, and before
+            and after a tensor with several matrices.
+        order: tensor → numbers in the name of the tensor; the first number is the same for all tensors of a block.
     """
     groups: list[list[str]] = []
     size, block = min_weights, None

@@ -1,4 +1,7 @@
-"""Matrices that no calibration text reaches: their weights alone determine how they are rounded."""
+"""Select the matrices that are rounded without calibration, and report which tensors are rounded.
+
+Only the weights of an uncalibrated matrix determine how it is rounded, because no calibration text uses the matrix.
+"""
 
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -11,13 +14,14 @@ from freebits.storage.checkpoint import Source
 from freebits.types import FLOATS, HALF_DTYPES, TensorSpec
 
 _SMALL = 0.01
-"""Routers are not rounded if they hold at most this fraction of the weights."""
+"""Routers are not rounded if all routers together have at most this fraction of the weights."""
 _MIN_SIDE = 32
-"""A matrix with fewer rows or columns is not rounded: small convolution kernels, the states of recurrences."""
+"""A matrix with fewer rows or columns than this is not rounded. Examples are small convolution kernels and the states
+of recurrences."""
 
 
 def names_to_keep(source: Source, patterns: Sequence[str]) -> dict[str, str]:
-    """Return the tensors whose names match a shell pattern (`*` matches anything), and the reason to keep them.
+    """Return name → reason to keep the tensor, for tensors that match a shell pattern (`*` matches any text).
 
     Raises:
         UsageError: a pattern matches no tensor.
@@ -27,23 +31,27 @@ def names_to_keep(source: Source, patterns: Sequence[str]) -> dict[str, str]:
         matched = {name for name in source.specs if fnmatchcase(name, pattern)}
         if not matched:
             examples = ", ".join(sorted(source.specs)[:3])
-            raise UsageError(f"`keep` {pattern} matches no tensor: give a pattern for names such as {examples}")
+            raise UsageError(
+                f"pattern {pattern} in `keep` matches no tensor: give a pattern for names such as {examples}"
+            )
         reasons |= dict.fromkeys(matched, "matched by `keep`")
     return reasons
 
 
 def routers_to_keep(source: Source, router_tensors: Collection[str]) -> dict[str, str]:
-    """Return the tensors of a model's routers and the reason to keep them; nothing if the routers are not small."""
+    """Return name → reason to keep the tensor, for the routers of a model; empty if the routers are not small."""
     weights = sum(source.specs[name].numel for name in router_tensors)
     small = weights <= _SMALL * sum(spec.numel for spec in source.specs.values())
     return dict.fromkeys(router_tensors if small else (), "its outputs are compared, like those of a router")
 
 
 def uncalibrated(source: Source, calibrated: Collection[str], kept: Collection[str]) -> list[Matrix]:
-    """Return the matrices to round by their weights alone: those of some size in the checkpoint's usual precision.
+    """Return the matrices to round without calibration.
+
+    The result consists of all floating-point matrices that are neither small nor more precise than most weights.
 
     Args:
-        source: the checkpoint.
+        source: checkpoint to round.
         calibrated: names of the calibrated tensors.
         kept: names of the tensors that are not rounded.
     """
@@ -56,7 +64,7 @@ def uncalibrated(source: Source, calibrated: Collection[str], kept: Collection[s
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return the rows and columns of a tensor viewed as a matrix.
+    """Return the numbers of rows and columns of a tensor that is viewed as a matrix.
 
     A row of a convolution kernel is a filter. The rows of a stack of matrices are the rows of its matrices.
     """
@@ -73,16 +81,17 @@ def coverage_report(
     """Report how much of a checkpoint is rounded.
 
     Args:
-        source: the checkpoint.
+        source: checkpoint that is rounded.
         calibrated: names of the tensors that are rounded with calibration.
-        weights_only: names of the tensors that are rounded by their weights alone.
+        weights_only: names of the tensors that are rounded without calibration.
         kept: name → reason, for the tensors that are not rounded.
 
     Returns:
-        `share`, the fraction of the weights that are rounded; `uncalibrated`, the fraction that are rounded by their
-        weights alone; `alone` and `left`, which list the latter and those that are not rounded, the largest first. An
-        entry covers tensors whose names differ in numbers only: `tensors` (the name with `*` for each number),
-        `weights` and `reason`.
+        `share` is the fraction of the weights that are rounded. `uncalibrated` is the fraction of the weights that are
+        rounded without calibration. `alone` lists the tensors that are rounded without calibration, and `left` lists
+        the tensors that are not rounded; both lists begin with the largest. An entry covers all tensors whose names
+        differ only in numbers. It has the keys `tensors` (the name with `*` for each number), `weights` (the number of
+        weights) and `reason`.
     """
     total = max(1, sum(spec.numel for spec in source.specs.values()))
     half_precision = _mostly_half_precision(source)
@@ -95,7 +104,7 @@ def coverage_report(
     return {
         "share": 1 - sum(weights[name] for name in not_rounded) / total,
         "uncalibrated": sum(weights[name] for name in weights_only) / total,
-        "alone": _summary(dict.fromkeys(weights_only, "the calibration text does not reach it"), weights),
+        "alone": _summary(dict.fromkeys(weights_only, "the calibration text does not use it"), weights),
         "left": _summary(not_rounded, weights),
     }
 
@@ -110,7 +119,10 @@ def _summary(reasons: Mapping[str, str], weights: Mapping[str, int]) -> list[dic
 
 
 def _mostly_half_precision(source: Source) -> bool:
-    """Return whether most floats of a checkpoint have 16 bits; then a tensor of 32 bits needs its precision."""
+    """Return whether most floating-point weights of a checkpoint have 16 bits.
+
+    If so, a tensor with 32 bits per weight is not rounded, because it probably needs this precision.
+    """
     sizes = [
         (spec.dtype_name in HALF_DTYPES, spec.numel) for spec in source.specs.values() if spec.dtype_name in FLOATS
     ]
@@ -118,7 +130,7 @@ def _mostly_half_precision(source: Source) -> bool:
 
 
 def _reason(spec: TensorSpec, half_precision: bool) -> str | None:
-    """Return why a tensor is not rounded; None if it is."""
+    """Return the reason why a tensor is not rounded; None if the tensor is rounded."""
     if spec.dtype_name not in FLOATS:
         return f"its dtype is {spec.dtype_name}"
     if len(spec.shape) < 2 or spec.numel == max(spec.shape):

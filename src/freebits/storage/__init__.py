@@ -1,4 +1,4 @@
-"""Reads and writes checkpoint folders: safetensors and GGUF files, staging directories, URLs, signatures.
+"""Read, write, download, upload and sign checkpoint folders. Weights are in safetensors or GGUF files.
 
-Code for a new place to store checkpoints belongs here. Code that interprets tensors as parts of a model does not.
+Code for a new place to store checkpoints belongs here. Code that interprets tensors belongs in other packages.
 """

@@ -1,4 +1,4 @@
-"""Auxiliary files: the files of a model other than its weights, and the Python module that freebits adds."""
+"""Copy the auxiliary files of a model: all files except its weights. Write the Python module that freebits adds."""
 
 import logging
 import os
@@ -20,12 +20,12 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib",
 _CODE = ("*.py", "*.pyc", "*.so")
 _WEIGHTS = ("*.safetensors", "*.index.json", "*.gguf", "*.h5", "*.msgpack", "*.onnx*", "*.tflite", "*.ot")
 _TOOL_FILES = (".git*", ".cache", ".ds_store", "*.staging", "__pycache__")
-"""Files and folders of git, the hub's client, macOS and Python, and staging directories of freebits."""
+"""Files of git, huggingface_hub, macOS and Python, and staging directories. They are skipped without a message."""
 CARD, _PREVIOUS_CARD = "README.md", "README.before.md"
-"""The model card of a folder, and the new name of the card that was copied from the source."""
+"""The name of the model card, and the name to which the copied card of the source is renamed."""
 CARD_MARK = "<!-- written by freebits -->"
 REMOTE_CODE = "modeling_freebits.py"
-"""The only code that freebits writes into a folder. It imports freebits."""
+"""The only Python file that freebits writes into a folder. It imports model classes from freebits."""
 _REWRITTEN = (CONFIG, ADAPTER, REMOTE_CODE, "freebits.json")
 """Files that every command writes itself."""
 _MAX_LISTED = 20
@@ -33,17 +33,17 @@ _MAX_LISTED = 20
 
 
 def copy_auxiliary_files(source: Path, target: Path, handled: Iterable[str] = (), *, exact: bool = False) -> None:
-    """Copy the auxiliary files of a model: all files but its weights, also those in subfolders.
+    """Copy all files of a model except its weights, including the files in subfolders.
 
     Pickles, hidden files and links that lead out of the folder are never copied. Links into the blobs of a Hugging Face
-    cache are copied: there, every file of a model is such a link. Code and weights in other formats are copied only if
-    `exact`. One message at level ERROR lists the files that are not copied.
+    cache are copied, because every file of a cached model is such a link. Code and weights in other formats are copied
+    only if `exact` is set. One message at level ERROR lists the files that are not copied.
 
     Args:
         source: the folder to copy from.
         target: the folder to copy to.
         handled: names of files in `source` that the caller writes, such as the weights.
-        exact: whether to copy code and weights in other formats, too.
+        exact: whether to copy code and weights in other formats as well.
 
     Raises:
         CheckpointError: a file of the source cannot be read.
@@ -64,11 +64,16 @@ def copy_auxiliary_files(source: Path, target: Path, handled: Iterable[str] = ()
         _remove_missing_code(target)
     if skipped:
         more = f" and {len(skipped) - _MAX_LISTED} more" if len(skipped) > _MAX_LISTED else ""
-        _log.error("freebits: did not copy from %s: %s%s", one_line(source), ", ".join(skipped[:_MAX_LISTED]), more)
+        _log.error(
+            "freebits: these files were not copied from %s: %s%s",
+            one_line(source),
+            ", ".join(skipped[:_MAX_LISTED]),
+            more,
+        )
 
 
 def write_config(path: Path, config: dict[str, Any]) -> None:
-    """Write a config without the entries of `auto_map` whose code is not in the folder, and log these entries."""
+    """Write a config. Leave out and log the entries of `auto_map` whose code is not in the folder."""
     classes = config.get("auto_map") or {}
     classes = classes if isinstance(classes, dict) else {"AutoTokenizer": classes}  # the format of old tokenizers
     available = {
@@ -78,14 +83,16 @@ def write_config(path: Path, config: dict[str, Any]) -> None:
     }
     if available != classes:
         removed = one_line(", ".join(sorted(classes.keys() - available.keys())), 120)
-        _log.warning("freebits: removed %s from auto_map in %s: the code is not in the folder", removed, path.name)
+        _log.warning(
+            "freebits: removed %s from auto_map in %s, because the code is not in the folder", removed, path.name
+        )
         config = {key: value for key, value in config.items() if key != "auto_map"}
         config |= {"auto_map": available} if available else {}
     write_json(path, config)
 
 
 def _remove_missing_code(folder: Path) -> None:
-    """Remove the entries of `auto_map` whose code is not in the folder from every config."""
+    """In every config of a folder, remove the entries of `auto_map` whose code is not in the folder."""
     for path in sorted(folder.glob("*config.json")):
         with suppress(CheckpointError):  # a file that is not a JSON object stays as it is
             config = read_json(path)
@@ -94,18 +101,18 @@ def _remove_missing_code(folder: Path) -> None:
 
 
 def _has_code(folder: Path, name: str) -> bool:
-    """Whether a class is in a folder, in another repository (`owner/name--module.Class`) or in `REMOTE_CODE`."""
+    """Return whether a class is in a folder, another repository (`owner/name--module.Class`) or `REMOTE_CODE`."""
     file = f"{name.partition('.')[0]}.py"
     return "--" in name or file == REMOTE_CODE or (folder / file).is_file()
 
 
 def _class_names(value: object) -> list[str]:
-    """Return the classes in a value of `auto_map`: one name, or for tokenizers a list of two names or nulls."""
+    """Return the class names in a value of `auto_map`: one name or, for tokenizers, a list of two names or nulls."""
     return [name for name in (value if isinstance(value, list) else [value]) if isinstance(name, str)]
 
 
 def previous_cards(directory: Path) -> list[Path]:
-    """Return the names of the previous model cards in a folder, and as last item the next free name."""
+    """Return the names of the previous model cards in a folder, followed by the next free name."""
     names = [Path(_PREVIOUS_CARD)]
     while (directory / names[-1]).exists():
         names.append(Path(_PREVIOUS_CARD.replace(".md", f".{len(names) + 1}.md")))
@@ -113,7 +120,7 @@ def previous_cards(directory: Path) -> list[Path]:
 
 
 def restore_card(directory: Path) -> None:
-    """Replace a model card that freebits wrote by the previous card, if there is one."""
+    """Remove a model card that freebits wrote. Restore the latest previous card, if there is one."""
     card, names = directory / CARD, previous_cards(directory)
     if not card.exists() or CARD_MARK not in card.read_text(encoding="utf-8", errors="replace"):
         return
@@ -123,7 +130,7 @@ def restore_card(directory: Path) -> None:
 
 
 def copy(file: Path, target: Path) -> None:
-    """Copy one file. Download it if its folder is a mirror that does not contain its bytes.
+    """Copy one file. Download the file if it is a sparse file of a mirror.
 
     Raises:
         CheckpointError: the file cannot be read.
@@ -140,12 +147,22 @@ def copy(file: Path, target: Path) -> None:
 
 
 def auto_map(classes: Mapping[str, str]) -> dict[str, str]:
-    """Return the `auto_map` for classes of the module that `write_remote_code` writes, by Auto class."""
+    """Return an `auto_map` that refers to the module `REMOTE_CODE`.
+
+    Args:
+        classes: name of an Auto class → name of a model class.
+    """
     return {auto: f"{Path(REMOTE_CODE).stem}.{name}" for auto, name in classes.items()}
 
 
 def write_remote_code(directory: Path, module: str, classes: Mapping[str, str]) -> None:
-    """Write the module that `auto_map` names. `trust_remote_code=True` then replaces `import freebits`."""
+    """Write the module `REMOTE_CODE`. With it, `trust_remote_code=True` can replace `import freebits`.
+
+    Args:
+        directory: the output folder.
+        module: the module of freebits that defines the model classes.
+        classes: name of an Auto class → name of a model class.
+    """
     (directory / REMOTE_CODE).write_text(
         '"""A model of freebits: pip install freebits."""\n\n'
         f"from {module} import {', '.join(sorted(classes.values()))}  # noqa: F401\n",
@@ -155,7 +172,7 @@ def write_remote_code(directory: Path, module: str, classes: Mapping[str, str]) 
 
 
 def _files_in(source: Path) -> Iterator[Path]:
-    """Yield the files and the links to folders in a folder and its subfolders, relative to it, without tool files."""
+    """Yield the paths of all files and of links to folders, relative to `source`. Skip tool files; follow no links."""
     for folder, subfolders, files in os.walk(source):
         visible = [name for name in subfolders if not _is_tool_file(name)]
         links = [name for name in visible if (Path(folder) / name).is_symlink()]
@@ -178,7 +195,7 @@ def _is_inside(file: Path, folder: Path) -> bool:
 
 
 def stays_inside(file: Path, folder: Path) -> bool:
-    """Whether a path is in a folder once links are resolved, or in the blobs of a Hugging Face cache."""
+    """Return whether a path, with links resolved, is in a folder or in the blobs of the folder's Hugging Face cache."""
     root, target = folder.resolve(), file.resolve()
     cached = root.parent.name == "snapshots" and target.parent == root.parent.parent / "blobs"
     return target.is_relative_to(root) or cached

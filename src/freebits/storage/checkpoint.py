@@ -1,4 +1,4 @@
-"""Checkpoint folders: their configs, and their tensors one at a time."""
+"""Read the config and the tensors of a checkpoint folder, one tensor at a time."""
 
 import json
 import os
@@ -17,19 +17,20 @@ from freebits.types import Bytes, TensorSpec
 from freebits.version import __version__
 
 HISTORY = "freebits"
-"""Key of the history in `config.json`."""
+"""The key in `config.json` of the entry that contains the history of the model."""
 CONFIG = "config.json"
 WEIGHTS = "model"
 """The stem of the weights files of a model."""
 ADAPTER, ADAPTER_STEM = "adapter_config.json", "adapter_model"
 """The config of a PEFT adapter, and the stem of its weights file."""
 _DIFFUSERS_CLASS, _DIFFUSERS_STEM = "_class_name", "diffusion_pytorch_model"
-"""A key in the config of a component of a diffusion pipeline, and the stem of its weights files."""
+"""A key that only configs of diffusion components have, and the stem of the weights files of these components."""
 STEMS = (WEIGHTS, _DIFFUSERS_STEM)
-"""The stems of weights files that have an index if there are several."""
+"""The stems of weights files that need an index if the weights are in several files."""
 GGUF = "gguf"
-"""The suffix of GGUF files, and the model type in the config of a folder with a GGUF file."""
+"""The suffix of GGUF files. It is also the model type in the config that `gguf_folder` writes."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_RESTORE = "download the file again, or restore it from a backup"
 
 
 def read_text(path: Path) -> str:
@@ -45,9 +46,9 @@ def read_text(path: Path) -> str:
                 raise ValueError(f"it has more than {JSON_BYTES} bytes")  # noqa: TRY301
             return file.read(size + 1).decode()
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: this is not a complete checkpoint") from None
+        raise CheckpointError(f"{path} is missing: the checkpoint is incomplete, download it again") from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}): restore the file") from None
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}): {_RESTORE}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -61,14 +62,14 @@ def read_json(path: Path) -> dict[str, Any]:
         if _depth(content) > JSON_DEPTH:
             raise ValueError(f"it is nested more than {JSON_DEPTH} levels deep")  # noqa: TRY301
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}): restore the file") from None
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}): {_RESTORE}") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} does not contain a JSON object: restore the file")
+        raise CheckpointError(f"{path} does not contain a JSON object: {_RESTORE}")
     return content
 
 
 def _depth(content: object) -> int:
-    """Return how many levels of objects and arrays a JSON value has."""
+    """Return how deeply the objects and arrays of a JSON value are nested."""
     depth, level = 0, [content]
     while level:
         containers = [
@@ -118,16 +119,16 @@ class Folder(Source, Protocol):
 
     @property
     def shard_bytes(self) -> int | None:
-        """Bytes of tensors in the largest file; None if there is one file."""
+        """Bytes of the tensors in the largest file; None if there is only one file."""
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """The steps that made the model, oldest first."""
+        """The steps that produced the model, oldest first."""
 
 
 @dataclass(frozen=True)
 class View:
-    """Base class of sources that transform the tensors of another source and keep their specs."""
+    """Base class of sources that transform the tensors of another source without changing dtypes or shapes."""
 
     source: Source
 
@@ -149,7 +150,7 @@ class Checkpoint:
 
     Raises:
         CheckpointError: the folder is missing, is not a checkpoint or has only pickled weights; or a file is
-            truncated, or lacks a tensor that the index lists.
+            truncated; or a tensor that the index lists is missing.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -160,11 +161,11 @@ class Checkpoint:
         self.files = {name: file for file, weights in self.weights.items() for name in weights.entries}
         """Tensor name → file name, in the order of the files."""
         if sum(len(weights.entries) for weights in self.weights.values()) > len(self.files):
-            raise CheckpointError(f"{self.path}: two files contain a tensor of the same name: download it again")
+            raise CheckpointError(f"{self.path} has a tensor that is in two files: download the checkpoint again")
         index = self.path / index_of(stem_of(self.config))
         for name, file in _weight_map(index).items() if self._has_index else ():
             if name not in self.files:
-                raise CheckpointError(f"{self.path / file} lacks tensor {name}: download it again")
+                raise CheckpointError(f"{self.path / file} lacks tensor {name}: download the file again")
 
     @property
     def weight_files(self) -> tuple[Path, ...]:
@@ -174,12 +175,12 @@ class Checkpoint:
 
     @property
     def shard_bytes(self) -> int | None:
-        """Bytes of tensors in the largest file; None if there is one file."""
+        """Bytes of the tensors in the largest file; None if there is only one file."""
         return max(file.n_bytes for file in self.weights.values()) if len(self.weights) > 1 else None
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """The steps that made the model, from its config; invalid entries are skipped."""
+        """The steps that produced the model, oldest first. Invalid entries of the config are skipped."""
         return history_of(self.config)
 
     @property
@@ -192,7 +193,7 @@ class Checkpoint:
         return self.stored_specs()
 
     def stored_specs(self) -> dict[str, TensorSpec]:
-        """Dtype and shape of every tensor as the files declare them, whatever `specs` of a subclass says."""
+        """Return the dtype and shape that the files declare for every tensor. `specs` of a subclass can differ."""
         return {name: self.weights[file].entries[name].spec for name, file in self.files.items()}
 
     def read(self, name: str) -> Bytes:
@@ -204,7 +205,7 @@ class Checkpoint:
         return self.weights[self.files[name]].read(name)
 
     def __getitem__(self, name: str) -> Tensor:
-        """Read one tensor, as stored."""
+        """Read one tensor as it is stored."""
         data = self.read(name)
         return self.specs[name].view(data)
 
@@ -214,19 +215,19 @@ class Checkpoint:
 
 
 def history_of(config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The steps that made a model, from its `config.json`; invalid entries are skipped."""
+    """Return the steps that produced a model, as its `config.json` lists them. Skip invalid entries."""
     entry = config.get(HISTORY)
     history = entry.get("history") if isinstance(entry, dict) else None
     return [step for step in history if isinstance(step, dict)] if isinstance(history, list) else []
 
 
 def history_step(transform: str, fidelity: str, sizes: Mapping[str, int], **facts: Any) -> dict[str, Any]:
-    """A new entry of a history.
+    """Return a new entry of a history.
 
     Args:
-        transform: what was done: the name of a command, codec or method.
-        fidelity: what it preserves, see `freebits.options`.
-        sizes: name → size in bytes of the model before this step.
+        transform: the name of the command, codec or method of the step.
+        fidelity: what the step preserves of the model; see `freebits.options`.
+        sizes: version of the model before this step, such as `dense` → size in bytes.
         facts: settings and measurements of the step.
     """
     producer = f"freebits {__version__}"
@@ -237,7 +238,7 @@ def open_weights(path: Path) -> WeightsFile:
     """Open a safetensors or GGUF file and read its header."""
     if path.suffix != f".{GGUF}":
         return WeightsFile(path)
-    from freebits.storage.gguf import GgufFile  # a circular import
+    from freebits.storage.gguf import GgufFile  # here, because `gguf` imports this module
 
     return GgufFile(path)
 
@@ -246,15 +247,15 @@ def checkpoint_folder(path: str | os.PathLike[str]) -> Path:
     """Check that a path is the folder of a checkpoint, and return it.
 
     Raises:
-        CheckpointError: it is not.
+        CheckpointError: the path is not the folder of a checkpoint.
     """
     folder = Path(path)
     try:
         if not folder.is_dir():
             raise CheckpointError(f"{path} is not a folder: give the folder of a downloaded checkpoint")
         if not (folder / CONFIG).exists() and not (folder / ADAPTER).exists():
-            raise CheckpointError(f"{path} holds no {CONFIG}: it is not a Hugging Face checkpoint")
-    except (OSError, ValueError) as error:  # for instance, the name is too long
+            raise CheckpointError(f"there is no {CONFIG} in {path}: give the folder of a Hugging Face checkpoint")
+    except (OSError, ValueError) as error:  # for example, the name is too long
         raise CheckpointError(f"{path} is not a folder ({error}): give the folder of a downloaded checkpoint") from None
     return folder
 
@@ -265,7 +266,7 @@ def config_name(folder: Path) -> str:
 
 
 def is_adapter(config: Mapping[str, Any]) -> bool:
-    """Whether a config is that of a PEFT adapter."""
+    """Return whether a config belongs to a PEFT adapter."""
     return isinstance(config.get("peft_type"), str)
 
 
@@ -273,12 +274,12 @@ def model_files(path: Path, config: dict[str, Any]) -> list[Path]:
     """Return the weights files that transformers would load from a folder, in the order of their names.
 
     Raises:
-        CheckpointError: there are none, or transformers would load other files that freebits does not support.
+        CheckpointError: there are no weights files, or transformers would load files that freebits does not support.
     """
     if config.get("transformers_weights") is not None:
         raise CheckpointError(
             f"{path / CONFIG} names other weights in transformers_weights, which freebits does not support: "
-            "load the model and save it again"
+            "load the model with transformers and save it again"
         )
     if config.get("model_type") == GGUF:
         return sorted(path.glob(f"*.{GGUF}"))
@@ -287,23 +288,23 @@ def model_files(path: Path, config: dict[str, Any]) -> list[Path]:
     if is_adapter(config):
         if single.exists():
             return [single]
-        raise CheckpointError(f"{path} holds no {single.name}: save the adapter as safetensors")
+        raise CheckpointError(f"there is no {single.name} in {path}: save the adapter as safetensors")
     if (path / ADAPTER).exists():
         raise CheckpointError(
-            f"{path} holds an adapter ({ADAPTER}), which transformers adds to the weights: "
-            "merge it into the model first"
+            f"{path} contains an adapter ({ADAPTER}), which transformers adds to the weights: "
+            "merge the adapter into the model first"
         )
-    if single.exists():  # takes precedence over an index, as in transformers
+    if single.exists():  # a single file takes precedence over an index, as in transformers
         return [single]
     if index.exists():
         return [path / file for file in sorted(set(_weight_map(index).values()))]
     pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
     if pickles:
         raise CheckpointError(
-            f"{path} holds only pickled weights ({pickles[0]}), which can run code when they are loaded: "
+            f"{path} contains only pickled weights ({pickles[0]}), which can run code when they are loaded: "
             "save the model as safetensors first"
         )
-    raise CheckpointError(f"{path} holds no {single.name} and no {index.name}: add the weights as safetensors")
+    raise CheckpointError(f"there is no {single.name} and no {index.name} in {path}: add the weights as safetensors")
 
 
 def stem_of(config: Mapping[str, Any]) -> str:
@@ -321,10 +322,8 @@ def index_of(stem: str) -> str:
 def _weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
-        raise CheckpointError(f"{index} has no weight_map: restore the index")
+        raise CheckpointError(f"{index} has no weight_map: {_RESTORE}")
     for file in weight_map.values():
         if not isinstance(file, str) or Path(file).name != file:
-            raise CheckpointError(
-                f"{index} lists {file!r}, which is not the name of a file in its folder: restore the index"
-            )
+            raise CheckpointError(f"{index} lists {file!r}, which is not a plain file name: {_RESTORE}")
     return weight_map

@@ -1,5 +1,6 @@
-"""GGUF files: the offsets of their tensors and the layout of their blocks. No values are decoded.
+"""Read GGUF files without decoding values: the offsets of the tensors and the layout of their blocks.
 
+A block contains a fixed number of consecutive weights of a quantized tensor, and the scales of these weights.
 The format is https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
 """
 
@@ -19,7 +20,7 @@ from freebits.storage.safetensors_files import Entry, WeightsFile
 from freebits.types import TensorSpec
 
 Fields = tuple[tuple[str, int], ...]
-"""The fields of a block: dtype name and number of values of each."""
+"""The fields of a block, each as dtype name and number of values."""
 _DTYPES = {0: "F32", 1: "F16", 30: "BF16", 28: "F64", 24: "I8", 25: "I16", 26: "I32", 27: "I64"}
 _SCALE, _SCALE_AND_MIN = ("F16", 1), (("F16", 1), ("F16", 1))
 _BLOCKS: dict[int, tuple[int, Fields]] = {
@@ -35,14 +36,14 @@ _BLOCKS: dict[int, tuple[int, Fields]] = {
     14: (256, (("U8", 128), ("U8", 64), ("U8", 16), _SCALE)),  # Q6_K
     39: (32, (("U8", 1), ("U8", 16))),  # MXFP4
 }
-"""Tensor type → weights in a block, and fields of a block. Tensors of other types are read as bytes."""
+"""Tensor type → number of weights and fields of a block. Types not listed here or in `_DTYPES` are read as bytes."""
 _METADATA_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-"""Metadata type → bytes of a value."""
+"""Metadata type → size of a value in bytes."""
 _U32, _STRING, _ARRAY = 4, 8, 9
-"""Metadata types."""
+"""The metadata types unsigned 32-bit integer, string and array."""
 _READ_AHEAD = 1 << 20
 _MAX_COUNT = 1 << 24
-"""Upper bound on the entries of a metadata array or of the list of tensors, and on the alignment."""
+"""Upper bound on the number of metadata entries, of tensors and of items of an array, and on the alignment."""
 
 
 class GgufFile(WeightsFile):
@@ -50,8 +51,9 @@ class GgufFile(WeightsFile):
 
     Attributes:
         header: the header that a safetensors file of these tensors would have.
-        entries: name → tensor, in the order of their bytes. The bytes between tensors are named `gguf.0`, `gguf.1`, ….
-        fields: name of a tensor of blocks → fields of its blocks.
+        entries: tensor name → entry, in the order of the bytes. The bytes between tensors are entries named `gguf.0`,
+            `gguf.1`, ….
+        fields: name of a tensor that consists of blocks → fields of a block.
 
     Raises:
         CheckpointError: the file is missing or is not a valid GGUF file.
@@ -87,7 +89,7 @@ class GgufFile(WeightsFile):
 
 
 class _Tensor(NamedTuple):
-    """A tensor as the file lists it. `begin` is its offset from the start of the file."""
+    """A tensor as the file lists it. `begin` is the offset of the tensor from the start of the file."""
 
     name: str
     shape: tuple[int, ...]
@@ -95,7 +97,11 @@ class _Tensor(NamedTuple):
     begin: int
 
     def spec(self, max_bytes: int) -> tuple[TensorSpec, Fields]:
-        """Return the spec of its bytes, at most `max_bytes` of them, and the fields of its blocks."""
+        """Return the spec with which the tensor is read, and the fields of its blocks (empty if it has no blocks).
+
+        Raises:
+            ValueError: the tensor needs more than `max_bytes`.
+        """
         n_weights = prod(self.shape)
         block_weights, fields = _BLOCKS.get(self.type, (1, ()))
         if self.type in _DTYPES:
@@ -106,7 +112,7 @@ class _Tensor(NamedTuple):
         else:
             spec, fields = TensorSpec("U8", (max_bytes,)), ()
         if spec.n_bytes > max_bytes:
-            raise ValueError(f"tensor {self.name} has fewer bytes than its type and shape need")
+            raise ValueError(f"tensor {self.name} has fewer bytes than its type and shape require")
         return spec, fields
 
 
@@ -185,7 +191,7 @@ class _Reader:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a path has the suffix of a GGUF file."""
+    """Return whether a path has the suffix of a GGUF file."""
     return path.suffix == f".{GGUF}"
 
 

@@ -1,4 +1,4 @@
-"""Models on the Hugging Face hub. Files that freebits needs are downloaded into the cache of huggingface_hub."""
+"""Download models from the Hugging Face hub into the cache of huggingface_hub, and upload folders."""
 
 import os
 from pathlib import Path
@@ -19,14 +19,14 @@ _UNWANTED = [
 def local_folder(
     model: str | os.PathLike[str], revision: str | None = None, *, config_only: bool = False, whole: bool = True
 ) -> Path:
-    """Return the local folder of a model. Download a hub model first; create a mirror for a URL.
+    """Return the local folder of a model. Download a model from the hub; create a mirror of a model at a URL.
 
     Args:
-        model: a folder; a hub id such as `Qwen/Qwen3-0.6B`, for the endpoint, token and cache of huggingface_hub; or a
-            URL that fsspec supports, such as `s3://bucket/model`.
+        model: a folder, a hub id such as `Qwen/Qwen3-0.6B`, or a URL that fsspec supports, such as `s3://bucket/model`.
+            For a hub id, the settings of huggingface_hub determine the endpoint, the token and the cache.
         revision: branch, tag or commit on the hub.
         config_only: whether to download only `config.json`.
-        whole: whether to download the weights of a hub model. If not, they are read by range.
+        whole: whether to download the weights of a hub model. If not, the weights are read from the hub by range.
 
     Raises:
         CheckpointError: the model does not exist or cannot be reached.
@@ -54,10 +54,10 @@ def local_folder(
 
 
 def push(folder: Path, repo: str) -> str:
-    """Upload a folder to a repository on the hub (created as private if needed) and return the commit URL.
+    """Upload a folder to a repository on the hub and return the commit URL. A new repository is private.
 
     Raises:
-        CheckpointError: the hub refuses the upload.
+        CheckpointError: the upload fails.
     """
     try:
         api = HfApi()
@@ -66,12 +66,13 @@ def push(folder: Path, repo: str) -> str:
     except Exception as error:
         reason = reason_of(error, 160)
         raise CheckpointError(
-            f"{folder} is finished but cannot be uploaded to {repo} ({reason}): check HF_TOKEN and upload it yourself"
+            f"{folder} is finished but cannot be uploaded to {repo} ({reason}): check HF_TOKEN and upload the folder "
+            "yourself"
         ) from None
 
 
 def _is_hub_id(path: Path) -> bool:
-    """Whether a path can be the id of a hub model: it has two names, and neither path nor parent exists locally."""
+    """Return whether a path has two names, as hub ids have, and neither the path nor its parent exists locally."""
     two_names = len(path.parts) == 2 and not any(part.startswith((".", "~")) for part in path.parts)
     try:
         return two_names and not path.exists() and not path.is_absolute() and not path.parent.exists()

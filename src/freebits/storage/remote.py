@@ -1,8 +1,8 @@
-"""Remote folders: URLs that fsspec supports (`s3://`, `gs://`, `hf://`, `https://`, …).
+"""Read and write remote folders, at URLs that fsspec supports (`s3://`, `gs://`, `hf://`, `https://`, …).
 
-To read a remote folder, freebits creates a local mirror. The mirror contains copies of the small files, and for each
-weights file a sparse file of the same size. The weights are read from the URL by range. To write a remote folder,
-freebits finishes a local folder and uploads it.
+To read a remote folder, freebits creates a local mirror. The mirror contains a copy of each small file, and a sparse
+file of the same size for each weights file. The weights are read from the URL by range. To write a remote folder,
+freebits writes a local folder first and then uploads it.
 """
 
 import atexit
@@ -27,13 +27,13 @@ from freebits.types import Bytes
 
 _COPIED = ("*.json", "*.md", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
 _PROBE = ".freebits"
-"""A file that is written to test whether the folder is writable."""
+"""The name of a file that is written to test whether the folder is writable."""
 _LAST = ("config.json",)
-"""Files that are uploaded last. A folder without them is not a checkpoint."""
+"""Files that are uploaded last, so that readers do not take an incomplete folder for a checkpoint."""
 _VERSION_KEYS = ("ETag", "etag", "LastModified", "mtime", "created", "generation", "commit_hash", "blob_id")
 """The keys under which file systems report the version of a file."""
 _mirrors: dict[Path, str] = {}
-"""Mirror, or sparse file in a mirror → URL."""
+"""Path of a mirror, or of a sparse file in a mirror → URL."""
 
 
 class Readable(Protocol):
@@ -45,7 +45,7 @@ class Readable(Protocol):
 
     @property
     def state(self) -> tuple[object, ...]:
-        """Values that change when the file is replaced or changed, as far as the file system reports it."""
+        """Values that change when the file is replaced or changed, as far as the file system reports changes."""
 
     def read(self, start: int, n_bytes: int) -> Bytes:
         """Read `n_bytes` from `start` on.
@@ -90,7 +90,7 @@ def _state(info: dict[str, Any]) -> tuple[object, ...]:
 
 
 def url_of(path: str | os.PathLike[str]) -> str | None:
-    """Return a path as a URL, or None if it is not one. `Path` objects of URLs lack one of the two slashes."""
+    """Return a path as a URL, or None if it is no URL. Accept `Path` objects, which drop one slash of `://`."""
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/{1,2}(?=[^/])", os.fspath(path))
     if not match or match[1] not in fsspec.available_protocols():
         return None
@@ -99,7 +99,7 @@ def url_of(path: str | os.PathLike[str]) -> str | None:
 
 @cache
 def mirror(url: str) -> Path:
-    """Create a local mirror of a remote folder. The process removes it when it exits.
+    """Create a local mirror of a remote folder. The mirror is removed when this process exits.
 
     Raises:
         CheckpointError: the URL is not a checkpoint or cannot be reached.
@@ -146,7 +146,7 @@ def download(url: str, target: Path) -> None:
 
 
 def fill(folder: Path) -> None:
-    """Replace the sparse safetensors files of a mirror by their content, for libraries that read the files.
+    """Download the safetensors files of a mirror, so that other libraries can read them. Ignore other folders.
 
     Raises:
         CheckpointError: the download fails.
@@ -161,7 +161,7 @@ def fill(folder: Path) -> None:
 
 
 def exists(path: str | os.PathLike[str]) -> bool:
-    """Whether a path or URL exists.
+    """Return whether a path or URL exists.
 
     Raises:
         CheckpointError: the URL cannot be reached.
@@ -183,14 +183,14 @@ def check_new(url: str) -> None:
     """Check that a URL does not exist yet and is writable, before the command starts its work.
 
     Raises:
-        CheckpointError: the URL exists or cannot be written, or an earlier result waits for its upload.
+        CheckpointError: the URL exists or cannot be written, or an earlier result could not be uploaded to it.
     """
     if staging_of(url).exists():
         raise CheckpointError(
-            f"{staging_of(url)} is a finished folder that could not be uploaded before: upload or remove it"
+            f"{staging_of(url)} is the finished result of a run that could not be uploaded: upload or remove the folder"
         )
     if exists(url):
-        raise CheckpointError(f"{url} exists already: choose another output folder or remove it")
+        raise CheckpointError(f"{url} exists already: remove it or choose another output folder")
     try:
         with _as_os_errors():
             system, name = fsspec.url_to_fs(url)
@@ -206,19 +206,19 @@ def check_new(url: str) -> None:
 
 
 def staging_of(url: str) -> Path:
-    """Return the folder in the user's cache that contains a result until it is uploaded."""
+    """Return the folder in the user's cache that contains the result for a URL until the result is uploaded."""
     return _cache() / sha256(url.encode()).hexdigest()[:16] / PurePosixPath(url).name
 
 
 def upload(folder: Path, url: str) -> None:
-    """Upload a finished folder, all files or none, and remove the local copy.
+    """Upload a finished folder and remove the local copy. If the upload fails, remove the uploaded files.
 
     Raises:
-        CheckpointError: the upload fails. The local folder stays.
+        CheckpointError: the URL exists, or the upload fails. The local folder stays.
     """
     if exists(url):
         raise CheckpointError(
-            f"{url} exists already: another run wrote it meanwhile, the result of this run is in {folder}"
+            f"{url} exists already, because another run wrote it in the meantime: upload {folder} to another URL"
         )
     uploaded: list[str] = []
     files = sorted((file for file in folder.rglob("*") if file.is_file()), key=lambda file: (file.name in _LAST, file))
@@ -233,14 +233,14 @@ def upload(folder: Path, url: str) -> None:
                     uploaded.append(name)
                     system.put_file(str(file), name)
             except BaseException:
-                for name in uploaded:  # keep files that others wrote
+                for name in uploaded:  # not the whole folder, because another run may write to it
                     with suppress(Exception):
                         system.rm_file(name)
                 _remove_if_empty(system, root)
                 raise
     except OSError as error:
         raise CheckpointError(
-            f"{url} could not be uploaded ({error}): upload the finished folder yourself from {folder}"
+            f"the upload to {url} failed ({error}): upload the finished folder yourself from {folder}"
         ) from None
     shutil.rmtree(folder.parent)
     mirror.cache_clear()
@@ -254,7 +254,10 @@ def _remove_if_empty(system: Any, name: str) -> None:
 
 
 def _mirror_file(system: Any, name: str, info: dict[str, Any], folder: Path, relative: str, url: str) -> None:
-    """Create a copy or a sparse file of a remote file. The modification time encodes its version (see `Task`)."""
+    """Copy a small auxiliary file into a mirror. Create a sparse file for any other file.
+
+    The modification time encodes the version of the remote file, because `Task` compares modification times.
+    """
     parts = PurePosixPath(relative).parts
     if not parts or any(part in ("..", ".") or "\\" in part or part.startswith(".") for part in parts):
         return

@@ -1,4 +1,7 @@
-"""Resumable commands. A staging directory records the command that created it."""
+"""Resume stopped commands. A staging directory records the command that created it.
+
+A piece is a part of a command's work whose result is stored as soon as it is finished (see `work_store`).
+"""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -15,7 +18,7 @@ from freebits.execution.work_store import WorkStore
 from freebits.version import __version__
 
 UNFINISHED = ".unfinished"
-"""The folder of finished pieces in a staging directory."""
+"""The folder in a staging directory that contains the finished pieces of an unfinished command."""
 _TASK = "task.json"
 
 
@@ -26,7 +29,7 @@ class Task:
     Attributes:
         command: the name of the command.
         source: the folder that the command reads.
-        arguments: all other values that the result depends on.
+        arguments: the arguments that the result depends on, except the source.
         resume: whether to use the pieces that a stopped run finished.
     """
 
@@ -37,14 +40,14 @@ class Task:
 
     @property
     def facts(self) -> str:
-        """Command, source and software versions as JSON. A run resumes another one only if these are equal."""
+        """Command, arguments, source and software versions as JSON. A run resumes only a run with equal facts."""
         states = _states(self.source)
         versions = {"freebits": __version__, "torch": torch.__version__}
         facts = {"command": self.command, "arguments": dict(self.arguments), "source": states, **versions}
         return json.dumps(facts, indent=2, sort_keys=True, default=str)
 
     def began(self, staging: Path) -> bool:
-        """Whether this task created a staging directory."""
+        """Return whether a run of this task created a staging directory."""
         path = staging / UNFINISHED / _TASK
         return path.is_file() and path.read_text(encoding="utf-8") == self.facts
 
@@ -70,7 +73,9 @@ def unchanged(source: Path) -> Iterator[None]:
     except FileNotFoundError:
         after = []
     if after != before:
-        raise CheckpointError(f"{source} was changed while it was read: try again when nothing writes to it")
+        raise CheckpointError(
+            f"{source} was changed while it was read: rerun the command when nothing writes to the folder"
+        )
 
 
 def _states(source: Path) -> list[tuple[str, int, int]]:

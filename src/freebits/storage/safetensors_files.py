@@ -1,8 +1,8 @@
-"""Safetensors files, read and written a tensor at a time.
+"""Read and write safetensors files one tensor at a time.
 
-The safetensors library maps files into memory: if another process truncates a mapped file, this process dies without
-a message. The library also needs all tensors in memory to write a file. `WeightsFile` reads each tensor on access, and
-raises if the file is no longer the one whose header it read.
+The safetensors library maps files into memory. If another process truncates a mapped file, this process dies without
+a message. The library also needs all tensors in memory to write a file. `WeightsFile` instead reads each tensor on
+access, and raises an error if the file has changed since its header was read.
 """
 
 import json
@@ -23,16 +23,16 @@ from freebits.storage.remote import Readable, RemoteFile, original
 from freebits.types import Bytes, TensorSpec
 
 LENGTH = 8
-"""Size in bytes of the integer at the start of a safetensors file, which is the length of the header."""
+"""Size in bytes of the integer at the start of a safetensors file. The integer is the length of the header."""
 METADATA = "__metadata__"
 _EMPTY_HEADER = '{"__metadata__":{"format":"pt"}}'
 ENTRY = len('"":{"dtype":"F8_E4M3FNUZ","shape":,"data_offsets":[,]},') + 2 * len(str(TENSOR_VALUES))
-"""An upper bound on the bytes of a header entry without its name and shape."""
+"""An upper bound on the bytes of a header entry, not counting its name and shape."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor as a header describes it. `begin` and `end` of its bytes are offsets from the end of the header."""
+    """A tensor as a header describes it. Its bytes are at `begin` to `end`, counted from the end of the header."""
 
     name: str
     spec: TensorSpec
@@ -45,7 +45,7 @@ def parse_header(text: str, n_bytes: int | None = None) -> list[Entry]:
 
     Args:
         text: the header.
-        n_bytes: the size of the file after the header; None if it is unknown.
+        n_bytes: the number of bytes that follow the header; None if this number is unknown.
 
     Raises:
         ValueError: the text is not a header, tensors overlap or leave gaps, or sizes do not match.
@@ -78,7 +78,7 @@ class WeightsFile:
 
     Attributes:
         header: the text of the header, unchanged.
-        entries: name → tensor, in the order of their bytes.
+        entries: tensor name → entry, in the order of the bytes.
 
     Raises:
         CheckpointError: the file is missing or is not a valid safetensors file.
@@ -94,7 +94,7 @@ class WeightsFile:
         except FileNotFoundError:
             raise CheckpointError(f"{path} is missing: the checkpoint is incomplete, download it again") from None
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} is truncated or damaged ({error}): download it again") from None
+            raise CheckpointError(f"{path} is truncated or damaged ({error}): download the file again") from None
 
     def _parse(self, file: Readable) -> None:
         self.header = _read_header(file)
@@ -118,9 +118,13 @@ class WeightsFile:
                 data = file.read(self._start + entry.begin, entry.spec.n_bytes)
                 changed = file.state != self._state
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self.path}: tensor {name} cannot be read ({error}): download it again") from None
+            raise CheckpointError(
+                f"tensor {name} in {self.path} cannot be read ({error}): download the file again"
+            ) from None
         if changed:
-            raise CheckpointError(f"{self.path} was changed while it was read: try again when nothing writes to it")
+            raise CheckpointError(
+                f"{self.path} was changed while it was read: rerun the command when nothing writes to the file"
+            )
         return data
 
     @contextmanager
@@ -161,10 +165,11 @@ class _LocalFile:
 
 
 class WeightsWriter:
-    """Writes a safetensors file a tensor at a time: header length, header, tensors without gaps.
+    """Writes a safetensors file one tensor at a time.
 
-    The header is written last, into space reserved for the announced names and shapes; longer ones do not fit. Spaces
-    fill the remainder, as the format allows.
+    The file contains the length of the header, the header, and the tensors without gaps. The header is written last,
+    into space that is reserved for the names and shapes in `announced`. Spaces fill the rest of this space, as the
+    format allows.
     """
 
     def __init__(self, path: Path, announced: Mapping[str, tuple[int, ...]]) -> None:
@@ -212,11 +217,11 @@ class WeightsWriter:
 
 
 def open_regular(path: Path) -> FileIO:
-    """Open a regular file for reading. Reading a pipe or a device might never end.
+    """Open a regular file for reading. Refuse pipes and devices, because reading them might never end.
 
     Raises:
         OSError: the file cannot be opened.
-        ValueError: it is not a regular file.
+        ValueError: the path is not a regular file.
     """
     if not stat.S_ISREG(path.stat().st_mode):
         raise ValueError("it is not a regular file")
@@ -233,5 +238,5 @@ def _read_header(file: Readable) -> str:
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     unique = dict(pairs)
     if len(unique) != len(pairs):
-        raise ValueError(f"its header lists a name twice among {one_line([name for name, _ in pairs], 100)}")
+        raise ValueError(f"its header has duplicate names among {one_line([name for name, _ in pairs], 100)}")
     return unique

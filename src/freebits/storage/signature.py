@@ -1,4 +1,4 @@
-"""Signatures of finished folders in the format of OpenSSF model-signing. They reveal damage and forgery."""
+"""Sign folders and check signatures with OpenSSF model-signing. A signature reveals damage and forgery."""
 
 import os
 import shutil
@@ -25,16 +25,17 @@ def sign(folder: Path, key: str | os.PathLike[str]) -> None:
     """
     hashing = _library("hashing")
     check_key(key)
-    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)  # must not be signed
+    # The finished folder does not contain the pieces, so they must not be signed.
+    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
     hashing_config = hashing.Config().set_ignored_paths(paths=[folder / SIGNATURE])
     try:
         _signer(key).set_hashing_config(hashing_config).sign(folder, folder / SIGNATURE)
-    except Exception as error:  # also those of the cryptography library
+    except Exception as error:  # model-signing and cryptography raise many types
         raise _signing_error(key, error) from None
 
 
 def check_key(key: str | os.PathLike[str] | None) -> None:
-    """Check that a private key can sign, before the command starts its work. None passes.
+    """Check that a private key can sign, before the command starts its work. Do nothing if `key` is None.
 
     Raises:
         UsageError: the key cannot sign, or model-signing is not installed.
@@ -56,7 +57,7 @@ def _signing_error(key: str | os.PathLike[str], error: Exception) -> UsageError:
 
 
 def check_signature(folder: Path, key: str | os.PathLike[str]) -> None:
-    """Check that every file of a folder is what the owner of a key signed.
+    """Check that no file of a folder has changed since the owner of a key signed the folder.
 
     Args:
         folder: a folder with a signature.
@@ -68,7 +69,9 @@ def check_signature(folder: Path, key: str | os.PathLike[str]) -> None:
     """
     hashing, verifying = _library("hashing"), _library("verifying")
     if not (folder / SIGNATURE).is_file():
-        raise CheckpointError(f"{folder} is not signed: it has no {SIGNATURE}, ask its publisher for a signed one")
+        raise CheckpointError(
+            f"{folder} is not signed (there is no {SIGNATURE}): ask the publisher for a signed folder"
+        )
     hashing_config = hashing.Config().set_ignored_paths(paths=[folder / SIGNATURE])
     try:
         config = verifying.Config().use_elliptic_key_verifier(public_key=Path(key)).set_hashing_config(hashing_config)
@@ -80,7 +83,7 @@ def check_signature(folder: Path, key: str | os.PathLike[str]) -> None:
         config.verify(folder, folder / SIGNATURE)
     except Exception as error:
         raise CheckpointError(
-            f"{folder} is not what the owner of {key} signed ({reason_of(error)}): do not use it"
+            f"{folder} is not what the owner of {key} signed ({reason_of(error)}): do not use this folder"
         ) from None
 
 
@@ -88,4 +91,4 @@ def _library(module: str) -> Any:
     try:
         return import_module(f"model_signing.{module}")
     except ImportError:
-        raise UsageError("signatures need model-signing: pip install 'freebits[sign]'") from None
+        raise UsageError("signatures need the package model-signing: run pip install 'freebits[sign]'") from None

@@ -1,4 +1,4 @@
-"""Output folders that appear complete or not at all."""
+"""Create output folders so that they appear complete or not at all."""
 
 import logging
 import os
@@ -23,16 +23,17 @@ _open: set[Path] = set()
 
 @contextmanager
 def new_directory(path: str | os.PathLike[str], task: Task | None = None) -> Iterator[Path]:
-    """Create the folder `path` when the block ends, complete, or not at all if the block raises.
+    """Create the complete folder `path` when the block ends. If the block raises an error, do not create the folder.
 
-    The block writes to a staging directory in the same parent folder. Its name contains the machine and the process.
-    Staging directories that a killed process of this machine left there are removed. Before the staging directory is
-    renamed to `path`, all of it is on the disk (`fsync`).
+    The block writes to a staging directory next to `path`. The name of the staging directory identifies the machine
+    and the process. Staging directories for `path` that ended processes of this machine left behind are removed. The
+    staging directory is flushed to the disk (`fsync`) before it is renamed to `path`.
 
     Args:
         path: a folder, or a URL. For a URL, the staging directory is in the user's cache and is uploaded at the end.
-        task: the command. If a stopped run of the same task left a staging directory, this run takes it over. If this
-            run is stopped (Ctrl-C or a signal), the staging directory stays if it contains a finished piece.
+        task: the command; None if it cannot be resumed. If a stopped run of the same task left a staging directory,
+            this run takes the directory over. If this run is stopped (Ctrl-C or a signal) after it has finished a
+            piece, its staging directory stays.
 
     Raises:
         CheckpointError: `path` exists, or its parent folder cannot be written.
@@ -57,12 +58,14 @@ def new_directory(path: str | os.PathLike[str], task: Task | None = None) -> Ite
     except (KeyboardInterrupt, SystemExit):
         keep = task is not None and any((staging / UNFINISHED).rglob("*.safetensors"))
         if keep:
-            _log.warning("freebits: stopped: rerun the command to resume from %s", one_line(staging))
+            _log.warning("freebits: the run was stopped; rerun the command to resume it from %s", one_line(staging))
         raise
     except OSError as error:
         if error.filename is not None and not str(error.filename).startswith(str(staging)):
-            raise  # the block failed to access another file
-        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from error
+            raise  # the block could not access a file outside the staging directory
+        raise CheckpointError(
+            f"{path} cannot be written ({error.strerror or error}): check the free space and the permissions"
+        ) from error
     finally:
         _open.discard(staging)
         if not keep:
@@ -71,18 +74,18 @@ def new_directory(path: str | os.PathLike[str], task: Task | None = None) -> Ite
 
 
 def _begin(path: str | os.PathLike[str], target: Path, staging: Path, task: Task | None) -> list[Path]:
-    """Create a staging directory, or take over that of a stopped run. Return the parent folders that were created."""
+    """Create a staging directory or take over the one of a stopped run. Return the parent folders that were created."""
     created: list[Path] = []
     try:
         if target.exists() or target.is_symlink():
-            raise CheckpointError(f"{path} exists already: choose another output folder or remove it")
+            raise CheckpointError(f"{path} exists already: remove it or choose another output folder")
         leftover = _leftover_staging(target, task)
         for parent in reversed([parent for parent in target.parents if not parent.exists()]):
             parent.mkdir()
             created.append(parent)
         if leftover:
             leftover.rename(staging)
-            _clear_but_unfinished(staging)
+            _delete_all_but_pieces(staging)
             _log.warning("freebits: resuming the stopped run in %s", one_line(leftover))
         else:
             staging.mkdir()
@@ -99,17 +102,17 @@ def _staging_path(target: Path) -> Path:
 
 
 def _prefix(target: Path) -> str:
-    """Return the prefix of the names of this machine's staging directories."""
+    """Return the prefix of the names of staging directories that this machine creates for `target`."""
     return f"{_hidden(target)}.{zlib.crc32(platform.node().encode()):08x}-"
 
 
 def _hidden(target: Path) -> str:
-    """Return a hidden file name, cut to leave room for a suffix: file names have at most 255 bytes."""
+    """Return a hidden file name. Cut it to leave room for a suffix, because file names have at most 255 bytes."""
     return "." + target.name.encode(errors="replace")[:_MAX_NAME_BYTES].decode(errors="ignore")
 
 
 def _publish(staging: Path, target: Path) -> None:
-    """Flush a staging directory to the disk, then rename it."""
+    """Flush a staging directory to the disk, then rename it to `target`."""
     for folder, _, files in os.walk(staging):
         for file in files:
             _sync(Path(folder) / file)
@@ -119,14 +122,14 @@ def _publish(staging: Path, target: Path) -> None:
     except OSError:
         if target.exists():
             raise CheckpointError(
-                f"{target} exists already: another run wrote it meanwhile, choose another output folder"
+                f"{target} exists already, because another run wrote it in the meantime: choose another output folder"
             ) from None
         raise
     _sync(target.parent)
 
 
 def _sync(path: Path) -> None:
-    if os.name != "posix" and path.is_dir():  # only POSIX systems open folders
+    if os.name != "posix" and path.is_dir():  # only POSIX systems can open folders
         return
     descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
     try:
@@ -136,7 +139,10 @@ def _sync(path: Path) -> None:
 
 
 def _leftover_staging(target: Path, task: Task | None) -> Path | None:
-    """Return a staging directory of the task whose process has ended. Remove others for `target`, with a warning."""
+    """Return a staging directory for `target` that an ended process of the same task left, or None.
+
+    Remove all other staging directories for `target` whose process has ended, and log a warning for each.
+    """
     pattern = re.escape(_prefix(target)) + r"(\d+)-[0-9a-f]{8}\.staging"
     resumable = None
     for staging in target.parent.iterdir() if target.parent.is_dir() else ():
@@ -149,12 +155,12 @@ def _leftover_staging(target: Path, task: Task | None) -> Path | None:
             resumable = staging
             continue
         shutil.rmtree(staging, ignore_errors=True)
-        _log.warning("freebits: removed the unfinished output of a killed run: %s", one_line(staging))
+        _log.warning("freebits: removed the unfinished output of an earlier run: %s", one_line(staging))
     return resumable
 
 
-def _clear_but_unfinished(staging: Path) -> None:
-    """Delete everything but the finished pieces of a stopped run."""
+def _delete_all_but_pieces(staging: Path) -> None:
+    """Delete everything in a staging directory except the finished pieces."""
     for path in staging.iterdir():
         if path.name != UNFINISHED:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -167,13 +173,13 @@ def _alive(process_id: int) -> bool:
         os.kill(process_id, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except OSError:  # the process of another user
+    except OSError:  # the process belongs to another user
         return True
     return True
 
 
 def _remove_empty(folders: list[Path]) -> None:
-    """Remove empty folders, innermost first. Stop at the first that is not empty."""
+    """Remove empty folders, innermost first. Stop at the first folder that is not empty."""
     for folder in reversed(folders):
         try:
             folder.rmdir()

@@ -1,4 +1,4 @@
-"""Writes weights a tensor at a time, to one file or to shards."""
+"""Write the weights of a checkpoint one tensor at a time, to one file or to shards."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,12 +11,12 @@ from freebits.types import Bytes, TensorSpec, bytes_of
 
 
 class CheckpointWriter:
-    """Writes tensors to safetensors files. A new file starts when the next tensor would exceed `shard_bytes`.
+    """Writes tensors to safetensors files. A new file starts if the next tensor would not fit into `shard_bytes`.
 
     Args:
         directory: the output folder.
-        announced: name → shape of every tensor that may follow. As text, the written shape must not be longer.
-        shard_bytes: the largest number of bytes of tensors in a file; None writes one file.
+        announced: name → shape of every tensor that can be written. A written shape must not need more characters.
+        shard_bytes: the largest number of bytes of tensors in a file; if None, all tensors are in one file.
         stem: the stem of the file names.
     """
 
@@ -49,7 +49,7 @@ class CheckpointWriter:
 
     def __exit__(self, error_type: type[BaseException] | None, *error: object) -> None:
         if error_type is None:
-            if not self._shards:  # a checkpoint without tensors has one file
+            if not self._shards:  # a checkpoint without tensors needs a file, too
                 self._next_shard()
             self._shards[-1].close()
             self._name_shards()

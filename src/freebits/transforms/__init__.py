@@ -1,4 +1,5 @@
-"""Map one model to another: slicing (lossy); folding, rotation and canonical forms (function-preserving).
+"""Transforms, which map one model to another.
 
-Each transform states its fidelity. Reading models belongs in `storage`, rounding weights in `quantization`.
+Slicing is lossy. Folding, rotation and canonical forms preserve the function of a model. Code that reads models belongs
+in `storage`, and code that rounds weights belongs in `quantization`.
 """

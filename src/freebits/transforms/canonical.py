@@ -1,7 +1,7 @@
-"""The canonical form: rotations chosen so that shortcuts need few weights and nothing has to be decoded.
+"""The canonical form of a sliced model, whose rotations are chosen so that shortcuts need few weights.
 
-See `freebits.transforms.polar` for the chain of rotations. The rotation of site 0, which the chain leaves free, makes
-the first matrix that reads the stream lower trapezoidal.
+`freebits.transforms.polar` describes the chain of rotations. The chain leaves the rotation of site 0 free. This
+rotation makes the first matrix that reads the stream lower trapezoidal.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from freebits.transforms.transform import Dtypes, PartChange, unsound_sites
 storable(PolarForm)
 
 MIN_TOLERANCE = 1e-10
-"""Lower bound of the tolerance for singular values that count as 1, for any dtype."""
+"""Lower bound, for any dtype, of the largest distance from 1 at which a singular value counts as 1."""
 
 
 @storable
@@ -29,9 +29,9 @@ class CanonicalAnalysis:
     """The analysis of one part.
 
     Attributes:
-        unsound: site → reason, of sites that cannot be rotated.
-        forms: site → polar form of the shortcut that leads there.
-        first: for the first block, the rotation of site 0; else None.
+        unsound: site → reason why the site cannot be rotated; see `unsound_sites`.
+        forms: site → polar form of the shortcut that leads to the site.
+        first: rotation of site 0 in the analysis of the first block; None for other parts, or if site 0 is unsound.
     """
 
     unsound: dict[int, str]
@@ -41,7 +41,7 @@ class CanonicalAnalysis:
 
 @dataclass(frozen=True)
 class Chain:
-    """The rotation of the last site of the chain so far; `rotated` is False where that site was not rotated."""
+    """The rotation of the latest site in the chain. `rotated` is False if this site stays unrotated."""
 
     rotation: Tensor
     rotated: bool
@@ -49,7 +49,7 @@ class Chain:
 
 @dataclass(frozen=True)
 class Canonical:
-    """The transform of a sliced model with dense shortcuts to canonical form."""
+    """The transform that brings a sliced model with dense shortcuts into canonical form."""
 
     source: DeviceView
     architecture: Architecture
@@ -59,7 +59,7 @@ class Canonical:
         return Chain(torch.empty(0, 0), rotated=False)
 
     def look(self, part: Part) -> CanonicalAnalysis:
-        """Compute the decompositions, which are independent of each other."""
+        """Compute the decompositions of a part, which do not depend on other parts."""
         unsound = unsound_sites(self.source, part)
         free = [sub for sub in part.sublayers if not self._obstacle(sub) and sub.site not in unsound]
         forms = {sub.site: self._form(sub) for sub in free}
@@ -72,7 +72,7 @@ class Canonical:
     def step(
         self, state: Chain, part: Part, analysis: CanonicalAnalysis, following: CanonicalAnalysis | None
     ) -> tuple[Chain, PartChange]:
-        """Compute the next rotations of the chain, which are products."""
+        """Compute the rotations of a part from the chain so far, by matrix products only."""
         unsound = analysis.unsound | (following.unsound if following else {})
         rotations: dict[int, Tensor] = {}
         replaced: dict[str, Tensor | None] = {}
@@ -99,7 +99,7 @@ class Canonical:
         return state, PartChange(rotations, partial(dict, replaced), frozenset(factors | in_pairs), reasons)
 
     def finish(self, part: Part, tensors: dict[str, Tensor], dtype: Dtypes) -> None:
-        """Put pairs in canonical form; rotate the columns of each factor, which is free, to make it trapezoidal."""
+        """Put pairs of matrices in canonical form, and make shortcut factors trapezoidal by rotating their columns."""
         canonicalize_pairs(self._pairs(part), tensors, dtype)
         for sub in part.sublayers:
             if sub.shortcut.factor in tensors:
@@ -127,8 +127,8 @@ class Canonical:
         return before, after
 
     def _obstacle(self, sub: Sublayer) -> str:
-        """Return why the site after a sublayer cannot be rotated, whatever its weights are; empty if it can."""
+        """Return why the site after a sublayer cannot be rotated for any weights, or an empty string if it can."""
         before, after = self._widths(sub)
         if sub.site not in self.architecture.free_sites:
-            return "the tied head pins it"
+            return "the tied head fixes its basis"
         return "the stream narrows here" if after < before else ""

@@ -1,4 +1,4 @@
-"""A sliced model in which every shortcut is a matrix, even if it is stored as a factor."""
+"""A view of a sliced model in which every shortcut is a matrix, even if the model stores a factor instead."""
 
 from collections.abc import Mapping
 from functools import cached_property
@@ -42,7 +42,7 @@ class DenseShortcutView:
 
     @cached_property
     def specs(self) -> Mapping[str, TensorSpec]:
-        """The tensors, including the dense shortcuts."""
+        """The tensor specs, including those of the dense shortcuts."""
         specs = {self.name(name): spec for name, spec in self._source.specs.items()}
         default_dtype = next(spec.dtype_name for spec in specs.values())
         for name, sub in self._sublayers.items():
@@ -60,23 +60,24 @@ class DenseShortcutView:
         return self.expand(factor, self._source[factor])
 
     def name(self, name: str) -> str:
-        """Return the name in this view of a tensor of the source."""
+        """Return the name that a tensor of the source has in this view."""
         return self._weight_of_factor.get(name, name)
 
     def expand(self, name: str, tensor: Tensor) -> Tensor:
-        """Return a tensor of the source as it is in this view.
+        """Return a tensor of the source, or the dense shortcut if the tensor is a shortcut factor.
 
         Raises:
-            CheckpointError: the tensor does not fit in memory.
+            CheckpointError: the dense shortcut does not fit in memory.
         """
         if name not in self._weight_of_factor:
             return tensor
         after = self._widths[self._sublayers[self._weight_of_factor[name]].site]
         try:
             return shortcut_from_factor(tensor, after).to(tensor.dtype)
-        except (RuntimeError, MemoryError) as error:  # from the allocator
+        except (RuntimeError, MemoryError) as error:  # raised by the allocator
             raise CheckpointError(
-                f"tensor {name} expands to a shortcut that does not fit in memory: use a machine with more ({error})"
+                f"tensor {name} expands to a shortcut that does not fit in memory ({error}): "
+                "use a machine with more memory"
             ) from None
 
     @property

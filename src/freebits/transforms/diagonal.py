@@ -14,7 +14,7 @@ from freebits.transforms.transform import Dtypes, PartChange, Rotations, unsound
 @storable
 @dataclass(frozen=True)
 class DiagonalAnalysis:
-    """The analysis of one part: the sites that cannot be rotated, with reasons, and the directions by site."""
+    """The analysis of one part: site → reason why it cannot be rotated, and site → canonical direction."""
 
     unsound: dict[int, str]
     directions: dict[int, Tensor]
@@ -22,7 +22,10 @@ class DiagonalAnalysis:
 
 @dataclass(frozen=True)
 class Diagonal:
-    """The transform of a sliced model with dense shortcuts that makes `WᵀW` diagonal at each site from 1."""
+    """The transform of a sliced model with dense shortcuts that rotates each output matrix to its canonical direction.
+
+    This makes `WᵀW` diagonal for the output matrix `W: (inputs, k)` that writes to each site from 1.
+    """
 
     source: Source
     architecture: Architecture
@@ -32,10 +35,10 @@ class Diagonal:
         return {}
 
     def look(self, part: Part) -> DiagonalAnalysis:
-        """Compute the directions, which are independent of each other."""
+        """Compute the directions of a part, which do not depend on other parts."""
         unsound = unsound_sites(self.source, part)
         unsound |= {
-            sub.site: "its output matrix varies from block to block" for sub in part.sublayers if not self._fits(sub)
+            sub.site: "the sublayer has no single output matrix" for sub in part.sublayers if not self._fits(sub)
         }
         free = [s for s in part.sublayers if s.site in self.architecture.free_sites and s.site not in unsound]
         directions = {sub.site: canonical_direction(self.source[sub.write.weight].T).cpu() for sub in free}
@@ -44,20 +47,20 @@ class Diagonal:
     def step(
         self, state: Rotations, part: Part, analysis: DiagonalAnalysis, following: DiagonalAnalysis | None
     ) -> tuple[Rotations, PartChange]:
-        """Return the rotations of the sites of a part; the new state is the rotation of the last one."""
+        """Return the new state, which is the rotation of the last site of the part, and the change of the part."""
         unsound = analysis.unsound | (following.unsound if following else {})
         if not part.sublayers:
-            return {}, PartChange(state, reasons={0: "no output matrix leads to it"} if following else {})
-        obstacles = {sub.site: "the tied head pins it" for sub in part.sublayers} | unsound
+            return {}, PartChange(state, reasons={0: "no output matrix writes to it"} if following else {})
+        obstacles = {sub.site: "the tied head fixes its basis" for sub in part.sublayers} | unsound
         rotations = {site: Q for site, Q in analysis.directions.items() if site not in unsound}
         last = part.sublayers[-1].site
         unrounded = frozenset(sub.write.weight for sub in part.sublayers if sub.site in rotations)
         reasons = {sub.site: obstacles[sub.site] for sub in part.sublayers if sub.site not in rotations}
-        turn = PartChange({**state, **rotations}, unrounded=unrounded, reasons=reasons)
-        return {site: Q for site, Q in rotations.items() if site == last}, turn
+        change = PartChange({**state, **rotations}, unrounded=unrounded, reasons=reasons)
+        return {site: Q for site, Q in rotations.items() if site == last}, change
 
     def _fits(self, sub: Sublayer) -> bool:
         return sub.write.weight in self.source.specs and not sub.write.stacked
 
     def finish(self, part: Part, tensors: dict[str, Tensor], dtype: Dtypes) -> None:
-        """Do nothing: the codec rotates the output matrices once more and then rounds them."""
+        """Do nothing, because the codec rotates the output matrices again and then rounds them."""

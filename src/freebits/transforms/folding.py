@@ -1,7 +1,7 @@
 """Fold the norms into the matrices around them (SliceGPT, section 3.2).
 
 After folding, the norms of the residual stream are bare: `x / rms(x)`. The scale and the bias of a norm go into the
-matrices that read it. The mean that a LayerNorm subtracts is removed from the matrices that write the stream.
+matrices that read its output. The mean that a LayerNorm subtracts is removed from the matrices that write the stream.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,7 +15,10 @@ Tensors = Mapping[str, Tensor]
 
 
 def fold_embeddings(tensors: Tensors, architecture: Architecture) -> dict[str, Tensor]:
-    """Return the embeddings, centered if the norms are LayerNorms; if tied, the factor is centered instead."""
+    """Return the embeddings and, if the head is tied, the factor that follows the token embedding.
+
+    If the norms are LayerNorms, all these tensors are centered, except a tied embedding.
+    """
     folded = {}
     for name, weight in architecture.parts[0].weights.items():
         if weight.role is Role.FACTOR:
@@ -31,11 +34,11 @@ def fold_embeddings(tensors: Tensors, architecture: Architecture) -> dict[str, T
 def fold_sublayers(tensors: Tensors, architecture: Architecture, sublayers: Iterable[Sublayer]) -> dict[str, Tensor]:
     """Return the tensors of one block in float64, with its norms folded in and an identity for each shortcut.
 
-    Matrices are returned as (outputs, inputs). If a block multiplies its branches by a factor, the matrices that write
-    these branches include it.
+    Matrices are returned as (outputs, inputs). If a block multiplies the results of its branches by a factor, the
+    matrices and biases that write the stream include this factor.
 
     Args:
-        tensors: tensors of the dense block, by full name, norms included.
+        tensors: tensors of the dense block, including its norms, by full name.
         architecture: architecture of the model.
         sublayers: sublayers of the block.
 
@@ -66,10 +69,10 @@ def fold_sublayers(tensors: Tensors, architecture: Architecture, sublayers: Iter
 
 
 def fold_head(tensors: Tensors, architecture: Architecture) -> dict[str, Tensor]:
-    """Return the head in float64 with the final norm folded in; if it stays tied, the final norm unchanged.
+    """Return the head in float64 with the final norm folded in, or the unchanged final norm if the head stays tied.
 
     Args:
-        tensors: the final norm and the head; or the token embedding instead of the head.
+        tensors: the final norm and the head, or the token embedding if there is no head.
         architecture: architecture of the resulting model.
     """
     norm, head = architecture.final_norm, architecture.head
@@ -80,13 +83,13 @@ def fold_head(tensors: Tensors, architecture: Architecture) -> dict[str, Tensor]
 
 
 def _norm(tensors: Tensors, norm: Module) -> tuple[Tensor, Tensor | None]:
-    """Return the scale of a norm and, for a LayerNorm, its bias."""
+    """Return the scale of a norm and its bias, or None for the bias if the norm has none."""
     shift = tensors.get(norm.bias)
     return tensors[norm.weight].double(), None if shift is None else shift.double()
 
 
 def _fold_into_reader(tensors: Tensors, read: Module, scale: Tensor, shift: Tensor | None) -> dict[str, Tensor]:
-    """Return weight and bias of `y = norm(x) Wᵀ + b` for a bare norm; empty if the model lacks the matrix."""
+    """Return the weight and bias that read a bare norm instead of the given norm; empty if the matrix is missing."""
     if read.weight not in tensors:
         return {}
     weight = tensors[read.weight].double()
@@ -103,5 +106,5 @@ def _device(tensors: Tensors) -> torch.device:
 
 
 def _center(tensor: Tensor, dim: int) -> Tensor:
-    """Return `W (I - 1 1ᵀ / D)`: a tensor that writes the stream along `dim`, minus its mean along `dim`."""
+    """Return a tensor that writes the stream along `dim`, minus its mean along `dim`: `W (I - 1 1ᵀ / D)`."""
     return tensor.double() - tensor.double().mean(dim, keepdim=True)

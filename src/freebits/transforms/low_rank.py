@@ -1,8 +1,8 @@
-"""Low-rank linear layers by reduced-order modelling (Chavan, Lele and Gupta 2023, arXiv 2312.07046).
+"""Low-rank linear layers by reduced-order modeling (Chavan, Lele and Gupta 2023, arXiv 2312.07046).
 
-On a text, the outputs `y = W x` vary mostly in few directions: the leading eigenvectors `V` of `Σ y yᵀ`. The layer
-becomes `y = V (Vᵀ W x)`, which minimizes `Σ ‖y' - y‖²` on the text among all layers of that rank. If errors of the
-outputs have weights `f`, the same holds for `√f y`.
+On a text, the outputs `y = W x` vary mostly in a few directions, the leading eigenvectors `V` of `Σ y yᵀ`. The layer is
+replaced by `y' = V (Vᵀ W x)`, which minimizes `Σ ‖y' - y‖²` on the text among all layers of that rank. If the squared
+errors of the outputs have weights `f`, the method is applied to `√f y` instead of `y`.
 """
 
 import math
@@ -14,13 +14,14 @@ from torch import Tensor
 
 
 def reduced(W: Tensor, gram: Tensor, rank: int, information: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return the two matrices of the best layer of a given rank, float64.
+    """Return the two matrices of the best low-rank layer of a given rank, float64.
 
     Args:
         W: (n, m), the matrix of the layer.
-        gram: (m, m), `Σ x xᵀ` over its inputs.
-        rank: 1 to min(n, m).
-        information: (n,), the weight of a squared error of each output; None for equal weights.
+        gram: (m, m), `Σ x xᵀ` over the inputs of the layer.
+        rank: rank of the low-rank layer, from 1 to min(n, m).
+        information: (n,), Fisher information of each output, used as the weight of its squared error; None for equal
+            weights.
 
     Returns:
         `down: (rank, m)` and `up: (n, rank)`, where `up @ down` approximates `W`.
@@ -34,7 +35,7 @@ def reduced(W: Tensor, gram: Tensor, rank: int, information: Tensor | None = Non
 def spectrum(W: Tensor, gram: Tensor, information: Tensor | None = None) -> Tensor:
     """Return the energy of the outputs in each direction, (min(n, m),), float64, descending.
 
-    A layer of rank `r` loses the sum of all values after the first `r`.
+    A low-rank layer of rank `r` loses the sum of all energies after the first `r`.
     """
     scaled = W.double() * _scales(information, len(W))[:, None]
     values = torch.linalg.eigvalsh(scaled @ gram.double() @ scaled.T).flip(0)
@@ -42,18 +43,19 @@ def spectrum(W: Tensor, gram: Tensor, information: Tensor | None = None) -> Tens
 
 
 def n_low_rank_weights(n: int, m: int, rank: int) -> int:
-    """Return the weights of a low-rank layer in canonical form, which saves `rank²` (see `transforms.pivoting`)."""
+    """Return the number of weights of a low-rank layer in canonical form; see `freebits.transforms.pivoting`."""
     return rank * (n + m - rank)
 
 
 def rank_for(n: int, m: int, budget: float, *, paired: bool = True) -> int:
-    """Return the largest rank at which a low-rank layer has at most a given fraction of the layer's weights.
+    """Return the largest rank at which a low-rank layer has at most a given fraction of the weights of the full layer.
 
     Args:
-        n: outputs.
-        m: inputs.
+        n: number of outputs.
+        m: number of inputs.
         budget: the fraction, in (0, 1).
-        paired: whether to count the weights in canonical form; else all of both matrices, as the paper does.
+        paired: whether to count the weights of the canonical form; if False, all weights of the two matrices count,
+            as in the paper.
     """
     max_weights = budget * n * m
     if not paired:
@@ -64,7 +66,7 @@ def rank_for(n: int, m: int, budget: float, *, paired: bool = True) -> int:
 
 
 def _scales(information: Tensor | None, n: int) -> Tensor:
-    """Return the square roots of the weights of the outputs, none of them zero."""
+    """Return the square root of the weight of each output, float64, after raising very small weights above zero."""
     if information is None:
         return torch.ones(n, dtype=torch.float64)
     wide = information.double()
@@ -72,12 +74,12 @@ def _scales(information: Tensor | None, n: int) -> Tensor:
 
 
 def allocated(spectra: Mapping[str, Tensor], sizes: Mapping[str, tuple[int, int]], budget: float) -> dict[str, int]:
-    """Return the ranks that lose least energy while all layers together keep at most a fraction of their weights.
+    """Return the ranks that lose the least energy while all layers together keep at most a fraction of their weights.
 
     Args:
         spectra: layer → its `spectrum`, in the same unit for all layers.
-        sizes: layer → outputs and inputs.
-        budget: the fraction, in (0, 1), counted in canonical form.
+        sizes: layer → number of outputs and number of inputs.
+        budget: the fraction, in (0, 1); weights of low-rank layers are counted in canonical form.
 
     Returns:
         Layer → rank; 0 for a layer that stays a matrix because it would get its full rank.
@@ -88,7 +90,7 @@ def allocated(spectra: Mapping[str, Tensor], sizes: Mapping[str, tuple[int, int]
         layer_costs = np.diff([n_low_rank_weights(n, m, rank) for rank in range(len(values) + 1)])
         layer_gains = values.numpy() / np.maximum(layer_costs, 1)
         names += [name] * len(values)
-        gains.append(np.minimum.accumulate(layer_gains))  # no direction may be chosen before a stronger one
+        gains.append(np.minimum.accumulate(layer_gains))  # so that no direction is chosen before a stronger one
         costs.append(layer_costs)
     gain, cost = np.concatenate(gains), np.concatenate(costs)
     order = np.argsort(-gain, kind="stable")

@@ -1,8 +1,8 @@
 """Rotate tensors along their residual axes (paper, Remark 3.1).
 
-In the layout `(d_out, d_in)` of `nn.Linear`, a producer `W ← Qᵀ W` and a consumer `W ← W Q` are the same
-operation: contract the residual axis with `Q`. Slicing is the same with fewer columns in `Q`. A shortcut is
-an identity matrix rotated along both axes.
+In the layout `(d_out, d_in)` of `nn.Linear`, a tensor that writes the stream becomes `Qᵀ W`, and one that reads the
+stream becomes `W Q`. In both cases the residual axis is contracted with `Q`. For slicing, `Q` has fewer columns than
+rows. A shortcut is an identity matrix that is rotated along both axes.
 """
 
 from collections.abc import Mapping
@@ -25,10 +25,10 @@ def rotate(
     """Multiply each residual axis of a tensor by the rotation of its site, in float64.
 
     Args:
-        tensor: any shape, any float dtype.
-        axes: its residual axes.
-        rotations: site → `Q: (d, d')`, float64; axes at other sites are unchanged.
-        dtype: dtype of the result, which is rounded once.
+        tensor: tensor of any shape and any float dtype.
+        axes: residual axes of the tensor.
+        rotations: site → `Q: (d, d')`, float64; axes at sites without an entry are unchanged.
+        dtype: dtype to which the result is rounded, once, at the end.
     """
     rotated = [axis for axis in axes if axis.site in rotations]
     for axis in rotated[:-1]:

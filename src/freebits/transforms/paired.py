@@ -1,4 +1,4 @@
-"""Pairs in canonical form: in each space, pivot columns of the matrix that writes it become identity columns."""
+"""The canonical form of pairs of matrices: pivot columns of the matrix that writes each space become the identity."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -27,9 +27,9 @@ class DeviceView(View):
 
 
 _PROBES = 32
-"""Number of random vectors on which the product of a pair is compared before and after."""
+"""Number of random vectors on which the product of a pair is compared before and after rounding."""
 _MAX_ERROR = 2
-"""Largest accepted relative error of a rounded product, in `eps`; typical errors are below 1, in any basis."""
+"""Largest accepted relative error of a rounded product, in multiples of `eps`. Errors are usually below 1 `eps`."""
 
 
 @storable
@@ -40,13 +40,16 @@ class Empty:
 
 @dataclass(frozen=True)
 class Pairs:
-    """The transform of an adapter or of a dense model, whose stream cannot be rotated at single sites."""
+    """The transform that puts only the pairs of matrices in canonical form.
+
+    It is used for dense models, whose stream cannot be rotated at single sites, and for adapters, which have no stream.
+    """
 
     source: Source
     architecture: Architecture | None
 
     def begin(self) -> Empty:
-        """Return an empty state: parts are independent of each other."""
+        """Return an empty state, because parts do not depend on each other."""
         return Empty()
 
     def look(self, part: Part) -> Empty:  # noqa: ARG002
@@ -54,7 +57,7 @@ class Pairs:
         return Empty()
 
     def step(self, state: Empty, part: Part, analysis: Empty, following: Empty | None) -> tuple[Empty, PartChange]:  # noqa: ARG002
-        """Request the tensors of the pairs in float64; nothing is rotated."""
+        """Rotate nothing, and request the tensors of the pairs in float64."""
         return state, PartChange(unrounded=frozenset(name for pair in self._pairs(part) for name in pair.names))
 
     def finish(self, part: Part, tensors: dict[str, Tensor], dtype: Dtypes) -> None:
@@ -68,9 +71,10 @@ class Pairs:
 def free_pairs(
     specs: Mapping[str, TensorSpec], architecture: Architecture | None, part: Part, *, dense: bool
 ) -> list[Pair]:
-    """Return the pairs of a part whose basis is free.
+    """Return the pairs of float matrices in a part whose basis can be changed.
 
-    In a sliced model this excludes pairs with the first matrix that reads the stream, which has to stay triangular.
+    In a sliced model, pairs with the first matrix that reads the stream are excluded, because the canonical form keeps
+    this matrix triangular.
 
     Args:
         specs: tensor specs of the model.
@@ -88,13 +92,13 @@ def free_pairs(
 def canonicalize_pairs(pairs: Iterable[Pair], tensors: dict[str, Tensor], dtype: Dtypes) -> None:
     """Put pairs in canonical form and round them, in place.
 
-    A pair is rounded in the basis it has if it has no canonical form, or if the rounded product would then differ by
+    A pair keeps its basis if it has no canonical form, or if rounding the canonical form would change the product by
     more than two `eps` of the dtype (relative, in norm).
 
     Args:
         pairs: the pairs.
-        tensors: name → tensor, including those of the pairs in float64.
-        dtype: name of a tensor → dtype to round it to.
+        tensors: name → tensor. Tensors of pairs are in float64.
+        dtype: name of a tensor → dtype to which the tensor is rounded.
     """
     names = {name for pair in pairs for name in pair.names}
     for pair in pairs:
@@ -124,7 +128,7 @@ def pivoted(exact: Mapping[str, Tensor], pair: Pair) -> dict[str, Tensor] | None
 
 
 def product_difference(exact: Mapping[str, Tensor], rounded: Mapping[str, Tensor], pair: Pair) -> float:
-    """Return the relative difference, in norm, of the products of a pair's matrices, estimated on random vectors."""
+    """Return the relative difference, in norm, of a pair's exact and rounded product, estimated on random vectors."""
     generator = torch.Generator().manual_seed(0)
     writes, reads = pair.writes[0], [span for span in pair.reads if exact[span.name].ndim == 2]
     inner = exact[writes.name]
@@ -139,7 +143,7 @@ def product_difference(exact: Mapping[str, Tensor], rounded: Mapping[str, Tensor
 
 
 def _products(tensors: Mapping[str, Tensor], writes: Span, read: Span, pair: Pair, probes: Tensor) -> Tensor:
-    """Return the product of both matrices with the probes, for each place at which a space is read."""
+    """Return the products of the two matrices and the probes, one for each place at which a space is read."""
     inner = tensors[writes.name].double().movedim(writes.dim, 0)
     outer = tensors[read.name].double().movedim(read.dim, -1)
     products = []

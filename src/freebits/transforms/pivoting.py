@@ -1,8 +1,9 @@
-"""The canonical form of pairs: a basis in which one of the two matrices contains the rows of the identity.
+"""The canonical form of pairs of matrices: a basis in which one matrix contains the rows of the identity.
 
-Choose `r` pivot rows of `A: (n, r)` and make them the identity: `A = T A[pivots]`, where `T` needs `r²` weights less
-than `A`. Rows of large volume (maxvol: Goreinov et al. 2010) keep all entries of `T` near or below 1, so that rounding
-`T` costs no more than rounding `A` (strong rank-revealing factorization: Gu and Eisenstat 1996).
+For `r` pivot rows of `A: (n, r)`, `A = T A[pivots]`. The pivot rows of `T` are the identity, so that `T` needs `r²`
+fewer weights than `A`. If the pivot rows have a large volume (maxvol: Goreinov et al. 2010), all entries of `T` are at
+most about 1. Then rounding `T` causes no larger error than rounding `A` (strong rank-revealing factorization: Gu and
+Eisenstat 1996).
 """
 
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from torch import Tensor
 from freebits.models.free_bases import Pair, Span
 
 _MAX_ENTRY = 1.1
-"""Largest accepted entry of `T`; each exchange of a pivot multiplies the volume by more than this."""
+"""Largest accepted absolute entry of `T`. Each exchange of a pivot multiplies the volume by more than this value."""
 _MAX_EXCHANGES = 4
 """Largest number of exchanges per pivot."""
 
@@ -24,12 +25,12 @@ def act(tensors: Mapping[str, Tensor], pair: Pair, bases: Tensor) -> dict[str, T
     Args:
         tensors: tensors of the pair, any float dtype.
         pair: the pair.
-        bases: `G: (spaces, r, r)`, invertible.
+        bases: one invertible matrix per space, `G: (spaces, r, r)`.
     """
     inverses = torch.linalg.inv(bases).mT
     changed: dict[str, Tensor] = {}
     for spans, matrices in ((pair.writes, bases), (pair.reads, inverses)):
-        for span in spans:  # one tensor may contain both keys and queries
+        for span in spans:  # continue with the changed tensor, because one tensor may contain both keys and queries
             changed[span.name] = _multiplied(changed.get(span.name, tensors[span.name].double()), span, matrices)
     return changed
 
@@ -46,10 +47,11 @@ def _multiplied(tensor: Tensor, span: Span, matrices: Tensor) -> Tensor:
 
 
 def pivot_bases(tensors: Mapping[str, Tensor], pair: Pair) -> tuple[Tensor, list[Tensor]] | None:
-    """Return the bases in which the first matrix that writes contains the identity, and the rows that become it.
+    """Return the bases in which the first matrix that writes contains the identity, and the pivot rows.
 
     Returns:
-        `G: (spaces, r, r)`, float64, and for each space its pivots, (r,), ascending; None where a matrix is singular.
+        `G: (spaces, r, r)`, float64, and for each space its pivot rows, (r,), ascending. None if, in any space, the
+        matrix lacks full rank.
     """
     span = pair.writes[0]
     matrix = tensors[span.name].double().movedim(span.dim, -1)
@@ -65,7 +67,7 @@ def pivot_bases(tensors: Mapping[str, Tensor], pair: Pair) -> tuple[Tensor, list
 
 
 def pivot_rows(A: Tensor) -> Tensor | None:
-    """Return `r` rows of `A: (n, r)` of (nearly) the largest volume, ascending; None if `A` lacks full rank."""
+    """Return `r` rows of `A: (n, r)` with (nearly) the largest volume, ascending, or None if `A` lacks full rank."""
     n, r = A.shape
     if n < r or not A.isfinite().all():
         return None

@@ -1,11 +1,11 @@
-"""The canonical form of shortcuts: rotations, not stored, after which shortcuts need few weights.
+"""The canonical form of shortcuts: rotations after which shortcuts need few weights. The rotations are not stored.
 
-Row-vector convention: `x ↦ x A` with a shortcut `A: (k, k')` from site `s - 1` to site `s`. Rotations `G₋` and `G` of
-these sites change `A` to `G₋ᵀ A G`. Slicing gives `A = Q₋ᵀ Q`, a block of an orthogonal matrix: all but at most
-`D - k'` of its singular values are 1. Let `A = P [I 0] R` be its polar decomposition. With `G = Rᵀ (G₋ ⊕ I)` the
-shortcut becomes `[G₋ᵀ P G₋, 0]`. `G₋ᵀ P G₋` is symmetric and all but a few of its eigenvalues are 1, so it is
-`I - M Mᵀ` with few columns in `M`. These columns can be rotated, which makes `M` lower trapezoidal. The rotation of
-site 0 remains free.
+In the row-vector convention, a shortcut `A: (k, k')` from site `s - 1` to site `s` maps `x` to `x A`. Rotations `G₋`
+and `G` of these sites change `A` to `G₋ᵀ A G`. Slicing gives `A = Q₋ᵀ Q`, a block of an orthogonal matrix, in which all
+but at most `D - k'` singular values are 1. Let `A = P [I 0] R` be the polar decomposition of `A`. With
+`G = Rᵀ (G₋ ⊕ I)` the shortcut becomes `[G₋ᵀ P G₋, 0]`. The matrix `G₋ᵀ P G₋` is symmetric, and all but a few of its
+eigenvalues are 1. Therefore it equals `I - M Mᵀ` with few columns in `M`. A rotation of these columns leaves `M Mᵀ`
+unchanged and makes `M` lower trapezoidal. The rotation of site 0 remains free.
 """
 
 from dataclasses import dataclass
@@ -14,22 +14,23 @@ import torch
 from torch import Tensor
 
 _MIN_SINGULAR_VALUE = 1e-6
-"""The eigenvalues of `A Aᵀ` determine smaller singular values of `A` too inaccurately."""
+"""Smallest singular value of `A` that can be computed accurately from the eigenvalues of `A Aᵀ`."""
 _MIN_RELATIVE_EIGENVALUE = 1e-20
-"""Smaller eigenvalues of a Gram matrix count as zero, relative to the largest."""
+"""Eigenvalues of a Gram matrix below this fraction of the largest eigenvalue count as zero."""
 _NEWTON_STEPS, _MAX_INITIAL_ERROR, _MAX_FINAL_ERROR = 5, 0.5, 1e-15
 _SUBSPACE_MIN_SIZE, _OVERSAMPLING, _SUBSPACE_ITERATIONS, _POWER_ITERATIONS = 256, 8, 3, 30
-"""Subspace iteration: smallest `k` at which it is used; extra columns; iterations; power iterations of its check."""
+"""Settings of subspace iteration: the smallest `k` for which it is used, the number of extra columns, the number of
+iterations, and the number of power iterations that check the result."""
 
 
 @dataclass(frozen=True)
 class PolarForm:
-    """A shortcut `A: (k, k')` as `P [I 0] R`; see `polar_form`.
+    """The polar decomposition `A = P [I 0] R` of a shortcut `A: (k, k')`; see `polar_form`.
 
     Attributes:
         rotation: `R: (k', k')`, orthogonal.
-        factor: `N: (k, r)` with `P = I - N Nᵀ` and the smallest `r`; None if an eigenvalue of `P` is above 1 or all are
-            below 1.
+        factor: `N: (k, r)` with `P = I - N Nᵀ` and the smallest `r`; None if an eigenvalue of `P` is above 1 or if all
+            eigenvalues are below 1.
     """
 
     rotation: Tensor
@@ -37,11 +38,11 @@ class PolarForm:
 
 
 def polar_form(A: Tensor, tolerance: float, defect: int | None = None) -> PolarForm:
-    """Return the polar decomposition of a shortcut, with its symmetric part as identity minus a low-rank matrix.
+    """Return the polar decomposition of a shortcut, with `P` written as the identity minus a low-rank matrix.
 
     Args:
         A: (k, k') with k ≤ k', float64, finite.
-        tolerance: largest distance from 1 at which a singular value counts as 1; the rounding error of the shortcut.
+        tolerance: largest distance from 1 at which a singular value counts as 1, because `A` has rounding errors.
         defect: expected number of singular values that are not 1; None if unknown.
     """
     if defect is not None and len(A) >= _SUBSPACE_MIN_SIZE and 0 < defect <= len(A) // 2:
@@ -63,7 +64,7 @@ def polar_form(A: Tensor, tolerance: float, defect: int | None = None) -> PolarF
 
 
 def _nearly_orthogonal_form(A: Tensor, tolerance: float, defect: int) -> PolarForm | None:
-    """Return the polar form of a matrix with few singular values other than 1; None if there are more than expected.
+    """Return the polar form of a matrix with few singular values other than 1, or None if the fast method fails.
 
     Randomized subspace iteration (Halko, Martinsson and Tropp 2011, algorithm 4.4) finds the range of `I - A Aᵀ`.
     The singular values in this range are set to 1. The result is nearly orthogonal and is then made orthogonal.
@@ -105,7 +106,7 @@ def _power_iteration(symmetric: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _orthogonal(R: Tensor) -> Tensor | None:
-    """Return the nearest matrix with orthonormal rows (Newton-Schulz iteration); None if `R` is not near to one."""
+    """Return the nearest matrix with orthonormal rows (Newton-Schulz iteration), or None if `R` is too far from it."""
     identity = torch.eye(len(R), dtype=R.dtype, device=R.device)
     for _ in range(_NEWTON_STEPS):
         error = R @ R.T - identity
@@ -145,7 +146,7 @@ def triangular_rotation(W: Tensor) -> Tensor:
 
 
 def trapezoid(M: Tensor) -> Tensor:
-    """Return a lower trapezoidal factor (k, r), float64, with the same `M Mᵀ` and a non-negative diagonal."""
+    """Return the lower trapezoidal `L: (k, r)` with `L Lᵀ = M Mᵀ` and a non-negative diagonal, float64."""
     L = torch.linalg.qr(M.T).R.T
     return torch.where(L.diagonal() < 0, -L, L)
 

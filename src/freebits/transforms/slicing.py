@@ -1,8 +1,8 @@
-"""Slice a dense model (SliceGPT, Ashkboos et al. 2024), one block in memory at a time.
+"""Slice a dense model (SliceGPT, Ashkboos et al. 2024) with one block in memory at a time.
 
 Slicing rotates the stream into its principal axes and keeps the first `k` of them. Each block is calibrated on the
-output of the sliced blocks before it. For that the dense sublayer runs on the stream projected onto these `k` axes,
-which gives the result of the sliced sublayer in the dense basis.
+output of the sliced blocks before it. For this, each dense sublayer receives the stream projected onto these `k` axes.
+Its result is that of the sliced sublayer, expressed in the dense basis.
 """
 
 import math
@@ -26,33 +26,36 @@ from freebits.transforms.orthogonal import random_orthogonal
 from freebits.transforms.transform import Dtypes, PartChange
 
 AtSite = Callable[[int, Tensor], Tensor]
-"""Receives a site and its stream, (windows, T, D), float32; returns the stream with which the model continues."""
+"""Function of a site and its stream, (windows, T, D), float32, that returns the stream for the rest of the model."""
 
 
 class Runner(Protocol):
-    """Runs a dense model whose norms are folded.
+    """An object that runs a dense model whose norms are folded.
 
     Attributes:
-        device: device on which it runs.
+        device: device on which the model runs.
     """
 
     device: torch.device
 
     def losses(self, tokens: Tensor, at_site: AtSite, n_measured: int) -> list[float]:
-        """Run windows of tokens through the model; all windows pass a site before any goes on.
+        """Run windows of tokens through the model. All windows reach a site before any window continues past it.
 
         Args:
             tokens: (windows, T), int64.
-            at_site: observes the stream at each site, in order, and may replace it.
-            n_measured: number of last windows whose losses to return.
+            at_site: function that observes the stream at each site, in order, and may replace it.
+            n_measured: number of windows at the end of `tokens` whose losses are returned.
 
         Returns:
-            For each of these windows the mean negative log-likelihood of its tokens after the first, in nats per token.
+            The mean negative log-likelihood, in nats per token, of the tokens after the first in each of these windows.
         """
 
 
 def perplexity(losses: Sequence[float]) -> float:
-    """Return the perplexity over windows of equal length, from their mean losses in nats per token; NaN stays NaN."""
+    """Return the perplexity over windows of equal length from their mean losses in nats per token.
+
+    If a loss is NaN, the result is NaN.
+    """
     mean = math.fsum(losses) / len(losses)
     return math.exp(mean) if not mean >= math.log(sys.float_info.max) else math.inf
 
@@ -62,7 +65,7 @@ _CHUNK = 4096
 
 
 def covariance(x: Tensor) -> Tensor:
-    """Return `xᵀ x: (D, D)`, float64, of the input of a norm, (tokens, D), any float dtype."""
+    """Return `xᵀ x: (D, D)`, float64, for the input `x: (tokens, D)` of a norm, any float dtype."""
     total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
     for chunk in x.split(_CHUNK):
         total.addmm_(chunk.double().T, chunk.double())
@@ -70,7 +73,7 @@ def covariance(x: Tensor) -> Tensor:
 
 
 def principal_axes(total: Tensor, size: int) -> Tensor:
-    """Return the `size` directions in which a signal has most energy, strongest first.
+    """Return the `size` directions in which a signal has the most energy, strongest first.
 
     Args:
         total: (D, D), covariance of the signal.
@@ -84,7 +87,7 @@ def principal_axes(total: Tensor, size: int) -> Tensor:
 
 
 SIZE_STEP = 8
-"""Sliced widths are multiples of this."""
+"""Sliced widths are multiples of this number."""
 
 
 def sliced_size(hidden_size: int, sparsity: float) -> int:
@@ -95,12 +98,14 @@ def sliced_size(hidden_size: int, sparsity: float) -> int:
     """
     if not 0 <= sparsity < 1:
         raise UsageError(
-            f"`sparsity` is {sparsity}: give a number from 0 to below 1, such as 0.2 to remove a fifth of the width"
+            f"`sparsity` is {sparsity}: give at least 0 and less than 1, such as 0.2 to remove a fifth of the width"
         )
-    exact = round((1 - sparsity) * hidden_size, 6)  # avoid 63.99… for 0.2 * 320
+    exact = round((1 - sparsity) * hidden_size, 6)  # because (1 - 0.8) * 320 is 63.99…
     size = math.floor(exact) // SIZE_STEP * SIZE_STEP if sparsity else hidden_size
     if size == 0:
-        raise UsageError(f"`sparsity` {sparsity} removes all of hidden size {hidden_size}: give a smaller number")
+        raise UsageError(
+            f"`sparsity` is {sparsity}, which removes the whole hidden size of {hidden_size}: give a smaller number"
+        )
     return size
 
 
@@ -110,14 +115,14 @@ class Slice:
 
     Attributes:
         source: the dense model.
-        architecture: its architecture; `tied` if the sliced model is to keep the tie.
-        runner: runs the dense model.
-        work: stores the axes of each site.
+        architecture: architecture of the model, `tied` if the head stays tied in the sliced model.
+        runner: object that runs the dense model.
+        work: store for the axes of each site and the perplexities.
         tokens: (windows, T), the calibration text.
-        held_out: (windows, T), text on which to measure the loss of quality.
+        held_out: (windows, T), the text on which the loss of quality is measured.
         size: `k`, the width to keep; see `sliced_size`.
-        seed: if given, the axes of each site are rotated randomly within the subspace they span.
-        progress: called after each site.
+        seed: seed for a random rotation of the axes of each site within their span; None for no such rotation.
+        progress: function that is called after each site.
     """
 
     source: Source
@@ -131,11 +136,11 @@ class Slice:
     progress: Progress = silent
 
     def begin(self) -> dict[str, float]:
-        """Find the axes of all sites; return the perplexities of dense and sliced model on the held-out text."""
+        """Find the axes of all sites, and return the held-out perplexities of the dense and the sliced model."""
         return self.work.once("perplexities", self._perplexities)
 
     def look(self, part: Part) -> None:
-        """Do nothing: `begin` finds the axes."""
+        """Do nothing, because `begin` finds the axes."""
 
     def step(
         self,
@@ -144,7 +149,7 @@ class Slice:
         analysis: None,  # noqa: ARG002
         following: None,  # noqa: ARG002
     ) -> tuple[dict[str, float], PartChange]:
-        """Return the rotations of the sites of a part."""
+        """Return the unchanged state, and the change of a part with the rotations of its sites."""
         if part.sublayers:
             sites = [part.sublayers[0].site - 1, *(sub.site for sub in part.sublayers)]
         else:
@@ -157,13 +162,13 @@ class Slice:
         """Check that all weights are finite.
 
         Raises:
-            CheckpointError: a rotated weight overflows its dtype.
+            CheckpointError: a rotated weight is not finite, usually because it overflows its dtype.
         """
         for name, tensor in tensors.items():
             if not tensor.isfinite().all():
                 raise CheckpointError(
-                    f"tensor {name} overflows {tensor.dtype} after slicing: give a wider `dtype`, unless the dense "
-                    "model has infinite or NaN weights"
+                    f"tensor {name} is not finite in {tensor.dtype} after slicing: give a wider `dtype`, or download "
+                    "the dense model again if it has infinite or NaN weights"
                 )
 
     def _perplexities(self) -> dict[str, float]:
@@ -175,7 +180,7 @@ class Slice:
         return {"dense": perplexity(dense), "sliced": perplexity(sliced)}
 
     def _projected(self, site: int, x: Tensor) -> Tensor:
-        """Project the stream of all windows onto the axes of a site, computed from the calibration windows."""
+        """Compute the axes of a site from the calibration windows, and project the stream of all windows onto them."""
         axes = self._rotation(site, x[: len(self.tokens)]).to(x.device, x.dtype)
         self.progress("calibrating", "site", site + 1, self.architecture.n_sites)
         if axes.shape[1] == axes.shape[0]:
@@ -183,7 +188,7 @@ class Slice:
         return torch.cat([(window @ axes) @ axes.T for window in x.split(1)])
 
     def _rotation(self, site: int, x: Tensor | None = None) -> Tensor:
-        """Return the matrix that multiplies the stream at a site, (D, width); the identity if it is not sliced."""
+        """Return the matrix that multiplies the stream at a site, (D, width); an identity if the site is not sliced."""
         D = self.architecture.hidden_size
         width = (Layout.sliced(self.architecture, self.size).widths or ())[site]
         if width == D:

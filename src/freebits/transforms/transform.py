@@ -31,11 +31,12 @@ class PartChange:
     """The effect of a transform on one part.
 
     Attributes:
-        rotations: rotations of the sites of the part's tensors.
-        replaced: returns tensors, not yet rotated, that replace those of the source; None removes one.
+        rotations: rotations of the sites at which tensors of the part have axes.
+        replaced: function that returns the tensors, not yet rotated, that replace tensors of the source; None in place
+            of a tensor removes the tensor.
         unrounded: names of the tensors that `finish` needs in float64.
-        reasons: site to which this part leads → why it is not rotated.
-        facts: measurements so far, for the history.
+        reasons: site → reason why it is not rotated, for sites to which this part leads.
+        facts: measurements so far, for the history of the model.
     """
 
     rotations: Rotations = field(default_factory=dict)
@@ -52,19 +53,19 @@ class Transform(Protocol[State, Analysis]):
         """Return the state before the first part."""
 
     def look(self, part: Part) -> Analysis:
-        """Analyze a part; called for several parts in parallel."""
+        """Analyze a part. This method may be called for several parts in parallel."""
 
     def step(
         self, state: State, part: Part, analysis: Analysis, following: Analysis | None
     ) -> tuple[State, PartChange]:
-        """Return the state after a part and the effect on it, from the analyses of it and of the following part."""
+        """Return the state after a part and the change of the part, from the analyses of this and the next part."""
 
     def finish(self, part: Part, tensors: dict[str, Tensor], dtype: "Dtypes") -> None:
-        """Change the rotated tensors of a part in place; called for several parts in parallel."""
+        """Change the rotated tensors of a part in place. This method may be called for several parts in parallel."""
 
 
 Dtypes = Callable[[str], torch.dtype]
-"""Name of a tensor → dtype to which it is rounded, once, at the end."""
+"""Name of a tensor → dtype to which the tensor is rounded, once, at the end."""
 
 
 def transform_parts(
@@ -75,16 +76,16 @@ def transform_parts(
     work: Work,
     device: torch.device = CPU,
 ) -> Iterator[tuple[Part, PartChange, Callable[[], dict[str, Tensor]]]]:
-    """Apply a transform to a model; yield each part, the effect on it, and a function that computes its tensors.
+    """Apply a transform to a model, and yield each part, its change, and a function that computes its tensors.
 
-    The function can run on another machine; it rotates on `device` and returns CPU tensors. `work` stores the results
-    of `look` as stage `look`.
+    The function can run on another machine. It rotates on `device` and returns CPU tensors. `work` stores the results
+    of the method `look` as stage `look`.
     """
     analyses = chain(work.map("look", transform.look, parts), [None])
     state = transform.begin()
     for part, (analysis, following) in zip(parts, pairwise(analyses), strict=True):
-        state, turn = transform.step(state, part, analysis, following)
-        yield part, turn, _TransformedPart(transform, source, dtype, part, turn, device)
+        state, change = transform.step(state, part, analysis, following)
+        yield part, change, _TransformedPart(transform, source, dtype, part, change, device)
 
 
 @dataclass(frozen=True)
@@ -93,25 +94,25 @@ class _TransformedPart:
     source: Source
     dtype: Dtypes
     part: Part
-    turn: PartChange
+    change: PartChange
     device: torch.device
 
     def __call__(self) -> dict[str, Tensor]:
         """Return the tensors of the part, rotated and rounded."""
-        tensors, replaced = {}, self.turn.replaced()
-        rotations = {site: Q.to(self.device) for site, Q in self.turn.rotations.items()}
+        tensors, replaced = {}, self.change.replaced()
+        rotations = {site: Q.to(self.device) for site, Q in self.change.rotations.items()}
         for name, weight in self.part.weights.items():
             unchanged = self.source[name] if name in self.source.specs and name not in replaced else None
             tensor = replaced.get(name, unchanged)
             if tensor is not None:
-                dtype = torch.float64 if name in self.turn.unrounded else self.dtype(name)
+                dtype = torch.float64 if name in self.change.unrounded else self.dtype(name)
                 tensors[name] = rotate(tensor.to(self.device), weight.axes, rotations, dtype)
         self.transform.finish(self.part, tensors, self.dtype)
         return {name: tensor.cpu() for name, tensor in tensors.items()}
 
 
 def unsound_sites(source: Source, part: Part) -> dict[int, str]:
-    """Return site → reason, for sites with a tensor in this part that is not finite or could overflow when rotated."""
+    """Return site → reason, for sites at which a tensor of this part is not finite or could overflow when rotated."""
     unsound: dict[int, str] = {}
     for name, weight in part.weights.items():
         if name not in source.specs or not weight.axes or not source.specs[name].numel:
@@ -120,7 +121,7 @@ def unsound_sites(source: Source, part: Part) -> dict[int, str]:
         limit, dims = torch.finfo(tensor.dtype).max, [axis.dim for axis in weight.axes]
         smallest, largest = torch.aminmax(tensor)
         if max(-smallest.item(), largest.item()) * math.sqrt(tensor.numel()) < limit:
-            continue  # this bounds the norm of every vector
+            continue  # because this product bounds the norm of every vector in the tensor
         if not (torch.linalg.vector_norm(tensor, dim=dims, dtype=torch.float64) < limit).all():
             unsound |= {axis.site: f"{name} is not finite or could overflow when rotated" for axis in weight.axes}
     return unsound
