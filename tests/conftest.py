@@ -1,4 +1,4 @@
-"""Fixtures: tiny random models, made once a run and copied; one sliced, packed and unpacked SmolLM2 a run."""
+"""Fixtures: copies of tiny random models, and a SmolLM2 that is sliced, packed and unpacked once per test run."""
 
 import hashlib
 import os
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin take a busy machine's cores from each other
-if "PYTEST_XDIST_WORKER" in os.environ:  # each test process, and each that it starts, has one core
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # because spinning threads slow each other down on a busy machine
+if "PYTEST_XDIST_WORKER" in os.environ:  # test processes and their children use one core each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -27,9 +27,9 @@ Build = Callable[[Path], object]
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[object, Build], Path]:
-    """The folder for a key, built at the first call; whoever wants to change it takes a copy."""
-    parent = tmp_path_factory.mktemp("made")
+def cached_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[object, Build], Path]:
+    """Return a function that returns the folder for a key, built at the first call. To change the folder, copy it."""
+    parent = tmp_path_factory.mktemp("cached")
     folders: dict[str, Path] = {}
 
     def get(key: object, build: Build) -> Path:
@@ -43,33 +43,33 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[object, Build], 
 
 
 def content(folder: Path) -> str:
-    """A digest of what is in a folder."""
+    """Return a digest of the names and contents of the files in a folder."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     return hashlib.sha256(b"".join(bytes(file.relative_to(folder)) + file.read_bytes() for file in files)).hexdigest()
 
 
 @pytest.fixture
-def save_tiny(tmp_path: Path, made: Callable[[object, Build], Path]) -> Make:
-    """Save a tiny dense model with a tokenizer of words; returns its folder."""
+def save_tiny(tmp_path: Path, cached_folder: Callable[[object, Build], Path]) -> Make:
+    """Return a function that saves a tiny dense model with a tokenizer of words, and returns its folder."""
 
     def save(name: str = "dense", dtype: torch.dtype = torch.float16, shard: str = "1GB", **changes: Any) -> Path:
         def build(folder: Path) -> None:
             tiny_model(dtype=dtype, **changes).save_pretrained(folder, max_shard_size=shard)
             tiny_tokenizer().save_pretrained(folder)
 
-        shutil.copytree(made(("dense", dtype, shard, sorted(changes.items())), build), tmp_path / name)
+        shutil.copytree(cached_folder(("dense", dtype, shard, sorted(changes.items())), build), tmp_path / name)
         return tmp_path / name
 
     return save
 
 
 @pytest.fixture
-def slice_tiny(tmp_path: Path, made: Callable[[object, Build], Path]) -> Make:
-    """Slice a tiny dense model; returns the folder."""
+def slice_tiny(tmp_path: Path, cached_folder: Callable[[object, Build], Path]) -> Make:
+    """Return a function that slices a tiny dense model and returns the sliced folder."""
 
     def slice_(dense: Path, name: str = "sliced", sparsity: float = 0.25, **changes: Any) -> Path:
         options: dict[str, Any] = {"calibration": random_text(600), "samples": 8, "seq_len": 32} | changes
-        sliced = made(
+        sliced = cached_folder(
             ("sliced", content(dense), sparsity, sorted(options.items())),
             lambda folder: freebits.slice_model(dense, folder, sparsity=sparsity, **options),
         )
@@ -80,11 +80,11 @@ def slice_tiny(tmp_path: Path, made: Callable[[object, Build], Path]) -> Make:
 
 
 @pytest.fixture
-def pack_tiny(tmp_path: Path, made: Callable[[object, Build], Path]) -> Make:
-    """Pack a tiny model; returns the folder."""
+def pack_tiny(tmp_path: Path, cached_folder: Callable[[object, Build], Path]) -> Make:
+    """Return a function that packs a tiny model and returns the packed folder."""
 
     def pack(model: Path, name: str = "packed", **options: Any) -> Path:
-        packed = made(
+        packed = cached_folder(
             ("packed", content(model), sorted(options.items())), lambda folder: freebits.pack(model, folder, **options)
         )
         shutil.copytree(packed, tmp_path / name)
@@ -95,7 +95,7 @@ def pack_tiny(tmp_path: Path, made: Callable[[object, Build], Path]) -> Make:
 
 @pytest.fixture
 def report(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
-    """Show a measured figure at the end of the run, whether the test passes or not."""
+    """Return a function that shows a measured figure at the end of the test run, whether the test passes or not."""
     return lambda figure: record_property("measured", figure)
 
 
@@ -106,13 +106,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the tests of the real model, which take longest and run in one process."""
+    """Move the tests of SmolLM2 to the front, because they take longest and run in one process."""
     items.sort(key=lambda item: item.get_closest_marker("smollm2") is None)
 
 
 @dataclass(frozen=True)
 class DemoRun:
-    """SmolLM2 at 20 %, float16: folders of its stages."""
+    """Folders of SmolLM2 in float16: dense, sliced by 20 %, packed with two codecs, and unpacked."""
 
     dense: Path
     sliced: Path
@@ -123,7 +123,7 @@ class DemoRun:
 
 @pytest.fixture(scope="session")
 def demo_run(tmp_path_factory: pytest.TempPathFactory) -> DemoRun:
-    """The main job on the real model, once a run."""
+    """Slice, pack and unpack SmolLM2 once per test run."""
     folder = tmp_path_factory.mktemp("demo")
     run = DemoRun(demo_model(), *(folder / name for name in ("sliced", "bits-back", "canonical", "unpacked")))
     freebits.slice_model(run.dense, run.sliced, sparsity=0.2, calibration=embedded_text()[0], samples=32)

@@ -1,6 +1,6 @@
-"""A tiny random model of every type in transformers' causal language mapping.
+"""Tiny random models of every type that transformers maps to a causal or image-text model.
 
-python -m tests.model_types [TYPE ...]   # which can be built and run
+python -m tests.model_types [TYPE ...]   # prints which types can be built and run
 """
 
 import importlib
@@ -80,11 +80,23 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 1,
     "use_cache": True,
 }
-"""Attribute of a config → what it is in a tiny model."""
-_KEPT = ("A_log", "dt_bias", "time_decay", "time_first", "time_mix", ".D", "rg_lru", "dt_proj", "A_", "lambda", "decay")
-"""Parts of the names of parameters that stay as the library initializes them."""
+"""Attribute of a config → its value in a tiny model."""
+_NOT_RANDOM = (
+    "A_log",
+    "dt_bias",
+    "time_decay",
+    "time_first",
+    "time_mix",
+    ".D",
+    "rg_lru",
+    "dt_proj",
+    "A_",
+    "lambda",
+    "decay",
+)
+"""Name fragments of the parameters that keep the values with which transformers initializes them."""
 DROP: Any = ...
-"""As a value: leave it to the library."""
+"""Value in `EXCEPTIONS` that omits an attribute, so that transformers sets its default."""
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1], "layer_types": DROP, "layers_block_type": DROP},
@@ -160,44 +172,44 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "zamba2": {"n_mamba_heads": 4, "mamba_headdim": 32, "attention_head_dim": DROP, "attention_hidden_size": DROP},
     "zaya": {"num_experts_per_tok": 1, "moe_topk": 1},
 }
-"""What the rules above do not know, by type."""
+"""Model type → attributes that differ from `SIZES`."""
 
 
 def causal_types() -> list[str]:
-    """All types of the causal language mapping."""
+    """Return the model types of the mapping to causal language models."""
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def image_text_types() -> list[str]:
-    """The types of the image-text mapping that are not in the causal one."""
+    """Return the model types of the mapping to image-text models that have no causal language model."""
     return sorted(set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) - set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 
 
 def tiny_config(model_type: str, settings: Mapping[str, Any] = MappingProxyType({})) -> PreTrainedConfig:
-    """A config of a type with small sizes, and some settings of one's own."""
+    """Return a config of a model type with small sizes and with `settings`."""
     defaults = AutoConfig.for_model(model_type)
-    changes = shrunk(defaults)
+    attributes = shrunk(defaults)
     exceptions = EXCEPTIONS.get(model_type, {})
     if "rope_parameters" in exceptions:
-        changes.pop("rope_parameters", None)
-    changes = merged(merged(changes, exceptions), settings)
-    return type(defaults)(**{key: value for key, value in changes.items() if value is not DROP})
+        attributes.pop("rope_parameters", None)
+    attributes = merged(merged(attributes, exceptions), settings)
+    return type(defaults)(**{key: value for key, value in attributes.items() if value is not DROP})
 
 
-def merged(changes: dict[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    """Two nested dicts as one."""
-    for key, value in more.items():
-        inner = changes.get(key)
-        changes[key] = merged(inner, value) if isinstance(value, dict) and isinstance(inner, dict) else value
-    return changes
+def merged(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge a nested dict into another one in place, and return the latter."""
+    for key, value in changes.items():
+        inner = base.get(key)
+        base[key] = merged(inner, value) if isinstance(value, dict) and isinstance(inner, dict) else value
+    return base
 
 
 def shrunk(config: PreTrainedConfig) -> dict[str, Any]:
-    """The arguments of a config, each that `SIZES` knows with its size there."""
-    told = config.to_dict()
+    """Return attributes that make a config small: those in `SIZES`, and those that must match them."""
+    defaults = config.to_dict()
     changes: dict[str, Any] = {}
     always = ("bos_token_id", "eos_token_id")
-    for key, value in told.items():
+    for key, value in defaults.items():
         inner = None if value is None or not isinstance(value, dict) else getattr(config, key, None)
         if isinstance(inner, PreTrainedConfig):
             changes[key] = shrunk(inner)
@@ -208,22 +220,22 @@ def shrunk(config: PreTrainedConfig) -> dict[str, Any]:
         elif key == "rope_parameters" and _has_sections(config):
             changes[key] = (value or _ROPE) | {"mrope_section": [2, 3, 3]}
     n_blocks = next((changes[key] for key in ("num_hidden_layers", "n_layer", "num_layers") if key in changes), 3)
-    for key, value in told.items():
+    for key, value in defaults.items():
         if key.endswith(("layer_types", "layers_block_type", "block_types", "_layers_types")) and isinstance(
             value, list
         ):
-            specs = sorted(set(map(str, value)), key=list(map(str, value)).index)
-            changes[key] = [specs[number % len(specs)] for number in range(n_blocks)]
+            layer_types = sorted(set(map(str, value)), key=list(map(str, value)).index)
+            changes[key] = [layer_types[number % len(layer_types)] for number in range(n_blocks)]
     if "qk_rope_head_dim" in changes:
         changes |= {"head_dim": changes["qk_rope_head_dim"]} if "head_dim" in changes else {}
         changes |= {"num_key_value_heads": changes["num_attention_heads"]} if "num_key_value_heads" in changes else {}
-    if "pad_token_id" in told:
-        changes["pad_token_id"] = None if told["pad_token_id"] is None else 0
+    if "pad_token_id" in defaults:
+        changes["pad_token_id"] = None if defaults["pad_token_id"] is None else 0
     return changes
 
 
 def _has_sections(config: PreTrainedConfig) -> bool:
-    """Whether the library's model divides rotary frequencies by time, height and width."""
+    """Return whether the model in transformers splits rotary frequencies by time, height and width."""
     try:
         modeling = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
     except ImportError:
@@ -232,12 +244,12 @@ def _has_sections(config: PreTrainedConfig) -> bool:
 
 
 def fill(model: Any, seed: int) -> None:
-    """Give parameters random values."""
+    """Set all parameters to random values, except those in `_NOT_RANDOM`."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             values = torch.randn(parameter.shape, generator=generator)
-            if any(part in name for part in _KEPT):
+            if any(fragment in name for fragment in _NOT_RANDOM):
                 continue
             is_norm = parameter.ndim == 1 and name.endswith("weight")
             parameter.copy_(1 + 0.1 * values if is_norm else 0.1 * values)
@@ -253,28 +265,31 @@ def save_tiny_type(
     auto: Any = None,
     settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> Path:
-    """Save a tiny model of a type with a tokenizer whose tokens are bytes; the folder."""
+    """Save a tiny model of a type, with a tokenizer whose tokens are bytes, and return its folder."""
     causal = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     auto = auto or (AutoModelForCausalLM if causal else AutoModelForImageTextToText)
     torch.manual_seed(seed)
     model = auto.from_config(tiny_config(model_type, settings))
     fill(model, seed)
-    model._apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)  # `to` spoils complex
+    model._apply(
+        lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor
+    )  # `to` would make complex tensors real
     model.save_pretrained(folder, save_original_format=original_format)
-    bytes_alone = Tokenizer(models.BPE({of: token for token, of in enumerate(sorted(ByteLevel.alphabet()))}, []))
-    bytes_alone.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    PreTrainedTokenizerFast(tokenizer_object=bytes_alone, eos_token="Ā").save_pretrained(folder)
+    vocabulary = {character: token for token, character in enumerate(sorted(ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="Ā").save_pretrained(folder)
     return folder
 
 
 def random_text(n: int, seed: int = 1) -> str:
-    """Letters of one and two bytes, n of them."""
-    numbers = torch.randint(32, 0x7FF, (n,), generator=torch.Generator().manual_seed(seed))
-    return "".join(map(chr, numbers.tolist()))
+    """Return `n` random characters that take one or two bytes each."""
+    code_points = torch.randint(32, 0x7FF, (n,), generator=torch.Generator().manual_seed(seed))
+    return "".join(map(chr, code_points.tolist()))
 
 
 def plain_logits(folder: Path, tokens: Tensor) -> Tensor:
-    """What the library's model in a folder gives for tokens, (windows, T, V), in float32."""
+    """Return the logits of the transformers model in a folder, (windows, T, V), in float32."""
     is_causal = type(AutoConfig.from_pretrained(folder)) in MODEL_FOR_CAUSAL_LM_MAPPING
     auto: Any = AutoModelForCausalLM if is_causal else AutoModelForImageTextToText
     model = auto.from_pretrained(folder, dtype=torch.float32).eval()
@@ -284,23 +299,23 @@ def plain_logits(folder: Path, tokens: Tensor) -> Tensor:
 
 
 def main(types: list[str]) -> None:
-    """Try types; a line for each."""
+    """Build and run a model of each type, and print one line for each."""
     warnings.simplefilter("ignore")
     tokens = torch.randint(5, 200, (2, 64), generator=torch.Generator().manual_seed(0))
-    built = run = 0
+    n_built = n_finite = 0
     for model_type in types:
         with tempfile.TemporaryDirectory() as scratch:
             try:
                 folder = save_tiny_type(model_type, Path(scratch) / "model")
-                built += 1
+                n_built += 1
                 size = sum(file.stat().st_size for file in folder.glob("*.safetensors")) // 2
                 logits = plain_logits(folder, tokens)
                 finite = bool(logits.isfinite().all())
-                run += finite
+                n_finite += finite
                 print(f"{model_type}: {size:,} weights, logits {tuple(logits.shape)}, finite {finite}", flush=True)
             except Exception as error:
                 print(f"{model_type}: {type(error).__name__}: {str(error)[:300]!r}", flush=True)
-    print(f"{built} of {len(types)} built, {run} run")
+    print(f"{n_built} of {len(types)} types can be built, {n_finite} have finite logits")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Checkpoints quantized as other tools do it, by the package that defines the format where there is one."""
+"""Checkpoints quantized as other tools do it, if possible with the package that defines the format."""
 
 import json
 import shutil
@@ -15,27 +15,27 @@ from torch import Tensor
 
 from freebits.storage.checkpoint import Checkpoint
 
-Made = tuple[dict[str, Tensor], Tensor | None]
-"""Tensors by the end of their names, and what the package makes of them; None where there is no package."""
-FP8_MOST, FP4_MOST = 448.0, 6.0
+Quantized = tuple[dict[str, Tensor], Tensor | None]
+"""The last part of a tensor name → stored tensor, and the matrix that these decode to; None if it is not computed."""
+FP8_MAX, FP4_MAX = 448.0, 6.0
 BLOCK = 128
 
 
-def fp8_blocks(W: Tensor, *, powers: bool = False) -> Made:
-    """As DeepSeek's: a scale for each block of 128 x 128, a float32 or a power of two."""
+def fp8_blocks(W: Tensor, *, powers: bool = False) -> Quantized:
+    """Quantize as DeepSeek does, with one scale for each block of 128 x 128: a float32, or a power of two."""
     rows, columns = (-(-size // BLOCK) for size in W.shape)
     padded = W.new_zeros(rows * BLOCK, columns * BLOCK)
     padded[: W.shape[0], : W.shape[1]] = W
     blocks = padded.reshape(rows, BLOCK, columns, BLOCK)
-    scale = blocks.abs().amax((1, 3)).clamp_min(1e-12) / FP8_MOST
+    scale = blocks.abs().amax((1, 3)).clamp_min(1e-12) / FP8_MAX
     scale = scale.log2().ceil().exp2() if powers else scale
     values = (blocks / scale[:, None, :, None]).reshape_as(padded)[: W.shape[0], : W.shape[1]]
     stored = scale.to(torch.float8_e8m0fnu) if powers else scale
     return {"weight": values.to(torch.float8_e4m3fn).contiguous(), "weight_scale_inv": stored}, None
 
 
-def compressed(W: Tensor, format_: str, **arguments: Any) -> Made:
-    """By compressed-tensors."""
+def compressed(W: Tensor, format_: str, **arguments: Any) -> Quantized:
+    """Quantize with the package compressed-tensors."""
     weights = QuantizationArgs(**arguments)
     scheme = QuantizationScheme(targets=["Linear"], weights=weights)
     compressor: Any = BaseCompressor.get_value_from_registry(format_)
@@ -46,69 +46,73 @@ def compressed(W: Tensor, format_: str, **arguments: Any) -> Made:
     if format_ == "nvfp4-pack-quantized":
         state["weight_global_scale"] = generate_gparam(W.min(), W.max())
     scale, zeros = calculate_qparams(low, high, weights, state.get("weight_global_scale"))
-    if format_ == "mxfp4-pack-quantized":  # which keeps nothing but the exponent
-        scale = (groups.abs().amax(-1) / FP4_MOST).log2().ceil().exp2()
+    if format_ == "mxfp4-pack-quantized":  # because this format stores only the exponent of a scale
+        scale = (groups.abs().amax(-1) / FP4_MAX).log2().ceil().exp2()
     state |= {"weight_scale": scale, "weight_zero_point": zeros}
-    made = compressor.compress(state, scheme)
-    return made, compressor.decompress(made, scheme)["weight"]
+    stored = compressor.compress(state, scheme)
+    return stored, compressor.decompress(stored, scheme)["weight"]
 
 
-def modelopt_nvfp4(W: Tensor) -> Made:
-    """As NVIDIA's ModelOpt: FP8 scales for each 16, and a global one to multiply with."""
-    made, matrix = compressed(
+def modelopt_nvfp4(W: Tensor) -> Quantized:
+    """Quantize as NVIDIA's ModelOpt does, with an FP8 scale for each 16 values, times a global scale."""
+    stored, matrix = compressed(
         W, "nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group", group_size=16
     )
-    of_all = 1 / made["weight_global_scale"].float()
-    tensors = {"weight": made["weight_packed"], "weight_scale": made["weight_scale"], "weight_scale_2": of_all}
+    global_scale = 1 / stored["weight_global_scale"].float()
+    tensors = {
+        "weight": stored["weight_packed"],
+        "weight_scale": stored["weight_scale"],
+        "weight_scale_2": global_scale,
+    }
     return tensors | {"input_scale": torch.tensor(1.0)}, matrix
 
 
-def packed_pairs(W: Tensor) -> Made:
-    """As DeepSeek V4's experts: MXFP4 in bytes of INT8, scales in E8M0."""
-    made, matrix = compressed(W, "mxfp4-pack-quantized", num_bits=4, type="float", strategy="group", group_size=32)
-    scale = made["weight_scale"].view(torch.float8_e8m0fnu)
-    return {"weight": made["weight_packed"].view(torch.int8), "scale": scale}, matrix
+def packed_pairs(W: Tensor) -> Quantized:
+    """Quantize as the experts of DeepSeek V4 are: pairs of MXFP4 values in INT8, and scales in E8M0."""
+    stored, matrix = compressed(W, "mxfp4-pack-quantized", num_bits=4, type="float", strategy="group", group_size=32)
+    scale = stored["weight_scale"].view(torch.float8_e8m0fnu)
+    return {"weight": stored["weight_packed"].view(torch.int8), "scale": scale}, matrix
 
 
 def four_bits(W: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Unsigned numbers (n, m), zero points and scales (n, groups)."""
+    """Round to unsigned 4-bit integers, (n, m). Return them, the zero points and the scales, both (n, groups)."""
     groups = W.reshape(len(W), -1, group)
     low, high = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
     scale = ((high - low) / 15).clamp_min(1e-8).half().float()
     zeros = (-low / scale).round().clamp(0, 15)
-    numbers = (groups / scale[..., None] + zeros[..., None]).round().clamp(0, 15).reshape_as(W)
-    return numbers.int(), zeros.int(), scale
+    integers = (groups / scale[..., None] + zeros[..., None]).round().clamp(0, 15).reshape_as(W)
+    return integers.int(), zeros.int(), scale
 
 
-def words(numbers: Tensor, order: tuple[int, ...] = tuple(range(8))) -> Tensor:
-    """Eight numbers of four bits in each 32-bit word of the last dimension."""
-    eights = numbers.long().reshape(*numbers.shape[:-1], -1, 8)
-    total = sum(eights[..., at] << 4 * place for place, at in enumerate(order))
+def pack_eights(integers: Tensor, order: tuple[int, ...] = tuple(range(8))) -> Tensor:
+    """Pack each eight 4-bit integers of the last dimension into one 32-bit integer, the first in the lowest bits."""
+    eights = integers.long().reshape(*integers.shape[:-1], -1, 8)
+    total = sum(eights[..., index] << 4 * position for position, index in enumerate(order))
     assert isinstance(total, Tensor)
     return (total - ((total >> 31) << 32)).int()
 
 
-def gptq(W: Tensor, group: int = 64) -> Made:
-    """As GPTQ: words down the inputs, zero points less one."""
-    numbers, zeros, scale = four_bits(W, group)
-    matrix = ((numbers.reshape(len(W), -1, group) - zeros[..., None]) * scale[..., None]).reshape_as(W)
+def gptq(W: Tensor, group: int = 64) -> Quantized:
+    """Quantize as GPTQ does: integers are packed along the inputs, and zero points are stored less one."""
+    integers, zeros, scale = four_bits(W, group)
+    matrix = ((integers.reshape(len(W), -1, group) - zeros[..., None]) * scale[..., None]).reshape_as(W)
     tensors = {
-        "qweight": words(numbers).T.contiguous(),
-        "qzeros": words(zeros.T - 1),
+        "qweight": pack_eights(integers).T.contiguous(),
+        "qzeros": pack_eights(zeros.T - 1),
         "scales": scale.T.half().contiguous(),
         "g_idx": (torch.arange(W.shape[1]) // group).int(),
     }
     return tensors, matrix
 
 
-def awq(W: Tensor, group: int = 64) -> Made:
-    """As AWQ: words along the outputs, in its own order."""
-    numbers, zeros, scale = four_bits(W, group)
-    matrix = ((numbers.reshape(len(W), -1, group) - zeros[..., None]) * scale[..., None]).reshape_as(W)
+def awq(W: Tensor, group: int = 64) -> Quantized:
+    """Quantize as AWQ does: integers are packed along the outputs, in an order of its own."""
+    integers, zeros, scale = four_bits(W, group)
+    matrix = ((integers.reshape(len(W), -1, group) - zeros[..., None]) * scale[..., None]).reshape_as(W)
     order = (0, 2, 4, 6, 1, 3, 5, 7)
     tensors = {
-        "qweight": words(numbers.T, order),
-        "qzeros": words(zeros.T, order),
+        "qweight": pack_eights(integers.T, order),
+        "qzeros": pack_eights(zeros.T, order),
         "scales": scale.T.half().contiguous(),
     }
     return tensors, matrix
@@ -123,7 +127,7 @@ _INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
 _NVFP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
 _MXFP4 = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}
 _BLOCKS = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
-MAKERS: dict[str, tuple[Callable[[Tensor], Made], Mapping[str, Any]]] = {
+MAKERS: dict[str, tuple[Callable[[Tensor], Quantized], Mapping[str, Any]]] = {
     "FP8, blocks, float32 scales": (fp8_blocks, _BLOCKS),
     "FP8, blocks, E8M0 scales": (lambda W: fp8_blocks(W, powers=True), _BLOCKS),
     "FP8, rows": (
@@ -146,12 +150,16 @@ MAKERS: dict[str, tuple[Callable[[Tensor], Made], Mapping[str, Any]]] = {
     "GPTQ, 4 bits": (gptq, {"quant_method": "gptq", "bits": 4, "group_size": 64}),
     "AWQ, 4 bits": (awq, {"quant_method": "awq", "bits": 4, "group_size": 64}),
 }
-"""Format → what makes it of a matrix, and the `quantization_config`."""
+"""Format → the function that quantizes a matrix, and the `quantization_config`."""
 
 
 def save_quantized(dense: Path, folder: Path, format_: str) -> dict[str, Tensor]:
-    """A checkpoint with the linear layers of its blocks quantized; what the package makes of each."""
-    make, settings = MAKERS[format_]
+    """Save a checkpoint with the linear layers of its blocks quantized.
+
+    Returns:
+        Name of a matrix → the matrix that its stored tensors decode to. Empty for formats that do not compute it.
+    """
+    quantize, settings = MAKERS[format_]
     shutil.copytree(dense, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": dict(settings)}))
@@ -161,8 +169,9 @@ def save_quantized(dense: Path, folder: Path, format_: str) -> dict[str, Tensor]
         if not name.endswith("proj.weight"):
             tensors[name] = tensor.clone()
             continue
-        made, matrix = make(tensor.float())
-        tensors |= {f"{name.removesuffix('weight')}{end}": of.contiguous() for end, of in made.items()}
+        stored, matrix = quantize(tensor.float())
+        stem = name.removesuffix("weight")
+        tensors |= {f"{stem}{suffix}": part.contiguous() for suffix, part in stored.items()}
         if matrix is not None:
             expected[name] = matrix
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -1,4 +1,4 @@
-"""A server on this machine, for as long as a test needs it."""
+"""An HTTP server on this machine that runs while a test needs it."""
 
 import re
 import threading
@@ -12,11 +12,12 @@ Answer = tuple[int, dict[str, str], bytes]
 
 @contextmanager
 def serving(answer: Callable[[str], Answer], sent: Callable[[str, int], object]) -> Iterator[str]:
-    """The address of a server.
+    """Run a server and yield its address.
 
     Args:
-        answer: path → code, headers and the whole body, of which a range is served where one is asked for.
-        sent: called with the path and how many bytes were sent.
+        answer: function that takes a path and returns the status, the headers and the complete body. The server sends
+            only a range of the body if a client requests one.
+        sent: function that the server calls with the path and the number of bytes that it has sent.
     """
 
     class Handler(BaseHTTPRequestHandler):
@@ -31,10 +32,10 @@ def serving(answer: Callable[[str], Answer], sent: Callable[[str, int], object])
 
         def reply(self, with_body: bool) -> None:
             path = self.path.partition("?")[0]
-            code, headers, body = answer(path)
-            if code == 200 and (asked := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))):
-                code, body = 206, body[int(asked[1]) : int(asked[2]) + 1]
-            self.send_response(code)
+            status, headers, body = answer(path)
+            if status == 200 and (range_ := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))):
+                status, body = 206, body[int(range_[1]) : int(range_[2]) + 1]
+            self.send_response(status)
             for name, value in {**headers, "Content-Length": str(len(body)), "Accept-Ranges": "bytes"}.items():
                 self.send_header(name, value)
             self.end_headers()

@@ -1,4 +1,4 @@
-"""PEFT adapters: packed without what their two matrices say twice, and back."""
+"""Packing PEFT adapters without the redundancy of their two matrices, and unpacking them."""
 
 import json
 import warnings
@@ -22,12 +22,12 @@ from tests.conftest import content
 from tests.tiny import Make, change_config, change_tensors, redigest, tiny_model
 
 RANK = 4
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT reads it
 
 
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
-    """Of rank 4 on all linear layers, with trained (random) numbers."""
+    """An adapter of rank 4 on all linear layers, with random weights in place of trained ones."""
     model: Any = get_peft_model(
         tiny_model(dtype=torch.float32), LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     )
@@ -36,7 +36,7 @@ def adapter(tmp_path: Path) -> Path:
         if "lora_B" in name:
             parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a base model that is on no hub
+        warnings.simplefilter("ignore")  # PEFT warns that the base model is not on the hub
         model.save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
 
@@ -48,16 +48,16 @@ def logits(adapter: Path) -> torch.Tensor:
     return result
 
 
-def test_an_adapter_comes_back_as_the_same_function(
+def test_an_unpacked_adapter_computes_the_same_function(
     adapter: Path, tmp_path: Path, report: Callable[[str], None]
 ) -> None:
     facts = freebits.pack(adapter, tmp_path / "packed", entropy="none")
     assert freebits.inspect(adapter)["kind"] == "adapter"
     n_layers = 21
-    spared = sum(k.numel for k in Checkpoint(adapter).specs.values()) - sum(
+    n_saved = sum(spec.numel for spec in Checkpoint(adapter).specs.values()) - sum(
         spec.numel for name, spec in PackedFolder(tmp_path / "packed").stored.items() if not name.endswith(".pivots")
     )
-    assert spared == n_layers * RANK**2
+    assert n_saved == n_layers * RANK**2
     assert facts["bytes"]["dense"] == freebits.inspect(adapter)["bytes"]["dense"]
     assert freebits.verify(tmp_path / "packed", against=adapter)["ok"]
     freebits.unpack(tmp_path / "packed", tmp_path / "back")
@@ -69,7 +69,7 @@ def test_an_adapter_comes_back_as_the_same_function(
     assert difference < 1e-6 < (expected - base).abs().max()
 
 
-def test_an_adapter_comes_back_bit_for_bit(adapter: Path, tmp_path: Path) -> None:
+def test_codec_none_restores_an_adapter_bit_for_bit(adapter: Path, tmp_path: Path) -> None:
     freebits.pack(adapter, tmp_path / "packed", codec="none")
     assert freebits.verify(tmp_path / "packed", against=adapter)["fidelity"] == "bit-exact"
     freebits.unpack(tmp_path / "packed", tmp_path / "back")
@@ -77,7 +77,7 @@ def test_an_adapter_comes_back_bit_for_bit(adapter: Path, tmp_path: Path) -> Non
         assert (tmp_path / "back" / name).read_bytes() == (adapter / name).read_bytes()
 
 
-def test_a_wrong_adapter_is_noticed(adapter: Path, tmp_path: Path) -> None:
+def test_verify_detects_a_different_adapter(adapter: Path, tmp_path: Path) -> None:
     freebits.pack(adapter, tmp_path / "packed")
     (adapter / "adapter_model.safetensors").rename(adapter / "model.safetensors")
     change_tensors(adapter, base_model__model__model__layers__1__mlp__up_proj__lora_A__weight=lambda A: A * 1.001)
@@ -86,14 +86,14 @@ def test_a_wrong_adapter_is_noticed(adapter: Path, tmp_path: Path) -> None:
     assert (result["ok"], result["failed"]) == (False, ["product"])
 
 
-def test_what_is_no_model_is_not_taken_for_one(
+def test_an_adapter_is_not_accepted_as_a_model(
     adapter: Path, tmp_path: Path, save_tiny: Make, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = content(adapter)
-    with pytest.raises(CheckpointError, match="load it with PEFT"):
+    with pytest.raises(CheckpointError, match="PEFT"):
         freebits.load(adapter)
     freebits.pack(adapter, tmp_path / "packed")
-    with pytest.raises(CheckpointError, match=r"unpack it, .* PEFT"):
+    with pytest.raises(CheckpointError, match="unpack.*PEFT"):
         freebits.load(tmp_path / "packed")
     for command in (
         ["slice", str(adapter), "out", "--sparsity", "0.2"],
@@ -110,16 +110,16 @@ def test_what_is_no_model_is_not_taken_for_one(
     assert "AutoModel" not in (tmp_path / "packed" / "README.md").read_text()
     (adapter / "adapter_model.safetensors").unlink()
     assert main(["pack", str(adapter), str(tmp_path / "out")]) == 2
-    assert "no adapter_model.safetensors" in capsys.readouterr().err
+    assert "adapter_model.safetensors" in capsys.readouterr().err
     dense = save_tiny()
     (dense / "adapter_config.json").write_text("{}")
     assert main(["pack", str(dense), str(tmp_path / "out")]) == 2
-    assert "merge the adapter into the model first" in capsys.readouterr().err
+    assert "adapter_config.json" in capsys.readouterr().err
 
 
-def trained(how: Any, folder: Path, **model: Any) -> Path:
-    """An adapter with random numbers in every trained parameter."""
-    adapted: Any = get_peft_model(tiny_model(dtype=torch.float32, **model), how)
+def save_adapter(peft_config: Any, folder: Path, **model_options: Any) -> Path:
+    """Save an adapter with random values in every trainable parameter, and return its folder."""
+    adapted: Any = get_peft_model(tiny_model(dtype=torch.float32, **model_options), peft_config)
     generator = torch.Generator().manual_seed(1)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
@@ -130,28 +130,28 @@ def trained(how: Any, folder: Path, **model: Any) -> Path:
     return folder
 
 
-QUERIES: dict[str, Any] = {"r": RANK, "target_modules": ["q_proj", "o_proj"], "task_type": "CAUSAL_LM"}
-EXPERTS = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-BLOCKS = BdLoraConfig(target_modules_bd_a=["o_proj"], target_modules_bd_b=["q_proj"], nblocks=2)
+LORA_OPTIONS: dict[str, Any] = {"r": RANK, "target_modules": ["q_proj", "o_proj"], "task_type": "CAUSAL_LM"}
+MIXTURE = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+BLOCK_DIAGONAL = BdLoraConfig(target_modules_bd_a=["o_proj"], target_modules_bd_b=["q_proj"], nblocks=2)
 UNPROVEN: dict[str, tuple[Any, dict[str, Any]]] = {
-    "target_parameters": (LoraConfig(**QUERIES, target_parameters=["mlp.experts.down_proj"]), EXPERTS),
+    "target_parameters": (LoraConfig(**LORA_OPTIONS, target_parameters=["mlp.experts.down_proj"]), MIXTURE),
     "peft_type ADALORA": (AdaLoraConfig(init_r=RANK, total_step=9, target_modules=["q_proj"]), {}),
     "peft_type LOHA": (LoHaConfig(r=RANK, target_modules=["q_proj"]), {}),
-    "kasa_config": (LoraConfig(**QUERIES, kasa_config=KasaConfig()), {}),
-    "use_bdlora": (LoraConfig(**QUERIES, use_bdlora=BLOCKS), {}),
-    "alora_invocation_tokens": (LoraConfig(**QUERIES, alora_invocation_tokens=[1]), {}),
-    "layer_replication": (LoraConfig(**QUERIES, layer_replication=[(0, 2), (1, 3)]), {}),
-    "init_lora_weights mica": (LoraConfig(**QUERIES, init_lora_weights="mica"), {}),
+    "kasa_config": (LoraConfig(**LORA_OPTIONS, kasa_config=KasaConfig()), {}),
+    "use_bdlora": (LoraConfig(**LORA_OPTIONS, use_bdlora=BLOCK_DIAGONAL), {}),
+    "alora_invocation_tokens": (LoraConfig(**LORA_OPTIONS, alora_invocation_tokens=[1]), {}),
+    "layer_replication": (LoraConfig(**LORA_OPTIONS, layer_replication=[(0, 2), (1, 3)]), {}),
+    "init_lora_weights mica": (LoraConfig(**LORA_OPTIONS, init_lora_weights="mica"), {}),
 }
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("setting", UNPROVEN)
-def test_an_adapter_that_may_be_no_product_is_kept_bit_for_bit(
+def test_an_adapter_with_an_unproven_setting_is_packed_bit_for_bit(
     setting: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    how, model = UNPROVEN[setting]
-    adapter = trained(how, tmp_path / "adapter", **model)
+    peft_config, model_options = UNPROVEN[setting]
+    adapter = save_adapter(peft_config, tmp_path / "adapter", **model_options)
     assert freebits.pack(adapter, tmp_path / "packed")["codec"] == "none"
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert setting in caplog.text
@@ -162,20 +162,20 @@ def test_an_adapter_that_may_be_no_product_is_kept_bit_for_bit(
 
 
 PROVEN: dict[str, Any] = {
-    "DoRA": LoraConfig(**QUERIES, use_dora=True),
-    "biases": LoraConfig(**QUERIES, lora_bias=True, bias="lora_only"),
-    "ranks": LoraConfig(**QUERIES, rank_pattern={"o_proj": 2}, alpha_pattern={"o_proj": 3}, use_rslora=True),
+    "DoRA": LoraConfig(**LORA_OPTIONS, use_dora=True),
+    "biases": LoraConfig(**LORA_OPTIONS, lora_bias=True, bias="lora_only"),
+    "ranks": LoraConfig(**LORA_OPTIONS, rank_pattern={"o_proj": 2}, alpha_pattern={"o_proj": 3}, use_rslora=True),
     "embeddings": LoraConfig(r=RANK, target_modules=["embed_tokens", "q_proj"], modules_to_save=["lm_head"]),
-    "tokens": LoraConfig(**QUERIES, trainable_token_indices=[3, 5]),
-    "PiSSA": LoraConfig(**QUERIES, init_lora_weights="pissa"),
-    "OLoRA": LoraConfig(**QUERIES, init_lora_weights="olora", layers_to_transform=[0, 2]),
+    "tokens": LoraConfig(**LORA_OPTIONS, trainable_token_indices=[3, 5]),
+    "PiSSA": LoraConfig(**LORA_OPTIONS, init_lora_weights="pissa"),
+    "OLoRA": LoraConfig(**LORA_OPTIONS, init_lora_weights="olora", layers_to_transform=[0, 2]),
 }
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", PROVEN)
-def test_a_setting_that_leaves_the_product_alone_is_packed_as_one(name: str, tmp_path: Path) -> None:
-    adapter = trained(PROVEN[name], tmp_path / "adapter")
+def test_an_adapter_with_a_proven_setting_is_packed_canonically(name: str, tmp_path: Path) -> None:
+    adapter = save_adapter(PROVEN[name], tmp_path / "adapter")
     assert freebits.pack(adapter, tmp_path / "packed")["codec"] == "canonical"
     assert freebits.verify(tmp_path / "packed", against=adapter)["ok"]
     freebits.unpack(tmp_path / "packed", tmp_path / "back")
@@ -183,27 +183,27 @@ def test_a_setting_that_leaves_the_product_alone_is_packed_as_one(name: str, tmp
     assert (logits(tmp_path / "back") - expected).norm() < 1e-4 * (expected - base).norm()
 
 
-def test_an_unknown_setting_of_a_later_version_counts_as_unproven() -> None:
+def test_a_setting_of_a_later_peft_version_is_unproven_if_it_is_set() -> None:
     assert unproven_settings({"peft_type": "LORA", "r": 8, "use_new_idea": None}) == []
     assert unproven_settings({"peft_type": "LORA", "r": 8, "use_new_idea": {"a": 1}}) == ["use_new_idea"]
 
 
-def test_every_default_of_this_version_of_peft_is_proven() -> None:
-    plain: dict[str, Any] = LoraConfig().to_dict()  # type: ignore[no-untyped-call]
-    assert unproven_settings(plain | {"peft_type": "LORA"}) == []
+def test_the_default_settings_of_this_peft_version_are_proven() -> None:
+    defaults: dict[str, Any] = LoraConfig().to_dict()  # type: ignore[no-untyped-call]
+    assert unproven_settings(defaults | {"peft_type": "LORA"}) == []
 
 
 @pytest.mark.parametrize("codec", ["canonical", "none"])
-def test_verify_compares_the_settings_of_adapters(codec: str, adapter: Path, tmp_path: Path) -> None:
+def test_verify_compares_the_settings_of_an_adapter(codec: str, adapter: Path, tmp_path: Path) -> None:
     freebits.pack(adapter, tmp_path / "packed", codec=codec)
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 1}))
     assert not freebits.verify(tmp_path / "packed", against=adapter)["ok"]
 
 
-def test_verify_does_not_take_an_unproven_adapter_for_products(adapter: Path, tmp_path: Path) -> None:
+def test_verify_rejects_the_canonical_form_of_an_unproven_adapter(adapter: Path, tmp_path: Path) -> None:
     config = json.loads((adapter / "adapter_config.json").read_text())
-    freebits.pack(adapter, tmp_path / "packed")  # as an earlier version packed it
+    freebits.pack(adapter, tmp_path / "packed")  # earlier versions packed unproven adapters like this
     unproven = config | {"target_parameters": ["mlp.experts.down_proj"]}
     (adapter / "adapter_config.json").write_text(json.dumps(unproven))
     change_config(tmp_path / "packed", model=unproven)

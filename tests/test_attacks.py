@@ -1,4 +1,4 @@
-"""Folders made to do harm end in one line, soon, in little memory, and nothing of theirs runs or is left."""
+"""A hostile folder causes at most an error of one line, in little time and memory. None of its code runs."""
 
 import json
 import subprocess
@@ -15,9 +15,9 @@ from tests.attacks.bases import make_bases
 from tests.tiny import Make
 
 ROOT = Path(__file__).parent.parent
-MOST_SECONDS, MOST_MEMORY = 10.0, 2**30
+MAX_SECONDS, MAX_BYTES = 10.0, 2**30
 HARMLESS = {
-    # what a reader need not refuse, and does not
+    # attacks that freebits does not refuse, because they cause no damage
     "config_with_other_code",
     "factor_that_is_infinite",
     "positions_by_the_trillion",
@@ -29,7 +29,7 @@ HARMLESS = {
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sound folder of each kind."""
+    """A folder that contains a sound folder of each kind."""
     folder = tmp_path_factory.mktemp("bases")
     make_bases(folder)
     return folder
@@ -37,42 +37,42 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(bases: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """What came of each attack, in one process."""
+    """Attack name → results of its commands. One process runs all attacks."""
     scratch = tmp_path_factory.mktemp("scratch")
     command = [sys.executable, "-m", "tests.attacks.run", str(bases), str(scratch)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found: dict[str, list[dict[str, Any]]] = {}
-    for result in json.loads(done.stdout):
-        found.setdefault(result["attack"], []).append(result)
-    return found
+    process = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert process.returncode == 0, process.stderr[-2000:]
+    by_attack: dict[str, list[dict[str, Any]]] = {}
+    for result in json.loads(process.stdout):
+        by_attack.setdefault(result["attack"], []).append(result)
+    return by_attack
 
 
 @pytest.mark.parametrize("name", load_all())
-def test_an_attack_comes_to_nothing(name: str, results: dict[str, list[dict[str, Any]]]) -> None:
+def test_an_attack_does_no_harm(name: str, results: dict[str, list[dict[str, Any]]]) -> None:
     for result in results[name]:
         assert result["code"] in (0, 1, 2), result
         assert result["code"] != 2 or result["lines"] == 1, result
         assert result["printable"], result
-        assert result["seconds"] < MOST_SECONDS, result
-        assert result["memory"] < MOST_MEMORY, result
+        assert result["seconds"] < MAX_SECONDS, result
+        assert result["memory"] < MAX_BYTES, result
         assert not result["left"], result
         assert not result["ran"], result
     refused = any(result["code"] == 2 for result in results[name])
     assert refused == (name not in HARMLESS), results[name]
 
 
-def test_what_attacks_cost(results: dict[str, list[dict[str, Any]]], report: Callable[[str], None]) -> None:
-    all_ = [result for of in results.values() for result in of]
-    slowest = max(all_, key=lambda result: float(result["seconds"]))
-    largest = max(all_, key=lambda result: int(result["memory"]))
+def test_the_slowest_and_the_largest_attack_are_reported(results: dict[str, list[dict[str, Any]]], report: Callable[[str], None]) -> None:
+    runs = [result for of_attack in results.values() for result in of_attack]
+    slowest = max(runs, key=lambda result: float(result["seconds"]))
+    largest = max(runs, key=lambda result: int(result["memory"]))
     report(
-        f"{len(results)} attacks, {len(all_)} runs: at most {slowest['seconds']:.1f} s ({slowest['attack']}), "
+        f"{len(results)} attacks, {len(runs)} runs: at most {slowest['seconds']:.1f} s ({slowest['attack']}), "
         f"{largest['memory'] / 1e6:.0f} MB ({largest['attack']})"
     )
 
 
-def test_no_link_was_followed(save_tiny: Make, tmp_path: Path) -> None:
+def test_packing_does_not_follow_links_out_of_a_folder(save_tiny: Make, tmp_path: Path) -> None:
     from tests.attacks.paths import link_to_a_secret
 
     dense = save_tiny()

@@ -1,4 +1,4 @@
-"""Folders in and out: what is read and carried over; nothing is lost, half written or blamed on others."""
+"""Reading checkpoint folders, copying auxiliary files, and creating output folders."""
 
 import json
 import os
@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import freebits
 from freebits.errors import CheckpointError, one_line
 from freebits.integrations.loading import load
+from freebits.limits import JSON_BYTES
 from freebits.storage.auxiliary_files import copy_auxiliary_files
 from freebits.storage.checkpoint import Checkpoint
 from freebits.storage.safetensors_files import WeightsFile, WeightsWriter, parse_header
@@ -23,7 +24,7 @@ from freebits.types import TensorSpec, bytes_of
 from tests.tiny import Make, change_config
 
 
-def test_an_index_cannot_lead_out_of_the_folder(save_tiny: Make, slice_tiny: Make) -> None:
+def test_an_index_may_list_only_plain_file_names(save_tiny: Make, slice_tiny: Make) -> None:
     dense = save_tiny(shard="20KB")
     index = json.loads((dense / "model.safetensors.index.json").read_text())
     for file in ("../outside.safetensors", str(dense / "model.safetensors"), 5):
@@ -33,16 +34,16 @@ def test_an_index_cannot_lead_out_of_the_folder(save_tiny: Make, slice_tiny: Mak
             slice_tiny(dense)
 
 
-def test_a_single_file_goes_before_an_index_as_in_transformers(save_tiny: Make) -> None:
-    whole, sharded = save_tiny("whole", seed=1), save_tiny("sharded", shard="20KB", seed=2)
+def test_a_single_file_takes_precedence_over_an_index_as_in_transformers(save_tiny: Make) -> None:
+    single, sharded = save_tiny("single", seed=1), save_tiny("sharded", shard="20KB", seed=2)
     for file in sharded.glob("model*"):
-        shutil.copy(file, whole)
+        shutil.copy(file, single)
     name = "model.layers.0.mlp.up_proj.weight"
-    assert torch.equal(Checkpoint(whole)[name], load(whole).state_dict()[name])
+    assert torch.equal(Checkpoint(single)[name], load(single).state_dict()[name])
 
 
-def test_other_weights_than_transformers_would_load_are_refused(save_tiny: Make, tmp_path: Path) -> None:
-    # Codec none packed another model than its source: transformers followed the config, freebits did not.
+def test_a_folder_from_which_transformers_loads_other_weights_is_refused(save_tiny: Make, tmp_path: Path) -> None:
+    # Regression: freebits ignored this entry of the config, and packed weights that transformers does not load.
     dense = save_tiny()
     change_config(dense, transformers_weights="other.safetensors")
     with pytest.raises(CheckpointError, match="transformers_weights"):
@@ -67,14 +68,14 @@ AUXILIARY = {
 }
 
 
-def with_files(dense: Path, secret: Path) -> Path:
-    """A model with auxiliary files, and with files that must be left out."""
+def add_files(dense: Path, secret: Path) -> Path:
+    """Add auxiliary files, and files that must not be copied, to the folder of a model. Return the folder."""
     for name, text in {**AUXILIARY, **dict.fromkeys((*PICKLES, *CODE_AND_WEIGHTS, ".env"), "content")}.items():
         (dense / name).parent.mkdir(exist_ok=True, parents=True)
         (dense / name).write_text(text)
     secret.mkdir()
     (secret / "secret").write_text("secret")
-    (dense / "modeling_freebits.py").write_text("raise SystemExit('run')")  # as a foe might
+    (dense / "modeling_freebits.py").write_text("raise SystemExit('run')")  # as an attacker might
     (dense / "NOTICE").symlink_to(secret / "secret")
     (dense / "link").symlink_to(secret)
     (dense / "COPYING").symlink_to("LICENSE")
@@ -84,30 +85,30 @@ def with_files(dense: Path, secret: Path) -> Path:
     return dense
 
 
-LEFT_OUT = (*PICKLES, ".env", "NOTICE", "link", "secret.index.json", "pipe")
+NEVER_COPIED = (*PICKLES, ".env", "NOTICE", "link", "secret.index.json", "pipe")
 
 
-def test_every_file_but_pickles_and_links_out_comes_back_from_a_lossless_folder(
+def test_codec_none_restores_all_files_except_unsafe_ones(
     save_tiny: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    dense = with_files(save_tiny(), tmp_path / "outside")
+    dense = add_files(save_tiny(), tmp_path / "outside")
     freebits.pack(dense, tmp_path / "packed", codec="none")
-    assert all(name in caplog.records[0].message for name in LEFT_OUT)
+    assert all(name in caplog.records[0].message for name in NEVER_COPIED)
     caplog.clear()
     freebits.unpack(tmp_path / "packed", tmp_path / "back")
     assert not caplog.records
     files = {str(file.relative_to(dense)) for file in dense.rglob("*") if file.is_file()}
-    found = {str(file.relative_to(tmp_path / "back")) for file in (tmp_path / "back").rglob("*") if file.is_file()}
-    assert found == files - {*LEFT_OUT, "modeling_freebits.py"}
-    assert all((tmp_path / "back" / name).read_bytes() == (dense / name).read_bytes() for name in found)
+    restored = {str(file.relative_to(tmp_path / "back")) for file in (tmp_path / "back").rglob("*") if file.is_file()}
+    assert restored == files - {*NEVER_COPIED, "modeling_freebits.py"}
+    assert all((tmp_path / "back" / name).read_bytes() == (dense / name).read_bytes() for name in restored)
     assert "secret" not in (tmp_path / "packed" / "freebits.json").read_text()
 
 
-def test_other_folders_have_all_auxiliary_files_but_no_code_and_no_other_weights(
+def test_other_commands_copy_auxiliary_files_but_neither_code_nor_other_weights(
     save_tiny: Make, slice_tiny: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    sliced = slice_tiny(with_files(save_tiny(), tmp_path / "outside"))
-    assert all(name in caplog.text for name in (*LEFT_OUT, *CODE_AND_WEIGHTS))
+    sliced = slice_tiny(add_files(save_tiny(), tmp_path / "outside"))
+    assert all(name in caplog.text for name in (*NEVER_COPIED, *CODE_AND_WEIGHTS))
     caplog.clear()
     (sliced / "modeling_freebits.py").write_text("raise SystemExit('run')")
     freebits.pack(sliced, tmp_path / "packed")
@@ -115,32 +116,32 @@ def test_other_folders_have_all_auxiliary_files_but_no_code_and_no_other_weights
     assert not caplog.records
     for folder in (sliced, tmp_path / "packed", tmp_path / "unpacked"):
         for name, text in {**AUXILIARY, "COPYING": "free", "1_Pooling/up.txt": "free"}.items():
-            assert text in (folder / name).read_text()  # the card below ours
+            assert text in (folder / name).read_text()  # the new README.md contains the old one
         assert json.loads((folder / "tokenizer.json").read_text())
-        assert not [name for name in (*LEFT_OUT, *CODE_AND_WEIGHTS) if (folder / name).exists()]
+        assert not [name for name in (*NEVER_COPIED, *CODE_AND_WEIGHTS) if (folder / name).exists()]
         assert folder == sliced or (folder / "modeling_freebits.py").read_text().count("import") == 1
     assert not (tmp_path / "unpacked" / "freebits.json").exists()
 
 
-def test_what_is_left_out_is_listed_also_with_quiet(save_tiny: Make, tmp_path: Path) -> None:
+def test_files_that_are_not_copied_are_listed_even_with_quiet(save_tiny: Make, tmp_path: Path) -> None:
     dense = save_tiny()
     (dense / "optimizer.pt").write_text("pickle")
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "freebits.cli", "pack", dense, tmp_path / "out", "--codec", "none", "--quiet"],
         capture_output=True,
         text=True,
         check=True,
     )
-    assert (done.stdout, done.stderr.count("\n")) == ("", 1)
-    assert "optimizer.pt" in done.stderr
+    assert (process.stdout, process.stderr.count("\n")) == ("", 1)
+    assert "optimizer.pt" in process.stderr
 
 
-def test_code_that_is_not_carried_over_is_not_named(
+def test_auto_map_loses_entries_whose_code_is_not_copied(
     save_tiny: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     dense = save_tiny()
-    names = {"AutoConfig": "configuration_x.C", "AutoModel": "maker/x--modeling_x.M"}
-    change_config(dense, auto_map=names)
+    classes = {"AutoConfig": "configuration_x.C", "AutoModel": "maker/x--modeling_x.M"}
+    change_config(dense, auto_map=classes)
     (dense / "configuration_x.py").write_text("")
     tokenizer = json.loads((dense / "tokenizer_config.json").read_text())
     tokenizer |= {"auto_map": {"AutoTokenizer": ["tokenization_x.T", None]}}
@@ -157,18 +158,18 @@ def test_code_that_is_not_carried_over_is_not_named(
     assert "AutoConfig" in caplog.text
     assert "AutoTokenizer" in caplog.text
 
-    def named(folder: str, file: str) -> object:
+    def auto_map_in(folder: str, file: str) -> object:
         return json.loads((tmp_path / folder / file).read_text()).get("auto_map")
 
-    assert named("same", "config.json") == names
+    assert auto_map_in("same", "config.json") == classes
     for folder in ("unpacked", "rotated"):
-        assert named(folder, "config.json") == {"AutoModel": "maker/x--modeling_x.M"}
-        assert named(folder, "tokenizer_config.json") is None
-        assert named(folder, "video_processor_config.json") is None
+        assert auto_map_in(folder, "config.json") == {"AutoModel": "maker/x--modeling_x.M"}
+        assert auto_map_in(folder, "tokenizer_config.json") is None
+        assert auto_map_in(folder, "video_processor_config.json") is None
         assert (tmp_path / folder / "processor_config.json").read_text() == "no JSON"
 
 
-def test_the_files_of_a_cached_model_are_links_and_carried_over(tmp_path: Path) -> None:
+def test_links_into_the_blobs_of_a_hugging_face_cache_are_copied(tmp_path: Path) -> None:
     snapshot = tmp_path / "models--a--b" / "snapshots" / "rev"
     blobs = tmp_path / "models--a--b" / "blobs"
     snapshot.mkdir(parents=True)
@@ -181,21 +182,21 @@ def test_the_files_of_a_cached_model_are_links_and_carried_over(tmp_path: Path) 
     assert [file.name for file in (tmp_path / "target").iterdir()] == ["tokenizer.json"]
 
 
-def test_a_pipe_or_a_device_is_no_file(save_tiny: Make, tmp_path: Path) -> None:
+def test_pipes_devices_and_huge_configs_are_refused(save_tiny: Make, tmp_path: Path) -> None:
     dense = save_tiny()
     (dense / "config.json").unlink()
     os.mkfifo(dense / "config.json")
-    with pytest.raises(CheckpointError, match="regular file"):
+    with pytest.raises(CheckpointError, match=r"config\.json"):
         freebits.inspect(dense)
     other = save_tiny("other")
     (other / "model.safetensors").unlink()
     (other / "model.safetensors").symlink_to("/dev/zero")
-    with pytest.raises(CheckpointError, match="regular file"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         freebits.pack(other, tmp_path / "out", codec="none")
     (other / "config.json").unlink()
     with (other / "config.json").open("wb") as file:
         file.truncate(3 << 30)
-    with pytest.raises(CheckpointError, match="more than"):
+    with pytest.raises(CheckpointError, match=rf"config\.json.* {JSON_BYTES} "):
         freebits.inspect(other)
 
 
@@ -218,34 +219,34 @@ def test_a_pipe_or_a_device_is_no_file(save_tiny: Make, tmp_path: Path) -> None:
         "[" * 100_000,
     ],
 )
-def test_a_header_that_makes_no_sense_is_refused(header: str) -> None:
+def test_an_invalid_header_is_refused(header: str) -> None:
     with pytest.raises(ValueError, match=r".") as caught:
         parse_header(header)
     assert len(one_line(caught.value)) < 700
 
 
-def test_a_tensor_that_was_not_announced_does_not_overwrite_another(tmp_path: Path) -> None:
-    # A code that forgot a name would have overwritten the first tensor.
+def test_an_unannounced_tensor_raises_an_error_instead_of_overwriting_a_tensor(tmp_path: Path) -> None:
+    # If a name is not announced, the header may be longer than its reserved space and overwrite the first tensor.
     tensor = torch.arange(8.0)
     writer = WeightsWriter(tmp_path / "a.safetensors", {"a": (8,)})
     for name in ("a", "b" * 200):
         writer.write(name, TensorSpec.of(tensor), bytes_of(tensor))
     with pytest.raises(AssertionError, match=r"a\.safetensors"):
         writer.close()
-    with WeightsWriter(tmp_path / "b.safetensors", {"a": (8,), "b": (8,)}) as sound:
-        sound.write("a", TensorSpec.of(tensor), bytes_of(tensor))
-        sound.write("b", TensorSpec.of(tensor), bytes_of(tensor))
+    with WeightsWriter(tmp_path / "b.safetensors", {"a": (8,), "b": (8,)}) as writer:
+        writer.write("a", TensorSpec.of(tensor), bytes_of(tensor))
+        writer.write("b", TensorSpec.of(tensor), bytes_of(tensor))
     assert torch.equal(load_file(tmp_path / "b.safetensors")["a"], tensor)
     assert WeightsFile(tmp_path / "b.safetensors").read("b").tobytes() == bytes_of(tensor).tobytes()
 
 
-def test_an_unreadable_source_is_not_blamed_on_the_output(save_tiny: Make, tmp_path: Path) -> None:
+def test_the_error_about_an_unreadable_file_names_that_file(save_tiny: Make, tmp_path: Path) -> None:
     dense = save_tiny()
     command = [sys.executable, "-c", UNREADABLE, str(dense), str(tmp_path / "new" / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (
-        done.stdout.strip() == f"{dense / 'LICENSE'} cannot be read (Permission denied): make it readable or remove it"
-    )
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert process.stdout.startswith(f"{dense / 'LICENSE'} ")
+    assert process.stdout.count("\n") == 1
+    assert "Permission denied" in process.stdout
     assert not (tmp_path / "new").exists()
 
 
@@ -253,14 +254,14 @@ UNREADABLE = """
 import os, sys, freebits
 from pathlib import Path
 
-licence = Path(sys.argv[1]) / "LICENSE"
-licence.write_text("free")
-real = Path.open
+license = Path(sys.argv[1]) / "LICENSE"
+license.write_text("free")
+original_open = Path.open
 def refuse(path, *args, **kwargs):
-    if path == licence:
+    if path == license:
         raise PermissionError(13, "Permission denied", str(path))
-    return real(path, *args, **kwargs)
-Path.open = refuse  # root may read everything
+    return original_open(path, *args, **kwargs)
+Path.open = refuse  # because file permissions do not stop root
 try:
     freebits.pack(sys.argv[1], sys.argv[2], codec="none")
 except freebits.CheckpointError as error:
@@ -268,46 +269,46 @@ except freebits.CheckpointError as error:
 """
 
 
-def test_the_true_error_is_not_hidden_by_a_folder_that_another_run_wrote_beside(tmp_path: Path) -> None:
+def test_an_error_is_raised_even_if_a_created_parent_folder_cannot_be_removed(tmp_path: Path) -> None:
     with pytest.raises(KeyError), new_directory(tmp_path / "new" / "out"):
-        (tmp_path / "new" / "neighbour").mkdir()  # so that `new` cannot be removed
+        (tmp_path / "new" / "neighbor").mkdir()  # so that `new` cannot be removed
         raise KeyError
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["neighbour"]
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["neighbor"]
 
 
-def test_a_folder_that_cannot_be_made_leaves_no_parents(tmp_path: Path) -> None:
+def test_an_output_folder_that_cannot_be_created_leaves_no_parent_folders(tmp_path: Path) -> None:
     with (
-        pytest.raises(CheckpointError, match="cannot be created"),
+        pytest.raises(CheckpointError, match="x{100}"),
         new_directory(tmp_path / "a" / ("x" * 300) / "out"),
     ):
         pass
     assert not list(tmp_path.iterdir())
 
 
-def test_the_slower_of_two_writers_is_told(tmp_path: Path) -> None:
+def test_the_slower_of_two_writers_of_a_folder_fails(tmp_path: Path) -> None:
     with (
-        pytest.raises(CheckpointError, match="another run wrote it"),
-        new_directory(tmp_path / "out") as staging,
+        pytest.raises(CheckpointError, match=re.escape(str(tmp_path / "out"))),
+        new_directory(tmp_path / "out") as slower,
     ):
-        (staging / "mine").touch()
-        with new_directory(tmp_path / "out") as other:
-            (other / "theirs").touch()
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["theirs"]
+        (slower / "from the slower").touch()
+        with new_directory(tmp_path / "out") as faster:
+            (faster / "from the faster").touch()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["from the faster"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    # kill -9 left a staging directory in 121 of 210 cases, for ever.
+def test_the_next_run_removes_the_staging_directory_of_a_killed_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    # Regression: 121 of 210 runs that `kill -9` ended left a staging directory for good.
     command = [sys.executable, "-c", KILLED, str(tmp_path / "out")]
     assert subprocess.run(command, check=False).returncode == -9
     [staging] = tmp_path.iterdir()
     with new_directory(tmp_path / "other"):
-        assert staging.exists()  # its target is another folder
-    with new_directory(tmp_path / "out") as mine, pytest.raises(CheckpointError, match="cannot"):
+        assert staging.exists()  # because it belongs to another output folder
+    with new_directory(tmp_path / "out") as first, pytest.raises(CheckpointError, match="stop"):
         assert not staging.exists()
-        with new_directory(tmp_path / "out"):  # the process that writes it is alive
-            assert mine.exists()
-            raise CheckpointError("cannot")
+        with new_directory(tmp_path / "out"):  # `first` stays, because its process is alive
+            assert first.exists()
+            raise CheckpointError("stop")
     assert staging.name in caplog.text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
 
@@ -322,7 +323,7 @@ with new_directory(sys.argv[1]) as staging:
 """
 
 
-def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_files_are_flushed_to_the_disk_before_the_folder_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[str] = []
     monkeypatch.setattr(os, "fsync", lambda handle: synced.append(str(Path(f"/proc/self/fd/{handle}").readlink())))
     with new_directory(tmp_path / "out") as staging:
@@ -332,7 +333,7 @@ def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkey
     assert synced[-1] == str(tmp_path)
 
 
-def test_names_of_strangers_do_not_reach_the_terminal_as_they_are() -> None:
+def test_messages_are_escaped_and_shortened() -> None:
     assert one_line("a\x1b[31m\nb\u202e") == "a\\x1b[31m\\nb\\u202e"
     assert len(one_line("x" * 10**6)) < 620
     assert str(CheckpointError("tensor a\nb")) == "tensor a\\nb"

@@ -1,4 +1,4 @@
-"""Every code gives back what it took: one helper for all, and what is particular to each."""
+"""Every code decodes what it encoded. Further tests cover the properties of each code."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ seeds = st.integers(0, 2**32)
 
 
 def site(seed: int, dtype: torch.dtype, rows: int, size: int, spare: int = 40) -> tuple[Tensor, Tensor]:
-    """A message of words and a matrix in canonical direction, with a spectrum that decays as in real models."""
+    """Return a message of 16-bit values and a matrix in canonical direction whose columns differ in scale."""
     generator = torch.Generator().manual_seed(seed)
     message = (0.05 * torch.randn(n_values_taken(size) + spare, generator=generator)).to(dtype)
     W = torch.randn(rows, size, generator=generator, dtype=torch.float64) * torch.linspace(1, 3, size)
@@ -40,7 +40,7 @@ def site(seed: int, dtype: torch.dtype, rows: int, size: int, spare: int = 40) -
 
 
 def round_trip(code: Code, tensors: list[Tensor], makes: list[TensorSpec]) -> tuple[Coded, list[Tensor]]:
-    """Encode, check that the parts are what the code plans, decode."""
+    """Encode and decode tensors. Check the specs of the parts and of the decoded tensors."""
     coded = code.encode(tensors, makes)
     assert {part: TensorSpec.of(tensor) for part, tensor in coded.parts.items()} == code.parts(makes, coded.params)
     decoded = code.decode(coded.parts, makes, coded.params)
@@ -49,10 +49,10 @@ def round_trip(code: Code, tensors: list[Tensor], makes: list[TensorSpec]) -> tu
 
 
 def coded_site(message: Tensor, W: Tensor, threshold: float) -> tuple[Coded, Tensor, Tensor]:
-    """A site encoded and decoded: its code, the words and the matrix that come back."""
+    """Encode and decode a site. Return the result of encoding, the decoded message and the decoded matrix."""
     makes = [TensorSpec.of(message), TensorSpec.of(W.T.to(message.dtype))]
-    coded, (words, matrix) = round_trip(BitsBack(threshold), [message, W.T], makes)
-    return coded, words, matrix.T
+    coded, (values, matrix) = round_trip(BitsBack(threshold), [message, W.T], makes)
+    return coded, values, matrix.T
 
 
 @settings(max_examples=60, deadline=None)
@@ -63,26 +63,26 @@ def coded_site(message: Tensor, W: Tensor, threshold: float) -> tuple[Coded, Ten
     ratio=st.floats(0.6, 4),
     threshold=st.sampled_from([0.0, 0.005, 0.01, 0.1]),
 )
-def test_decoding_returns_every_word(seed: int, dtype: torch.dtype, size: int, ratio: float, threshold: float) -> None:
+def test_decoding_restores_every_value_within_the_threshold(seed: int, dtype: torch.dtype, size: int, ratio: float, threshold: float) -> None:
     message, W = site(seed, dtype, int(ratio * size), size)
     try:
-        coded, words, matrix = coded_site(message, W, threshold)
-    except Declined:  # the corrections outweigh the gain; see test_a_costly_site_is_declined
+        coded, values, matrix = coded_site(message, W, threshold)
+    except Declined:  # the corrections take more bytes than the rotation saves
         assume(False)
     rank = coded.params["rank"]
     assert len(coded.parts["message"]) == len(message) - rank * (rank - 1) // 2
-    kept = len(message) - n_values_taken(rank)
-    assert torch.equal(words[:kept], message[:kept])
-    true = torch.cat([message[kept:], W[:, size - rank :].to(dtype).flatten()])
-    decoded = torch.cat([words[kept:], matrix[:, size - rank :].flatten()])
-    corrected, _ = read_corrections(coded.parts.get("corrections", torch.empty(0, dtype=torch.uint8)), dtype)
-    assert len(corrected) == coded.corrected
-    assert torch.equal(decoded[corrected], true[corrected])
+    n_unchanged = len(message) - n_values_taken(rank)
+    assert torch.equal(values[:n_unchanged], message[:n_unchanged])
+    true = torch.cat([message[n_unchanged:], W[:, size - rank :].to(dtype).flatten()])
+    decoded = torch.cat([values[n_unchanged:], matrix[:, size - rank :].flatten()])
+    positions, _ = read_corrections(coded.parts.get("corrections", torch.empty(0, dtype=torch.uint8)), dtype)
+    assert len(positions) == coded.corrected
+    assert torch.equal(decoded[positions], true[positions])
     assert ((decoded.double() - true.double()).abs() <= threshold).all()
     assert not matrix[:, : size - rank].any()
 
 
-def test_a_site_saves_what_the_formula_says() -> None:
+def test_bits_back_saves_the_bytes_that_the_formula_predicts() -> None:
     message, W = site(0, torch.float16, 256, 64)
     coded, _, _ = coded_site(message, W, threshold=0.1)
     before = message.nbytes + W.numel() * 2
@@ -90,7 +90,7 @@ def test_a_site_saves_what_the_formula_says() -> None:
     assert before - after == 64 * 63 // 2 * 2 - 8 - coded.params["corrections"]
 
 
-def test_a_matrix_of_less_than_full_rank_stores_no_zero_columns() -> None:
+def test_the_zero_columns_of_a_matrix_without_full_rank_are_not_stored() -> None:
     message, W = site(0, torch.float16, rows=40, size=64)
     coded, _, matrix = coded_site(message, W, threshold=0.05)
     assert coded.parts["matrix"].shape == (40, 40)
@@ -98,23 +98,23 @@ def test_a_matrix_of_less_than_full_rank_stores_no_zero_columns() -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "reason"),
+    ("spoil", "fact"),
     [
-        (lambda message, W: (message.index_fill(0, torch.tensor([60]), float("nan")), W), "value of the message"),
-        (lambda message, W: (message, W.index_fill(0, torch.tensor([3]), float("inf"))), "a weight"),
-        (lambda message, W: (torch.full_like(message, 60000), W), "an eigenvalue"),
-        (lambda message, W: (message, W * 1e6), "a rotated weight"),
-        (lambda message, W: (message[:500], W), "500 values"),
+        (lambda message, W: (message.index_fill(0, torch.tensor([60]), float("nan")), W), "message"),
+        (lambda message, W: (message, W.index_fill(0, torch.tensor([3]), float("inf"))), "weight"),
+        (lambda message, W: (torch.full_like(message, 60000), W), "eigenvalue"),
+        (lambda message, W: (message, W * 1e6), "rotated weight"),
+        (lambda message, W: (message[:500], W), " 500 "),
         (lambda message, W: (message, W * 0), "rank 0"),
     ],
 )
-def test_a_site_whose_numbers_fail_is_declined(spoil: Any, reason: str) -> None:
+def test_a_site_with_unsuitable_values_is_declined(spoil: Any, fact: str) -> None:
     message, W = spoil(*site(0, torch.float16, 128, 32))
-    with pytest.raises(Declined, match=reason):
+    with pytest.raises(Declined, match=fact):
         coded_site(message, W, threshold=0.01)
 
 
-def test_a_costly_site_is_declined() -> None:
+def test_a_site_that_needs_too_many_corrections_is_declined() -> None:
     message, W = site(0, torch.bfloat16, 32, 32)
     with pytest.raises(Declined, match="corrections"):
         coded_site(message, W, threshold=0.0)
@@ -122,10 +122,10 @@ def test_a_costly_site_is_declined() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(seed=seeds, size=st.integers(2, 40))
-def test_rotation_and_words_are_inverse(seed: int, size: int) -> None:
-    words = torch.randn(n_values_taken(size), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    Q, eigenvalues = rotation_from_values(words, size)
-    assert torch.allclose(values_from_rotation(Q, eigenvalues), words, atol=1e-12)
+def test_a_rotation_restores_the_values_that_it_encodes(seed: int, size: int) -> None:
+    values = torch.randn(n_values_taken(size), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    Q, eigenvalues = rotation_from_values(values, size)
+    assert torch.allclose(values_from_rotation(Q, eigenvalues), values, atol=1e-12)
     _, W = site(seed, torch.float16, 4 * size, size)
     unsigned = unsigned_rotation(W @ Q)
     recovered = with_signs(unsigned, rotation_signs(unsigned, Q))
@@ -134,36 +134,36 @@ def test_rotation_and_words_are_inverse(seed: int, size: int) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(
-    words=st.lists(st.floats(width=16), max_size=60),
+    values=st.lists(st.floats(width=16), max_size=60),
     wrong=st.sets(st.integers(0, 59)),
     dtype=st.sampled_from(DTYPES),
 )
-def test_corrections_mend_exactly_what_is_wrong(words: list[float], wrong: set[int], dtype: torch.dtype) -> None:
-    true = torch.tensor(words, dtype=dtype)
+def test_corrections_repair_exactly_the_wrong_values(values: list[float], wrong: set[int], dtype: torch.dtype) -> None:
+    true = torch.tensor(values, dtype=dtype)
     decoded = true.clone()
-    for position in wrong & set(range(len(words))):
+    for position in wrong & set(range(len(values))):
         decoded[position] = float("nan")
     corrections = encode_corrections(true, decoded, threshold=0.01)
-    mended = apply_corrections(decoded, corrections)
-    assert torch.equal(mended.view(torch.int16), true.view(torch.int16))
+    corrected = apply_corrections(decoded, corrections)
+    assert torch.equal(corrected.view(torch.int16), true.view(torch.int16))
     positions, _ = read_corrections(corrections, dtype)
-    unusable = {index for index, word in enumerate(true.tolist()) if not np.isfinite(word)}
-    assert set(positions.tolist()) == (wrong & set(range(len(words)))) | unusable
+    not_finite = {index for index, value in enumerate(true.tolist()) if not np.isfinite(value)}
+    assert set(positions.tolist()) == (wrong & set(range(len(values)))) | not_finite
     assert len(corrections) % 8 == 0
     assert bool(len(corrections)) == bool(len(positions))
 
 
-def test_corrections_cut_off_are_an_error() -> None:
+def test_truncated_corrections_and_corrections_of_other_values_are_refused() -> None:
     true = torch.arange(50, dtype=torch.float16)
     corrections = encode_corrections(true, true + 1, threshold=0.5)
-    with pytest.raises(ValueError, match="do not hold"):
+    with pytest.raises(ValueError, match=r"\b16\b.*\b50\b"):
         apply_corrections(true, corrections[:16])
-    with pytest.raises(ValueError, match="position"):
+    with pytest.raises(ValueError, match=r"\b49\b.*\b20\b"):
         apply_corrections(true[:20], corrections)
 
 
 @given(values=st.lists(st.integers(0, 2**40), max_size=30))
-def test_bits_round_trip(values: list[int]) -> None:
+def test_unpacking_bits_restores_the_packed_values(values: list[int]) -> None:
     n_bits = max(values, default=0).bit_length()
     content = pack_bits(np.array(values, dtype=np.int64), n_bits)
     assert unpack_bits(content, len(values), n_bits).tolist() == values
@@ -171,7 +171,7 @@ def test_bits_round_trip(values: list[int]) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(rows=st.integers(1, 9), columns=st.integers(0, 9), seed=seeds)
-def test_triangles_come_back(rows: int, columns: int, seed: int) -> None:
+def test_lower_and_symmetric_matrices_are_restored(rows: int, columns: int, seed: int) -> None:
     matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).half()
     coded, [lower] = round_trip(Lower(), [matrix], [TensorSpec.of(matrix)])
     assert torch.equal(lower, matrix.tril())
@@ -181,37 +181,37 @@ def test_triangles_come_back(rows: int, columns: int, seed: int) -> None:
     assert torch.equal(square, symmetric)
 
 
-def test_a_symmetric_matrix_is_square() -> None:
+def test_code_symmetric_refuses_a_matrix_that_is_not_square() -> None:
     with pytest.raises(ValueError, match="symmetric"):
         Symmetric().parts([TensorSpec("F16", (3, 4))], {})
 
 
-def test_a_rotation_that_this_machine_does_not_find_is_noticed() -> None:
+def test_a_rotation_that_this_machine_decodes_differently_is_detected() -> None:
     message, W = site(0, torch.float16, 128, 32)
     makes = [TensorSpec.of(message), TensorSpec.of(W.T.half())]
     code = BitsBack(0.05)
     coded = code.encode([message, W.T], makes)
-    words, _ = code.decode(coded.parts, makes, coded.params)
-    last_bit = words.clone()
-    last_bit[len(message) // 2] *= 1 + 2**-10  # what another machine may round otherwise
-    sums = [value + float(last_bit.double().sum() - words.double().sum()) for value in coded.params["sums"]]
+    values, _ = code.decode(coded.parts, makes, coded.params)
+    rounded = values.clone()
+    rounded[len(message) // 2] *= 1 + 2**-10  # as if another machine rounded this value differently
+    sums = [value + float(rounded.double().sum() - values.double().sum()) for value in coded.params["sums"]]
     code.decode(coded.parts, makes, {**coded.params, "sums": sums})
     signs = coded.parts["signs"].clone()
-    signs[0] ^= 0x10  # one row of the rotation, which is what another order of close eigenvalues would do, at least
-    with pytest.raises(ValueError, match="do not add up"):
+    signs[0] ^= 0x10  # flips one row of the rotation; another order of close eigenvalues changes two rows or more
+    with pytest.raises(ValueError, match="sums"):
         code.decode(coded.parts | {"signs": signs}, makes, coded.params)
 
 
 @pytest.mark.parametrize("part", ["message", "matrix"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_forged_numbers_that_are_not_finite_are_a_value_error(part: str, value: float) -> None:
-    # eigh raised LinAlgError, a traceback.
+def test_a_stored_value_that_is_not_finite_is_refused(part: str, value: float) -> None:
+    # Regression: `torch.linalg.eigh` raised LinAlgError, and the command ended with a traceback.
     message, W = site(0, torch.float16, 128, 32)
     makes = [TensorSpec.of(message), TensorSpec.of(W.T.half())]
     coded = BitsBack(0.05).encode([message, W.T], makes)
     forged = coded.parts[part].clone()
     forged[-1] = value
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match="finite"):
         BitsBack().decode(coded.parts | {part: forged}, makes, coded.params)
 
 
@@ -229,16 +229,16 @@ def test_forged_numbers_that_are_not_finite_are_a_value_error(part: str, value: 
         {"sums": ["1", "2", "3", "4"]},
     ],
 )
-def test_parameters_that_make_no_sense_are_refused(change: dict[str, Any]) -> None:
+def test_invalid_parameters_are_refused(change: dict[str, Any]) -> None:
     makes = [TensorSpec("F16", (600,)), TensorSpec("F16", (32, 128))]
     sound = {"rank": 32, "corrections": 0, "sums": [0.0] * 4}
     assert CODES["bits-back"].parts(makes, sound).keys() == {"message", "matrix", "signs"}
-    with pytest.raises(ValueError, match=r"rotation|bytes|sums|kind"):
+    with pytest.raises(ValueError, match=r"rotation|bytes|sums"):
         CODES["bits-back"].parts(makes, sound | change)
 
 
 @given(data=st.binary(max_size=40))
-def test_bytes_come_back_from_tensors(data: bytes) -> None:
+def test_bytes_are_restored_from_the_tensor_that_stores_them(data: bytes) -> None:
     tensor = as_tensor(data)
     assert len(tensor) % 8 == 0
     assert bytes_from(tensor, len(data)).tobytes() == data
@@ -253,7 +253,7 @@ def test_bytes_come_back_from_tensors(data: bytes) -> None:
     columns=st.integers(6, 20),
     dim=st.sampled_from([0, 1]),
 )
-def test_pivots_are_not_stored(
+def test_a_matrix_is_restored_without_storing_its_pivot_columns(
     seed: int, dtype: torch.dtype, sizes: list[tuple[int, int]], columns: int, dim: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -284,7 +284,7 @@ def test_a_matrix_without_pivots_is_declined() -> None:
     ("spaces", "dim"),
     [
         ([[0, 2], [1, 2]], 0),  # overlap
-        ([[3, 2]], 0),  # beyond
+        ([[3, 2]], 0),  # beyond the last row
         ([[-1, 2]], 0),
         ([], 0),
         ([[0, 0]], 0),
@@ -295,13 +295,13 @@ def test_a_matrix_without_pivots_is_declined() -> None:
         (0, 0),
     ],
 )
-def test_spaces_that_make_no_sense_are_refused(spaces: object, dim: int) -> None:
+def test_invalid_spaces_are_refused(spaces: object, dim: int) -> None:
     with pytest.raises((ValueError, TypeError)):
         CODES["pivots"].parts([TensorSpec("F16", (4, 8))], {"spaces": spaces, "dim": dim})
 
 
 @pytest.mark.parametrize("pivots", [[1, 1], [2, 1], [1, 8], [-1, 2], [1, 2**31 - 1]])
-def test_pivots_that_are_no_columns_are_refused(pivots: list[int]) -> None:
+def test_pivots_that_are_not_ascending_column_numbers_are_refused(pivots: list[int]) -> None:
     spec, params = TensorSpec("F16", (4, 8)), {"spaces": [[1, 2]], "dim": 0}
     parts = {"pivots": torch.tensor(pivots, dtype=torch.int32), "words": torch.zeros(28).half()}
     with pytest.raises(ValueError, match="pivots"):

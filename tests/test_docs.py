@@ -1,4 +1,4 @@
-"""What the documentation says can be typed."""
+"""The commands, examples, links and figures in the documentation are correct."""
 
 import re
 import shlex
@@ -19,7 +19,7 @@ def snippets(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_the_readmes_commands_and_its_example_run(
+def test_the_commands_and_the_example_in_the_readme_run(
     save_tiny: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -33,15 +33,15 @@ def test_the_readmes_commands_and_its_example_run(
     for command in commands:
         verifies = " verify " in command
         extra = ["--text", "text.txt", "--limit", "1"] if verifies else []
-        code = main([*shlex.split(command, comments=True)[1:], *extra])
-        assert code == 0 or (code == 1 and verifies), command  # a tiny random model may differ by more than 1 %
+        exit_code = main([*shlex.split(command, comments=True)[1:], *extra])
+        assert exit_code == 0 or (exit_code == 1 and verifies), command  # a tiny random model may differ by more than 1 %
     [example] = snippets("python")
     capsys.readouterr()
     exec(compile(example, "README.md", "exec"), {})  # noqa: S102
     assert len(capsys.readouterr().out.split()) > 10
 
 
-def test_the_commands_to_choose_from_run(
+def test_the_commands_on_the_choosing_page_run(
     save_tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -57,12 +57,12 @@ def test_the_commands_to_choose_from_run(
         assert main([*shlex.split(command)[1:], *calibrated, *extra]) == 0, command
 
 
-def shape(text: str) -> list[str]:
-    """Lines without what differs from model to model: numbers, and room between columns."""
+def normalized_lines(text: str) -> list[str]:
+    """Return the lines with numbers and spacing normalized, because these differ between models."""
     return [re.sub(r"[-+]?[\d,]*\.?\d+ ?%?", "#", " ".join(line.split())) for line in text.strip().splitlines()]
 
 
-def test_the_session_prints_what_its_page_says(
+def test_the_commands_on_the_session_page_print_the_output_shown_there(
     save_tiny: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -74,13 +74,13 @@ def test_the_session_prints_what_its_page_says(
     [session] = re.findall(r"```console\n(.*?)```", page, flags=re.DOTALL)
     [script] = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     for step in session.split("$ ")[1:]:
-        command, _, printed = step.partition("\n")
+        command, _, output = step.partition("\n")
         if command == "python generate.py":
             exec(compile(script, "generate.py", "exec"), {})  # noqa: S102
             assert len(capsys.readouterr().out.split()) > 10
             continue
         assert main([*shlex.split(command)[1:], *(["--force"] if "compress" in command else [])]) == 0
-        assert shape(capsys.readouterr().out) == shape(printed), command
+        assert normalized_lines(capsys.readouterr().out) == normalized_lines(output), command
 
 
 def test_the_reference_documents_every_public_function() -> None:
@@ -90,13 +90,13 @@ def test_the_reference_documents_every_public_function() -> None:
     assert {*functions} <= documented
 
 
-def test_local_links_lead_somewhere() -> None:
+def test_local_links_lead_to_existing_files() -> None:
     for document in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\((?!http)([^)#]+)", document.read_text(encoding="utf-8")):
             assert (document.parent / target).exists(), f"{document.name}: {target}"
 
 
-def test_the_walk_names_what_exists() -> None:
+def test_the_walk_through_the_code_names_only_existing_code() -> None:
     walk = (ROOT / "docs" / "walk.md").read_text(encoding="utf-8")
     source = "\n".join(file.read_text(encoding="utf-8") for file in (ROOT / "src").rglob("*.py"))
     names = re.findall(r"`([A-Za-z_.]*[A-Z_.(][A-Za-z_.]*)`", walk[walk.index("1. ") :])
@@ -107,19 +107,19 @@ def test_the_walk_names_what_exists() -> None:
         ), name
 
 
-def csv(name: str) -> str:
-    """Every number in a table of results."""
+def results_csv(name: str) -> str:
+    """Return the content of a CSV file of results."""
     return (ROOT / "benchmarks" / "results" / f"{name}.csv").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(("section", "name"), [("The race", "size_and_speed"), ("The entropy stage", "entropy")])
-def test_the_tables_of_the_measurements_are_the_results(section: str, name: str) -> None:
+def test_the_tables_on_the_measurements_page_contain_the_results(section: str, name: str) -> None:
     text = (ROOT / "docs" / "measurements.md").read_text(encoding="utf-8")
     table = text[text.index(f"## {section}") :].partition("\n\n")[2]
     rows = [line for line in table.partition("\n## ")[0].splitlines() if line.startswith("|")][2:]
     assert len(rows) > 20
-    written = {field.replace(",", "") for line in csv(name).splitlines() for field in line.split(",")}
+    fields = {field.replace(",", "") for line in results_csv(name).splitlines() for field in line.split(",")}
     for row in rows:
         for cell in row.strip("|").split("|")[2:]:
             number = cell.strip().replace(",", "")
-            assert not re.fullmatch(r"[\d.]+", number) or number in written, row
+            assert not re.fullmatch(r"[\d.]+", number) or number in fields, row

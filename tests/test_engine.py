@@ -1,4 +1,4 @@
-"""The engine runs a model as the library does, block by block; what it observes is what full autograd gives."""
+"""The engine runs a model block by block with the results of transformers. Its statistics agree with autograd."""
 
 import math
 from collections.abc import Mapping
@@ -42,7 +42,7 @@ def engine_of(folder: Path, **options: Any) -> Engine:
     return Engine(TransformersView(Checkpoint(folder), config), config, CPU, **options)
 
 
-def plain_logits(folder: Path) -> Tensor:
+def transformers_logits(folder: Path) -> Tensor:
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         logits: Tensor = model(input_ids=WINDOWS, use_cache=False).logits
@@ -51,36 +51,37 @@ def plain_logits(folder: Path) -> Tensor:
 
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"model_type": "gpt2"}, MIXTURE])
 @pytest.mark.parametrize("max_resident_bytes", [0, 2**30])
-def test_logits_are_the_librarys(changes: dict[str, Any], max_resident_bytes: int, save_tiny: Make) -> None:
+def test_the_logits_are_those_of_transformers(changes: dict[str, Any], max_resident_bytes: int, save_tiny: Make) -> None:
     folder = save_tiny(**changes)
     engine = engine_of(folder, max_resident_bytes=max_resident_bytes)
-    expected = plain_logits(folder)[:, :-1]
-    found = torch.stack(list(engine.logits(WINDOWS)))
-    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    expected = transformers_logits(folder)[:, :-1]
+    actual = torch.stack(list(engine.logits(WINDOWS)))
+    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def test_of_a_large_model_nothing_but_norms_is_in_memory_between_runs(save_tiny: Make) -> None:
+def test_between_runs_only_the_norms_of_a_large_model_are_in_memory(save_tiny: Make) -> None:
     engine = engine_of(save_tiny(), max_resident_bytes=0)
     list(engine.logits(WINDOWS))
-    held = {name for name, of in engine.model.named_parameters() if not of.is_meta and any(of.stride())}
-    assert held == {"model.norm.weight"}
+    parameters = engine.model.named_parameters()
+    loaded = {name for name, parameter in parameters if not parameter.is_meta and any(parameter.stride())}
+    assert loaded == {"model.norm.weight"}
 
 
 def test_a_missing_tensor_is_named(save_tiny: Make) -> None:
     folder = save_tiny()
 
-    class Without(Checkpoint):
+    class IncompleteCheckpoint(Checkpoint):
         @property
         def specs(self) -> Any:
-            return {name: of for name, of in super().specs.items() if "layers.1.mlp.up_proj" not in name}
+            return {name: spec for name, spec in super().specs.items() if "layers.1.mlp.up_proj" not in name}
 
     config = AutoConfig.from_pretrained(folder)
-    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is missing"):
-        Engine(TransformersView(Without(folder), config), config, CPU)
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+        Engine(TransformersView(IncompleteCheckpoint(folder), config), config, CPU)
 
 
-def by_autograd(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Mean outer products of inputs and sums of squared gradients at outputs, by hooks on the library's own model."""
+def statistics_from_autograd(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return mean outer products of inputs and sums of squared gradients at outputs, from hooks on the complete model."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     grams, squares = dict[str, Tensor](), dict[str, Tensor]()
 
@@ -98,51 +99,52 @@ def by_autograd(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     logits = model(input_ids=WINDOWS, use_cache=False).logits
     loss = logits.new_zeros(())
     for number, row in enumerate(logits[:, :-1]):
-        loss = loss + nn.functional.cross_entropy(row, labels(row, number), reduction="sum")
+        loss = loss + nn.functional.cross_entropy(row, sampled_labels(row, number), reduction="sum")
     loss.backward()
     return grams, squares
 
 
-def labels(logits: Tensor, number: int) -> Tensor:
+def sampled_labels(logits: Tensor, number: int) -> Tensor:
     from freebits.calibration.self_generated import sample_tokens
 
     return sample_tokens(logits.detach().softmax(-1), torch.Generator().manual_seed(number))[:, 0]
 
 
 @pytest.mark.parametrize("options", [{}, {"max_resident_bytes": 0, "max_stream_bytes": 0}])
-def test_what_is_observed_is_what_autograd_gives(options: dict[str, int], save_tiny: Make, tmp_path: Path) -> None:
+def test_the_statistics_agree_with_autograd(options: dict[str, int], save_tiny: Make, tmp_path: Path) -> None:
     folder = save_tiny(num_key_value_heads=2)
-    grams, squares = by_autograd(folder)
-    found: dict[str, Tensor] = {}
+    expected_grams, expected_squares = statistics_from_autograd(folder)
+    grams: dict[str, Tensor] = {}
 
     def finish(_: int, inputs: list[InputStatistics]) -> None:
-        found.update({region.name: of.gram for of in inputs for region in of.regions})
-        keys = {region.name.rpartition(".")[0].rpartition(".")[2]: of.key for of in inputs for region in of.regions}
+        by_name = {region.name: statistics for statistics in inputs for region in statistics.regions}
+        grams.update({name: statistics.gram for name, statistics in by_name.items()})
+        keys = {name.rpartition(".")[0].rpartition(".")[2]: statistics.key for name, statistics in by_name.items()}
         assert keys["q_proj"] == keys["k_proj"] == keys["v_proj"] != keys["o_proj"]
         assert keys["gate_proj"] == keys["up_proj"]
 
     sums = measure(engine_of(folder, **options), WINDOWS, 0, 0, tmp_path, finish, lambda *_: None)
-    assert found.keys() == grams.keys()
-    for name, expected in grams.items():
-        assert (found[name] - expected).norm() <= 1e-4 * expected.norm(), name
-    seen = {region.name: of for region, of in sums.squares.items()}
-    assert seen.keys() == squares.keys()
-    for name, expected in squares.items():
-        assert (seen[name] - expected).norm() <= 1e-3 * expected.norm(), name
+    assert grams.keys() == expected_grams.keys()
+    for name, expected in expected_grams.items():
+        assert (grams[name] - expected).norm() <= 1e-4 * expected.norm(), name
+    squares = {region.name: square for region, square in sums.squares.items()}
+    assert squares.keys() == expected_squares.keys()
+    for name, expected in expected_squares.items():
+        assert (squares[name] - expected).norm() <= 1e-3 * expected.norm(), name
     assert not [*tmp_path.glob("tmp*")]
 
 
 @pytest.mark.parametrize("changes", [{}, MIXTURE])
-def test_groups_of_windows_add_up(changes: dict[str, Any], save_tiny: Make, tmp_path: Path) -> None:
+def test_the_statistics_do_not_depend_on_the_size_of_groups_of_windows(changes: dict[str, Any], save_tiny: Make, tmp_path: Path) -> None:
     running = RunningModel(save_tiny(**changes), CPU)
     measured = {}
-    for name, at_once in (("one", 2**31), ("four", 1)):
+    for name, max_activation_bytes in (("one group", 2**31), ("four groups", 1)):
         with Parallel(jobs=1).executor() as executor:
             work = Work(executor, WorkStore(tmp_path / name))
             measured[name] = measure_matrices(
-                running, WINDOWS, work, 0, None, lambda *_: None, max_activation_bytes=at_once
+                running, WINDOWS, work, 0, None, lambda *_: None, max_activation_bytes=max_activation_bytes
             )
-    one, four = ({(m.tensor, m.start): m for m in measured[name].matrices} for name in ("one", "four"))
+    one, four = ({(m.tensor, m.start): m for m in measured[name].matrices} for name in ("one group", "four groups"))
     assert one.keys() == four.keys()
     for key, matrix in one.items():
         other = four[key]
@@ -156,16 +158,17 @@ def test_groups_of_windows_add_up(changes: dict[str, Any], save_tiny: Make, tmp_
 
 
 def products_of(run: Any, parameter: Tensor) -> list[Product]:
-    found: list[Product] = []
-    place = parameter.untyped_storage().data_ptr()
+    """Return the products with a parameter that occur while `run` runs."""
+    products: list[Product] = []
+    address = parameter.untyped_storage().data_ptr()
 
     def find(tensor: Any) -> tuple[str, Tensor] | None:
-        here = isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() == place
-        return ("p", parameter) if here else None
+        is_parameter = isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() == address
+        return ("p", parameter) if is_parameter else None
 
-    with Products(find, found.append):
+    with Products(find, products.append):
         run()
-    return found
+    return products
 
 
 X = torch.randn(5, 7, 6)
@@ -196,62 +199,62 @@ def test_a_product_is_recognized_by_the_memory_of_its_matrix(name: str) -> None:
     shape, run, regions = CASES[name]
     P = torch.randn(shape)
     result = run(P)
-    found = products_of(lambda: run(P), P)
-    assert [product.region for product in found] == regions
+    products = products_of(lambda: run(P), P)
+    assert [product.region for product in products] == regions
     rows = P.reshape(-1, shape[-1])
-    for product in found:
+    for product in products:
         region = product.region
         W = rows[region.start : region.stop]
         W = W.T if region.transposed else W
         assert torch.allclose(product.inputs @ W.T, product.select(result), atol=1e-5)
 
 
-def test_a_product_of_two_activations_or_of_a_scaled_matrix_is_none() -> None:
+def test_only_a_product_with_a_complete_unscaled_matrix_is_recognized() -> None:
     P = torch.randn(4, 6)
     assert products_of(lambda: X @ X.mT, P) == []
     assert products_of(lambda: linear(X, 2 * P), P) == []
-    assert products_of(lambda: linear(X[..., :3], P[:, :3]), P) == []  # some of its columns
+    assert products_of(lambda: linear(X[..., :3], P[:, :3]), P) == []  # only some columns of `P`
 
 
 @pytest.mark.parametrize("m", [5, 1100])
-def test_gram(m: int) -> None:
+def test_gram_returns_the_gram_matrix(m: int) -> None:
     x = torch.randn(30, m, dtype=torch.float64)
     assert torch.allclose(gram(x), x.T @ x)
 
 
-def expert(number: int, n: int, scale: float) -> InputStatistics:
+def expert_statistics(number: int, n: int, scale: float) -> InputStatistics:
     return InputStatistics(
         str(number), (Region("layers.0.experts", 4 * number, 4 * number + 4, False),), n, scale * torch.eye(6)
     )
 
 
-def test_experts_share_what_few_tokens_tell() -> None:
-    found = mix_experts([expert(0, 1000, 1.0), expert(2, 10, 5.0)], {"layers.0.experts": (4, 4, 6)}, "k")
-    by_region = {region.start // 4: of for of in found for region in of.regions}
-    assert by_region.keys() == {0, 1, 2, 3}
+def test_statistics_of_experts_are_mixed_with_those_of_the_average_expert() -> None:
+    mixed = mix_experts([expert_statistics(0, 1000, 1.0), expert_statistics(2, 10, 5.0)], {"layers.0.experts": (4, 4, 6)}, "k")
+    by_expert = {region.start // 4: inputs for inputs in mixed for region in inputs.regions}
+    assert by_expert.keys() == {0, 1, 2, 3}
     average = (1000 + 50) / 1010
-    assert by_region[1] is by_region[3]
-    assert math.isclose(by_region[1].gram[0, 0].item(), average, rel_tol=1e-5)
+    assert by_expert[1] is by_expert[3]
+    assert math.isclose(by_expert[1].gram[0, 0].item(), average, rel_tol=1e-5)
     assert math.isclose(
-        by_region[2].gram[0, 0].item(), (50 + MIN_EXPERT_VECTORS * average) / (10 + MIN_EXPERT_VECTORS), rel_tol=1e-5
+        by_expert[2].gram[0, 0].item(), (50 + MIN_EXPERT_VECTORS * average) / (10 + MIN_EXPERT_VECTORS), rel_tol=1e-5
     )
-    assert math.isclose(by_region[0].gram[0, 0].item(), 1, rel_tol=0.01)
+    assert math.isclose(by_expert[0].gram[0, 0].item(), 1, rel_tol=0.01)
 
 
-def test_matrices_of_a_block_that_are_no_experts_share_nothing() -> None:
-    alone = replace(expert(0, 3, 1.0), regions=(Region("layers.0.q_proj.weight", 0, 4, False),))
-    [found] = mix_experts([alone], {"layers.0.q_proj.weight": (4, 6), "layers.1.q_proj.weight": (4, 6)}, "k")
-    assert found is alone
+def test_statistics_of_matrices_that_are_not_experts_are_not_mixed() -> None:
+    statistics = replace(expert_statistics(0, 3, 1.0), regions=(Region("layers.0.q_proj.weight", 0, 4, False),))
+    [mixed] = mix_experts([statistics], {"layers.0.q_proj.weight": (4, 6), "layers.1.q_proj.weight": (4, 6)}, "k")
+    assert mixed is statistics
 
 
-def test_idle_experts_are_as_important_as_some_tokens_of_the_average_one() -> None:
+def test_the_fisher_information_of_idle_experts_is_that_of_some_vectors_of_the_average_expert() -> None:
     regions = [Region("layers.0.experts", 4 * number, 4 * number + 4, False) for number in range(3)]
     squares = {
         regions[0]: torch.full((4,), 100.0, dtype=torch.float64),
         regions[1]: torch.zeros(4, dtype=torch.float64),
     }
     sums = Sums(1000, {regions[0]: 150, regions[1]: 50}, squares, {}, None, torch.zeros(()), 1.0, frozenset())
-    found = fisher_information(sums, regions)
+    information = fisher_information(sums, regions)
     added = 100 * MIN_EXPERT_VECTORS / 200
     for region, expected in zip(regions, (100 + added, added, added), strict=True):
-        assert torch.allclose(found[region], torch.full((4,), expected / 1000, dtype=torch.float64))
+        assert torch.allclose(information[region], torch.full((4,), expected / 1000, dtype=torch.float64))

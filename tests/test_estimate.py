@@ -1,6 +1,7 @@
-"""Sizes from a config alone, and the paper's Table 1."""
+"""Estimates of sizes from a config, compared with files and with Table 1 of the paper."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -30,11 +31,11 @@ AFTER_BITS_BACK = {
     "opt-13b": (-14.01, -19.51, -24.97),
     "llama-2-7b": (-14.13, -19.53, -25.09),
 }
-"""Paper, Table 1; theirs includes corrections."""
+"""Change of the size in percent at each of `SPARSITIES` (paper, Table 1). Corrections are included."""
 
 
 @pytest.mark.parametrize("model", AFTER_SLICING)
-def test_table_one(model: str) -> None:
+def test_the_estimates_agree_with_table_1_of_the_paper(model: str) -> None:
     changes = [freebits.estimate(CONFIGS / f"{model}.json", s)["change_vs_dense_untied"] for s in SPARSITIES]
     assert tuple(f"{change['sliced']:.2f}" for change in changes) == AFTER_SLICING[model]
     for change, paper in zip(changes, AFTER_BITS_BACK[model], strict=True):
@@ -43,13 +44,13 @@ def test_table_one(model: str) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_estimate_is_what_the_files_hold(variant: str, save_tiny: Make, slice_tiny: Make, tmp_path: Path) -> None:
+def test_the_estimates_agree_with_the_contents_of_the_files(variant: str, save_tiny: Make, slice_tiny: Make, tmp_path: Path) -> None:
     dense = save_tiny(hidden_size=64, intermediate_size=160, **VARIANTS[variant])
     estimate = freebits.estimate(dense, 0.25)
     sliced = slice_tiny(dense, untie=True)
     freebits.pack(sliced, tmp_path / "packed", codec="bits-back", entropy="none", threshold=1e9)
     norms = {name for name in Checkpoint(dense).specs if "norm" in name}
-    head_bias = 96 if "opt" in variant else 0  # the final norm's, which the paper's count leaves out
+    head_bias = 96 if "opt" in variant else 0  # the bias from the final norm, which the paper does not count
     counts = {
         "dense": sum(spec.numel for name, spec in Checkpoint(dense).specs.items() if name not in norms),
         "sliced": sum(spec.numel for spec in Checkpoint(sliced).specs.values()) - head_bias,
@@ -57,11 +58,11 @@ def test_the_estimate_is_what_the_files_hold(variant: str, save_tiny: Make, slic
     assert counts == {form: estimate["params"][form] for form in counts}
     assert estimate["bytes"]["dense"] == sum(spec.n_bytes for spec in Checkpoint(dense).specs.values())
     assert estimate["bytes"]["sliced"] == sum(spec.n_bytes for spec in Checkpoint(sliced).specs.values())
-    stored = {n: k for n, k in PackedFolder(tmp_path / "packed").stored.items() if not n.endswith(".signs")}
-    words = sum(spec.numel for spec in stored.values()) - head_bias
-    n_signs = 6 * 8 // 2  # for each site 8 bytes, in words
-    if "narrow" not in variant:  # a matrix of less than full rank has fewer words than the estimate promises
-        assert words + n_signs == estimate["params"]["bits_back"]
+    stored = PackedFolder(tmp_path / "packed").stored.items()
+    n_values = sum(spec.numel for name, spec in stored if not name.endswith(".signs")) - head_bias
+    n_sign_values = 6 * 8 // 2  # the signs of each site take 8 bytes, the size of four 16-bit values
+    if "narrow" not in variant:  # a matrix without full rank takes fewer values than the estimate
+        assert n_values + n_sign_values == estimate["params"]["bits_back"]
 
     forms = {"canonical": sliced, "dense_canonical": dense}
     if estimate["params"]["canonical_tied"] is not None:
@@ -69,15 +70,14 @@ def test_the_estimate_is_what_the_files_hold(variant: str, save_tiny: Make, slic
     for form, folder in forms.items():
         freebits.pack(folder, tmp_path / form, entropy="none")
         packed = PackedFolder(tmp_path / form)
-        words = sum(spec.numel for name, spec in packed.stored.items() if name not in norms)
+        n_values = sum(spec.numel for name, spec in packed.stored.items() if name not in norms)
         ranks = [rank for rank in packed.config.get("shortcut_ranks", []) if rank]
-        spared = sum(
-            n_lower_values(48, 16) - n_lower_values(48, rank) for rank in ranks
-        )  # the estimate takes them full
-        assert words - (head_bias if form == "canonical" else 0) + spared == estimate["params"][form]
+        # the estimate assumes that all shortcut factors have rank 16
+        n_overestimated = sum(n_lower_values(48, 16) - n_lower_values(48, rank) for rank in ranks)
+        assert n_values - (head_bias if form == "canonical" else 0) + n_overestimated == estimate["params"][form]
 
 
-def test_ties_can_be_kept_only_where_there_are_any() -> None:
+def test_only_a_model_with_a_tied_head_has_a_tied_canonical_form() -> None:
     tied, untied = (freebits.estimate(CONFIGS / f"{name}.json", 0.2)["params"] for name in ("opt-1.3b", "llama-2-7b"))
     assert tied["dense"] < tied["dense_untied"]
     assert tied["canonical_tied"] < tied["canonical"]
@@ -85,7 +85,7 @@ def test_ties_can_be_kept_only_where_there_are_any() -> None:
     assert untied["canonical_tied"] is None
 
 
-def test_estimate_prints_a_table_or_one_object(capsys: pytest.CaptureFixture[str]) -> None:
+def test_estimate_prints_a_table_or_one_json_object(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["estimate", str(CONFIGS / "opt-6.7b.json"), "--sparsity", "0.2"]
     assert main(arguments) == 0
     assert "-14.33 %" in capsys.readouterr().out
@@ -101,12 +101,12 @@ def test_estimate_prints_a_table_or_one_object(capsys: pytest.CaptureFixture[str
     assert round(result["change_vs_dense"]["dense_canonical"], 2) == -0.50
 
 
-def test_what_cannot_be_estimated_is_refused_with_the_reason(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is missing"):
+def test_a_config_that_cannot_be_estimated_is_refused_with_the_reason(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json"):
         freebits.estimate(tmp_path, 0.2)
     shutil.copy(CONFIGS / "opt-1.3b.json", tmp_path / "config.json")
     change_config(tmp_path, num_hidden_layers=10**9)
-    with pytest.raises(CheckpointError, match="num_hidden_layers is 1000000000, more than any model has"):
+    with pytest.raises(CheckpointError, match="num_hidden_layers.*1000000000"):
         freebits.estimate(tmp_path, 0.2)
     change_config(tmp_path, num_hidden_layers=24, word_embed_proj_dim=512)
     with pytest.raises(UnsupportedModelError, match="word_embed_proj_dim"):
@@ -115,7 +115,7 @@ def test_what_cannot_be_estimated_is_refused_with_the_reason(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("sparsity", [0.9, 0.92, 0.99])
 @pytest.mark.parametrize("model", ["opt-1.3b", "llama-2-7b"])
-def test_a_message_too_short_for_its_rotation_is_planned_as_it_is_packed(model: str, sparsity: float) -> None:
+def test_at_high_sparsity_no_form_is_estimated_larger_than_the_sliced_model(model: str, sparsity: float) -> None:
     params = freebits.estimate(CONFIGS / f"{model}.json", sparsity)["params"]
     assert max(params["canonical"], params["bits_back"]) <= params["sliced"]
 
@@ -123,5 +123,5 @@ def test_a_message_too_short_for_its_rotation_is_planned_as_it_is_packed(model: 
 def test_a_config_too_large_for_any_machine_is_refused(tmp_path: Path) -> None:
     shutil.copy(CONFIGS / "llama-2-7b.json", tmp_path / "config.json")
     change_config(tmp_path, intermediate_size=2**40, num_hidden_layers=1)
-    with pytest.raises(CheckpointError, match="too large for any machine"):
+    with pytest.raises(CheckpointError, match=re.escape(str(tmp_path))):
         freebits.estimate(tmp_path, 0.2)

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.fuzz.spoiling import CODECS, read, run, sound, write
+from tests.fuzz.spoiling import CODECS, golden_contents, read, run, write
 
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_what_is_not_spoiled_is_read(codec: str, tmp_path: Path) -> None:
-    write(sound(codec), tmp_path)
+    write(golden_contents(codec), tmp_path)
     assert read(tmp_path)
 
 

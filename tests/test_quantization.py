@@ -1,7 +1,8 @@
-"""Quantization: the codes, the rounding, and the verb."""
+"""The codes of quantized weights, rounding, and the command `quantize`."""
 
 import itertools
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,51 +28,50 @@ from freebits.quantization.scales import scaled_integers
 from freebits.types import TensorSpec
 from tests.tiny import VARIANTS, Make, change_tensors, in_float64, random_text
 
-numbers = st.lists(st.tuples(st.sampled_from(list(ans.LEVELS)), st.lists(st.integers(-(2**31), 2**31 - 1))), max_size=5)
+levels = st.sampled_from(list(ans.LEVELS))
+lists_of_integers = st.lists(st.tuples(levels, st.lists(st.integers(-(2**31), 2**31 - 1))), max_size=5)
 
 
-@given(numbers)
-def test_numbers_of_any_size_survive_the_coder(parts: list[tuple[int, list[int]]]) -> None:
-    segments = [(level, np.array(values, np.int32)) for level, values in parts]
-    words, escaped = ans.encode(segments)
-    decoded = list(ans.decode(words, [(level, len(values)) for level, values in segments], escaped))
-    assert all(np.array_equal(values, got) for (_, values), got in zip(segments, decoded, strict=True))
+@given(lists_of_integers)
+def test_the_coder_restores_integers_of_any_size(lists: list[tuple[int, list[int]]]) -> None:
+    segments = [(level, np.array(integers, np.int32)) for level, integers in lists]
+    bitstream, escaped = ans.encode(segments)
+    decoded = list(ans.decode(bitstream, [(level, len(integers)) for level, integers in segments], escaped))
+    assert all(np.array_equal(integers, actual) for (_, integers), actual in zip(segments, decoded, strict=True))
 
 
-def drawn(n: int, level: int, seed: int = 0) -> Any:
+def normal_integers(n: int, level: int, seed: int = 0) -> Any:
+    """Return `n` rounded normal values whose standard deviation is that of the level."""
     return np.round(np.random.default_rng(seed).normal(size=n) * 2 ** (level / 4)).astype(np.int32)
 
 
 @pytest.mark.parametrize("n", [1 << 17, 1 << 20])
-def test_the_coder_takes_the_entropy_and_hardly_more(n: int) -> None:
-    segments = [(level, drawn(n // 4, level)) for level in (2, 6, 9, 14)]
-    words, escaped = ans.encode(segments)
-    masses = [np.unique(values, return_counts=True)[1] / (n // 4) for _, values in segments]
-    entropy = sum(-(mass * np.log2(mass)).sum() * n / 4 for mass in masses)
+def test_the_coder_needs_little_more_than_the_entropy(n: int) -> None:
+    segments = [(level, normal_integers(n // 4, level)) for level in (2, 6, 9, 14)]
+    bitstream, escaped = ans.encode(segments)
+    distributions = [np.unique(integers, return_counts=True)[1] / (n // 4) for _, integers in segments]
+    entropy = sum(-(p * np.log2(p)).sum() * n / 4 for p in distributions)
     assert len(escaped) < 10
-    assert 0.999 < 16 * len(words) / entropy < (1.012 if n < 1 << 18 else 1.004)
+    assert 0.999 < 16 * len(bitstream) / entropy < (1.012 if n < 1 << 18 else 1.004)
 
 
-def test_the_tables_are_the_same_on_all_machines() -> None:
-    frequencies = [ans.table(level).frequencies.tolist() for level in (-12, 0, 5, 18, 24)]
-    digests = [sum(number * frequency for number, frequency in enumerate(of, start=1)) for of in frequencies]
+def test_the_frequency_tables_are_the_same_on_all_machines() -> None:
+    tables = [ans.table(level).frequencies.tolist() for level in (-12, 0, 5, 18, 24)]
+    digests = [sum(symbol * frequency for symbol, frequency in enumerate(table, start=1)) for table in tables]
     assert all(int(ans.table(level).frequencies.sum()) == 1 << ans.PRECISION for level in ans.LEVELS)
-    assert digests == TABLES
+    assert digests == [49155, 114695, 213005, 1704040, 4768035]
 
 
-TABLES = [49155, 114695, 213005, 1704040, 4768035]
-
-
-def test_a_damaged_message_is_no_crash() -> None:
-    words, escaped = ans.encode([(4, drawn(5000, 4))])
-    for broken in (words[:-1], words[:10], words ^ np.uint16(5)):
+def test_a_damaged_bitstream_is_refused() -> None:
+    bitstream, escaped = ans.encode([(4, normal_integers(5000, 4))])
+    for damaged in (bitstream[:-1], bitstream[:10], bitstream ^ np.uint16(5)):
         with pytest.raises(ValueError, match=r"bitstream|escape"):
-            list(ans.decode(broken, [(4, 5000)], escaped))
+            list(ans.decode(damaged, [(4, 5000)], escaped))
 
 
 @settings(max_examples=20)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 5), st.sampled_from([3, 300, 3e5]))
-def test_matrices_of_integers_come_back(n: int, m: int, seed: int, size: float) -> None:
+def test_code_integers_restores_matrices_exactly(n: int, m: int, seed: int, size: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     matrix = (torch.randn(n, m, generator=generator) * 10 ** torch.rand(n, 1, generator=generator) * size).round()
     other = torch.zeros(m, n)
@@ -87,7 +87,7 @@ def test_matrices_of_integers_come_back(n: int, m: int, seed: int, size: float) 
 
 
 @pytest.mark.parametrize("octaves", [3, 6, 8, 10, 14])
-def test_large_integers_take_their_entropy_too(octaves: int) -> None:
+def test_large_integers_need_little_more_than_their_entropy(octaves: int) -> None:
     integers = (torch.randn(256, 1024, generator=torch.Generator().manual_seed(0)) * 2**octaves).round().int()
     tensors = [integers, *(torch.zeros(size, dtype=torch.int16) for size in integers.shape)]
     coded = CODES["integers"].encode(tensors, [TensorSpec("F32", (256, 1024))])
@@ -95,20 +95,21 @@ def test_large_integers_take_their_entropy_too(octaves: int) -> None:
     assert abs(bits - octaves - math.log2(2 * math.pi * math.e) / 2) < 0.05
 
 
-def test_steps_are_powers_of_two() -> None:
-    wanted = torch.tensor([1e-6, 0.5, 1.0, 3.0, 1e4])
-    assert torch.allclose(steps(exponents(wanted)), wanted, rtol=2 ** (1 / 32) - 1 + 1e-6)
+def test_scales_are_rounded_to_powers_of_the_sixteenth_root_of_two() -> None:
+    scales = torch.tensor([1e-6, 0.5, 1.0, 3.0, 1e4])
+    assert torch.allclose(steps(exponents(scales)), scales, rtol=2 ** (1 / 32) - 1 + 1e-6)
     assert torch.equal(steps(torch.tensor([0, 16, -32]).short()), torch.tensor([1.0, 2.0, 0.25]))
 
 
-def every_point(size: int, pulses: int) -> list[tuple[int, ...]]:
+def all_points(size: int, pulses: int) -> list[tuple[int, ...]]:
+    """Return all integer vectors whose absolute values sum to `pulses`."""
     values = range(-pulses, pulses + 1)
     return [y for y in itertools.product(values, repeat=size) if sum(map(abs, y)) == pulses]
 
 
 @pytest.mark.parametrize(("size", "pulses"), [(1, 1), (1, 4), (2, 3), (3, 2), (4, 3), (3, 5)])
-def test_points_are_numbered_without_gaps(size: int, pulses: int) -> None:
-    points = np.array(every_point(size, pulses))
+def test_points_of_a_pyramid_are_numbered_without_gaps(size: int, pulses: int) -> None:
+    points = np.array(all_points(size, pulses))
     assert sorted(enumeration.rank(points).tolist()) == list(range(len(points)))
     assert np.array_equal(enumeration.unrank(enumeration.rank(points), size, pulses), points)
     assert enumeration.n_bits(size, pulses) == (len(points) - 1).bit_length()
@@ -116,23 +117,23 @@ def test_points_are_numbered_without_gaps(size: int, pulses: int) -> None:
 
 @settings(max_examples=15, deadline=None)
 @given(st.sampled_from([(16, 12), (16, 48), (16, 58), (64, 40), (128, 84)]), st.integers(0, 100))
-def test_large_pyramids_are_numbered_exactly(shape: tuple[int, int], seed: int) -> None:
+def test_points_of_large_pyramids_are_restored_from_their_numbers(shape: tuple[int, int], seed: int) -> None:
     points = nearest_points(torch.randn(20, shape[0], generator=torch.Generator().manual_seed(seed)), shape[1])
-    whole = points.long().numpy()
-    assert np.array_equal(np.abs(whole).sum(1), np.full(20, shape[1]))
-    assert np.array_equal(enumeration.unrank(enumeration.rank(whole), *shape), whole)
+    integers = points.long().numpy()
+    assert np.array_equal(np.abs(integers).sum(1), np.full(20, shape[1]))
+    assert np.array_equal(enumeration.unrank(enumeration.rank(integers), *shape), integers)
 
 
-def test_the_search_finds_nearly_the_nearest_point() -> None:
+def test_the_search_finds_a_point_nearly_as_close_as_the_nearest() -> None:
     x = torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
-    every = torch.tensor(every_point(4, 3)).float()
-    best = (x @ every.T / every.norm(dim=1)).amax(1)
-    found = nearest_points(x, 3)
-    assert ((x * found).sum(1) / found.norm(dim=1) / best).mean() > 0.995
+    candidates = torch.tensor(all_points(4, 3)).float()
+    best = (x @ candidates.T / candidates.norm(dim=1)).amax(1)
+    points = nearest_points(x, 3)
+    assert ((x * points).sum(1) / points.norm(dim=1) / best).mean() > 0.995
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 12, 36, 96, 100, 172, 576, 1536])
-def test_a_hadamard_rotation_is_orthogonal_and_goes_back(n: int) -> None:
+def test_a_hadamard_rotation_is_orthogonal_and_has_an_inverse(n: int) -> None:
     Q = hadamard(torch.eye(n, dtype=torch.float64), seed=3)
     assert torch.allclose(Q @ Q.T, torch.eye(n, dtype=torch.float64), atol=1e-12)
     x = torch.randn(2, 3, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -140,12 +141,13 @@ def test_a_hadamard_rotation_is_orthogonal_and_goes_back(n: int) -> None:
 
 
 @pytest.mark.parametrize("n", [4, 12, 36, 576, 1536])
-def test_it_spreads_every_number_evenly(n: int) -> None:
+def test_all_entries_of_a_hadamard_rotation_have_the_same_magnitude(n: int) -> None:
     Q = hadamard(torch.eye(n, dtype=torch.float64), seed=1)
     assert torch.allclose(Q.abs(), torch.full_like(Q, n**-0.5), atol=1e-12)
 
 
-def problem(n: int = 24, m: int = 32) -> tuple[Tensor, Tensor]:
+def weights_and_gram(n: int = 24, m: int = 32) -> tuple[Tensor, Tensor]:
+    """Return a random matrix `W`, (n, m), and the Gram matrix of correlated inputs, (m, m)."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4 * m, m, generator=generator) @ torch.randn(m, m, generator=generator)
     return torch.randn(n, m, generator=generator), (x.T @ x / len(x)).double()
@@ -157,26 +159,27 @@ def loss(W: Tensor, rounded: Tensor, gram: Tensor) -> float:
 
 
 @pytest.mark.parametrize("group", [1, 4])
-def test_feedback_costs_what_theory_says_and_less_than_rounding(group: int) -> None:
-    W, gram = problem()
+def test_error_compensation_has_the_loss_of_the_theory_and_less_than_plain_rounding(group: int) -> None:
+    W, gram = weights_and_gram()
     U = inverse_factor(gram, 0.0)
-    made: dict[int, Tensor] = {}
+    compensated: dict[int, Tensor] = {}
 
-    def to(w: Tensor, at: int) -> Tensor:
-        made[at] = w.clone()
+    def round_group(w: Tensor, start: int) -> Tensor:
+        compensated[start] = w.clone()
         return w.round()
 
-    rounded = compensated_rounding(W, U, to, group)
-    inverses = [torch.linalg.inv(U.double()[at : at + group, at : at + group]) for at in made]
-    told = sum(
-        ((w - w.round()).double() @ of).square().sum().item() for w, of in zip(made.values(), inverses, strict=True)
+    rounded = compensated_rounding(W, U, round_group, group)
+    inverses = [torch.linalg.inv(U.double()[start : start + group, start : start + group]) for start in compensated]
+    expected = sum(
+        ((w - w.round()).double() @ inverse).square().sum().item()
+        for w, inverse in zip(compensated.values(), inverses, strict=True)
     )
-    assert math.isclose(loss(W, rounded, gram), told, rel_tol=1e-3)
+    assert math.isclose(loss(W, rounded, gram), expected, rel_tol=1e-3)
     assert loss(W, rounded, gram) < 0.7 * loss(W, W.round(), gram)
 
 
-def test_every_number_costs_the_same() -> None:
-    W, gram = problem(400, 32)
+def test_every_weight_adds_the_same_loss_relative_to_the_scale_of_its_row() -> None:
+    W, gram = weights_and_gram(400, 32)
     U, rows, c = inverse_factor(gram, 0.0), torch.linspace(0.5, 2, 400), 0.3
     error = (W - scaled_integers(W, U, rows, U.diagonal(), c).floats(torch.float32)).double()
     per_row = torch.einsum("ri,ij,rj->r", error, gram, error) / rows.square()
@@ -184,21 +187,20 @@ def test_every_number_costs_the_same() -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_grids_and_pyramids_come_back_and_get_finer(bits: int) -> None:
-    W, gram = problem(24, 96)
+def test_grids_and_pyramids_are_decoded_with_a_loss_that_falls_with_the_bits(bits: int) -> None:
+    W, gram = weights_and_gram(24, 96)
     U = inverse_factor(gram, 0.01)
     spec = [TensorSpec("F32", tuple(W.shape))]
-    fed, nearest = round_to_grid(W, U, bits), round_to_grid(W, None, bits)
+    compensated, nearest = round_to_grid(W, U, bits), round_to_grid(W, None, bits)
     losses = []
     for tensors, code in (
-        ((*fed, torch.tensor([bits, GROUP])), "grid"),
+        ((*compensated, torch.tensor([bits, GROUP])), "grid"),
         ((*nearest, torch.tensor([bits, GROUP])), "grid"),
         (round_to_pyramids(W, U, min(bits, 4)), "pyramid"),
     ):
         coded = CODES[code].encode(tensors, spec)
-        assert {name: TensorSpec.of(part) for name, part in coded.parts.items()} == CODES[code].parts(
-            spec, coded.params
-        )
+        part_specs = {name: TensorSpec.of(part) for name, part in coded.parts.items()}
+        assert part_specs == CODES[code].parts(spec, coded.params)
         [decoded] = CODES[code].decode(coded.parts, spec, coded.params)
         losses.append(loss(W, decoded, gram) / loss(W, torch.zeros_like(W), gram))
     assert losses[0] < losses[1] < 8 * 4.0**-bits
@@ -227,28 +229,27 @@ def test_a_model_is_quantized_loaded_and_unpacked(changes: dict[str, Any], save_
 
 @pytest.mark.parametrize("method", ["pyramid", "gptq", "rtn"])
 @pytest.mark.parametrize("rotate", ["none", "hadamard"])
-def test_other_methods_and_rotations_load_too(method: str, rotate: str, save_tiny: Make, tmp_path: Path) -> None:
+def test_models_of_all_methods_and_rotations_can_be_verified_and_loaded(method: str, rotate: str, save_tiny: Make, tmp_path: Path) -> None:
     dense = save_tiny()
     quantized(dense, tmp_path / "out", bits=4, method=method, rotate=rotate, only="linear")
     result = freebits.verify(tmp_path / "out", against=dense, text=random_text(200), seq_len=32, limit=4)
-    assert result["mean_kl"] < 0.6  # 4 bits per weight are few for a model of noise
+    assert result["mean_kl"] < 0.6  # because random weights need more than 4 bits
     weights = [dict(freebits.load(path).named_parameters()) for path in (dense, tmp_path / "out")]
     for name, weight in weights[0].items():
-        assert (weights[1][name] - weight).norm() < 0.4 * weight.norm(), (
-            name
-        )  # feedback moves weights more than rounding
+        error = (weights[1][name] - weight).norm()
+        assert error < 0.4 * weight.norm(), name  # error compensation changes weights more than rounding does
     history = freebits.inspect(tmp_path / "out")["history"]
     assert (history[-1]["transform"], history[-1]["rotate"], history[-1]["fidelity"]) == (method, rotate, "lossy")
 
 
-def test_a_target_size_is_met_and_never_passed(save_tiny: Make, tmp_path: Path) -> None:
+def test_the_target_size_is_nearly_reached_and_not_exceeded(save_tiny: Make, tmp_path: Path) -> None:
     dense = save_tiny(hidden_size=64, intermediate_size=256)
     target = 190_000
     facts = quantized(dense, tmp_path / "out", target_size=target)
     assert 0.97 * target < facts["bytes"]["packed"] <= target
 
 
-def test_a_target_divergence_is_about_what_comes_out(save_tiny: Make, tmp_path: Path) -> None:
+def test_the_kl_divergence_is_near_its_target(save_tiny: Make, tmp_path: Path) -> None:
     dense = save_tiny()
     for target in (0.003, 0.03):
         quantized(dense, tmp_path / str(target), target_kl=target)
@@ -259,7 +260,7 @@ def test_a_target_divergence_is_about_what_comes_out(save_tiny: Make, tmp_path: 
 def test_a_model_that_overflows_is_refused(save_tiny: Make, tmp_path: Path) -> None:
     dense = save_tiny()
     change_tensors(dense, model__layers__1__mlp__up_proj__weight=lambda weight: weight.fill_(torch.inf))
-    with pytest.raises(freebits.CheckpointError, match="not finite"):
+    with pytest.raises(freebits.CheckpointError, match=r"model\.layers\.1\.mlp\."):
         quantized(dense, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -277,7 +278,7 @@ def test_sliced_and_canonical_models_are_quantized(
         freebits.unpack(tmp_path / f"{name}-4", tmp_path / f"{name}-plain")
 
 
-def test_a_model_writes_the_text_that_it_is_calibrated_on(save_tiny: Make, tmp_path: Path) -> None:
+def test_without_a_text_the_model_generates_the_same_calibration_data_each_time(save_tiny: Make, tmp_path: Path) -> None:
     dense = save_tiny()
     facts = freebits.quantize(dense, tmp_path / "out", samples=4, seq_len=16, bits=6)
     assert facts["history"][-1]["text"] == "its own"
@@ -293,35 +294,35 @@ def test_a_model_writes_the_text_that_it_is_calibrated_on(save_tiny: Make, tmp_p
      {"only": "norms"}, {"target_kl": -1.0}],
     ids=str,
 )  # fmt: skip
-def test_targets_that_make_no_sense_are_refused(options: dict[str, Any], save_tiny: Make, tmp_path: Path) -> None:
+def test_invalid_options_are_refused(options: dict[str, Any], save_tiny: Make, tmp_path: Path) -> None:
     with pytest.raises(UsageError):
         quantized(save_tiny(), tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 
-def test_coarse_numbers_are_as_many_as_their_bits_and_less_wrong_when_rotated() -> None:
+def test_rounded_activations_have_few_values_and_smaller_errors_in_a_rotated_basis() -> None:
     x = torch.randn(50, 96, generator=torch.Generator().manual_seed(0))
     x[:, 7] *= 40
-    for function, most in ((round_symmetric, 15), (round_asymmetric, 16)):
-        assert all(len(row.unique()) <= most for row in function(x, 4))
-        turned = hadamard_inverse(function(hadamard(x, 0), 4), 0)
-        assert (turned - x)[:, :7].norm() < 0.7 * (function(x, 4) - x)[:, :7].norm()
+    for function, n_values in ((round_symmetric, 15), (round_asymmetric, 16)):
+        assert all(len(row.unique()) <= n_values for row in function(x, 4))
+        rotated = hadamard_inverse(function(hadamard(x, 0), 4), 0)
+        assert (rotated - x)[:, :7].norm() < 0.7 * (function(x, 4) - x)[:, :7].norm()
 
 
 @pytest.mark.parametrize("model_type", ["llama", "opt"])
-def test_activations_and_cache_are_simulated(model_type: str, save_tiny: Make) -> None:
+def test_rounding_activations_or_the_cache_changes_perplexity_less_with_more_bits(model_type: str, save_tiny: Make) -> None:
     dense, text = save_tiny(model_type=model_type), random_text(300)
 
     def perplexity(**options: Any) -> float:
-        measured: float = freebits.evaluate(dense, text=text, seq_len=32, limit=4, **options)["perplexity"]
-        return measured
+        result: float = freebits.evaluate(dense, text=text, seq_len=32, limit=4, **options)["perplexity"]
+        return result
 
     exact = perplexity()
-    for what in ("activations", "kv"):
-        assert math.isclose(perplexity(**{what: 16}), exact, rel_tol=0.15)  # the largest numbers are clipped
-        assert math.isclose(perplexity(**{what: 16}, rotate="hadamard"), exact, rel_tol=0.15)
-        assert not math.isclose(perplexity(**{what: 2}), perplexity(**{what: 16}), rel_tol=1e-3)
-    with pytest.raises(UsageError, match="bits"):
+    for option in ("activations", "kv"):
+        assert math.isclose(perplexity(**{option: 16}), exact, rel_tol=0.15)  # because the largest values are clipped
+        assert math.isclose(perplexity(**{option: 16}, rotate="hadamard"), exact, rel_tol=0.15)
+        assert not math.isclose(perplexity(**{option: 2}), perplexity(**{option: 16}), rel_tol=1e-3)
+    with pytest.raises(UsageError, match="`activations` is 1"):
         perplexity(activations=1)
 
 
@@ -339,20 +340,21 @@ def test_a_rotated_model_computes_the_same(variant: str, save_tiny: Make, tmp_pa
     assert all((norm == 1).all() for norm in norms)
 
 
-def test_what_rotation_would_break_is_refused(save_tiny: Make, tmp_path: Path) -> None:
-    with pytest.raises(freebits.UnsupportedModelError, match="mean"):
-        freebits.rotate_model(save_tiny(model_type="opt"), tmp_path / "out")
+def test_a_model_whose_norms_subtract_the_mean_is_not_rotated(save_tiny: Make, tmp_path: Path) -> None:
+    dense = save_tiny(model_type="opt")
+    with pytest.raises(freebits.UnsupportedModelError, match=re.escape(str(dense))):
+        freebits.rotate_model(dense, tmp_path / "out")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_integers_can_be_kept_in_memory(dtype: torch.dtype, save_tiny: Make, tmp_path: Path) -> None:
+def test_a_model_that_keeps_integers_in_memory_gives_nearly_the_same_logits(dtype: torch.dtype, save_tiny: Make, tmp_path: Path) -> None:
     quantized(save_tiny(attention_bias=True, mlp_bias=True, hidden_size=64), tmp_path / "out", bits=4)
     tokens = torch.randint(0, 96, (2, 20), generator=torch.Generator().manual_seed(0))
-    kept = freebits.load(tmp_path / "out", dtype=dtype, keep_integers=True)
-    layers = [module for module in kept.modules() if isinstance(module, IntegerLinear)]
+    model = freebits.load(tmp_path / "out", dtype=dtype, keep_integers=True)
+    layers = [module for module in model.modules() if isinstance(module, IntegerLinear)]
     assert len(layers) > 15
     assert {layer.integers.dtype for layer in layers} == {torch.int8}
     with torch.no_grad():
-        floats = freebits.load(tmp_path / "out", dtype=dtype)(input_ids=tokens).logits
-        integers = kept(input_ids=tokens).logits
-    assert (floats - integers).abs().max() < (0.01 if dtype == torch.float32 else 0.3) * floats.abs().max()
+        expected = freebits.load(tmp_path / "out", dtype=dtype)(input_ids=tokens).logits
+        actual = model(input_ids=tokens).logits
+    assert (actual - expected).abs().max() < (0.01 if dtype == torch.float32 else 0.3) * expected.abs().max()

@@ -1,4 +1,4 @@
-"""Checkpoints that other tools have quantized: read as floats, as the packages that define the formats read them."""
+"""Read checkpoints that other tools have quantized, with the results of the packages that define the formats."""
 
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from tests.tiny import Make, random_text
 
 SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "head_dim": 32}
 BFLOAT16 = 2.0**-7
+"""Tolerance for values in bfloat16, relative to the largest magnitude."""
 
 
 @pytest.fixture
@@ -26,39 +27,39 @@ def dense(save_tiny: Make) -> Path:
 
 
 @pytest.mark.parametrize("format_", MAKERS)
-def test_matrices_are_read_as_the_package_reads_them(format_: str, dense: Path, tmp_path: Path) -> None:
+def test_matrices_are_dequantized_as_the_package_of_the_format_does(format_: str, dense: Path, tmp_path: Path) -> None:
     expected = save_quantized(dense, tmp_path / "q", format_)
     source = Dequantized(tmp_path / "q")
     plain = Checkpoint(dense)
     assert source.specs.keys() == plain.specs.keys()
     assert all(source.specs[name].shape == spec.shape for name, spec in plain.specs.items())
     for name, spec in plain.specs.items():
-        near = source[name].float()
+        actual = source[name].float()
         if name in expected:
-            assert (near - expected[name].float()).abs().max() <= BFLOAT16 * expected[name].abs().max(), name
-        assert (near - plain[name].float()).norm() <= 0.2 * plain[name].float().norm(), name
-        assert tuple(near.shape) == spec.shape
+            assert (actual - expected[name].float()).abs().max() <= BFLOAT16 * expected[name].abs().max(), name
+        assert (actual - plain[name].float()).norm() <= 0.2 * plain[name].float().norm(), name
+        assert tuple(actual.shape) == spec.shape
 
 
 @pytest.mark.parametrize("powers", [False, True])
-def test_blocks_of_fp8_as_transformers_reads_them(powers: bool, tmp_path: Path) -> None:
-    made, _ = fp8_blocks(torch.randn(256, 384), powers=powers)
-    save_file({f"a.{end}": of for end, of in made.items()}, tmp_path / "model.safetensors")
+def test_fp8_blocks_are_dequantized_as_in_transformers(powers: bool, tmp_path: Path) -> None:
+    tensors, _ = fp8_blocks(torch.randn(256, 384), powers=powers)
+    save_file({f"a.{suffix}": tensor for suffix, tensor in tensors.items()}, tmp_path / "model.safetensors")
     write_json(tmp_path / "config.json", {"dtype": "float32", "quantization_config": {"quant_method": "fp8"}})
-    expected = Fp8Dequantize(None)._dequantize_one(made["weight"], made["weight_scale_inv"], torch.float32)
+    expected = Fp8Dequantize(None)._dequantize_one(tensors["weight"], tensors["weight_scale_inv"], torch.float32)
     assert torch.equal(Dequantized(tmp_path)["a.weight"], expected)
 
 
-def test_blocks_that_are_cut_off(tmp_path: Path) -> None:
+def test_a_matrix_that_does_not_fill_its_fp8_blocks_is_dequantized(tmp_path: Path) -> None:
     W = torch.randn(200, 300)
-    made, _ = fp8_blocks(W)
-    save_file({f"a.{end}": of for end, of in made.items()}, tmp_path / "model.safetensors")
+    tensors, _ = fp8_blocks(W)
+    save_file({f"a.{suffix}": tensor for suffix, tensor in tensors.items()}, tmp_path / "model.safetensors")
     settings = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     write_json(tmp_path / "config.json", {"quantization_config": settings})
     assert (Dequantized(tmp_path)["a.weight"].float() - W).norm() <= 0.05 * W.norm()
 
 
-def test_stacked_experts_of_gpt_oss(tmp_path: Path) -> None:
+def test_stacked_experts_of_gpt_oss_are_dequantized_as_in_transformers(tmp_path: Path) -> None:
     blocks = torch.randint(256, (2, 64, 3, 16), dtype=torch.uint8)
     scales = torch.randint(120, 130, (2, 64, 3), dtype=torch.uint8)
     tensors = {"experts.gate_up_proj_blocks": blocks, "experts.gate_up_proj_scales": scales}
@@ -69,14 +70,14 @@ def test_stacked_experts_of_gpt_oss(tmp_path: Path) -> None:
     assert not source.config
 
 
-def test_a_format_that_is_not_known(tmp_path: Path) -> None:
+def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
     save_file({"a.weight": torch.zeros(64, 1, dtype=torch.uint8)}, tmp_path / "model.safetensors")
     write_json(tmp_path / "config.json", {"quantization_config": {"quant_method": "bitsandbytes"}})
     with pytest.raises(UnsupportedModelError, match="bitsandbytes"):
         Dequantized(tmp_path)
 
 
-def test_scales_that_are_missing_or_do_not_fit(tmp_path: Path) -> None:
+def test_scales_that_do_not_fit_their_matrix_are_refused(tmp_path: Path) -> None:
     values = torch.zeros(64, 64, dtype=torch.float8_e4m3fn)
     write_json(tmp_path / "config.json", {"quantization_config": {"quant_method": "fp8"}})
     save_file({"a.weight": values, "a.weight_scale": torch.ones(7, 1)}, tmp_path / "model.safetensors")
@@ -84,22 +85,22 @@ def test_scales_that_are_missing_or_do_not_fit(tmp_path: Path) -> None:
         Dequantized(tmp_path)["a.weight"]
 
 
-def test_a_quantized_model_is_quantized_and_loaded(dense: Path, tmp_path: Path) -> None:
+def test_a_quantized_model_can_be_quantized_again_and_verified(dense: Path, tmp_path: Path) -> None:
     save_quantized(dense, tmp_path / "fp8", "FP8, blocks, float32 scales")
-    made = freebits.quantize(
+    facts = freebits.quantize(
         tmp_path / "fp8", tmp_path / "q", bits=8, calibration=random_text(600), samples=4, seq_len=32
     )
-    assert made["coverage"]["share"] > 0.9
+    assert facts["coverage"]["share"] > 0.9
     tokens = torch.arange(2, 34)[None]
     with torch.no_grad():
-        of_fp8, of_ours = (
+        expected, actual = (
             freebits.load(tmp_path / name, dtype=torch.float32)(input_ids=tokens).logits for name in ("fp8", "q")
         )
-    assert (of_ours - of_fp8).norm() <= 0.05 * of_fp8.norm()
+    assert (actual - expected).norm() <= 0.05 * expected.norm()
     assert freebits.verify(tmp_path / "q", against=tmp_path / "fp8", text=random_text(600), seq_len=32)["ok"]
 
 
-def test_lossless_keeps_the_stored_bytes(dense: Path, tmp_path: Path) -> None:
+def test_codec_none_restores_the_file_of_a_quantized_model(dense: Path, tmp_path: Path) -> None:
     save_quantized(dense, tmp_path / "nvfp4", "NVFP4, compressed-tensors")
     freebits.pack(tmp_path / "nvfp4", tmp_path / "packed", codec="none")
     freebits.unpack(tmp_path / "packed", tmp_path / "back")

@@ -1,4 +1,4 @@
-"""Slicing: the principal axes, kept; the rest, gone."""
+"""Slicing keeps the principal axes of the residual stream and removes the other directions."""
 
 import json
 import math
@@ -37,8 +37,8 @@ def test_sliced_size_is_rounded_down_to_a_multiple_of_eight(hidden: int, sparsit
 
 
 @pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5, 0.99, float("nan")])
-def test_a_senseless_sparsity_is_refused(sparsity: float) -> None:
-    with pytest.raises(UsageError, match="sparsity"):
+def test_an_invalid_sparsity_is_refused(sparsity: float) -> None:
+    with pytest.raises(UsageError, match="`sparsity`"):
         sliced_size(64, sparsity)
 
 
@@ -57,8 +57,8 @@ def logits(path: Path, text: str) -> Tensor:
     return result
 
 
-def confine(folder: Path, size: int) -> None:
-    """Let every producer of the residual stream write into one subspace of `size` dimensions only."""
+def confine_residual_stream(folder: Path, size: int) -> None:
+    """Project all outputs to the residual stream onto one subspace of `size` dimensions."""
     state = load_file(folder / "model.safetensors")
     basis = random_orthogonal(32, torch.Generator().manual_seed(5))[:, :size]
     projector = basis @ basis.T
@@ -72,25 +72,25 @@ def confine(folder: Path, size: int) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("options", [{}, {"random_orientation": True}, {"untie": True}])
-def test_slicing_away_what_is_empty_changes_nothing(
+def test_slicing_away_unused_dimensions_does_not_change_the_logits(
     variant: str, options: dict[str, bool], save_tiny: Make, slice_tiny: Make
 ) -> None:
     dense = save_tiny(dtype=torch.float64, **VARIANTS[variant])
-    confine(dense, size=24)
+    confine_residual_stream(dense, size=24)
     sliced = slice_tiny(dense, sparsity=0.25, **options)
     expected = logits(dense, random_text(64, seed=3))
     difference = (logits(sliced, random_text(64, seed=3)) - expected).abs().max()
-    assert difference < 1e-3 * expected.std()  # the calibration runs in float32, the dense norm too
+    assert difference < 1e-3 * expected.std()  # because calibration and the dense norms run in float32
 
 
-def test_sparsity_zero_keeps_the_function(save_tiny: Make, slice_tiny: Make) -> None:
+def test_sparsity_zero_does_not_change_the_logits(save_tiny: Make, slice_tiny: Make) -> None:
     dense = save_tiny(dtype=torch.float64)
     sliced = slice_tiny(dense, sparsity=0.0)
     expected = logits(dense, random_text(64, seed=3))
-    assert (logits(sliced, random_text(64, seed=3)) - expected).abs().max() < 1e-4  # float32 in the dense norm
+    assert (logits(sliced, random_text(64, seed=3)) - expected).abs().max() < 1e-4  # the dense norms run in float32
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(save_tiny: Make, slice_tiny: Make) -> None:
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_different_ones(save_tiny: Make, slice_tiny: Make) -> None:
     dense = save_tiny()
     options: dict[str, Any] = {"random_orientation": True, "samples": 4}
     files = [
@@ -100,7 +100,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(save_tiny: M
     assert files[0] == files[1] != files[2]
 
 
-def test_config_and_shapes_of_a_sliced_checkpoint(save_tiny: Make, slice_tiny: Make) -> None:
+def test_a_sliced_checkpoint_has_the_expected_config_and_shapes(save_tiny: Make, slice_tiny: Make) -> None:
     dense = save_tiny(tie_word_embeddings=True, dtype=torch.bfloat16)
     sliced = slice_tiny(dense, untie=True)
     config = json.loads((sliced / "config.json").read_text())
@@ -113,14 +113,13 @@ def test_config_and_shapes_of_a_sliced_checkpoint(save_tiny: Make, slice_tiny: M
     assert state["model.layers.2.mlp_shortcut.weight"].shape == (32, 24)
     assert state["lm_head.weight"].shape == (96, 32)
     assert not [name for name in state if "norm" in name]
-    [transform] = config["freebits"]["history"]
-    assert (transform["transform"], transform["fidelity"], transform["sparsity"]) == ("slice", "lossy", 0.25)
-    untied = transform["bytes"]["dense_untied"] - transform["bytes"]["dense"]
-    assert untied == 96 * 32 * 2
+    [step] = config["freebits"]["history"]
+    assert (step["transform"], step["fidelity"], step["sparsity"]) == ("slice", "lossy", 0.25)
+    assert step["bytes"]["dense_untied"] - step["bytes"]["dense"] == 96 * 32 * 2
 
 
 @pytest.mark.parametrize("model_type", ["llama", "opt"])
-def test_a_tie_is_kept_bit_for_bit(model_type: str, save_tiny: Make, slice_tiny: Make) -> None:
+def test_a_tied_embedding_stays_tied_and_unchanged(model_type: str, save_tiny: Make, slice_tiny: Make) -> None:
     dense = save_tiny(model_type=model_type, tie_word_embeddings=True)
     sliced = slice_tiny(dense)
     embedding = "model.decoder.embed_tokens" if model_type == "opt" else "model.embed_tokens"
@@ -133,29 +132,29 @@ def test_a_tie_is_kept_bit_for_bit(model_type: str, save_tiny: Make, slice_tiny:
     assert model.lm_head.weight is model.get_input_embeddings().weight
 
 
-def test_shards_stay_shards(save_tiny: Make, slice_tiny: Make, tmp_path: Path) -> None:
-    whole = save_tiny("whole")
-    sharded = save_tiny("sharded", shard="20KB")
-    assert len(list(sharded.glob("*.safetensors"))) > 2
-    one, many = slice_tiny(whole, "one"), slice_tiny(sharded, "many")
-    assert len(list(many.glob("model-0*-of-0*.safetensors"))) > 2
-    freebits.pack(many, tmp_path / "packed", codec="bits-back", threshold=0.3)
+def test_a_sharded_checkpoint_stays_sharded(save_tiny: Make, slice_tiny: Make, tmp_path: Path) -> None:
+    dense = save_tiny("dense")
+    dense_shards = save_tiny("dense shards", shard="20KB")
+    assert len(list(dense_shards.glob("*.safetensors"))) > 2
+    sliced, sliced_shards = slice_tiny(dense, "sliced"), slice_tiny(dense_shards, "sliced shards")
+    assert len(list(sliced_shards.glob("model-0*-of-0*.safetensors"))) > 2
+    freebits.pack(sliced_shards, tmp_path / "packed", codec="bits-back", threshold=0.3)
     freebits.unpack(tmp_path / "packed", tmp_path / "unpacked")
     assert len(list((tmp_path / "unpacked").glob("model-0*-of-0*.safetensors"))) > 2
     text = random_text(64, seed=3)
-    assert torch.equal(logits(one, text), logits(many, text))
+    assert torch.equal(logits(sliced, text), logits(sliced_shards, text))
     assert torch.equal(logits(tmp_path / "packed", text), logits(tmp_path / "unpacked", text))
 
 
 def test_too_little_text_is_refused(save_tiny: Make, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"the text has \d+ tokens.* 32"):
+    with pytest.raises(UsageError, match=r"\d+ tokens.* 32"):
         freebits.slice_model(save_tiny(), tmp_path / "out", sparsity=0.2, calibration="w1 w2", seq_len=32)
     with pytest.raises(UsageError, match="`samples` is 0"):
-        freebits.slice_model(save_tiny("again"), tmp_path / "out", sparsity=0.2, samples=0, seq_len=32)
+        freebits.slice_model(save_tiny("other"), tmp_path / "out", sparsity=0.2, samples=0, seq_len=32)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_head_that_differs_from_the_tied_embedding_is_the_head(save_tiny: Make, slice_tiny: Make) -> None:
+def test_a_stored_head_is_used_even_if_the_config_ties_it(save_tiny: Make, slice_tiny: Make) -> None:
     dense = save_tiny(tie_word_embeddings=True, dtype=torch.float64)
     state = load_file(dense / "model.safetensors")
     state["lm_head.weight"] = state["model.embed_tokens.weight"].flip(0).clone()
@@ -166,7 +165,7 @@ def test_a_head_that_differs_from_the_tied_embedding_is_the_head(save_tiny: Make
 
 
 def test_every_tensor_keeps_its_own_dtype(save_tiny: Make, slice_tiny: Make) -> None:
-    # One float32 norm made slice write everything in float32, twice the size, without a word.
+    # Regression: because of one float32 norm, `slice` wrote all tensors in float32, which doubles the size.
     dense = save_tiny(tie_word_embeddings=True)
     state = load_file(dense / "model.safetensors")
     state["model.layers.1.mlp.up_proj.weight"] = state["model.layers.1.mlp.up_proj.weight"].float()
@@ -176,17 +175,17 @@ def test_every_tensor_keeps_its_own_dtype(save_tiny: Make, slice_tiny: Make) -> 
     assert json.loads((sliced / "config.json").read_text())["dtype"] == "float16"
     wide = {name for name, tensor in load_file(sliced / "model.safetensors").items() if tensor.dtype == torch.float32}
     assert wide == {"model.layers.1.mlp.up_proj.weight"}
-    asked = slice_tiny(dense, "asked", dtype=torch.bfloat16)
-    assert {tensor.dtype for tensor in load_file(asked / "model.safetensors").values()} == {torch.bfloat16}
+    converted = slice_tiny(dense, "converted", dtype=torch.bfloat16)
+    assert {tensor.dtype for tensor in load_file(converted / "model.safetensors").values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.complex64])
-def test_weights_are_sliced_to_floats(dtype: torch.dtype, save_tiny: Make, slice_tiny: Make) -> None:
+def test_an_output_dtype_without_real_floats_or_with_fp8_is_refused(dtype: torch.dtype, save_tiny: Make, slice_tiny: Make) -> None:
     with pytest.raises(UsageError, match=f"`dtype` is {dtype}"):
         slice_tiny(save_tiny(), dtype=dtype)
 
 
-def test_slicing_says_what_it_cost(save_tiny: Make, caplog: pytest.LogCaptureFixture) -> None:
+def test_slicing_reports_the_perplexities_on_held_out_windows(save_tiny: Make, caplog: pytest.LogCaptureFixture) -> None:
     dense = save_tiny()
     facts = freebits.slice_model(
         dense, dense.with_name("out"), sparsity=0.25, calibration=random_text(600), samples=8, seq_len=32
@@ -207,7 +206,7 @@ def test_a_slice_that_ruins_the_model_is_refused(
     dense = save_tiny()
     monkeypatch.setattr(slice_checkpoint, "WARN", 0.01)
     slice_tiny(dense, "warned", seed=11)
-    assert "perplexity from" in caplog.text
+    assert "sparsity of 0.25" in caplog.text
     monkeypatch.setattr(slice_checkpoint, "REFUSE", 0.01)
     with pytest.raises(UsageError, match="`force`"):
         slice_tiny(dense, "refused", seed=12)
@@ -216,20 +215,20 @@ def test_a_slice_that_ruins_the_model_is_refused(
 
 
 @pytest.mark.parametrize(("n", "samples", "calibrated", "held_out"), [(18, 8, 8, 4), (10, 64, 9, 1), (1, 64, 1, 0)])
-def test_windows_to_measure_on_are_not_calibrated_on(n: int, samples: int, calibrated: int, held_out: int) -> None:
+def test_held_out_windows_are_not_used_for_calibration(n: int, samples: int, calibrated: int, held_out: int) -> None:
     windows = torch.arange(2 * n).reshape(n, 2)
-    drawn = split_windows(windows, samples, HELD_OUT, seed=0)
-    assert [len(part) for part in drawn] == [calibrated, held_out]
-    assert len({*drawn[0][:, 0].tolist(), *drawn[1][:, 0].tolist()}) == calibrated + held_out
+    parts = split_windows(windows, samples, HELD_OUT, seed=0)
+    assert [len(part) for part in parts] == [calibrated, held_out]
+    assert len({*parts[0][:, 0].tolist(), *parts[1][:, 0].tolist()}) == calibrated + held_out
 
 
-def test_longer_windows_than_the_model_has_positions_for_are_refused(save_tiny: Make, slice_tiny: Make) -> None:
+def test_windows_with_more_tokens_than_the_model_has_positions_are_refused(save_tiny: Make, slice_tiny: Make) -> None:
     with pytest.raises(UsageError, match=r"65.*64"):
         slice_tiny(save_tiny(model_type="opt"), seq_len=65)
 
 
-def test_every_block_runs_as_itself(save_tiny: Make) -> None:
-    # Every block ran as layer 0 with layer 0's mask: wrong where layers differ.
+def test_every_block_runs_with_its_own_attention_mask(save_tiny: Make) -> None:
+    # Regression: every block ran with the mask of layer 0, which is wrong if layers differ.
     dense = save_tiny(dtype=torch.float32)
     change_config(
         dense,
@@ -252,17 +251,17 @@ def test_every_block_runs_as_itself(save_tiny: Make) -> None:
     save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
     config = AutoConfig.from_pretrained(dense)
     runner = FoldedRunner(TransformersView(Checkpoint(dense), config), config, architecture, torch.device("cpu"))
-    seen: dict[int, Tensor] = {}
+    inputs: dict[int, Tensor] = {}
 
     def at_site(site: int, x: Tensor) -> Tensor:
-        seen[site] = x.clone()
+        inputs[site] = x.clone()
         return x
 
     with torch.no_grad():
         losses = runner.losses(tokens, at_site, 1)
-    assert sorted(seen) == list(range(7))
-    for block in range(3):  # the library gives the last one after the final norm only
-        assert (seen[2 * block] - expected[block]).abs().max() < 1e-4
+    assert sorted(inputs) == list(range(7))
+    for block in range(3):  # not the last site, which transformers returns only after the final norm
+        assert (inputs[2 * block] - expected[block]).abs().max() < 1e-4
     logits = model(tokens[1:]).logits[0, :-1]
     assert math.isclose(losses[0], torch.nn.functional.cross_entropy(logits, tokens[1, 1:]).item(), rel_tol=1e-4)
 
@@ -278,7 +277,7 @@ def test_every_block_runs_as_itself(save_tiny: Make) -> None:
         ("model.embed_tokens.weight", torch.ones(32)),
     ],
 )
-def test_a_tensor_that_the_config_contradicts_is_refused(
+def test_a_tensor_that_contradicts_the_config_is_refused(
     name: str, tensor: Tensor, save_tiny: Make, slice_tiny: Make
 ) -> None:
     dense = save_tiny()

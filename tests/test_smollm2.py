@@ -1,4 +1,4 @@
-"""The main job on a real model: what the README promises, with the figures printed."""
+"""A real model reaches the figures in the README; the tests report the measured figures."""
 
 import os
 import re
@@ -30,75 +30,73 @@ pytestmark = pytest.mark.smollm2
 THRESHOLD = 0.01
 
 
-def saved(packed: Path) -> float:
-    """Points of the dense untied size saved beyond slicing, every file counted."""
+def saved_points(packed: Path) -> float:
+    """Return how much packing saves after slicing, with all files counted, in percent of the dense untied size."""
     sizes = freebits.inspect(packed)["bytes"]
     on_disk = (packed / name for name in ("packed.safetensors", "config.json", "freebits.json"))
     assert sizes["packed"] == sum(file.stat().st_size for file in on_disk)
     return 100 * (sizes["sliced"] - sizes["packed"]) / sizes["dense_untied"]
 
 
-def test_slicing_costs_what_it_should(demo_run: DemoRun, report: Report) -> None:
+def test_slicing_raises_perplexity_by_less_than_half(demo_run: DemoRun, report: Report) -> None:
     perplexity = freebits.evaluate(demo_run.sliced, limit=4)["perplexity"]
-    [transform] = freebits.inspect(demo_run.sliced)["history"]
-    measured = transform["perplexity"]
+    [step] = freebits.inspect(demo_run.sliced)["history"]
+    measured = step["perplexity"]
     report(f"sliced: perplexity {perplexity:.3f} on held-out topics; {measured} on held-out windows")
     assert perplexity < 26
     assert 1 < measured["sliced"] / measured["dense"] < 1.5
 
 
 def test_bits_back_saves_three_and_a_half_points_beyond_slicing(demo_run: DemoRun, report: Report) -> None:
-    points = saved(demo_run.bits_back)
+    points = saved_points(demo_run.bits_back)
     report(f"bits-back: saved {points:.3f} points of dense untied beyond slicing")
     assert points >= 3.5
 
 
-def test_canonical_saves_more_and_is_smaller_than_the_file_one_had(demo_run: DemoRun, report: Report) -> None:
-    points = saved(demo_run.canonical)
+def test_canonical_saves_more_and_is_smaller_than_the_dense_file(demo_run: DemoRun, report: Report) -> None:
+    points = saved_points(demo_run.canonical)
     sizes = freebits.inspect(demo_run.canonical)["bytes"]
-    smaller = 100 * (1 - sizes["packed"] / sizes["dense"])
-    report(f"canonical: saved {points:.3f} points beyond slicing; {smaller:.2f} % smaller than the dense file")
+    reduction = 100 * (1 - sizes["packed"] / sizes["dense"])
+    report(f"canonical: saved {points:.3f} points beyond slicing; {reduction:.2f} % smaller than the dense file")
     assert points >= 5.8
-    assert smaller >= 13.5
+    assert reduction >= 13.5
 
 
-def test_the_bits_back_model_is_as_good_as_the_sliced_one(demo_run: DemoRun, report: Report) -> None:
-    verdict = freebits.verify(demo_run.bits_back, against=demo_run.sliced, limit=4)
-    ratio = verdict["perplexity"]["packed"] / verdict["perplexity"]["reference"]
-    report(f"bits-back: perplexity ratio {ratio:.5f}, mean KL {verdict['mean_kl']:.2e} nats per token")
-    assert verdict["ok"]
+def test_the_bits_back_model_predicts_nearly_as_the_sliced_one(demo_run: DemoRun, report: Report) -> None:
+    result = freebits.verify(demo_run.bits_back, against=demo_run.sliced, limit=4)
+    ratio = result["perplexity"]["packed"] / result["perplexity"]["reference"]
+    report(f"bits-back: perplexity ratio {ratio:.5f}, mean KL {result['mean_kl']:.2e} nats per token")
+    assert result["ok"]
     assert ratio <= 1.01
-    assert verdict["mean_kl"] < 0.01
+    assert result["mean_kl"] < 0.01
 
 
-def test_the_canonical_model_is_the_sliced_one(demo_run: DemoRun, report: Report) -> None:
-    verdict = freebits.verify(demo_run.canonical, against=demo_run.sliced, limit=4)
-    ratio = verdict["perplexity"]["packed"] / verdict["perplexity"]["reference"]
-    difference = verdict["max_abs_logit_diff"]
-    report(f"canonical: perplexity ratio {ratio:.5f}, mean KL {verdict['mean_kl']:.2e}, max |Δlogit| {difference:.3f}")
+def test_the_canonical_model_predicts_as_the_sliced_one(demo_run: DemoRun, report: Report) -> None:
+    result = freebits.verify(demo_run.canonical, against=demo_run.sliced, limit=4)
+    ratio = result["perplexity"]["packed"] / result["perplexity"]["reference"]
+    difference = result["max_abs_logit_diff"]
+    report(f"canonical: perplexity ratio {ratio:.5f}, mean KL {result['mean_kl']:.2e}, max |Δlogit| {difference:.3f}")
     assert abs(ratio - 1) <= 1e-3
-    assert verdict["mean_kl"] < 1e-4
+    assert result["mean_kl"] < 1e-4
 
 
-def test_four_bits_a_number_are_four_bits_and_cost_little(demo_run: DemoRun, tmp_path: Path, report: Report) -> None:
+def test_four_bits_per_weight_need_four_bits_and_change_predictions_little(demo_run: DemoRun, tmp_path: Path, report: Report) -> None:
     text = embedded_text()[0]
     facts = freebits.quantize(demo_run.dense, tmp_path / "four", bits=4, calibration=text, samples=8)
-    n_low_rank_weights = sum(spec.numel for spec in Checkpoint(demo_run.dense).specs.values() if len(spec.shape) == 2)
-    assert (
-        0.995 < 2 * facts["bytes"]["packed"] / n_low_rank_weights < 1.004
-    )  # half a byte each, headers and manifest included
+    n_weights = sum(spec.numel for spec in Checkpoint(demo_run.dense).specs.values() if len(spec.shape) == 2)
+    assert 0.995 < 2 * facts["bytes"]["packed"] / n_weights < 1.004  # half a byte per weight, headers included
     result = freebits.verify(tmp_path / "four", against=demo_run.dense, limit=4)
     report(f"4 bits: {facts['bytes']['packed']:,} bytes, mean KL {result['mean_kl']:.4f}, ratio {result['ratio']:.4f}")
     assert result["mean_kl"] < 0.15
 
 
-def test_it_writes_a_sentence(demo_run: DemoRun) -> None:
+def test_the_unpacked_model_writes_a_sentence(demo_run: DemoRun) -> None:
     sentence = generate(demo_run.unpacked, PROMPT)
     assert sentence.startswith(PROMPT)
     assert len(re.findall(r"[a-z]{3,}", sentence.removeprefix(PROMPT))) >= 5
 
 
-def test_every_word_is_within_the_threshold_and_every_corrected_word_exact(
+def test_every_value_is_within_the_threshold_and_every_corrected_value_exact(
     demo_run: DemoRun, tmp_path: Path, report: Report
 ) -> None:
     packed = PackedFolder(demo_run.bits_back)
@@ -107,40 +105,39 @@ def test_every_word_is_within_the_threshold_and_every_corrected_word_exact(
         "no output matrix writes to it",
         "the tied head fixes its basis",
     ]
-    freebits.pack(
-        demo_run.sliced, tmp_path / "true", codec="bits-back", entropy="none", threshold=0
-    )  # no site gains: all are plain
-    true = PackedFolder(tmp_path / "true")
-    assert not true.manifest.recipes
+    # With threshold 0 no site becomes smaller, so all sites are stored unchanged.
+    freebits.pack(demo_run.sliced, tmp_path / "exact", codec="bits-back", entropy="none", threshold=0)
+    exact = PackedFolder(tmp_path / "exact")
+    assert not exact.manifest.recipes
     n_corrected = n_other = 0
     for recipe in packed.manifest.recipes:
         uncorrected = _without_corrections(packed, recipe)
         for name, tensor in next(packed.decoded(recipe.makes)).items():
-            error = (tensor.double() - true[name].double()).abs()
-            off = (uncorrected[name].double() - true[name].double()).abs() > THRESHOLD
+            error = (tensor.double() - exact[name].double()).abs()
+            wrong = (uncorrected[name].double() - exact[name].double()).abs() > THRESHOLD
             assert error.max() <= THRESHOLD
-            assert torch.equal(tensor[off], true[name][off])
-            n_corrected += int(off.sum())
+            assert torch.equal(tensor[wrong], exact[name][wrong])
+            n_corrected += int(wrong.sum())
             n_other += int((error > 0).sum())
     assert n_corrected == sum(note.get("corrections", 0) for note in notes) > 0
-    report(f"{n_corrected} words corrected exactly; {n_other} others differ, none by more than {THRESHOLD}")
+    report(f"{n_corrected} values corrected exactly; {n_other} others differ, none by more than {THRESHOLD}")
 
 
 def _without_corrections(packed: PackedFolder, recipe: Recipe) -> dict[str, Tensor]:
     stored = load_file(packed.path / "packed.safetensors")
     parts = {part: stored[name] for part, name in recipe.takes.items() if part != "corrections"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bitsback, "_check_sums", lambda *_: None)  # which miss the corrections
+        patch.setattr(bitsback, "_check_sums", lambda *_: None)  # the sums are those of the corrected values
         tensors = CODES[recipe.code].decode(parts, list(recipe.makes.values()), recipe.params)
     return dict(zip(recipe.makes, tensors, strict=True))
 
 
-MACHINES = {
+ENVIRONMENTS = {
     "one thread": {"OMP_NUM_THREADS": "1"},
     "two threads": {"OMP_NUM_THREADS": "2"},
     "other kernels": {"OMP_NUM_THREADS": "2", "ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"},
 }
-THREADS = """
+PROGRAM = """
 import sys, torch, freebits
 
 options = {"entropy": "none"} if sys.argv[1] == "pack" else {}
@@ -149,35 +146,35 @@ print(torch.get_num_threads())
 """
 
 
-def elsewhere(environment: dict[str, str], verb: str, source: Path, out: Path) -> dict[str, Tensor]:
-    """What a process with other threads and kernels writes; it must have had those threads."""
-    command = [sys.executable, "-c", THREADS, verb, str(source), str(out)]
-    done = subprocess.run(command, env=os.environ | environment, check=True, capture_output=True, text=True)
-    assert done.stdout.strip() == environment["OMP_NUM_THREADS"]
-    return load_file(out / ("packed.safetensors" if verb == "pack" else "model.safetensors"))
+def run_in_environment(variables: dict[str, str], command: str, source: Path, out: Path) -> dict[str, Tensor]:
+    """Run a command in a process with other threads and kernels, and return the tensors that the process writes."""
+    program = [sys.executable, "-c", PROGRAM, command, str(source), str(out)]
+    result = subprocess.run(program, env=os.environ | variables, check=True, capture_output=True, text=True)
+    assert result.stdout.strip() == variables["OMP_NUM_THREADS"]
+    return load_file(out / ("packed.safetensors" if command == "pack" else "model.safetensors"))
 
 
-def test_other_threads_and_kernels_decode_the_same_words(demo_run: DemoRun, tmp_path: Path, report: Report) -> None:
+def test_other_threads_and_kernels_decode_nearly_the_same_values(demo_run: DemoRun, tmp_path: Path, report: Report) -> None:
     reference = tensors_of(demo_run.bits_back)
     n_values = sum(tensor.numel() for tensor in reference.values())
-    for number, (machine, environment) in enumerate(MACHINES.items()):
-        decoded = elsewhere(environment, "unpack", demo_run.bits_back, tmp_path / str(number))
+    for number, (environment, variables) in enumerate(ENVIRONMENTS.items()):
+        decoded = run_in_environment(variables, "unpack", demo_run.bits_back, tmp_path / str(number))
         assert decoded.keys() == reference.keys()
         differences = [(decoded[name].double() - reference[name].double()).abs() for name in reference]
         n_different = sum(int((difference > 0).sum()) for difference in differences)
         largest = max(difference.max().item() for difference in differences)
-        report(f"bits-back, {machine}: {n_different} of {n_values} words differ, by at most {largest:.1e}")
+        report(f"bits-back, {environment}: {n_different} of {n_values} values differ, by at most {largest:.1e}")
         assert largest <= THRESHOLD
         assert n_different <= n_values // 10_000
 
 
-def test_other_threads_and_kernels_pack_the_same_canonical_words(
+def test_other_threads_and_kernels_pack_nearly_the_same_canonical_values(
     demo_run: DemoRun, tmp_path: Path, report: Report
 ) -> None:
     reference = load_file(demo_run.canonical / "packed.safetensors")
     n_values = sum(tensor.numel() for tensor in reference.values())
-    for number, (machine, environment) in enumerate(MACHINES.items()):
-        packed = elsewhere(environment, "pack", demo_run.sliced, tmp_path / str(number))
+    for number, (environment, variables) in enumerate(ENVIRONMENTS.items()):
+        packed = run_in_environment(variables, "pack", demo_run.sliced, tmp_path / str(number))
         assert packed.keys() == reference.keys()
         n_different = 0
         for name, expected in reference.items():
@@ -187,5 +184,5 @@ def test_other_threads_and_kernels_pack_the_same_canonical_words(
             difference = (packed[name].double() - expected.double()).abs()
             assert (difference <= rounding).all(), name
             n_different += int((difference > 0).sum())
-        report(f"canonical, {machine}: {n_different} of {n_values} words differ, each by one rounding")
+        report(f"canonical, {environment}: {n_different} of {n_values} values differ, each by one rounding")
         assert n_different <= n_values // 100_000

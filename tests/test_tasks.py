@@ -117,7 +117,7 @@ def test_what_cannot_be_measured_is_said_in_one_line(
     command = ["eval", str(save_tiny()), "--text", str(tmp_path / "text.txt"), "--seq-len", "32", "--tasks"]
     for task, finding in (
         ("nothing", "no task 'nothing'"),
-        ("arc_easy", "arc_easy is not read from local files"),
+        ("arc_easy", "task arc_easy"),
         ("winogrande", "winogrande.jsonl cannot be read"),
         ("arc_challenge_chat,glue", "no task 'glue'"),  # a tag, which has no result of its own
         ("piqa", "valid.jsonl and valid-labels.lst"),

@@ -1,4 +1,4 @@
-"""Tiny random models and text for them, and what tests do to models and folders."""
+"""Tiny random models and text for them, and functions that change models and folders."""
 
 import json
 from collections.abc import Callable
@@ -15,18 +15,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from freebits.packed.reader import PackedFolder
 
 Make = Callable[..., Path]
-"""What makes a folder: the fixtures `save_tiny`, `slice_tiny` and `pack_tiny`."""
+"""Function that makes a folder: the type of the fixtures `save_tiny`, `slice_tiny` and `pack_tiny`."""
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama tied": {"tie_word_embeddings": True},
     "llama untied": {"tie_word_embeddings": False},
     "llama gqa": {"num_key_value_heads": 2},
     "llama biases": {"attention_bias": True, "mlp_bias": True},
-    "llama narrow heads": {"head_dim": 4},  # the attention's output matrix has rank 16 < 32
+    "llama narrow heads": {"head_dim": 4},  # so the output matrix of attention has rank 16 < 32
     "opt tied": {"model_type": "opt"},
     "opt untied": {"model_type": "opt", "tie_word_embeddings": False},
 }
-"""What distinguishes the tiny models."""
+"""Name of a tiny model → arguments of `tiny_config`."""
 
 
 _MIXTURE = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
@@ -85,7 +85,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "OPT": {"model_type": "opt"},
     "OPT without biases": {"model_type": "opt", "enable_bias": False},
 }
-"""A tiny model of every row of the architecture table."""
+"""Name of a model family → arguments of `tiny_config`, for every row of the architecture table."""
 
 
 def tiny_config(model_type: str = "llama", **changes: Any) -> PreTrainedConfig:
@@ -110,7 +110,7 @@ def tiny_config(model_type: str = "llama", **changes: Any) -> PreTrainedConfig:
 
 
 def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
-    """A dense model whose every parameter is random, norms and biases too."""
+    """Return a dense model in which every parameter is random, including norms and biases."""
     model: Any = AutoModelForCausalLM.from_config(tiny_config(**changes), dtype=dtype)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -121,21 +121,25 @@ def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float64, **changes: Any
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Of words: `w0` to `w95`."""
-    words = {f"w{index}": index for index in range(96)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    """Return a tokenizer whose tokens are the words `w0` to `w95`."""
+    vocabulary = {f"w{index}": index for index in range(96)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", eos_token="w1")
 
 
 def random_text(n_values: int, seed: int = 0) -> str:
-    """Text for the tiny models' tokenizer."""
-    numbers = torch.randint(96, (n_values,), generator=torch.Generator().manual_seed(seed))
-    return " ".join(f"w{number}" for number in numbers.tolist())
+    """Return `n_values` random words for the tokenizer of the tiny models."""
+    tokens = torch.randint(96, (n_values,), generator=torch.Generator().manual_seed(seed))
+    return " ".join(f"w{token}" for token in tokens.tolist())
 
 
 def in_float64(model: Any) -> Any:
-    """The library's norm computes in float32 whatever it is given; torch's does not. Nor do all its experts take it."""
+    """Make a model compute in float64, and return it.
+
+    Norms of transformers always compute in float32, so they are replaced by norms of torch. Not all implementations of
+    experts accept float64, so the model uses the eager one.
+    """
     model.config._experts_implementation = "eager"
     for name, module in list(model.named_modules()):
         if type(module).__name__.endswith("RMSNorm") and type(module).__name__ != "BareNorm":
@@ -146,12 +150,12 @@ def in_float64(model: Any) -> Any:
 
 
 def tensors_of(packed: Path) -> dict[str, Tensor]:
-    """Everything that a packed folder holds of a model, decoded."""
+    """Decode all tensors of the model in a packed folder."""
     return dict(PackedFolder(packed).model_tensors())
 
 
 def change_tensors(folder: Path, **changes: Callable[[Tensor], Tensor]) -> None:
-    """Change tensors of a checkpoint of one file; dots of their names are written `__`."""
+    """Change tensors of a checkpoint with one weights file. Argument names are tensor names with `__` for dots."""
     state = load_file(folder / "model.safetensors")
     for name, change in changes.items():
         state[name.replace("__", ".")] = change(state[name.replace("__", ".")]).contiguous()
@@ -159,7 +163,7 @@ def change_tensors(folder: Path, **changes: Callable[[Tensor], Tensor]) -> None:
 
 
 def change_config(folder: Path, **changes: Any) -> None:
-    """Change keys of a `config.json`."""
+    """Change entries of a `config.json`."""
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
 
@@ -172,7 +176,7 @@ def flip(file: Path, position: int, bit: int = 1) -> None:
 
 
 def redigest(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change a manifest and make its digest right again, as damage would not but a foe might."""
+    """Change a manifest and recompute its digest, as an attacker can do."""
     manifest = json.loads((folder / "freebits.json").read_text())
     manifest.pop("digest")
     change(manifest)

@@ -1,15 +1,15 @@
-"""Folders made to do harm: each function turns a sound one into one. `run.py` gives them to every verb."""
+"""Hostile folders. Each attack is a function that damages a copy of a valid folder. `run.py` runs commands on them."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 Attack = Callable[[Path], None]
 ATTACKS: dict[str, tuple[str, Attack]] = {}
-"""Name → the sound folder it begins with, and what it does to a copy."""
+"""Name of an attack → name of the valid folder, and the function that damages a copy of it."""
 
 
 def attack(base: str) -> Callable[[Attack], Attack]:
-    """Register a function that spoils a folder of that kind."""
+    """Return a decorator that registers an attack on copies of the valid folder `base`."""
 
     def register(function: Attack) -> Attack:
         ATTACKS[function.__name__] = base, function
@@ -19,7 +19,7 @@ def attack(base: str) -> Callable[[Attack], Attack]:
 
 
 def load_all() -> dict[str, tuple[str, Attack]]:
-    """Every attack."""
-    from tests.attacks import codes, configs, headers, manifests, paths  # noqa: F401  (they register themselves)
+    """Import all modules with attacks, and return the attacks."""
+    from tests.attacks import codes, configs, headers, manifests, paths  # noqa: F401  (registers the attacks)
 
     return ATTACKS

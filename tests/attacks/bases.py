@@ -1,4 +1,4 @@
-"""Sound folders of each kind, of a tiny model."""
+"""Valid folders of a tiny model: dense, sliced, low-rank, packed and quantized."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ TEXT = random_text(600)
 
 
 def make_bases(folder: Path) -> None:
-    """Write them."""
+    """Write the valid folders into `folder`."""
     options: dict[str, Any] = {"calibration": TEXT, "samples": 8, "seq_len": 32}
     tiny_model(dtype=torch.float16).save_pretrained(folder / "dense")
     tiny_tokenizer().save_pretrained(folder / "dense")

@@ -1,4 +1,4 @@
-"""Configs that ask for too much, or are none."""
+"""Configs with huge or invalid values."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ HUGE = 10**9
 
 
 def packed_config(folder: Path, **changes: Any) -> None:
-    """Change the inner config of a packed folder, digests included."""
+    """Change the model's config in a packed folder, and recompute the digests."""
     from freebits.packed.manifest import digest_of_file
     from tests.tiny import redigest
 

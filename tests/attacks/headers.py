@@ -1,4 +1,4 @@
-"""Headers of weights files that lie."""
+"""Weights files with wrong headers."""
 
 import json
 from collections.abc import Callable
@@ -11,17 +11,17 @@ WEIGHTS = "model.safetensors"
 
 
 def change_header(folder: Path, change: Callable[[dict[str, Any]], object], file: str = WEIGHTS) -> None:
-    """Change a header; the tensors stay."""
+    """Change the header of a weights file, but not the tensors. `change` edits the header, or returns the new bytes."""
     content = (folder / file).read_bytes()
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
-    told = change(header)
-    text = told if isinstance(told, bytes) else json.dumps(header).encode()
+    replacement = change(header)
+    text = replacement if isinstance(replacement, bytes) else json.dumps(header).encode()
     (folder / file).write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
 
 
-def first(header: dict[str, Any]) -> dict[str, Any]:
-    """The first tensor's entry."""
+def first_entry(header: dict[str, Any]) -> dict[str, Any]:
+    """Return the entry of the first tensor."""
     entry: dict[str, Any] = next(entry for name, entry in header.items() if name != "__metadata__")
     return entry
 
@@ -65,37 +65,37 @@ def tensors_that_overlap(folder: Path) -> None:
 
 @attack("dense")
 def tensors_that_end_beyond_the_file(folder: Path) -> None:
-    change_header(folder, lambda header: first(header).update(data_offsets=[0, 2**50]))
+    change_header(folder, lambda header: first_entry(header).update(data_offsets=[0, 2**50]))
 
 
 @attack("dense")
 def tensor_that_begins_before_the_file(folder: Path) -> None:
-    change_header(folder, lambda header: first(header).update(data_offsets=[-8, 0]))
+    change_header(folder, lambda header: first_entry(header).update(data_offsets=[-8, 0]))
 
 
 @attack("dense")
 def offsets_that_are_no_numbers(folder: Path) -> None:
-    change_header(folder, lambda header: first(header).update(data_offsets=["0", 1e300]))
+    change_header(folder, lambda header: first_entry(header).update(data_offsets=["0", 1e300]))
 
 
 @attack("dense")
 def shape_that_overflows(folder: Path) -> None:
-    change_header(folder, lambda header: first(header).update(shape=[2**32, 2**32, 2]))
+    change_header(folder, lambda header: first_entry(header).update(shape=[2**32, 2**32, 2]))
 
 
 @attack("dense")
 def shape_with_zero_and_infinity(folder: Path) -> None:
-    change_header(folder, lambda header: first(header).update(shape=[0, 2**60]))
+    change_header(folder, lambda header: first_entry(header).update(shape=[0, 2**60]))
 
 
 @attack("dense")
 def shape_that_is_negative(folder: Path) -> None:
-    change_header(folder, lambda header: first(header).update(shape=[-1, -3072]))
+    change_header(folder, lambda header: first_entry(header).update(shape=[-1, -3072]))
 
 
 @attack("dense")
 def dtype_that_nobody_knows(folder: Path) -> None:
-    change_header(folder, lambda header: first(header).update(dtype="F1"))
+    change_header(folder, lambda header: first_entry(header).update(dtype="F1"))
 
 
 @attack("dense")

@@ -1,4 +1,4 @@
-"""Manifests that lie, with every digest made right again."""
+"""Wrong manifests, with all digests recomputed."""
 
 from pathlib import Path
 from typing import Any
@@ -7,10 +7,10 @@ from tests.attacks import attack
 from tests.tiny import redigest
 
 
-def recipe(manifest: dict[str, Any], code: str = "") -> dict[str, Any]:
-    """The first, of that code if one is named."""
-    found: dict[str, Any] = next(of for of in manifest["recipes"] if not code or of["code"] == code)
-    return found
+def first_recipe(manifest: dict[str, Any], code: str = "") -> dict[str, Any]:
+    """Return the first recipe, or the first recipe of `code` if that is not empty."""
+    recipe: dict[str, Any] = next(recipe for recipe in manifest["recipes"] if not code or recipe["code"] == code)
+    return recipe
 
 
 @attack("canonical")
@@ -25,21 +25,21 @@ def format_that_is_a_text(folder: Path) -> None:
 
 @attack("canonical")
 def code_that_nobody_knows(folder: Path) -> None:
-    redigest(folder, lambda manifest: recipe(manifest).update(code="\x1b[31mzip"))
+    redigest(folder, lambda manifest: first_recipe(manifest).update(code="\x1b[31mzip"))
 
 
 @attack("canonical")
 def code_that_is_no_text(folder: Path) -> None:
-    redigest(folder, lambda manifest: recipe(manifest).update(code={"a": 1}))
+    redigest(folder, lambda manifest: first_recipe(manifest).update(code={"a": 1}))
 
 
 @attack("canonical")
 def recipe_that_takes_what_it_makes(folder: Path) -> None:
-    def turn(manifest: dict[str, Any]) -> None:
-        of = recipe(manifest)
-        of["takes"] = dict.fromkeys(of["takes"], of["makes"][0][0])
+    def make_cycle(manifest: dict[str, Any]) -> None:
+        recipe = first_recipe(manifest)
+        recipe["takes"] = dict.fromkeys(recipe["takes"], recipe["makes"][0][0])
 
-    redigest(folder, turn)
+    redigest(folder, make_cycle)
 
 
 @attack("canonical")
@@ -61,26 +61,25 @@ def recipes_by_the_hundred_thousand(folder: Path) -> None:
 
 @attack("canonical")
 def bytes_of_four_hundred_digits(folder: Path) -> None:
-    redigest(folder, lambda manifest: recipe(manifest, "entropy")["params"].update(bytes=10**400))
+    redigest(folder, lambda manifest: first_recipe(manifest, "entropy")["params"].update(bytes=10**400))
 
 
 @attack("canonical")
 def bytes_below_zero(folder: Path) -> None:
-    redigest(folder, lambda manifest: recipe(manifest, "entropy")["params"].update(bytes=-1))
+    redigest(folder, lambda manifest: first_recipe(manifest, "entropy")["params"].update(bytes=-1))
 
 
 @attack("canonical")
 def kind_of_a_petabyte(folder: Path) -> None:
     def grow(manifest: dict[str, Any]) -> None:
-        of = recipe(manifest, "entropy")
-        of["makes"][0][1] = "F16[1048576, 524288]"
+        first_recipe(manifest, "entropy")["makes"][0][1] = "F16[1048576, 524288]"
 
     redigest(folder, grow)
 
 
 @attack("canonical")
 def kind_that_is_none(folder: Path) -> None:
-    redigest(folder, lambda manifest: recipe(manifest)["makes"][0].__setitem__(1, "F16[1, 2, "))
+    redigest(folder, lambda manifest: first_recipe(manifest)["makes"][0].__setitem__(1, "F16[1, 2, "))
 
 
 @attack("canonical")

@@ -1,4 +1,4 @@
-"""Names, links and files that are something else."""
+"""Wrong file names, links, and pipes or folders in the place of files."""
 
 import json
 import os
@@ -35,8 +35,8 @@ def weights_that_are_a_folder(folder: Path) -> None:
 @attack("dense")
 def index_that_leads_out(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "x.safetensors")
-    told = {"weight_map": {"model.norm.weight": "../../../etc/passwd"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(told))
+    index = {"weight_map": {"model.norm.weight": "../../../etc/passwd"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 @attack("dense")

@@ -1,4 +1,4 @@
-"""Give every attack to every verb that reads, in this process: what came of it, how long, how much memory.
+"""Run the commands that read on each hostile folder, in this process. Record outcome, time and memory.
 
 python -m tests.attacks.run BASES SCRATCH     # prints JSON
 """
@@ -19,52 +19,54 @@ DENSE = {"dense", "sliced", "low rank"}
 
 
 def commands(folder: Path, base: str, scratch: Path) -> list[list[str]]:
-    """What is done with a folder that somebody sent."""
+    """Return the command lines to run on a folder that somebody has sent."""
     out = str(scratch / "out")
-    either = [["pack", str(folder), out, "--codec", "none"]] if base in DENSE else [["unpack", str(folder), out]]
+    convert = [["pack", str(folder), out, "--codec", "none"]] if base in DENSE else [["unpack", str(folder), out]]
     verify = [] if base in DENSE else [["verify", str(folder)]]
-    return [["inspect", str(folder)], *either, *verify, ["eval", str(folder), "--seq-len", "8", "--limit", "1"]]
+    return [["inspect", str(folder)], *convert, *verify, ["eval", str(folder), "--seq-len", "8", "--limit", "1"]]
 
 
 def run(bases: Path, scratch: Path) -> list[dict[str, Any]]:
-    """Everything, one after another."""
+    """Run all commands on all hostile folders, one after another. Return one result for each run."""
     results = []
-    for name, (base, spoil) in load_all().items():
+    for name, (base, damage) in load_all().items():
         folder = scratch / "folder" / base.replace(" ", "-")
         shutil.rmtree(scratch / "folder", ignore_errors=True)
         shutil.copytree(bases / base, folder, symlinks=True)
-        spoil(folder)
+        damage(folder)
         for command in commands(folder, base, scratch):
             shutil.rmtree(scratch / "out", ignore_errors=True)
-            results.append({"attack": name, "verb": command[0], **_tried(command)})
+            results.append({"attack": name, "command": command[0], **_run_command(command)})
             results[-1]["left"] = sorted(path.name for path in scratch.iterdir() if path.name not in ("folder", "out"))
             results[-1]["ran"] = (folder / "ran").exists()
     return results
 
 
-def _tried(command: list[str]) -> dict[str, Any]:
-    """Exit code, what was said, seconds, and by how many bytes the most memory grew."""
-    said, told = io.StringIO(), io.StringIO()
+def _run_command(command: list[str]) -> dict[str, Any]:
+    """Return the exit code, the start of stderr, the seconds, and the growth of peak memory in bytes."""
+    stderr, stdout = io.StringIO(), io.StringIO()
     Path("/proc/self/clear_refs").write_text("5")
-    before, start = _peak(), time.perf_counter()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(told):
+    memory_before, start = _peak_memory(), time.perf_counter()
+    with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(stdout):
         try:
-            code = main(command)
-        except BaseException as error:  # a traceback is what must not be
-            code, _ = -1, said.write(f"TRACEBACK {type(error).__name__}: {error}")
+            exit_code = main(command)
+        except BaseException as error:  # would print a traceback, which counts as a failure
+            exit_code = -1
+            stderr.write(f"TRACEBACK {type(error).__name__}: {error}")
     seconds = time.perf_counter() - start
-    printable = all(c.isprintable() or c == "\n" for c in said.getvalue() + told.getvalue())
+    printable = all(c.isprintable() or c == "\n" for c in stderr.getvalue() + stdout.getvalue())
     return {
-        "code": code,
-        "said": said.getvalue()[:300],
-        "lines": said.getvalue().count("\n"),
+        "code": exit_code,
+        "said": stderr.getvalue()[:300],
+        "lines": stderr.getvalue().count("\n"),
         "printable": printable,
         "seconds": seconds,
-        "memory": _peak() - before,
+        "memory": _peak_memory() - memory_before,
     }
 
 
-def _peak() -> int:
+def _peak_memory() -> int:
+    """Return the peak memory of this process in bytes. Writing 5 to `clear_refs` resets it."""
     [line] = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return 1024 * int(line.split()[1])
 

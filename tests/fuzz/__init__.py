@@ -1,4 +1,4 @@
-"""Packed folders spoiled by a grammar that knows what they are made of, with every digest made right again.
+"""Packed folders damaged by a grammar that knows their structure, with all digests recomputed.
 
-`make fuzz` drives it by coverage (atheris), the tests of every run by hypothesis.
+`make fuzz` chooses the damage with atheris, a coverage-guided fuzzer. The regular tests choose it with hypothesis.
 """

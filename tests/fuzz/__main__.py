@@ -1,8 +1,8 @@
-"""Fuzz the reader and the codes, driven by coverage: `make fuzz`.
+"""Fuzz the reader and the codes, guided by code coverage: `make fuzz`.
 
     python -m tests.fuzz CORPUS [-max_total_time=600 and other options of libFuzzer]
 
-Needs atheris, which has wheels for Linux and Python 3.11 to 3.13. What it finds becomes a test.
+Needs atheris, which has wheels for Linux and Python 3.11 to 3.13. Add a test for each failure that it finds.
 """
 
 import sys
@@ -13,12 +13,12 @@ with atheris.instrument_imports(include=["freebits.packed", "freebits.codecs", "
     from tests.fuzz import spoiling
 
 
-def one(data: bytes) -> None:
-    """One input: numbers to choose by."""
+def run_one(data: bytes) -> None:
+    """Run one input, whose bytes determine all random choices."""
     provider = atheris.FuzzedDataProvider(data)
     spoiling.run(lambda below: provider.ConsumeIntInRange(0, below - 1))
 
 
 if __name__ == "__main__":
-    atheris.Setup(sys.argv, one)
+    atheris.Setup(sys.argv, run_one)
     atheris.Fuzz()

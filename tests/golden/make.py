@@ -1,4 +1,4 @@
-"""Make the golden files of the current format: `python -m tests.golden.make`, once for each format version."""
+"""Make the golden files of the current format version: `python -m tests.golden.make`. Run it once per version."""
 
 import json
 import shutil
@@ -17,16 +17,16 @@ from tests.tiny import tiny_config
 
 GOLDEN = Path(__file__).parent / f"v{FORMAT}"
 THRESHOLDS = {"bits-back": 0.001, "canonical": None}
-"""With so small a one a few words are corrected."""
+"""Codec → correction threshold. The one of bits-back is so small that a few values are corrected."""
 METHODS: dict[str, dict[str, Any]] = {
     "integers": {},
     "pyramid": {"rotate": "hadamard", "only": "linear"},
 }
-"""How matrices are quantized."""
+"""Rounding method → options of `quantize`."""
 
 
 def main() -> None:
-    """A sliced model of one block with biases and grouped queries, 32 → 24, packed with either codec."""
+    """Make a model of one block with biases and grouped-query attention, sliced from 32 to 24, and pack it."""
     dense = tiny_config(vocab_size=16, num_hidden_layers=1, num_key_value_heads=2, attention_bias=True, mlp_bias=True)
     values = {key: value for key, value in dense.to_dict().items() if key not in ("model_type", "transformers_version")}
     torch.manual_seed(0)
@@ -41,19 +41,21 @@ def main() -> None:
     config = json.loads((GOLDEN / "sliced" / "config.json").read_text())
     config.pop("transformers_version")
     (GOLDEN / "sliced" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    shortcuts = load_file(GOLDEN / "sliced" / "model.safetensors") | corners()
-    save_file(shortcuts, GOLDEN / "sliced" / "model.safetensors", metadata={"format": "pt"})
+    tensors = load_file(GOLDEN / "sliced" / "model.safetensors") | sliced_shortcuts()
+    save_file(tensors, GOLDEN / "sliced" / "model.safetensors", metadata={"format": "pt"})
     for codec, threshold in THRESHOLDS.items():
         freebits.pack(GOLDEN / "sliced", GOLDEN / codec, codec=codec, entropy="none", threshold=threshold)
         (GOLDEN / codec / "modeling_freebits.py").unlink()
         save_file(dict(PackedFolder(GOLDEN / codec).model_tensors()), GOLDEN / f"{codec}.safetensors")
-    freebits.pack(GOLDEN / "sliced", GOLDEN / "none", codec="none")  # entropy-coded where that gains
+    freebits.pack(
+        GOLDEN / "sliced", GOLDEN / "none", codec="none"
+    )  # tensors are entropy-coded if that makes them smaller
     (GOLDEN / "none" / "modeling_freebits.py").unlink()
-    quantized()
+    quantize_model()
 
 
-def quantized() -> None:
-    """The same model with its matrices in integers, and in rotated pyramids and grids."""
+def quantize_model() -> None:
+    """Quantize the matrices of the sliced model with each method."""
     for method, options in METHODS.items():
         out = GOLDEN / method
         freebits.quantize(GOLDEN / "sliced", out, method=method, bits=4, samples=2, seq_len=16, **options)
@@ -61,13 +63,13 @@ def quantized() -> None:
         save_file(dict(PackedFolder(out).model_tensors()), GOLDEN / f"{method}.safetensors")
 
 
-def corners() -> dict[str, torch.Tensor]:
-    """Shortcuts as slicing leaves them."""
+def sliced_shortcuts() -> dict[str, torch.Tensor]:
+    """Return shortcuts like those that slicing makes: products of parts of orthogonal matrices."""
     rotations = [random_orthogonal(32, torch.Generator().manual_seed(seed)) for seed in range(3)]
     attention = rotations[1][:, :24].T @ rotations[0][:, :24]
     mlp = rotations[2].T @ rotations[1][:, :24]
-    named = {"attention": attention, "mlp": mlp}
-    return {f"model.layers.0.{name}_shortcut.weight": A.half().contiguous() for name, A in named.items()}
+    shortcuts = {"attention": attention, "mlp": mlp}
+    return {f"model.layers.0.{name}_shortcut.weight": A.half().contiguous() for name, A in shortcuts.items()}
 
 
 if __name__ == "__main__":

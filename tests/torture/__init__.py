@@ -1,6 +1,6 @@
-"""What must lose nothing and let nobody in, tried at length: `make torture`, an hour. Tests of every run try less.
+"""Long tests of damaged folders, disturbed runs and power cuts: `make torture`. They take an hour.
 
     python -m tests.torture [--only PART,…] [--scratch FOLDER]
 
-The table in `docs/reliability.md` is what comes of it.
+The results are written to `benchmarks/results/torture.json` and to the table in `docs/reliability.md`.
 """

@@ -1,4 +1,4 @@
-"""Run it all, or parts, and write the table."""
+"""Run the long tests, all parts or only some, and write the table of results."""
 
 import argparse
 import json
@@ -15,28 +15,30 @@ from tests.torture import children
 from tests.torture.findings import Finding, table
 
 if TYPE_CHECKING:
-    from tests.torture.faults import Place
+    from tests.torture.faults import Case
 
 ROOT = Path(__file__).parent.parent.parent
-SAVED = ROOT / "benchmarks" / "results" / "torture.json"
+RESULTS = ROOT / "benchmarks" / "results" / "torture.json"
 PAGE = ROOT / "docs" / "reliability.md"
 BEGIN, END = "<!-- make torture -->\n", "<!-- end -->\n"
 
 
 def main() -> int:
-    """Try, count, write; the exit code says whether something was found."""
+    """Run the parts and write the results. Return 1 if any part but `peers` counted a bad run, otherwise 0."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default=",".join(PARTS), help="parts, by default all")
-    parser.add_argument("--scratch", type=Path, help="folder for what is made (default: a temporary one)")
-    parser.add_argument("--times", type=int, default=50, help="of each verb that is killed (default: %(default)s)")
-    parser.add_argument("--pythons", default="", help="of other environments with freebits' dependencies, by commas")
+    parser.add_argument("--only", default=",".join(PARTS), help="comma-separated parts (default: all)")
+    parser.add_argument("--scratch", type=Path, help="folder for temporary files (default: the system's)")
+    parser.add_argument("--times", type=int, default=50, help="number of kills of each command (default: %(default)s)")
+    parser.add_argument(
+        "--pythons", default="", help="comma-separated Pythons of other environments with freebits' dependencies"
+    )
     parser.add_argument("--zipnn", default="", help="Python of an environment with ZipNN")
     arguments = parser.parse_args()
     children.import_everything()
     findings: list[Finding] = []
-    with tempfile.TemporaryDirectory(dir=arguments.scratch) as made:
+    with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch_root:
         for part in arguments.only.split(","):
-            scratch = Path(made) / part
+            scratch = Path(scratch_root) / part
             scratch.mkdir()
             findings += in_child(partial(PARTS[part], scratch, arguments), scratch)
     write(findings, arguments.only.split(","))
@@ -44,28 +46,29 @@ def main() -> int:
 
 
 def in_child(function: Callable[[], list[Finding]], scratch: Path) -> list[Finding]:
-    """What a function finds, in a process of its own, so that this one never begins to compute."""
+    """Run a function in a child process and return its findings. This process must not compute, because it forks."""
 
     def run() -> int:
         (scratch / "found").write_text(json.dumps([finding.as_json() for finding in function()]))
         return 0
 
-    ended = children.started(run, scratch / "log").end()
-    if ended.code:
-        raise RuntimeError(ended.said[-3000:])
-    return [Finding(**of) for of in json.loads((scratch / "found").read_text())]
+    outcome = children.start_child(run, scratch / "log").wait()
+    if outcome.exit_code:
+        raise RuntimeError(outcome.output[-3000:])
+    return [Finding(**row) for row in json.loads((scratch / "found").read_text())]
 
 
 def damage(scratch: Path, _: argparse.Namespace) -> list[Finding]:
-    """Bits, ends and blocks."""
-    from tests.torture.damage import demo_folder, every_bit, samples, small_folders
+    """Flip bits, truncate files and exchange blocks of packed folders."""
+    from tests.torture.damage import demo_folder, exhaustive_damage, random_flips, small_folders
 
-    found = [of for name, folder in small_folders(scratch / "small").items() for of in every_bit(folder, name)]
-    return [*found, samples(demo_folder(scratch))]
+    folders = small_folders(scratch / "small")
+    findings = [finding for name, folder in folders.items() for finding in exhaustive_damage(folder, name)]
+    return [*findings, random_flips(demo_folder(scratch))]
 
 
 def attacks(scratch: Path, _: argparse.Namespace) -> list[Finding]:
-    """Hostile folders, as in the tests."""
+    """Run the commands on the hostile folders that the regular tests use, too."""
     from tests.attacks.bases import make_bases
     from tests.attacks.run import run
     from tests.test_attacks import HARMLESS
@@ -73,97 +76,98 @@ def attacks(scratch: Path, _: argparse.Namespace) -> list[Finding]:
     make_bases(scratch / "bases")
     (scratch / "scratch").mkdir()
     results = run(scratch / "bases", scratch / "scratch")
+    attack_names = {result["attack"] for result in results}
     finding = Finding(
-        "attacks", f"hostile folders of {len({of['attack'] for of in results})} kinds, given to each verb"
+        "attacks", f"{len(attack_names)} kinds of hostile folders, given to inspect, pack or unpack, verify and eval"
     )
-    for of in results:
+    for result in results:
         finding.times += 1
-        finding.refused += of["code"] in (1, 2)
-        finding.harmless += of["code"] == 0
-        finding.tracebacks += of["code"] not in (0, 1, 2) or (of["code"] == 2 and of["lines"] != 1)
-        finding.left += bool(of["left"]) or of["ran"]
-    refused = {of["attack"] for of in results if of["code"] == 2}
-    finding.silent = len({of["attack"] for of in results} - refused - HARMLESS)
-    seconds, memory = (max(of[key] for of in results) for key in ("seconds", "memory"))
+        finding.refused += result["code"] in (1, 2)
+        finding.harmless += result["code"] == 0
+        finding.tracebacks += result["code"] not in (0, 1, 2) or (result["code"] == 2 and result["lines"] != 1)
+        finding.left += bool(result["left"]) or result["ran"]
+    refused = {result["attack"] for result in results if result["code"] == 2}
+    finding.silent = len(attack_names - refused - HARMLESS)
+    seconds, memory = (max(result[key] for result in results) for key in ("seconds", "memory"))
     finding.notes = [f"at most {seconds:.1f} s, {memory / 1e6:.0f} MB"]
     return [finding]
 
 
 def faults(scratch: Path, arguments: argparse.Namespace) -> list[Finding]:
-    """What happens to runs that write."""
+    """Disturb runs that write."""
     from tests.torture import faults
 
-    draw, times = random.Random(0), arguments.times  # noqa: S311
-    places, few = places_in(scratch), max(1, times // 10)
+    rng, times = random.Random(0), arguments.times  # noqa: S311
+    cases, fewer_times = make_cases(scratch), max(1, times // 10)
     return [
-        faults.stopped(places, signal.SIGKILL, times, draw),
-        faults.stopped(places, signal.SIGINT, few, draw),
-        faults.stopped(places, signal.SIGTERM, few, draw),
-        faults.no_room(places, few),
-        faults.no_right(places),
-        *faults.changed(places, few, draw),
-        faults.two_writers(places, few),
-        faults.no_memory(places, few, draw),
+        faults.send_signals(cases, signal.SIGKILL, times, rng),
+        faults.send_signals(cases, signal.SIGINT, fewer_times, rng),
+        faults.send_signals(cases, signal.SIGTERM, fewer_times, rng),
+        faults.full_disk(cases, fewer_times),
+        faults.read_only_target(cases),
+        *faults.change_sources(cases, fewer_times, rng),
+        faults.two_writers(cases, fewer_times),
+        faults.out_of_memory(cases, fewer_times, rng),
     ]
 
 
 def power(scratch: Path, _: argparse.Namespace) -> list[Finding]:
-    """Cuts of the power."""
+    """Simulate power cuts."""
     from tests.torture.power import power_cuts
 
-    return power_cuts(places_in(scratch))
+    return power_cuts(make_cases(scratch))
 
 
 def machines(_: Path, arguments: argparse.Namespace) -> list[Finding]:
-    """Other machines."""
+    """Decode the golden folders in other environments."""
     from tests.torture.machines import machines
 
     return machines(filter(None, arguments.pythons.split(",")))
 
 
 def peers(_: Path, arguments: argparse.Namespace) -> list[Finding]:
-    """Other readers."""
+    """Flip bits in files that other libraries read."""
     from tests.torture.peers import peers
 
     return peers(arguments.zipnn or None)
 
 
-def places_in(scratch: Path) -> list["Place"]:
-    """One for each verb."""
-    from tests.torture.faults import VERBS, Place
+def make_cases(scratch: Path) -> list["Case"]:
+    """Prepare one case for each command."""
+    from tests.torture.faults import COMMANDS, Case
 
-    bases = made_in_child(scratch)
-    return [Place.of(scratch / name, bases, name) for name in VERBS]
+    bases = make_bases_in_child(scratch)
+    return [Case.prepare(scratch / name, bases, name) for name in COMMANDS]
 
 
-def made_in_child(scratch: Path) -> Path:
-    """Sound folders, so that this process has not begun to compute when it forks."""
+def make_bases_in_child(scratch: Path) -> Path:
+    """Make valid folders in a child process, because this process forks later and must not compute before."""
     from tests.attacks.bases import make_bases
 
     def run() -> int:
         make_bases(scratch / "bases")
         return 0
 
-    ended = children.started(run, scratch / "bases log").end()
-    if ended.code:
-        raise RuntimeError(ended.said[-3000:])
+    outcome = children.start_child(run, scratch / "bases log").wait()
+    if outcome.exit_code:
+        raise RuntimeError(outcome.output[-3000:])
     return scratch / "bases"
 
 
 PARTS: dict[str, Callable[[Path, argparse.Namespace], list[Finding]]] = {
-    of.__name__: of for of in (attacks, damage, faults, power, machines, peers)
+    part.__name__: part for part in (attacks, damage, faults, power, machines, peers)
 }
 
 
 def write(findings: list[Finding], parts: list[str]) -> None:
-    """Into the page, beside what other parts have found before."""
-    saved = json.loads(SAVED.read_text()) if SAVED.exists() else []
-    rows = [of for of in saved if of["part"] not in parts] + [finding.as_json() for finding in findings]
-    rows.sort(key=lambda of: [*PARTS].index(of["part"]))
-    SAVED.write_text(json.dumps(rows, indent=1) + "\n")
+    """Write the findings of `parts` to the results file and the page. Rows of other parts stay."""
+    saved = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    rows = [row for row in saved if row["part"] not in parts] + [finding.as_json() for finding in findings]
+    rows.sort(key=lambda row: [*PARTS].index(row["part"]))
+    RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
     text = PAGE.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    PAGE.write_text(before + BEGIN + table(rows) + END + rest.partition(END)[2], encoding="utf-8")
+    before, _, after = text.partition(BEGIN)
+    PAGE.write_text(before + BEGIN + table(rows) + END + after.partition(END)[2], encoding="utf-8")
     print(table(rows))  # noqa: T201
 
 

@@ -1,4 +1,4 @@
-"""Decode the golden folders and compare them with their golden words; prints JSON. Needs freebits alone.
+"""Decode the golden folders, compare the tensors with the golden tensors, and print JSON. Needs only freebits.
 
 python tests/torture/decode.py GOLDEN
 """
@@ -15,19 +15,26 @@ from freebits.packed.reader import PackedFolder
 
 
 def main() -> None:
-    """Of each codec how many words there are, how many differ, and by how many steps of the last bit at most."""
+    """Print for each codec the number of values, of differing values, and the largest difference in ULPs.
+
+    A ULP (unit in the last place) is the distance from a 16-bit value to the next one.
+    """
     golden = Path(sys.argv[1])
-    found = {}
-    for words in sorted(golden.glob("*.safetensors")):
-        expected, decoded = load_file(words), dict(PackedFolder(golden / words.stem).model_tensors())
-        steps = [
+    counts = {}
+    for file in sorted(golden.glob("*.safetensors")):
+        expected, decoded = load_file(file), dict(PackedFolder(golden / file.stem).model_tensors())
+        differences = [
             (decoded[name].view(torch.int16).int() - tensor.view(torch.int16).int()).abs()
             for name, tensor in expected.items()
         ]
-        found[words.stem] = [sum(of.numel() for of in steps), sum(int((of > 0).sum()) for of in steps)]
-        found[words.stem].append(max(int(of.max()) for of in steps if of.numel()))
-    with_ = f"Python {sys.version.split()[0]}, torch {torch.__version__}, numpy {np.__version__}"
-    print(json.dumps({"with": with_, "capability": torch.backends.cpu.get_cpu_capability(), "found": found}))  # noqa: T201
+        n_values, n_different = (
+            sum(ulps.numel() for ulps in differences),
+            sum(int((ulps > 0).sum()) for ulps in differences),
+        )
+        counts[file.stem] = [n_values, n_different, max(int(ulps.max()) for ulps in differences if ulps.numel())]
+    environment = f"Python {sys.version.split()[0]}, torch {torch.__version__}, numpy {np.__version__}"
+    capability = torch.backends.cpu.get_cpu_capability()
+    print(json.dumps({"with": environment, "capability": capability, "found": counts}))  # noqa: T201
 
 
 if __name__ == "__main__":

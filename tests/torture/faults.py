@@ -1,7 +1,7 @@
-"""What can happen to a run that writes: killed, told to stop, no room, no right, a source that changes, a rival.
+"""Disturbed runs: signals, full and read-only file systems, changing sources, two writers, and too little memory.
 
-After each the target is absent or complete, the source is what it was, and the next run of the same command ends well
-and leaves nothing else behind.
+After each disturbance, the output folder is absent or complete, the source is unchanged, and a rerun of the same
+command succeeds and leaves nothing else behind.
 """
 
 import hashlib
@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.attacks.bases import TEXT
-from tests.torture.children import Child, Ended, command
+from tests.torture.children import Child, Outcome, start_command
 from tests.torture.findings import Finding
 
 CALIBRATED = ["--samples", "4", "--seq-len", "32"]
-VERBS: Mapping[str, tuple[str, list[str]]] = {
+COMMANDS: Mapping[str, tuple[str, list[str]]] = {
     # name: (source, the command line)
     "slice": (
         "dense",
@@ -38,39 +38,48 @@ VERBS: Mapping[str, tuple[str, list[str]]] = {
     "compress": ("dense", ["compress", "SOURCE", "OUT", "--bits", "4", "--force", "--calibration", "TEXT"]),
 }
 STOPPED = {-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGINT, 128 + signal.SIGTERM}
+"""Exit codes of runs that a signal stopped."""
 
 
 @dataclass
-class Place:
-    """Where one verb is tortured: its source, what comes of a plain run, and how long that takes."""
+class Case:
+    """One command, with its source and its undisturbed result.
+
+    Attributes:
+        scratch: folder in which the command runs.
+        bases: folder with the valid folders that are copied as sources.
+        name: name of the command in `COMMANDS`.
+        expected: digests of the files of the undisturbed result.
+        seconds: duration of an undisturbed run.
+    """
 
     scratch: Path
     bases: Path
     name: str
-    plain: dict[str, bytes] = field(default_factory=dict)
+    expected: dict[str, bytes] = field(default_factory=dict)
     seconds: float = 0.0
 
     @classmethod
-    def of(cls, scratch: Path, bases: Path, name: str) -> "Place":
-        """Make it, with a plain run; the first is for what is only imported then."""
-        place = cls(scratch, bases, name)
+    def prepare(cls, scratch: Path, bases: Path, name: str) -> "Case":
+        """Return a case after two undisturbed runs. The second is timed, because the first also imports modules."""
+        case = cls(scratch, bases, name)
         scratch.mkdir()
         (scratch / "text").write_text(TEXT, encoding="utf-8")
-        place.fresh_source()
+        case.restore_source()
         for _ in range(2):
             start = time.monotonic()
-            ended = place.started().end()
-            place.seconds = time.monotonic() - start
-            if ended.code:
-                raise RuntimeError(f"{name} does not run at all: {ended.said[-500:]}")
-            place.plain = contents(place.out)
-            shutil.rmtree(place.out)
-        return place
+            outcome = case.start().wait()
+            case.seconds = time.monotonic() - start
+            if outcome.exit_code:
+                raise RuntimeError(f"{name} fails without a disturbance: {outcome.output[-500:]}")
+            case.expected = file_digests(case.out)
+            shutil.rmtree(case.out)
+        return case
 
     @property
     def base(self) -> str:
-        """Name of its source."""
-        return VERBS[self.name][0]
+        """Name of the valid folder that is the source."""
+        return COMMANDS[self.name][0]
 
     @property
     def out(self) -> Path:
@@ -80,51 +89,56 @@ class Place:
     def source(self) -> Path:
         return self.scratch / "source" / self.base
 
-    def fresh_source(self) -> None:
-        """The source as it was, also its times, by which a stopped run knows it."""
+    def restore_source(self) -> None:
+        """Copy the source again, with its times, because a rerun recognizes its source by them."""
         shutil.rmtree(self.source, ignore_errors=True)
         shutil.copytree(self.bases / self.base, self.source)
         (self.scratch / "work").mkdir(exist_ok=True)
 
-    def started(self, out: Path | None = None, before: Callable[[], object] | None = None, log: str = "log") -> Child:
-        """A child at it."""
-        known = {"SOURCE": str(self.source), "OUT": str(out or self.out), "TEXT": str(self.scratch / "text")}
-        return command([known.get(word, word) for word in VERBS[self.name][1]], self.scratch / log, before)
+    def argv(self, out: Path | None = None) -> list[str]:
+        """Return the arguments of the command line."""
+        paths = {"SOURCE": str(self.source), "OUT": str(out or self.out), "TEXT": str(self.scratch / "text")}
+        return [paths.get(argument, argument) for argument in COMMANDS[self.name][1]]
 
-    def judge(self, finding: Finding, ended: Ended, out: Path | None = None, also: int = 0) -> None:
-        """Count a run that was hindered; it may also end with one more exit code."""
+    def start(self, out: Path | None = None, before: Callable[[], object] | None = None, log: str = "log") -> Child:
+        """Start the command in a child process."""
+        return start_command(self.argv(out), self.scratch / log, before)
+
+    def judge(self, finding: Finding, outcome: Outcome, out: Path | None = None, accepted_code: int = 0) -> None:
+        """Count a disturbed run. `accepted_code` is one more exit code that a stopped run may have."""
         out = out or self.out
         finding.times += 1
-        ended = Ended(ended.code, ended.said.replace(str(Path.home()), "~").replace(str(self.scratch), ""))
-        if not (ended.in_one_line or ended.code in STOPPED | {also}):
+        output = outcome.output.replace(str(Path.home()), "~").replace(str(self.scratch), "")
+        if not (outcome.clean or outcome.exit_code in STOPPED | {accepted_code}):
             finding.tracebacks += 1
-            finding.notes.append(f"{self.name}: exit {ended.code}: {' '.join(ended.said.split())[-300:]}")
+            finding.notes.append(f"{self.name}: exit {outcome.exit_code}: {' '.join(output.split())[-300:]}")
         if not out.exists():
             finding.refused += 1
-        elif contents(out) in (self.plain, self._of_the_source_now(out)):
+        elif file_digests(out) in (self.expected, self._result_of_current_source(out)):
             finding.harmless += 1
         else:
             finding.silent += 1
-            finding.notes.append(f"{self.name}: another result, exit {ended.code}")
+            finding.notes.append(f"{self.name}: another result, exit {outcome.exit_code}")
 
-    def _of_the_source_now(self, out: Path) -> dict[str, bytes]:
-        """What a run makes of the source as it now is; it may have been changed before the run opened it."""
-        if contents(out) == self.plain:
-            return self.plain
+    def _result_of_current_source(self, out: Path) -> dict[str, bytes]:
+        """Return the digests of a run on the source as it is now, as it may have changed before the run opened it."""
+        if file_digests(out) == self.expected:
+            return self.expected
         aside = out.rename(self.scratch / "aside")
-        ended = self.started(out).end()
-        found = contents(out) if ended.code == 0 else {}
+        outcome = self.start(out).wait()
+        digests = file_digests(out) if outcome.exit_code == 0 else {}
         shutil.rmtree(out, ignore_errors=True)
         aside.rename(out)
-        return found
+        return digests
 
-    def again(self, finding: Finding) -> None:
-        """The next run of the same command."""
+    def rerun(self, finding: Finding) -> None:
+        """Rerun the command if there is no output folder, count wrong results and leftovers, and remove the result."""
         if not self.out.exists():
-            ended = self.started().end()
-            if ended.code or contents(self.out) != self.plain:
+            outcome = self.start().wait()
+            if outcome.exit_code or file_digests(self.out) != self.expected:
+                output = " ".join(outcome.output.split())[-300:]
                 finding.silent += 1
-                finding.notes.append(f"{self.name}, again: exit {ended.code}: {' '.join(ended.said.split())[-300:]}")
+                finding.notes.append(f"{self.name}, rerun: exit {outcome.exit_code}: {output}")
         if {path.name for path in (self.scratch / "work").iterdir()} != {"out"}:
             finding.left += 1
             finding.notes.append(str(sorted(path.name for path in (self.scratch / "work").iterdir())))
@@ -132,135 +146,139 @@ class Place:
         (self.scratch / "work").mkdir()
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """Files and digests."""
+def file_digests(folder: Path) -> dict[str, bytes]:
+    """Map the relative paths of the files in a folder to their digests."""
     files = (file for file in folder.rglob("*") if file.is_file())
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).digest() for file in files}
 
 
-def stopped(places: list[Place], number: signal.Signals, times: int, draw: random.Random) -> Finding:
-    """Each verb, so often, sent a signal at a random moment."""
-    finding = Finding("faults", f"{number.name} at a random moment: {len(places)} verbs, {times} times each")
-    for place in places:
-        before = contents(place.source)
+def send_signals(cases: list[Case], signal_: signal.Signals, times: int, rng: random.Random) -> Finding:
+    """Run each command `times` times, and send it a signal at a random moment."""
+    finding = Finding("faults", f"{signal_.name} at a random moment: {len(cases)} commands, {times} times each")
+    for case in cases:
+        source_digests = file_digests(case.source)
         for _ in range(times):
-            child = place.started()
-            if child.alive(draw.uniform(0, 1.1 * place.seconds)):
-                child.kill(number)
-            place.judge(finding, child.end())
-            if contents(place.source) != before:
+            child = case.start()
+            if child.alive_after(rng.uniform(0, 1.1 * case.seconds)):
+                child.send(signal_)
+            case.judge(finding, child.wait())
+            if file_digests(case.source) != source_digests:
                 finding.silent += 1
-            place.again(finding)
+            case.rerun(finding)
     return finding
 
 
-def no_room(places: list[Place], times: int) -> Finding:
-    """Each verb, into a file system that is too small, by more and by less."""
-    finding = Finding("faults", f"a full disk (tmpfs): {len(places)} verbs, {times} sizes each")
-    for place in places:
-        size = sum(file.stat().st_size for file in place.source.iterdir())
-        for step in range(1, times + 1):
-            with mounted(place.scratch / "small", f"size={2 * size * step // times}") as small:
-                ended = place.started(small / "out").end()
-                place.judge(finding, ended, small / "out")
+def full_disk(cases: list[Case], times: int) -> Finding:
+    """Run each command with its output on file systems of different sizes, most of which are too small."""
+    finding = Finding("faults", f"a full disk (tmpfs): {len(cases)} commands, {times} sizes each")
+    for case in cases:
+        size = sum(file.stat().st_size for file in case.source.iterdir())
+        for number in range(1, times + 1):
+            with mounted(case.scratch / "small", f"size={2 * size * number // times}") as small:
+                outcome = case.start(small / "out").wait()
+                case.judge(finding, outcome, small / "out")
                 if {path.name for path in small.iterdir()} - {"out"}:
                     finding.left += 1
     return finding
 
 
-def no_right(places: list[Place]) -> Finding:
-    """Each verb, into a file system that cannot be written."""
-    finding = Finding("faults", f"a target that cannot be written: {len(places)} verbs")
-    for place in places:
-        with mounted(place.scratch / "small", "ro,size=1m") as small:
-            place.judge(finding, place.started(small / "out").end(), small / "out")
+def read_only_target(cases: list[Case]) -> Finding:
+    """Run each command with its output on a read-only file system."""
+    finding = Finding("faults", f"a read-only file system for the output: {len(cases)} commands")
+    for case in cases:
+        with mounted(case.scratch / "small", "ro,size=1m") as small:
+            case.judge(finding, case.start(small / "out").wait(), small / "out")
     return finding
 
 
-def changed(places: list[Place], times: int, draw: random.Random) -> list[Finding]:
-    """Each verb, its weights truncated, removed, replaced or written into while it reads them."""
+def change_sources(cases: list[Case], times: int, rng: random.Random) -> list[Finding]:
+    """Run each command, and truncate, remove, replace or overwrite its weights file while the command reads it."""
     findings = []
-    for how, change in CHANGES.items():
-        finding = Finding("faults", f"a source that is {how} while it is read: {len(places)} verbs, {times} times each")
-        for place in places:
+    for description, change in CHANGES.items():
+        finding = Finding(
+            "faults", f"a source that is {description} while it is read: {len(cases)} commands, {times} times each"
+        )
+        for case in cases:
             for _ in range(times):
-                child = place.started()
-                if child.alive(draw.uniform(0, place.seconds)):
-                    [weights] = place.source.glob("*.safetensors")
-                    change(weights, draw)
-                place.judge(finding, child.end())
-                place.fresh_source()
-                place.again(finding)
+                child = case.start()
+                if child.alive_after(rng.uniform(0, case.seconds)):
+                    [weights] = case.source.glob("*.safetensors")
+                    change(weights, rng)
+                case.judge(finding, child.wait())
+                case.restore_source()
+                case.rerun(finding)
         findings.append(finding)
     return findings
 
 
-def _truncate(file: Path, draw: random.Random) -> None:
-    os.truncate(file, draw.randrange(file.stat().st_size))
+def _truncate(file: Path, rng: random.Random) -> None:
+    os.truncate(file, rng.randrange(file.stat().st_size))
 
 
-def _replace(file: Path, draw: random.Random) -> None:
+def _replace(file: Path, rng: random.Random) -> None:
     other = file.with_name("other")
-    other.write_bytes(draw.randbytes(file.stat().st_size))
+    other.write_bytes(rng.randbytes(file.stat().st_size))
     other.replace(file)
 
 
-def _overwrite(file: Path, draw: random.Random) -> None:
+def _overwrite(file: Path, rng: random.Random) -> None:
     size = file.stat().st_size
-    with file.open("r+b") as open_folder:
-        open_folder.seek(size // 2)
-        open_folder.write(draw.randbytes(size - size // 2))
+    with file.open("r+b") as stream:
+        stream.seek(size // 2)
+        stream.write(rng.randbytes(size - size // 2))
 
 
 CHANGES: Mapping[str, Callable[[Path, random.Random], None]] = {
     "truncated": _truncate,
     "removed": lambda file, _: file.unlink(),
     "replaced": _replace,
-    "written into": _overwrite,
+    "partly overwritten": _overwrite,
 }
 
 
-def two_writers(places: list[Place], times: int) -> Finding:
-    """Each verb twice at once, into one folder: one of them gets it."""
-    finding = Finding("faults", f"two runs into one folder at once: {len(places)} verbs, {times} times each")
-    for place in places:
+def two_writers(cases: list[Case], times: int) -> Finding:
+    """Run each command twice at the same time with the same output folder. One run publishes it."""
+    finding = Finding(
+        "faults", f"two simultaneous runs with one output folder: {len(cases)} commands, {times} times each"
+    )
+    for case in cases:
         for _ in range(times):
-            for child in [place.started(log=f"log {number}") for number in range(2)]:
-                ended = child.end()
-                finding.tracebacks += not ended.in_one_line
-            place.judge(finding, ended)
-            place.again(finding)
+            for child in [case.start(log=f"log {number}") for number in range(2)]:
+                outcome = child.wait()
+                finding.tracebacks += not outcome.clean
+            case.judge(finding, outcome)
+            case.rerun(finding)
     return finding
 
 
-def no_memory(places: list[Place], times: int, draw: random.Random) -> Finding:
-    """Each verb with so little address space left that an allocation fails somewhere."""
-    finding, aborted = (
-        Finding("faults", f"out of memory (a bound on address space): {len(places)} verbs, {times} times each"),
-        0,
-    )
-    for place in places:
+def out_of_memory(cases: list[Case], times: int, rng: random.Random) -> Finding:
+    """Run each command with so little address space that an allocation can fail."""
+    finding = Finding("faults", f"out of memory (limited address space): {len(cases)} commands, {times} times each")
+    aborted = 0
+    for case in cases:
         for _ in range(times):
-            more = int(draw.uniform(0, 3e8))
+            extra_bytes = int(rng.uniform(0, 3e8))
 
-            def bound(more: int = more) -> None:
-                [line] = [of for of in Path("/proc/self/status").read_text().splitlines() if of.startswith("VmSize")]
-                resource.setrlimit(resource.RLIMIT_AS, (1024 * int(line.split()[1]) + more,) * 2)
+            def limit_memory(extra_bytes: int = extra_bytes) -> None:
+                lines = Path("/proc/self/status").read_text().splitlines()
+                [line] = [line for line in lines if line.startswith("VmSize")]
+                resource.setrlimit(resource.RLIMIT_AS, (1024 * int(line.split()[1]) + extra_bytes,) * 2)
 
-            ended = place.started(before=bound).end()
-            aborted += ended.code == -signal.SIGABRT
-            place.judge(finding, ended, also=-signal.SIGABRT)  # which allocators of Rust and C++ libraries do
-            place.again(finding)
-    finding.notes.append(f"{aborted} ended by a library's allocator (abort)")
+            outcome = case.start(before=limit_memory).wait()
+            aborted += outcome.exit_code == -signal.SIGABRT
+            # allocators of Rust and C++ libraries abort the process
+            case.judge(finding, outcome, accepted_code=-signal.SIGABRT)
+            case.rerun(finding)
+    finding.notes.append(f"{aborted} aborted by the allocator of a library")
     return finding
 
 
 @contextmanager
-def mounted(at: Path, options: str) -> Iterator[Path]:
-    """A file system in memory, which only root may make."""
-    at.mkdir(exist_ok=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(at)], check=True)  # noqa: S607
+def mounted(folder: Path, options: str) -> Iterator[Path]:
+    """Mount a file system in memory at a folder. Only root is allowed to do this."""
+    folder.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(folder)], check=True)  # noqa: S607
     try:
-        yield at
+        yield folder
     finally:
-        subprocess.run(["umount", str(at)], check=True)  # noqa: S607
+        subprocess.run(["umount", str(folder)], check=True)  # noqa: S607

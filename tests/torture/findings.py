@@ -1,4 +1,4 @@
-"""What is counted, whatever is tried."""
+"""Counts of the outcomes of the long tests."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -7,18 +7,18 @@ from typing import Any
 
 @dataclass
 class Finding:
-    """What came of trying one thing so often.
+    """The counted outcomes of one kind of disturbance, which is one row of the table.
 
     Attributes:
-        part: of the torture.
-        tried: what, for people.
-        times: how often.
-        refused: runs that ended in one line, or were killed as they were meant to be.
-        harmless: runs whose result is what it should be.
-        silent: runs with another result and no word of it.
-        tracebacks: runs that ended in something else than one line.
-        left: runs that left something behind, also after the next run.
-        notes: figures for people, and what the first bad run said.
+        part: the part of the long tests, a key of `PARTS`.
+        tried: a description of the disturbance, for people.
+        times: the number of runs.
+        refused: number of runs that ended with a one-line error, or were killed as intended.
+        harmless: number of runs with the correct result.
+        silent: number of runs with a wrong result and no message.
+        tracebacks: number of runs that ended in any other way than with a result or a one-line error.
+        left: number of runs after which unwanted files stayed behind, even after a rerun.
+        notes: figures for people, and the output of bad runs.
     """
 
     part: str
@@ -33,11 +33,11 @@ class Finding:
 
     @property
     def bad(self) -> int:
-        """Runs that must not be."""
+        """The number of runs that count as failures."""
         return self.silent + self.tracebacks + self.left
 
     def as_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return the attributes as a dict."""
         return asdict(self)
 
 
@@ -45,9 +45,9 @@ HEADER = ("tried", "runs", "refused in one line", "harmless", "silent", "traceba
 
 
 def table(findings: Iterable[Mapping[str, Any]]) -> str:
-    """Markdown."""
+    """Return the findings as a table in Markdown."""
     lines = ["| " + " | ".join(HEADER) + " |", "|---|---:|---:|---:|---:|---:|---:|---|"]
-    for of in findings:
-        numbers = (f"{of[key]:,}" for key in ("times", "refused", "harmless", "silent", "tracebacks", "left"))
-        lines.append(f"| {of['tried']} | " + " | ".join(numbers) + f" | {'; '.join(of['notes'][:3])} |")
+    for finding in findings:
+        counts = (f"{finding[key]:,}" for key in ("times", "refused", "harmless", "silent", "tracebacks", "left"))
+        lines.append(f"| {finding['tried']} | " + " | ".join(counts) + f" | {'; '.join(finding['notes'][:3])} |")
     return "\n".join(lines) + "\n"

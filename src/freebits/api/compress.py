@@ -61,7 +61,7 @@ class Plan:
     Attributes:
         model: folder or URL of the model.
         bytes: present size of the model in bytes.
-        way: how the model becomes smaller, `lossless` or `integers`.
+        way: method, either `lossless` or `integers`.
         at_most: largest size of the finished folder in bytes; None if no size is required.
         about: expected size in bytes; None if estimating it requires measurements.
         bits: average bits per weight of the matrices; None if no number of bits is required.
@@ -137,17 +137,18 @@ def compress(
 
     Returns:
         `plan`. Without `dry_run`, also the result of `inspect(out)` and these entries. `fidelity` is the result of
-        `verify`; if transformers cannot run the model on text, it contains `weight_error`, the relative error of the
-        rounded weights, instead. `coverage` is the result of `coverage_report`, or None if no matrix was rounded.
-        `auto_class` is the class of transformers that loads the folder, or None if there is none. `seconds` is the
-        time that the call took.
+        `verify`; for a model that transformers cannot run on text, it contains the relative error of the rounded
+        weights as `weight_error`. `coverage` is the result of `coverage_report`, or None if no matrix was rounded.
+        `auto_class` is the name of the class of transformers that loads the folder, or None if there is none.
+        `seconds` is the time that the call took.
 
     Raises:
         UsageError: the arguments contradict each other, or the target ruins the model or cannot be reached.
         CheckpointError: `model` is not a sound checkpoint, or `out` already exists.
-        UnsupportedModelError: freebits does not support the model, for example because it has no matrix to quantize.
+        UnsupportedModelError: freebits cannot compress the model, for example because no matrix can be quantized.
     """
     check_key(sign_with)
+    _check_targets(target_size, target_ratio, bits, lossless, max_kl)
     folder = local_folder(model, revision, whole=not dry_run)
     if is_gguf(folder):
         options: dict[str, Any] = {"target_size": target_size, "target_ratio": target_ratio, "bits": bits}
@@ -230,6 +231,20 @@ def _compress_pipeline(
     return for_each(folder, out, compress_component)
 
 
+def _check_targets(
+    target_size: int | None, target_ratio: float | None, bits: float | None, lossless: bool, max_kl: float | None
+) -> None:
+    """Raise a `UsageError` if there are several targets, or one is out of range."""
+    if sum(target is not None for target in (target_size, target_ratio, bits, max_kl, lossless or None)) > 1:
+        raise UsageError(
+            "`target_size`, `target_ratio`, `bits`, `max_kl` and `lossless` cannot be combined: give only one"
+        )
+    if target_ratio is not None and not 0 < target_ratio < 1:
+        raise UsageError(f"`target_ratio` is {target_ratio}: give a fraction between 0 and 1, such as 0.4")
+    if max_kl is not None and not 0 < max_kl < math.inf:
+        raise UsageError(f"`max_kl` is {max_kl}: give nats per token above 0, such as 0.05")
+
+
 def make_plan(
     folder: Path,
     target_size: int | None,
@@ -239,17 +254,9 @@ def make_plan(
     max_kl: float | None,
     fallback_bits: float,
 ) -> Plan:
-    """Choose how to reach the target. Callers give at most one target. Of the weights, only headers are read."""
+    """Choose how to reach the target. This reads only the headers of the weights."""
     source, name = open_folder(folder), original(folder) or str(folder)
     present_size = bytes_on_disk(source)
-    if sum(target is not None for target in (target_size, target_ratio, bits, max_kl, lossless or None)) > 1:
-        raise UsageError(
-            "`target_size`, `target_ratio`, `bits`, `max_kl` and `lossless` cannot be combined: give only one"
-        )
-    if target_ratio is not None and not 0 < target_ratio < 1:
-        raise UsageError(f"`target_ratio` is {target_ratio}: give a fraction between 0 and 1, such as 0.4")
-    if max_kl is not None and not 0 < max_kl < math.inf:
-        raise UsageError(f"`max_kl` is {max_kl}: give nats per token above 0, such as 0.05")
     size = target_size if target_ratio is None else math.floor(target_ratio * present_size)
     specs = source.specs.values()
     lossless_size = round(sum(TYPICAL_ENTROPY.get(spec.dtype_name, 1.0) * spec.n_bytes for spec in specs))
@@ -359,12 +366,12 @@ def _quantize(
 def _search(
     plan: Plan, write: Callable[[float | None], None], measure: Callable[[], dict[str, Any]], force: bool
 ) -> dict[str, Any]:
-    """Write the model and return the last result of `measure`. Repeat this if the plan bounds the KL divergence.
+    """Write and measure the model, repeatedly if the plan bounds the KL divergence. Return the last measurement.
 
     Args:
         plan: plan with the target.
-        write: function that rounds and writes the model, given the expected KL divergence; None stands for another
-            target of the plan.
+        write: function that rounds and writes the model. Its argument is the expected KL divergence, or None if the
+            plan has another target.
         measure: function that compares the written model with the original, as `verify` does.
         force: whether to accept a ruined model.
 

@@ -66,7 +66,7 @@ def estimate(
         planned = planned_forms(architecture, dense_shapes(content, path), k, dtype_name)
     except ValueError as error:
         raise CheckpointError(
-            f"{path} describes a model too large for any machine ({error}): download it again"
+            f"{path} describes a model too large for any machine ({error}): download the file again"
         ) from None
     params = {form: None if specs is None else n_values(architecture, specs) for form, specs in planned.items()}
     sizes = {form: None if specs is None else n_bytes(specs.values()) for form, specs in planned.items()}
@@ -108,7 +108,9 @@ def dense_shapes(config: dict[str, Any], path: Path) -> dict[str, tuple[int, ...
     """
     for key in {family.depth for family in FAMILIES} & config.keys():
         if isinstance(config[key], int) and config[key] > BLOCKS:
-            raise CheckpointError(f"{path}: {key} is {config[key]}, more than any model has: download it again")
+            raise CheckpointError(
+                f"in {path}, {key} is {config[key]}, more than any model has: download the file again"
+            )
     with MODEL_CREATION_LOCK, one_line_errors(path, "config"), torch.device("meta"):
         auto = getattr(transformers, auto_class(config) or "AutoModelForCausalLM")
         model = auto.from_config(config_of(config, auto), trust_remote_code=False)

@@ -120,7 +120,7 @@ def _unpickled(file: Path) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(
-            f"{file} cannot be read ({error.strerror or error}): check its permissions and the disk"
+            f"{file} cannot be read ({error.strerror or error}): check the permissions of the file, and the disk"
         ) from None
     except MemoryError:
         raise

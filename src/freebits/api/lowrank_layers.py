@@ -38,7 +38,7 @@ class Layers:
     Attributes:
         source: the model's tensors, under their names in transformers.
         architecture: table of the model's tensors.
-        running: the model, opened to be run.
+        running: the same model, ready to run.
         sizes: number of a block that can be reduced → name of a matrix → (outputs, inputs).
         transposed: names of the matrices that are stored as (inputs, outputs), as in GPT-2.
     """
@@ -139,9 +139,9 @@ def _spectra(layers: Layers, tokens: Tensor, work: Work, seed: int, progress: Pr
 
 
 def _paper_ranks(layers: Layers, budget: float) -> dict[str, int]:
-    """Return the ranks with which the paper's fraction of each matrix in the last blocks is kept.
+    """Return the ranks that keep the paper's fraction of each matrix in the last blocks.
 
-    The number of these blocks is scaled from 32 blocks, for which the paper states it, to the blocks of this model.
+    The paper states the number of these blocks for models with 32 blocks. For other models, it is scaled.
     """
     n_of_32, fraction = PAPER_SETTINGS[budget]
     n_blocks = len(layers.running.engine.blocks)

@@ -46,7 +46,7 @@ def pack(
     sign_with: str | os.PathLike[str] | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Pack a checkpoint: either omit bits that do not affect the function of the model, or keep every bit.
+    """Pack a checkpoint. Either omit bits that do not affect the function of the model, or keep every bit.
 
     Codecs `canonical` and `bits-back` preserve the function. They store the weights of a rotated model, rounded once to
     their dtypes, and omit the bits that only determine the rotations and the bases of the heads. Codec `none` and the
@@ -72,7 +72,7 @@ def pack(
         The result of `inspect(out)`.
 
     Raises:
-        UsageError: the codec or the device does not exist, or `threshold` is given for a codec without threshold.
+        UsageError: the codec or the device does not exist, or `threshold` is given for a codec that has none.
         CheckpointError: `model` is not a sound checkpoint, the codec does not support `model`, or `out` already exists.
     """
     check_key(sign_with)
@@ -118,9 +118,7 @@ def _safe_preset(preset: Preset | None, source: Checkpoint) -> Preset | None:
 
 def _loader(source: Checkpoint) -> str | None:
     """Return the name of the Auto class that loads the packed model, or None if there is none."""
-    from freebits.integrations.packed_models import (
-        auto_class,
-    )  # imported here, because importing transformers takes seconds
+    from freebits.integrations.packed_models import auto_class  # here, because importing transformers takes seconds
 
     return auto_class(source.config)
 
@@ -146,7 +144,7 @@ def unpack(
     Args:
         packed: a packed folder.
         out: folder to create; it appears complete or not at all.
-        parallel: where groups of tensors are decoded, and how many groups at once. A group is decoded from the same
+        parallel: where tensors are decoded, and how many groups of them at once. A group is decoded from the same
             stored tensors. Memory holds this many groups in float64, and one embedding.
         progress: callback, called after each group.
 

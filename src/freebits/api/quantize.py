@@ -145,9 +145,9 @@ class Prepared:
 
     Attributes:
         source: checkpoint of the model.
-        cache: measurements of the matrices that are rounded to a goal: the calibrated matrices or, if there are none,
-            all matrices that are rounded.
-        fallback_cache: measurements of the other matrices that are rounded, at the fallback bits of a goal.
+        cache: measurements of the matrices that are rounded to a goal. These are the calibrated matrices or, if there
+            are none, all matrices that are rounded.
+        fallback_cache: measurements of the other matrices, which are rounded to the `fallback_bits` of the goal.
         facts: settings with which the sensitivities were measured, for the history.
         sizes: sizes of the model in bytes; see `inspect`.
         coverage: result of `coverage_report`.
@@ -269,7 +269,7 @@ def _check_engine(running: RunningModel, tokens: Tensor) -> None:
     window = tokens[:1, :_COMPARED]
     expected = _transformers_logits(running, window)  # computed first, so that memory never holds both models
     [actual] = running.engine.logits(window)
-    if expected is None or not expected.isfinite().all():  # no comparison; calibration reports if the logits overflow
+    if expected is None or not expected.isfinite().all():  # then calibration reports an overflow
         return
     if not (actual - expected).abs().max() <= _TOLERANCE * expected.abs().max():
         raise UnsupportedModelError(
@@ -281,7 +281,7 @@ def _check_engine(running: RunningModel, tokens: Tensor) -> None:
 def _transformers_logits(running: RunningModel, window: Tensor) -> Tensor | None:
     """Return the logits of transformers for all tokens of a window but the first, (T - 1, V); None if it fails."""
     model = load(running.path, dtype=torch.float32).to(running.device).eval()
-    with suppress(Exception):  # of many types; the engine reports the cause if it fails, too
+    with suppress(Exception):  # if the engine also fails, it reports the cause
         logits: Tensor = model(input_ids=window.to(running.device), use_cache=False).logits[0, :-1]
         return logits
     return None

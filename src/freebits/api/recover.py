@@ -56,10 +56,10 @@ def recover(
 ) -> dict[str, Any]:
     """Recover a part of the quality that slicing or quantizing lost. This is lossy. The size stays the same.
 
-    Training minimizes the KL divergence from the predictions of the original model, with Adam and each window once. In
-    a quantized folder, it changes norms, biases and the row scales of linear layers, which stay in their stored grid.
-    In a plain folder, it changes every linear layer except the head by LoRA, which is merged at the end. This includes
-    the shortcuts of a sliced model, which codec `canonical` then stores as full matrices.
+    Training minimizes the KL divergence from the predictions of the original model. It uses Adam, and each window once.
+    In a quantized folder, it changes norms, biases and the row scales of linear layers; the scales stay in the grid
+    that stores them. In a plain folder, it changes every linear layer except the head by LoRA, which is merged at the
+    end. This includes the shortcuts of a sliced model, which codec `canonical` then stores as full matrices.
 
     Memory holds both models in float32, and the activations of one window.
 
@@ -96,9 +96,7 @@ def recover(
     with new_directory(out) as directory:
         student = _trainable(source, load(folder, dtype=torch.float32).to(torch_device).eval(), rank, seed)
         teacher = load(against, dtype=torch.float32).to(torch_device).eval().requires_grad_(False)
-        _mean_divergence(
-            teacher, student.model, torch.zeros(1, 2, dtype=torch.int64)
-        )  # fail early if vocabularies differ
+        _mean_divergence(teacher, student.model, torch.zeros(1, 2, dtype=torch.int64))  # checks the vocabularies early
         if calibration is None:
             windows = _generated(teacher, samples + HELD_OUT, seq_len, seed, progress)
         else:

@@ -111,9 +111,7 @@ def _rotate_heads(folded: Mapping[str, Tensor], architecture: Architecture, part
     shapes = {name: tuple(tensor.shape) for name, tensor in folded.items()}
     written = {write.weight for sub in part.sublayers for branch in sub.branches for write in branch.writes}
     for pair in find_pairs(architecture, part, shapes, dense=False):
-        if written.issuperset(
-            span.name for span in pair.reads
-        ):  # true for values and outputs, not for queries and keys
+        if written.issuperset(span.name for span in pair.reads):  # skips pairs of queries and keys
             Q = hadamard(torch.eye(pair.size, dtype=torch.float64), seed)
             rotated |= act(rotated, pair, Q.expand(pair.n_spaces, -1, -1))
     return rotated

@@ -1,4 +1,4 @@
 """The command line: it parses arguments, calls `api` and `evaluation`, and prints.
 
-A new command takes one file in `commands`. PyTorch and transformers are imported only when a command needs them.
+A new command needs one file in `commands`. PyTorch and transformers are imported only when a command needs them.
 """

@@ -1,4 +1,4 @@
-"""Arguments that several commands share, and how their values are read."""
+"""Arguments that several commands share, and functions that read their values."""
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
@@ -10,17 +10,17 @@ from freebits.options import BACKENDS, THREADS
 if TYPE_CHECKING:
     from freebits.execution.executor import Parallel
 
-ELSEWHERE = ", its address (s3://…), or an id on the hub"
+ELSEWHERE = ", an address (s3://…), or an id on the hub"
 
 
 def command(commands: Any, name: str, summary: str, description: str) -> ArgumentParser:
-    """A parser for one command.
+    """Add the parser of one command.
 
     Args:
-        commands: what `add_subparsers` returned.
-        name: the command.
-        summary: its line in `freebits --help`, without a full stop.
-        description: what `freebits NAME --help` adds to that.
+        commands: result of `add_subparsers`.
+        name: name of the command.
+        summary: line that `freebits --help` prints about the command, without a period.
+        description: text that `freebits NAME --help` prints after the summary.
     """
     parser: ArgumentParser = commands.add_parser(
         name, help=summary, description=f"{summary[0].upper()}{summary[1:]}. {description}"
@@ -29,7 +29,7 @@ def command(commands: Any, name: str, summary: str, description: str) -> Argumen
 
 
 def add_verbosity(parser: ArgumentParser) -> None:
-    """How much a command prints."""
+    """Add the options that set how much a command prints."""
     group = parser.add_argument_group("output").add_mutually_exclusive_group()
     group.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     group.add_argument("--quiet", action="store_true", help="print errors only")
@@ -37,70 +37,76 @@ def add_verbosity(parser: ArgumentParser) -> None:
 
 
 def add_model(parser: ArgumentParser, what: str) -> None:
-    """The input folder."""
+    """Add the input folder."""
     parser.add_argument("model", metavar="MODEL", type=Path, help=f"{what}{ELSEWHERE}")
 
 
 def add_packed(parser: ArgumentParser) -> None:
-    """A packed input folder."""
+    """Add the packed input folder."""
     parser.add_argument("packed", metavar="PACKED", type=Path, help="folder written by compress, quantize or pack")
 
 
 def add_out(parser: ArgumentParser) -> None:
-    """The output folder."""
+    """Add the output folder."""
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to create, or an address; it must not exist yet")
 
 
 def add_revision(parser: ArgumentParser) -> None:
-    """A revision on the hub."""
+    """Add the option for a revision on the hub."""
     parser.add_argument("--revision", help="branch, tag or commit of a model on the hub (default: main)")
 
 
 def add_device(parser: ArgumentParser, what: str = "run the model") -> None:
-    """A device of PyTorch."""
-    parser.add_argument("--device", default="cpu", help=f"where to {what} (default: %(default)s)")
+    """Add the option for a device of PyTorch."""
+    parser.add_argument("--device", default="cpu", help=f"device on which to {what} (default: %(default)s)")
 
 
 def add_sparsity(parser: ArgumentParser, *, required: bool) -> None:
-    """How much of the hidden size is removed."""
+    """Add the option for the fraction of the hidden size to remove."""
     parser.add_argument(
         "--sparsity", type=float, required=required, help="fraction of the hidden size to remove, in [0, 1)"
     )
 
 
 def add_calibration(parser: ArgumentParser, samples: int, seq_len: int) -> None:
-    """The calibration text."""
+    """Add the options for the calibration text."""
     parser.add_argument(
-        "--calibration", metavar="FILE", type=Path, help="calibration text (default: text that the model generates)"
+        "--calibration",
+        metavar="FILE",
+        type=Path,
+        help="file with calibration text (default: text that the model generates)",
     )
-    parser.add_argument("--samples", type=int, default=samples, help="windows of text (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=samples, help="number of windows of text (default: %(default)s)")
     parser.add_argument("--seq-len", type=int, default=seq_len, help="tokens per window (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
 
 
 def add_uncalibrated(parser: ArgumentParser) -> None:
-    """What happens to matrices that no calibration text reaches."""
+    """Add the options for matrices that are rounded without calibration or not at all."""
     parser.add_argument(
         "--fallback-bits",
         metavar="BITS",
         type=float,
         default=6.0,
-        help="bits per weight of matrices that no calibration text reaches, such as a vision tower's "
-        "(default: %(default)s)",
+        help="average bits per weight of matrices that are rounded without calibration, such as those of a vision "
+        "tower (default: %(default)s)",
     )
     parser.add_argument(
         "--keep",
         metavar="PATTERN",
         action="append",
         default=[],
-        help="do not quantize tensors whose names match, such as 'vision_tower.*'; may be repeated",
+        help="do not quantize tensors whose names match this pattern, such as 'vision_tower.*'; can be repeated",
     )
 
 
 def add_evaluation_text(parser: ArgumentParser, limit: int | None, what: str) -> None:
-    """The text that a model is measured on."""
+    """Add the options for the text on which a model is measured."""
     parser.add_argument(
-        "--text", metavar="FILE", type=Path, help="text to measure on (default: pages of Python's documentation)"
+        "--text",
+        metavar="FILE",
+        type=Path,
+        help="file with text to measure on (default: pages of Python's documentation)",
     )
     parser.add_argument("--seq-len", type=int, default=512, help="tokens per window (default: %(default)s)")
     parser.add_argument(
@@ -109,38 +115,46 @@ def add_evaluation_text(parser: ArgumentParser, limit: int | None, what: str) ->
 
 
 def add_sign(parser: ArgumentParser) -> None:
-    """A private key."""
+    """Add the option for a private key."""
     parser.add_argument(
-        "--sign", metavar="KEY", type=Path, help="sign OUT with a private key (PEM file); see verify --key"
+        "--sign",
+        metavar="KEY",
+        type=Path,
+        help="sign OUT with this private key (PEM file); verify --key checks the signature",
     )
 
 
 def add_jobs(parser: ArgumentParser) -> None:
-    """How many pieces of work run at once."""
+    """Add the option for the number of pieces of work to run at once."""
     parser.add_argument(
-        "--jobs", type=int, help="matrices or blocks processed at once (default: up to four, fewer if they are large)"
+        "--jobs",
+        type=int,
+        help="number of matrices or blocks to process at once (default: at most 4, fewer if they are large)",
     )
 
 
 def add_parallel(parser: ArgumentParser) -> None:
-    """Options of a command that can be resumed and can run on several machines."""
+    """Add the options of a command that can be resumed and can run on several machines."""
     group = parser.add_argument_group("large models", "rerun an interrupted command to resume it")
     group.add_argument(
-        "--no-resume", dest="resume", action="store_false", help="discard what an interrupted run finished"
+        "--no-resume",
+        dest="resume",
+        action="store_false",
+        help="discard the work of an interrupted run, and start again",
     )
     group.add_argument(
         "--backend",
         choices=BACKENDS,
         default=THREADS,
-        help="threads of this process, or ray: pip install 'freebits[ray]' (default: %(default)s)",
+        help="threads of this process, or ray, which needs pip install 'freebits[ray]' (default: %(default)s)",
     )
     group.add_argument(
-        "--address", help="HOST:PORT of a Ray cluster (default: one running on this machine, else a new one)"
+        "--address", help="HOST:PORT of a Ray cluster (default: a cluster that runs on this machine, else a new one)"
     )
 
 
 def size(text: str) -> int:
-    """Bytes, or with a decimal unit: `66000000`, `66MB`, `1.2GB`.
+    """Read a number of bytes, which can have a decimal unit, such as `66000000`, `66MB` or `1.2GB`.
 
     Raises:
         ValueError: the text is not a size.
@@ -154,14 +168,14 @@ def size(text: str) -> int:
 
 
 def parallel(arguments: Namespace, jobs: int | None = None) -> "Parallel":
-    """The parallel options of a command."""
+    """Return the parallel options of a command."""
     from freebits.execution.executor import Parallel
 
     return Parallel(jobs=jobs or arguments.jobs, backend=arguments.backend, address=arguments.address)
 
 
 def text_of(path: Path | None) -> str | None:
-    """The text in a file, or None if no file was given.
+    """Return the text in a file, or None if no file was given.
 
     Raises:
         CheckpointError: the file cannot be read as UTF-8 text.

@@ -1,4 +1,4 @@
-"""The entry point of the command line: parses, runs the command, and turns errors into one line and an exit code."""
+"""The entry point of the command line. It runs the command, and turns an error into one line and an exit code."""
 
 import io
 import os
@@ -13,18 +13,21 @@ from freebits.cli.progress import verbosity
 from freebits.errors import FreebitsError, one_line
 
 _NO_MEMORY = ("DefaultCPUAllocator", "CUDA out of memory", "bad_alloc", "can't start new thread")
-"""Parts of the messages of PyTorch, C++ and Python when memory runs out."""
+"""Parts of the error messages of PyTorch, C++ and Python when memory runs out."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit code: 0 done, 1 a check failed, 2 bad input or usage, 128 + n stopped by signal n.
+        The exit code: 0 after success, 1 if a check failed, 2 after a bad argument or input, 128 + n if signal n
+        stopped the command.
     """
     arguments = Namespace()
-    for name in ("SIGTERM", "SIGHUP"):  # so that staging directories are removed
-        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_DFL:  # not under nohup
+    for name in ("SIGTERM", "SIGHUP"):  # exit normally, so that staging directories are removed
+        if (
+            hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_DFL
+        ):  # unless nohup ignores it
             signal.signal(getattr(signal, name), lambda number, _: sys.exit(128 + number))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -32,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = build_parser().parse_args(argv)
         with verbosity(quiet=arguments.quiet, verbose=arguments.verbose):
-            code = int(arguments.run(arguments))
+            exit_code = int(arguments.run(arguments))
         if sys.stdout is not None:  # None if the caller closed it
             sys.stdout.flush()
     except FreebitsError as error:
@@ -40,21 +43,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not any(message in str(error) for message in _NO_MEMORY):
             raise
-        return _print_error(FreebitsError("out of memory: if the command has `jobs`, try 1"), arguments)
+        return _print_error(
+            FreebitsError(
+                "out of memory: set `jobs` to 1 if the command has this option, or use a machine with more memory"
+            ),
+            arguments,
+        )
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except BrokenPipeError:
         return _close_stdout()
-    except OSError as error:  # of printing; errors about checkpoints have become a FreebitsError
+    except OSError as error:  # usually from printing, because errors about checkpoints are FreebitsErrors
         if error.filename is not None:
             return _print_error(error, arguments)
         _close_stdout()
         return _print_error(error, arguments)
-    return code
+    return exit_code
 
 
 def _print_error(error: Exception, arguments: Namespace) -> int:
-    """Print one line. Parameters, which errors of the library quote, become the flags of the command line."""
+    """Print an error in one line, and return the exit code. Names of parameters in backticks become flags."""
     values = vars(arguments)
 
     def flag(match: re.Match[str]) -> str:
@@ -68,7 +76,7 @@ def _print_error(error: Exception, arguments: Namespace) -> int:
 
 
 def _close_stdout() -> int:
-    """Redirect what Python flushes at exit, as nobody reads our output any more; returns the exit code."""
+    """Discard what Python flushes to stdout at exit, because nobody reads stdout anymore. Return the exit code."""
     if sys.stdout is not None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return BAD_INPUT

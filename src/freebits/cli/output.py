@@ -1,4 +1,4 @@
-"""Prints results: tables for people, JSON for programs. Imports nothing that takes long."""
+"""Print results as tables for people or as JSON for programs. All imports of this module are fast."""
 
 import json
 import math
@@ -11,13 +11,13 @@ Row = tuple[str, ...]
 
 
 def print_json(result: dict[str, Any]) -> int:
-    """Print one JSON object on stdout; returns the exit code."""
+    """Print one JSON object on stdout, and return the exit code."""
     print(json.dumps(_without_infinities(result), allow_nan=False))
     return 0
 
 
 def _without_infinities(value: Any) -> Any:
-    """Replace NaN and infinities, which JSON lacks, by null."""
+    """Replace NaN and infinities by None, because JSON lacks them."""
     if isinstance(value, dict):
         return {key: _without_infinities(part) for key, part in value.items()}
     if isinstance(value, list):
@@ -26,7 +26,7 @@ def _without_infinities(value: Any) -> Any:
 
 
 def print_facts(facts: dict[str, Any], as_json: bool) -> int:
-    """Print what `inspect` returns; returns the exit code."""
+    """Print the result of `inspect` or of a command that writes a folder, and return the exit code."""
     if as_json:
         return print_json(facts)
     codec = f", codec {facts['codec']}, entropy {facts['entropy']}" if facts["codec"] else ""
@@ -55,23 +55,24 @@ def print_facts(facts: dict[str, Any], as_json: bool) -> int:
     if perplexity := facts.get("perplexity"):
         _print_perplexity(perplexity)
     if kl := facts.get("kl"):
-        print(f"\nmean KL {kl['before']:.4f} nats per token before, {kl['after']:.4f} after, on other windows")
+        change = f"{kl['before']:.4f} nats per token before, {kl['after']:.4f} after"
+        print(f"\nmean KL {change}, on windows that were not used for training")
     return 0
 
 
 def print_components(result: dict[str, Any]) -> int:
-    """Print the result for each model of a pipeline; returns the exit code."""
+    """Print the result for each model of a pipeline, and return the exit code."""
     rows: list[Row] = [("model", "bytes before", "bytes after", "method")]
     for name, facts in result["components"].items():
         plan = facts["plan"]
         after = facts["bytes"]["packed"] if "bytes" in facts else plan["about"]
         method = plan["way"] if plan["bits"] is None else f"{plan['bits']:g} bits per weight"
-        rows.append((name, f"{plan['bytes']:,}", f"{after:,}", method))
+        rows.append((name, f"{plan['bytes']:,}", "" if after is None else f"{after:,}", method))
     return print_table(rows)
 
 
 def print_plan(plan: dict[str, Any]) -> None:
-    """Print what `compress` is going to do."""
+    """Print the actions that `compress` plans."""
     size, most = plan["about"], plan["at_most"]
     if plan["way"] == "lossless":
         action = f"keep every bit, about {size:,} bytes"
@@ -87,11 +88,12 @@ def print_plan(plan: dict[str, Any]) -> None:
 def print_fidelity(measured: dict[str, Any]) -> None:
     """Print how close a result is to the original model."""
     if measured["fidelity"] == BIT_EXACT:
-        print("\nbit-exact: every tensor equals the original's")
+        print("\nbit-exact: every tensor equals the original tensor")
         return
     if measured["mean_kl"] is None:
         print(
-            f"\nrounded weights differ by {measured['weight_error']:.2%} (root mean square); this model runs on no text"
+            f"\nthe rounded weights differ from the original weights by {measured['weight_error']:.2%} (root mean "
+            "square); quality was not measured, because transformers cannot run this model on text"
         )
         return
     perplexity = measured["perplexity"]
@@ -102,7 +104,7 @@ def print_fidelity(measured: dict[str, Any]) -> None:
 
 
 def print_coverage(coverage: dict[str, Any]) -> None:
-    """Print which share of the weights was quantized, and what was not and why if that is more than 2 %."""
+    """Print the share of quantized weights. If it is below 98 %, also print the other tensors, each with a reason."""
     print(f"\n{coverage['share']:.1%} of the weights are quantized")
     if coverage["share"] < _NEARLY_ALL:
         total = sum(entry["weights"] for entry in coverage["left"]) / (1 - coverage["share"])
@@ -112,12 +114,11 @@ def print_coverage(coverage: dict[str, Any]) -> None:
                 print(one_line(f"not quantized: {entry['tensors']} ({share:.1%} of the weights): {entry['reason']}"))
     if coverage["uncalibrated"] > _WORTH_A_LINE:
         names = ", ".join(entry["tensors"] for entry in coverage["alone"])
-        print(one_line(f"{coverage['uncalibrated']:.1%} are rounded without calibration: {names}", 200))
+        print(one_line(f"{coverage['uncalibrated']:.1%} of the weights are rounded without calibration: {names}", 200))
     if coverage.get("undersampled"):
         print(
-            f"{coverage['undersampled']} of {coverage['experts']} expert matrices saw fewer than 64 tokens of the "
-            "calibration text; they are rounded with the statistics of their block's average expert; use more "
-            "`--samples`"
+            f"{coverage['undersampled']} of {coverage['experts']} expert matrices received fewer than 64 tokens of the "
+            "calibration text, so their rounding relies on the average expert of their block: set a larger --samples"
         )
 
 
@@ -125,7 +126,7 @@ _NEARLY_ALL, _WORTH_A_LINE = 0.98, 0.001
 
 
 def print_size_table(result: dict[str, Any]) -> int:
-    """Print the approximate size of each form of a model; returns the exit code."""
+    """Print the approximate size of each form of a model, and return the exit code."""
     dense = result["bytes"]["dense"]
     print(f"approximate sizes, from {result['dtype']}")
     rows: list[Row] = [("", "bytes", "of dense")]
@@ -137,17 +138,17 @@ def _print_perplexity(perplexity: dict[str, float | None]) -> None:
     (_, before), (name, after) = perplexity.items()
     if before and after:
         change = f"perplexity {before:.3f} before, {after:.3f} {name} (x {after / before:.3f})"
-        print(f"\n{change} on held-out windows of the calibration text; other text may suffer more: freebits eval")
+        print(f"\n{change} on held-out windows of the calibration text; run freebits eval to measure on other text")
 
 
 def changes(size: int, baselines: dict[str, int | None]) -> Row:
-    """The change of a size against both baselines in percent, as table cells."""
+    """Return the differences of a size from `dense` and from `dense_untied` in percent, as table cells."""
     pairs = [(size, baselines[key]) for key in ("dense", "dense_untied")]
     return tuple(f"{100 * (size / baseline - 1):+.2f} %" if size and baseline else "" for size, baseline in pairs)
 
 
 def print_table(rows: list[Row]) -> int:
-    """Print aligned columns, the first one left-aligned; returns the exit code."""
+    """Print a table whose first column is left-aligned, and return the exit code."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for first, *rest in rows:
         cells = [first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(rest, widths[1:], strict=True))]

@@ -38,15 +38,15 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands; `run` in the result is the function that runs the one chosen."""
+    """Return the parser of all commands. In its result, `run` is the function that runs the chosen command."""
     root = _Parser(
         prog="freebits",
         description="Make LLM checkpoints smaller: quantize (lossy), pack (lossless) or slice them (lossy).",
-        epilog="To begin: freebits estimate MODEL, then freebits compress MODEL OUT. MODEL is a folder or an id on the "
+        epilog="Run freebits estimate MODEL first, then freebits compress MODEL OUT. MODEL is a folder or an id on the "
         "hub. The result loads with from_pretrained after `import freebits`. For other tools (vLLM, llama.cpp's "
-        "converter) run freebits unpack first. Files and downloads become smaller. In memory a quantized model is as "
-        "large and as fast as before; a sliced one is smaller. MODEL and OUT may be addresses (s3://, gs://, https://, "
-        "hf://).",
+        "converter), run freebits unpack first. Files and downloads become smaller. In memory, a quantized model is as "
+        "large and as fast as the original; a sliced model is smaller. MODEL and OUT can be addresses (s3://, gs://, "
+        "https://, hf://).",
     )
     root.set_defaults(quiet=False, verbose=False)
     root.add_argument("--version", action="version", version=f"freebits {__version__}")

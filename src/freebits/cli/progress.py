@@ -1,4 +1,4 @@
-"""Progress bars for a terminal, lines for a log, and how much a command prints."""
+"""Show progress as bars in a terminal or as lines in a log, and set how much a command prints."""
 
 import logging
 import os
@@ -21,7 +21,7 @@ _BYTE_BAR = "{desc}, {n_fmt} of {total_fmt}B |{bar:20}| {remaining} left"
 @contextmanager
 def verbosity(*, quiet: bool, verbose: bool) -> Iterator[None]:
     """Print only errors, or log lines with times, until the block ends."""
-    import transformers  # quiet, as our own messages say what matters
+    import transformers  # silenced, because messages of freebits say what matters
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -43,20 +43,20 @@ def verbosity(*, quiet: bool, verbose: bool) -> Iterator[None]:
 
 
 def progress_bar() -> Progress:
-    """What shows the progress of a command: a bar in a terminal, log lines with `--verbose`, else nothing."""
+    """Return a callback that shows progress: as bars in a terminal, as log lines with `--verbose`, else not at all."""
     if _log.isEnabledFor(logging.INFO):
         return _lines()
     return _bars() if _log.isEnabledFor(logging.WARNING) else silent
 
 
 def _bars() -> Progress:
-    """One bar for each step that takes over a second."""
+    """Return a callback that shows a bar for each step that takes over a second."""
     bar: tqdm | None = None  # type: ignore[type-arg]
     name = ""
 
     def show(step: str, unit: str, done: int, total: int) -> None:
         nonlocal bar, name
-        if bar is None or step != name or done < bar.n:  # the next step
+        if bar is None or step != name or done < bar.n:  # a new step begins
             if bar is not None:
                 bar.close()
             in_bytes = unit == "byte"
@@ -81,7 +81,7 @@ def _bars() -> Progress:
 
 
 def _lines() -> Progress:
-    """A log line every ten seconds, and one at the end of each step that says how long it took."""
+    """Return a callback that logs a line every ten seconds, and the duration of each step at its end."""
     begin = last = time.monotonic()
     name = ""
 

@@ -1,4 +1,4 @@
-"""Draw charts as inline SVG with matplotlib. Text stays text, and axes take the colour of the page's text."""
+"""Draw charts as inline SVG with matplotlib. Text stays text, and axes have the color of the page's text."""
 
 import io
 import re
@@ -11,9 +11,9 @@ from freebits.errors import UsageError, one_line
 
 Points = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 """Label → x and y coordinates."""
-_COLOURS = ("#3b82c4", "#d9822b", "#3a9d5d", "#b0559b", "#8a7a3d", "#5f6fd6", "#c0504d", "#4aa3a2")
+_COLORS = ("#3b82c4", "#d9822b", "#3a9d5d", "#b0559b", "#8a7a3d", "#5f6fd6", "#c0504d", "#4aa3a2")
 _INK = "#010203"
-"""Placeholder that `_svg` replaces by the colour of the page's text."""
+"""Placeholder that `_svg` replaces with the color of the page's text."""
 _SETTINGS: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "freebits",
@@ -30,25 +30,25 @@ _SETTINGS: Any = {
     "legend.frameon": False,
 }
 _MAX_LABEL = 40
-"""Longest label. Labels contain tensor names, which can be any string."""
+"""Largest number of characters of a label. Labels contain tensor names, which can be any string."""
 
 
 def check_charts() -> None:
     """Check that matplotlib is installed.
 
     Raises:
-        UsageError: it is not.
+        UsageError: matplotlib is not installed.
     """
     if find_spec("matplotlib") is None:
-        raise UsageError("matplotlib, which draws the charts, is not installed: pip install 'freebits[report]'")
+        raise UsageError("matplotlib, which draws the charts, is not installed: run pip install 'freebits[report]'")
 
 
 def bars(sizes: Mapping[str, float], unit: str, captions: Mapping[str, str]) -> str:
-    """Horizontal bars from top to bottom, each with its caption."""
+    """Draw horizontal bars from top to bottom, each with its caption, and return the SVG."""
     names, values = list(sizes), list(sizes.values())
 
     def draw(axes: Any) -> None:
-        drawn = axes.barh(range(len(names)), values, color=_COLOURS[0], height=0.62)
+        drawn = axes.barh(range(len(names)), values, color=_COLORS[0], height=0.62)
         axes.bar_label(drawn, [captions[name] for name in names], padding=4)
         axes.set_yticks(range(len(names)), [_label(name) for name in names])
         axes.invert_yaxis()
@@ -59,11 +59,11 @@ def bars(sizes: Mapping[str, float], unit: str, captions: Mapping[str, str]) -> 
 
 
 def scatter(points: Points, x_title: str, y_title: str, *, names: bool = False, log: bool = False) -> str:
-    """Dots, one colour per label. With `names` each label is next to its first dot, else in a legend."""
+    """Draw dots with one color per label, and return the SVG. Labels are in a legend or, with `names`, next to dots."""
 
     def draw(axes: Any) -> None:
-        for colour, (label, (x, y)) in zip(_COLOURS * len(points), points.items(), strict=False):
-            axes.plot(x, y, "o", markersize=7 if names else 3.5, color=colour, label=_label(label), alpha=0.85)
+        for color, (label, (x, y)) in zip(_COLORS * len(points), points.items(), strict=False):
+            axes.plot(x, y, "o", markersize=7 if names else 3.5, color=color, label=_label(label), alpha=0.85)
             if names:
                 axes.annotate(_label(label), (x[0], y[0]), xytext=(7, 5), textcoords="offset points")
         axes.set(xlabel=x_title, ylabel=y_title)
@@ -83,19 +83,19 @@ def scatter(points: Points, x_title: str, y_title: str, *, names: bool = False, 
 
 
 def _label(text: str) -> str:
-    """Return a safe, short label. Matplotlib leaves labels that begin with `_` out of a legend, so pad those."""
+    """Return a safe, short label. Pad a label that begins with `_`, because matplotlib omits such labels in legends."""
     short = one_line(text, _MAX_LABEL)
     return f"\u2009{short}" if short.startswith("_") else short
 
 
 def _svg(height: float, draw: Callable[[Any], None]) -> str:
-    """Return what `draw` draws on axes as SVG, without a display, in the colour of the page's text."""
+    """Return the SVG of what `draw` draws on axes. Text and axes have the color of the page's text."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     buffer = io.StringIO()
     with rc_context(_SETTINGS), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about glyphs that our font lacks; the browser's font may have them
+        warnings.simplefilter("ignore")  # about glyphs missing in a font that the browser replaces
         figure = Figure(figsize=(5.6, height), layout="constrained")
         draw(figure.add_subplot())
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

@@ -1,9 +1,9 @@
-"""Simulate quantized activations and a quantized KV cache as in QuaRot: round values, but compute in floats.
+"""Simulate quantized activations and a quantized KV cache as in QuaRot. Values are rounded, but stay floats.
 
-Inputs of linear layers in blocks are quantized per token: symmetric, clipped at 0.9 of the largest value. Keys (after
-the rotary embedding) and values are quantized when the cache stores them, per group of 128 along the head: asymmetric,
-clipped at 0.95 (QuaRot, section 4). With rotation, each is quantized in a randomized Hadamard basis and rotated back.
-The result equals that of rotated weights with online transforms.
+Inputs of linear layers in blocks are rounded per token, symmetrically, and clipped at 0.9 of the largest value. Keys
+(after the rotary embedding) and values are rounded when the cache stores them, per group of 128 along the head. This
+rounding is asymmetric and clips at 0.95 (QuaRot, section 4). With rotation, inputs, keys and values are rounded in a
+randomized Hadamard basis and rotated back. The result equals that of rotated weights with online transforms.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,14 +24,14 @@ _SEED = 0
 
 
 def round_symmetric(x: Tensor, bits: int, clip: float = ACTIVATION_CLIP) -> Tensor:
-    """Round vectors, (…, n), to `2^bits - 1` points around zero, up to `clip` times each one's largest magnitude."""
+    """Round vectors, (…, n), to `2^bits - 1` points around zero, up to `clip` times their largest magnitudes."""
     largest = 2 ** (bits - 1) - 1
     scale = (clip * x.abs().amax(-1, keepdim=True) / largest).clamp_min(1e-12)
     return (x / scale).round().clamp(-largest, largest) * scale
 
 
 def round_asymmetric(x: Tensor, bits: int, clip: float = CACHE_CLIP, group: int = CACHE_GROUP) -> Tensor:
-    """Round groups of vectors, (…, n), to `2^bits` points from `clip` times the minimum to `clip` times the maximum."""
+    """Round groups in vectors, (…, n), to `2^bits` points from `clip` times the minimum to `clip` times the maximum."""
     parts = []
     for part in x.split(group, -1):
         low, high = clip * part.amin(-1, keepdim=True), clip * part.amax(-1, keepdim=True)
@@ -41,7 +41,7 @@ def round_asymmetric(x: Tensor, bits: int, clip: float = CACHE_CLIP, group: int 
 
 
 class RoundingCache(DynamicCache):
-    """A cache that rounds keys and values before it stores them."""
+    """A KV cache that rounds keys and values before it stores them."""
 
     def __init__(self, bits: int, rotate: bool) -> None:
         super().__init__()
@@ -58,15 +58,15 @@ class RoundingCache(DynamicCache):
 
 @dataclass(frozen=True)
 class Simulation:
-    """Settings of a simulation; by default nothing is simulated.
+    """Settings of a simulation. By default, nothing is simulated.
 
     Attributes:
-        activations: bits of the inputs of linear layers; None for floats.
-        kv: bits of keys and values; None for floats.
-        rotate: `hadamard` for a rotated basis.
+        activations: bits to which inputs of linear layers are rounded; None if they are not rounded.
+        kv: bits to which keys and values are rounded; None if they are not rounded.
+        rotate: `hadamard` to round in a rotated basis, else `none`.
 
     Raises:
-        UsageError: the bits are not 2 to 16, or the rotation does not exist.
+        UsageError: a number of bits is not from 2 to 16, or the rotation does not exist.
     """
 
     activations: int | None = None
@@ -78,10 +78,10 @@ class Simulation:
             if bits is not None and not 2 <= bits <= 16:
                 raise UsageError(f"`{name}` is {bits}: give 2 to 16 bits")
         if self.rotate not in ROTATIONS:
-            raise UsageError(f"`rotate` is {self.rotate!r}: choose one of {', '.join(ROTATIONS)}")
+            raise UsageError(f"`rotate` is {self.rotate!r}: choose {' or '.join(ROTATIONS)}")
 
     def cache(self) -> RoundingCache | None:
-        """Return a new cache for one window, or None if keys and values are floats."""
+        """Return a new cache for one window, or None if keys and values are not rounded."""
         return RoundingCache(self.kv, self.rotate == HADAMARD) if self.kv else None
 
     @contextmanager
@@ -102,5 +102,5 @@ class Simulation:
 
 
 def _in_basis(rotate: bool, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """Apply a function in the rotated basis or, without `rotate`, in the given one."""
+    """Apply a function to `x` in the rotated basis, or without `rotate` in the given basis."""
     return hadamard_inverse(function(hadamard(x, _SEED)), _SEED) if rotate else function(x)

@@ -1,7 +1,8 @@
 """Estimate the size of each form of a model from the specs of its tensors, before any file exists.
 
-Counts of weights follow the convention that reproduces every digit of the paper's Table 1: 16 bits each; all matrices,
-biases, embeddings and the head; no norms. Files add a header and, for bits-back, corrections.
+Counts of weights follow the convention that reproduces every digit of the paper's Table 1. They include all matrices,
+biases, embeddings and the head, at 16 bits per weight, but no norms. Files also contain a header and, for codec
+bits-back, corrections.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,7 +14,7 @@ from freebits.types import TensorSpec
 
 VALUE_BITS = 16
 TYPICAL_ENTROPY = {"F16": 0.85, "BF16": 0.67, "F32": 0.84, "F8_E4M3": 0.83, "I8": 0.91, "I32": 0.93, "U8": 0.95}
-"""dtype → size after the entropy stage, relative to before, measured on several models (`docs/measurements.md`)."""
+"""dtype → size after the entropy stage / size before, measured on several models (`docs/measurements.md`)."""
 
 Specs = Mapping[str, TensorSpec]
 
@@ -24,15 +25,15 @@ def planned_forms(
     """Return the tensors that each form of a model would store.
 
     Args:
-        architecture: that of the dense model.
-        dense: shapes of the dense model's tensors.
-        size: `k`, the width of a sliced site.
+        architecture: architecture of the dense model.
+        dense: name → shape, for the tensors of the dense model.
+        size: `k`, the width of the residual stream in the sliced model.
         dtype_name: safetensors dtype of the weights.
 
     Returns:
         Form → name of a stored tensor → tensor spec. The forms are `dense` (tied tensors counted once), `dense_untied`,
-        `dense_canonical` (pairs in canonical form), `sliced`, `bits_back` (with signs, without corrections),
-        `canonical` and `canonical_tied` (None for a model without ties).
+        `dense_canonical` (pairs of matrices in canonical form), `sliced`, `bits_back` (with signs, without
+        corrections), `canonical` and `canonical_tied` (None for a model without tied tensors).
     """
     untied, tied = architecture.with_tie(False), architecture.with_tie(True)
     head, embedding = architecture.head.weight, architecture.embedding.weight
@@ -63,17 +64,17 @@ def planned_forms(
 
 
 def n_values(architecture: Architecture, stored: Specs) -> int:
-    """Count 16-bit values in the paper's convention: without norms and the head's bias, which takes up a norm's."""
+    """Count the 16-bit values as the paper does: without norms, and without the head's bias, which folding adds."""
     norms = {name for name, weight in architecture.weights.items() if weight.role is Role.NORM}
     excluded = norms | {architecture.head.bias}
     return sum(_n_values(spec) for name, spec in stored.items() if name not in excluded)
 
 
 def _n_values(spec: TensorSpec) -> int:
-    """Count the 16-bit values of a tensor; bitstreams (`U8`) are divided into 16-bit units."""
+    """Count the 16-bit values of a tensor. Two bytes of a bitstream (`U8`) count as one value."""
     return spec.n_bytes * 8 // VALUE_BITS if spec.dtype_name == "U8" else spec.numel
 
 
 def n_bytes(stored: Iterable[TensorSpec]) -> int:
-    """Bytes of the tensors, without file headers and manifest."""
+    """Return the bytes of the tensors, without file headers and manifest."""
     return sum(spec.n_bytes for spec in stored)

@@ -1,4 +1,4 @@
-"""Count the bytes of checkpoint folders. All reported sizes come from here."""
+"""Count the bytes of checkpoint folders. All reported sizes of folders come from this module."""
 
 from collections.abc import Iterator
 
@@ -13,7 +13,7 @@ _SIDE_PARTS = ("signs", "corrections")
 
 
 def bytes_on_disk(folder: Folder) -> int:
-    """Return the bytes of the files that define a model: weights, index, manifest, `config.json`.
+    """Return the bytes of the files that define a model: weights, index, manifest and `config.json`.
 
     The tokenizer and the model card are not counted.
     """
@@ -22,7 +22,7 @@ def bytes_on_disk(folder: Folder) -> int:
 
 
 def dense_bytes(dense: Folder, architecture: Architecture) -> dict[str, int]:
-    """Return the two baselines: `dense`, the bytes on disk, and `dense_untied`, the paper's, with an untied head."""
+    """Return the baselines `dense`, the bytes on disk, and `dense_untied`, which has an untied head as in the paper."""
     on_disk = bytes_on_disk(dense)
     head, embedding = architecture.head.weight, architecture.embedding.weight
     shared = architecture.tied and head not in dense.specs and embedding in dense.specs
@@ -30,7 +30,7 @@ def dense_bytes(dense: Folder, architecture: Architecture) -> dict[str, int]:
 
 
 def groups(folder: Folder) -> dict[str, int]:
-    """Return bytes on disk by purpose: a group of the architecture, side data, other tensors, or overhead."""
+    """Return the bytes on disk by purpose: groups such as attention, side data, other tensors, and overhead."""
     group_of = _group_by_tensor(folder)
     sizes = dict.fromkeys((EMBEDDINGS, *dict.fromkeys(group_of.values()), HEAD, SIDE_DATA, OTHER), 0)
     for size, tensor, part in _uses(folder):
@@ -40,7 +40,7 @@ def groups(folder: Folder) -> dict[str, int]:
 
 
 def bits_by_tensor(folder: Folder) -> dict[str, float]:
-    """Return name of a tensor → stored bits per weight, side data included."""
+    """Return name of a tensor → stored bits per weight, including side data."""
     sizes = dict.fromkeys(folder.specs, 0)
     for size, tensor, _ in _uses(folder):
         sizes[tensor] += size
@@ -48,17 +48,17 @@ def bits_by_tensor(folder: Folder) -> dict[str, float]:
 
 
 def side_bytes(folder: PackedFolder, part: str) -> int:
-    """Return the bytes of all stored tensors that hold the given part of an encoding, entropy-coded or not."""
+    """Return the bytes of all stored tensors that contain a given part of an encoding, such as `corrections`."""
     return sum(size for size, _, used_as in _uses(folder) if used_as == part)
 
 
 def change(n_bytes: int | None, baseline: int | None) -> float | None:
-    """Return the difference from `baseline` in percent, negative if smaller; None without one of the two."""
+    """Return the difference from `baseline` in percent, negative if smaller. Return None if a size is unknown."""
     return 100 * (n_bytes / baseline - 1) if n_bytes and baseline else None
 
 
 def _group_by_tensor(folder: Folder) -> dict[str, str]:
-    """Return tensor → group of the architecture; empty for an unknown architecture."""
+    """Return name of a tensor → group of the architecture. An unknown architecture gives no groups."""
     try:
         architecture = Architecture.of(folder.config, len(folder.specs))
     except (UnsupportedModelError, CheckpointError):
@@ -67,9 +67,9 @@ def _group_by_tensor(folder: Folder) -> dict[str, str]:
 
 
 def _uses(folder: Folder) -> Iterator[tuple[int, str, str]]:
-    """Yield bytes, the model's tensor they encode, and the part of its encoding they are.
+    """Yield numbers of stored bytes, each with the tensor of the model and the part of its encoding they belong to.
 
-    The bytes of a stored tensor that encodes several tensors are divided by their numbers of values.
+    If a stored tensor encodes several tensors, its bytes are divided in proportion to the numbers of their values.
     """
     stored, recipes = folder.specs, []
     if isinstance(folder, PackedFolder):

@@ -1,4 +1,4 @@
-"""Render the HTML report of a model's folder: no scripts, no network, light and dark, for any screen width."""
+"""Render the HTML report of a model's folder. It has no scripts and needs no network."""
 
 import html
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -34,7 +34,7 @@ th:first-child, td:first-child { text-align: left; }
 pre { background: var(--card); border-radius: .5rem; padding: .8rem; overflow-x: auto; font-size: .85rem; }
 """
 _SHOWN = ("transform", "fidelity", "bytes", "producer", "perplexity")
-"""Fields of a history entry that are shown separately from its options."""
+"""Fields of a history entry that are not shown as options."""
 
 
 def page(title: str, facts: Mapping[str, Any], measured: Mapping[str, Any]) -> str:
@@ -43,10 +43,10 @@ def page(title: str, facts: Mapping[str, Any], measured: Mapping[str, Any]) -> s
     Args:
         title: heading of the page.
         facts: the result of `inspect`.
-        measured: `size`, bytes of the folder; `bits`, name of a matrix → bits per weight; `places`, name of a tensor →
-            block and role. If the folder was compared with its model, also `errors`, name of a matrix → relative error;
-            `against`, the result of `compare_models`; `text`, a description of the text; `rounded`, the same results
-            for rounded models.
+        measured: `size`, the bytes of the folder; `bits`, name of a matrix → bits per weight; and `places`, name of a
+            tensor → block and role. If the folder was compared with its original model, also `errors`, name of a matrix
+            → relative error; `against`, the result of `compare_models`; `text`, a description of the text; and
+            `rounded`, bits → result of `compare_models` for the rounded original model.
     """
     sections = [_facts(facts, measured), *_sizes(facts), *_quality(measured), *_matrices(measured), *_sites(facts)]
     sections += _history(facts)
@@ -60,7 +60,7 @@ def page(title: str, facts: Mapping[str, Any], measured: Mapping[str, Any]) -> s
 
 
 def _safe(text: object) -> str:
-    """Return text from a folder, which can be any string, escaped and on one line."""
+    """Return text from a folder in one line, escaped because it can be any string."""
     return html.escape(one_line(text))
 
 
@@ -110,9 +110,9 @@ def _quality(measured: Mapping[str, Any]) -> Iterator[str]:
         points[f"{bits} bits"] = ([result["size"] / scale], [max(result["mean_kl"], 1e-9)])
     chart = charts.scatter(points, unit, "mean KL, nats per token", names=True, log=True)
     note = (
-        f"Measured on {measured['text']} against the original model. For comparison, the original with every matrix "
-        "rounded to 8 and to 4 bits in groups of 32 with a 16-bit scale, as in common quantized files. The sizes of "
-        "rounded models are computed; those models are not written."
+        f"Measured on {measured['text']} against the original model. For comparison, the chart includes the original "
+        "model with every matrix rounded to 8 and to 4 bits, in groups of 32 with a 16-bit scale, as in common "
+        "quantized files. These rounded models are not written; their sizes are computed."
     )
     yield _section("Quality", chart, note) + _table(("model", "perplexity", "ratio", "mean KL"), rows)
 
@@ -130,7 +130,7 @@ def _matrices(measured: Mapping[str, Any]) -> Iterator[str]:
             "errors",
             "Error of each matrix",
             "error / norm",
-            "Frobenius norm of the difference from the original matrix, relative to that of the original.",
+            "Frobenius norm of the difference from the original matrix, divided by the norm of the original matrix.",
         ),
     ):
         if values := measured.get(key):
@@ -144,7 +144,7 @@ def _matrices(measured: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _sites(facts: Mapping[str, Any]) -> Iterator[str]:
-    """Count the rotations of the residual stream that are encoded, and list the others with the reason."""
+    """State how many rotations of the residual stream are encoded, and list the other rotations with the reasons."""
     sites = facts["sites"]
     if not sites:
         return
@@ -188,7 +188,7 @@ def _scaled(sizes: Mapping[str, float]) -> tuple[dict[str, float], str]:
 
 
 def _unit(size: float) -> tuple[str, float]:
-    """Return the name of the largest unit that `size` reaches, and its bytes."""
+    """Return the name and the bytes of the largest unit that is at most `size`."""
     units = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1.0))
     return next((unit, scale) for unit, scale in units if size >= scale or scale == 1)
 

@@ -18,16 +18,17 @@ def known_sizes(path: str | os.PathLike[str]) -> dict[str, int]:
 
 
 def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Describe a folder with a model (dense, sliced or packed) or an adapter: bytes on disk, sites, history.
+    """Describe a folder that contains a model (dense, sliced or packed) or an adapter.
 
     Args:
-        path: the folder of a checkpoint.
+        path: folder of a checkpoint.
 
     Returns:
-        `kind`, `codec`, `entropy`, `bytes` {`dense`, `dense_untied`, `sliced`, `packed`, `corrections`}, `sites`,
-        `history`; `groups`, all bytes on disk by purpose; `parameters`, the number of weights of the loaded model.
-        Unknown sizes are None. `dense` is the size of the original model, `dense_untied` the same with an untied head,
-        as the paper counts.
+        `kind`, `codec` and `entropy`; `bytes` {`dense`, `dense_untied`, `sliced`, `packed`, `corrections`}; `sites`,
+        the rotations of the residual stream, each with its code or the reason why it is not encoded; `history`;
+        `groups`, all bytes on disk by purpose; and `parameters`, the number of weights of the loaded model. Unknown
+        sizes are None. `dense` is the size of the original model; `dense_untied` is its size with an untied head, as
+        the paper counts.
 
     Raises:
         CheckpointError: the checkpoint is damaged. Only headers are checked; `verify` also checks the tensors.

@@ -1,4 +1,4 @@
-"""Write the model card (`README.md`) of a folder. The card of the source model is appended to it."""
+"""Write the model card (`README.md`) of a folder, followed by the card of the source model."""
 
 import re
 from collections.abc import Mapping
@@ -20,13 +20,15 @@ _NAMED = ("transform", "fidelity", "producer")
 """Fields of a history entry that the card prints before its options."""
 _FRONT = re.compile(r"\A\ufeff?---\s*\n.*?\n---[ \t]*\n", re.DOTALL)
 _BELOW = "*The card of the model it was made of:*"
-"""Separates our text from the source card. Cards of earlier steps contain it: do not change it."""
+"""Separates freebits' text from the source card. Do not change this text, because existing cards contain it."""
 _LOADS = """import freebits  # pip install freebits
 from transformers import {auto_class}, AutoTokenizer
 
 model = {auto_class}.from_pretrained("THIS FOLDER", dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")"""
-_LOADS_UNPACKED = "transformers has no class for this model. Unpack it, then load it with its author's code:"
+_LOADS_UNPACKED = (
+    "transformers has no class for this model. Unpack the folder, then load the result with the code of its author:"
+)
 
 
 def write_card(
@@ -38,10 +40,10 @@ def write_card(
     """Write a folder's `README.md`, and append the card of its source.
 
     Args:
-        directory: the folder, complete except for the card.
-        source: the folder that it was made from.
-        measured: the result of `verify`, and `text`, a description of the text it was measured on.
-        auto_class: the Auto class of transformers that loads the folder; None if there is no such class.
+        directory: new folder, complete except for the card.
+        source: folder that the new folder was made from.
+        measured: result of `verify`, with a description of the text as `text`; None if nothing was measured.
+        auto_class: name of the Auto class of transformers that loads the folder; None if there is no such class.
     """
     facts, base = inspect(directory), base_model(source)
     source_front, source_text = _card(source / CARD) if stays_inside(source / CARD, source) else ({}, "")
@@ -86,7 +88,7 @@ def _card(path: Path) -> tuple[dict[str, Any], str]:
     try:
         text = path.read_text(encoding="utf-8")
         front: dict[str, Any] = metadata_load(path) or {}
-    except (OSError, ValueError, YAMLError):  # the card itself is still kept unchanged
+    except (OSError, ValueError, YAMLError):  # the folder still keeps the unreadable card
         return {}, ""
     return front, _FRONT.sub("", text)
 
@@ -133,24 +135,25 @@ def _fidelity(measured: Mapping[str, Any] | None) -> list[str]:
         error = f"{measured['weight_error']:.2%}"
         return [
             "## Fidelity",
-            f"Rounded weights differ by {error} (root mean square). This model cannot be measured on text.",
+            f"The rounded weights differ from the original weights by {error} (root mean square). The quality was not "
+            "measured, because transformers cannot run this model on text.",
         ]
     if measured.get("mean_kl") is None:
-        return ["## Fidelity", "Bit-exact: every tensor equals the original's."]
+        return ["## Fidelity", "Bit-exact: every tensor equals the original tensor."]
     return [
         "## Fidelity",
-        f"Measured on {measured['text']}: perplexity {measured['perplexity']['packed']:.3f}, "
-        f"{measured['perplexity']['reference']:.3f} before (x {measured['ratio']:.4f}); mean KL divergence "
+        f"Measured on {measured['text']}: the perplexity is {measured['perplexity']['packed']:.3f}, and "
+        f"{measured['perplexity']['reference']:.3f} before (x {measured['ratio']:.4f}). The mean KL divergence is "
         f"{measured['mean_kl']:.4f} nats per token. The loss on other text can be larger or smaller.",
     ]
 
 
 def _use(facts: Mapping[str, Any], auto_class: str | None, *, adapter: bool) -> list[str]:
-    """Explain how to load the folder and how to unpack it. An adapter must be unpacked first, then loaded with PEFT."""
+    """Explain how to load and unpack the folder. An adapter must be unpacked first, and then loaded with PEFT."""
     unpack = "```bash\nfreebits unpack THIS-FOLDER plain\n```"
     plain = ["To get a plain checkpoint for other tools:", unpack] if facts["kind"] == "packed" else []
     if adapter:
-        return ["## Use", "Unpack it to get a PEFT adapter, and load that on top of its model:", unpack]
+        return ["## Use", "Unpack the folder to get a PEFT adapter, and load the adapter on top of its model:", unpack]
     if auto_class is None:
         return ["## Use", _LOADS_UNPACKED, unpack]
     return ["## Use", f"```python\n{_LOADS.format(auto_class=auto_class)}\n```", *plain]

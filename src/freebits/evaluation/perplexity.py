@@ -37,32 +37,32 @@ def evaluate(
     device: str = "cpu",
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Measure perplexity and zero-shot accuracy of a dense, sliced or packed model, run in float32.
+    """Measure perplexity and zero-shot accuracy of a dense, sliced or packed model in float32.
 
     Args:
         model: folder of the checkpoint.
-        text: the text to predict; by default the embedded held-out text.
-        seq_len: tokens per window. Windows do not overlap, so each predicts `seq_len - 1` tokens.
-        limit: the most windows of the text, and documents of each task, to use.
-        tasks: names of lm-eval tasks; needs the extra `eval`.
-        data_dir: folder with the tasks' documents (see `evaluation.tasks.LOCAL_TASKS`); by default they are downloaded.
+        text: text to predict; by default pages of Python's documentation (see `embedded_text`).
+        seq_len: tokens per window. Windows do not overlap, and the first token of a window is not predicted.
+        limit: largest number of windows of the text, and of documents of each task, to use; None uses all.
+        tasks: names of lm-eval tasks, which need the extra `eval`.
+        data_dir: folder with the documents of the tasks (see `LOCAL_TASKS`); by default, documents are downloaded.
         perplexity: whether to measure perplexity, or only the tasks.
-        activations: bits of the simulated inputs of linear layers; None for floats. Perplexity only.
-        kv: bits of the simulated keys and values, likewise.
-        rotate: `hadamard` simulates both in a rotated basis, as in QuaRot.
-        device: the device to run on.
-        progress: called after each window, then after each batch of a task.
+        activations: bits to which inputs of linear layers are rounded, without tasks; None if they are not rounded.
+        kv: bits to which keys and values are rounded, without tasks; None if they are not rounded.
+        rotate: `hadamard` rounds inputs, keys and values in a rotated basis, as in QuaRot.
+        device: device on which to run the model.
+        progress: callback, called after each window, then after each batch of a task.
 
     Returns:
-        `perplexity` (None if not measured), `tokens` (the number of predicted tokens), `tasks` {name: {`acc`, …}} as
-        returned by `zero_shot`.
+        `perplexity` (None if not measured), `tokens` (the number of predicted tokens) and `tasks` (see `zero_shot`).
 
     Raises:
-        UsageError: an argument is invalid, or the extra is not installed.
-        CheckpointError: `model` is not a valid checkpoint. UnsupportedModelError: it does not predict text.
+        UsageError: an argument is invalid, or the extra `eval` is not installed.
+        CheckpointError: `model` is not a sound checkpoint.
+        UnsupportedModelError: the model does not predict text.
     """
     if data_dir is not None and not tasks:
-        raise UsageError("`data_dir` is given without `tasks`: name the tasks to measure")
+        raise UsageError("`data_dir` is given without `tasks`: name the tasks in `tasks`, or leave out `data_dir`")
     lm_eval = _lm_eval() if tasks else None
     prepared = lm_eval.prepare(tasks, data_dir and Path(data_dir)) if lm_eval else []
     simulation = Simulation(activations, kv, rotate)
@@ -85,16 +85,16 @@ def evaluate(
 
 
 def _lm_eval() -> Any:
-    """Import `evaluation.tasks`, which needs an extra."""
+    """Import `zero_shot_tasks`, which needs the extra `eval`."""
     try:
         return importlib.import_module("freebits.evaluation.zero_shot_tasks")
     except ImportError as error:
-        raise UsageError(f"`tasks` need lm-eval ({error}): pip install 'freebits[eval]'") from None
+        raise UsageError(f"`tasks` need lm-eval ({error}): run pip install 'freebits[eval]'") from None
 
 
 @torch.no_grad()
 def logits(model: Any, window: Tensor, cache: Any = None) -> Tensor:
-    """Return the logits for the tokens after the first, (T - 1, V); a given cache takes keys and values."""
+    """Return the logits for all tokens of a window but the first, (T - 1, V). `cache` can store keys and values."""
     options = {} if cache is None else {cache_parameter(model): cache}
     output = model(input_ids=window[None].to(model.device), use_cache=cache is not None, **options)
     result: Tensor = output.logits[0, :-1].float()
@@ -102,5 +102,5 @@ def logits(model: Any, window: Tensor, cache: Any = None) -> Tensor:
 
 
 def loss(logits: Tensor, window: Tensor) -> float:
-    """Mean negative log-likelihood of a window's tokens after the first, in nats."""
+    """Return the mean negative log-likelihood of all tokens of a window but the first, in nats."""
     return cross_entropy(logits, window[1:].to(logits.device)).item()

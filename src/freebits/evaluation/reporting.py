@@ -1,4 +1,4 @@
-"""Measure the figures of an HTML report, and write it."""
+"""Measure the values for an HTML report, and write the report."""
 
 import os
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ ROUNDED_BITS = (8, 4)
 """Bits of the rounded models that the report shows for comparison."""
 _GROUP, _SCALE_BITS = 32, 16
 _MAX_DIGITS = 5
-"""Most digits of a block's number in the name of a tensor."""
+"""Largest number of digits of a block number in the name of a tensor."""
 
 
 def write_report(
@@ -43,22 +43,23 @@ def write_report(
     limit: int = WINDOWS,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Write an HTML page about a folder: contents, history and quality.
+    """Write an HTML page about the contents, the history and the quality of a folder.
 
-    The page is one file with inline charts. With `against`, three kinds of models run block by block on the CPU: the
-    original model, the folder, and the original with every matrix rounded to 8 and to 4 bits.
+    The page is one file with inline charts. With `against`, four models are run block by block on the CPU: the original
+    model, the model in the folder, and the original model with every matrix rounded to 8 and to 4 bits.
 
     Args:
-        folder: the folder of a checkpoint, usually a packed one.
-        out: the page to write; an existing file is replaced.
-        against: the original model; without it no model is run.
-        text: the text to measure on; by default the embedded held-out text.
+        folder: folder of a checkpoint, usually a packed one.
+        out: page to write; an existing file is replaced.
+        against: folder of the original model; if None, no model is run.
+        text: text to measure on; by default pages of Python's documentation (see `embedded_text`).
         seq_len: tokens per window.
-        limit: the most windows to use.
-        progress: called after each window of each comparison.
+        limit: largest number of windows to use.
+        progress: callback, called after each window of each comparison.
 
     Returns:
-        `page`, the path of the page; `size`, bytes of the folder; `against`, the result of `compare_models`, or None.
+        `page`, the path of the page; `size`, the bytes of the folder; and `against`, the result of `compare_models`, or
+        None if no models were compared.
 
     Raises:
         CheckpointError: a checkpoint is damaged, or the page cannot be written.
@@ -83,19 +84,21 @@ def write_report(
         staged.replace(target)
     except OSError as error:
         staged.unlink(missing_ok=True)
-        raise CheckpointError(f"{out} cannot be written: {error.strerror}") from None
+        raise CheckpointError(
+            f"{out} cannot be written ({error.strerror}): check the disk, or choose another file"
+        ) from None
     return {"page": str(out), "size": measured["size"], "against": measured.get("against")}
 
 
 def _measured_from_headers(path: Path) -> dict[str, Any]:
-    """Return the bits of each matrix, the place of each tensor and the size of a folder; no model is run."""
+    """Return the bits of each matrix, the place of each tensor and the size of a folder, without running the model."""
     source = open_folder(path)
     bits = {name: value for name, value in bits_by_tensor(source).items() if len(source.specs[name].shape) == 2}
     return {"bits": bits, "places": {name: _place(name) for name in source.specs}, "size": bytes_on_disk(source)}
 
 
 def _compared(path: Path, model: Path, windows: Tensor, progress: Progress) -> dict[str, Any]:
-    """Compare a folder, and rounded versions of its original model, with that model."""
+    """Compare the model in a folder, and rounded versions of the original model, with the original model."""
     dense, source = open_folder(model), open_folder(path)
     against = compare_models(model, path, windows, progress)
     rounded = {}
@@ -106,7 +109,7 @@ def _compared(path: Path, model: Path, windows: Tensor, progress: Progress) -> d
 
 
 def _errors(dense: Folder, source: Folder) -> dict[str, float]:
-    """Return the relative error of each matrix; nothing if a step since the original changed the basis."""
+    """Return the relative error of each matrix. Return no errors if a step since the original changed the basis."""
     before, after = (folder.history for folder in (dense, source))
     errors: dict[str, float] = {}
     if not {str(transform.get("transform")) for transform in after[len(before) :]} <= {*METHODS, NONE}:
@@ -120,7 +123,7 @@ def _errors(dense: Folder, source: Folder) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class RoundedView(View):
-    """A model with every matrix rounded to the nearest integers of `bits` bits, in groups of 32 with one scale."""
+    """A model with every matrix rounded to the nearest integers of `bits` bits, with one scale per group of 32."""
 
     bits: int
 
@@ -137,7 +140,7 @@ class RoundedView(View):
 
 
 def _rounded_bytes(specs: Mapping[str, TensorSpec], bits: int) -> int:
-    """Return the bytes of a rounded model, without the file's header."""
+    """Return the bytes of a rounded model, without file headers."""
     bytes_per_weight = (bits + _SCALE_BITS / _GROUP) / 8
     return round(
         sum(
@@ -148,7 +151,7 @@ def _rounded_bytes(specs: Mapping[str, TensorSpec], bits: int) -> int:
 
 
 def _place(name: str) -> tuple[int, str]:
-    """Return the block and the role of a tensor, derived from its name; block -1 means outside all blocks."""
+    """Return the block and the role of a tensor, derived from its name. Block -1 means that it is in no block."""
     parts = name.removesuffix(".weight").split(".")
     numbers = [int(part) for part in parts if part.isdecimal() and len(part) <= _MAX_DIGITS]
     return (numbers[0] if numbers else -1), parts[-1] if parts[-1] not in ("down", "up") else ".".join(parts[-2:])

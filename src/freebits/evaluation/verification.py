@@ -1,4 +1,4 @@
-"""Check that a packed checkpoint is undamaged, and that it computes the same as the model it was made from."""
+"""Check that a packed checkpoint is undamaged, and that it computes the same as the model that was packed."""
 
 import math
 import os
@@ -27,7 +27,7 @@ from freebits.transforms.slicing import perplexity
 from freebits.types import bytes_of
 
 TOLERANCES = {FUNCTION_PRESERVING: (0.01, 1.01), LOSSY: (1.0, 1.5)}
-"""Fidelity of the steps between two models → largest mean KL, in nats per token, and largest ratio of perplexities."""
+"""Fidelity of the steps between two models → largest mean KL in nats per token, and largest ratio of perplexities."""
 WINDOWS = 8
 _UNKNOWN = {"fidelity": None, "max_abs_logit_diff": None, "mean_kl": None, "ratio": None}
 
@@ -44,32 +44,33 @@ def verify(
     key: str | os.PathLike[str] | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Check every digest of a packed checkpoint and, with `against`, compare it with a model it was made from.
+    """Check every digest of a packed checkpoint and, with `against`, compare it with a reference model.
 
-    If it was packed with codec `none`, config and tensors must be equal bit for bit. For other adapters, the config and
-    every layer's product must be equal. Any other model is run on a text, together with its reference, and must pass
-    three checks: every logit is finite, the mean KL divergence is small, and the ratio of perplexities is near 1 in
-    either direction. The tolerances are 0.01 nats and 1.01 if all steps between the models preserve the function, else
-    1 and 1.5.
+    If all steps between the models are bit-exact, config and tensors must be equal. Otherwise, two adapters must have
+    the same config and, up to rounding, the same product of matrices in each layer. Other models are run on a text and
+    must pass three checks: every logit is finite, the mean KL divergence is small, and the ratio of perplexities is
+    near 1 in either direction. The tolerances are 0.01 nats and a ratio of 1.01 if all steps between the models
+    preserve the function, else 1 nat and a ratio of 1.5.
 
     Args:
         packed: folder of the packed checkpoint.
-        against: folder of the model it was made from, or of an earlier one; without it the tensors are only decoded.
-        text: the text to run both on; by default the embedded held-out text.
+        against: folder of the model that was packed, or of an earlier one; if None, the tensors are only decoded.
+        text: text on which both models are run; by default pages of Python's documentation (see `embedded_text`).
         seq_len: tokens per window.
-        limit: the most windows to use.
-        kl: the largest mean KL divergence to accept; by default as above.
-        ratio: the largest ratio of perplexities to accept, in either direction; by default as above.
-        key: file of a public key (PEM). If given, the signature of all files is checked first.
-        progress: called after each window.
+        limit: largest number of windows to use.
+        kl: largest mean KL divergence to accept; by default the tolerance above.
+        ratio: largest ratio of perplexities to accept, in either direction; by default the tolerance above.
+        key: file with a public key (PEM). If given, the signature of all files is checked first.
+        progress: callback, called after each window.
 
     Returns:
-        `ok`; `failed`, the checks that failed, of `equal`, `product` (of an adapter), `finite`, `kl`, `ratio`;
-        `fidelity` of the steps between the models; `max_abs_logit_diff`; `mean_kl`, KL(reference ‖ packed) in nats per
-        token; `ratio`, packed / reference; `perplexity` {`reference`, `packed`}. Values not measured are None.
+        `ok`; `failed`, the names of the failed checks (`equal`, `product` for adapters, `finite`, `kl` and `ratio`);
+        `fidelity`, the lowest fidelity of the steps between the models; `max_abs_logit_diff`; `mean_kl`,
+        KL(reference ‖ packed) in nats per token; `ratio`, packed / reference; and `perplexity` {`reference`, `packed`}.
+        Values that were not measured are None.
 
     Raises:
-        CheckpointError: a checkpoint is damaged, a digest does not match, or the signature does not.
+        CheckpointError: a checkpoint is damaged, or a digest or the signature does not match.
         UsageError: the text has too few tokens, or an argument is invalid.
     """
     _check_tolerances(kl, ratio)
@@ -94,7 +95,7 @@ def verify(
 
 
 def _judged(measured: dict[str, Any], fidelity: str, given: tuple[float | None, float | None]) -> dict[str, Any]:
-    """Return the measured values with the checks that fail at the given tolerances, or else at those of `fidelity`."""
+    """Return the measured values and the failed checks. A tolerance that is None is that of `fidelity`."""
     tolerances = [
         default if value is None else value for value, default in zip(given, TOLERANCES[fidelity], strict=True)
     ]
@@ -119,7 +120,7 @@ def _failed(measured: dict[str, Any], max_kl: float, max_ratio: float) -> list[s
 
 
 def _fidelity(packed: PackedFolder, reference: Folder) -> str:
-    """Return the lowest fidelity of the steps from the reference to the packed model; lossy if they are unknown."""
+    """Return the lowest fidelity of the steps from the reference to the packed model; lossy if a step is unknown."""
     before, after = reference.history, packed.history
     between = after[len(before) :] if after[: len(before)] == before else [{"fidelity": LOSSY}]
     fidelities = {str(transform.get("fidelity")) for transform in between}
@@ -129,7 +130,7 @@ def _fidelity(packed: PackedFolder, reference: Folder) -> str:
 
 
 def _equal(packed: PackedFolder, reference: Folder) -> bool:
-    """Whether two folders have the same config and the same tensors, bit for bit."""
+    """Return whether two folders have the same config and the same tensors, bit for bit."""
     specs = packed.model_specs
     reference_specs = reference.model_specs if isinstance(reference, PackedFolder) else reference.specs
     if specs != reference_specs or _settings(packed) != _settings(reference):
@@ -174,12 +175,12 @@ def compare_models(
     Args:
         reference_path: folder of the reference.
         packed_path: folder of the other model.
-        windows: tokens, (windows, seq_len).
-        progress: called after each window.
-        view: changes the tensors of the other model before it runs.
+        windows: windows of tokens, (windows, seq_len).
+        progress: callback, called after each window.
+        view: function that changes the tensors of the other model before it is run.
 
     Returns:
-        `max_abs_logit_diff`, `mean_kl`, `ratio` and `perplexity` as returned by `verify`.
+        `max_abs_logit_diff`, `mean_kl`, `ratio` and `perplexity`, as in the result of `verify`.
 
     Raises:
         CheckpointError: the vocabularies differ in size.
@@ -189,8 +190,8 @@ def compare_models(
     difference, divergence = torch.tensor(0.0), 0.0
     for done, (window, (reference, decoded)) in enumerate(zip(windows, outputs, strict=True), start=1):
         if reference.shape != decoded.shape:
-            sizes = f"{decoded.shape[-1]} tokens, that of {reference_path} {reference.shape[-1]}"
-            raise CheckpointError(f"the vocabulary of {packed_path} has {sizes}: give the model it was made from")
+            sizes = f"{decoded.shape[-1]} tokens, but that of {reference_path} has {reference.shape[-1]}"
+            raise CheckpointError(f"the vocabulary of {packed_path} has {sizes}: give the model that was packed")
         difference = torch.maximum(difference, (reference - decoded).abs().max())  # `maximum` keeps a NaN
         log_p, log_q = log_softmax(reference, -1), log_softmax(decoded, -1)
         divergence += kl_div(log_q, log_p, log_target=True, reduction="batchmean").item() / len(windows)

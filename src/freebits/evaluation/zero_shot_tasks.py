@@ -35,9 +35,9 @@ class LocalTask:
 
     files: tuple[str, ...]
     documents: Callable[..., Documents]
-    """Called with the lines of each file, in the order of `files`."""
+    """Function that yields the documents, given the lines of each file in the order of `files`."""
     config: Mapping[str, Any] = field(default_factory=dict)
-    """Settings that tell lm-eval the fields of prompt, choices and answer, if they differ from those on the hub."""
+    """Settings for lm-eval that name the fields of a document, if they differ from the fields on the hub."""
 
 
 def _piqa(items: list[str], labels: list[str]) -> Documents:
@@ -66,7 +66,7 @@ LOCAL_TASKS = {
     ),
     "hellaswag": LocalTask(("hellaswag_val_full.txt.bz2",), _hellaswag, {"process_docs": None}),
 }
-"""Name of a task → its files, which lie in a folder of that name below `data_dir`."""
+"""Name of a task → its files, which must be in a folder of the same name in `data_dir`."""
 
 
 Task = str | dict[str, Any]
@@ -78,11 +78,11 @@ def prepare(names: Sequence[str], data_dir: Path | None = None) -> list[Task]:
 
     Args:
         names: names of lm-eval tasks.
-        data_dir: folder to read the documents from (see `LOCAL_TASKS`); None for the hub.
+        data_dir: folder with the documents (see `LOCAL_TASKS`); if None, lm-eval reads them from the hub.
 
     Raises:
-        UsageError: a task does not exist, or a file below `data_dir` cannot be read.
-        CheckpointError: a file below `data_dir` is damaged.
+        UsageError: a task does not exist, or a file in `data_dir` cannot be read.
+        CheckpointError: a file in `data_dir` is damaged.
     """
     manager = _task_manager()
     for name in names:
@@ -97,15 +97,16 @@ def zero_shot(
     """Measure the accuracy of a loaded model on tasks of lm-eval, without examples in the prompt.
 
     Args:
-        model: a model as returned by `load`.
-        tokenizer: the model's tokenizer.
+        model: model as returned by `load`.
+        tokenizer: tokenizer of the model.
         tasks: tasks as returned by `prepare`.
-        limit: the most documents of each task to use.
-        progress: called after each batch, in units of requests.
+        limit: largest number of documents to use per task; None uses all.
+        progress: callback, called after each batch with the number of finished requests.
 
     Returns:
-        For each task `acc`, `acc_norm` (likelihoods divided by the answer's length) and their standard errors
-        `acc_stderr`, `acc_norm_stderr`, None for a metric that the task lacks; and its other metrics.
+        For each task, `acc`, `acc_norm` (with likelihoods divided by the length of the answer), their standard errors
+        `acc_stderr` and `acc_norm_stderr`, and the other metrics of the task. `acc`, `acc_norm` and their standard
+        errors are None if the task lacks them.
 
     Raises:
         UsageError: the documents cannot be loaded, or lm-eval cannot run the model on them.
@@ -125,13 +126,13 @@ def zero_shot(
 
 @cache
 def _task_manager() -> TaskManager:
-    """Index lm-eval's tasks, which takes seconds."""
+    """Return an index of lm-eval's tasks. Building the index takes seconds."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     return TaskManager()
 
 
 def _metrics(measured: Mapping[str, Any]) -> dict[str, float | None]:
-    """Return the metrics of a task without the name of lm-eval's filter; None for missing ones of `METRICS`."""
+    """Return the metrics of a task, without lm-eval's suffix for filters. Missing metrics of `METRICS` become None."""
     metrics = {key.removesuffix(",none"): value for key, value in measured.items() if isinstance(value, float)}
     return dict.fromkeys(METRICS) | metrics
 
@@ -140,7 +141,7 @@ def _local(name: str, data_dir: Path) -> dict[str, Any]:
     """Return a task with documents from local files, as lm-eval accepts it."""
     if name not in LOCAL_TASKS:
         raise UsageError(
-            f"task {name} is not read from local files ({', '.join(LOCAL_TASKS)} are): leave out `data_dir`"
+            f"task {name} cannot be read from local files, unlike {' and '.join(LOCAL_TASKS)}: leave out `data_dir`"
         )
     task = LOCAL_TASKS[name]
     folder = data_dir / name
@@ -149,18 +150,20 @@ def _local(name: str, data_dir: Path) -> dict[str, Any]:
         documents = Dataset.from_list(list(task.documents(*lines)))
     except (ValueError, KeyError, TypeError) as error:
         files = " and ".join(task.files)
-        raise CheckpointError(f"{folder}: {files} are damaged ({error}): download them again") from None
+        raise CheckpointError(f"{files} in {folder} cannot be parsed ({error}): download the files again") from None
     changes = {"custom_dataset": lambda **_: {"validation": documents}, "training_split": None, **task.config}
     return {"group": _LOCAL + name, "task": [{"task": name, **changes}]}  # only a group can override a task's settings
 
 
 def _lines(path: Path) -> list[str]:
-    """Return the lines of a text file, which may be compressed with bzip2."""
+    """Return the lines of a text file, which can be compressed with bzip2."""
     try:
         with (bz2.open if path.suffix == ".bz2" else open)(path, "rt", encoding="utf-8") as file:
             return [line.rstrip("\n") for line in file]  # `splitlines` also splits at separators inside texts
     except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read ({error}): `data_dir` must contain it") from None
+        raise UsageError(
+            f"{path} cannot be read ({error}): download the file to this place, or leave out `data_dir`"
+        ) from None
 
 
 class _ReportingModel(HFLM):  # type: ignore[misc]  # lm-eval is not typed
@@ -174,7 +177,7 @@ class _ReportingModel(HFLM):  # type: ignore[misc]  # lm-eval is not typed
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         self.done, self.total = 0, len(requests)
         likelihoods: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm)
-        self._report(self.total, self.total)  # `_model_call` counts requests that share a forward pass once
+        self._report(self.total, self.total)  # `_model_call` counts requests that share a forward pass as one
         return likelihoods
 
     def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -1,5 +1,5 @@
-"""One module for each command: `add` declares its arguments, `run` calls it, prints, and returns the exit code.
+"""One module for each command. `add` declares the arguments; `run` runs the command and returns the exit code.
 
-A new command takes one file here and one name in `parser.COMMANDS`. `run` imports what it needs, which keeps `--help`
-fast.
+A new command needs one file here and one name in `parser.COMMANDS`. The functions `run` contain the slow imports, so
+that `--help` stays fast.
 """

@@ -13,8 +13,8 @@ def add(commands: Any) -> ArgumentParser:
         commands,
         "completion",
         "print a completion script for a shell",
-        "For bash: freebits completion bash > ~/.local/share/bash-completion/completions/freebits. For zsh: write it "
-        "to a file _freebits in a folder of fpath. Needs pip install 'freebits[completion]'.",
+        "For bash, run freebits completion bash > ~/.local/share/bash-completion/completions/freebits. For zsh, write "
+        "the script to a file _freebits in a folder of fpath. The command needs pip install 'freebits[completion]'.",
     )
     parser.add_argument("shell", choices=("bash", "zsh", "tcsh"))
     return parser
@@ -27,6 +27,6 @@ def run(arguments: Namespace) -> int:
     try:
         import shtab
     except ImportError:
-        raise UsageError("completion needs the package shtab: pip install 'freebits[completion]'") from None
+        raise UsageError("completion needs the package shtab: run pip install 'freebits[completion]'") from None
     print(shtab.complete(build_parser(), arguments.shell))
     return 0

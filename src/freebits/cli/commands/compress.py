@@ -26,21 +26,22 @@ def add(commands: Any) -> ArgumentParser:
     parser = command(
         commands,
         "compress",
-        "make a model smaller with one command: plan, compress, compare with the original, write a model card",
-        "Without a target it looks for the smallest folder whose mean KL divergence from the model stays below 0.05 "
-        "nats per token, on text that was not used for calibration; that is about 5 % of perplexity. Lossy, unless "
-        "--lossless is given or the target needs no loss. Give at most one target. If the command fails, it leaves no "
-        "OUT and uploads nothing. It takes minutes per 100 million parameters on a CPU. Memory: the model once in its "
-        "own dtype, while it generates calibration text. quantize, slice and pack have more options.",
+        "make a model smaller with one command: plan, compress, compare with the original, and write a model card",
+        "Give at most one target. Without a target, the command looks for the smallest folder whose mean KL "
+        "divergence from the model stays below 0.05 nats per token, which raises perplexity by about 5 %. The "
+        "divergence is measured on text that was not used for calibration. The result is lossy, unless --lossless is "
+        "given or the target needs no loss. If the command fails, it leaves no OUT and uploads nothing. It takes "
+        "minutes per 100 million parameters on a CPU. While the model generates calibration text, memory holds the "
+        "model once in its own dtype. quantize, slice and pack have more options.",
     )
     add_model(parser, "folder of a checkpoint")
     add_out(parser)
-    parser.add_argument("--target-size", metavar="BYTES", type=size, help="largest size of OUT: 80MB, 1.2GB, 66000000")
+    parser.add_argument("--target-size", metavar="BYTES", type=size, help="largest size of OUT, such as 80MB or 1.2GB")
     parser.add_argument(
-        "--target-ratio", metavar="RATIO", type=float, help="largest size of OUT relative to MODEL, such as 0.4"
+        "--target-ratio", metavar="RATIO", type=float, help="largest size of OUT as a fraction of MODEL, such as 0.4"
     )
     parser.add_argument(
-        "--bits", type=float, help="bits per weight on average: 6 is nearly lossless, 4 is small, 3 loses quality"
+        "--bits", type=float, help="average bits per weight: 6 is nearly lossless, 4 is small, 3 loses quality"
     )
     parser.add_argument(
         "--max-kl",
@@ -51,20 +52,28 @@ def add(commands: Any) -> ArgumentParser:
     parser.add_argument(
         "--lossless",
         action="store_true",
-        help="keep every bit (bfloat16 shrinks to about 70 %%); unpack restores the same files",
+        help="keep every bit (bfloat16 shrinks to about 70 %%); unpack restores the original files",
     )
     parser.add_argument(
-        "--calibration", metavar="FILE", type=Path, help="calibration text (default: text that the model generates)"
+        "--calibration",
+        metavar="FILE",
+        type=Path,
+        help="file with calibration text (default: text that the model generates)",
     )
     parser.add_argument(
-        "--text", metavar="FILE", type=Path, help="text to measure on (default: pages of Python's documentation)"
+        "--text",
+        metavar="FILE",
+        type=Path,
+        help="file with text to measure on (default: pages of Python's documentation)",
     )
     add_uncalibrated(parser)
     add_device(parser)
-    parser.add_argument("--force", action="store_true", help="keep a result even if its mean KL divergence exceeds 0.5")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan only; remote models are not downloaded")
     parser.add_argument(
-        "--push-to", metavar="ID", help="upload OUT to this repository on the hub; a new one is private"
+        "--force", action="store_true", help="keep the result even if its mean KL divergence exceeds 0.5"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="only print the plan; do not download weights")
+    parser.add_argument(
+        "--push-to", metavar="ID", help="upload OUT to this repository on the hub; a new repository is private"
     )
     add_jobs(parser)
     add_sign(parser)

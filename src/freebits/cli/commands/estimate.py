@@ -14,13 +14,15 @@ def add(commands: Any) -> ArgumentParser:
         commands,
         "estimate",
         "print how large a model would become, before downloading it",
-        "Reads only the config. Without --sparsity it prints a table of sizes, each as freebits writes it by default. "
-        "With --sparsity it prints every form of the sliced model, in parameters (without norms, headers and "
-        "corrections, as in arXiv 2410.01309) and in bytes of all tensors in the config's dtype. Each form has "
-        "separate matrices for embedding and head, except `canonical tied`. The last row is what slice and then pack "
-        "write by default.",
+        "The command reads only the config. Without --sparsity, it prints the sizes of the folders that freebits "
+        "writes by default. With --sparsity, it prints the size of every form of the sliced model: the number of "
+        "parameters (without norms, headers and corrections, as in arXiv 2410.01309), and the bytes of all tensors in "
+        "the config's dtype. The forms after `dense` have separate matrices for embedding and head, except `canonical "
+        "tied`. The last row is the size that slice and then pack write by default.",
     )
-    parser.add_argument("config", metavar="MODEL", type=Path, help=f"config.json, a folder with one{ELSEWHERE}")
+    parser.add_argument(
+        "config", metavar="MODEL", type=Path, help=f"a config.json, a folder that contains one{ELSEWHERE}"
+    )
     add_sparsity(parser, required=False)
     add_revision(parser)
     return parser

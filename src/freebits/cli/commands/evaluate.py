@@ -16,25 +16,30 @@ def add(commands: Any) -> ArgumentParser:
         commands,
         "eval",
         "measure perplexity and zero-shot accuracy",
-        "Windows do not overlap. The model runs in float32, 4 bytes per parameter. Tasks are lm-eval's (pip install "
-        "'freebits[eval]'), with documents from the hub or from --data-dir: piqa/{valid.jsonl,valid-labels.lst}, "
-        "winogrande/winogrande.jsonl, hellaswag/hellaswag_val_full.txt.bz2.",
+        "Windows do not overlap. The model runs in float32, which takes 4 bytes per parameter. Tasks need lm-eval (pip "
+        "install 'freebits[eval]'). Their documents come from the hub or from these files in --data-dir: "
+        "piqa/{valid.jsonl,valid-labels.lst}, winogrande/winogrande.jsonl, hellaswag/hellaswag_val_full.txt.bz2.",
     )
     add_model(parser, "folder of any checkpoint")
     parser.add_argument(
-        "--tasks", default="", metavar="NAME,…", help="tasks of lm-eval, such as piqa,winogrande,hellaswag"
+        "--tasks", default="", metavar="NAME,…", help="names of lm-eval tasks, such as piqa,winogrande,hellaswag"
     )
     parser.add_argument("--no-perplexity", action="store_true", help="measure only the tasks")
     parser.add_argument(
-        "--activations", metavar="BITS", type=int, help="simulate inputs of linear layers at this many bits"
+        "--activations", metavar="BITS", type=int, help="simulate that inputs of linear layers have this many bits"
     )
-    parser.add_argument("--kv", metavar="BITS", type=int, help="simulate keys and values at this many bits")
-    parser.add_argument("--rotate", choices=ROTATIONS, default="none", help="simulate both in a rotated basis (QuaRot)")
+    parser.add_argument("--kv", metavar="BITS", type=int, help="simulate that keys and values have this many bits")
     parser.add_argument(
-        "--data-dir", metavar="DIR", type=Path, help="folder with the tasks' documents (default: the hub)"
+        "--rotate",
+        choices=ROTATIONS,
+        default="none",
+        help="basis in which the simulation rounds (hadamard: as in QuaRot)",
+    )
+    parser.add_argument(
+        "--data-dir", metavar="DIR", type=Path, help="folder with the documents of the tasks (default: the hub)"
     )
     add_device(parser)
-    add_evaluation_text(parser, None, "windows, and items per task")
+    add_evaluation_text(parser, None, "windows, and documents per task")
     return parser
 
 

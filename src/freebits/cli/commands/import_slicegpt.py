@@ -14,11 +14,13 @@ def add(commands: Any) -> ArgumentParser:
         commands,
         "import",
         "convert a model that SliceGPT's own code sliced",
-        "Reads the .pt file that TransformerCompression's run_slicegpt.py saved for Llama, OPT, Phi-2 or Phi-3, or a "
-        ".safetensors file with the same names. Only tensors are read; no code in the file can run. OUT has the same "
-        "weights, loads with from_pretrained after `import freebits`, and can be packed.",
+        "The command reads the .pt file that TransformerCompression's run_slicegpt.py saved for Llama, OPT, Phi-2 or "
+        "Phi-3, or a .safetensors file with the same tensor names. It reads only tensors, so no code in the file can "
+        "run. OUT has the same weights, loads with from_pretrained after `import freebits`, and can be packed.",
     )
-    parser.add_argument("file", metavar="FILE.pt", type=Path, help="the saved file; a .json file next to it is checked")
+    parser.add_argument(
+        "file", metavar="FILE.pt", type=Path, help="the saved file; a .json file of the same name is checked"
+    )
     add_model(parser, "folder of the dense model that was sliced")
     add_out(parser)
     return parser

@@ -13,8 +13,8 @@ def add(commands: Any) -> ArgumentParser:
     parser = command(
         commands,
         "inspect",
-        "print what a folder holds and how large it is",
-        "Reads headers, not tensors.",
+        "print what a folder contains and how large it is",
+        "The command reads headers, not tensors.",
     )
     parser.add_argument("path", metavar="PATH", type=Path, help=f"folder of any checkpoint{ELSEWHERE}")
     return parser

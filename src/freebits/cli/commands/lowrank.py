@@ -25,11 +25,11 @@ def add(commands: Any) -> ArgumentParser:
     parser = command(
         commands,
         "lowrank",
-        "replace linear layers by low-rank factors (reduced-order modelling, lossy, research)",
-        "Each layer becomes two smaller ones, which take fewer bytes and fewer multiplications. Layers are reduced "
-        "one after another, each on the outputs of those already reduced (arXiv 2312.07046). Reports the perplexity "
-        "on other windows of the text. At equal bytes quantize loses less. Memory: one block and the embedding. Then "
-        "run freebits pack.",
+        "replace linear layers by low-rank layers (reduced-order modeling, lossy, research)",
+        "Each layer becomes two smaller layers, which take fewer bytes and fewer multiplications. Layers are reduced "
+        "one after another; each is calibrated on the outputs of the layers reduced before it (arXiv 2312.07046). The "
+        "command prints the perplexity on windows of the text that were not used for calibration. At equal size, "
+        "quantize loses less quality. Memory holds one block and the embedding. Run freebits pack afterwards.",
     )
     add_model(parser, "folder of a plain or sliced checkpoint")
     add_out(parser)
@@ -37,16 +37,21 @@ def add(commands: Any) -> ArgumentParser:
         "--budget",
         metavar="FRACTION",
         type=float,
-        help="fraction of the blocks' weights to keep (default: 0.8)",
+        help="fraction of the weights in the blocks to keep (default: 0.8)",
     )
-    parser.add_argument("--target-size", metavar="BYTES", type=size, help="instead: largest size of OUT's weights")
-    parser.add_argument("--blocks", default="all", help="which blocks to reduce: all, or last:N (default: %(default)s)")
+    parser.add_argument(
+        "--target-size", metavar="BYTES", type=size, help="largest size of the weights in OUT; replaces --budget"
+    )
+    parser.add_argument(
+        "--blocks", default="all", help="blocks to reduce: all, or last:N for the last N blocks (default: %(default)s)"
+    )
     parser.add_argument(
         "--allocate",
         choices=ALLOCATIONS,
         default=SLOPE,
-        help="slope: choose ranks so that the next direction is worth the same everywhere; uniform: the same "
-        "fraction of each matrix; paper: only the last blocks, for a budget of 0.9, 0.8 or 0.5 (default: %(default)s)",
+        help="slope: choose ranks so that the next weight is worth the same in every layer; uniform: keep the same "
+        "fraction of each matrix; paper: reduce only the last blocks, at a budget of 0.9, 0.8 or 0.5 (default: "
+        "%(default)s)",
     )
     add_calibration(parser, samples=64, seq_len=256)
     add_device(parser)

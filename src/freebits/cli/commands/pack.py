@@ -14,27 +14,33 @@ def add(commands: Any) -> ArgumentParser:
     parser = command(
         commands,
         "pack",
-        "pack a checkpoint: function-preserving, or bit-exact with --codec none",
-        "A sliced model can be rotated at each block without changing its output, and in any model the basis inside "
-        "an attention head is free. Packing chooses these rotations so that fewer bits have to be stored, and "
-        "entropy-codes the rest. Memory: two blocks per job and one embedding.",
+        "pack a checkpoint (function-preserving, or bit-exact with --codec none)",
+        "A sliced model can be rotated at each block without changing its output. In any model, the basis inside an "
+        "attention head can be changed without changing the output. The command chooses rotations and bases so that "
+        "fewer bits have to be stored, and entropy-codes the stored tensors. Memory holds two blocks per job and one "
+        "embedding.",
     )
-    add_model(parser, "folder of a sliced or plain checkpoint, or of a LoRA adapter; with --codec none any folder")
+    add_model(parser, "folder of a sliced or plain checkpoint or LoRA adapter (with --codec none, of any model)")
     add_out(parser)
     parser.add_argument(
         "--codec",
         choices=CODECS,
         default=CANONICAL,
-        help="canonical: a standard rotation, the smallest; bits-back: the code of arXiv 2410.01309; none: any model, "
-        "every byte is kept, bfloat16 shrinks to about 70 %% (default: %(default)s)",
+        help="canonical: choose standard rotations, which gives the smallest folder; bits-back: use the code of arXiv "
+        "2410.01309; none: keep every byte of any model, so that bfloat16 shrinks to about 70 %% (default: "
+        "%(default)s)",
     )
     parser.add_argument(
-        "--entropy", choices=ENTROPIES, default="auto", help="bit-exact final stage (default: %(default)s)"
+        "--entropy",
+        choices=ENTROPIES,
+        default="auto",
+        help="entropy coding after the codec, bit-exact (default: %(default)s)",
     )
     parser.add_argument(
         "--threshold",
         type=float,
-        help="bits-back: largest error of a decoded value that is not corrected (default: 0.01; the paper: 0.005)",
+        help="bits-back: largest error of a decoded value that is not corrected (default: 0.01; the paper uses 0.005 "
+        "for Llama 2)",
     )
     add_device(parser, "run linear algebra")
     add_jobs(parser)

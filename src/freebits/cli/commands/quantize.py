@@ -28,33 +28,39 @@ def add(commands: Any) -> ArgumentParser:
         commands,
         "quantize",
         "quantize a checkpoint (lossy)",
-        "Rounds every matrix to integers, at scales chosen so that each bit reduces the expected loss equally, and "
-        "entropy-codes them. Calibrated on text that the model generates, unless a text is given. Runs the model "
-        "block by block. Matrices that no text reaches are rounded without calibration, and so is a model that "
-        "transformers cannot run on a text. Memory: one block and the embedding; the whole model while it generates "
-        "text. Measurements are stored in the staging directory of OUT. Check the result with freebits verify OUT "
-        "--against MODEL.",
+        "The command rounds every matrix to integers and entropy-codes the integers. It chooses the scales so that "
+        "each bit reduces the expected loss equally. It calibrates on text that the model generates or on a given "
+        "text, and runs the model block by block. Matrices that no text input uses are rounded without calibration; "
+        "so are all matrices of a model that transformers cannot run on text. Memory holds one block and the "
+        "embedding, or the whole model while it generates text. Measurements are stored in the staging directory of "
+        "OUT. Check the result with freebits verify OUT --against MODEL.",
     )
-    add_model(parser, "folder of a plain, sliced or canonical checkpoint")
+    add_model(parser, "folder of a plain or sliced checkpoint, or of one packed with codec canonical")
     add_out(parser)
-    parser.add_argument("--bits", type=float, help="bits per weight on average, side data included (default: 4)")
-    parser.add_argument("--target-size", metavar="BYTES", type=size, help="largest size of OUT: 66000000, 66MB, 1.2GB")
+    parser.add_argument("--bits", type=float, help="average bits per weight, side data included (default: 4)")
+    parser.add_argument("--target-size", metavar="BYTES", type=size, help="largest size of OUT, such as 66MB or 1.2GB")
     parser.add_argument(
         "--target-kl",
         metavar="NATS",
         type=float,
-        help="expected mean KL divergence in nats per token: 0.01 is hardly noticeable, 0.05 is 5 %% of perplexity",
+        help="expected mean KL divergence in nats per token; 0.01 is hardly noticeable, 0.05 raises perplexity by "
+        "about 5 %%",
     )
     parser.add_argument(
         "--method",
         choices=METHODS,
         default=INTEGERS,
-        help="integers are better; pyramid vectors are research (default: %(default)s)",
+        help="integers give better quality; pyramid vectors are for research (default: %(default)s)",
     )
     parser.add_argument(
-        "--rotate", choices=ROTATIONS, default="none", help="round in a rotated basis; helps pyramid only"
+        "--rotate",
+        choices=ROTATIONS,
+        default="none",
+        help="basis in which to round; hadamard helps only --method pyramid",
     )
-    parser.add_argument("--only", choices=PARTS, help="quantize only the blocks' matrices, or only embedding and head")
+    parser.add_argument(
+        "--only", choices=PARTS, help="quantize only the matrices of the blocks, or only embedding and head"
+    )
     add_uncalibrated(parser)
     add_calibration(parser, samples=32, seq_len=256)
     add_device(parser)

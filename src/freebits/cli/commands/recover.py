@@ -15,14 +15,15 @@ def add(commands: Any) -> ArgumentParser:
         commands,
         "recover",
         "train to recover quality that slicing or quantizing lost (lossy)",
-        "Trains the folder to predict what the original model predicts. Of a quantized folder it trains the scales "
-        "and the norms; of a sliced, low-rank or plain one every linear layer, by LoRA, merged at the end (pip "
-        "install 'freebits[recover]'). OUT has the same form and size; a sliced model packs a few percent larger. It "
-        "takes minutes per 100 million parameters. Memory: both models in float32.",
+        "The command trains the model to predict what the original model predicts. In a quantized folder, it trains "
+        "the scales and the norms. In a sliced, low-rank or plain folder, it trains every linear layer by LoRA, which "
+        "is merged at the end (this needs pip install 'freebits[recover]'). OUT has the format and size of MODEL; if "
+        "a sliced model is packed afterwards, it is a few percent larger than without training. Training takes minutes "
+        "per 100 million parameters. Memory holds both models in float32.",
     )
     add_model(parser, "folder of a sliced, low-rank, plain or quantized checkpoint")
     add_out(parser)
-    parser.add_argument("--against", metavar="MODEL", type=Path, required=True, help="the original model")
+    parser.add_argument("--against", metavar="MODEL", type=Path, required=True, help="folder of the original model")
     add_calibration(parser, samples=128, seq_len=256)
     parser.add_argument("--rank", type=int, default=16, help="rank of LoRA (default: %(default)s)")
     add_device(parser, "train")

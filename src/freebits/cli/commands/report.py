@@ -15,12 +15,20 @@ def add(commands: Any) -> ArgumentParser:
         commands,
         "report",
         "write an HTML page about a folder: sizes, quality, history",
-        "One file with its charts, readable without network. With --against it runs both models block by block, and "
-        "that model rounded to 8 and to 4 bits for comparison. Needs pip install 'freebits[report]'.",
+        "The page is one file that contains its charts and needs no network. With --against, the command runs both "
+        "models block by block; for comparison, it also runs the original model rounded to 8 and to 4 bits. The charts "
+        "need pip install 'freebits[report]'.",
     )
     add_model(parser, "folder of a checkpoint, packed or not")
-    parser.add_argument("-o", "--output", metavar="PAGE", type=Path, default=Path("report.html"), help="page to write")
-    parser.add_argument("--against", metavar="MODEL", type=Path, help="the original model")
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="PAGE",
+        type=Path,
+        default=Path("report.html"),
+        help="page to write (default: %(default)s)",
+    )
+    parser.add_argument("--against", metavar="MODEL", type=Path, help="folder of the original model")
     add_evaluation_text(parser, 8, "windows")
     return parser
 

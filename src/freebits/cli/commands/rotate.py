@@ -14,10 +14,10 @@ def add(commands: Any) -> ArgumentParser:
         commands,
         "rotate",
         "rotate a checkpoint for other quantizers (QuaRot; function-preserving, research)",
-        "Folds the norms and applies randomized Hadamard matrices to the residual stream and to the values of each "
-        "head, so that no weight or activation is much larger than the others. Use it before GPTQ, AWQ or "
-        "bitsandbytes; freebits quantize does not need it. OUT is a plain checkpoint; a tied head becomes a separate "
-        "matrix.",
+        "The command folds the norms, and applies randomized Hadamard matrices to the residual stream and to the "
+        "values of each head. Afterwards, no weight or activation is much larger than the others. Use this before "
+        "GPTQ, AWQ or bitsandbytes; freebits quantize does not need it. OUT is a plain checkpoint. A tied head "
+        "becomes a separate matrix.",
     )
     add_model(parser, "folder of a plain checkpoint")
     add_out(parser)

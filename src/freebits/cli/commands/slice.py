@@ -25,21 +25,25 @@ def add(commands: Any) -> ArgumentParser:
         commands,
         "slice",
         "reduce the hidden size (SliceGPT, lossy)",
-        "Calibrates block by block on a text and reports the perplexity on other windows of that text. It supports "
-        "the families in docs/families.md (Llama, Qwen, Mistral, Phi, OPT and others). The sliced model needs fewer "
-        "multiplications, but at equal bytes quantize loses less. Memory: one block, one embedding and the "
-        "calibration's activations. Then run freebits pack.",
+        "The command calibrates block by block on a text, and prints the perplexity on windows of the text that were "
+        "not used for calibration. It supports the families in docs/families.md (Llama, Qwen, Mistral, Phi, OPT and "
+        "others). The sliced model needs fewer multiplications, but at equal size, quantize loses less quality. Memory "
+        "holds one block, one embedding and the activations of the calibration. Run freebits pack afterwards.",
     )
     add_model(parser, "folder of a plain checkpoint")
     add_out(parser)
     add_sparsity(parser, required=True)
     parser.add_argument("--untie", action="store_true", help="give a tied head its own matrix, as SliceGPT does")
     add_calibration(parser, samples=64, seq_len=512)
-    parser.add_argument("--random-orientation", action="store_true", help="rotate each kept subspace at random")
-    add_device(parser, "calibrate")
-    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the sliced weights (default: that of each tensor)")
     parser.add_argument(
-        "--force", action="store_true", help="keep a result even if its perplexity is over 5 times the model's"
+        "--random-orientation", action="store_true", help="rotate the axes of each kept subspace at random"
+    )
+    add_device(parser, "calibrate")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="dtype of the sliced weights (default: each tensor keeps its dtype)"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="keep the result even if its perplexity is more than 5 times that of MODEL"
     )
     add_parallel(parser)
     return parser

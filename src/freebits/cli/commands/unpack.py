@@ -13,10 +13,10 @@ def add(commands: Any) -> ArgumentParser:
     parser = command(
         commands,
         "unpack",
-        "write the plain checkpoint that a packed folder holds",
-        "Use it for vLLM, llama.cpp's converter and other tools. OUT is as large as the model was before packing. A "
-        "lossy folder gives the rounded weights, not the original ones; a sliced model still needs `import freebits`. "
-        "Memory: one block per job and one embedding.",
+        "write the plain checkpoint that a packed folder encodes",
+        "Use this for vLLM, llama.cpp's converter and other tools. OUT is as large as the model was before packing. If "
+        "packing was lossy, OUT has the rounded weights, not the original weights. A sliced model still needs `import "
+        "freebits`. Memory holds one block per job and one embedding.",
     )
     add_packed(parser)
     add_out(parser)

@@ -14,18 +14,25 @@ def add(commands: Any) -> ArgumentParser:
     parser = command(
         commands,
         "verify",
-        "check a packed folder, alone or against the original model",
-        "Checks every digest. With --against it runs both models on the CPU in float32, block by block: logits must "
-        "be finite, and the mean KL divergence and the ratio of perplexities must be within a tolerance, which is "
-        "tight after pack and loose after quantize and slice. A folder packed with --codec none must be equal. Exit "
-        "code 1 if a check fails, 2 if the folder is damaged.",
+        "check a packed folder, and compare it with the original model if --against is given",
+        "The command checks every digest. With --against, it runs both models on the CPU in float32, block by block. "
+        "Logits must be finite; the mean KL divergence and the ratio of perplexities must be within tolerances, which "
+        "are tight after pack and loose after quantize and slice. A folder packed with --codec none must have equal "
+        "tensors. The exit code is 1 if a check fails, and 2 if the folder is damaged.",
     )
     add_packed(parser)
-    parser.add_argument("--against", metavar="MODEL", type=Path, help="the model it was made from, or an earlier one")
     parser.add_argument(
-        "--kl", type=float, help="largest mean KL divergence in nats per token (default: 0.01; 1 if lossy)"
+        "--against",
+        metavar="MODEL",
+        type=Path,
+        help="folder of the model from which PACKED was made, or of an earlier model",
     )
-    parser.add_argument("--ratio", type=float, help="largest ratio of perplexities (default: 1.01; 1.5 if lossy)")
+    parser.add_argument(
+        "--kl", type=float, help="largest mean KL divergence in nats per token (default: 0.01, or 1 after lossy steps)"
+    )
+    parser.add_argument(
+        "--ratio", type=float, help="largest ratio of perplexities (default: 1.01, or 1.5 after lossy steps)"
+    )
     parser.add_argument(
         "--key", metavar="PUBLIC", type=Path, help="first check that the owner of this public key signed all files"
     )
@@ -48,10 +55,10 @@ def run(arguments: Namespace) -> int:
         key=arguments.key,
         progress=progress_bar(),
     )
-    code = 0 if result["ok"] else 1
+    exit_code = 0 if result["ok"] else 1
     if arguments.json:
         print_json(result)
-        return code
+        return exit_code
     signed = f"signed by the owner of {arguments.key}; " if arguments.key else ""
     print(f"{signed}every digest matches, everything decodes")
     if result["perplexity"]["packed"] is not None:
@@ -63,4 +70,4 @@ def run(arguments: Namespace) -> int:
     if arguments.against:
         failed = ", ".join(result["failed"])
         print(f"{f'NOT within tolerance ({failed})' if failed else 'within tolerance'} for {result['fidelity']} steps")
-    return code
+    return exit_code
