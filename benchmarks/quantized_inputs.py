@@ -32,7 +32,6 @@ from freebits.types import bytes_of
 from tests.quantized_inputs import MAKERS, save_quantized
 
 HEADER = ("format", "bits per weight", "lossless", "weights", "entropy", "scales", "KL at 4 bits")
-DATA = Path(__file__).parent.parent.parent / "shared" / "data"
 SIXTEEN = "float16"
 
 
@@ -40,13 +39,14 @@ def main() -> None:
     """Measure each format, print and save."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("scratch", nargs="?", type=Path)
-    parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--data", type=Path, help="folder with wikitext-2-raw; not needed with --lossless-only")
     parser.add_argument("--formats", default="")
     parser.add_argument("--lossless-only", action="store_true")
     arguments = parser.parse_args()
-    wikitext = arguments.data / "wikitext-2-raw"
-    names = ("wikitext2_train.txt", "wiki.valid.raw")
-    texts = [(wikitext / name).read_text(encoding="utf-8")[:300_000] for name in names]
+    if not arguments.lossless_only and not arguments.data:
+        parser.error("give --data, or --lossless-only")
+    names = () if arguments.lossless_only else ("wikitext2_train.txt", "wiki.valid.raw")
+    texts = [(arguments.data / "wikitext-2-raw" / name).read_text(encoding="utf-8")[:300_000] for name in names]
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         scratch = arguments.scratch or Path(temporary)

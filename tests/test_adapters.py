@@ -93,7 +93,7 @@ def test_an_adapter_is_not_accepted_as_a_model(
     with pytest.raises(CheckpointError, match="PEFT"):
         freebits.load(adapter)
     freebits.pack(adapter, tmp_path / "packed")
-    with pytest.raises(CheckpointError, match="unpack.*PEFT"):
+    with pytest.raises(CheckpointError, match=r"unpack.*PEFT"):
         freebits.load(tmp_path / "packed")
     for command in (
         ["slice", str(adapter), "out", "--sparsity", "0.2"],

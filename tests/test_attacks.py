@@ -62,7 +62,9 @@ def test_an_attack_does_no_harm(name: str, results: dict[str, list[dict[str, Any
     assert refused == (name not in HARMLESS), results[name]
 
 
-def test_the_slowest_and_the_largest_attack_are_reported(results: dict[str, list[dict[str, Any]]], report: Callable[[str], None]) -> None:
+def test_the_slowest_and_the_largest_attack_are_reported(
+    results: dict[str, list[dict[str, Any]]], report: Callable[[str], None]
+) -> None:
     runs = [result for of_attack in results.values() for result in of_attack]
     slowest = max(runs, key=lambda result: float(result["seconds"]))
     largest = max(runs, key=lambda result: int(result["memory"]))

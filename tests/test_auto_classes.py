@@ -67,7 +67,9 @@ def test_an_auto_class_loads_the_same_model_from_a_packed_folder(
     assert main(["compress", str(folder), str(tmp_path / "packed"), "--lossless"]) == 0
     assert f"{auto.__name__} " in capsys.readouterr().out
     assert f"{auto.__name__}.from_pretrained" in (tmp_path / "packed" / "README.md").read_text()
-    (expected_class, expected), (actual_class, actual) = (class_and_output(auto, tmp_path / name) for name in ("original", "packed"))
+    (expected_class, expected), (actual_class, actual) = (
+        class_and_output(auto, tmp_path / name) for name in ("original", "packed")
+    )
     assert actual_class is expected_class
     assert torch.equal(actual, expected)
     assert auto_class(auto.from_pretrained(folder).config.to_dict()) == auto.__name__
@@ -76,7 +78,9 @@ def test_an_auto_class_loads_the_same_model_from_a_packed_folder(
 def test_automodel_loads_a_model_without_its_head(tmp_path: Path) -> None:
     folder = save(AutoModelForCausalLM, tmp_path / "original", tiny_config())
     freebits.pack(folder, tmp_path / "packed", codec="none")
-    (expected_class, expected), (actual_class, actual) = (class_and_output(AutoModel, tmp_path / name) for name in ("original", "packed"))
+    (expected_class, expected), (actual_class, actual) = (
+        class_and_output(AutoModel, tmp_path / name) for name in ("original", "packed")
+    )
     assert actual_class is expected_class
     assert torch.equal(actual, expected)
 

@@ -113,7 +113,9 @@ def test_packing_changes_logits_by_no_more_than_rounding_to_the_dtype(
     assert 0 < error < 8 * torch.finfo(dtype).eps
 
 
-def test_an_unpacked_model_has_the_specs_and_config_of_the_sliced_model(save_tiny: Make, slice_tiny: Make, tmp_path: Path) -> None:
+def test_an_unpacked_model_has_the_specs_and_config_of_the_sliced_model(
+    save_tiny: Make, slice_tiny: Make, tmp_path: Path
+) -> None:
     sliced = slice_tiny(save_tiny(shard="20KB"))
     freebits.pack(sliced, tmp_path / "packed")
     freebits.unpack(tmp_path / "packed", tmp_path / "unpacked")
@@ -122,7 +124,9 @@ def test_an_unpacked_model_has_the_specs_and_config_of_the_sliced_model(save_tin
     assert without_history(after.config) == without_history(before.config)
 
 
-def test_a_loaded_model_that_transformers_saved_can_be_packed_again(save_tiny: Make, slice_tiny: Make, tmp_path: Path) -> None:
+def test_a_loaded_model_that_transformers_saved_can_be_packed_again(
+    save_tiny: Make, slice_tiny: Make, tmp_path: Path
+) -> None:
     sliced = slice_tiny(save_tiny(dtype=torch.float64, tie_word_embeddings=True))
     freebits.pack(sliced, tmp_path / "packed")
     freebits.load(tmp_path / "packed").save_pretrained(tmp_path / "saved")
@@ -174,7 +178,9 @@ def test_a_site_with_an_unsound_weight_is_stored_plain_with_the_reason(
     )
 
 
-def test_a_site_is_stored_plain_only_if_the_stream_narrows_there(save_tiny: Make, slice_tiny: Make, tmp_path: Path) -> None:
+def test_a_site_is_stored_plain_only_if_the_stream_narrows_there(
+    save_tiny: Make, slice_tiny: Make, tmp_path: Path
+) -> None:
     sliced = slice_tiny(save_tiny(dtype=torch.float64))
     cut_sites(sliced, widths=[16, 16, 20, 20, 24, 20, 32])
     facts = freebits.pack(sliced, tmp_path / "packed")
@@ -259,7 +265,9 @@ def test_a_forged_shortcut_that_does_not_fit_in_memory_is_refused(save_tiny: Mak
 
 
 @pytest.mark.parametrize("codec", ["canonical", "bits-back"])
-def test_packing_accepts_a_device_name_and_refuses_an_unknown_one(codec: str, save_tiny: Make, slice_tiny: Make, tmp_path: Path) -> None:
+def test_packing_accepts_a_device_name_and_refuses_an_unknown_one(
+    codec: str, save_tiny: Make, slice_tiny: Make, tmp_path: Path
+) -> None:
     sliced = slice_tiny(save_tiny())
     for number, device in enumerate(("cpu", "cpu:0")):
         freebits.pack(sliced, tmp_path / str(number), codec=codec, device=device)

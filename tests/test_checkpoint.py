@@ -226,7 +226,7 @@ def test_an_invalid_header_is_refused(header: str) -> None:
 
 
 def test_an_unannounced_tensor_raises_an_error_instead_of_overwriting_a_tensor(tmp_path: Path) -> None:
-    # If a name is not announced, the header may be longer than its reserved space and overwrite the first tensor.
+    # Regression: with an unannounced tensor, the header outgrew its reserved space and overwrote the first tensor.
     tensor = torch.arange(8.0)
     writer = WeightsWriter(tmp_path / "a.safetensors", {"a": (8,)})
     for name in ("a", "b" * 200):
@@ -278,7 +278,7 @@ def test_an_error_is_raised_even_if_a_created_parent_folder_cannot_be_removed(tm
 
 def test_an_output_folder_that_cannot_be_created_leaves_no_parent_folders(tmp_path: Path) -> None:
     with (
-        pytest.raises(CheckpointError, match="x{100}"),
+        pytest.raises(CheckpointError, match="x" * 100),
         new_directory(tmp_path / "a" / ("x" * 300) / "out"),
     ):
         pass
@@ -297,7 +297,9 @@ def test_the_slower_of_two_writers_of_a_folder_fails(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_the_next_run_removes_the_staging_directory_of_a_killed_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_next_run_removes_the_staging_directory_of_a_killed_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     # Regression: 121 of 210 runs that `kill -9` ended left a staging directory for good.
     command = [sys.executable, "-c", KILLED, str(tmp_path / "out")]
     assert subprocess.run(command, check=False).returncode == -9
@@ -323,7 +325,9 @@ with new_directory(sys.argv[1]) as staging:
 """
 
 
-def test_all_files_are_flushed_to_the_disk_before_the_folder_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_files_are_flushed_to_the_disk_before_the_folder_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     synced: list[str] = []
     monkeypatch.setattr(os, "fsync", lambda handle: synced.append(str(Path(f"/proc/self/fd/{handle}").readlink())))
     with new_directory(tmp_path / "out") as staging:

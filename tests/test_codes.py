@@ -63,7 +63,9 @@ def coded_site(message: Tensor, W: Tensor, threshold: float) -> tuple[Coded, Ten
     ratio=st.floats(0.6, 4),
     threshold=st.sampled_from([0.0, 0.005, 0.01, 0.1]),
 )
-def test_decoding_restores_every_value_within_the_threshold(seed: int, dtype: torch.dtype, size: int, ratio: float, threshold: float) -> None:
+def test_decoding_restores_every_value_within_the_threshold(
+    seed: int, dtype: torch.dtype, size: int, ratio: float, threshold: float
+) -> None:
     message, W = site(seed, dtype, int(ratio * size), size)
     try:
         coded, values, matrix = coded_site(message, W, threshold)

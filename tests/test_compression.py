@@ -36,7 +36,9 @@ def compress(dense: Path, out: Path, **target: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("ratio", [0.6, 0.4])
-def test_the_size_is_within_a_percent_of_the_target_and_never_exceeds_it(ratio: float, dense: Path, tmp_path: Path) -> None:
+def test_the_size_is_within_a_percent_of_the_target_and_never_exceeds_it(
+    ratio: float, dense: Path, tmp_path: Path
+) -> None:
     dense_size = bytes_on_disk(Checkpoint(dense))
     result = compress(dense, tmp_path / "out", target_ratio=ratio, force=True)
     assert 0.99 * ratio * dense_size - HEADER_SLACK <= result["bytes"]["packed"] <= ratio * dense_size
@@ -125,7 +127,9 @@ def test_the_card_reports_the_result_and_contains_the_original_card(dense: Path,
     assert (tmp_path / "back" / "README.md").read_text() == (dense / "README.md").read_text()
 
 
-def test_compress_and_estimate_print_their_results(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compress_and_estimate_print_their_results(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "text").write_text(TEXT)
     texts = ["--calibration", str(tmp_path / "text"), "--text", str(tmp_path / "text")]
     assert main(["compress", str(dense), str(tmp_path / "out"), "--target-ratio", "0.6", *texts]) == 0

@@ -22,7 +22,9 @@ def tiny_demo(save_tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.usefixtures("tiny_demo")
-def test_the_demo_prints_one_json_object_and_keeps_the_folders_of_its_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_prints_one_json_object_and_keeps_the_folders_of_its_stages(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["--json", "--out", str(tmp_path / "stages")]) == 0
     output = capsys.readouterr()
     assert output.err.startswith("dense: reading the demo model\ndense: read in ")

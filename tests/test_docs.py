@@ -34,7 +34,8 @@ def test_the_commands_and_the_example_in_the_readme_run(
         verifies = " verify " in command
         extra = ["--text", "text.txt", "--limit", "1"] if verifies else []
         exit_code = main([*shlex.split(command, comments=True)[1:], *extra])
-        assert exit_code == 0 or (exit_code == 1 and verifies), command  # a tiny random model may differ by more than 1 %
+        accepted = (0, 1) if verifies else (0,)  # 1, because a tiny random model may differ by more than 1 %
+        assert exit_code in accepted, command
     [example] = snippets("python")
     capsys.readouterr()
     exec(compile(example, "README.md", "exec"), {})  # noqa: S102

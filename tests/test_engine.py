@@ -51,7 +51,9 @@ def transformers_logits(folder: Path) -> Tensor:
 
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"model_type": "gpt2"}, MIXTURE])
 @pytest.mark.parametrize("max_resident_bytes", [0, 2**30])
-def test_the_logits_are_those_of_transformers(changes: dict[str, Any], max_resident_bytes: int, save_tiny: Make) -> None:
+def test_the_logits_are_those_of_transformers(
+    changes: dict[str, Any], max_resident_bytes: int, save_tiny: Make
+) -> None:
     folder = save_tiny(**changes)
     engine = engine_of(folder, max_resident_bytes=max_resident_bytes)
     expected = transformers_logits(folder)[:, :-1]
@@ -81,7 +83,7 @@ def test_a_missing_tensor_is_named(save_tiny: Make) -> None:
 
 
 def statistics_from_autograd(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return mean outer products of inputs and sums of squared gradients at outputs, from hooks on the complete model."""
+    """Return mean outer products of inputs and sums of squared gradients at outputs, from hooks on the model."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     grams, squares = dict[str, Tensor](), dict[str, Tensor]()
 
@@ -135,7 +137,9 @@ def test_the_statistics_agree_with_autograd(options: dict[str, int], save_tiny: 
 
 
 @pytest.mark.parametrize("changes", [{}, MIXTURE])
-def test_the_statistics_do_not_depend_on_the_size_of_groups_of_windows(changes: dict[str, Any], save_tiny: Make, tmp_path: Path) -> None:
+def test_the_statistics_do_not_depend_on_the_size_of_groups_of_windows(
+    changes: dict[str, Any], save_tiny: Make, tmp_path: Path
+) -> None:
     running = RunningModel(save_tiny(**changes), CPU)
     measured = {}
     for name, max_activation_bytes in (("one group", 2**31), ("four groups", 1)):
@@ -229,7 +233,9 @@ def expert_statistics(number: int, n: int, scale: float) -> InputStatistics:
 
 
 def test_statistics_of_experts_are_mixed_with_those_of_the_average_expert() -> None:
-    mixed = mix_experts([expert_statistics(0, 1000, 1.0), expert_statistics(2, 10, 5.0)], {"layers.0.experts": (4, 4, 6)}, "k")
+    mixed = mix_experts(
+        [expert_statistics(0, 1000, 1.0), expert_statistics(2, 10, 5.0)], {"layers.0.experts": (4, 4, 6)}, "k"
+    )
     by_expert = {region.start // 4: inputs for inputs in mixed for region in inputs.regions}
     assert by_expert.keys() == {0, 1, 2, 3}
     average = (1000 + 50) / 1010
@@ -247,7 +253,7 @@ def test_statistics_of_matrices_that_are_not_experts_are_not_mixed() -> None:
     assert mixed is statistics
 
 
-def test_the_fisher_information_of_idle_experts_is_that_of_some_vectors_of_the_average_expert() -> None:
+def test_idle_experts_get_the_fisher_information_of_the_average_expert() -> None:
     regions = [Region("layers.0.experts", 4 * number, 4 * number + 4, False) for number in range(3)]
     squares = {
         regions[0]: torch.full((4,), 100.0, dtype=torch.float64),

@@ -31,7 +31,7 @@ AFTER_BITS_BACK = {
     "opt-13b": (-14.01, -19.51, -24.97),
     "llama-2-7b": (-14.13, -19.53, -25.09),
 }
-"""Change of the size in percent at each of `SPARSITIES` (paper, Table 1). Corrections are included."""
+"""Changes of the size in percent at `SPARSITIES` (paper, Table 1). After bits-back, they include corrections."""
 
 
 @pytest.mark.parametrize("model", AFTER_SLICING)
@@ -44,13 +44,15 @@ def test_the_estimates_agree_with_table_1_of_the_paper(model: str) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_estimates_agree_with_the_contents_of_the_files(variant: str, save_tiny: Make, slice_tiny: Make, tmp_path: Path) -> None:
+def test_the_estimates_agree_with_the_contents_of_the_files(
+    variant: str, save_tiny: Make, slice_tiny: Make, tmp_path: Path
+) -> None:
     dense = save_tiny(hidden_size=64, intermediate_size=160, **VARIANTS[variant])
     estimate = freebits.estimate(dense, 0.25)
     sliced = slice_tiny(dense, untie=True)
     freebits.pack(sliced, tmp_path / "packed", codec="bits-back", entropy="none", threshold=1e9)
     norms = {name for name in Checkpoint(dense).specs if "norm" in name}
-    head_bias = 96 if "opt" in variant else 0  # the bias from the final norm, which the paper does not count
+    head_bias = 96 if "opt" in variant else 0  # the paper does not count the bias of the final norm
     counts = {
         "dense": sum(spec.numel for name, spec in Checkpoint(dense).specs.items() if name not in norms),
         "sliced": sum(spec.numel for spec in Checkpoint(sliced).specs.values()) - head_bias,
@@ -61,7 +63,7 @@ def test_the_estimates_agree_with_the_contents_of_the_files(variant: str, save_t
     stored = PackedFolder(tmp_path / "packed").stored.items()
     n_values = sum(spec.numel for name, spec in stored if not name.endswith(".signs")) - head_bias
     n_sign_values = 6 * 8 // 2  # the signs of each site take 8 bytes, the size of four 16-bit values
-    if "narrow" not in variant:  # a matrix without full rank takes fewer values than the estimate
+    if "narrow" not in variant:  # a matrix without full rank takes fewer values than estimated
         assert n_values + n_sign_values == estimate["params"]["bits_back"]
 
     forms = {"canonical": sliced, "dense_canonical": dense}
@@ -106,7 +108,7 @@ def test_a_config_that_cannot_be_estimated_is_refused_with_the_reason(tmp_path: 
         freebits.estimate(tmp_path, 0.2)
     shutil.copy(CONFIGS / "opt-1.3b.json", tmp_path / "config.json")
     change_config(tmp_path, num_hidden_layers=10**9)
-    with pytest.raises(CheckpointError, match="num_hidden_layers.*1000000000"):
+    with pytest.raises(CheckpointError, match=r"num_hidden_layers.*1000000000"):
         freebits.estimate(tmp_path, 0.2)
     change_config(tmp_path, num_hidden_layers=24, word_embed_proj_dim=512)
     with pytest.raises(UnsupportedModelError, match="word_embed_proj_dim"):

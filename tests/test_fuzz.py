@@ -1,4 +1,4 @@
-"""Folders that a grammar has spoiled are read as what they are, or refused in one line."""
+"""A randomly spoiled folder is either read, or refused with an error of one line."""
 
 from pathlib import Path
 
@@ -11,18 +11,18 @@ from tests.fuzz.spoiling import CODECS, golden_contents, read, run, write
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_what_is_not_spoiled_is_read(codec: str, tmp_path: Path) -> None:
+def test_a_sound_folder_is_read(codec: str, tmp_path: Path) -> None:
     write(golden_contents(codec), tmp_path)
     assert read(tmp_path)
 
 
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
-def test_what_is_spoiled_is_read_or_refused(data: st.DataObject) -> None:
+def test_a_spoiled_folder_is_read_or_refused(data: st.DataObject) -> None:
     run(lambda below: data.draw(st.integers(0, below - 1)))
 
 
-def test_most_of_what_is_spoiled_is_refused_and_not_all() -> None:
-    numbers = np.random.default_rng(0)
-    found = [run(lambda below: int(numbers.integers(below))) for _ in range(300)]
-    assert 5 < sum(found) < 150  # a history or a bias may say anything
+def test_most_spoiled_folders_are_refused_but_not_all() -> None:
+    generator = np.random.default_rng(0)
+    is_read = [run(lambda below: int(generator.integers(below))) for _ in range(300)]
+    assert 5 < sum(is_read) < 150  # because any history and any bias is valid

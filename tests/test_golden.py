@@ -1,4 +1,4 @@
-"""Files of every format version are read for good, and the current version writes what its golden files show."""
+"""The golden files of every format version can be read. Packing writes the layout of the current golden files."""
 
 import json
 from pathlib import Path
@@ -15,45 +15,46 @@ from tests.golden.make import METHODS, THRESHOLDS
 from tests.tiny import tensors_of
 
 GOLDEN = Path(__file__).parent / "golden"
-ULPS = 2
+MAX_ULPS = 2
 
 
 @pytest.mark.parametrize("version", range(1, FORMAT + 1))
 @pytest.mark.parametrize("codec", [*THRESHOLDS, *METHODS])
-def test_a_golden_file_decodes_to_its_golden_words(version: int, codec: str) -> None:
+def test_a_golden_file_decodes_to_its_golden_values(version: int, codec: str) -> None:
     folder = GOLDEN / f"v{version}"
     expected = load_file(folder / f"{codec}.safetensors")
     decoded = tensors_of(folder / codec)
     assert decoded.keys() == expected.keys()
     for name, tensor in decoded.items():
-        steps = (tensor.view(torch.int16).int() - expected[name].view(torch.int16).int()).abs()
-        assert (steps <= ULPS).all(), name  # another machine's eigendecomposition may round a word the other way
-    others = sum(int((tensor != expected[name]).sum()) for name, tensor in decoded.items())
-    assert others <= (0 if codec in ("integers",) else 4)  # which hold for all machines
+        ulps = (tensor.view(torch.int16).int() - expected[name].view(torch.int16).int()).abs()
+        assert (ulps <= MAX_ULPS).all(), name  # because other machines may round differently
+    n_different = sum(int((tensor != expected[name]).sum()) for name, tensor in decoded.items())
+    assert n_different <= (0 if codec == "integers" else 4)  # integers decode to the same values on all machines
 
 
-def test_a_golden_file_of_codec_none_comes_back_byte_for_byte(tmp_path: Path) -> None:
+def test_a_golden_file_of_codec_none_is_restored_byte_for_byte(tmp_path: Path) -> None:
     for version in range(1, FORMAT + 1):
         golden = GOLDEN / f"v{version}"
         stored = PackedFolder(golden / "none").stored
-        assert stored["model.layers.0.mlp.up_proj.weight.entropy"].n_bytes < 64 * 24 * 2  # an entropy code
-        assert str(stored["model.layers.0.mlp.up_proj.bias"]) == "F16[64]"  # its own bytes
+        assert stored["model.layers.0.mlp.up_proj.weight.entropy"].n_bytes < 64 * 24 * 2  # entropy-coded
+        assert str(stored["model.layers.0.mlp.up_proj.bias"]) == "F16[64]"  # stored unchanged
         freebits.unpack(golden / "none", tmp_path / str(version))
         files = [folder / "model.safetensors" for folder in (golden / "sliced", tmp_path / str(version))]
         assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def layout(folder: Path) -> dict[str, Any]:
-    """What must not change without a new format version: names, kinds, recipes, and the manifest's fields."""
+    """Return what only a new format version may change: names, specs, recipes, and keys of the manifest."""
     manifest = json.loads((folder / "freebits.json").read_text())
-    chance = {"digests", "config", "digest", "producer", "history"}  # of the machine or of the version
+    variable = {"digests", "config", "digest", "producer", "history"}  # depend on the machine or on the version
     for recipe in manifest["recipes"]:
         recipe.get("params", {}).pop("sums", None)
         recipe.get("params", {}).pop("corrections", None)
     notes = [{key: value for key, value in note.items() if key != "corrections"} for note in manifest["notes"]]
-    stored = {n: str(k) for n, k in PackedFolder(folder).stored.items() if not n.endswith("corrections")}
-    kept = {key: value for key, value in manifest.items() if key not in chance}
-    return {"keys": sorted(manifest), "stored": stored, "manifest": kept | {"notes": notes}}
+    stored = PackedFolder(folder).stored.items()
+    specs = {name: str(spec) for name, spec in stored if not name.endswith("corrections")}
+    fixed = {key: value for key, value in manifest.items() if key not in variable}
+    return {"keys": sorted(manifest), "stored": specs, "manifest": fixed | {"notes": notes}}
 
 
 @pytest.mark.parametrize("codec", THRESHOLDS)
@@ -63,7 +64,7 @@ def test_packing_writes_the_layout_of_the_golden_file(codec: str, tmp_path: Path
     assert layout(tmp_path / "packed") == layout(golden / codec)
 
 
-def test_the_golden_file_shows_corrections_and_signs() -> None:
+def test_the_golden_file_contains_corrections_and_signs() -> None:
     packed = PackedFolder(GOLDEN / f"v{FORMAT}" / "bits-back")
     assert [note.get("code") for note in packed.manifest.notes] == [None, "bits-back", "bits-back"]
     assert any(note.get("corrections") for note in packed.manifest.notes)

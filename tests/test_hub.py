@@ -116,7 +116,9 @@ def test_paths_are_not_taken_for_hub_ids(tmp_path: Path, monkeypatch: pytest.Mon
         assert local_folder(path) == Path(path)
 
 
-def test_push_uploads_a_folder_or_names_the_repository_and_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_push_uploads_a_folder_or_names_the_repository_and_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[Any] = []
 
     class Api:

@@ -254,9 +254,7 @@ def test_all_ways_to_load_give_the_same_model(folder: Path, tmp_path: Path) -> N
     assert counts == [torch.get_num_threads()]
 
 
-def test_a_file_that_is_truncated_while_it_is_read_is_refused(
-    save_tiny: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_is_truncated_while_it_is_read_is_refused(save_tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     dense, read = save_tiny(), WeightsFile.read
 
     def truncate_and_read(file: WeightsFile, name: str) -> Any:

@@ -124,7 +124,9 @@ def test_an_infinite_or_nan_weight_is_refused_even_if_no_text_uses_it(value: flo
     assert not folder.with_name("q").exists()
 
 
-def test_a_text_with_fewer_windows_than_requested_gives_a_warning(save_tiny: Make, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_text_with_fewer_windows_than_requested_gives_a_warning(
+    save_tiny: Make, caplog: pytest.LogCaptureFixture
+) -> None:
     folder, text = save_tiny(), " ".join(f"w{number % 96}" for number in range(100))
     freebits.quantize(folder, folder.with_name("q"), calibration=text, samples=32, seq_len=32)
     assert "3 windows of 32 tokens" in caplog.text

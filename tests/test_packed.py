@@ -95,7 +95,7 @@ def test_a_tensor_is_decoded_from_only_the_parts_of_its_recipe(packed: Path) -> 
             damaged[start + entry.begin : start + entry.end] = bytes(entry.end - entry.begin)
     (packed / "packed.safetensors").write_bytes(damaged)
     damaged_folder = PackedFolder(packed)
-    assert all(torch.equal(damaged_folder[made], expected[made]) for made in recipe.makes)
+    assert all(torch.equal(damaged_folder[made_name], expected[made_name]) for made_name in recipe.makes)
     with pytest.raises(CheckpointError, match=r"tensor model\.layers\.0\."):
         damaged_folder["model.layers.0.self_attn.k_proj.weight"]
 
@@ -274,7 +274,7 @@ def test_an_invalid_manifest_is_refused_in_one_line(change: Callable[[dict[str, 
 
 
 def test_a_manifest_cannot_remove_a_tensor_from_the_model(packed: Path, tmp_path: Path) -> None:
-    # Regression: sites and tensors shared a namespace, so `unpack` dropped the head if a site was called lm_head.weight.
+    # Regression: sites and tensors shared names, so `unpack` dropped the head if a site was called lm_head.weight.
     def rename(manifest: dict[str, Any]) -> None:
         for note in manifest["notes"]:
             note["name"] = "lm_head.weight"
@@ -356,7 +356,9 @@ def test_a_config_that_was_changed_after_packing_is_refused(packed: Path) -> Non
         PackedFolder(packed)
 
 
-def test_a_model_is_verified_against_its_own_unpacked_form_and_histories_agree(packed: Path, sliced: Path, tmp_path: Path) -> None:
+def test_a_model_is_verified_against_its_own_unpacked_form_and_histories_agree(
+    packed: Path, sliced: Path, tmp_path: Path
+) -> None:
     freebits.unpack(packed, tmp_path / "unpacked")
     text = random_text(300)
     result = freebits.verify(packed, against=tmp_path / "unpacked", text=text, seq_len=32)
@@ -490,7 +492,9 @@ def test_memory_does_not_grow_with_the_number_of_blocks(
     assert peaks[20] - peaks[4] < 8 * block  # the model has 16 more blocks; the allocator's overhead varies by a few
 
 
-def test_commands_on_a_dense_model_hold_only_a_few_blocks_in_memory(save_tiny: Make, report: Callable[[str], None]) -> None:
+def test_commands_on_a_dense_model_hold_only_a_few_blocks_in_memory(
+    save_tiny: Make, report: Callable[[str], None]
+) -> None:
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 64}
     peaks: dict[str, dict[int, int]] = {command: {} for command in DENSE_COMMANDS}
     for n_blocks in (4, 12):

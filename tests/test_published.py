@@ -44,7 +44,9 @@ def test_a_published_layout_is_restored_exactly_and_quantized_nearly_completely(
             assert (quantized[parameter] - tensor).norm() <= 0.2 * tensor.norm(), parameter
 
 
-def test_a_model_type_that_transformers_lacks_is_quantized_without_calibration(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_model_type_that_transformers_lacks_is_quantized_without_calibration(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     save_layout("Kimi-K2-Instruct", tmp_path / "dense")
     facts = freebits.quantize(tmp_path / "dense", tmp_path / "rounded")
     assert "kimi_k2" in caplog.text

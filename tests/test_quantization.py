@@ -229,7 +229,9 @@ def test_a_model_is_quantized_loaded_and_unpacked(changes: dict[str, Any], save_
 
 @pytest.mark.parametrize("method", ["pyramid", "gptq", "rtn"])
 @pytest.mark.parametrize("rotate", ["none", "hadamard"])
-def test_models_of_all_methods_and_rotations_can_be_verified_and_loaded(method: str, rotate: str, save_tiny: Make, tmp_path: Path) -> None:
+def test_models_of_all_methods_and_rotations_can_be_verified_and_loaded(
+    method: str, rotate: str, save_tiny: Make, tmp_path: Path
+) -> None:
     dense = save_tiny()
     quantized(dense, tmp_path / "out", bits=4, method=method, rotate=rotate, only="linear")
     result = freebits.verify(tmp_path / "out", against=dense, text=random_text(200), seq_len=32, limit=4)
@@ -278,7 +280,9 @@ def test_sliced_and_canonical_models_are_quantized(
         freebits.unpack(tmp_path / f"{name}-4", tmp_path / f"{name}-plain")
 
 
-def test_without_a_text_the_model_generates_the_same_calibration_data_each_time(save_tiny: Make, tmp_path: Path) -> None:
+def test_without_a_text_the_model_generates_the_same_calibration_data_each_time(
+    save_tiny: Make, tmp_path: Path
+) -> None:
     dense = save_tiny()
     facts = freebits.quantize(dense, tmp_path / "out", samples=4, seq_len=16, bits=6)
     assert facts["history"][-1]["text"] == "its own"
@@ -310,7 +314,9 @@ def test_rounded_activations_have_few_values_and_smaller_errors_in_a_rotated_bas
 
 
 @pytest.mark.parametrize("model_type", ["llama", "opt"])
-def test_rounding_activations_or_the_cache_changes_perplexity_less_with_more_bits(model_type: str, save_tiny: Make) -> None:
+def test_rounding_activations_or_the_cache_changes_perplexity_less_with_more_bits(
+    model_type: str, save_tiny: Make
+) -> None:
     dense, text = save_tiny(model_type=model_type), random_text(300)
 
     def perplexity(**options: Any) -> float:
@@ -347,7 +353,9 @@ def test_a_model_whose_norms_subtract_the_mean_is_not_rotated(save_tiny: Make, t
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_that_keeps_integers_in_memory_gives_nearly_the_same_logits(dtype: torch.dtype, save_tiny: Make, tmp_path: Path) -> None:
+def test_a_model_that_keeps_integers_in_memory_gives_nearly_the_same_logits(
+    dtype: torch.dtype, save_tiny: Make, tmp_path: Path
+) -> None:
     quantized(save_tiny(attention_bias=True, mlp_bias=True, hidden_size=64), tmp_path / "out", bits=4)
     tokens = torch.randint(0, 96, (2, 20), generator=torch.Generator().manual_seed(0))
     model = freebits.load(tmp_path / "out", dtype=dtype, keep_integers=True)

@@ -83,7 +83,9 @@ def test_urls_of_known_protocols_are_distinguished_from_paths() -> None:
         assert url_of(path) is None
 
 
-def test_a_remote_folder_is_packed_verified_and_unpacked_like_a_local_one(sliced: Path, memory: Any, tmp_path: Path, cache: Path) -> None:
+def test_a_remote_folder_is_packed_verified_and_unpacked_like_a_local_one(
+    sliced: Path, memory: Any, tmp_path: Path, cache: Path
+) -> None:
     freebits.pack(sliced, tmp_path / "here")
     memory.put(str(sliced), "/models/sliced", recursive=True)
     facts = freebits.pack("memory://models/sliced", "memory://models/packed")
@@ -178,7 +180,9 @@ def test_a_new_mirror_is_the_same_source_if_no_remote_file_changed(sliced: Path,
     assert facts() != before
 
 
-def test_a_failed_upload_does_not_remove_files_of_other_writers(sliced: Path, memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_upload_does_not_remove_files_of_other_writers(
+    sliced: Path, memory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     put = type(memory).put_file
 
     def fail_after_other_write(self: Any, file: str, name: str, **options: Any) -> None:

@@ -57,7 +57,9 @@ def quantized(save_tiny: Make, tmp_path: Path) -> Path:
     return tmp_path / "small"
 
 
-def test_a_page_is_self_contained_and_shows_the_measured_figures(quantized: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_page_is_self_contained_and_shows_the_measured_figures(
+    quantized: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "text").write_text(random_text(400))
     page = tmp_path / "page.html"
     command = ["report", str(quantized), "--against", str(tmp_path / "dense"), "-o", str(page)]
@@ -80,7 +82,9 @@ def test_a_page_is_self_contained_and_shows_the_measured_figures(quantized: Path
     assert result["against"]["ratio"] == pytest.approx(ratio)
 
 
-def test_a_report_without_a_reference_has_no_quality_section_and_leaves_no_other_file(quantized: Path, tmp_path: Path) -> None:
+def test_a_report_without_a_reference_has_no_quality_section_and_leaves_no_other_file(
+    quantized: Path, tmp_path: Path
+) -> None:
     result = freebits.write_report(quantized, tmp_path / "page.html")
     assert result["against"] is None
     assert "Quality" not in (tmp_path / "page.html").read_text(encoding="utf-8")

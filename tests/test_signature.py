@@ -25,7 +25,9 @@ def save_keys(folder: Path, name: str) -> tuple[Path, Path]:
     return private, public
 
 
-def test_verify_checks_all_files_of_a_signed_folder_with_the_key(save_tiny: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_checks_all_files_of_a_signed_folder_with_the_key(
+    save_tiny: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (private, public), (_, other_public) = save_keys(tmp_path, "mine"), save_keys(tmp_path, "other")
     dense, out = save_tiny(), tmp_path / "out"
     assert main(["pack", str(dense), str(out), "--sign", str(private)]) == 0

@@ -180,12 +180,16 @@ def test_every_tensor_keeps_its_own_dtype(save_tiny: Make, slice_tiny: Make) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.complex64])
-def test_an_output_dtype_without_real_floats_or_with_fp8_is_refused(dtype: torch.dtype, save_tiny: Make, slice_tiny: Make) -> None:
+def test_an_unsupported_dtype_of_the_sliced_weights_is_refused(
+    dtype: torch.dtype, save_tiny: Make, slice_tiny: Make
+) -> None:
     with pytest.raises(UsageError, match=f"`dtype` is {dtype}"):
         slice_tiny(save_tiny(), dtype=dtype)
 
 
-def test_slicing_reports_the_perplexities_on_held_out_windows(save_tiny: Make, caplog: pytest.LogCaptureFixture) -> None:
+def test_slicing_reports_the_perplexities_on_held_out_windows(
+    save_tiny: Make, caplog: pytest.LogCaptureFixture
+) -> None:
     dense = save_tiny()
     facts = freebits.slice_model(
         dense, dense.with_name("out"), sparsity=0.25, calibration=random_text(600), samples=8, seq_len=32
@@ -200,7 +204,7 @@ def test_slicing_reports_the_perplexities_on_held_out_windows(save_tiny: Make, c
     assert not caplog.records
 
 
-def test_a_slice_that_ruins_the_model_is_refused(
+def test_a_slice_that_raises_perplexity_too_much_is_refused_unless_forced(
     save_tiny: Make, slice_tiny: Make, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dense = save_tiny()

@@ -1,4 +1,4 @@
-"""The first promise: what is folded and rotated at every site is the same function."""
+"""A model that is folded, and rotated at every site, computes the same as the original."""
 
 from typing import Any
 
@@ -17,15 +17,16 @@ from tests.tiny import VARIANTS, in_float64, tiny_config, tiny_model
 
 
 def folded_state(model: Any, architecture: Architecture) -> dict[str, Tensor]:
+    """Return the tensors of a model with its norms folded into the matrices that read them."""
     state = model.state_dict()
     embeddings = fold_embeddings(state, architecture)
     blocks = [fold_sublayers(state, architecture, part.sublayers) for part in architecture.parts[1:-1]]
-    merged = {name: tensor for part in (embeddings, *blocks) for name, tensor in part.items()}
-    return merged | fold_head(state, architecture)
+    folded = {name: tensor for part in (embeddings, *blocks) for name, tensor in part.items()}
+    return folded | fold_head(state, architecture)
 
 
 def unsliced(config: Any, architecture: Architecture, state: dict[str, Tensor]) -> Any:
-    """A sliced model that keeps the full width at every site."""
+    """Return a sliced model that keeps the full width at every site."""
     values = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}
     values |= {"tie_word_embeddings": architecture.tied, "site_sizes": [config.hidden_size] * architecture.n_sites}
     sliced_config = AutoConfig.for_model(architecture.family.sliced_model_type, **values)
@@ -40,7 +41,7 @@ def unsliced(config: Any, architecture: Architecture, state: dict[str, Tensor]) 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("untie", [False, True])
 @torch.no_grad()
-def test_folded_and_randomly_rotated_equals_the_original(variant: str, untie: bool) -> None:
+def test_a_folded_and_randomly_rotated_model_gives_the_same_logits(variant: str, untie: bool) -> None:
     config = tiny_config(**VARIANTS[variant])
     original = tiny_model(**VARIANTS[variant])
     architecture = Architecture.of(config.to_dict())
@@ -57,7 +58,7 @@ def test_folded_and_randomly_rotated_equals_the_original(variant: str, untie: bo
 
 
 @torch.no_grad()
-def test_a_site_missed_by_the_rotation_is_noticed() -> None:
+def test_rotating_only_one_of_the_matrices_of_a_site_changes_the_logits() -> None:
     config = tiny_config()
     original = tiny_model()
     architecture = Architecture.of(config.to_dict())
@@ -72,12 +73,12 @@ def test_a_site_missed_by_the_rotation_is_noticed() -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(size=st.integers(1, 12), seed=st.integers(0, 2**32))
-def test_random_orthogonal_is_orthogonal(size: int, seed: int) -> None:
+def test_a_random_orthogonal_matrix_is_orthogonal(size: int, seed: int) -> None:
     Q = random_orthogonal(size, torch.Generator().manual_seed(seed))
     assert torch.allclose(Q.T @ Q, torch.eye(size, dtype=torch.float64), atol=1e-12)
 
 
-def test_rotate_contracts_each_residual_axis_with_its_site() -> None:
+def test_rotate_multiplies_each_residual_axis_by_the_rotation_of_its_site() -> None:
     tensor = torch.arange(6.0).reshape(2, 3)
     A, B = torch.randn(2, 5, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
     axes = (Axis(1, 0), Axis(0, 1, writes=True))

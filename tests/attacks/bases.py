@@ -24,4 +24,3 @@ def make_bases(folder: Path) -> None:
     freebits.pack(folder / "sliced", folder / "bits-back", codec="bits-back", entropy="none")
     freebits.quantize(folder / "dense", folder / "integers", bits=4, **options)
     freebits.quantize(folder / "dense", folder / "pyramid", method="pyramid", bits=3, rotate="hadamard", **options)
-    freebits.quantize(folder / "dense", folder / "gptq", method="gptq", bits=4, **options)

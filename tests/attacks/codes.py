@@ -246,22 +246,6 @@ def rotation_with_a_seed_that_is_none(folder: Path) -> None:
     change_stored(folder, damage)
 
 
-@attack("gptq")
-def grid_of_a_billion_bits(folder: Path) -> None:
-    def damage(tensors: Tensors, manifest: dict[str, Any]) -> None:
-        recipe_of(manifest, first_part(tensors, ".scales"))["params"]["bits"] = 10**9
-
-    change_stored(folder, damage)
-
-
-@attack("gptq")
-def grid_in_groups_of_nothing(folder: Path) -> None:
-    def damage(tensors: Tensors, manifest: dict[str, Any]) -> None:
-        recipe_of(manifest, first_part(tensors, ".scales"))["params"]["group"] = 0
-
-    change_stored(folder, damage)
-
-
 @attack("none")
 def tensors_by_the_ten_thousand(folder: Path) -> None:
     """Each tensor has one value. The header of the original file lists the tensors, too."""
