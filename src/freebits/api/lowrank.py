@@ -55,7 +55,7 @@ def lowrank(
     Args:
         model: folder of a dense or sliced checkpoint.
         out: folder to create; it appears complete or not at all.
-        budget: fraction of the weights in the matrices of all blocks to keep, in (0, 1); by default 0.8. Low-rank
+        budget: fraction of the weights of the blocks' matrices that is kept, in (0, 1); by default 0.8. Low-rank
             layers are counted in canonical form.
         target_size: largest size of the written weights in bytes; replaces `budget`.
         blocks: blocks to reduce, `all` or `last:N` for the last N blocks.

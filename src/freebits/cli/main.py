@@ -24,11 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         stopped the command.
     """
     arguments = Namespace()
-    for name in ("SIGTERM", "SIGHUP"):  # exit normally, so that staging directories are removed
-        if (
-            hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_DFL
-        ):  # unless nohup ignores it
-            signal.signal(getattr(signal, name), lambda number, _: sys.exit(128 + number))
+    # Exit normally on these signals, so that staging directories are removed. A signal that nohup ignores stays ignored.
+    for number in (getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)):
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # some terminals cannot print a delta

@@ -143,7 +143,7 @@ class Layout:
                 if axis.dim >= len(shapes[name]) or shapes[name][axis.dim] != widths[axis.site]:
                     raise CheckpointError(
                         f"tensor {name} has shape {list(shapes[name])}: dimension {axis.dim} should be "
-                        f"{widths[axis.site]}, the width of site {axis.site}"
+                        f"{widths[axis.site]}, the width of the residual stream at site {axis.site}"
                     )
         for sub in sublayers:
             rank, name = self.rank(sub.site), sub.shortcut.factor

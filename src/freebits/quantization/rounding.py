@@ -186,7 +186,7 @@ def _fitting_group(
             return piece
         rate_parameter *= max(1.002, 2.0 ** min(2.0, excess / n_weights))
         if rate_parameter > max_rate_parameter:
-            if goal.size is None:  # because the headers of a tiny model take more bytes than its weights
+            if goal.size is None:  # no size was promised, and the headers of a tiny model outweigh its weights
                 return piece
             raise UsageError(f"a target of {goal.size} bytes has no room for the headers: give a larger target")
 

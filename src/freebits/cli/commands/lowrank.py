@@ -29,7 +29,7 @@ def add(commands: Any) -> ArgumentParser:
         "Each layer becomes two smaller layers, which take fewer bytes and fewer multiplications. Layers are reduced "
         "one after another; each is calibrated on the outputs of the layers reduced before it (arXiv 2312.07046). The "
         "command prints the perplexity on windows of the text that were not used for calibration. At equal size, "
-        "quantize loses less quality. Memory holds one block and the embedding. Run freebits pack afterwards.",
+        "freebits quantize loses less quality. Memory holds one block and the embedding. Run freebits pack afterwards.",
     )
     add_model(parser, "folder of a plain or sliced checkpoint")
     add_out(parser)
@@ -37,7 +37,7 @@ def add(commands: Any) -> ArgumentParser:
         "--budget",
         metavar="FRACTION",
         type=float,
-        help="fraction of the weights in the blocks to keep (default: 0.8)",
+        help="fraction of the blocks' weights that is kept (default: 0.8)",
     )
     parser.add_argument(
         "--target-size", metavar="BYTES", type=size, help="largest size of the weights in OUT; replaces --budget"
@@ -49,7 +49,7 @@ def add(commands: Any) -> ArgumentParser:
         "--allocate",
         choices=ALLOCATIONS,
         default=SLOPE,
-        help="slope: choose ranks so that the next weight is worth the same in every layer; uniform: keep the same "
+        help="slope: choose ranks so that one more weight would reduce the error equally in every layer; uniform: keep the same "
         "fraction of each matrix; paper: reduce only the last blocks, at a budget of 0.9, 0.8 or 0.5 (default: "
         "%(default)s)",
     )
