@@ -49,9 +49,9 @@ def add(commands: Any) -> ArgumentParser:
         "--allocate",
         choices=ALLOCATIONS,
         default=SLOPE,
-        help="slope: choose ranks so that one more weight would reduce the error equally in every layer; uniform: keep the same "
-        "fraction of each matrix; paper: reduce only the last blocks, at a budget of 0.9, 0.8 or 0.5 (default: "
-        "%(default)s)",
+        help="slope: choose ranks so that one more weight would reduce the error equally in every layer; uniform: "
+        "keep the same fraction of each matrix; paper: reduce only the last blocks, at a budget of 0.9, 0.8 or 0.5 "
+        "(default: %(default)s)",
     )
     add_calibration(parser, samples=64, seq_len=256)
     add_device(parser)

@@ -27,8 +27,9 @@ def add(commands: Any) -> ArgumentParser:
         "reduce the hidden size (SliceGPT, lossy)",
         "The command calibrates block by block on a text, and prints the perplexity on windows of the text that were "
         "not used for calibration. It supports the families in docs/families.md (Llama, Qwen, Mistral, Phi, OPT and "
-        "others). The sliced model needs fewer multiplications, but at equal size, freebits quantize loses less quality. Memory "
-        "holds one block, one embedding and the activations of the calibration. Run freebits pack afterwards.",
+        "others). The sliced model needs fewer multiplications, but at equal size, freebits quantize loses less "
+        "quality. Memory holds one block, one embedding and the activations of the calibration. Run freebits pack "
+        "afterwards.",
     )
     add_model(parser, "folder of a plain checkpoint")
     add_out(parser)
