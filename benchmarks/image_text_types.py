@@ -6,7 +6,9 @@
 loads the folder packed without loss, whose tensors must equal the original's; whether `quantize` takes the model at 6
 bits; the share of the weights that are quantized, and the share that is rounded without calibration; whether the
 quantized model generates from text; the relative difference of the features of a random image, if the class computes
-them from pixels only.
+them from pixels only; and whether the losslessly packed and the quantized model generate from that image between two
+pieces of text. The image is given as pixels and placeholder tokens, so no processor is needed. The losslessly packed
+model must generate the tokens of the original.
 """
 
 import argparse
@@ -33,6 +35,7 @@ HEADER = (
     "share without calibration",
     "generates from text",
     "image features, relative difference",
+    "generates from an image",
 )
 PAGE = Path(__file__).parent.parent / "docs" / "image_text_types.md"
 
@@ -76,15 +79,17 @@ def measured(model_type: str) -> tuple[str, ...]:
             save_tiny_type(model_type, dense)
             reference: Any = AutoModelForImageTextToText.from_pretrained(dense).eval()
         except Exception as error:
-            return ("cannot be built", summary(error), "", "", "", "")
+            return ("cannot be built", summary(error), "", "", "", "", "")
         lossless = attempt(lambda: loaded_class(reference, dense, packed))
         try:
             coverage = freebits.quantize(dense, rounded, calibration=TEXT, **CALIBRATION)["coverage"]
         except Exception as error:
-            return (lossless, summary(error), "", "", "", "")
+            return (lossless, summary(error), "", "", "", "", "")
         cells = (lossless, "yes", f"{coverage['share']:.4f}", f"{coverage['uncalibrated']:.4f}")
         model: Any = AutoModelForImageTextToText.from_pretrained(rounded).eval()
-        return (*cells, generates(reference, model), attempt(lambda: difference(reference, model)))
+        same: Any = AutoModelForImageTextToText.from_pretrained(packed).eval()
+        text, image = generates(reference, model), attempt(lambda: difference(reference, model))
+        return (*cells, text, image, attempt(lambda: sees(reference, same, model)))
 
 
 def loaded_class(reference: Any, dense: Path, packed: Path) -> str:
@@ -123,6 +128,40 @@ def difference(reference: Any, model: Any) -> str:
     return reason
 
 
+@torch.no_grad()
+def sees(reference: Any, same: Any, rounded: Any) -> str:
+    """Say whether both models generate from an image, if the original does; `same` must generate the same tokens."""
+    for pixels in images(reference.config):
+        try:
+            output = reference.get_image_features(**pixels)
+            output = getattr(output, "pooler_output", output)
+            parts = output if isinstance(output, list | tuple) else [output]
+            n_tokens = sum(part.shape[:-1].numel() for part in parts)
+            expected = described(reference, pixels, n_tokens)
+        except Exception:  # noqa: S112  (classes take images in other forms, too)
+            continue
+        assert torch.equal(described(same, pixels, n_tokens), expected)
+        return "yes" if described(rounded, pixels, n_tokens).shape == expected.shape else "no"
+    return "the original needs more than pixels"
+
+
+def described(model: Any, pixels: dict[str, Tensor], n_tokens: int) -> Tensor:
+    """Return the tokens that a model generates from two words, an image and two more words."""
+    for name in ("image_token_id", "image_token_index"):
+        if getattr(model.config, name, None) is not None:
+            setattr(model.config, name, _IMAGE)
+    tokens = torch.tensor([[5, 6, *[_IMAGE] * n_tokens, 7, 8]])
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), **pixels}
+    if "image_grid_thw" in pixels:
+        inputs["mm_token_type_ids"] = (tokens == _IMAGE).int()
+    ids: Tensor = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)
+    return ids
+
+
+_IMAGE = 4
+"""Placeholder token of images, small enough for the vocabulary of the tiny models."""
+
+
 def images(config: Any) -> Iterator[dict[str, Tensor]]:
     """Yield random pixels in the forms that classes accept: an image, images with sizes, patches with a grid."""
     vision = getattr(config, "vision_config", config)
@@ -132,6 +171,7 @@ def images(config: Any) -> Iterator[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(1, 3, height, width, generator=generator).bfloat16()
     yield {"pixel_values": image}
+    yield {"pixel_values": image[None]}
     yield {"pixel_values": image[None], "image_sizes": torch.tensor([[height, width]])}
     grid = torch.tensor([[1, 4, 4]])
     if isinstance(patch, int):

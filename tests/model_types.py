@@ -35,6 +35,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "text_vocab_size"), VOCABULARY),
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embed_dim", "dim", "word_embed_proj_dim", "n_embed"), 64),
     **dict.fromkeys(("attention_hidden_size", "linear_attn_hidden_size", "lru_width", "w_lora", "embedding_size"), 64),
+    "out_hidden_size": 64,
     **dict.fromkeys(
         ("intermediate_size", "ffn_dim", "n_inner", "dff", "d_ff", "dim_ff", "ffn_hidden_size", "encoder_ffn_dim"), 128
     ),

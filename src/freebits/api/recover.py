@@ -93,7 +93,7 @@ def recover(
     source = open_folder(folder)
     if isinstance(source, PackedFolder) and not any(recipe.code in _QUANTIZED for recipe in source.manifest.recipes):
         raise CheckpointError(
-            f"{folder} is packed but not quantized: unpack it, run freebits recover on the unpacked folder, and pack the output"
+            f"{folder} is packed but not quantized: unpack it, recover the unpacked folder, and pack the output"
         )
     with new_directory(out) as directory:
         student = _trainable(source, load(folder, dtype=torch.float32).to(torch_device).eval(), rank, seed)
