@@ -61,14 +61,22 @@ class Table:
 
 
 @cache
-def table(level: int) -> Table:
-    """Compute the table of a level by integrating a normal distribution over the interval around each integer."""
+def table(level: int, mean: float = 0.0) -> Table:
+    """Compute the table of a level by integrating a normal distribution over the interval around each integer.
+
+    Args:
+        level: see above.
+        mean: mean of the distribution.
+    """
     octave, quarter = divmod(level, LEVELS_PER_OCTAVE)
     deviation = _QUARTER_POWERS[quarter] * 2.0**octave
     radius = int(4.5 * deviation) + 2
     offsets = [(2 * index + 1) / 16 - 0.5 for index in range(8)]
-    cells = [sum(_exp(((value + offset) / deviation) ** 2 / 2) for offset in offsets) for value in range(radius + 1)]
-    masses = [cells[abs(value)] for value in range(-radius, radius + 1)] + [0.0]
+    masses = [
+        sum(_exp(((value - mean + offset) / deviation) ** 2 / 2) for offset in offsets)
+        for value in range(-radius, radius + 1)
+    ]
+    masses.append(0.0)
     total, n_free = sum(masses), (1 << PRECISION) - len(masses)
     counts = [1 + int(mass / total * n_free) for mass in masses]
     counts[radius] += (1 << PRECISION) - sum(counts)
@@ -89,18 +97,19 @@ def _exp(x: float) -> float:
     return value
 
 
-def encode(segments: Sequence[tuple[int, Values]]) -> tuple[Bitstream, Values]:
+def encode(segments: Sequence[tuple[int, Values]], mean: float = 0.0) -> tuple[Bitstream, Values]:
     """Encode segments of integers, each with the table of its level.
 
     Args:
         segments: pairs of a level and integers, (n,).
+        mean: mean of the integers, a multiple of 1/4 for which the tables are the same on all machines.
 
     Returns:
         The bitstream, and the escaped integers in their order. An integer is escaped if its table has no symbol for it.
     """
     symbols, escaped = [], []
     for level, values in segments:
-        radius = table(level).radius
+        radius = table(level, mean).radius
         is_escaped = (values > radius) | (values < -radius)
         symbols.append(np.where(is_escaped, 2 * radius + 1, values + radius).astype(np.uint16))
         escaped.append(values[is_escaped])
@@ -111,20 +120,23 @@ def encode(segments: Sequence[tuple[int, Values]]) -> tuple[Bitstream, Values]:
         states[: len(start_bits)] += start_bits
         chunks = [bitstream[n_lanes:]]
         for segment, start, n in reversed(steps):
-            level_table, batch = table(segments[segment][0]), symbols[segment][start : start + n]
+            level_table, batch = table(segments[segment][0], mean), symbols[segment][start : start + n]
             chunks.append(_push(states[:n], level_table.frequencies[batch], level_table.starts[batch]))
         chunks.append(states.astype("<u4").view("<u2"))
         bitstream = np.concatenate(chunks[::-1])
     return bitstream, np.concatenate([np.empty(0, np.int32), *escaped])
 
 
-def decode(bitstream: Bitstream, segments: Sequence[tuple[int, int]], escaped: Values) -> Iterator[Decoded]:
+def decode(
+    bitstream: Bitstream, segments: Sequence[tuple[int, int]], escaped: Values, mean: float = 0.0
+) -> Iterator[Decoded]:
     """Return the integers of each segment; the inverse of `encode`.
 
     Args:
         bitstream: the bitstream that `encode` returned.
         segments: pairs of the level and the length of a segment.
         escaped: the escaped integers that `encode` returned.
+        mean: the mean that `encode` got.
 
     Raises:
         ValueError: the bitstream or the escaped integers are damaged.
@@ -137,7 +149,7 @@ def decode(bitstream: Bitstream, segments: Sequence[tuple[int, int]], escaped: V
         position = 2 * n_lanes
         states = remaining[:position:2] | remaining[1:position:2] << np.uint32(_UNIT)
         for segment, start, n in steps:
-            level_table, out = table(segments[segment][0]), symbols[segment][start : start + n]
+            level_table, out = table(segments[segment][0], mean), symbols[segment][start : start + n]
             position = _pop(states[:n], level_table, remaining, position, out)
         remaining = np.concatenate([states - np.uint32(1 << _UNIT), remaining[position:]])
     if remaining.any():

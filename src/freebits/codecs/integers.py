@@ -13,6 +13,7 @@ from torch import Tensor
 from freebits.codecs import ans
 from freebits.codecs.base import Coded, Params
 from freebits.codecs.bits import as_tensor, bytes_from, bytes_spec, pack_bits, unpack_bits, zstd
+from freebits.codecs.trellis import POLYNOMIALS, half_steps
 from freebits.types import FLOATS, TensorSpec
 
 MESSAGE = "message"
@@ -31,6 +32,9 @@ _PACKED_AT_ONCE = 1 << 20
 _MAX_LEVEL = ans.LEVELS[-1] + 18 * ans.LEVELS_PER_OCTAVE
 """The level of integers whose standard deviation is `2^24`."""
 _MIN_VARIANCE = 1e-3
+_TRELLIS = "trellis"
+_MEAN_SYMBOL = -0.25
+"""Mean of the symbols of a trellis: half of the values are `k + 1/2`, and the mean of all values is 0."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +77,24 @@ class Integers:
     Layout of part `message`, little-endian: size of the side data in bytes, number of escaped integers (u32 each); side
     data (zstd); escaped integers (i32); lower bits; bitstream (u16). The side data has for each matrix the row
     exponents and column exponents (i16), then the row levels and column levels (i8).
+
+    With a trellis, the integers are values in half steps, and the message has their symbols; see
+    `freebits.codecs.trellis`. The number of states is the parameter `trellis`.
+
+    Args:
+        n_states: number of states of the trellis of matrices to encode; 0 for no trellis.
     """
 
     exact = False
 
+    def __init__(self, n_states: int = 0) -> None:
+        self._n_states = n_states
+
     def encode(self, tensors: Sequence[Tensor], makes: Sequence[TensorSpec]) -> Coded:  # noqa: ARG002
         """Encode matrices. `tensors` has the three tensors of a `ScaledIntegers` for each matrix."""
         matrices = [ScaledIntegers(*tensors[start : start + 3]) for start in range(0, len(tensors), 3)]
+        if self._n_states:
+            matrices = [ScaledIntegers(matrix.integers >> 1, matrix.rows, matrix.columns) for matrix in matrices]
         levels = [_levels(matrix.integers) for matrix in matrices]
         ordered = [
             matrix.integers.numpy()[np.ix_(*map(_order, row_and_column_levels))]
@@ -93,7 +108,7 @@ class Integers:
             integers, n_lower = np.concatenate(level_blocks), _n_lower(level)
             upper.append((level - ans.LEVELS_PER_OCTAVE * n_lower, integers >> n_lower))
             lower.append(_pack_lower(integers, n_lower))
-        bitstream, escaped = ans.encode(upper)
+        bitstream, escaped = ans.encode(upper, _MEAN_SYMBOL if self._n_states else 0.0)
         side_data = b"".join(
             values.tobytes()
             for matrix, row_and_column_levels in zip(matrices, levels, strict=True)
@@ -103,7 +118,8 @@ class Integers:
         header = np.array([len(side_data), len(escaped)], "<u4").tobytes()
         escaped_bytes, bitstream_bytes = escaped.astype("<i4").tobytes(), bitstream.astype("<u2").tobytes()
         message = b"".join([header, side_data, escaped_bytes, *lower, bitstream_bytes])
-        return Coded({MESSAGE: as_tensor(message)}, {"bytes": len(message)})
+        trellis = {_TRELLIS: self._n_states} if self._n_states else {}
+        return Coded({MESSAGE: as_tensor(message)}, {"bytes": len(message), **trellis})
 
     def decode(self, parts: Mapping[str, Tensor], makes: Sequence[TensorSpec], params: Params) -> list[Tensor]:
         """Return the matrices as floats."""
@@ -113,10 +129,13 @@ class Integers:
         ):
             matrix = torch.empty(spec.shape, dtype=spec.dtype)
             column_scales, row_scales = steps(column_exponents), steps(row_exponents)[:, None]
+            n_states, states = params.get(_TRELLIS, 0), np.zeros(len(columns), np.uint8)
             n_rows = max(1, _DECODED_AT_ONCE // max(1, spec.shape[1]))
             for start in range(0, spec.shape[0], n_rows):
                 chunk = slice(start, start + n_rows)
                 integers = ordered.index_select(0, rows[chunk]).index_select(1, columns)
+                if n_states:
+                    integers = torch.from_numpy(half_steps(integers.int().numpy(), n_states, states))
                 matrix[chunk] = integers.float().mul_(column_scales).mul_(row_scales[chunk])
             decoded.append(matrix)
         return decoded
@@ -126,6 +145,8 @@ class Integers:
         for spec in makes:
             if spec.dtype_name not in FLOATS or len(spec.shape) != 2:
                 raise ValueError(f"code integers cannot make {spec}: the code makes only matrices of floats")
+        if params.get(_TRELLIS, 0) not in (0, *POLYNOMIALS):
+            raise ValueError(f"there is no trellis with {params[_TRELLIS]!r} states")
         return {MESSAGE: bytes_spec(params["bytes"])}
 
     def scaled_integers(
@@ -137,7 +158,11 @@ class Integers:
             ValueError: the message is damaged.
         """
         for ordered, rows, columns, row_exponents, column_exponents in _read(parts, makes, params):
-            yield ScaledIntegers(ordered[rows][:, columns].int(), row_exponents, column_exponents)
+            integers = ordered[rows][:, columns].int()
+            if n_states := params.get(_TRELLIS, 0):
+                states = np.zeros(len(columns), np.uint8)
+                integers = torch.from_numpy(half_steps(integers.numpy(), n_states, states))
+            yield ScaledIntegers(integers, row_exponents, column_exponents)
 
 
 def _read(
@@ -171,7 +196,8 @@ def _read(
     segments = [(level - ans.LEVELS_PER_OCTAVE * _n_lower(level), n) for level, n in lengths.items()]
     small = not ends[-1] > ends[0] and (not len(escaped) or -(2**15) <= escaped.min() <= escaped.max() < 2**15)
     matrices = [np.empty(shape, np.int16 if small else np.int32) for shape in shapes]
-    decoded = ans.decode(np.frombuffer(bitstream, "<u2"), segments, escaped)
+    mean = _MEAN_SYMBOL if params.get(_TRELLIS, 0) else 0.0
+    decoded = ans.decode(np.frombuffer(bitstream, "<u2"), segments, escaped, mean)
     start, segment_level = 0, None
     for level, index, rows, columns in blocks:
         if level != segment_level:

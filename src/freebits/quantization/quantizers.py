@@ -1,13 +1,18 @@
 """The quantizers. To add a quantizer, add an entry to `QUANTIZERS`."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor
 
+from freebits.codecs.base import Code, Coded
+from freebits.codecs.integers import Integers
+from freebits.codecs.registry import CODES
 from freebits.options import INTEGERS, PYRAMID
 from freebits.quantization.pyramids import round_to_pyramids
 from freebits.quantization.scales import scaled_integers
+from freebits.types import TensorSpec
 
 
 @dataclass(frozen=True)
@@ -19,6 +24,7 @@ class Quantizer:
             inverse-Hessian Cholesky factor of the matrix's inputs, (m, m), or None without calibration, the relative
             scales of the rows, (n,), and of the columns, (m,), and the rate parameter (see `adaptive`).
         code: name of the code in `freebits.codecs.registry.CODES`.
+        encoder: code object that encodes; None for the one in `CODES`.
         parts: names of the parts that the code stores.
         adaptive: whether the rate parameter is a common factor of all scales, which a rate controller chooses; several
             matrices are then encoded together. Otherwise the rate parameter is a number of bits per weight.
@@ -30,10 +36,17 @@ class Quantizer:
     parts: tuple[str, ...]
     adaptive: bool = False
     whole_bits: bool = False
+    encoder: Code | None = None
+
+    def encode(self, tensors: Sequence[Tensor], specs: Sequence[TensorSpec]) -> Coded:
+        """Encode what `round` returned, of one or several matrices with these specs."""
+        return (self.encoder or CODES[self.code]).encode(tensors, specs)
 
 
-def _integers(W: Tensor, U: Tensor | None, rows: Tensor, columns: Tensor, factor: float) -> tuple[Tensor, ...]:
-    matrix = scaled_integers(W, U, rows, columns, factor)
+def _integers(
+    W: Tensor, U: Tensor | None, rows: Tensor, columns: Tensor, factor: float, n_states: int = 0
+) -> tuple[Tensor, ...]:
+    matrix = scaled_integers(W, U, rows, columns, factor, n_states)
     return matrix.integers, matrix.rows, matrix.columns
 
 
@@ -47,3 +60,9 @@ QUANTIZERS = {
     PYRAMID: Quantizer(_pyramids, "pyramid", ("points", "scales", "norms", "levels")),
 }
 """Method → quantizer."""
+
+
+def with_trellis(n_states: int) -> Quantizer:
+    """Return the quantizer `integers` with a trellis."""
+    rounding = partial(_integers, n_states=n_states)
+    return replace(QUANTIZERS[INTEGERS], round=rounding, encoder=Integers(n_states))

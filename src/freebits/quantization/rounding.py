@@ -9,7 +9,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from freebits.codecs.registry import CODES
 from freebits.errors import UsageError
 from freebits.execution.executor import Executor
 from freebits.execution.progress import Progress
@@ -17,9 +16,10 @@ from freebits.options import INTEGERS
 from freebits.packed.contents import STEM, Contents, announced, digests_of
 from freebits.packed.encoded_piece import Piece, plain, staged
 from freebits.packed.recipe import Recipe
-from freebits.quantization.quantizers import QUANTIZERS, Quantizer
+from freebits.quantization.quantizers import QUANTIZERS, Quantizer, with_trellis
 from freebits.quantization.rate_control import FixedRate, RateController, RateModel
 from freebits.quantization.sensitivity_cache import SensitivityCache, coding_groups
+from freebits.quantization.trellis import GAINS, check_trellis
 from freebits.storage.checkpoint import Folder, Source
 from freebits.storage.safetensors_files import ENTRY
 from freebits.storage.writer import CheckpointWriter
@@ -42,6 +42,7 @@ class Goal:
         kl: expected KL divergence in nats per token; replaces `bits`.
         method: rounding method, see `quantize`.
         fallback_bits: average bits per weight of the matrices that are rounded without calibration.
+        trellis: number of states of the trellis of method `integers`; 0 for no trellis.
     """
 
     bits: float | None = None
@@ -49,6 +50,7 @@ class Goal:
     kl: float | None = None
     method: str = INTEGERS
     fallback_bits: float = FALLBACK_BITS
+    trellis: int = 0
 
     def __post_init__(self) -> None:
         targets = self._targets
@@ -65,13 +67,16 @@ class Goal:
             raise UsageError(f"`fallback_bits` is {self.fallback_bits}: give a number from 1 to {MAX_BITS}")
         if not self.quantizer.adaptive and (self.size or self.kl):
             raise UsageError(f"method {self.method} has a fixed number of bits per weight: give `bits` as the target")
+        check_trellis(self.trellis)
+        if self.trellis and self.method != INTEGERS:
+            raise UsageError(f"`trellis` is {self.trellis}, but method {self.method} has no trellis: leave it out")
         if self.quantizer.whole_bits and self.bits_per_weight not in range(2, 9):
             raise UsageError(f"`bits` is {self.bits}: give a whole number from 2 to 8 for method {self.method}")
 
     @property
     def quantizer(self) -> Quantizer:
         """The quantizer of the method."""
-        return QUANTIZERS[self.method]
+        return with_trellis(self.trellis) if self.trellis else QUANTIZERS[self.method]
 
     @property
     def _targets(self) -> dict[str, float]:
@@ -85,8 +90,8 @@ class Goal:
 
     @property
     def facts(self) -> dict[str, float]:
-        """The target, in the form in which the history records it."""
-        return self._targets or {"bits": BITS}
+        """The target and the trellis, in the form in which the history records them."""
+        return (self._targets or {"bits": BITS}) | ({"trellis": self.trellis} if self.trellis else {})
 
 
 def write_rounded(
@@ -159,7 +164,7 @@ def _controller(
     if not goal.quantizer.adaptive:
         return FixedRate(goal.bits_per_weight)
     if goal.kl is not None:
-        return FixedRate(math.sqrt(24 * goal.kl / n_weights))
+        return FixedRate(math.sqrt(24 * goal.kl / n_weights / GAINS[goal.trellis]))
     bits = goal.bits_per_weight * n_weights if goal.size is None else 8.0 * (goal.size - overhead())
     if bits < n_weights / 4:
         raise UsageError(
@@ -206,11 +211,10 @@ def _rounded_matrix(cache: SensitivityCache, goal: Goal, rate_parameter: float, 
 def _encoded_group(cache: SensitivityCache, goal: Goal, group: Sequence[str], tensors: list[Tensor]) -> Piece:
     """Encode a group of rounded matrices, and add the recipes that undo rotation and transposition."""
     makes, recipes = cache.recipes(group)
-    code = goal.quantizer.code
-    coded = CODES[code].encode(tensors, list(makes.values()))
+    coded = goal.quantizer.encode(tensors, list(makes.values()))
     takes = {part: f"{group[0]}.{part}" for part in coded.parts}
     stored = {takes[part]: (TensorSpec.of(tensor), tensor) for part, tensor in coded.parts.items()}
-    return Piece(stored, (Recipe(code, takes, makes, coded.params), *recipes))
+    return Piece(stored, (Recipe(goal.quantizer.code, takes, makes, coded.params), *recipes))
 
 
 def _numbers(name: str) -> tuple[int, ...]:

@@ -11,11 +11,12 @@ divergence. The column scales are those of WaterSIC (arXiv 2603.04956).
 import torch
 from torch import Tensor
 
-from freebits.codecs.integers import ScaledIntegers, exponents, steps
+from freebits.codecs.integers import FINENESS, ScaledIntegers, exponents, steps
 from freebits.quantization.error_compensation import compensated_rounding
+from freebits.quantization.trellis import trellis_round
 
 DAMPING = 0.03
-_MAX_INTEGER = 2**30
+_MAX_INTEGER = 2**28
 _MIN_INFORMATION = 1e-4
 """Minimum Fisher information of a row, as a fraction of the mean over all rows."""
 _MIN_SCALE = 0.05
@@ -39,8 +40,10 @@ def typical_scales(W: Tensor) -> tuple[Tensor, Tensor]:
     return rows.clamp_min(floor), torch.ones(W.shape[1], dtype=torch.float64)
 
 
-def scaled_integers(W: Tensor, U: Tensor | None, rows: Tensor, columns: Tensor, c: float) -> ScaledIntegers:
-    """Round a matrix to integers.
+def scaled_integers(
+    W: Tensor, U: Tensor | None, rows: Tensor, columns: Tensor, c: float, n_states: int = 0
+) -> ScaledIntegers:
+    """Round a matrix to integers, or with a trellis to half steps.
 
     Args:
         W: matrix to round, (n, m).
@@ -49,14 +52,27 @@ def scaled_integers(W: Tensor, U: Tensor | None, rows: Tensor, columns: Tensor, 
         rows: relative scales of the rows, (n,), see `row_scales`.
         columns: relative scales of the columns, (m,): the diagonal of `U`, or see `typical_scales`.
         c: factor of all scales.
+        n_states: number of states of the trellis; 0 for no trellis.
+
+    Returns:
+        The integers and the exponents of the scales. With a trellis, the integers count half steps, so the scales are
+        half as large.
     """
     row_exponents, column_exponents = exponents(rows), exponents(c * columns)
     row, column = steps(row_exponents)[:, None], steps(column_exponents)
     scaled = W.float() / row
+
+    def rounded(values: Tensor) -> Tensor:
+        """Round values in units of the scale."""
+        clamped = values.clamp(-_MAX_INTEGER, _MAX_INTEGER)
+        return trellis_round(clamped, n_states).float() / 2 if n_states else clamped.round()
+
     if U is not None:
         scaled = compensated_rounding(
-            scaled, U, lambda weights, first: (weights / column[first]).round() * column[first]
+            scaled, U, lambda weights, first: rounded(weights / column[first]) * column[first]
         )
-    return ScaledIntegers(
-        (scaled / column).round().clamp(-_MAX_INTEGER, _MAX_INTEGER).to(torch.int32), row_exponents, column_exponents
-    )
+        integers = scaled / column * (2 if n_states else 1)
+    else:
+        integers = rounded(scaled / column) * (2 if n_states else 1)
+    halved = FINENESS if n_states else 0
+    return ScaledIntegers(integers.round().to(torch.int32), row_exponents - halved, column_exponents)
