@@ -54,6 +54,14 @@ ROWS: dict[str, tuple[str, str, Goal]] = {
     "whole, 68 MB": ("all", "none", Goal(size=68 * MB)),
     "whole, 60 MB": ("all", "none", Goal(size=60 * MB)),
     "whole, 52 MB": ("all", "none", Goal(size=52 * MB)),
+    "trellis, 90 MB": ("all", "none", Goal(size=90 * MB, trellis=32)),
+    "trellis, 78 MB": ("all", "none", Goal(size=78 * MB, trellis=32)),
+    "trellis, 68 MB": ("all", "none", Goal(size=68 * MB, trellis=32)),
+    "trellis, 60 MB": ("all", "none", Goal(size=60 * MB, trellis=32)),
+    "trellis, 52 MB": ("all", "none", Goal(size=52 * MB, trellis=32)),
+    "linear, trellis 3.80": ("linear", "none", Goal(bits=3.80, trellis=32)),
+    "linear, trellis 3.05": ("linear", "none", Goal(bits=3.05, trellis=32)),
+    "linear, trellis 2.40": ("linear", "none", Goal(bits=2.40, trellis=32)),
     "linear, integers 6": ("linear", "none", Goal(bits=6)),
     "linear, integers 5": ("linear", "none", Goal(bits=5)),
     "linear, integers 3.80": ("linear", "none", Goal(bits=3.80)),
@@ -134,6 +142,7 @@ def plot() -> None:
     rows = [(name, int(size), float(ratio)) for name, _, size, _, ratio, _ in saved_rows()]
     figure, axes = plt.subplots(figsize=(7, 4))
     lines = {"everything in integers": "whole", "linear layers in integers": "linear, integers"}
+    lines["everything, trellis of 32 states"] = "trellis"
     for label, start in lines.items():
         points = sorted((size / MB, ratio) for name, size, ratio in rows if name.startswith(start))
         axes.plot(*zip(*points, strict=True), "o-", label=label)

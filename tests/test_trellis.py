@@ -1,5 +1,6 @@
 """Trellis-coded quantization: the trellises, the search for the best path, the code, and `quantize --trellis`."""
 
+import json
 import subprocess
 import sys
 from itertools import product
@@ -115,6 +116,14 @@ def test_the_divergence_is_smaller_at_the_same_size(save_tiny: Make, tmp_path: P
     tokens = torch.arange(8)[None]
     logits = [freebits.load(out, keep_integers=kept)(tokens).logits.float() for kept in (False, True)]
     assert (logits[0] - logits[1]).abs().max() < 0.02 * logits[0].abs().max()
+
+
+def test_compress_rounds_along_a_trellis_too(save_tiny: Make, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"calibration": random_text(3000), "text": random_text(600), "force": True}
+    facts = freebits.compress(save_tiny(), tmp_path / "out", bits=5, trellis=4, **options)
+    assert facts["history"][-1]["trellis"] == 4
+    recipes = json.loads((tmp_path / "out" / "freebits.json").read_text())["recipes"]
+    assert {recipe["params"]["trellis"] for recipe in recipes if recipe["code"] == "integers"} == {4}
 
 
 def test_scales_of_a_trellis_are_trained_too(save_tiny: Make, tmp_path: Path) -> None:

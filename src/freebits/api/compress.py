@@ -34,6 +34,7 @@ from freebits.packed.encoded_piece import stage
 from freebits.packed.packing import pack_into
 from freebits.packed.reader import PackedFolder, open_folder
 from freebits.quantization.rounding import FALLBACK_BITS, Goal
+from freebits.quantization.trellis import check_trellis
 from freebits.storage.checkpoint import Checkpoint
 from freebits.storage.gguf import gguf_folder, is_gguf
 from freebits.storage.hub import local_folder
@@ -85,6 +86,7 @@ class _Options:
     text: str | None
     keep: Sequence[str]
     fallback_bits: float
+    trellis: int
     device: str
     force: bool
 
@@ -102,6 +104,7 @@ def compress(
     text: str | None = None,
     keep: Sequence[str] = (),
     fallback_bits: float = FALLBACK_BITS,
+    trellis: int = 0,
     revision: str | None = None,
     device: str = "cpu",
     parallel: Parallel = Parallel(),
@@ -126,6 +129,7 @@ def compress(
         text: text on which the result is compared with the original; by default pages of Python's documentation.
         keep: patterns for the names of tensors to leave unchanged; see `quantize`.
         fallback_bits: average bits per weight of the matrices that are rounded without calibration; see `quantize`.
+        trellis: number of states of a trellis for rounding, see `quantize`.
         revision: branch, tag or commit of a model on the hub.
         device: device on which to run the model.
         parallel: options for rounding and coding in parallel.
@@ -148,12 +152,19 @@ def compress(
         UnsupportedModelError: freebits cannot compress the model, for example because no matrix can be quantized.
     """
     check_key(sign_with)
+    check_trellis(trellis)
     _check_targets(target_size, target_ratio, bits, lossless, max_kl)
     folder = local_folder(model, revision, whole=not dry_run)
     if is_gguf(folder):
         options: dict[str, Any] = {"target_size": target_size, "target_ratio": target_ratio, "bits": bits}
         options |= {"max_kl": max_kl, "lossless": lossless, "calibration": calibration, "text": text, "keep": keep}
-        options |= {"fallback_bits": fallback_bits, "device": device, "parallel": parallel, "force": force}
+        options |= {
+            "trellis": trellis,
+            "fallback_bits": fallback_bits,
+            "device": device,
+            "parallel": parallel,
+            "force": force,
+        }
         with gguf_folder(folder) if lossless else _dense_folder(folder, dry_run) as converted:
             result = compress(converted, out, **options, dry_run=dry_run, sign_with=sign_with, progress=progress)
         return result | {"plan": result["plan"] | {"model": str(folder)}}
@@ -162,7 +173,8 @@ def compress(
             raise UsageError("`target_size` and `max_kl` cannot be used for a pipeline of models: give `target_ratio`")
         if calibration is not None or text is not None:
             raise UsageError("`calibration` and `text` cannot be used for a pipeline of models: leave them out")
-        options = {"fallback_bits": fallback_bits, "device": device, "parallel": parallel, "sign_with": sign_with}
+        options = {"fallback_bits": fallback_bits, "trellis": trellis, "device": device}
+        options |= {"parallel": parallel, "sign_with": sign_with}
         return _compress_pipeline(folder, out, target_ratio, bits, lossless, keep, options, dry_run, progress)
     plan = make_plan(folder, target_size, target_ratio, bits, lossless, max_kl, fallback_bits)
     if dry_run:
@@ -174,7 +186,7 @@ def compress(
                 plan,
                 folder,
                 directory,
-                _Options(calibration, text, keep, fallback_bits, device, force),
+                _Options(calibration, text, keep, fallback_bits, trellis, device, force),
                 executor,
                 progress,
             )
@@ -347,7 +359,8 @@ def _quantize(
     def write(expected_kl: float | None) -> None:
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir()
-        goal = Goal(plan.bits, plan.at_most, expected_kl, fallback_bits=options.fallback_bits)
+        targets = plan.bits, plan.at_most, expected_kl
+        goal = Goal(*targets, fallback_bits=options.fallback_bits, trellis=options.trellis)
         prepared.write(target, goal, "auto", stage("auto"), executor, progress)
 
     def measure() -> dict[str, Any]:

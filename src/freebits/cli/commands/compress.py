@@ -11,6 +11,7 @@ from freebits.cli.arguments import (
     add_out,
     add_revision,
     add_sign,
+    add_trellis,
     add_uncalibrated,
     command,
     size,
@@ -67,6 +68,7 @@ def add(commands: Any) -> ArgumentParser:
         help="file with text to measure on (default: pages of Python's documentation)",
     )
     add_uncalibrated(parser)
+    add_trellis(parser)
     add_device(parser)
     parser.add_argument(
         "--force", action="store_true", help="keep the result even if its mean KL divergence exceeds 0.5"
@@ -103,6 +105,7 @@ def run(arguments: Namespace) -> int:
         text=text_of(arguments.text),
         keep=arguments.keep,
         fallback_bits=arguments.fallback_bits,
+        trellis=arguments.trellis,
         revision=arguments.revision,
         device=arguments.device,
         parallel=Parallel(jobs=arguments.jobs),

@@ -11,6 +11,7 @@ from freebits.cli.arguments import (
     add_out,
     add_parallel,
     add_sign,
+    add_trellis,
     add_uncalibrated,
     command,
     parallel,
@@ -52,14 +53,7 @@ def add(commands: Any) -> ArgumentParser:
         default=INTEGERS,
         help="integers give better quality; pyramid vectors are for research (default: %(default)s)",
     )
-    parser.add_argument(
-        "--trellis",
-        metavar="STATES",
-        type=int,
-        default=0,
-        help="round along a trellis of 4, 8, 16, …, 256 states: better quality at the same size, more time; "
-        "needs pip install 'freebits[trellis]' (default: none)",
-    )
+    add_trellis(parser)
     parser.add_argument(
         "--rotate",
         choices=ROTATIONS,
