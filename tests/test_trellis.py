@@ -154,11 +154,12 @@ def test_without_its_compiler_the_error_says_what_to_install(
         freebits.quantize(save_tiny(), tmp_path / "out", trellis=8)
 
 
-def test_a_manifest_with_another_trellis_is_refused(save_tiny: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize("n_states", [6, 4.0, True, "4", [4], None, 10**30])
+def test_a_manifest_with_another_trellis_is_refused(n_states: object, save_tiny: Make, tmp_path: Path) -> None:
     freebits.quantize(save_tiny(), tmp_path / "small", bits=4, trellis=4, **OPTIONS)
 
     def damage(manifest: dict[str, Any]) -> None:
-        next(recipe for recipe in manifest["recipes"] if recipe["code"] == "integers")["params"]["trellis"] = 6
+        next(recipe for recipe in manifest["recipes"] if recipe["code"] == "integers")["params"]["trellis"] = n_states
 
     redigest(tmp_path / "small", damage)
     with pytest.raises(CheckpointError, match="trellis"):

@@ -73,7 +73,7 @@ def table(level: int, mean: float = 0.0) -> Table:
     radius = int(4.5 * deviation) + 2
     offsets = [(2 * index + 1) / 16 - 0.5 for index in range(8)]
     masses = [
-        sum(_exp(((value - mean + offset) / deviation) ** 2 / 2) for offset in offsets)
+        sum(_exp(((abs(value - mean) + offset) / deviation) ** 2 / 2) for offset in offsets)
         for value in range(-radius, radius + 1)
     ]
     masses.append(0.0)

@@ -145,8 +145,9 @@ class Integers:
         for spec in makes:
             if spec.dtype_name not in FLOATS or len(spec.shape) != 2:
                 raise ValueError(f"code integers cannot make {spec}: the code makes only matrices of floats")
-        if params.get(_TRELLIS, 0) not in (0, *POLYNOMIALS):
-            raise ValueError(f"there is no trellis with {params[_TRELLIS]!r} states")
+        n_states = params.get(_TRELLIS, 0)
+        if type(n_states) is not int or n_states not in (0, *POLYNOMIALS):
+            raise ValueError(f"there is no trellis with {n_states!r} states")
         return {MESSAGE: bytes_spec(params["bytes"])}
 
     def scaled_integers(
