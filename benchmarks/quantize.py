@@ -97,7 +97,8 @@ def main() -> None:
         text = (arguments.data / "wikitext-2-raw" / "wiki.valid.raw").read_text(encoding="utf-8")
         windows = token_windows(dense, text, 1024, WINDOWS)
         executor = stack.enter_context(Parallel().executor())
-        caches, source = calibrated(dense, Work(executor, WorkStore(scratch / "store")))
+        rotations = {ROWS[name][1] for name in names}
+        caches, source = calibrated(dense, Work(executor, WorkStore(scratch / "store")), rotations)
         reference = load(dense, dtype=torch.float32).eval()
         for name in names:
             which, rotation, goal = ROWS[name]
@@ -177,12 +178,13 @@ def peers() -> list[tuple[str, int, float]]:
     ]
 
 
-def calibrated(dense: Path, work: Work) -> tuple[dict[str, SensitivityCache], Checkpoint]:
+def calibrated(dense: Path, work: Work, rotations: set[str]) -> tuple[dict[str, SensitivityCache], Checkpoint]:
     """Calibrate on self-generated data; return a sensitivity cache for each rotation, and the source."""
-    source, running = Checkpoint(dense), RunningModel(dense, torch.device("cpu"))
+    source = Checkpoint(dense)
     tokens = self_generated_windows(dense, SAMPLES, WINDOW, 0, torch.device("cpu"))
     caches = {}
-    for name, rotation in (("none", None), ("hadamard", 0)):
+    for name in rotations:
+        rotation, running = (0 if name == "hadamard" else None), RunningModel(dense, torch.device("cpu"))
         work_of_rotation = Work(work.executor, WorkStore(work.store.folder / name))
         measured = measure_matrices(running, tokens, work_of_rotation, 0, rotation, silent)
         caches[name] = SensitivityCache(work_of_rotation, source, rotation)

@@ -11,7 +11,7 @@ RECIPE_STEPS = 16
 BLOCKS = 4096
 """Number of blocks in a config without weights. Otherwise, the number of tensors bounds the number of blocks."""
 WIDTH = 2**31
-"""Width or rank of a layer, or number of blocks in a config."""
+"""Width or rank of a layer. A config with more blocks than this is rejected, too, before `BLOCKS` is checked."""
 EXPANSION, EXPANSION_FREE = 256, 2**28
 """Decoded bytes per stored byte of a packed folder, and the decoded bytes that are allowed in addition."""
 COPIED_BYTES = 2**27

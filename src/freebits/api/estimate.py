@@ -37,15 +37,15 @@ def estimate(
 
     Returns:
         Without `sparsity`: `dtype`, and `bytes` {`dense`, `lossless`, `8 bits` … `3 bits`, `sliced 10 %` …
-        `sliced 30 %`}, estimates of the files that freebits writes by default. The sliced sizes are missing if the
-        model cannot be sliced.
+        `sliced 30 %`}, the approximate sizes of the folders that freebits writes by default. The sliced sizes are
+        missing if the model cannot be sliced.
 
         With `sparsity`: `hidden_size`, `sliced_size` and `dtype`. `params` {`dense`, `dense_untied`, `dense_canonical`,
         `sliced`, `bits_back`, `canonical`, `canonical_tied`} has the number of parameters of each form; `planned_forms`
-        describes the forms. `change_vs_dense_untied` and `change_vs_dense` have the changes of `dense_canonical` and
-        the later forms in percent, negative if a form is smaller. `bytes` has the size of each form in the config's
-        dtype, norms included. Its entry `default` is the size after slicing and packing with default options (ties
-        kept, codec `canonical`, entropy-coded).
+        describes the forms. `change_vs_dense_untied` and `change_vs_dense` compare the numbers of parameters: each
+        has, for `dense_canonical` and the forms after it, the difference in percent, negative if the form is smaller.
+        `bytes` has the size of each form in the config's dtype, norms included. Its entry `default` is the size after
+        slicing and packing with default options (ties kept, codec `canonical`, entropy-coded).
 
     Raises:
         CheckpointError: the config does not exist, or does not describe a model.

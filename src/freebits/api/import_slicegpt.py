@@ -31,7 +31,7 @@ from freebits.storage.writer import CheckpointWriter
 from freebits.types import DTYPE_NAMES, FLOATS
 
 _SHORTCUTS = {"attention": "attn_shortcut_Q", "parallel": "attn_shortcut_Q", "mlp": "mlp_shortcut_Q"}
-"""Sublayer → name of its shortcut `Q: (before, after)` in TransformerCompression, which maps a row vector x to x Q."""
+"""Sublayer → name of its shortcut in TransformerCompression, a matrix Q, (before, after). It maps a row x to x Q."""
 _EPS = 1e-5
 """Epsilon of every norm in TransformerCompression, which ignores the epsilon of the dense model."""
 _SHARD = 5 * 10**9
@@ -148,8 +148,8 @@ def _check_settings(path: Path, architecture: Architecture) -> None:
     for key, size in {"hidden_size": architecture.hidden_size, "layers_num": architecture.n_blocks}.items():
         if settings.get(key) not in (None, 0, size):
             raise CheckpointError(
-                f"in {path}, {key} is {one_line(settings[key], 40)}, but it is {size} in the dense model: give the "
-                "folder of the model that was sliced as `model`"
+                f"in {path}, {key} is {one_line(settings[key], 40)}, but it is {size} in the dense model: set `model` "
+                "to the folder of the model that was sliced"
             )
 
 
@@ -215,12 +215,12 @@ def _check_shapes(
     expected = layout.shapes(architecture, dense)
     for name in sorted(expected.keys() ^ shapes.keys()):
         raise CheckpointError(
-            f"tensor {name} is missing, or does not belong to this model: give the folder of the model that was sliced "
-            "as `model`"
+            f"tensor {name} is missing, or does not belong to this model: set `model` to the folder of the model that "
+            "was sliced"
         )
     for name, shape in expected.items():
         if shapes[name] != shape:
             raise CheckpointError(
-                f"tensor {name} has shape {list(shapes[name])}, but {list(shape)} is expected: give the folder of "
-                "the model that was sliced as `model`"
+                f"tensor {name} has shape {list(shapes[name])}, but {list(shape)} is expected: set `model` to the "
+                "folder of the model that was sliced"
             )

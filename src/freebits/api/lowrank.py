@@ -55,14 +55,14 @@ def lowrank(
     Args:
         model: folder of a dense or sliced checkpoint.
         out: folder to create; it appears complete or not at all.
-        budget: fraction of the weights of the blocks' matrices that is kept, in (0, 1); by default 0.8. Low-rank
-            layers are counted in canonical form.
+        budget: fraction to keep of the weights in the blocks' matrices, in (0, 1); by default 0.8. For a low-rank
+            layer, the weights of its canonical form count.
         target_size: largest size of the written weights in bytes; replaces `budget`.
         blocks: blocks to reduce, `all` or `last:N` for the last N blocks.
-        allocate: method that chooses the ranks. With `slope`, the last direction of each layer preserves the same
-            energy per weight, and layers that would get full rank stay unchanged. With `uniform`, the same fraction of
-            each matrix is kept. With `paper`, this holds only for the last blocks; the weights are not counted in
-            canonical form, and the budget must be 0.9, 0.8 or 0.5.
+        allocate: method that chooses the ranks. With `slope`, the last kept direction of each layer preserves the same
+            energy per weight, and layers that would get full rank stay unchanged. `uniform` keeps the same fraction of
+            each matrix. `paper` keeps the same fraction of each matrix in the last blocks, and leaves the other blocks
+            unchanged; all weights of both factors count, and the budget must be 0.9, 0.8 or 0.5.
         calibration: text to calibrate on; by default the model generates the text.
         samples: number of windows of calibration text.
         seq_len: tokens per window.

@@ -27,7 +27,7 @@ from freebits.transforms.low_rank import allocated, rank_for, reduced, spectrum
 from freebits.types import FLOATS
 
 PAPER_SETTINGS = {0.9: (8, 0.60), 0.8: (12, 0.46), 0.5: (24, 0.33)}
-"""Budget → number of last blocks, of 32, that the paper reduces, and fraction of each of their matrices to keep."""
+"""Budget → number of last blocks (of 32) that the paper reduces, and the fraction of their matrices that it keeps."""
 _LAYERS = (nn.Linear, Conv1D)
 
 

@@ -63,7 +63,8 @@ def pack(
         threshold: largest error of a decoded 16-bit value that codec `bits-back` does not correct; by default 0.01. The
             paper uses 0.01 for OPT and 0.005 for Llama 2.
         device: device for linear algebra, which always uses float64. Devices can differ in the last bits of results.
-        parallel: where blocks are packed, and how many at once. Memory holds this many blocks in float64.
+        parallel: where blocks are packed, and how many at once. Memory holds two blocks per job in float64, and one
+            embedding.
         resume: whether to use the blocks that a stopped run with the same arguments finished.
         sign_with: file with a private key (PEM), which signs every file of the folder; see `verify`.
         progress: callback, called after each block, or after each tensor with codec `none`.
@@ -144,8 +145,8 @@ def unpack(
     Args:
         packed: a packed folder.
         out: folder to create; it appears complete or not at all.
-        parallel: where tensors are decoded, and how many groups of them at once. A group is decoded from the same
-            stored tensors. Memory holds this many groups in float64, and one embedding.
+        parallel: where tensors are decoded, and how many groups of them at once. The tensors of a group are decoded
+            together, from the same stored tensors. Memory holds this many groups in float64, and one embedding.
         progress: callback, called after each group.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Process pipelines, which are folders of several models, such as for diffusion, one model at a time."""
+"""Process a pipeline, one model at a time. A pipeline is a folder of several models, for example for diffusion."""
 
 import os
 from collections.abc import Callable

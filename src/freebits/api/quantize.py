@@ -86,8 +86,8 @@ def quantize(
         method: `integers` rounds to unbounded integers, which are entropy-coded, at scales that balance the error.
             `pyramid` rounds to pyramid vectors.
         trellis: number of states (4, 8, 16, …, 256) of a trellis along which method `integers` rounds each column. At
-            the same bit rate the expected KL divergence is 22 % smaller with 8 states and 24 % with 32. Rounding takes
-            longer and needs the extra `trellis`; loading does not. 0 for no trellis.
+            the same bit rate the expected KL divergence is 22 % smaller with 8 states and 24 % with 32. Rounding then
+            takes longer, and needs the extra `trellis`; loading does not need this extra. 0 means no trellis.
         rotate: `hadamard` rotates each matrix on both sides before rounding, and rotates it back during decoding. This
             improves method `pyramid` much, and `integers` not at all.
         only: `linear` quantizes only the matrices of the blocks, `embeddings` only the embedding and the head.

@@ -57,9 +57,9 @@ def recover(
     """Recover a part of the quality that slicing or quantizing lost. This is lossy. The size stays the same.
 
     Training minimizes the KL divergence from the predictions of the original model. It uses Adam, and each window once.
-    In a quantized folder, it changes norms, biases and the row scales of linear layers; the scales stay in the grid
-    that stores them. In a plain folder, it changes every linear layer except the head by LoRA, which is merged at the
-    end. This includes the shortcuts of a sliced model, which codec `canonical` then stores as full matrices.
+    In a quantized folder, it changes norms, biases and the row scales of linear layers; the scales stay on the grid on
+    which they are stored. In a plain folder, it changes every linear layer except the head by LoRA, which is merged at
+    the end. This includes the shortcuts of a sliced model, which codec `canonical` then stores as full matrices.
 
     Memory holds both models in float32, and the activations of one window.
 

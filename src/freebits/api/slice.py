@@ -37,7 +37,7 @@ from freebits.transforms.transform import PartChange, transform_parts
 from freebits.types import FLOATS
 
 WARN, REFUSE = 1.5, 5.0
-"""Factors of growth of perplexity above which slicing warns, and above which slicing fails without `force`."""
+"""If perplexity grows by more than the first factor, slicing warns; above the second, it fails without `force`."""
 _log = logging.getLogger(__name__)
 
 

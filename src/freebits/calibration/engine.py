@@ -4,8 +4,8 @@ A pass loads the weights of a block when it enters the block, and drops them whe
 pass loads the weights again, because it recomputes each block (gradient checkpointing). Loading replaces the
 `Parameter` object, so tensors that autograd saved stay valid. All weights of a small model stay in memory.
 
-For `t` tokens in a batch, the passes need about `4 t (3 d_ff + 8 d)` bytes plus 3 blocks in float32. The residual
-stream between blocks goes to disk if it is large.
+For a batch of `t` tokens, a stream of width `d` and blocks of inner width `d_ff`, the passes need about
+`4 t (3 d_ff + 8 d)` bytes plus 3 blocks in float32. The residual stream between blocks goes to disk if it is large.
 """
 
 import tempfile
@@ -57,8 +57,8 @@ class Engine:
         config: config of the model, parsed by transformers.
         device: device on which to run the model.
         modify_model: function that modifies the transformers model before its weights are loaded.
-        max_resident_bytes: size of a model in float32 up to which all its weights stay in memory.
-        max_stream_bytes: total size of the inputs of all blocks above which these inputs go to disk.
+        max_resident_bytes: all weights stay in memory if they take at most this many bytes in float32.
+        max_stream_bytes: the inputs of the blocks go to disk if they take more than this many bytes together.
 
     Raises:
         CheckpointError: a tensor is missing.

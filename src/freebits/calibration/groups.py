@@ -77,7 +77,7 @@ def split_into_groups(tokens: Tensor, engine: Engine, max_bytes: int) -> list[tu
     Args:
         tokens: windows, (windows, T).
         engine: engine that runs the model.
-        max_bytes: maximum bytes of a block's activations for one group; a group has at least one window even so.
+        max_bytes: maximum bytes of a block's activations for one group, unless a single window needs more.
 
     Returns:
         For each group the number of its first window, and its windows.

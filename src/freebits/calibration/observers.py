@@ -64,8 +64,8 @@ class Products(TorchFunctionMode):
         find_parameter: function that recognizes parameters, see `FindParameter`.
         on_product: callback for each product of a call; if it returns a tensor, the tensor replaces the result of the
             call.
-        on_lookup: callback for a parameter's name and the rows that a lookup found; it returns a replacement for these
-            rows.
+        on_lookup: callback for each embedding lookup; it takes the parameter's name and the rows that were looked up,
+            and returns a replacement for these rows.
         on_choice: callback for a tensor whose values are compared, such as the outputs of a router.
     """
 
@@ -209,7 +209,7 @@ def _products(
     input_stride = _merged_stride(inputs, size, stride)
     if n_separate is None or input_stride is None:
         return
-    # Each index into the dimensions in `separate` is one matrix.
+    # Each combination of indices into the dimensions in `separate` selects one matrix.
     separate, outputs = [*batch, *outputs[:n_separate]], outputs[n_separate:]
     output_stride = _merged_stride(outputs, size, stride) or 0
     n_outputs, n_inputs = (prod(size[label] for label in group) for group in (outputs, inputs))

@@ -59,9 +59,9 @@ def self_generated_windows(
 
 
 def _fast_dtype(path: str | os.PathLike[str], device: torch.device) -> torch.dtype | str:
-    """Return float32 if the model's 16-bit floats are slower than float32, and "auto" otherwise.
+    """Return float32 if the device is a CPU that is slower with the model's 16-bit floats, and "auto" otherwise.
 
-    Return "auto", too, if the model in float32 takes more than a third of the machine's memory.
+    Even on such a CPU, return "auto" if the model in float32 takes more than a third of the machine's memory.
     """
     specs = open_as_floats(path).specs.values()
     halves = {spec.dtype for spec in specs if spec.dtype_name in HALF_DTYPES}

@@ -24,8 +24,8 @@ from freebits.execution.progress import Progress
 from freebits.execution.serialization import storable
 
 MIN_EXPERT_VECTORS = 64
-"""An expert with fewer input vectors is undersampled. Each expert's statistics are averaged with the statistics of this
-many vectors of the average expert."""
+"""An expert with fewer input vectors than this is undersampled. Each expert's statistics are averaged with the
+statistics of this many vectors of the average expert."""
 _N_RECENT = 4
 """Number of recent inputs that are stored in order to find matrices that share an input."""
 _SMALL_WIDTH = 1024

@@ -74,8 +74,8 @@ def token_windows(path: str | os.PathLike[str], text: str, seq_len: int, limit: 
 def split_windows(windows: Tensor, samples: int, held_out: int, seed: int) -> tuple[Tensor, Tensor]:
     """Select windows for calibration and other windows for measurements, at random and without replacement.
 
-    If there are too few windows for both, hold out an eighth of the windows for measurements, and at least one window
-    if there are two or more.
+    If there are too few windows for both, first reduce the held-out windows, down to an eighth of all windows (but at
+    least one if there are two or more windows). Then reduce the calibration windows.
 
     Raises:
         UsageError: `samples` is less than one, or `seed` is out of range.

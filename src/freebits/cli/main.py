@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         stopped the command.
     """
     arguments = Namespace()
-    # Exit normally on these signals, so that staging directories are removed. What nohup ignores stays ignored.
+    # Exit normally on these signals, so that staging directories are removed. Signals that nohup ignores stay ignored.
     for number in (getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)):
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, lambda number, _: sys.exit(128 + number))

@@ -30,9 +30,9 @@ _UNIT = 16
 _MIN_LANES, _MAX_LANES, _LANE_GROWTH = 128, 8192, 4
 """Lanes of the first piece, lanes of the largest piece, and the growth factor of lanes from piece to piece."""
 _SYMBOLS_PER_NEXT_LANE = 16
-"""Symbols that a piece codes per lane of the next piece, which give that lane enough bits to start with."""
+"""A piece codes this many symbols per lane of the next piece, so that its bitstream can start all of these lanes."""
 _MIN_SYMBOLS_PER_LANE = 1536
-"""Minimum number of symbols per lane. Fewer do not pay, because its last state wastes about eight bits."""
+"""Minimum number of symbols per lane. A lane with fewer does not pay: its last state wastes about eight bits."""
 _QUARTER_POWERS = (1.0, 1.189207115002721, 1.4142135623730951, 1.681792830507429)
 """`2^(i / 4)` for `i` from 0 to 3."""
 
@@ -65,7 +65,7 @@ def table(level: int, mean: float = 0.0) -> Table:
     """Compute the table of a level by integrating a normal distribution over the interval around each integer.
 
     Args:
-        level: see above.
+        level: the level; see the module's docstring.
         mean: mean of the distribution.
     """
     octave, quarter = divmod(level, LEVELS_PER_OCTAVE)
@@ -102,7 +102,7 @@ def encode(segments: Sequence[tuple[int, Values]], mean: float = 0.0) -> tuple[B
 
     Args:
         segments: pairs of a level and integers, (n,).
-        mean: mean of the integers, a multiple of 1/4 for which the tables are the same on all machines.
+        mean: mean of the integers. It must be a multiple of 1/4, so that the tables are the same on all machines.
 
     Returns:
         The bitstream, and the escaped integers in their order. An integer is escaped if its table has no symbol for it.

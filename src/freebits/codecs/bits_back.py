@@ -1,10 +1,10 @@
 """The bits-back code of one site (one step of Algorithms 5 and 6 in the paper).
 
 A *site* is a section of the residual stream, between two shortcuts. The *message* is a sequence of 16-bit floats from
-the matrices of the site. Encoding converts the last `r (r + 1) / 2` values of the message to a rotation and `r`
-eigenvalues. The eigenvalues replace these values, and the output matrix is stored rotated. Decoding computes the
-rotation from the rotated matrix and restores the values. All values have a fixed length, so a wrong value does not
-shift later values.
+the matrices of the site. If the output matrix has rank `r`, encoding converts the last `r (r + 1) / 2` values of the
+message to a rotation and `r` eigenvalues. The eigenvalues replace these values, and the output matrix is stored
+rotated. Decoding computes the rotation from the rotated matrix and restores the values. All values have a fixed length,
+so a wrong value does not shift later values.
 """
 
 import math
@@ -160,7 +160,8 @@ def _rank(W: Tensor, dtype: torch.dtype, threshold: float) -> int:
     norms = _finite(W, "a weight").norm(dim=0)
     low, high = torch.aminmax(W, dim=0)
     vanishes = (norms <= norms.max() * torch.finfo(dtype).eps ** 2) & (torch.maximum(-low, high) <= threshold)
-    rank = W.shape[1] - int(vanishes.int().cumprod(dim=0).sum())  # they come first because eigenvalues ascend
+    # the columns that vanish come first, because eigenvalues ascend
+    rank = W.shape[1] - int(vanishes.int().cumprod(dim=0).sum())
     if rank < 2:
         raise Declined(f"the output matrix has rank {rank}, so a rotation saves nothing")
     return rank

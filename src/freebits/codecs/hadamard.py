@@ -47,9 +47,9 @@ def _signs(n: int, seed: int) -> Tensor:
 
 @cache
 def _core(n: int) -> Tensor:
-    """Return the Kronecker factor of the rotation that is not Sylvester's matrix, (m, m), float64.
+    """Return the core, (m, m), float64. The rotation is the Kronecker product of the core and Sylvester's matrix.
 
-    The factor is a Paley matrix, or a random rotation if no Paley matrix has a suitable order.
+    The core is a Paley matrix, or a random rotation if no Paley matrix has a suitable order.
     """
     odd = n // (n & -n)
     m = odd

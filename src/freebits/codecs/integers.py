@@ -82,7 +82,7 @@ class Integers:
     `freebits.codecs.trellis`. The number of states is the parameter `trellis`.
 
     Args:
-        n_states: number of states of the trellis of matrices to encode; 0 for no trellis.
+        n_states: number of states of the trellis with which `encode` encodes; 0 for no trellis.
     """
 
     exact = False

@@ -1,4 +1,4 @@
-"""A matrix in which some ranges of rows have all columns of the identity, stored without these columns."""
+"""A matrix with ranges of rows that contain all columns of an identity matrix. These columns are not stored."""
 
 from collections.abc import Mapping, Sequence
 

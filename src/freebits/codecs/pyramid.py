@@ -1,4 +1,4 @@
-"""Groups of weights, stored as points on a pyramid and scales (pyramid vector quantization, Fischer 1986)."""
+"""Groups of weights, each stored as a scale and a point on a pyramid (pyramid vector quantization, Fischer 1986)."""
 
 from collections.abc import Mapping, Sequence
 

@@ -20,7 +20,7 @@ POLYNOMIALS = {
     128: (0o235, 0o126),
     256: (0o515, 0o362),
 }
-"""Number of states → parity-check polynomials of Ungerboeck's code with so many states."""
+"""Number of states → parity-check polynomials of Ungerboeck's code with this number of states."""
 
 
 @cache

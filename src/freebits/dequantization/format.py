@@ -47,7 +47,7 @@ class Format(Protocol):
 
 
 def present_parts(specs: Mapping[str, TensorSpec], parts: Mapping[str, str]) -> dict[str, str]:
-    """Return those of the parts, role → name, that the checkpoint has."""
+    """Return the parts, role → name, whose tensors the checkpoint has."""
     return {role: name for role, name in parts.items() if name in specs}
 
 

@@ -1,4 +1,4 @@
-"""Draw charts as inline SVG with matplotlib. Text stays text, and axes have the color of the page's text."""
+"""Draw charts as inline SVG with matplotlib. Labels are SVG text, and axes have the color of the page's text."""
 
 import io
 import re
@@ -95,7 +95,7 @@ def _svg(height: float, draw: Callable[[Any], None]) -> str:
 
     buffer = io.StringIO()
     with rc_context(_SETTINGS), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about glyphs missing in a font that the browser replaces
+        warnings.simplefilter("ignore")  # the font may lack glyphs, but the browser uses another font
         figure = Figure(figsize=(5.6, height), layout="constrained")
         draw(figure.add_subplot())
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

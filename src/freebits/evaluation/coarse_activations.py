@@ -102,5 +102,5 @@ class Simulation:
 
 
 def _in_basis(rotate: bool, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """Apply a function to `x` in the rotated basis, or without `rotate` in the given basis."""
+    """Apply a function to `x` in the rotated basis or, without `rotate`, in the given basis."""
     return hadamard_inverse(function(hadamard(x, _SEED)), _SEED) if rotate else function(x)

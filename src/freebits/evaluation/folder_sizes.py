@@ -22,7 +22,7 @@ def bytes_on_disk(folder: Folder) -> int:
 
 
 def dense_bytes(dense: Folder, architecture: Architecture) -> dict[str, int]:
-    """Return the baselines `dense`, the bytes on disk, and `dense_untied`, which has an untied head as in the paper."""
+    """Return two baselines: `dense` is the bytes on disk; `dense_untied` adds an untied head, as in the paper."""
     on_disk = bytes_on_disk(dense)
     head, embedding = architecture.head.weight, architecture.embedding.weight
     shared = architecture.tied and head not in dense.specs and embedding in dense.specs
@@ -67,7 +67,7 @@ def _group_by_tensor(folder: Folder) -> dict[str, str]:
 
 
 def _uses(folder: Folder) -> Iterator[tuple[int, str, str]]:
-    """Yield numbers of stored bytes, each with the tensor of the model and the part of its encoding they belong to.
+    """Yield `(n_bytes, tensor, part)`: so many stored bytes belong to this part of the encoding of this tensor.
 
     If a stored tensor encodes several tensors, its bytes are divided in proportion to the numbers of their values.
     """

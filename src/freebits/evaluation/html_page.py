@@ -167,7 +167,8 @@ def _history(facts: Mapping[str, Any]) -> Iterator[str]:
             perplexities = ", ".join(f"{name} {value}" for name, value in transform["perplexity"].items())
             lines.append(f"    perplexity on held-out text: {perplexities}")
     steps = "\n".join(_safe(line) for line in lines)
-    yield f"<h2>How it was made</h2><p>Steps in order. Commands with these options repeat them.</p><pre>{steps}</pre>"
+    note = "Steps in order. To repeat them, run the commands with these options."
+    yield f"<h2>How it was made</h2><p>{note}</p><pre>{steps}</pre>"
 
 
 def _section(title: str, chart: str, note: str) -> str:

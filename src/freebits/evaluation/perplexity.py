@@ -47,8 +47,8 @@ def evaluate(
         tasks: names of lm-eval tasks, which need the extra `eval`.
         data_dir: folder with the documents of the tasks (see `LOCAL_TASKS`); by default, documents are downloaded.
         perplexity: whether to measure perplexity, or only the tasks.
-        activations: bits to which inputs of linear layers are rounded, without tasks; None if they are not rounded.
-        kv: bits to which keys and values are rounded, without tasks; None if they are not rounded.
+        activations: bits to which inputs of linear layers are rounded; None if they are not rounded. Not with `tasks`.
+        kv: bits to which keys and values are rounded; None if they are not rounded. Not with `tasks`.
         rotate: `hadamard` rounds inputs, keys and values in a rotated basis, as in QuaRot.
         device: device on which to run the model.
         progress: callback, called after each window, then after each batch of a task.

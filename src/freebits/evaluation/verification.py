@@ -95,7 +95,7 @@ def verify(
 
 
 def _judged(measured: dict[str, Any], fidelity: str, given: tuple[float | None, float | None]) -> dict[str, Any]:
-    """Return the measured values and the failed checks. A tolerance that is None is that of `fidelity`."""
+    """Return the measured values and the failed checks. `fidelity` determines the tolerances that are None."""
     tolerances = [
         default if value is None else value for value, default in zip(given, TOLERANCES[fidelity], strict=True)
     ]

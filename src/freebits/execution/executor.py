@@ -139,7 +139,7 @@ def threads(jobs: int | None, piece: int = 0) -> Iterator[Threads]:
     finally:
         with _lock:
             _open_pools.pop()
-            if len(_open_pools) == 1:  # reset it, because new threads start with the number that any thread set last
+            if len(_open_pools) == 1:  # restore the number, because new threads start with the one set last
                 torch.set_num_threads(_open_pools.pop())
 
 

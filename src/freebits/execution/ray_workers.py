@@ -16,7 +16,7 @@ from freebits.errors import FreebitsError, UsageError, one_line
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 _RETRIES = 8
-"""How often a piece is rerun if its worker dies or it raises an error other than `FreebitsError`."""
+"""How often a piece is rerun if its worker dies or the piece raises an error other than `FreebitsError`."""
 _TIMEOUT = 10
 """Seconds to wait for a cluster to accept a connection. Ray itself would try for many minutes."""
 

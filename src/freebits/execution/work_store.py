@@ -1,6 +1,7 @@
 """Store finished pieces of work in a folder, so that an interrupted run can be resumed.
 
-A stage is a named sequence of pieces, which call the same function. To store a piece is to store its result.
+A piece is one call of a function with one item. A stage is a named sequence of pieces that call the same function. To
+store a piece is to store its result.
 """
 
 import re

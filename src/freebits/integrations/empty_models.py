@@ -11,11 +11,11 @@ from transformers import PreTrainedConfig
 from freebits.integrations.packed_models import class_for_text
 
 MODEL_CREATION_LOCK = threading.Lock()
-"""Lock to hold while a model is created, which changes PyTorch's default dtype and `nn.Module` for all threads."""
+"""Lock to hold while a model is created: creation changes PyTorch's default dtype and `nn.Module` for all threads."""
 
 
 def empty_model(config: PreTrainedConfig) -> Any:
-    """Create the language model of a config in float32. Its parameters have no memory, but its buffers have values.
+    """Create a config's language model, in float32. The parameters have no memory, but the buffers have values.
 
     Raises:
         UnsupportedModelError: see `class_for_text`.

@@ -44,7 +44,7 @@ class IntegerLinear(nn.Module):
 
 
 def with_integer_layers(model: Any, packed: PackedFolder) -> Any:
-    """Replace linear layers of a loaded model, if their integers in the folder fit 8 bits, and return the model."""
+    """Replace a model's linear layers whose integers in the folder fit 8 bits by `IntegerLinear`. Return the model."""
     for recipe in packed.manifest.recipes:
         codec = CODES.get(recipe.code)
         if isinstance(codec, Integers):

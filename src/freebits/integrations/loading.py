@@ -60,7 +60,7 @@ def load(
         CheckpointError: the folder holds no valid checkpoint, or a tensor is damaged.
     """
     path = local_folder(path)
-    folder = open_as_floats(path)  # before transformers, because these errors have one line
+    folder = open_as_floats(path)  # before transformers opens it, because freebits' errors have one line
     if is_adapter(folder.config):
         advice = "unpack it, then load it" if isinstance(folder, PackedFolder) else "load it"
         raise CheckpointError(f"{path} holds an adapter: {advice} with PEFT on top of its base model")

@@ -52,8 +52,8 @@ class FileRows(NamedTuple):
 
     Attributes:
         tensor: name of the tensor in the checkpoint.
-        start: number of the first row in the checkpoint.
-        stop: number of the last row in the checkpoint, plus 1.
+        start: number of the first of these rows within the checkpoint tensor.
+        stop: number of the last of these rows within the checkpoint tensor, plus 1.
         order: for each of these rows (or for each column, if `swapped`), the number of the requested row that it holds,
             (n,), int64.
         swapped: whether the requested rows are columns in the checkpoint.
@@ -134,7 +134,7 @@ class TransformersView:
         return self._renamed.get(name)
 
     def rows(self, name: str, start: int, stop: int) -> list[FileRows]:
-        """Locate some rows of a tensor in the checkpoint; empty if they are not stored there as rows or as columns."""
+        """Locate rows of a tensor in the checkpoint. Return [] if they are not stored there as rows or as columns."""
         if name in self._renamed:
             return [FileRows(self._renamed[name], start, stop, torch.arange(stop - start), swapped=False)]
         if name not in self._conversions:
@@ -156,7 +156,7 @@ class TransformersView:
         return result
 
     def _swapped(self, tensors: list[str], offsets: Tensor, rows: Tensor, columns: Tensor) -> list[FileRows]:
-        """Locate rows that are columns in the checkpoint; empty unless they are all the columns of one matrix."""
+        """Locate rows that are columns in the checkpoint. Return [] unless they are all the columns of one matrix."""
         if len(rows.unique(dim=0)) != 1 or len(columns.unique()) != len(columns):
             return []
         first, end = int(rows[0, 0]), int(rows[0, -1]) + 1

@@ -1,4 +1,4 @@
-"""Train a model without making it larger: train the scales of a quantized model, or other models with LoRA."""
+"""Train a model without making it larger: a quantized model by its scales, any other model with LoRA."""
 
 import warnings
 from collections.abc import Mapping
@@ -42,7 +42,7 @@ class Trainable(Protocol):
 
 
 class LoraAdapters:
-    """Adds a trainable `B A` to every linear layer except the head (LoRA, by PEFT).
+    """Adds a trainable product `B A` of two small matrices to every linear layer except the head (LoRA, by PEFT).
 
     At the end, `B A` is merged into the weights, so that the model keeps its size.
 
@@ -86,8 +86,8 @@ class LoraAdapters:
 class ScaleAdapters:
     """Trains norms, biases, and the row scales of quantized linear layers.
 
-    The scales stay on the grid on which they are stored. The integers do not change. Matrices that were rounded in a
-    rotated basis or by another method keep their scales, too.
+    The scales stay on the grid on which they are stored. The integers do not change. For matrices that were
+    rounded in a rotated basis or by another method, the scales do not change either.
 
     Args:
         model: the model in the folder; it is changed in place.
@@ -126,7 +126,7 @@ class ScaleAdapters:
         _round(self.tensors, specs)
 
     def steps(self) -> dict[str, Tensor]:
-        """Return name of a quantized matrix → increase of its row scales' exponents by training, (n_out,), int16."""
+        """Return name of a quantized matrix → how much training raised its row scales' exponents, (n_out,), int16."""
         return {name: layer.exponents.detach().to(torch.int16).cpu() for name, layer in self._layers.items()}
 
 
@@ -162,7 +162,7 @@ class RescaledLinear(nn.Module):
 
 
 def linear_layers(model: Any) -> dict[str, Any]:
-    """Return name → layer that only computes `x Wᵀ + b`, except the head. A router can compute more."""
+    """Return name → layer, for the layers except the head that only compute `x Wᵀ + b`. A router can compute more."""
     head, layers = model.get_output_embeddings(), {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D) and module is not head:

@@ -19,9 +19,9 @@ class Stack(str):
 
 
 ALL_VALUES, LEADING_VALUES, BY_BLOCK, NO_VALUES, ALL_UNLESS_ALIBI = "all", "leading", "by block", "none", "unless alibi"
-"""The values of a query or key head whose basis is fixed. `LEADING_VALUES`: the leading fraction that the config gives.
-`BY_BLOCK`: all values in blocks with rotary positions according to the config, none in other blocks.
-`ALL_UNLESS_ALIBI`: none if the config enables ALiBi, which adds positions to the attention scores; else all."""
+"""Options for `Heads.fixed`: which values of a query or key have a fixed basis. `LEADING_VALUES`: the leading fraction
+that the config gives. `BY_BLOCK`: all values in blocks with rotary positions according to the config, none in other
+blocks. `ALL_UNLESS_ALIBI`: none if the config enables ALiBi, which adds positions to the attention scores; else all."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Heads:
     """Order of the outputs if one module computes queries, keys and values. True: group by group, each with its
     queries, its key and its value. False: all queries, then all keys, then all values."""
     fixed: str = ALL_VALUES
-    """The values of queries and keys whose basis is fixed, because positions rotate them or a norm scales them."""
+    """The values of each query and key that have a fixed basis, because positions rotate them or a norm scales them."""
 
 
 @dataclass(frozen=True)

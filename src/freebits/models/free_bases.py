@@ -1,9 +1,10 @@
-"""Pairs of matrices, whose inner space has a free basis.
+"""Pairs of matrices whose inner space has a free basis.
 
 If a model computes `x A B` without an operation between `A` and `B`, the matrices `A G` and `G⁻¹ B` give the same
 function for every invertible `G: (r, r)`. The `r` outputs of `A` form the inner *space* of the pair. The two matrices
 of a low-rank layer are a pair. A head of attention has two pairs: values with output, and queries with keys, except for
-the query and key values that positions rotate. Queries that share a key and a value share its space.
+the query and key values that positions rotate. Queries that share a key and a value also share the spaces of this
+key and this value.
 """
 
 from collections.abc import Iterable, Iterator, Mapping

@@ -21,8 +21,8 @@ class Layout:
 
     Attributes:
         widths: width of each site; None for a dense model, which has no shortcuts.
-        ranks: rank of the shortcut that leads to each site from 1. The rank is `r` if the shortcut is `[I - M Mᵀ, 0]`
-            with `M: (k, r)`, and None if the shortcut is a matrix.
+        ranks: for each site except site 0, the rank of the shortcut that leads to it. The rank is `r` if the shortcut
+            is `[I - M Mᵀ, 0]` with `M: (k, r)`, and None if the shortcut is a matrix.
     """
 
     widths: tuple[int, ...] | None = None

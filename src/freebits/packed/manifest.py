@@ -144,7 +144,7 @@ def is_packed(path: str | os.PathLike[str]) -> bool:
 
 
 def recorded_sizes(history: object) -> dict[str, int]:
-    """Return the sizes in bytes that a history records. Later steps override earlier ones; invalid ones are skipped."""
+    """Return the sizes in bytes that a history records. Later steps override earlier ones. Skip invalid entries."""
     entries = [entry for entry in history if isinstance(entry, Mapping)] if isinstance(history, list) else []
     tables = [entry.get("bytes") for entry in entries]
     sizes = {key: size for table in tables if isinstance(table, Mapping) for key, size in table.items()}

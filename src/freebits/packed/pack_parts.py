@@ -1,7 +1,7 @@
 """Pack a sliced model, a dense model or an adapter with a codec that transforms it.
 
-The model is transformed and encoded part by part, so that only few blocks are in memory. A part has the embeddings, one
-block, the head, or all other tensors; for an adapter, it has one layer.
+The model is transformed and encoded part by part, so that only a few blocks are in memory. A part has the embeddings,
+one block, the head, or all other tensors; for an adapter, it has one layer.
 """
 
 from collections.abc import Callable, Iterable, Mapping

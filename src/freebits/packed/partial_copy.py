@@ -42,7 +42,7 @@ def copy_with_changes(
 
 
 def _pieces(packed: PackedFolder, rows: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Iterator[Piece]:
-    """Yield the stored tensors in order, with the recipes that take them; then the recipes that take none of them."""
+    """Yield the stored tensors in order, with the recipes that take them; then all other recipes."""
     code, recipes = stage(packed.manifest.entropy), packed.manifest.recipes
     recipe_of = {name: recipe for recipe in recipes for name in recipe.takes.values()}
     groups: dict[str, tuple[Recipe | None, list[str]]] = {}

@@ -62,8 +62,8 @@ class Preset:
             shortcuts must be dense.
         groups: function that yields the groups of a model part, given the part and the specs of its transformed
             tensors.
-        pivots: function that returns name → code of each transformed tensor of a model part that has the identity
-            among its columns.
+        pivots: function that returns name → code for each transformed tensor of a model part that code `pivots` can
+            encode.
         layout: function that returns the layout after the transform, given the architecture and the layout before.
         codes: key → code that replaces the code in `CODES`.
         floats: names of the dtypes that the codec encodes.
@@ -161,7 +161,7 @@ def chosen(codec: str, threshold: float | None = None, device: torch.device = CP
     """Return the preset of a codec; None for codec `none`, which stores files unchanged.
 
     Raises:
-        UsageError: there is no such codec, or the codec has no threshold, or the threshold is negative or not finite.
+        UsageError: there is no such codec, or `threshold` is negative, not finite, or given for a codec without one.
     """
     if codec not in CODECS:
         raise UsageError(f"`codec` is {codec!r}: choose {', '.join(CODECS[:-1])} or {CODECS[-1]}")
@@ -237,8 +237,8 @@ def _bits_back_groups(part: Part, specs: Mapping[str, TensorSpec]) -> Iterator[G
 def _factored_layout(architecture: Architecture, layout: Layout) -> Layout:
     """Return the layout in which a shortcut is stored as a factor if this makes it smaller.
 
-    The planned rank is `D - after`, the largest that slicing can leave. It must be less than `before`, the width of the
-    stream before the shortcut.
+    The stream has hidden size `D`, and widths `before` and `after` the shortcut. The planned rank is `D - after`, the
+    largest that slicing can leave. It must be less than `before`.
     """
     widths, D = layout.widths or (), architecture.hidden_size
     ranks: list[int | None] = []

@@ -68,11 +68,12 @@ def check_recipes(stored: Mapping[str, TensorSpec], recipes: Iterable[Recipe]) -
 
     Args:
         stored: name → spec of each stored tensor, in file order.
-        recipes: recipes in written order. Each takes tensors that are stored or that an earlier recipe makes.
+        recipes: recipes, in the order in which a reader follows them. Each takes tensors that are stored or that an
+            earlier recipe makes.
 
     Returns:
-        The specs of the tensors that no recipe takes, including stored tensors. A tensor has the place of the first
-        stored tensor that it is made of.
+        The specs of the tensors that no recipe takes, including stored tensors. They are sorted by the place of the
+        first stored tensor that each is made of.
 
     Raises:
         ValueError: a tensor is made twice, is taken twice, is missing, or does not have the spec that a recipe needs;

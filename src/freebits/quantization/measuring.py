@@ -162,7 +162,7 @@ def _merged_factors(
 def _factors(
     number: int, complete: list[InputStatistics], engine: Engine, work: Work, rotation: int | None
 ) -> list[_InputFactor]:
-    """Compute the factors of the inputs that are complete after a block, in the order of their size.
+    """Compute the factors of the inputs that are complete after a block, from the smallest to the largest.
 
     The largest factor comes last, because the executor computes the last item on all threads.
     """
@@ -191,7 +191,7 @@ def _block(name: str) -> str:
 
 
 def _as_stored(region: Region, factor: Factor, information: Tensor | None, named: TransformersView) -> Iterable[Matrix]:
-    """Yield the matrices of the checkpoint, possibly transposed, that hold the rows of a matrix in memory."""
+    """Yield the checkpoint's matrices, possibly transposed, that hold the rows of a matrix of the running model."""
     if information is None:
         return
     m = len(factor.diagonal)

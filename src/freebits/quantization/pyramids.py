@@ -24,7 +24,7 @@ def group_size(n_columns: int) -> int:
 
 
 def max_pulses(size: int, bits: float) -> int:
-    """Return the largest number of pulses with which points and scales take at most `bits` bits per weight, or 1."""
+    """Return the largest number of pulses, at least 1, with which points and scales fit in `bits` bits per weight."""
     pulses = 1
     while pulses < 128 and enumeration.n_bits(size, pulses + 1) + SCALE_BITS <= min(bits * size, 62 + SCALE_BITS):
         pulses += 1

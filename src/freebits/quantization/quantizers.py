@@ -20,9 +20,9 @@ class Quantizer:
     """A way to round a matrix (n, m).
 
     Attributes:
-        round: function that returns the tensors that the code encodes. Its arguments are the matrix, the
-            inverse-Hessian Cholesky factor of the matrix's inputs, (m, m), or None without calibration, the relative
-            scales of the rows, (n,), and of the columns, (m,), and the rate parameter (see `adaptive`).
+        round: function that returns the tensors that the code encodes. Its arguments are: the matrix; the
+            inverse-Hessian Cholesky factor of the matrix's inputs, (m, m), or None without calibration; the relative
+            scales of the rows, (n,); the relative scales of the columns, (m,); the rate parameter (see `adaptive`).
         code: name of the code in `freebits.codecs.registry.CODES`.
         encoder: code object that encodes; None for the one in `CODES`.
         parts: names of the parts that the code stores.
@@ -39,7 +39,7 @@ class Quantizer:
     encoder: Code | None = None
 
     def encode(self, tensors: Sequence[Tensor], specs: Sequence[TensorSpec]) -> Coded:
-        """Encode what `round` returned, of one or several matrices with these specs."""
+        """Encode the tensors that `round` returned for one or several matrices with these specs."""
         return (self.encoder or CODES[self.code]).encode(tensors, specs)
 
 

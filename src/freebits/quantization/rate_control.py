@@ -98,7 +98,7 @@ class RateController:
         return RateModel.sum(self._remaining_models).c(self._remaining_bits / ratio)
 
     def spend(self, c: float, bits: float) -> float:
-        """Record that the next matrix takes `bits` bits if it is rounded with `c`.
+        """Record that the next matrix was rounded with `c` and takes `bits` bits.
 
         Returns:
             0, except if the last matrix takes more bits than remain. Then the method returns the excess in bits and

@@ -43,14 +43,15 @@ def typical_scales(W: Tensor) -> tuple[Tensor, Tensor]:
 def scaled_integers(
     W: Tensor, U: Tensor | None, rows: Tensor, columns: Tensor, c: float, n_states: int = 0
 ) -> ScaledIntegers:
-    """Round a matrix to integers, or with a trellis to half steps.
+    """Round a matrix to integers or, with a trellis, to half steps (multiples of half a scale).
 
     Args:
         W: matrix to round, (n, m).
         U: inverse-Hessian Cholesky factor, (m, m), see `inverse_factor`; None to round each weight to the nearest
             integer.
         rows: relative scales of the rows, (n,), see `row_scales`.
-        columns: relative scales of the columns, (m,): the diagonal of `U`, or see `typical_scales`.
+        columns: relative scales of the columns, (m,): the diagonal of `U` or, without calibration, those from
+            `typical_scales`.
         c: factor of all scales.
         n_states: number of states of the trellis; 0 for no trellis.
 

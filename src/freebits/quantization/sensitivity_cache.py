@@ -35,7 +35,7 @@ class Factor:
     """The inverse-Hessian Cholesky factor `U` of the inputs of some matrices.
 
     Attributes:
-        key: unique name of the inputs; the key of `U` in the work store is `U-` and this name.
+        key: unique name of the inputs; the key of `U` in the work store is `U-` followed by this name.
         diagonal: diagonal of `U`, (inputs,), float32.
     """
 

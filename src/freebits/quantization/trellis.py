@@ -1,4 +1,4 @@
-"""Round columns to paths through a trellis with the least squared error (Viterbi 1967)."""
+"""Round each column to the path through a trellis that has the least squared error (Viterbi 1967)."""
 
 from collections.abc import Callable
 from functools import cache
@@ -43,7 +43,7 @@ def trellis_round(targets: Tensor, n_states: int) -> Tensor:
 
 @cache
 def _predecessors(n_states: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the two states before each state, (n_states, 2), and the parities of the symbols in between."""
+    """Return the two predecessors of each state, (n_states, 2), and the parities of the symbols that lead from them."""
     following = transitions(n_states).astype(np.int64)
     before, parities = np.empty((n_states, 2), np.int64), np.empty((n_states, 2), np.int64)
     n_found = np.zeros(n_states, np.int64)

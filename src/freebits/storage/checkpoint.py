@@ -227,7 +227,7 @@ def history_step(transform: str, fidelity: str, sizes: Mapping[str, int], **fact
     Args:
         transform: the name of the command, codec or method of the step.
         fidelity: what the step preserves of the model; see `freebits.options`.
-        sizes: version of the model before this step, such as `dense` → size in bytes.
+        sizes: version of the model before this step (such as `dense`) → size in bytes.
         facts: settings and measurements of the step.
     """
     producer = f"freebits {__version__}"

@@ -1,7 +1,7 @@
 """Read GGUF files without decoding values: the offsets of the tensors and the layout of their blocks.
 
 A block contains a fixed number of consecutive weights of a quantized tensor, and the scales of these weights.
-The format is https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
+The format is specified in https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
 """
 
 import json

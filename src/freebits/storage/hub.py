@@ -19,7 +19,7 @@ _UNWANTED = [
 def local_folder(
     model: str | os.PathLike[str], revision: str | None = None, *, config_only: bool = False, whole: bool = True
 ) -> Path:
-    """Return the local folder of a model. Download a model from the hub; create a mirror of a model at a URL.
+    """Return the local folder of a model. Download hub models, and create local mirrors of models at URLs.
 
     Args:
         model: a folder, a hub id such as `Qwen/Qwen3-0.6B`, or a URL that fsspec supports, such as `s3://bucket/model`.

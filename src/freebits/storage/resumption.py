@@ -47,7 +47,7 @@ class Task:
         return json.dumps(facts, indent=2, sort_keys=True, default=str)
 
     def began(self, staging: Path) -> bool:
-        """Return whether a run of this task created a staging directory."""
+        """Return whether a staging directory comes from a run of this task."""
         path = staging / UNFINISHED / _TASK
         return path.is_file() and path.read_text(encoding="utf-8") == self.facts
 

@@ -168,8 +168,8 @@ class WeightsWriter:
     """Writes a safetensors file one tensor at a time.
 
     The file contains the length of the header, the header, and the tensors without gaps. The header is written last,
-    into space that is reserved for the names and shapes in `announced`. Spaces fill the rest of this space, as the
-    format allows.
+    into room that is reserved for the names and shapes in `announced`. Space characters fill the rest of this room, as
+    the format allows.
     """
 
     def __init__(self, path: Path, announced: Mapping[str, tuple[int, ...]]) -> None:

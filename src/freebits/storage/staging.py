@@ -26,8 +26,8 @@ def new_directory(path: str | os.PathLike[str], task: Task | None = None) -> Ite
     """Create the complete folder `path` when the block ends. If the block raises an error, do not create the folder.
 
     The block writes to a staging directory next to `path`. The name of the staging directory identifies the machine
-    and the process. Staging directories for `path` that ended processes of this machine left behind are removed. The
-    staging directory is flushed to the disk (`fsync`) before it is renamed to `path`.
+    and the process. Older staging directories for `path` are removed if their process ran on this machine and has
+    ended. The new staging directory is flushed to the disk (`fsync`) before it is renamed to `path`.
 
     Args:
         path: a folder, or a URL. For a URL, the staging directory is in the user's cache and is uploaded at the end.
@@ -139,7 +139,7 @@ def _sync(path: Path) -> None:
 
 
 def _leftover_staging(target: Path, task: Task | None) -> Path | None:
-    """Return a staging directory for `target` that an ended process of the same task left, or None.
+    """Return a staging directory for `target` from a stopped run of the same task, or None if there is none.
 
     Remove all other staging directories for `target` whose process has ended, and log a warning for each.
     """

@@ -15,7 +15,8 @@ class CheckpointWriter:
 
     Args:
         directory: the output folder.
-        announced: name → shape of every tensor that can be written. A written shape must not need more characters.
+        announced: name → shape of every tensor that can be written. A written shape must not need more
+            characters than the announced shape.
         shard_bytes: the largest number of bytes of tensors in a file; if None, all tensors are in one file.
         stem: the stem of the file names.
     """

@@ -20,7 +20,7 @@ from freebits.transforms.transform import Dtypes, PartChange, unsound_sites
 storable(PolarForm)
 
 MIN_TOLERANCE = 1e-10
-"""Lower bound, for any dtype, of the largest distance from 1 at which a singular value counts as 1."""
+"""Smallest tolerance for any dtype. A singular value counts as 1 if it differs from 1 by at most the tolerance."""
 
 
 @storable

@@ -22,9 +22,9 @@ class DiagonalAnalysis:
 
 @dataclass(frozen=True)
 class Diagonal:
-    """The transform of a sliced model with dense shortcuts that rotates each output matrix to its canonical direction.
+    """The transform that rotates each output matrix of a sliced model with dense shortcuts to its canonical direction.
 
-    This makes `WᵀW` diagonal for the output matrix `W: (inputs, k)` that writes to each site from 1.
+    At each site except site 0, `WᵀW` becomes diagonal for the output matrix `W: (inputs, k)` that writes to the site.
     """
 
     source: Source

@@ -1,8 +1,8 @@
 """Low-rank linear layers by reduced-order modeling (Chavan, Lele and Gupta 2023, arXiv 2312.07046).
 
 On a text, the outputs `y = W x` vary mostly in a few directions, the leading eigenvectors `V` of `Σ y yᵀ`. The layer is
-replaced by `y' = V (Vᵀ W x)`, which minimizes `Σ ‖y' - y‖²` on the text among all layers of that rank. If the squared
-errors of the outputs have weights `f`, the method is applied to `√f y` instead of `y`.
+replaced by `y' = V (Vᵀ W x)`, which minimizes `Σ ‖y' - y‖²` on the text among all layers of the same rank. If the
+squared errors of the outputs have weights `f`, the method is applied to `√f y` instead of `y`.
 """
 
 import math

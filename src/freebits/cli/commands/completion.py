@@ -14,7 +14,8 @@ def add(commands: Any) -> ArgumentParser:
         "completion",
         "print a completion script for a shell",
         "For bash, run freebits completion bash > ~/.local/share/bash-completion/completions/freebits. For zsh, write "
-        "the script to a file _freebits in a folder of fpath. The command needs pip install 'freebits[completion]'.",
+        "the script to a file named _freebits in a folder of fpath. The command needs "
+        "pip install 'freebits[completion]'.",
     )
     parser.add_argument("shell", choices=("bash", "zsh", "tcsh"))
     return parser
