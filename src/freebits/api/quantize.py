@@ -30,7 +30,6 @@ from freebits.options import EMBEDDINGS, HADAMARD, INTEGERS, LOSSY, PARTS, ROTAT
 from freebits.packed.encoded_piece import stage
 from freebits.packed.packing import publish
 from freebits.quantization.measuring import measure_matrices
-from freebits.quantization.rate_control import RateModel
 from freebits.quantization.rounding import FALLBACK_BITS, Goal, write_rounded
 from freebits.quantization.sensitivity_cache import Matrix, SensitivityCache, fully_covered_matrices
 from freebits.quantization.weights_only import coverage_report, names_to_keep, routers_to_keep, uncalibrated
@@ -174,11 +173,6 @@ class Prepared:
     def calibrated(self) -> bool:
         """Whether the model was run on calibration text."""
         return self.facts["text"] != _NO_TEXT
-
-    def expected_kl(self, bits: float) -> float:
-        """Return the expected KL divergence on self-generated text, in nats per token, at `bits` per weight."""
-        n_weights = self.cache.n_weights
-        return float(RateModel.sum(self.cache.rate_models.values()).c(bits * n_weights)) ** 2 * n_weights / 24
 
     def write(
         self,

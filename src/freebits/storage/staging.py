@@ -86,7 +86,7 @@ def _begin(path: str | os.PathLike[str], target: Path, staging: Path, task: Task
         if leftover:
             leftover.rename(staging)
             _delete_all_but_pieces(staging)
-            _log.warning("freebits: resuming the stopped run in %s", one_line(leftover))
+            _log.warning("freebits: resuming the stopped run in %s", one_line(staging))
         else:
             staging.mkdir()
     except (OSError, ValueError) as error:
