@@ -2,9 +2,9 @@
 
 If a model computes `x A B` without an operation between `A` and `B`, the matrices `A G` and `G⁻¹ B` give the same
 function for every invertible `G: (r, r)`. The `r` outputs of `A` form the inner *space* of the pair. The two matrices
-of a low-rank layer are a pair. A head of attention has two pairs: values with output, and queries with keys, except for
-the query and key values that positions rotate. Queries that share a key and a value also share the spaces of this
-key and this value.
+of a low-rank layer are a pair. A head of attention has two pairs: the value matrix with the output matrix, and the
+query matrix with the key matrix, without the components of queries and keys that positions rotate. Queries that share a
+key and a value also share the spaces of this key and this value.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -144,7 +144,7 @@ class _HeadPositions:
             contains the heads.
         output: module that reads the values, with the same meaning of `side`.
         by_group: order of the outputs of a fused module; see `Heads`.
-        size: number of values per head.
+        size: number of components per head.
         per_group: number of queries in a group, which also has one key and one value.
         n_groups: number of groups.
         output_dim: dimension of the outputs in matrices of layers that are not low-rank.
@@ -188,7 +188,10 @@ class _HeadPositions:
         )
 
     def pairs(self, n_fixed: int) -> Iterator[Pair]:
-        """Yield the pair of values and output, and the pair of keys and queries without `n_fixed` values per head."""
+        """Yield the pair of the value and output matrices, and that of the query and key matrices.
+
+        The latter leaves out the first `n_fixed` components of each head.
+        """
         queries, keys, values = self.modules
         inputs = tuple(
             tuple((group * self.per_group + query) * self.size for query in range(self.per_group))
@@ -233,7 +236,7 @@ class _HeadPositions:
 
 
 def _n_fixed(heads: Heads, config: Mapping[str, Any], block: int, size: int) -> int:
-    """Return how many leading values of a query or key head have a fixed basis."""
+    """Return how many leading components of a query or key head have a fixed basis."""
     if heads.fixed == NO_VALUES or (heads.fixed == ALL_UNLESS_ALIBI and config.get("alibi") is True):
         return 0
     if heads.fixed == BY_BLOCK:

@@ -123,7 +123,7 @@ class Layout:
 
         Raises:
             CheckpointError: a tensor is missing, has a wrong shape, or is unknown. Unknown tensors are refused because
-                rotations would omit them.
+                a transform would drop them.
         """
         rows = self.weights(architecture)
         widths = self.widths or (architecture.hidden_size,) * architecture.n_sites

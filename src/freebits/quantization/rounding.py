@@ -66,7 +66,8 @@ class Goal:
         if not 1 <= self.fallback_bits <= MAX_BITS:
             raise UsageError(f"`fallback_bits` is {self.fallback_bits}: give a number from 1 to {MAX_BITS}")
         if not self.quantizer.adaptive and (self.size or self.kl):
-            raise UsageError(f"method {self.method} has a fixed number of bits per weight: give `bits` as the target")
+            target = "target_size" if self.size else "target_kl"
+            raise UsageError(f"method {self.method} cannot aim at `{target}`: give `bits` instead")
         check_trellis(self.trellis)
         if self.trellis and self.method != INTEGERS:
             raise UsageError(f"`trellis` is {self.trellis}, but method {self.method} has no trellis: leave it out")
