@@ -9,6 +9,7 @@ take on disk; bytes are those of the finished folder.
 
 import argparse
 import csv
+import re
 import shutil
 import tempfile
 from contextlib import ExitStack
@@ -121,7 +122,7 @@ def main() -> None:
             n_bytes = sum(
                 spec.n_bytes
                 for stored, spec in folder.stored.items()
-                if stored.partition(".weight.")[0] + ".weight" in chosen
+                if re.sub(r"\.weight\b.*", ".weight", stored) in chosen
             )
             result = compare(reference, load(out, dtype=torch.float32).eval(), windows)
             row = {"row": name, "bits": f"{8 * n_bytes / n_weights:.3f}", "bytes": bytes_on_disk(folder), **result}
