@@ -10,6 +10,7 @@ matrices; whether `quantize` works with self-generated calibration data; whether
 """
 
 import argparse
+import re
 import tempfile
 import traceback
 from pathlib import Path
@@ -181,7 +182,8 @@ def attempt(function: Any) -> str:
 
 def summary(error: Exception) -> str:
     """Return an error in one line, with its class and place unless freebits refused the input."""
-    message = " ".join(str(error).split())[:160]
+    temporary = rf"{re.escape(tempfile.gettempdir())}/[^/\s]+/"
+    message = re.sub(temporary, "", " ".join(str(error).split()))[:160]
     if isinstance(error, FreebitsError):
         return f"refused: {message}"
     place = traceback.extract_tb(error.__traceback__)[-1]
