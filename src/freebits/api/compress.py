@@ -16,13 +16,13 @@ import torch
 
 from freebits.api.pipelines import components, for_each, is_pipeline
 from freebits.api.quantize import WINDOW, prepare
+from freebits.api.shared_steps import finish
 from freebits.calibration.tokens import embedded_text, token_windows
 from freebits.dequantization.source import open_as_floats
 from freebits.errors import CheckpointError, UsageError
 from freebits.evaluation.estimation import TYPICAL_ENTROPY
 from freebits.evaluation.folder_sizes import bytes_on_disk
 from freebits.evaluation.inspection import inspect
-from freebits.evaluation.model_card import write_card
 from freebits.evaluation.verification import verify
 from freebits.execution.executor import Executor, Parallel
 from freebits.execution.progress import Progress, silent
@@ -40,7 +40,7 @@ from freebits.storage.gguf import gguf_folder, is_gguf
 from freebits.storage.hub import local_folder
 from freebits.storage.remote import original
 from freebits.storage.resumption import unchanged
-from freebits.storage.signature import check_key, sign
+from freebits.storage.signature import check_key
 from freebits.storage.staging import new_directory
 
 MAX_KL = 0.05
@@ -191,10 +191,7 @@ def compress(
                 progress,
             )
         loader = auto_class(open_folder(directory).config)
-        write_card(directory, folder, fidelity, loader)
-        if sign_with is not None:
-            sign(directory, sign_with)
-        facts = inspect(directory)
+        facts = finish(directory, folder, sign_with, measured=fidelity, auto_class=loader)
     return {
         **facts,
         "plan": asdict(plan),

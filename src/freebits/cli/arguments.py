@@ -179,6 +179,12 @@ def size(text: str) -> int:
     return round(value)
 
 
+def calibration(arguments: Namespace) -> dict[str, Any]:
+    """Return the values of `add_calibration` and `add_device`, as keyword arguments of the Python functions."""
+    names = ("samples", "seq_len", "seed", "device")
+    return {"calibration": text_of(arguments.calibration), **{name: getattr(arguments, name) for name in names}}
+
+
 def parallel(arguments: Namespace, jobs: int | None = None) -> "Parallel":
     """Return the parallel options of a command."""
     from freebits.execution.executor import Parallel

@@ -14,7 +14,7 @@ from freebits.codecs.trellis import transitions
 from freebits.errors import UsageError
 
 GAINS = {0: 1.0, 4: 0.794, 8: 0.778, 16: 0.769, 32: 0.757, 64: 0.750, 128: 0.741, 256: 0.736}
-"""Number of states → mean squared error relative to rounding without a trellis, measured on uniform values."""
+"""Number of states → mean squared error relative to rounding without a trellis. A test measures it within 3 %."""
 
 
 def check_trellis(n_states: int) -> None:

@@ -10,10 +10,10 @@ from freebits.cli.arguments import (
     add_out,
     add_parallel,
     add_sign,
+    calibration,
     command,
     parallel,
     size,
-    text_of,
 )
 from freebits.cli.output import print_facts
 from freebits.cli.progress import progress_bar
@@ -71,11 +71,7 @@ def run(arguments: Namespace) -> int:
         target_size=arguments.target_size,
         blocks=arguments.blocks,
         allocate=arguments.allocate,
-        calibration=text_of(arguments.calibration),
-        samples=arguments.samples,
-        seq_len=arguments.seq_len,
-        seed=arguments.seed,
-        device=arguments.device,
+        **calibration(arguments),
         parallel=parallel(arguments, jobs=1),
         resume=arguments.resume,
         sign_with=arguments.sign,

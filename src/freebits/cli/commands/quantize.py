@@ -13,10 +13,10 @@ from freebits.cli.arguments import (
     add_sign,
     add_trellis,
     add_uncalibrated,
+    calibration,
     command,
     parallel,
     size,
-    text_of,
 )
 from freebits.cli.output import print_facts
 from freebits.cli.progress import progress_bar
@@ -88,11 +88,7 @@ def run(arguments: Namespace) -> int:
         only=arguments.only,
         keep=arguments.keep,
         fallback_bits=arguments.fallback_bits,
-        calibration=text_of(arguments.calibration),
-        samples=arguments.samples,
-        seq_len=arguments.seq_len,
-        seed=arguments.seed,
-        device=arguments.device,
+        **calibration(arguments),
         parallel=parallel(arguments),
         resume=arguments.resume,
         sign_with=arguments.sign,

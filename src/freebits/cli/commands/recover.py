@@ -4,7 +4,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from freebits.cli.arguments import add_calibration, add_device, add_model, add_out, add_sign, command, text_of
+from freebits.cli.arguments import add_calibration, add_device, add_model, add_out, add_sign, calibration, command
 from freebits.cli.output import print_facts
 from freebits.cli.progress import progress_bar
 
@@ -40,12 +40,8 @@ def run(arguments: Namespace) -> int:
         arguments.model,
         arguments.out,
         against=arguments.against,
-        calibration=text_of(arguments.calibration),
-        samples=arguments.samples,
-        seq_len=arguments.seq_len,
+        **calibration(arguments),
         rank=arguments.rank,
-        seed=arguments.seed,
-        device=arguments.device,
         force=arguments.force,
         sign_with=arguments.sign,
         progress=progress_bar(),

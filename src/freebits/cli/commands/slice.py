@@ -10,9 +10,9 @@ from freebits.cli.arguments import (
     add_out,
     add_parallel,
     add_sparsity,
+    calibration,
     command,
     parallel,
-    text_of,
 )
 from freebits.cli.output import print_facts
 from freebits.cli.progress import progress_bar
@@ -61,12 +61,8 @@ def run(arguments: Namespace) -> int:
         arguments.out,
         sparsity=arguments.sparsity,
         untie=arguments.untie,
-        calibration=text_of(arguments.calibration),
-        samples=arguments.samples,
-        seq_len=arguments.seq_len,
-        seed=arguments.seed,
+        **calibration(arguments),
         random_orientation=arguments.random_orientation,
-        device=arguments.device,
         dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
         force=arguments.force,
         parallel=parallel(arguments, jobs=1),
