@@ -1,9 +1,9 @@
 """Measure time and memory of `quantize` on large models with exact shapes and random weights.
 
-    python -m benchmarks.quantize_large SCRATCH [--models "llama-3.2-1b; opt-6.7b; llama-2-7b"] [--blocks N]
+    python -m benchmarks.quantize_large SCRATCH [--models "llama-3.2-1b; opt-6.7b; llama-2-7b"] [--blocks N] [--samples N]
 
 Each model has normally distributed weights in bfloat16 and a tokenizer of 4,096 words. It is quantized to 4 bits and
-calibrated on 32 windows of 256 random words. A child process quantizes and reports its seconds and peak memory without
+calibrated on windows of 256 random words. A child process quantizes and reports its seconds and peak memory without
 mapped files. SCRATCH needs free space for three times the model.
 """
 
@@ -24,10 +24,20 @@ import freebits
 from benchmarks.results import print_table, save_csv
 from benchmarks.scale import CONFIGS, SHARD, cores, n_bytes, run
 from freebits.api.estimate import dense_shapes
+from freebits.api.quantize import SAMPLES
 from freebits.storage.checkpoint import write_json
 from freebits.storage.writer import CheckpointWriter
 
-HEADER = ("model", "blocks", "seconds", "peak memory, GB", "bytes of the model", "bytes of the result", "cores")
+HEADER = (
+    "model",
+    "blocks",
+    "windows",
+    "seconds",
+    "peak memory, GB",
+    "bytes of the model",
+    "bytes of the result",
+    "cores",
+)
 N_WORDS = 4096
 CLASSES = {"llama": "LlamaForCausalLM", "opt": "OPTForCausalLM"}
 
@@ -38,13 +48,14 @@ def main() -> None:
     parser.add_argument("scratch", type=Path)
     parser.add_argument("--models", default="llama-3.2-1b; opt-6.7b; llama-2-7b")
     parser.add_argument("--blocks", type=int, help="blocks of each model (default: all)")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="windows of text (default: %(default)s)")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     scratch: Path = arguments.scratch
     if arguments.child:
         text = (scratch / "text").read_text(encoding="utf-8")
         run(
-            lambda source, out: freebits.quantize(source, out, bits=4, calibration=text),
+            lambda source, out: freebits.quantize(source, out, bits=4, calibration=text, samples=arguments.samples),
             scratch / "dense",
             arguments.child,
         )
@@ -62,11 +73,23 @@ def main() -> None:
             str(scratch),
             "--child",
             str(scratch / "quantized"),
+            "--samples",
+            str(arguments.samples),
         ]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=dict(os.environ)).stdout
         seconds, memory = map(float, output.split())
         sizes = n_bytes(scratch / "dense"), n_bytes(scratch / "quantized")
-        rows.append((model, config["num_hidden_layers"], f"{seconds:.0f}", f"{memory / 1e9:.2f}", *sizes, cores()))
+        rows.append(
+            (
+                model,
+                config["num_hidden_layers"],
+                arguments.samples,
+                f"{seconds:.0f}",
+                f"{memory / 1e9:.2f}",
+                *sizes,
+                cores(),
+            )
+        )
         print(rows[-1], flush=True)
         shutil.rmtree(scratch)
     save_csv("quantize_large", HEADER, rows)
