@@ -1,6 +1,6 @@
 """Measure time and memory of `quantize` on large models with exact shapes and random weights.
 
-    python -m benchmarks.quantize_large SCRATCH [--models "llama-3.2-1b; opt-6.7b; llama-2-7b"] [--blocks N] [--samples N]
+    python -m benchmarks.quantize_large SCRATCH [--models "llama-3.2-1b; opt-6.7b"] [--blocks N] [--samples N]
 
 Each model has normally distributed weights in bfloat16 and a tokenizer of 4,096 words. It is quantized to 4 bits and
 calibrated on windows of 256 random words. A child process quantizes and reports its seconds and peak memory without
