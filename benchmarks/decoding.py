@@ -18,7 +18,7 @@ import torch
 from benchmarks.results import print_table, save_csv
 from freebits.codecs.registry import CODES
 from freebits.execution.executor import Parallel
-from freebits.packed.contents import STEM, Contents, digests_of
+from freebits.packed.contents import STEM, Contents, digested
 from freebits.packed.encoded_piece import Piece
 from freebits.packed.packing import publish
 from freebits.packed.reader import PackedFolder
@@ -52,7 +52,7 @@ def write(directory: Path) -> None:
             message = coded.parts["message"]
             stored = {f"{name}.message": (TensorSpec.of(message), message)}
             piece = Piece(stored, (Recipe("integers", {"message": f"{name}.message"}, makes, coded.params),))
-            contents.write(writer, piece, digests_of(piece))
+            contents.write(writer, *digested(piece))
     source = PackedFolder.__new__(PackedFolder)
     source.path = directory
     publish(directory, source, contents, {"model_type": "none"}, ("integers", "none"), history=[])

@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from freebits.codecs.base import Coded, Params
+from freebits.codecs.base import Check, Coded, Params
 from freebits.codecs.bits import as_tensor, bytes_from, bytes_spec, pack_bits, unpack_bits
 from freebits.codecs.registry import CODES
 from freebits.quantization.error_compensation import compensated_rounding
@@ -23,6 +23,8 @@ class Grid:
     """One matrix, `(integers - zero) * scale`. Each group of a row has its own zero point and scale."""
 
     exact = False
+    check = Check.DIGEST
+    param_names = frozenset({"bits", "group"})
 
     def encode(self, tensors: Sequence[Tensor], makes: Sequence[TensorSpec]) -> Coded:  # noqa: ARG002
         """Encode four tensors: integers, scales of the groups, zero points of the groups, and `(bits, group)`.

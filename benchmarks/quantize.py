@@ -50,24 +50,25 @@ MB = 1_000_000
 ROWS: dict[str, tuple[str, str, Goal]] = {
     # name: (which matrices, rotation, goal)
     "whole, 102 MB": ("all", "none", Goal(size=102 * MB)),
+    "no trellis, 102 MB": ("all", "none", Goal(size=102 * MB, trellis=0)),
+    "no trellis, 90 MB": ("all", "none", Goal(size=90 * MB, trellis=0)),
+    "no trellis, 78 MB": ("all", "none", Goal(size=78 * MB, trellis=0)),
+    "no trellis, 68 MB": ("all", "none", Goal(size=68 * MB, trellis=0)),
+    "no trellis, 60 MB": ("all", "none", Goal(size=60 * MB, trellis=0)),
+    "no trellis, 52 MB": ("all", "none", Goal(size=52 * MB, trellis=0)),
     "whole, 90 MB": ("all", "none", Goal(size=90 * MB)),
     "whole, 78 MB": ("all", "none", Goal(size=78 * MB)),
     "whole, 68 MB": ("all", "none", Goal(size=68 * MB)),
     "whole, 60 MB": ("all", "none", Goal(size=60 * MB)),
     "whole, 52 MB": ("all", "none", Goal(size=52 * MB)),
-    "trellis, 90 MB": ("all", "none", Goal(size=90 * MB, trellis=32)),
-    "trellis, 78 MB": ("all", "none", Goal(size=78 * MB, trellis=32)),
-    "trellis, 68 MB": ("all", "none", Goal(size=68 * MB, trellis=32)),
-    "trellis, 60 MB": ("all", "none", Goal(size=60 * MB, trellis=32)),
-    "trellis, 52 MB": ("all", "none", Goal(size=52 * MB, trellis=32)),
-    "linear, trellis 3.80": ("linear", "none", Goal(bits=3.80, trellis=32)),
-    "linear, trellis 3.05": ("linear", "none", Goal(bits=3.05, trellis=32)),
-    "linear, trellis 2.40": ("linear", "none", Goal(bits=2.40, trellis=32)),
-    "linear, integers 6": ("linear", "none", Goal(bits=6)),
-    "linear, integers 5": ("linear", "none", Goal(bits=5)),
     "linear, integers 3.80": ("linear", "none", Goal(bits=3.80)),
     "linear, integers 3.05": ("linear", "none", Goal(bits=3.05)),
     "linear, integers 2.40": ("linear", "none", Goal(bits=2.40)),
+    "linear, integers 6": ("linear", "none", Goal(bits=6)),
+    "linear, integers 5": ("linear", "none", Goal(bits=5)),
+    "linear, no trellis 3.80": ("linear", "none", Goal(bits=3.80, trellis=0)),
+    "linear, no trellis 3.05": ("linear", "none", Goal(bits=3.05, trellis=0)),
+    "linear, no trellis 2.40": ("linear", "none", Goal(bits=2.40, trellis=0)),
     "linear, gptq 4, rotated": ("linear", "hadamard", Goal(bits=4, method="gptq")),
     "linear, gptq 4": ("linear", "none", Goal(bits=4, method="gptq")),
     "linear, rtn 4": ("linear", "none", Goal(bits=4, method="rtn")),
@@ -143,8 +144,7 @@ def plot() -> None:
     """Plot perplexity against bytes of quantized models and of llama.cpp's files."""
     rows = [(name, int(size), float(ratio)) for name, _, size, _, ratio, _ in saved_rows()]
     figure, axes = plt.subplots(figsize=(7, 4))
-    lines = {"everything in integers": "whole", "linear layers in integers": "linear, integers"}
-    lines["everything, trellis of 32 states"] = "trellis"
+    lines = {"everything": "whole", "linear layers": "linear, integers", "everything, no trellis": "no trellis"}
     for label, start in lines.items():
         points = sorted((size / MB, ratio) for name, size, ratio in rows if name.startswith(start))
         axes.plot(*zip(*points, strict=True), "o-", label=label)

@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # because spinning threads 
 if "PYTEST_XDIST_WORKER" in os.environ:  # test processes and their children use one core each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hypothesis
 import pytest
 import torch
 import transformers
@@ -22,6 +23,8 @@ from freebits.calibration.tokens import embedded_text
 from tests.tiny import Make, random_text, tiny_model, tiny_tokenizer
 
 transformers.logging.disable_progress_bar()
+hypothesis.settings.register_profile("untimed", deadline=None)  # compiling a function takes seconds
+hypothesis.settings.load_profile("untimed")
 
 Build = Callable[[Path], object]
 

@@ -1,21 +1,38 @@
 """The golden files of every format version can be read. Packing writes the layout of the current golden files."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import freebits
+from freebits.codecs.base import Check
+from freebits.codecs.registry import CODES
 from freebits.packed.manifest import FORMAT
 from freebits.packed.reader import PackedFolder
+from freebits.packed.recipe import Recipe
+from freebits.types import TensorSpec
 from tests.golden.make import METHODS, THRESHOLDS
+from tests.golden.vectors import VECTORS
 from tests.tiny import tensors_of
 
 GOLDEN = Path(__file__).parent / "golden"
 MAX_ULPS = 2
+
+
+def vector_name(vector: dict[str, Any]) -> str:
+    """Return the code of a test vector, and the number of states of its trellis."""
+    return f"{vector['recipe']['code']} {vector['recipe'].get('params', {}).get('trellis', '')}"
+
+
+def view(spec: str, data: str) -> torch.Tensor:
+    """Return a tensor from its spec and its bytes in hexadecimal."""
+    return TensorSpec.parse(spec).view(np.frombuffer(bytearray.fromhex(data), np.uint8))
 
 
 @pytest.mark.parametrize("version", range(1, FORMAT + 1))
@@ -62,6 +79,35 @@ def test_packing_writes_the_layout_of_the_golden_file(codec: str, tmp_path: Path
     golden = GOLDEN / f"v{FORMAT}"
     freebits.pack(golden / "sliced", tmp_path / "packed", codec=codec, entropy="none", threshold=THRESHOLDS[codec])
     assert layout(tmp_path / "packed") == layout(golden / codec)
+
+
+@pytest.mark.parametrize("vector", json.loads(VECTORS.read_text(encoding="utf-8")), ids=vector_name)
+def test_a_test_vector_decodes_to_its_tensors(vector: dict[str, Any]) -> None:
+    recipe = Recipe.parse(vector["recipe"])
+    assert recipe.parts() == {part: TensorSpec.parse(spec) for part, (spec, _) in vector["parts"].items()}
+    parts = {part: view(spec, data) for part, (spec, data) in vector["parts"].items()}
+    decoded = CODES[recipe.code].decode(parts, list(recipe.makes.values()), recipe.params)
+    recipe.check(decoded)
+    expected = [view(str(spec), data) for spec, data in zip(recipe.makes.values(), vector["tensors"], strict=True)]
+    if CODES[recipe.code].check is Check.DIGEST:
+        assert all(torch.equal(a, b) for a, b in zip(decoded, expected, strict=True))
+    else:
+        assert all(
+            torch.allclose(a.float(), b.float(), rtol=2e-3, atol=1e-3) for a, b in zip(decoded, expected, strict=True)
+        )
+
+
+def test_every_code_has_a_test_vector_and_no_other_parameter_or_value_passes() -> None:
+    vectors = json.loads(VECTORS.read_text(encoding="utf-8"))
+    assert {vector["recipe"]["code"] for vector in vectors} == {*CODES}
+    for vector in vectors:
+        recipe = Recipe.parse(vector["recipe"])
+        with pytest.raises(ValueError, match="has no parameter 'new'"):
+            replace(recipe, params={**recipe.params, "new": 1}).parts()
+        wrong = [1 + view(str(spec), data) for spec, data in zip(recipe.makes.values(), vector["tensors"], strict=True)]
+        if CODES[recipe.code].check is not Check.NONE:
+            with pytest.raises(ValueError, match=r"digest|sums"):
+                recipe.check(wrong)
 
 
 def test_the_golden_file_contains_corrections_and_signs() -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import freebits
-from freebits.codecs.base import Coded
+from freebits.codecs.base import Check, Coded
 from freebits.codecs.corrections import read_corrections
 from freebits.codecs.registry import CODES
 from freebits.errors import CheckpointError, UsageError
@@ -297,6 +297,8 @@ class Reversed:
     """A code that stores the bytes of a tensor in reverse order."""
 
     exact = True
+    check = Check.DIGEST
+    param_names: frozenset[str] = frozenset()
 
     def encode(self, tensors: Sequence[Tensor], makes: Sequence[TensorSpec]) -> Coded:  # noqa: ARG002
         return Coded({"reversed": torch.from_numpy(bytes_of(tensors[0])[::-1].copy())})

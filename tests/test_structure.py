@@ -9,14 +9,14 @@ import freebits
 
 SOURCE = Path(freebits.__file__).parent
 ORDER = (
-    *("limits", "errors", "options", "version", "types"),
+    *("limits", "errors", "options", "version", "types", "compiled"),
     *("execution", "storage", "codecs", "models", "transforms", "packed", "dequantization"),
     *("integrations", "calibration", "quantization", "evaluation", "api", "cli", "__init__"),
 )
 """Modules and packages; each imports only itself and those before it."""
 WITH_TRANSFORMERS = {"models", "integrations", "calibration", "quantization", "evaluation", "api", "cli"}
 """Packages that are allowed to import transformers."""
-LONG_SIGNATURES = {"compress", "lowrank", "quantize", "recover", "slice_model"}
+LONG_SIGNATURES = {"_pop", "compress", "lowrank", "quantize", "recover", "slice_model"}
 """Functions with so many arguments that they are allowed to be long."""
 
 

@@ -1,8 +1,6 @@
 """Trellis-coded quantization: the trellises, the search for the best path, the code, and `quantize --trellis`."""
 
 import json
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,17 +10,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
 import freebits
+from freebits.codecs import integer_stream
 from freebits.codecs.integers import Integers, exponents
 from freebits.codecs.registry import CODES
-from freebits.codecs.trellis import POLYNOMIALS, half_steps, transitions
+from freebits.codecs.trellis import POLYNOMIALS, transitions
 from freebits.errors import CheckpointError, UsageError
 from freebits.quantization.scales import scaled_integers
 from freebits.quantization.trellis import GAINS, trellis_round
 from freebits.types import TensorSpec
+from tests import plain_integers
+from tests.plain_integers import half_steps
 from tests.tiny import Make, random_text, redigest
 
 OPTIONS: dict[str, Any] = {"calibration": random_text(3000), "samples": 32, "seq_len": 32}
@@ -39,8 +39,7 @@ def test_the_error_is_smaller_by_the_stated_gain(n_states: int) -> None:
     values = trellis_round(targets, n_states)
     error = 12 * (targets - values / 2).square().mean().item()
     assert error == pytest.approx(GAINS[n_states], rel=0.03)
-    states = np.zeros(4, np.uint8)
-    assert (half_steps(symbols_of(values), n_states, states) == values.numpy()).all()
+    assert (half_steps(symbols_of(values), n_states) == values.numpy()).all()
 
 
 @pytest.mark.parametrize("n_states", POLYNOMIALS)
@@ -57,20 +56,28 @@ def test_no_path_is_closer_than_the_one_that_is_found(column: list[float]) -> No
     found = (targets - trellis_round(targets, 4) / 2).square().sum().item()
     near = [[int(np.floor(value)) + offset for offset in (-1, 0, 1)] for value in column]
     paths = np.array(list(product(*near)), np.int32).T
-    values = half_steps(paths, 4, np.zeros(paths.shape[1], np.uint8)) / 2
+    values = half_steps(paths, 4) / 2
     assert found <= np.square(targets.numpy() - values).sum(0).min() + 1e-9
 
 
-@given(
-    arrays.arrays(np.int32, st.tuples(st.integers(0, 40), st.integers(1, 5)), elements=st.integers(-9, 9)),
-    st.integers(0, 40),
-)
-def test_a_path_can_be_followed_in_pieces(symbols: NDArray[np.int32], cut: int) -> None:
-    whole = half_steps(symbols, 8, np.zeros(symbols.shape[1], np.uint8))
-    states = np.zeros(symbols.shape[1], np.uint8)
-    parts = [half_steps(part, 8, states) for part in (symbols[:cut], symbols[cut:])]
-    assert (np.concatenate(parts) == whole).all()
-    assert (whole >> 1 == symbols).all()
+@given(st.integers(0, 40), st.integers(1, 5), st.integers(1, 40), st.sampled_from([4, 32, 256]))
+def test_paths_can_be_decoded_in_pieces_and_by_the_plain_decoder(n: int, m: int, cut: int, n_states: int) -> None:
+    symbols = np.random.default_rng(n).integers(-9, 10, (n, m), dtype=np.int32)
+    values = half_steps(symbols, n_states).astype(np.int32)
+    levels = np.full(n, 7, np.int8), np.full(m, 3, np.int8)
+    bitstream = integer_stream.encode([(values, *levels)], trellis=True)
+    decoder, states = integer_stream.Decoder(bitstream, m, n_states), np.zeros(m, np.uint8)
+    decoded = np.empty((n, m), np.int32)
+    for rows in (slice(0, cut), slice(cut, n)):
+        if len(decoded[rows]):
+            none = np.empty((0, m), np.float32), *np.empty((2, 0), np.float32)
+            decoder.decode(levels[0][rows], levels[1], states, decoded[rows], *none)
+    decoder.finish()
+    assert (decoded == values).all()
+    plain = plain_integers.integers(
+        plain_integers.Lanes(bitstream.tolist()), levels[0].tolist(), levels[1].tolist(), n_states
+    )
+    assert plain == values.tolist()
 
 
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (3, 50), (700, 300)])
@@ -134,24 +141,10 @@ def test_scales_of_a_trellis_are_trained_too(save_tiny: Make, tmp_path: Path) ->
     assert freebits.load(tmp_path / "better")(torch.arange(8)[None]).logits.isfinite().all()
 
 
-def test_loading_needs_no_compiler(save_tiny: Make, tmp_path: Path) -> None:
-    freebits.quantize(save_tiny(), tmp_path / "small", bits=4, trellis=4, **OPTIONS)
-    program = f"import sys; sys.modules['numba'] = None; import freebits; freebits.load({str(tmp_path / 'small')!r})"
-    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
-
-
-@pytest.mark.parametrize("options", [{"trellis": 7}, {"trellis": 8, "method": "pyramid"}, {"trellis": -4}])
+@pytest.mark.parametrize("options", [{"trellis": 7}, {"trellis": -4}])
 def test_a_trellis_that_does_not_exist_is_refused(options: dict[str, Any], save_tiny: Make, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="trellis"):
         freebits.quantize(save_tiny(), tmp_path / "out", **options)
-
-
-def test_without_its_compiler_the_error_says_what_to_install(
-    save_tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("freebits.quantization.trellis.find_spec", lambda _: None)
-    with pytest.raises(UsageError, match=r"freebits\[trellis\]"):
-        freebits.quantize(save_tiny(), tmp_path / "out", trellis=8)
 
 
 @pytest.mark.parametrize("n_states", [6, 4.0, True, "4", [4], None, 10**30])

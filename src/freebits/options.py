@@ -6,6 +6,8 @@ ENTROPIES = ("auto", "none")
 DTYPES = ("float16", "bfloat16", "float32")
 INTEGERS, PYRAMID = "integers", "pyramid"
 METHODS = (INTEGERS, PYRAMID)
+TRELLIS = 32
+"""Default number of states of the trellis of method `integers`."""
 HADAMARD = "hadamard"
 ROTATIONS = ("none", HADAMARD)
 LINEAR, EMBEDDINGS = "linear", "embeddings"

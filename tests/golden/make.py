@@ -45,13 +45,19 @@ def main() -> None:
     save_file(tensors, GOLDEN / "sliced" / "model.safetensors", metadata={"format": "pt"})
     for codec, threshold in THRESHOLDS.items():
         freebits.pack(GOLDEN / "sliced", GOLDEN / codec, codec=codec, entropy="none", threshold=threshold)
-        (GOLDEN / codec / "modeling_freebits.py").unlink()
+        remove_generated(GOLDEN / codec)
         save_file(dict(PackedFolder(GOLDEN / codec).model_tensors()), GOLDEN / f"{codec}.safetensors")
     freebits.pack(
         GOLDEN / "sliced", GOLDEN / "none", codec="none"
     )  # tensors are entropy-coded if that makes them smaller
-    (GOLDEN / "none" / "modeling_freebits.py").unlink()
+    remove_generated(GOLDEN / "none")
     quantize_model()
+
+
+def remove_generated(folder: Path) -> None:
+    """Remove the files that are the same in every packed folder."""
+    for file in ("README.md", "modeling_freebits.py"):
+        (folder / file).unlink()
 
 
 def quantize_model() -> None:
@@ -59,7 +65,7 @@ def quantize_model() -> None:
     for method, options in METHODS.items():
         out = GOLDEN / method
         freebits.quantize(GOLDEN / "sliced", out, method=method, bits=4, samples=2, seq_len=16, **options)
-        (out / "modeling_freebits.py").unlink()
+        remove_generated(out)
         save_file(dict(PackedFolder(out).model_tensors()), GOLDEN / f"{method}.safetensors")
 
 

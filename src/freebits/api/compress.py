@@ -29,7 +29,7 @@ from freebits.execution.progress import Progress, silent
 from freebits.execution.work_store import Work, WorkStore
 from freebits.integrations.gguf_models import write_dense
 from freebits.integrations.packed_models import auto_class, predicts_text
-from freebits.options import LOSSY
+from freebits.options import LOSSY, TRELLIS
 from freebits.packed.encoded_piece import stage
 from freebits.packed.packing import pack_into
 from freebits.packed.reader import PackedFolder, open_folder
@@ -104,7 +104,7 @@ def compress(
     text: str | None = None,
     keep: Sequence[str] = (),
     fallback_bits: float = FALLBACK_BITS,
-    trellis: int = 0,
+    trellis: int = TRELLIS,
     revision: str | None = None,
     device: str = "cpu",
     parallel: Parallel = Parallel(),

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from freebits.errors import CheckpointError
-from freebits.options import BACKENDS, THREADS
+from freebits.options import BACKENDS, THREADS, TRELLIS
 
 if TYPE_CHECKING:
     from freebits.execution.executor import Parallel
@@ -106,9 +106,9 @@ def add_trellis(parser: ArgumentParser) -> None:
         "--trellis",
         metavar="STATES",
         type=int,
-        default=0,
-        help="round along a trellis of 4, 8, 16, …, 256 states: better quality at the same size, more time; "
-        "needs pip install 'freebits[trellis]' (default: none)",
+        default=TRELLIS,
+        help="round along a trellis of 4, 8, 16, …, 256 states: more states give better quality at the same size and "
+        "take more time; 0 for no trellis (default: %(default)s)",
     )
 
 

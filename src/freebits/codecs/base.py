@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -30,12 +31,31 @@ class Coded:
     corrected: int = 0
 
 
+class Check(Enum):
+    """How readers of a packed folder check the tensors that a code decodes."""
+
+    DIGEST = "digest"
+    """All machines decode the same values bit for bit, so the recipe has a digest of them."""
+    SUMS = "sums"
+    """Machines may round a few values differently, so the recipe has sums of the values."""
+    NONE = "none"
+    """The code checks the values itself."""
+
+
 class Code(Protocol):
     """One code. To add a code, write a class with these methods and a line in `freebits.codecs.registry.CODES`."""
 
     @property
     def exact(self) -> bool:
         """Whether the code stores one tensor of any spec bit-exactly, and so can encode the parts of other codes."""
+
+    @property
+    def check(self) -> Check:
+        """How the decoded tensors are checked."""
+
+    @property
+    def param_names(self) -> frozenset[str]:
+        """The names of all parameters."""
 
     def encode(self, tensors: Sequence[Tensor], makes: Sequence[TensorSpec]) -> Coded:
         """Encode tensors. `makes` lists the specs of the tensors that `decode` returns.

@@ -7,15 +7,13 @@ rotated. Decoding computes the rotation from the rotated matrix and restores the
 so a wrong value does not shift later values.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from freebits.codecs.base import Coded, Declined, Params
+from freebits.codecs.base import Check, Coded, Declined, Params
 from freebits.codecs.bits import as_tensor, bytes_from, bytes_spec, pack_bits, unpack_bits
 from freebits.codecs.corrections import apply_corrections, encode_corrections, read_corrections
 from freebits.codecs.rotation_values import (
@@ -26,14 +24,11 @@ from freebits.codecs.rotation_values import (
     values_from_rotation,
     with_signs,
 )
+from freebits.codecs.sums import N_SUMS, are_sums, check_sums, sums
 from freebits.types import CPU, HALF_DTYPES, TensorSpec
 
 THRESHOLD = 0.01
 MESSAGE, MATRIX, SIGNS, CORRECTIONS = "message", "matrix", "signs", "corrections"
-_N_SUMS = 4
-_TOLERANCE = 2.0**-10
-_SUM_ROW = 4096
-"""Number of values in each row that `_sums` forms."""
 _ROWS_AT_ONCE = 8192
 """Rows that are converted to float64 at a time."""
 
@@ -52,6 +47,8 @@ class BitsBack:
     threshold: float = THRESHOLD
     device: torch.device = CPU
     exact = False
+    check = Check.NONE
+    param_names = frozenset({"rank", "corrections", "sums"})
 
     def encode(self, tensors: Sequence[Tensor], makes: Sequence[TensorSpec]) -> Coded:
         """Encode the end of the message as a rotation of the output matrix.
@@ -94,7 +91,7 @@ class BitsBack:
         cost = parts[SIGNS].nbytes + corrections.nbytes
         if cost >= gain:
             raise Declined(f"signs and corrections take {cost} bytes, but the rotation saves only {gain} bytes")
-        params = {"rank": rank, CORRECTIONS: corrections.nbytes, "sums": _sums(apply_corrections(decoded, corrections))}
+        params = {"rank": rank, CORRECTIONS: corrections.nbytes, "sums": sums(apply_corrections(decoded, corrections))}
         n_corrected = len(read_corrections(corrections, dtype)[0])
         return Coded({name: part for name, part in parts.items() if len(part)}, params, n_corrected)
 
@@ -112,7 +109,7 @@ class BitsBack:
         except RuntimeError as error:  # the eigendecomposition did not converge
             raise ValueError(str(error)) from None
         decoded = apply_corrections(decoded, parts.get(CORRECTIONS, torch.empty(0, dtype=torch.uint8)))
-        _check_sums(decoded, params["sums"])
+        check_sums(decoded, params["sums"])
         n_values = n_values_taken(rank)
         message = torch.cat([head, decoded[:n_values]]).split([spec.numel for spec in message_specs])
         W = decoded[n_values:].reshape(-1, rank)
@@ -129,9 +126,8 @@ class BitsBack:
             raise ValueError(f"the tensors of code bits-back must be all {' or all '.join(HALF_DTYPES)}")
         if type(rank) is not int or not (0 < rank <= k and n_values >= n_values_taken(rank)):
             raise ValueError(f"a rotation of size {rank!r} does not fit {output} and a message of {n_values} values")
-        sums = params["sums"]
-        if len(sums) != _N_SUMS or not all(isinstance(value, float) and math.isfinite(value) for value in sums):
-            raise ValueError(f"the sums must be {_N_SUMS} finite floats")
+        if not are_sums(params["sums"]):
+            raise ValueError(f"the sums must be {N_SUMS} finite floats")
         parts = {
             MESSAGE: TensorSpec(output.dtype_name, (n_values - n_values_taken(rank) + rank,)),
             MATRIX: TensorSpec(output.dtype_name, (rank, m)),
@@ -171,31 +167,3 @@ def _finite(values: Tensor, description: str) -> Tensor:
     if not values.isfinite().all():
         raise Declined(f"{description} is not finite or does not fit {values.dtype}")
     return values
-
-
-def _sums(values: Tensor) -> list[float]:
-    """Return four sums of the values, each value multiplied by the sign of its row and the sign of its column.
-
-    The values fill rows of 4096. Decoded values have no digest, because another machine may round a few of them
-    differently. A different rotation, however, changes the sums much more than such rounding does.
-    """
-    n_rows = -(-len(values) // _SUM_ROW)
-    rows = torch.nn.functional.pad(values, (0, n_rows * _SUM_ROW - len(values))).reshape(n_rows, _SUM_ROW)
-    row_sums = torch.cat([block.double() @ _signs(_SUM_ROW) for block in rows.split(_ROWS_AT_ONCE)])
-    sums: list[float] = (_signs(n_rows) * row_sums).sum(0).tolist()
-    return sums
-
-
-def _signs(count: int) -> Tensor:
-    """Return the sign of index n in sum j, (count, 4). It is minus if bit 63 - j of `n · 0x9E3779B97F4A7C15` is 1."""
-    hashed = np.arange(count, dtype=np.uint64)[:, None] * np.uint64(0x9E3779B97F4A7C15)
-    bits = hashed >> (63 - np.arange(_N_SUMS, dtype=np.uint64)) & np.uint64(1)
-    return torch.from_numpy(1 - 2 * bits.astype(np.float64))
-
-
-def _check_sums(values: Tensor, expected: list[float]) -> None:
-    tolerance = _TOLERANCE * torch.linalg.vector_norm(values, dtype=torch.float64).item()
-    if not all(abs(actual - wanted) <= tolerance for actual, wanted in zip(_sums(values), expected, strict=True)):
-        raise ValueError(
-            "the decoded values do not add up to the packed sums, because this machine decodes them differently"
-        )

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from freebits.codecs.base import Coded, Params
+from freebits.codecs.base import Check, Coded, Params
 from freebits.types import TensorSpec, bytes_of
 
 
@@ -17,6 +17,8 @@ class Columns:
     """
 
     exact = False
+    check = Check.DIGEST
+    param_names = frozenset({"fields"})
 
     def encode(self, tensors: Sequence[Tensor], makes: Sequence[TensorSpec]) -> Coded:  # noqa: ARG002
         """Store the fields unchanged as parts."""

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from torch import Tensor
 
-from freebits.codecs.base import Coded, Declined, Params
+from freebits.codecs.base import Check, Coded, Declined, Params
 from freebits.codecs.bits import as_tensor, bytes_from, bytes_spec, zstd
 from freebits.codecs.planes import merge, n_planes, split
 from freebits.types import Bytes, TensorSpec, bytes_of
@@ -35,6 +35,8 @@ class Entropy:
     """Any tensor, stored bit-exactly as entropy-coded bytes."""
 
     exact = True
+    check = Check.DIGEST
+    param_names = frozenset({"bytes"})
 
     def encode(self, tensors: Sequence[Tensor], makes: Sequence[TensorSpec]) -> Coded:
         """Encode one tensor.

@@ -3,17 +3,17 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from freebits.codecs import ans
-from freebits.codecs.base import Coded, Params
-from freebits.codecs.bits import as_tensor, bytes_from, bytes_spec, pack_bits, unpack_bits, zstd
-from freebits.codecs.trellis import POLYNOMIALS, half_steps
+from freebits.codecs import integer_stream
+from freebits.codecs.base import Check, Coded, Params
+from freebits.codecs.bits import as_tensor, bytes_from, bytes_spec, zstd
+from freebits.codecs.normal_tables import LEVELS_PER_OCTAVE
+from freebits.codecs.trellis import POLYNOMIALS
 from freebits.types import FLOATS, TensorSpec
 
 MESSAGE = "message"
@@ -23,18 +23,12 @@ _MAX_EXPONENT = 128 * FINENESS - 1
 """The largest exponent whose scale fits float32."""
 _ROOT = sqrt(sqrt(sqrt(sqrt(2.0))))  # IEEE 754 rounds roots and products in the same way everywhere
 _POWERS = np.array([np.prod([1.0] + [_ROOT] * power) for power in range(FINENESS)])
-_HEADER_SIZE = 4 * 2
+_HEADER_SIZE = 4
 _ZSTD_LEVEL = 19
 _DECODED_AT_ONCE = 1 << 17
 """Number of integers that are converted to floats at a time; they fit the cache of the processor."""
-_PACKED_AT_ONCE = 1 << 20
-"""Number of integers whose lower bits are packed at a time; a multiple of 8, so that the bits fill complete bytes."""
-_MAX_LEVEL = ans.LEVELS[-1] + 18 * ans.LEVELS_PER_OCTAVE
-"""The level of integers whose standard deviation is `2^24`."""
 _MIN_VARIANCE = 1e-3
 _TRELLIS = "trellis"
-_MEAN_SYMBOL = -0.25
-"""Mean of the symbols of a trellis: half of the values are `k + 1/2`, and the mean of all values is 0."""
 
 
 @dataclass(frozen=True)
@@ -71,74 +65,77 @@ class Integers:
     """Matrices, encoded together. Each consists of integers and the exponents of its row scales and column scales.
 
     Each row and each column has a *level* in quarters of an octave. Row level plus column level estimates how large an
-    integer is, and selects the table of `freebits.codecs.ans` for the integer. Integers too large for any table are
-    split: only their upper bits are entropy-coded, because their lower bits are almost random.
+    integer is, and selects its table of probabilities; see `freebits.codecs.integer_stream`.
 
-    Layout of part `message`, little-endian: size of the side data in bytes, number of escaped integers (u32 each); side
-    data (zstd); escaped integers (i32); lower bits; bitstream (u16). The side data has for each matrix the row
-    exponents and column exponents (i16), then the row levels and column levels (i8).
+    Layout of part `message`, little-endian: size of the side data in bytes (u32); side data (zstd); bitstream (u16).
+    The side data has for each matrix the row exponents and column exponents (i16), then the row levels and column
+    levels (i8).
 
-    With a trellis, the integers are values in half steps, and the message has their symbols; see
-    `freebits.codecs.trellis`. The number of states is the parameter `trellis`.
+    With a trellis, the integers are values in half steps; see `freebits.codecs.trellis`. The number of states is the
+    parameter `trellis`.
 
     Args:
         n_states: number of states of the trellis with which `encode` encodes; 0 for no trellis.
     """
 
     exact = False
+    check = Check.DIGEST
+    param_names = frozenset({"bytes", "trellis"})
 
     def __init__(self, n_states: int = 0) -> None:
         self._n_states = n_states
 
     def encode(self, tensors: Sequence[Tensor], makes: Sequence[TensorSpec]) -> Coded:  # noqa: ARG002
         """Encode matrices. `tensors` has the three tensors of a `ScaledIntegers` for each matrix."""
-        matrices = [ScaledIntegers(*tensors[start : start + 3]) for start in range(0, len(tensors), 3)]
-        if self._n_states:
-            matrices = [ScaledIntegers(matrix.integers >> 1, matrix.rows, matrix.columns) for matrix in matrices]
-        levels = [_levels(matrix.integers) for matrix in matrices]
-        ordered = [
-            matrix.integers.numpy()[np.ix_(*map(_order, row_and_column_levels))]
-            for matrix, row_and_column_levels in zip(matrices, levels, strict=True)
-        ]
-        blocks: dict[int, list[NDArray[np.int32]]] = {}
-        for level, index, rows, columns in _blocks(levels):
-            blocks.setdefault(level, []).append(ordered[index][rows, columns].reshape(-1))
-        upper, lower = [], []
-        for level, level_blocks in blocks.items():
-            integers, n_lower = np.concatenate(level_blocks), _n_lower(level)
-            upper.append((level - ans.LEVELS_PER_OCTAVE * n_lower, integers >> n_lower))
-            lower.append(_pack_lower(integers, n_lower))
-        bitstream, escaped = ans.encode(upper, _MEAN_SYMBOL if self._n_states else 0.0)
-        side_data = b"".join(
-            values.tobytes()
-            for matrix, row_and_column_levels in zip(matrices, levels, strict=True)
-            for values in (*(e.numpy().astype("<i2") for e in (matrix.rows, matrix.columns)), *row_and_column_levels)
-        )
-        side_data = zstd.compress(side_data, _ZSTD_LEVEL)
-        header = np.array([len(side_data), len(escaped)], "<u4").tobytes()
-        escaped_bytes, bitstream_bytes = escaped.astype("<i4").tobytes(), bitstream.astype("<u2").tobytes()
-        message = b"".join([header, side_data, escaped_bytes, *lower, bitstream_bytes])
+        streams, side_data = [], []
+        for start in range(0, len(tensors), 3):
+            integers, *exponents = tensors[start : start + 3]
+            levels = _levels(integers / 2 if self._n_states else integers)
+            streams.append((np.ascontiguousarray(integers.numpy()), *levels))
+            side_data += [*(e.numpy().astype("<i2").tobytes() for e in exponents), *(v.tobytes() for v in levels)]
+        compressed = zstd.compress(b"".join(side_data), _ZSTD_LEVEL)
+        bitstream = integer_stream.encode(streams, bool(self._n_states)).astype("<u2").tobytes()
+        message = np.array([len(compressed)], "<u4").tobytes() + compressed + bitstream
         trellis = {_TRELLIS: self._n_states} if self._n_states else {}
         return Coded({MESSAGE: as_tensor(message)}, {"bytes": len(message), **trellis})
 
     def decode(self, parts: Mapping[str, Tensor], makes: Sequence[TensorSpec], params: Params) -> list[Tensor]:
         """Return the matrices as floats."""
-        decoded = []
-        for spec, (ordered, rows, columns, row_exponents, column_exponents) in zip(
-            makes, _read(parts, makes, params), strict=True
-        ):
-            matrix = torch.empty(spec.shape, dtype=spec.dtype)
-            column_scales, row_scales = steps(column_exponents), steps(row_exponents)[:, None]
-            n_states, states = params.get(_TRELLIS, 0), np.zeros(len(columns), np.uint8)
-            n_rows = max(1, _DECODED_AT_ONCE // max(1, spec.shape[1]))
-            for start in range(0, spec.shape[0], n_rows):
-                chunk = slice(start, start + n_rows)
-                integers = ordered.index_select(0, rows[chunk]).index_select(1, columns)
-                if n_states:
-                    integers = torch.from_numpy(half_steps(integers.int().numpy(), n_states, states))
-                matrix[chunk] = integers.float().mul_(column_scales).mul_(row_scales[chunk])
-            decoded.append(matrix)
-        return decoded
+        decoder, all_side_data = _opened(parts, makes, params)
+        matrices = []
+        for spec, side_data in zip(makes, all_side_data, strict=True):
+            matrix, (n, m) = torch.empty(spec.shape, dtype=spec.dtype), spec.shape
+            row_scales, column_scales = (steps(e).numpy() for e in (side_data.rows, side_data.columns))
+            states, one_row = np.zeros(m, np.uint8), np.empty((1, m), np.int32)
+            n_rows = max(1, _DECODED_AT_ONCE // max(1, m))
+            floats = np.empty((n_rows, m), np.float32)
+            for start in range(0, n, n_rows):
+                chunk = slice(start, min(n, start + n_rows))
+                levels, filled = (side_data.row_levels[chunk], side_data.column_levels), floats[: chunk.stop - start]
+                decoder.decode(*levels, states, one_row, filled, row_scales[chunk], column_scales)
+                matrix[chunk] = torch.from_numpy(filled)
+            matrices.append(matrix)
+        decoder.finish()
+        return matrices
+
+    def scaled_integers(
+        self, parts: Mapping[str, Tensor], makes: Sequence[TensorSpec], params: Params
+    ) -> list[ScaledIntegers]:
+        """Return the matrices as integers and exponents.
+
+        Raises:
+            ValueError: the message is damaged.
+        """
+        decoder, all_side_data = _opened(parts, makes, params)
+        matrices = []
+        for spec, side_data in zip(makes, all_side_data, strict=True):
+            integers, m = np.empty(spec.shape, np.int32), spec.shape[1]
+            no_floats, states = np.empty((0, m), np.float32), np.zeros(m, np.uint8)
+            levels, no_scales = (side_data.row_levels, side_data.column_levels), np.empty(0, np.float32)
+            decoder.decode(*levels, states, integers, no_floats, no_scales, no_scales)
+            matrices.append(ScaledIntegers(torch.from_numpy(integers), side_data.rows, side_data.columns))
+        decoder.finish()
+        return matrices
 
     def parts(self, makes: Sequence[TensorSpec], params: Params) -> dict[str, TensorSpec]:
         """Return the spec of the message, which has `params["bytes"]` bytes."""
@@ -150,69 +147,6 @@ class Integers:
             raise ValueError(f"there is no trellis with {n_states!r} states")
         return {MESSAGE: bytes_spec(params["bytes"])}
 
-    def scaled_integers(
-        self, parts: Mapping[str, Tensor], makes: Sequence[TensorSpec], params: Params
-    ) -> Iterator[ScaledIntegers]:
-        """Yield the matrices as integers and exponents.
-
-        Raises:
-            ValueError: the message is damaged.
-        """
-        for ordered, rows, columns, row_exponents, column_exponents in _read(parts, makes, params):
-            integers = ordered[rows][:, columns].int()
-            if n_states := params.get(_TRELLIS, 0):
-                states = np.zeros(len(columns), np.uint8)
-                integers = torch.from_numpy(half_steps(integers.numpy(), n_states, states))
-            yield ScaledIntegers(integers, row_exponents, column_exponents)
-
-
-def _read(
-    parts: Mapping[str, Tensor], makes: Sequence[TensorSpec], params: Params
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
-    """Decode the message, and yield five tensors for each matrix.
-
-    The tensors are the integers with rows and columns sorted by level, the positions of the rows and of the columns
-    among the sorted ones, and the exponents of the rows and of the columns.
-    """
-    message = bytes_from(parts[MESSAGE], params["bytes"])
-    if len(message) < _HEADER_SIZE:
-        raise ValueError("the message is cut off")
-    n_side, n_escaped = (int(n) for n in message[:_HEADER_SIZE].view("<u4"))
-    side_end = _HEADER_SIZE + n_side
-    escaped_end = side_end + 4 * n_escaped
-    if escaped_end > len(message):
-        raise ValueError("the message is cut off")
-    escaped = np.frombuffer(message[side_end:escaped_end].tobytes(), "<i4").astype(np.int32)
-    shapes = [spec.shape for spec in makes]
-    side_data = list(_side_data(message[_HEADER_SIZE:side_end].tobytes(), shapes))
-    blocks = _blocks([levels for _, _, *levels in side_data])
-    lengths: dict[int, int] = {}
-    for level, _, rows, columns in blocks:
-        lengths[level] = lengths.get(level, 0) + (rows.stop - rows.start) * (columns.stop - columns.start)
-    ends = np.cumsum([0, *(-(-n * _n_lower(level) // 8) for level, n in lengths.items())]) + escaped_end
-    lower = {level: message[start:end].tobytes() for level, start, end in zip(lengths, ends, ends[1:], strict=False)}
-    bitstream = message[int(ends[-1]) :].tobytes()
-    if ends[-1] > len(message) or len(bitstream) % 2:
-        raise ValueError("the message is cut off")
-    segments = [(level - ans.LEVELS_PER_OCTAVE * _n_lower(level), n) for level, n in lengths.items()]
-    small = not ends[-1] > ends[0] and (not len(escaped) or -(2**15) <= escaped.min() <= escaped.max() < 2**15)
-    matrices = [np.empty(shape, np.int16 if small else np.int32) for shape in shapes]
-    mean = _MEAN_SYMBOL if params.get(_TRELLIS, 0) else 0.0
-    decoded = ans.decode(np.frombuffer(bitstream, "<u2"), segments, escaped, mean)
-    start, segment_level = 0, None
-    for level, index, rows, columns in blocks:
-        if level != segment_level:
-            segment, segment_level, start = _join(next(decoded), lower[level], _n_lower(level)), level, 0
-        block = matrices[index][rows, columns]
-        block[:] = segment[start : start + block.size].reshape(block.shape)
-        start += block.size
-    for _ in decoded:  # exhaust the decoder, because it checks the escaped integers at its end
-        pass
-    for ordered, (row_exponents, column_exponents, *levels) in zip(matrices, side_data, strict=True):
-        row_positions, column_positions = (torch.from_numpy(np.argsort(_order(axis_levels))) for axis_levels in levels)
-        both_exponents = torch.from_numpy(row_exponents), torch.from_numpy(column_exponents)
-        yield torch.from_numpy(ordered), row_positions, column_positions, *both_exponents
-
 
 def _levels(integers: Tensor) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
     """Return the levels of the rows and of the columns. The level of an integer is row level plus column level."""
@@ -223,64 +157,38 @@ def _levels(integers: Tensor) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
     typical = rows.log().mean().exp()
     # 1/12 is the variance of rounding errors
     variances = (rows / typical, (columns * typical - 1 / 12).clamp_min_(_MIN_VARIANCE))
-    levels = [(variance.log2() * ans.LEVELS_PER_OCTAVE / 2).round().clamp(-64, 63) for variance in variances]
+    levels = [(variance.log2() * LEVELS_PER_OCTAVE / 2).round().clamp(-64, 63) for variance in variances]
     return levels[0].numpy().astype(np.int8), levels[1].numpy().astype(np.int8)
 
 
-def _n_lower(level: int) -> int:
-    """Return the number of lower bits to split off integers of a level, so that the last table fits the upper bits."""
-    return max(0, -(-(level - ans.LEVELS[-1]) // ans.LEVELS_PER_OCTAVE))
+@dataclass(frozen=True)
+class _SideData:
+    """Exponents of the scales (int16) and levels of the rows, (n,), and of the columns, (m,), of a matrix."""
+
+    rows: Tensor
+    columns: Tensor
+    row_levels: NDArray[np.int8]
+    column_levels: NDArray[np.int8]
 
 
-def _pack_lower(integers: NDArray[np.int32], n_bits: int) -> bytes:
-    """Pack the lower bits of the integers."""
-    if not n_bits:
-        return b""
-    starts = range(0, len(integers), _PACKED_AT_ONCE)
-    chunks = [integers[start : start + _PACKED_AT_ONCE].astype(np.int64) for start in starts]
-    return b"".join(pack_bits(chunk & (1 << n_bits) - 1, n_bits) for chunk in chunks)
+def _opened(
+    parts: Mapping[str, Tensor], makes: Sequence[TensorSpec], params: Params
+) -> tuple[integer_stream.Decoder, list[_SideData]]:
+    """Return a decoder of the bitstream, and the side data of each matrix."""
+    message = bytes_from(parts[MESSAGE], params["bytes"])
+    if len(message) < _HEADER_SIZE:
+        raise ValueError("the message is cut off")
+    end = _HEADER_SIZE + int(message[:_HEADER_SIZE].view("<u4")[0])
+    if end > len(message) or (len(message) - end) % 2:
+        raise ValueError("the message is cut off")
+    side_data = list(_side_data(message[_HEADER_SIZE:end].tobytes(), [spec.shape for spec in makes]))
+    bitstream = np.frombuffer(message[end:].tobytes(), "<u2")
+    width = max((spec.shape[1] for spec in makes), default=0)
+    return integer_stream.Decoder(bitstream, width, params.get(_TRELLIS, 0)), side_data
 
 
-def _join(upper: ans.Decoded, lower: bytes, n_bits: int) -> ans.Decoded:
-    """Join upper bits and packed lower bits into integers."""
-    if not n_bits:
-        return upper
-    integers = upper.astype(np.int32) << n_bits
-    for start in range(0, len(integers), _PACKED_AT_ONCE):
-        chunk = integers[start : start + _PACKED_AT_ONCE]
-        chunk |= unpack_bits(lower[start * n_bits // 8 :], len(chunk), n_bits).astype(np.int32)
-    return integers
-
-
-def _order(levels: NDArray[np.int8]) -> NDArray[np.int64]:
-    """Return the indices that sort rows or columns by level."""
-    return np.argsort(levels, kind="stable")
-
-
-def _blocks(levels: Sequence[Sequence[NDArray[np.int8]]]) -> list[tuple[int, int, slice, slice]]:
-    """Return the blocks of the ordered matrices, sorted by level. All integers of a block have the same level.
-
-    A block is a tuple of level, index of the matrix, rows and columns.
-    """
-    blocks = []
-    for index, row_and_column_levels in enumerate(levels):
-        rows, columns = (_runs(axis_levels) for axis_levels in row_and_column_levels)
-        for row_level, row_slice in rows:
-            for column_level, column_slice in columns:
-                level = min(max(row_level + column_level, ans.LEVELS[0]), _MAX_LEVEL)
-                blocks.append((level, index, row_slice, column_slice))
-    return sorted(blocks, key=lambda block: block[:2])
-
-
-def _runs(levels: NDArray[np.int8]) -> list[tuple[int, slice]]:
-    """Return the distinct levels in ascending order, each with its slice of the sorted levels."""
-    values, counts = np.unique(levels, return_counts=True)
-    ends = np.cumsum(counts)
-    return [(int(v), slice(int(end - n), int(end))) for v, n, end in zip(values, counts, ends, strict=True)]
-
-
-def _side_data(data: bytes, shapes: Sequence[tuple[int, ...]]) -> Iterator[tuple[NDArray[Any], ...]]:
-    """Yield the row exponents, column exponents, row levels and column levels of each matrix."""
+def _side_data(data: bytes, shapes: Sequence[tuple[int, ...]]) -> Iterator[_SideData]:
+    """Yield the side data of each matrix."""
     n_bytes = sum(3 * (rows + columns) for rows, columns in shapes)
     decoder = zstd.ZstdDecompressor()
     try:
@@ -297,4 +205,4 @@ def _side_data(data: bytes, shapes: Sequence[tuple[int, ...]]) -> Iterator[tuple
             offset += arrays[-1].nbytes
         if max(arrays[0].max(initial=0), arrays[1].max(initial=0)) > _MAX_EXPONENT:
             raise ValueError(f"an exponent is above {_MAX_EXPONENT}: its scale does not fit float32")
-        yield tuple(arrays)
+        yield _SideData(torch.from_numpy(arrays[0]), torch.from_numpy(arrays[1]), arrays[2], arrays[3])

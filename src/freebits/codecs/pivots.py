@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from freebits.codecs.base import Coded, Declined, Params
+from freebits.codecs.base import Check, Coded, Declined, Params
 from freebits.types import FLOATS, TensorSpec
 
 WORDS, PIVOTS = "words", "pivots"
@@ -20,6 +20,8 @@ class Pivots:
     """
 
     exact = False
+    check = Check.DIGEST
+    param_names = frozenset({"spaces", "dim"})
 
     def __init__(self, spaces: Sequence[tuple[int, int]] = (), dim: int = 0) -> None:
         self.params: Params = {"spaces": [list(space) for space in spaces], "dim": dim}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from freebits.codecs import enumeration
-from freebits.codecs.base import Coded, Params
+from freebits.codecs.base import Check, Coded, Params
 from freebits.codecs.bits import as_tensor, bytes_from, bytes_spec, pack_bits, unpack_bits
 from freebits.types import FLOATS, TensorSpec
 
@@ -21,6 +21,8 @@ class Pyramid:
     """
 
     exact = False
+    check = Check.DIGEST
+    param_names = frozenset({"size", "pulses", "scale_bits"})
 
     def encode(self, tensors: Sequence[Tensor], makes: Sequence[TensorSpec]) -> Coded:  # noqa: ARG002
         """Encode points (n, groups, N), int64; scales (n, groups), uint8; norms (n,) and levels (2^bits,), float16."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, cat
 
-from freebits.codecs.base import Coded, Params
+from freebits.codecs.base import Check, Coded, Params
 from freebits.types import TensorSpec
 
 TRANSPOSED = "transposed"
@@ -14,6 +14,8 @@ class Transposed:
     """One matrix `(n, m)`, stored as `(m, n)`."""
 
     exact = False
+    check = Check.DIGEST
+    param_names: frozenset[str] = frozenset()
 
     def encode(self, tensors: Sequence[Tensor], makes: Sequence[TensorSpec]) -> Coded:  # noqa: ARG002
         """Transpose the matrix."""
@@ -39,6 +41,8 @@ class Joined:
     """
 
     exact = False
+    check = Check.DIGEST
+    param_names = frozenset({"rows"})
 
     def encode(self, tensors: Sequence[Tensor], makes: Sequence[TensorSpec]) -> Coded:  # noqa: ARG002
         """Store the tensors unchanged as parts."""

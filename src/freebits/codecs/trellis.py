@@ -25,25 +25,13 @@ POLYNOMIALS = {
 
 @cache
 def transitions(n_states: int) -> NDArray[np.uint8]:
-    """Return the next state for each state and parity, (n_states, 2). The first state of every column is 0."""
+    """Return the next state for each state and parity, (n_states, 2). The first state of every column is 0.
+
+    Without a trellis (0), there is one state.
+    """
+    if not n_states:
+        return np.zeros((1, 2), np.uint8)
     h0, h1 = POLYNOMIALS[n_states]
     states = np.arange(n_states)
     shifted = states >> 1 ^ (states & 1) * (h0 >> 1)
     return np.stack([shifted, shifted ^ h1 >> 1], 1).astype(np.uint8)
-
-
-def half_steps(integers: NDArray[np.int32], n_states: int, states: NDArray[np.uint8]) -> NDArray[np.int32]:
-    """Return the values in half steps: `2 k`, plus 1 in odd states.
-
-    Args:
-        integers: the symbols `k` of some rows, (n, m), one column for each path.
-        n_states: number of states of the trellis.
-        states: state of each column before the first of the rows, (m,); after the call, the state after the last row.
-    """
-    following = transitions(n_states).reshape(-1)
-    parities = (integers & 1).astype(np.uint16)
-    values = integers << 1
-    for row, parity in zip(values, parities, strict=True):
-        row += states & 1
-        states[:] = following[states * np.uint16(2) + parity]
-    return values

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from freebits.codecs.base import Coded, Params
+from freebits.codecs.base import Check, Coded, Params
 from freebits.types import FLOATS, TensorSpec
 
 WORDS = "words"
@@ -15,6 +15,8 @@ class Lower:
     """A lower trapezoidal matrix `(n, m)`, stored as the values on and below its diagonal, row by row."""
 
     exact = False
+    check = Check.DIGEST
+    param_names: frozenset[str] = frozenset()
 
     def encode(self, tensors: Sequence[Tensor], makes: Sequence[TensorSpec]) -> Coded:  # noqa: ARG002
         """Encode one matrix. Ignore the values above its diagonal."""

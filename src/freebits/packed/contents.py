@@ -1,9 +1,11 @@
 """Collect the data that the manifest records about the written tensors."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from freebits.codecs.base import Check
+from freebits.codecs.registry import CODES
 from freebits.packed.encoded_piece import Piece
 from freebits.packed.manifest import digest
 from freebits.packed.recipe import Recipe
@@ -36,9 +38,25 @@ class Contents:
         self.digests |= digests
 
 
-def digests_of(piece: Piece) -> dict[str, str]:
-    """Return name → digest of each stored tensor of a piece."""
-    return {name: digest(spec, bytes_of(tensor)) for name, (spec, tensor) in piece.stored.items()}
+def digested(piece: Piece) -> tuple[Piece, dict[str, str]]:
+    """Return the piece with a check of what each recipe makes, and name → digest of each stored tensor.
+
+    The tensors are decoded for this, except by codes that check themselves. A recipe that takes tensors of other pieces
+    gets no check.
+    """
+    tensors = {name: spec.view(bytes_of(tensor)) for name, (spec, tensor) in piece.stored.items()}
+    recipes = []
+    for recipe in piece.recipes:
+        code = CODES[recipe.code]
+        if code.check is not Check.NONE and tensors.keys() >= {*recipe.takes.values()}:
+            parts = {part: tensors.pop(name) for part, name in recipe.takes.items()}
+            made = code.decode(parts, list(recipe.makes.values()), recipe.params)
+            tensors |= zip(recipe.makes, made, strict=True)
+            recipes.append(recipe.checked(made))
+        else:
+            recipes.append(recipe)
+    digests = {name: digest(spec, bytes_of(tensor)) for name, (spec, tensor) in piece.stored.items()}
+    return replace(piece, recipes=tuple(recipes)), digests
 
 
 def announced(specs: Mapping[str, TensorSpec]) -> dict[str, tuple[int, ...]]:

@@ -8,7 +8,7 @@ from freebits.codecs.columns import fields_of
 from freebits.codecs.registry import CODES
 from freebits.execution.progress import Progress
 from freebits.execution.work_store import Work
-from freebits.packed.contents import STEM, Contents, announced, digests_of
+from freebits.packed.contents import STEM, Contents, announced, digested
 from freebits.packed.encoded_piece import Piece, encoded, staged
 from freebits.storage.auxiliary_files import stays_inside
 from freebits.storage.checkpoint import Checkpoint, config_name, open_weights, read_json, read_text
@@ -69,4 +69,4 @@ def _piece(
         piece = staged(encoded("columns", CODES["columns"], target, parts, {target: entry.spec}), stage, used_names)
     else:
         piece = staged(Piece({target: (entry.spec, tensor)}), stage, used_names)
-    return piece, digests_of(piece)
+    return digested(piece)

@@ -18,7 +18,7 @@ from freebits.models.architecture import Architecture, Part, Role, Weight
 from freebits.models.families import SLICED_PREFIX
 from freebits.models.layout import Layout
 from freebits.options import CANONICAL, NONE
-from freebits.packed.contents import STEM, Contents, announced, digests_of
+from freebits.packed.contents import STEM, Contents, announced, digested
 from freebits.packed.encoded_piece import Piece, staged
 from freebits.packed.presets import Preset, canonical
 from freebits.storage.checkpoint import Checkpoint, Source, is_adapter
@@ -145,7 +145,7 @@ class _Encoder:
         )
         piece = Piece(notes=notes) + self.preset.encode(self.architecture, part, turn, tensors, specs)
         piece = staged(piece, self.stage)
-        return piece, digests_of(piece)
+        return digested(piece)
 
 
 def _module_name(architecture: Architecture, site: int, specs: Mapping[str, TensorSpec]) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from freebits.codecs.integers import Integers
-from freebits.packed.contents import STEM, Contents, announced, digests_of
+from freebits.packed.contents import STEM, Contents, announced, digested
 from freebits.packed.encoded_piece import Piece, plain, stage, staged
 from freebits.packed.reader import PackedFolder
 from freebits.packed.recipe import Recipe
@@ -34,7 +34,7 @@ def copy_with_changes(
     shard_size = max(file.n_bytes for file in packed.files) if len(packed.files) > 1 else None
     with CheckpointWriter(directory, names, shard_size, STEM) as writer:
         for piece in _pieces(packed, rows, tensors):
-            contents.write(writer, piece, digests_of(piece))
+            contents.write(writer, *digested(piece))
     order = {name: number for number, recipe in enumerate(packed.manifest.recipes) for name in recipe.makes}
     # new recipes come first, because they undo the entropy stage
     contents.recipes.sort(key=lambda recipe: order.get(next(iter(recipe.makes)), -1))

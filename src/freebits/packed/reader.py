@@ -165,6 +165,8 @@ class PackedFolder:
         parts = {part: self._decode(name, cache) for part, name in recipe.takes.items()}
         try:
             tensors = CODES[recipe.code].decode(parts, list(recipe.makes.values()), recipe.params)
+            if self._verify:
+                recipe.check(tensors)
         except (ValueError, KeyError, TypeError, IndexError, RuntimeError, MemoryError) as error:
             raise self._damaged(f"tensor {next(iter(recipe.makes))} cannot be decoded ({error})") from None
         return dict(zip(recipe.makes, tensors, strict=True))

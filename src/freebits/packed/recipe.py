@@ -1,12 +1,18 @@
 """Recipes, which tell readers how to decode the model's tensors from the stored tensors."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+import xxhash
+from torch import Tensor
+
+from freebits.codecs.base import Check
 from freebits.codecs.registry import CODES
+from freebits.codecs.sums import are_sums, check_sums, sums
 from freebits.limits import RECIPE_STEPS, check_expansion
-from freebits.types import TensorSpec
+from freebits.types import TensorSpec, bytes_of
 
 
 @dataclass(frozen=True)
@@ -19,19 +25,24 @@ class Recipe:
             recipe makes it.
         makes: name → spec of each tensor that this step makes, in the order that the code defines.
         params: parameters of the code.
+        digest: digest of the made tensors, if all machines make the same ones; see `Check`.
+        sums: sums of the made tensors, if machines may round a few values differently; see `Check`.
     """
 
     code: str
     takes: Mapping[str, str]
     makes: Mapping[str, TensorSpec]
     params: Mapping[str, Any] = field(default_factory=dict)
+    digest: str | None = None
+    sums: Sequence[float] | None = None
 
     @property
     def facts(self) -> dict[str, Any]:
         """The recipe as JSON. `makes` becomes a list, because JSON objects do not keep the order of their keys."""
         makes = [[name, str(spec)] for name, spec in self.makes.items()]
         facts = {"code": self.code, "takes": dict(self.takes), "makes": makes}
-        return facts | ({"params": dict(self.params)} if self.params else {})
+        optional = {"params": dict(self.params), "digest": self.digest, "sums": self.sums}
+        return facts | {key: value for key, value in optional.items() if value}
 
     @classmethod
     def parse(cls, facts: Mapping[str, Any]) -> "Recipe":
@@ -47,7 +58,10 @@ class Recipe:
             raise ValueError("a name in a recipe is not a text, or its takes or params are not an object")
         if not 0 < len(makes) == len(facts["makes"]):
             raise ValueError("a recipe makes no tensor, or makes a tensor twice")
-        return cls(facts["code"], dict(facts["takes"]), makes, dict(facts.get("params", {})))
+        digest, sums = facts.get("digest"), facts.get("sums")
+        if not (digest is None or isinstance(digest, str)) or not (sums is None or are_sums(sums)):
+            raise ValueError("the digest or the sums of a recipe have another type")
+        return cls(facts["code"], dict(facts["takes"]), makes, dict(facts.get("params", {})), digest, sums)
 
     def parts(self) -> dict[str, TensorSpec]:
         """Return the spec of each part that the recipe takes.
@@ -57,10 +71,41 @@ class Recipe:
         """
         if self.code not in CODES:
             raise ValueError(f"code {self.code!r} is not known")
+        if unknown := self.params.keys() - CODES[self.code].param_names:
+            raise ValueError(f"code {self.code} has no parameter {min(unknown)!r}")
         try:
             return CODES[self.code].parts(list(self.makes.values()), self.params)
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(f"the parameters of a recipe do not fit code {self.code} ({error!r})") from None
+
+    def checked(self, tensors: Sequence[Tensor]) -> "Recipe":
+        """Return the recipe with the digest or the sums of the tensors that it makes."""
+        check = CODES[self.code].check
+        if check is Check.DIGEST:
+            return replace(self, digest=_digest(tensors))
+        return replace(self, sums=sums(_values(tensors))) if check is Check.SUMS else self
+
+    def check(self, tensors: Sequence[Tensor]) -> None:
+        """Compare made tensors with the digest or the sums.
+
+        Raises:
+            ValueError: they differ.
+        """
+        if self.digest is not None and self.digest != _digest(tensors):
+            raise ValueError("the decoded values do not have the digest of the packed ones")
+        if self.sums is not None:
+            check_sums(_values(tensors), self.sums)
+
+
+def _digest(tensors: Sequence[Tensor]) -> str:
+    hasher = xxhash.xxh3_128()
+    for tensor in tensors:
+        hasher.update(bytes_of(tensor).data)
+    return hasher.hexdigest()
+
+
+def _values(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def check_recipes(stored: Mapping[str, TensorSpec], recipes: Iterable[Recipe]) -> dict[str, TensorSpec]:

@@ -16,17 +16,19 @@ from freebits.quantization.error_compensation import compensated_rounding
 SCALE_BITS = 3
 _ROUNDS = 30
 _SIZE = 16
+_INDEX_BITS, _MAX_PULSES = 62, 256  # of the code
 
 
-def group_size(n_columns: int) -> int:
-    """Return the largest power of two, up to 16, that divides the number of columns."""
-    return next(size for size in (_SIZE, 8, 4, 2, 1) if n_columns % size == 0)
+def group_size(n_columns: int, bits: float) -> int:
+    """Return the largest power of two, up to 16, that divides the number of columns and whose points fit in 62 bits."""
+    sizes = (size for size in (_SIZE, 8, 4, 2) if n_columns % size == 0 and bits * size <= _INDEX_BITS + SCALE_BITS)
+    return next(sizes, 1)
 
 
 def max_pulses(size: int, bits: float) -> int:
     """Return the largest number of pulses, at least 1, with which points and scales fit in `bits` bits per weight."""
     pulses = 1
-    while pulses < 128 and enumeration.n_bits(size, pulses + 1) + SCALE_BITS <= min(bits * size, 62 + SCALE_BITS):
+    while pulses < _MAX_PULSES and enumeration.n_bits(size, pulses + 1) + SCALE_BITS <= bits * size:
         pulses += 1
     return pulses
 
@@ -40,7 +42,7 @@ def round_to_pyramids(W: Tensor, U: Tensor, bits: float) -> tuple[Tensor, Tensor
         bits: maximum bits per weight for points and scales together.
     """
     n, m = W.shape
-    size = group_size(m)
+    size = group_size(m, bits)
     pulses = max_pulses(size, bits)
     norms = W.float().norm(dim=1).half()
     levels = _levels(size, m).half()

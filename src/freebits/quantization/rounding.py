@@ -12,8 +12,8 @@ from torch import Tensor
 from freebits.errors import UsageError
 from freebits.execution.executor import Executor
 from freebits.execution.progress import Progress
-from freebits.options import INTEGERS
-from freebits.packed.contents import STEM, Contents, announced, digests_of
+from freebits.options import INTEGERS, PYRAMID, TRELLIS
+from freebits.packed.contents import STEM, Contents, announced, digested
 from freebits.packed.encoded_piece import Piece, plain, staged
 from freebits.packed.recipe import Recipe
 from freebits.quantization.quantizers import QUANTIZERS, Quantizer, with_trellis
@@ -25,9 +25,11 @@ from freebits.storage.safetensors_files import ENTRY
 from freebits.storage.writer import CheckpointWriter
 from freebits.types import TensorSpec
 
-BITS, FALLBACK_BITS, MAX_BITS = 4.0, 6.0, 12
+BITS, FALLBACK_BITS, MAX_BITS, MAX_PYRAMID_BITS = 4.0, 6.0, 12, 6
 _MIN_GROUP = 1 << 22
 """Number of weights at which a group of matrices is complete. The integers of a group are encoded together."""
+_CHECK_BYTES = 100
+"""Bytes of the digest or the sums of a recipe in the manifest."""
 _FIXED_OVERHEAD = 2048
 """Bytes reserved for the history and for all other entries that the manifest and `config.json` contain only once."""
 
@@ -42,7 +44,7 @@ class Goal:
         kl: expected KL divergence in nats per token; replaces `bits`.
         method: rounding method, see `quantize`.
         fallback_bits: average bits per weight of the matrices that are rounded without calibration.
-        trellis: number of states of the trellis of method `integers`; 0 for no trellis.
+        trellis: number of states of the trellis of method `integers`; 0 for no trellis. Other methods ignore it.
     """
 
     bits: float | None = None
@@ -50,7 +52,7 @@ class Goal:
     kl: float | None = None
     method: str = INTEGERS
     fallback_bits: float = FALLBACK_BITS
-    trellis: int = 0
+    trellis: int = TRELLIS
 
     def __post_init__(self) -> None:
         targets = self._targets
@@ -68,16 +70,16 @@ class Goal:
         if not self.quantizer.adaptive and (self.size or self.kl):
             target = "target_size" if self.size else "target_kl"
             raise UsageError(f"method {self.method} cannot aim at `{target}`: give `bits` instead")
+        if self.method == PYRAMID and self.bits_per_weight > MAX_PYRAMID_BITS:
+            raise UsageError(f"`bits` is {self.bits}: give at most {MAX_PYRAMID_BITS} for method {PYRAMID}")
         check_trellis(self.trellis)
-        if self.trellis and self.method != INTEGERS:
-            raise UsageError(f"`trellis` is {self.trellis}, but method {self.method} has no trellis: leave it out")
         if self.quantizer.whole_bits and self.bits_per_weight not in range(2, 9):
             raise UsageError(f"`bits` is {self.bits}: give a whole number from 2 to 8 for method {self.method}")
 
     @property
     def quantizer(self) -> Quantizer:
         """The quantizer of the method."""
-        return with_trellis(self.trellis) if self.trellis else QUANTIZERS[self.method]
+        return with_trellis(self.trellis) if self.method == INTEGERS else QUANTIZERS[self.method]
 
     @property
     def _targets(self) -> dict[str, float]:
@@ -92,7 +94,7 @@ class Goal:
     @property
     def facts(self) -> dict[str, float]:
         """The target and the trellis, in the form in which the history records them."""
-        return (self._targets or {"bits": BITS}) | ({"trellis": self.trellis} if self.trellis else {})
+        return (self._targets or {"bits": BITS}) | ({"trellis": self.trellis} if self.method == INTEGERS else {})
 
 
 def write_rounded(
@@ -135,13 +137,13 @@ def write_rounded(
     done, total = 0, sum(subset.spec(name).n_bytes for subset in caches for name in subset.rate_models)
     with CheckpointWriter(directory, shapes, shards, STEM) as writer:
         for name in not_rounded:
-            piece = staged(plain({name: source[name]}), stage)
-            contents.write(writer, piece, digests_of(piece))
+            contents.write(writer, *digested(staged(plain({name: source[name]}), stage)))
 
         def write(subset: SensitivityCache, group: list[str], piece: Piece) -> None:
             complete = [completes[name] for name in group if name in completes]
             joins = tuple(recipe for tensor in complete for recipe in subset.join_recipes(tensor, tensors[tensor]))
-            contents.write(writer, piece + Piece(recipes=joins), digests_of(piece))
+            checked, digests = digested(piece)
+            contents.write(writer, checked + Piece(recipes=joins), digests)
             nonlocal done
             done += sum(subset.spec(name).n_bytes for name in group)
             progress("quantizing", "byte", done, total)
@@ -241,6 +243,7 @@ def _overhead_bytes(
         makes, later_recipes = cache.recipes(group)
         planned += [Recipe(INTEGERS, {"message": f"{group[0]}.message"}, makes, {"bytes": 10**12}), *later_recipes]
     recipes = sum(len(json.dumps(recipe.facts)) + 1 for recipe in (*contents.recipes, *planned))
+    recipes += _CHECK_BYTES * len(planned)
     digests = sum(len(name) + 40 for name in (*contents.stored, *(f"{group[0]}.message" for group in groups)))
     config = 3 * len(json.dumps(dict(source.config), indent=4))
     return tensors + header + recipes + digests + config + _FIXED_OVERHEAD

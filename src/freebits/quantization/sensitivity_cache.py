@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from freebits.calibration.sensitivities import InputStatistics
-from freebits.codecs.hadamard import rotated
+from freebits.codecs.hadamard import hadamard_params, rotated
 from freebits.codecs.rearranging import TRANSPOSED
 from freebits.errors import CheckpointError
 from freebits.execution.serialization import storable
@@ -191,7 +191,7 @@ class SensitivityCache:
             if self.seed is not None:
                 makes = {rounded_name: spec}
                 rounded_name, spec = f"{rounded_name}.rotated", TensorSpec("F32", spec.shape)
-                recipes.append(Recipe(HADAMARD, {"rotated": rounded_name}, makes, {"seed": self.seed}))
+                recipes.append(Recipe(HADAMARD, {"rotated": rounded_name}, makes, hadamard_params(spec, self.seed)))
             rounded[rounded_name] = spec
         return rounded, tuple(reversed(recipes))
 

@@ -1,9 +1,6 @@
 """Round each column to the path through a trellis that has the least squared error (Viterbi 1967)."""
 
-from collections.abc import Callable
 from functools import cache
-from importlib.util import find_spec
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from freebits.codecs.trellis import transitions
+from freebits.compiled import compiled
 from freebits.errors import UsageError
 
 GAINS = {0: 1.0, 4: 0.794, 8: 0.778, 16: 0.769, 32: 0.757, 64: 0.750, 128: 0.741, 256: 0.736}
@@ -18,11 +16,9 @@ GAINS = {0: 1.0, 4: 0.794, 8: 0.778, 16: 0.769, 32: 0.757, 64: 0.750, 128: 0.741
 
 
 def check_trellis(n_states: int) -> None:
-    """Raise a `UsageError` if there is no trellis with so many states, or if Numba is not installed."""
+    """Raise a `UsageError` if there is no trellis with so many states."""
     if n_states not in GAINS:
         raise UsageError(f"`trellis` is {n_states}: give {', '.join(map(str, GAINS))}")
-    if n_states and find_spec("numba") is None:
-        raise UsageError("`trellis` needs Numba: run pip install 'freebits[trellis]'")
 
 
 def trellis_round(targets: Tensor, n_states: int) -> Tensor:
@@ -37,7 +33,7 @@ def trellis_round(targets: Tensor, n_states: int) -> Tensor:
     """
     columns = np.ascontiguousarray(targets.detach().cpu().numpy().T, dtype=np.float64)
     values = np.empty(columns.shape, np.int32)
-    _compiled()(columns, *_predecessors(n_states), values)
+    _search(columns, *_predecessors(n_states), values)
     return torch.from_numpy(values.T)
 
 
@@ -55,22 +51,14 @@ def _predecessors(n_states: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     return before, parities
 
 
-@cache
-def _compiled() -> Callable[..., Any]:
-    """Compile the search; importing Numba takes a second, so this happens on first use."""
-    from numba import njit
-
-    compiled: Callable[..., Any] = njit(cache=True, nogil=True)(_search)
-    return compiled
-
-
+@compiled
 def _search(
     targets: NDArray[np.float64],
     before: NDArray[np.int64],
     parities: NDArray[np.int64],
     values: NDArray[np.int32],
 ) -> None:
-    """Fill `values`, (m, n), with the paths of least squared error for `targets`, (m, n). Compiled by Numba."""
+    """Fill `values`, (m, n), with the paths of least squared error for `targets`, (m, n)."""
     n_paths, n = targets.shape
     n_states = len(before)
     costs, new_costs = np.empty(n_states), np.empty(n_states)

@@ -1,0 +1,56 @@
+"""Sums that reveal a wrong decoder where machines may round a few values differently, so that no digest fits."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+N_SUMS = 4
+_TOLERANCE = 2.0**-10
+_ROW = 4096
+"""Number of values in each row that `sums` forms."""
+_ROWS_AT_ONCE = 8192
+"""Rows that are converted to float64 at a time."""
+
+
+def sums(values: Tensor) -> list[float]:
+    """Return four sums of the values, (n,), each value multiplied by the sign of its row and the sign of its column.
+
+    The values fill rows of 4096.
+    """
+    n_rows = -(-len(values) // _ROW)
+    rows = torch.nn.functional.pad(values, (0, n_rows * _ROW - len(values))).reshape(n_rows, _ROW)
+    row_sums = torch.cat([block.double() @ _signs(_ROW) for block in rows.split(_ROWS_AT_ONCE)])
+    result: list[float] = (_signs(n_rows) * row_sums).sum(0).tolist()
+    return result
+
+
+def check_sums(values: Tensor, expected: Sequence[float]) -> None:
+    """Check that the values, (n,), have the expected sums.
+
+    Raises:
+        ValueError: a sum differs by more than rounding errors.
+    """
+    tolerance = _TOLERANCE * torch.linalg.vector_norm(values, dtype=torch.float64).item()
+    if not all(abs(actual - wanted) <= tolerance for actual, wanted in zip(sums(values), expected, strict=True)):
+        raise ValueError(
+            "the decoded values do not add up to the packed sums, because this machine decodes them differently"
+        )
+
+
+def are_sums(value: object) -> bool:
+    """Return whether a value from JSON is a list of sums."""
+    return (
+        isinstance(value, list)
+        and len(value) == N_SUMS
+        and all(isinstance(number, float) and math.isfinite(number) for number in value)
+    )
+
+
+def _signs(count: int) -> Tensor:
+    """Return the sign of index n in sum j, (count, 4). It is minus if bit 63 - j of `n · 0x9E3779B97F4A7C15` is 1."""
+    hashed = np.arange(count, dtype=np.uint64)[:, None] * np.uint64(0x9E3779B97F4A7C15)
+    bits = hashed >> (63 - np.arange(N_SUMS, dtype=np.uint64)) & np.uint64(1)
+    return torch.from_numpy(1 - 2 * bits.astype(np.float64))
