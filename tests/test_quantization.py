@@ -24,7 +24,6 @@ from freebits.codecs.integers import Integers, ScaledIntegers, exponents, steps
 from freebits.codecs.registry import CODES
 from freebits.errors import UsageError
 from freebits.evaluation.coarse_activations import round_asymmetric, round_symmetric
-from freebits.integrations.integer_layers import IntegerLinear
 from freebits.quantization.error_compensation import compensated_rounding, inverse_factor
 from freebits.quantization.pyramids import nearest_points, round_to_pyramids
 from freebits.quantization.scales import scaled_integers
@@ -398,19 +397,3 @@ def test_a_model_whose_norms_subtract_the_mean_is_not_rotated(save_tiny: Make, t
     dense = save_tiny(model_type="opt")
     with pytest.raises(freebits.UnsupportedModelError, match=re.escape(str(dense))):
         freebits.rotate_model(dense, tmp_path / "out")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_that_keeps_integers_in_memory_gives_nearly_the_same_logits(
-    dtype: torch.dtype, save_tiny: Make, tmp_path: Path
-) -> None:
-    quantized(save_tiny(attention_bias=True, mlp_bias=True, hidden_size=64), tmp_path / "out", bits=4)
-    tokens = torch.randint(0, 96, (2, 20), generator=torch.Generator().manual_seed(0))
-    model = freebits.load(tmp_path / "out", dtype=dtype, keep_integers=True)
-    layers = [module for module in model.modules() if isinstance(module, IntegerLinear)]
-    assert len(layers) > 15
-    assert {layer.integers.dtype for layer in layers} == {torch.int8}
-    with torch.no_grad():
-        expected = freebits.load(tmp_path / "out", dtype=dtype)(input_ids=tokens).logits
-        actual = model(input_ids=tokens).logits
-    assert (actual - expected).abs().max() < (0.01 if dtype == torch.float32 else 0.3) * expected.abs().max()

@@ -4,26 +4,19 @@ Such text shows the predictions that quantization must preserve, in every domain
 """
 
 import inspect
-import math
 import os
-import time
 from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from freebits.dequantization.source import open_as_floats
 from freebits.errors import CheckpointError, UnsupportedModelError, UsageError, reason_of
-from freebits.execution.machine import physical_memory
+from freebits.execution.machine import is_slow, physical_memory
 from freebits.execution.progress import Progress, silent
 from freebits.integrations.loading import load
 from freebits.types import HALF_DTYPES
-
-_TRIALS = 7
-_MIN_SLOWDOWN = 1.3
-"""Float32 is used if 16-bit floats are slower by more than this factor, which exceeds timing noise."""
 
 
 def self_generated_windows(
@@ -68,20 +61,7 @@ def _fast_dtype(path: str | os.PathLike[str], device: torch.device) -> torch.dty
     float32_bytes = sum(4 * spec.numel for spec in specs)
     if device.type != "cpu" or not halves or 3 * float32_bytes > physical_memory():
         return "auto"
-    half = max(halves, key=str)
-    is_slow = _product_seconds(half) > _MIN_SLOWDOWN * _product_seconds(torch.float32)
-    return torch.float32 if is_slow else "auto"
-
-
-def _product_seconds(dtype: torch.dtype) -> float:
-    """Return the shortest measured time in seconds of a matrix product whose size is usual in text generation."""
-    x, W = torch.ones(32, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-    best = math.inf
-    for _ in range(_TRIALS):
-        start = time.perf_counter()
-        linear(x, W)
-        best = min(best, time.perf_counter() - start)
-    return best
+    return torch.float32 if is_slow(max(halves, key=str)) else "auto"
 
 
 @torch.no_grad()

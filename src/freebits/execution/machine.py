@@ -1,14 +1,20 @@
 """Find the device for linear algebra. Measure and release the memory of this machine."""
 
 import ctypes
+import math
 import os
 import sys
+import time
 from functools import cache
 from typing import Any
 
 import torch
 
 from freebits.errors import UsageError
+
+_TRIALS = 7
+_MIN_SLOWDOWN = 1.3
+"""A dtype is slow if it takes more than this factor of the time of float32; the factor exceeds timing noise."""
 
 
 def device_of(name: str, *, float64: bool = False) -> torch.device:
@@ -31,6 +37,23 @@ def device_of(name: str, *, float64: bool = False) -> torch.device:
     if float64 and device.type == "mps":
         raise UsageError("`device` 'mps' does not support float64, which this computation needs: omit `device`")
     return device
+
+
+@cache
+def is_slow(dtype: torch.dtype) -> bool:
+    """Return whether this processor multiplies matrices of 16-bit floats more slowly than matrices of float32."""
+    return _product_seconds(dtype) > _MIN_SLOWDOWN * _product_seconds(torch.float32)
+
+
+def _product_seconds(dtype: torch.dtype) -> float:
+    """Return the shortest measured time in seconds of a matrix product whose size is usual in text generation."""
+    x, W = torch.ones(32, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+    best = math.inf
+    for _ in range(_TRIALS):
+        start = time.perf_counter()
+        torch.nn.functional.linear(x, W)
+        best = min(best, time.perf_counter() - start)
+    return best
 
 
 @cache

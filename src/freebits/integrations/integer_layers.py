@@ -1,60 +1,223 @@
-"""Linear layers that store their weights as 8-bit integers, and multiply by the integers directly."""
+"""Layers whose weights stay 8-bit integers in memory."""
 
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache, partial
+from itertools import accumulate, pairwise
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from freebits.codecs.integers import Integers, ScaledIntegers, steps
-from freebits.codecs.registry import CODES
-from freebits.packed.reader import PackedFolder
+from freebits.codecs.integers import ScaledIntegers, steps
+from freebits.compiled import compiled
+from freebits.execution.machine import is_slow
 
 _MAX_INTEGER = 127
+_MAX_OUTLIERS = 1 / 64
+"""Largest share of integers that do not fit 8 bits."""
+_MAX_COMPILED_ROWS = 4
+"""Largest number of inputs that are multiplied by the compiled loop, one after another."""
+_EXPANDED_AT_ONCE = 1 << 20
+"""Number of integers that are expanded to floats at a time; they fit the cache of the processor."""
 
 
-class IntegerLinear(nn.Module):
-    """The layer `y = ((x * columns) integersᵀ) * rows + bias`. It takes half the memory of a layer with 16-bit weights.
+class IntegerMatrix(nn.Module):
+    """A matrix `W`, (n, m), of 8-bit integers with scales. Integers that do not fit 8 bits are kept apart.
+
+    The rows form blocks with column scales of their own, because large matrices are quantized in blocks. `fill` fills
+    one block after another.
 
     Args:
-        matrix: weights, (n_out, n_in), as integers that fit 8 bits, with scales.
-        bias: bias, (n_out,); None for a layer without bias.
+        sizes: number of rows of each block.
+        n_columns: `m`.
+        dtype: dtype of the expanded matrix.
     """
 
     integers: Tensor
     rows: Tensor
     columns: Tensor
+    outlier_places: Tensor
+    outlier_values: Tensor
 
-    def __init__(self, matrix: ScaledIntegers, bias: Tensor | None) -> None:
+    def __init__(self, sizes: Sequence[int], n_columns: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.out_features, self.in_features = matrix.integers.shape
-        self.register_buffer("integers", matrix.integers.to(torch.int8).contiguous())
-        self.register_buffer("rows", steps(matrix.rows))
-        self.register_buffer("columns", steps(matrix.columns))
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.dtype = dtype
+        self.starts = [0, *accumulate(sizes)]
+        n = self.starts[-1]
+        self.register_buffer("integers", torch.empty(n, n_columns, dtype=torch.int8))
+        self.register_buffer("rows", torch.empty(n))
+        self.register_buffer("columns", torch.empty(len(sizes), n_columns))
+        self.register_buffer("outlier_places", torch.empty(0, 2, dtype=torch.int64))
+        self.register_buffer("outlier_values", torch.empty(0))
 
+    def fill(self, number: int, block: ScaledIntegers) -> None:
+        """Fill block number `number`."""
+        start, stop = self.starts[number], self.starts[number + 1]
+        clamped = block.integers.clamp(-_MAX_INTEGER, _MAX_INTEGER)
+        self.integers[start:stop], self.rows[start:stop] = clamped, steps(block.rows)
+        self.columns[number] = steps(block.columns)
+        places = (clamped != block.integers).nonzero()
+        rows, columns = places.T
+        excess = (block.integers - clamped)[rows, columns].float()
+        values = excess * self.columns[number][columns] * self.rows[start:stop][rows]
+        self.outlier_places = torch.cat([self.outlier_places, places + torch.tensor([start, 0])])
+        self.outlier_values = torch.cat([self.outlier_values, values])
+
+    @property
+    def fits(self) -> bool:
+        """Whether nearly all integers fit 8 bits."""
+        return len(self.outlier_values) <= _MAX_OUTLIERS * self.integers.numel()
+
+    def floats(self) -> Tensor:
+        """Return the expanded matrix, (n, m)."""
+        blocks = [
+            self.integers[start:stop] * columns * self.rows[start:stop, None]
+            for (start, stop), columns in zip(pairwise(self.starts), self.columns, strict=True)
+        ]
+        matrix = torch.cat(blocks)
+        matrix[*self.outlier_places.T] += self.outlier_values
+        return matrix.to(self.dtype)
+
+    def lookup(self, numbers: Tensor) -> Tensor:
+        """Return rows of the matrix, (…, m), given their numbers, (…)."""
+        block = torch.bucketize(numbers, torch.tensor(self.starts[1:], device=numbers.device), right=True)
+        values = self.integers[numbers] * self.columns[block] * self.rows[numbers][..., None]
+        if len(self.outlier_values):
+            rows, columns = self.outlier_places.T
+            found, outliers = (numbers.flatten()[:, None] == rows).nonzero().T
+            values.flatten(0, -2)[found, columns[outliers]] += self.outlier_values[outliers]
+        return values.to(self.dtype)
+
+    def product(self, x: Tensor) -> Tensor:
+        """Return `x Wᵀ`, (k, n), for `x`, (k, m)."""
+        y = x.new_empty(len(x), len(self.rows), dtype=torch.float32)
+        for (start, stop), columns in zip(pairwise(self.starts), self.columns, strict=True):
+            rows, scaled, out = self.integers[start:stop], x.float() * columns, y[:, start:stop]
+            if len(x) <= _MAX_COMPILED_ROWS and x.device.type == "cpu":
+                _compiled_product(rows, scaled, out)
+            else:
+                scaled = scaled.to(_product_dtype(x))
+                n_rows = max(1, _EXPANDED_AT_ONCE // rows.shape[1])
+                for chunk, part in zip(rows.split(n_rows), out.split(n_rows, 1), strict=True):
+                    part.copy_(scaled @ chunk.to(scaled.dtype).T)
+        y *= self.rows
+        if len(self.outlier_values):
+            rows, columns = self.outlier_places.T
+            y.index_add_(1, rows, x.float()[:, columns] * self.outlier_values)
+        return y.to(x.dtype)
+
+    def transposed_product(self, y: Tensor) -> Tensor:
+        """Return `y W`, (k, m), for `y`, (k, n)."""
+        scaled, x = y.float() * self.rows, y.new_zeros(len(y), self.integers.shape[1], dtype=torch.float32)
+        for (start, stop), columns in zip(pairwise(self.starts), self.columns, strict=True):
+            n_rows = max(1, _EXPANDED_AT_ONCE // self.integers.shape[1])
+            block = torch.zeros_like(x)
+            pairs = zip(self.integers[start:stop].split(n_rows), scaled[:, start:stop].split(n_rows, 1), strict=True)
+            for chunk, part in pairs:
+                block += part @ chunk.float()
+            x += block * columns
+        rows, columns = self.outlier_places.T
+        x.index_add_(1, columns, y.float()[:, rows] * self.outlier_values)
+        return x.to(y.dtype)
+
+
+class _Product(torch.autograd.Function):
+    """The function `x ↦ x Wᵀ`, which is differentiable in `x`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, matrix: IntegerMatrix) -> Tensor:
+        ctx.matrix = matrix
+        return matrix.product(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return ctx.matrix.transposed_product(gradients[0]), None
+
+
+class IntegerLinear(nn.Linear):
+    """The layer `y = x Wᵀ + b`. `weight` is `W`, expanded anew on every use.
+
+    Args:
+        matrix: `W`, (n_out, n_in).
+        bias: `b`, (n_out,); None for a layer without bias.
+    """
+
+    def __init__(self, matrix: IntegerMatrix, bias: nn.Parameter | None) -> None:
+        nn.Module.__init__(self)
+        self.matrix = matrix
+        self.out_features, self.in_features = matrix.integers.shape
+        self.bias = bias  # type: ignore[assignment]
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The expanded matrix, (n_out, n_in)."""
+        return self.matrix.floats()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor) -> Tensor:
         """Map inputs (…, n_in) to outputs (…, n_out)."""
-        scaled = (x * self.columns).to(x.dtype).flatten(0, -2)
-        if x.dtype == torch.bfloat16 and x.device.type == "cpu":
-            y = torch._weight_int8pack_mm(scaled, self.integers, torch.ones_like(self.rows, dtype=x.dtype))
-        else:
-            y = scaled @ self.integers.T.to(x.dtype)
-        y = (y * self.rows).to(x.dtype).unflatten(0, x.shape[:-1])
+        y: Tensor = _Product.apply(x.reshape(-1, self.in_features), self.matrix)  # type: ignore[no-untyped-call]
+        y = y.unflatten(0, x.shape[:-1])
         return y if self.bias is None else y + self.bias
 
 
-def with_integer_layers(model: Any, packed: PackedFolder) -> Any:
-    """Replace a model's linear layers whose integers in the folder fit 8 bits by `IntegerLinear`. Return the model."""
-    for recipe in packed.manifest.recipes:
-        codec = CODES.get(recipe.code)
-        if isinstance(codec, Integers):
-            for name, matrix in zip(recipe.makes, packed.matrices(recipe, codec), strict=True):
-                path = name.removesuffix(".weight")
-                layer = dict(model.named_modules()).get(path)
-                if type(layer) is nn.Linear and layer is not model.get_output_embeddings() and _fits(matrix):
-                    model.set_submodule(path, IntegerLinear(matrix, layer.bias))
-    return model
+class IntegerEmbedding(nn.Embedding):
+    """An embedding. `weight` is its matrix, expanded anew on every use.
+
+    Args:
+        matrix: the matrix, (n, m).
+        padding_idx: number of the row for padding, as in PyTorch.
+    """
+
+    def __init__(self, matrix: IntegerMatrix, padding_idx: int | None) -> None:
+        nn.Module.__init__(self)
+        self.matrix, self.padding_idx = matrix, padding_idx
+        self.num_embeddings, self.embedding_dim = matrix.integers.shape
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The expanded matrix, (n, m)."""
+        return self.matrix.floats()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """Return rows of the matrix, (…, m), given their numbers, (…)."""
+        return self.matrix.lookup(input)
 
 
-def _fits(matrix: ScaledIntegers) -> bool:
-    return bool((matrix.integers.abs() <= _MAX_INTEGER).all())
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which to multiply: that of `x`, or float32 if this processor is slower with that of `x`."""
+    return torch.float32 if x.device.type == "cpu" and is_slow(x.dtype) else x.dtype
+
+
+def _compiled_product(integers: Tensor, x: Tensor, out: Tensor) -> None:
+    """Fill `out`, (k, n), with `x integersᵀ` for few inputs `x`, (k, m), on several threads."""
+    n_threads = torch.get_num_threads()
+    bounds = [len(integers) * number // n_threads for number in range(n_threads + 1)]
+    arrays = integers.numpy(), np.ascontiguousarray(x.detach().numpy()), out.numpy()
+    futures: list[Future[None]] = [
+        _threads(n_threads).submit(_multiply, *arrays, start, stop) for start, stop in pairwise(bounds)
+    ]
+    for future in futures:
+        future.result()
+
+
+@cache
+def _threads(n: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(n, thread_name_prefix="freebits-product")
+
+
+@partial(compiled, any_order=True)
+def _multiply(
+    integers: NDArray[np.int8], x: NDArray[np.float32], out: NDArray[np.float32], start: int, stop: int
+) -> None:
+    """Fill columns `start` to `stop` of `out`."""
+    for row in range(start, stop):
+        for number in range(len(x)):
+            total = np.float32(0)
+            for column in range(integers.shape[1]):
+                total += np.float32(integers[row, column]) * x[number, column]
+            out[number, row] = total

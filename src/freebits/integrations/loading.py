@@ -16,7 +16,6 @@ from transformers import (
 
 from freebits.dequantization.source import open_as_floats
 from freebits.errors import CheckpointError, FreebitsError, reason_of
-from freebits.integrations.integer_layers import with_integer_layers
 from freebits.integrations.packed_models import (
     adopt_generation_settings,
     auto_class,
@@ -50,9 +49,9 @@ def load(
         path: folder of the checkpoint.
         dtype: dtype of the weights in memory; `auto` is the dtype of the checkpoint.
         verify: whether to check the digest of every tensor in a packed folder.
-        keep_integers: whether to keep the linear layers in the blocks of a quantized model as 8-bit integers. After
-            loading, they take half the memory of 16-bit weights. In bfloat16, PyTorch multiplies by the integers
-            directly.
+        keep_integers: whether the linear layers and embeddings of a quantized model stay 8-bit integers in memory,
+            half the bytes of 16-bit floats. They are never expanded as a whole. The logits differ from those of the
+            expanded model by rounding errors only. The weights cannot be trained, but adapters on top of them can.
         keep_pivots: whether low-rank layers in canonical form skip the multiplication by the columns of the identity.
             This saves `rank²` multiplications and weights per layer.
 
@@ -70,7 +69,8 @@ def load(
     with one_line_errors(path, "model"):
         auto = getattr(transformers, auto_class(folder.config) or "AutoModelForCausalLM")
         if isinstance(folder, PackedFolder):
-            loaded: Any = auto.from_pretrained(path, trust_remote_code=False, verify=verify, **options)
+            options |= {"verify": verify, "keep_integers": keep_integers}
+            loaded: Any = auto.from_pretrained(path, trust_remote_code=False, **options)
         elif folder.config.get("model_type") in CONFIG_MAPPING:
             loaded = _from_plain(folder, config_of(folder.config, auto), auto, options)
         else:
@@ -78,8 +78,6 @@ def load(
             loaded = auto.from_pretrained(path, trust_remote_code=False, **options)
     model, loading_info = loaded
     check_complete(model, loading_info["missing_keys"], folder.config, path)
-    if keep_integers and isinstance(folder, PackedFolder):
-        return with_integer_layers(model, folder)
     return use_pivots(model) if keep_pivots else model
 
 

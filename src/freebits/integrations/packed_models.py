@@ -13,7 +13,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from huggingface_hub import snapshot_download
+from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -30,6 +32,7 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 
 from freebits.errors import CheckpointError, UnsupportedModelError, one_line
+from freebits.integrations.integer_models import load_with_integers
 from freebits.packed.reader import PackedFolder
 from freebits.storage.auxiliary_files import REMOTE_CODE
 from freebits.types import DTYPES
@@ -72,7 +75,13 @@ class PackedFactory:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | os.PathLike[str], *args: Any, config: object = None, verify: bool = True, **kwargs: Any
+        cls,
+        path: str | os.PathLike[str],
+        *args: Any,
+        config: object = None,
+        verify: bool = True,
+        keep_integers: bool = False,
+        **kwargs: Any,
     ) -> Any:
         """Return the model in a packed folder. The folder is decoded on several threads while it is read.
 
@@ -81,6 +90,7 @@ class PackedFactory:
             args: positional arguments of the model's `from_pretrained`.
             config: ignored. Auto classes pass it, but the model's own config comes from the folder.
             verify: whether to check the digest of every tensor.
+            keep_integers: whether the matrices of a quantized model stay integers in memory; see `load`.
             kwargs: keyword arguments of the model's `from_pretrained`, such as `dtype` and `device_map`.
 
         Raises:
@@ -100,10 +110,19 @@ class PackedFactory:
                 raise CheckpointError(
                     f"tensor {name} has dtype {spec.dtype_name}: unpack {path}, then load the unpacked model"
                 )
-        state = {name: tensor for name, tensor in packed.model_tensors() if tensor.numel()}
         with_info = options.pop("output_loading_info", False)
         options |= {"auto": cls.auto, "output_loading_info": True}
-        model, loading_info = from_tensors(model_config, state, *args, **options, **dtype_options)
+
+        def from_state(state: Mapping[str, Tensor]) -> Any:
+            return from_tensors(model_config, state, *args, **options, **dtype_options)
+
+        if keep_integers:
+            dtype = dtype_options.get("dtype", dtype_options.get("torch_dtype"))
+            dtype = dtype if isinstance(dtype, torch.dtype) else model_config.dtype
+            model, loading_info = load_with_integers(packed, dtype, from_state)
+        else:
+            state = {name: tensor for name, tensor in packed.model_tensors() if tensor.numel()}
+            model, loading_info = from_state(state)
         check_complete(model, loading_info["missing_keys"], packed.config, path)
         model.name_or_path = model.config.name_or_path = str(path)
         adopt_generation_settings(model, folder)

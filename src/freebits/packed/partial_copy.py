@@ -64,7 +64,7 @@ def _pieces(packed: PackedFolder, rows: Mapping[str, Tensor], tensors: Mapping[s
 def _rescaled(packed: PackedFolder, recipe: Recipe, rows: Mapping[str, Tensor]) -> Piece:
     """Encode the integer matrices that a recipe makes, with new row scales."""
     code, inputs = Integers(recipe.params.get("trellis", 0)), []
-    for name, matrix in zip(recipe.makes, packed.matrices(recipe, code), strict=True):
+    for name, matrix in zip(recipe.makes, packed.matrices(recipe), strict=True):
         exponents = matrix.rows + rows[name] if name in rows else matrix.rows
         inputs += [matrix.integers, exponents, matrix.columns]
     coded = code.encode(inputs, list(recipe.makes.values()))

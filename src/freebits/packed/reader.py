@@ -133,7 +133,11 @@ class PackedFolder:
 
     def model_tensors(self, parallel: Parallel = Parallel()) -> Iterator[tuple[str, Tensor]]:
         """Yield the names and tensors of the model. Tensors of auxiliary weights files are left out."""
-        for tensors in self.decoded(self.model_specs, parallel):
+        return self.tensors(self.model_specs, parallel)
+
+    def tensors(self, names: Iterable[str], parallel: Parallel = Parallel()) -> Iterator[tuple[str, Tensor]]:
+        """Yield names and decoded tensors."""
+        for tensors in self.decoded(names, parallel):
             yield from tensors.items()
 
     @property
@@ -171,11 +175,11 @@ class PackedFolder:
             raise self._damaged(f"tensor {next(iter(recipe.makes))} cannot be decoded ({error})") from None
         return dict(zip(recipe.makes, tensors, strict=True))
 
-    def matrices(self, recipe: Recipe, code: Integers) -> list[ScaledIntegers]:
+    def matrices(self, recipe: Recipe) -> list[ScaledIntegers]:
         """Return the matrices that a recipe of code `integers` makes, as integers with scales."""
         parts = {part: self._decode(name, {}) for part, name in recipe.takes.items()}
         try:
-            return list(code.scaled_integers(parts, list(recipe.makes.values()), recipe.params))
+            return Integers().scaled_integers(parts, list(recipe.makes.values()), recipe.params)
         except (ValueError, KeyError) as error:
             raise self._damaged(f"tensor {next(iter(recipe.makes))} cannot be decoded ({error})") from None
 

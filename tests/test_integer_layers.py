@@ -1,0 +1,176 @@
+"""Models whose matrices stay integers in memory."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import freebits
+from freebits.codecs.integers import ScaledIntegers
+from freebits.errors import UsageError
+from freebits.integrations.integer_layers import IntegerEmbedding, IntegerLinear, IntegerMatrix
+from freebits.packed.reader import PackedFolder
+from tests.model_types import save_tiny_type
+from tests.tiny import Make, random_text
+
+TOKENS = torch.randint(0, 96, (2, 20), generator=torch.Generator().manual_seed(0))
+
+
+def random_blocks(sizes: list[int], m: int, seed: int, n_outliers: int = 0) -> list[ScaledIntegers]:
+    """Return random matrices, (n, m) for each `n` in `sizes`. The first has integers that do not fit 8 bits."""
+    generator = torch.Generator().manual_seed(seed)
+    blocks: list[ScaledIntegers] = []
+    for n in sizes:
+        integers = torch.randint(-127, 128, (n, m), generator=generator, dtype=torch.int32)
+        if not blocks:
+            integers.view(-1)[torch.randint(n * m, (n_outliers,), generator=generator)] = 1000
+        scales = (torch.randint(-80, -20, (size,), generator=generator).short() for size in (n, m))
+        blocks.append(ScaledIntegers(integers, *scales))
+    return blocks
+
+
+def filled(blocks: list[ScaledIntegers]) -> IntegerMatrix:
+    matrix = IntegerMatrix([len(block.rows) for block in blocks], len(blocks[0].columns), torch.float32)
+    for number, block in enumerate(blocks):
+        matrix.fill(number, block)
+    return matrix
+
+
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    st.integers(1, 70),
+    st.integers(1, 9),
+    st.integers(0, 3),
+    st.integers(0, 9),
+)
+def test_products_and_lookups_are_those_of_the_expanded_matrix(
+    sizes: list[int], m: int, k: int, n_outliers: int, seed: int
+) -> None:
+    blocks = random_blocks(sizes, m, seed, n_outliers)
+    matrix = filled(blocks)
+    W = torch.cat([block.floats(torch.float32) for block in blocks])
+    assert torch.allclose(matrix.floats(), W, rtol=1e-6)
+    generator = torch.Generator().manual_seed(seed)
+    x, y = (torch.randn(k, n, generator=generator) for n in (m, len(W)))
+    assert_close(matrix.product(x), x @ W.T)
+    assert_close(matrix.transposed_product(y), y @ W)
+    numbers = torch.randint(len(W), (2, k), generator=generator)
+    assert torch.allclose(matrix.lookup(numbers), W[numbers], rtol=1e-6)
+
+
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    assert torch.allclose(actual, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item() + 1e-12)
+
+
+def test_a_matrix_with_many_large_integers_is_not_accepted() -> None:
+    assert filled(random_blocks([30], 40, 0)).fits
+    assert not filled(random_blocks([30], 40, 0, 100)).fits
+
+
+@pytest.fixture
+def quantized(save_tiny: Make, tmp_path: Path) -> Path:
+    dense = save_tiny(attention_bias=True, mlp_bias=True, hidden_size=64, tie_word_embeddings=True)
+    freebits.quantize(dense, tmp_path / "out", bits=3, calibration=random_text(900), samples=8, seq_len=32)
+    return tmp_path / "out"
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = model(input_ids=TOKENS).logits.float()
+        return result
+
+
+def expanded(model: Any, path: Path) -> Any:
+    """Return the model in `path` in float32, with the unrounded weights of the integer layers of `model`."""
+    result = freebits.load(path, dtype=torch.float32)
+    for name, module in model.named_modules():
+        if isinstance(module, IntegerLinear | IntegerEmbedding):
+            module.matrix.dtype = torch.float32
+            result.get_submodule(name).weight.data = module.weight
+    return result
+
+
+def test_all_matrices_stay_integers(quantized: Path) -> None:
+    model = freebits.load(quantized, keep_integers=True)
+    matrices = {module for module in model.modules() if isinstance(module, IntegerMatrix)}
+    assert {matrix.integers.dtype for matrix in matrices} == {torch.int8}
+    assert all(parameter.dim() == 1 for parameter in model.parameters())
+    assert not [module for module in model.modules() if type(module) in (nn.Linear, nn.Embedding)]
+    assert model.lm_head.matrix is model.model.embed_tokens.matrix
+
+
+def test_the_logits_are_those_of_the_expanded_model(quantized: Path) -> None:
+    model = freebits.load(quantized, dtype=torch.float32, keep_integers=True)
+    exact = logits(expanded(model, quantized))
+    assert_close(logits(model), exact)
+    errors = [
+        (logits(freebits.load(quantized, dtype=torch.bfloat16, keep_integers=kept)) - exact).norm()
+        for kept in (True, False)
+    ]
+    assert errors[0] < 1.2 * errors[1]
+
+
+def test_generation_with_beams_and_batches_gives_the_same_tokens(quantized: Path) -> None:
+    kept = AutoModelForCausalLM.from_pretrained(quantized, keep_integers=True, dtype=torch.float32)
+    options: dict[str, Any] = {"max_new_tokens": 8, "num_beams": 2, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(kept.generate(TOKENS, **options), expanded(kept, quantized).generate(TOKENS, **options))
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of PEFT
+def test_an_adapter_can_be_trained_on_top(quantized: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = freebits.load(quantized, dtype=torch.float32, keep_integers=True)
+    peft = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    optimizer = torch.optim.Adam([p for p in peft.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = peft(input_ids=TOKENS, labels=TOKENS).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.05
+
+
+def test_gradients_are_those_of_the_expanded_layer() -> None:
+    blocks = random_blocks([12, 5], 9, 0, 2)
+    layer = IntegerLinear(filled(blocks), None)
+    expanded = nn.Linear(9, 17, bias=False)
+    expanded.weight.data = layer.weight
+    x = torch.randn(3, 2, 9, generator=torch.Generator().manual_seed(0))
+    gradients: list[Tensor] = []
+    for module in (layer, expanded):
+        inputs = x.clone().requires_grad_()
+        gradients += torch.autograd.grad(module(inputs).square().sum(), inputs)
+    assert_close(*gradients)
+
+
+def test_saving_copies_the_packed_folder_unless_a_parameter_changed(quantized: Path, tmp_path: Path) -> None:
+    model = freebits.load(quantized, keep_integers=True)
+    model.save_pretrained(tmp_path / "saved")
+    PackedFolder(tmp_path / "saved").check()
+    assert (tmp_path / "saved" / "freebits.json").read_bytes() == (quantized / "freebits.json").read_bytes()
+    next(model.parameters()).data += 1
+    with pytest.raises(UsageError, match="changed since loading"):
+        model.save_pretrained(tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_experts_that_transformers_merges_are_expanded(tmp_path: Path) -> None:
+    dense, out = save_tiny_type("mixtral", tmp_path / "dense"), tmp_path / "out"
+    freebits.quantize(dense, out, bits=3, calibration=random_text(900), samples=8, seq_len=32)
+    kept = freebits.load(out, dtype=torch.float32, keep_integers=True)
+    assert_close(logits(kept), logits(expanded(kept, out)))
+    assert [module for module in kept.modules() if isinstance(module, IntegerLinear)]
+
+
+def test_compiled_models_give_the_same_logits(quantized: Path) -> None:
+    model = freebits.load(quantized, dtype=torch.float32, keep_integers=True)
+    assert isinstance(model.get_input_embeddings(), IntegerEmbedding)
+    assert_close(logits(torch.compile(model, backend="eager")), logits(model))
