@@ -67,7 +67,7 @@ def main() -> None:
         for name, used in ((mix, {}), (f"{mix}, {IMPORTANCE}", importances)):
             bits, n_bytes = quantize(model, reference, ggml, mix, used)
             result = compare(reference, model, windows)
-            peers = (at_same_kl(start, float(result["mean_kl"]), n_bytes) for start in ("trellis, ", "whole, "))
+            peers = (at_same_kl(start, float(result["mean_kl"]), n_bytes) for start in ("whole, ", "no trellis, "))
             rows.append(
                 (name, f"{bits:.3f}", str(n_bytes), *result.values(), *(cell for pair in peers for cell in pair))
             )

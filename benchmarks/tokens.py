@@ -1,75 +1,198 @@
-"""Measure speed and memory of the quantized demo model, expanded and with its integers kept. Five minutes.
+"""Measure memory and speed of models that keep their integers in memory. Ten minutes.
 
-    python -m benchmarks.tokens
+    python -m benchmarks.tokens SCRATCH [--model llama-3.2-1b] [--blocks N] [--rounds 3]
 
-Each form runs in a child process in bfloat16. Figures are medians of three interleaved runs. Memory is what loading
-adds to the resident set of the process, without mapped files, which the system can reclaim.
+The model has the exact shapes of a published one. Its weights are random integers of about 4 bits along a trellis,
+because only shapes matter for memory and speed. Each form runs in bfloat16 in a child process of its own. All figures
+are medians of interleaved rounds. Memory is private memory without mapped files: after loading, and at its peak while
+loading and running. `dense` is the same model as an ordinary checkpoint, loaded by transformers.
 """
 
+import argparse
+import json
 import subprocess
 import sys
-import tempfile
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM
 
 import freebits
-from benchmarks.results import print_table, save_csv
-from examples.demo_model import demo_model
+from benchmarks.results import print_table, save_csv, saved_rows
+from benchmarks.scale import CONFIGS, SHARD
+from freebits.api.estimate import dense_shapes
+from freebits.codecs.integers import Integers
+from freebits.codecs.trellis import transitions
+from freebits.packed.contents import STEM, Contents, digested
+from freebits.packed.encoded_piece import Piece, plain
+from freebits.packed.packing import publish
+from freebits.packed.reader import PackedFolder
+from freebits.packed.recipe import Recipe
+from freebits.storage.checkpoint import write_json
+from freebits.storage.writer import CheckpointWriter
+from freebits.types import TensorSpec
 
 FORMS = ("dense", "expanded", "integers kept")
-N_TOKENS = 64
-HEADER = ("model", "tokens per second, one sequence", "tokens per second, prompt of 512", "MB in memory")
-
-
-def measure(form: str, folder: str) -> None:
-    """Print tokens per second of generating, tokens per second of a prompt, and bytes of memory."""
-    before = own_memory()
-    model: Any = freebits.load(folder, dtype=torch.bfloat16, keep_integers=form == FORMS[2]).eval()
-    after = own_memory()
-    prompt = torch.randint(1000, (1, 512), generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        model(prompt)
-        start = time.perf_counter()
-        model(prompt)
-        prompt_seconds = time.perf_counter() - start
-        options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
-        start = time.perf_counter()
-        model.generate(prompt[:, :8], max_new_tokens=N_TOKENS, min_new_tokens=N_TOKENS, **options)
-        generate_seconds = time.perf_counter() - start
-    print(N_TOKENS / generate_seconds, 512 / prompt_seconds, after - before)
-
-
-def own_memory() -> int:
-    """Return the resident bytes of this process without mapped files (Linux)."""
-    [line] = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
-    return 1024 * int(line.split()[1])
+N_TOKENS, PROMPT, BATCH = 16, 512, 8
+N_STATES = 32
+MAX_WEIGHTS = 1 << 24
+"""Weights that are encoded together, as by `quantize`."""
+HEADER = (
+    *("model", "blocks", "form", "seconds to load", "MB after loading", "MB at the peak"),
+    *("tokens per second, one sequence", "tokens per second, batch of 8", "tokens per second, prompt of 512"),
+)
 
 
 def main() -> None:
-    """Measure, print and save."""
-    if len(sys.argv) == 3:
-        measure(*sys.argv[1:])
+    """Write the folders, run each form several times, print and save."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("scratch", type=Path)
+    parser.add_argument("--model", default="llama-3.2-1b")
+    parser.add_argument("--blocks", type=int, help="blocks of the model (default: all)")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--form", choices=FORMS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    quantized, dense = arguments.scratch / "quantized", arguments.scratch / "dense"
+    if arguments.form:
+        print(json.dumps(measure(arguments.form, dense if arguments.form == "dense" else quantized)))
         return
-    with tempfile.TemporaryDirectory() as scratch:
-        quantized = Path(scratch) / "quantized"
-        freebits.quantize(demo_model(), quantized, bits=4)
-        runs: dict[str, list[tuple[float, ...]]] = {form: [] for form in FORMS}
-        for _ in range(3):
-            for form in FORMS:
-                folder = demo_model() if form == FORMS[0] else quantized
-                command = [sys.executable, "-m", "benchmarks.tokens", form, str(folder)]
-                output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-                runs[form].append(tuple(map(float, output.split()[-3:])))
-    rows = []
-    for form, measured in runs.items():
-        generating, reading, memory = (median(values) for values in zip(*measured, strict=True))
-        rows.append((form, f"{generating:.1f}", f"{reading:.0f}", f"{memory / 1e6:.0f}"))
-    print_table(HEADER, rows)
-    save_csv("tokens", HEADER, rows)
+    config = json.loads((CONFIGS / f"{arguments.model}.json").read_text())
+    config |= {"num_hidden_layers": arguments.blocks or config["num_hidden_layers"], "dtype": "bfloat16"}
+    config |= {"architectures": ["LlamaForCausalLM"]}
+    if not dense.exists():
+        write_quantized(quantized, config)
+        freebits.unpack(quantized, dense)
+    runs: dict[str, list[list[float]]] = {form: [] for form in FORMS}
+    for _ in range(arguments.rounds):
+        for form in FORMS:
+            command = [sys.executable, "-m", "benchmarks.tokens", str(arguments.scratch), "--form", form]
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            runs[form].append(json.loads(output.splitlines()[-1]))
+            print(form, runs[form][-1], flush=True)
+    shape = (arguments.model, str(config["num_hidden_layers"]))
+    rows = [
+        (*shape, form, *(f"{median(values):.4g}" for values in zip(*measured, strict=True)))
+        for form, measured in runs.items()
+    ]
+    others = [row for row in saved_rows("tokens") if row[:2] != shape and len(row) == len(HEADER)]
+    save_csv("tokens", HEADER, [*others, *rows])
+    print_table(HEADER, [*others, *rows])
+
+
+def write_quantized(folder: Path, config: dict[str, Any]) -> None:
+    """Write a packed folder with random integers."""
+    folder.mkdir(parents=True)
+    shapes, generator = dense_shapes(config, folder), np.random.default_rng(0)
+    contents = Contents()
+    parts = {name: [name] if len(shape) == 1 else part_names(name, shape) for name, shape in shapes.items()}
+    names = {f"{part}.message" for all_parts in parts.values() for part in all_parts} | shapes.keys()
+    with CheckpointWriter(folder, dict.fromkeys(sorted(names), (1 << 39,)), SHARD, STEM) as writer:
+        for name, shape in shapes.items():
+            if len(shape) == 1:
+                contents.write(writer, *digested(plain({name: torch.ones(shape, dtype=torch.bfloat16)})))
+                continue
+            sizes = [len(rows) for rows in np.array_split(np.arange(shape[0]), len(parts[name]))]
+            for part, size in zip(parts[name], sizes, strict=True):
+                contents.write(writer, *digested(random_piece(part, size, shape[1], generator)))
+            if len(sizes) > 1:
+                takes = {str(number): part for number, part in enumerate(parts[name])}
+                contents.recipes.append(Recipe("joined", takes, {name: TensorSpec("BF16", shape)}, {"rows": sizes}))
+    source = PackedFolder.__new__(PackedFolder)
+    source.path = folder
+    write_json(folder / "config.json", config)
+    publish(folder, source, contents, config, ("integers", "none"), history=[])
+
+
+def part_names(name: str, shape: tuple[int, ...]) -> list[str]:
+    """Return the names of the parts in which a matrix is encoded."""
+    n_parts = -(-shape[0] * shape[1] // MAX_WEIGHTS)
+    return [name] if n_parts == 1 else [f"{name}.rows.{number}" for number in range(n_parts)]
+
+
+def random_piece(name: str, n: int, m: int, generator: np.random.Generator) -> Piece:
+    """Return an encoded matrix of random paths through the trellis, with a standard deviation of 0.02."""
+    values, states, following = np.empty((n, m), np.int32), np.zeros(m, np.uint8), transitions(N_STATES)
+    for row in range(n):
+        targets: NDArray[np.float32] = 4 * generator.standard_normal(m, np.float32)
+        symbols = np.round(targets - 0.5 * (states & 1)).astype(np.int32)
+        values[row], states = 2 * symbols + (states & 1), following[states, symbols & 1]
+    scales = torch.full((n,), -16 * 9, dtype=torch.int16), torch.full((m,), 5, dtype=torch.int16)
+    makes = {name: TensorSpec("BF16", (n, m))}
+    coded = Integers(N_STATES).encode([torch.from_numpy(values), *scales], list(makes.values()))
+    message = coded.parts["message"]
+    stored = {f"{name}.message": (TensorSpec.of(message), message)}
+    return Piece(stored, (Recipe("integers", {"message": f"{name}.message"}, makes, coded.params),))
+
+
+def measure(form: str, folder: Path) -> list[float]:
+    """Return the figures of one form, in the order of `HEADER`."""
+    before, peak = private_memory(), Peak()
+    start = time.perf_counter()
+    if form == "dense":
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    else:
+        model = freebits.load(folder, dtype=torch.bfloat16, keep_integers=form == FORMS[2])
+    model.eval()
+    seconds, after = time.perf_counter() - start, private_memory()
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(1000, (BATCH, PROMPT), generator=generator)
+    with torch.inference_mode():
+        rates = [
+            generation_rate(model, prompts[:1, :8]),
+            generation_rate(model, prompts[:, :8]),
+            PROMPT / duration(lambda: model(prompts[:1], logits_to_keep=1)),
+        ]
+    return [seconds, (after - before) / 1e6, (peak.stop() - before) / 1e6, *rates]
+
+
+def generation_rate(model: Any, prompts: torch.Tensor) -> float:
+    """Return tokens per second, without the time of the prompt."""
+    options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
+
+    def seconds(n: int) -> float:
+        return duration(lambda: model.generate(prompts, max_new_tokens=n, min_new_tokens=n, **options))
+
+    seconds(2)
+    return len(prompts) * N_TOKENS / (seconds(N_TOKENS + 1) - seconds(1))
+
+
+def duration(function: Callable[[], object]) -> float:
+    """Return the seconds of a call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+class Peak:
+    """Watches the private memory of this process until `stop`."""
+
+    def __init__(self) -> None:
+        self._value, self._stopped = private_memory(), threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(0.01):
+            self._value = max(self._value, private_memory())
+
+    def stop(self) -> int:
+        """Return the highest memory in bytes."""
+        self._stopped.set()
+        self._thread.join()
+        return max(self._value, private_memory())
+
+
+def private_memory() -> int:
+    """Return the resident bytes of this process without mapped files (Linux)."""
+    [line] = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return 1024 * int(line.split()[1])
 
 
 if __name__ == "__main__":

@@ -50,6 +50,10 @@ def demo_model() -> Path:
             f"{_INSTALLATION}"
         )
     [gguf] = ggufs
-    with new_directory(target) as directory:
-        write_dense(gguf, directory)
+    try:
+        with new_directory(target) as directory:
+            write_dense(gguf, directory)
+    except CheckpointError:
+        if not target.is_dir():  # else another process has created the folder in the meantime
+            raise
     return target

@@ -19,7 +19,6 @@ MAX_SECONDS, MAX_BYTES = 10.0, 2**30
 HARMLESS = {
     # attacks that freebits does not refuse, because they cause no damage
     "config_with_other_code",
-    "factor_that_is_infinite",
     "positions_by_the_trillion",
     "link_without_end_beside_the_weights",
     "reason_with_escapes_for_the_terminal",

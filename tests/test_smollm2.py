@@ -115,7 +115,7 @@ def _without_corrections(packed: PackedFolder, recipe: Recipe) -> dict[str, Tens
     stored = load_file(packed.path / "packed.safetensors")
     parts = {part: stored[name] for part, name in recipe.takes.items() if part != "corrections"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bitsback, "_check_sums", lambda *_: None)  # the sums are those of the corrected values
+        patch.setattr(bitsback, "check_sums", lambda *_: None)  # the sums are those of the corrected values
         tensors = CODES[recipe.code].decode(parts, list(recipe.makes.values()), recipe.params)
     return dict(zip(recipe.makes, tensors, strict=True))
 

@@ -1,6 +1,7 @@
 """Copy the weights of a packed folder with new row scales of quantized matrices and new values of plain tensors."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -58,7 +59,13 @@ def _pieces(packed: PackedFolder, rows: Mapping[str, Tensor], tensors: Mapping[s
         else:
             stored = {name: (packed.stored[name], packed.stored_tensor(name)) for name in stored_names}
             yield Piece(stored, (recipe,) if recipe else ())
-    yield Piece({}, tuple(recipe for recipe in recipes if not packed.stored.keys() & {*recipe.takes.values()}))
+    changed, later = {*rows}, []
+    for recipe in recipes:
+        if changed & {*recipe.takes.values(), *recipe.makes}:
+            changed |= recipe.makes.keys()
+        if not packed.stored.keys() & {*recipe.takes.values()}:
+            later.append(replace(recipe, digest=None, sums=None) if changed & recipe.makes.keys() else recipe)
+    yield Piece({}, tuple(later))
 
 
 def _rescaled(packed: PackedFolder, recipe: Recipe, rows: Mapping[str, Tensor]) -> Piece:
