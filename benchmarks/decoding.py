@@ -12,6 +12,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -53,8 +55,7 @@ def write(directory: Path) -> None:
             stored = {f"{name}.message": (TensorSpec.of(message), message)}
             piece = Piece(stored, (Recipe("integers", {"message": f"{name}.message"}, makes, coded.params),))
             contents.write(writer, *digested(piece))
-    source = PackedFolder.__new__(PackedFolder)
-    source.path = directory
+    source: Any = SimpleNamespace(path=directory, weight_files=())
     publish(directory, source, contents, {"model_type": "none"}, ("integers", "none"), history=[])
 
 

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,6 @@ from freebits.codecs.trellis import transitions
 from freebits.packed.contents import STEM, Contents, digested
 from freebits.packed.encoded_piece import Piece, plain
 from freebits.packed.packing import publish
-from freebits.packed.reader import PackedFolder
 from freebits.packed.recipe import Recipe
 from freebits.storage.checkpoint import write_json
 from freebits.storage.writer import CheckpointWriter
@@ -104,8 +104,7 @@ def write_quantized(folder: Path, config: dict[str, Any]) -> None:
             if len(sizes) > 1:
                 takes = {str(number): part for number, part in enumerate(parts[name])}
                 contents.recipes.append(Recipe("joined", takes, {name: TensorSpec("BF16", shape)}, {"rows": sizes}))
-    source = PackedFolder.__new__(PackedFolder)
-    source.path = folder
+    source: Any = SimpleNamespace(path=folder, weight_files=())
     write_json(folder / "config.json", config)
     publish(folder, source, contents, config, ("integers", "none"), history=[])
 

@@ -18,8 +18,8 @@ from freebits.execution.machine import is_slow
 _MAX_INTEGER = 127
 _MAX_OUTLIERS = 1 / 64
 """Largest share of integers that do not fit 8 bits."""
-_MAX_COMPILED_ROWS = 4
-"""Largest number of inputs that are multiplied by the compiled loop, one after another."""
+_MAX_COMPILED_INPUTS = 16
+"""Largest number of inputs for which the compiled loop is faster than expanding the integers."""
 _EXPANDED_AT_ONCE = 1 << 20
 """Number of integers that are expanded to floats at a time; they fit the cache of the processor."""
 
@@ -56,15 +56,18 @@ class IntegerMatrix(nn.Module):
     def fill(self, number: int, block: ScaledIntegers) -> None:
         """Fill block number `number`."""
         start, stop = self.starts[number], self.starts[number + 1]
-        clamped = block.integers.clamp(-_MAX_INTEGER, _MAX_INTEGER)
-        self.integers[start:stop], self.rows[start:stop] = clamped, steps(block.rows)
-        self.columns[number] = steps(block.columns)
-        places = (clamped != block.integers).nonzero()
-        rows, columns = places.T
-        excess = (block.integers - clamped)[rows, columns].float()
-        values = excess * self.columns[number][columns] * self.rows[start:stop][rows]
-        self.outlier_places = torch.cat([self.outlier_places, places + torch.tensor([start, 0])])
-        self.outlier_values = torch.cat([self.outlier_values, values])
+        self.rows[start:stop], self.columns[number] = steps(block.rows), steps(block.columns)
+        places, values = [self.outlier_places], [self.outlier_values]
+        n_rows = max(1, _EXPANDED_AT_ONCE // self.integers.shape[1])
+        for first, integers in zip(range(start, stop, n_rows), block.integers.split(n_rows), strict=True):
+            clamped = integers.clamp(-_MAX_INTEGER, _MAX_INTEGER)
+            self.integers[first : first + len(integers)] = clamped
+            place = (clamped != integers).nonzero()
+            excess = (integers - clamped)[*place.T].float()
+            place += torch.tensor([first, 0])
+            places.append(place)
+            values.append(excess * self.columns[number][place[:, 1]] * self.rows[place[:, 0]])
+        self.outlier_places, self.outlier_values = torch.cat(places), torch.cat(values)
 
     @property
     def fits(self) -> bool:
@@ -96,7 +99,7 @@ class IntegerMatrix(nn.Module):
         y = x.new_empty(len(x), len(self.rows), dtype=torch.float32)
         for (start, stop), columns in zip(pairwise(self.starts), self.columns, strict=True):
             rows, scaled, out = self.integers[start:stop], x.float() * columns, y[:, start:stop]
-            if len(x) <= _MAX_COMPILED_ROWS and x.device.type == "cpu":
+            if len(x) <= _MAX_COMPILED_INPUTS and x.device.type == "cpu":
                 _compiled_product(rows, scaled, out)
             else:
                 scaled = scaled.to(_product_dtype(x))
@@ -159,7 +162,12 @@ class IntegerLinear(nn.Linear):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor) -> Tensor:
         """Map inputs (…, n_in) to outputs (…, n_out)."""
-        y: Tensor = _Product.apply(x.reshape(-1, self.in_features), self.matrix)  # type: ignore[no-untyped-call]
+        inputs, needs_gradient = x.reshape(-1, self.in_features), torch.is_grad_enabled() and x.requires_grad
+        y: Tensor = (
+            _Product.apply(inputs, self.matrix)  # type: ignore[no-untyped-call]
+            if needs_gradient
+            else self.matrix.product(inputs)
+        )
         y = y.unflatten(0, x.shape[:-1])
         return y if self.bias is None else y + self.bias
 
@@ -214,10 +222,35 @@ def _threads(n: int) -> ThreadPoolExecutor:
 def _multiply(
     integers: NDArray[np.int8], x: NDArray[np.float32], out: NDArray[np.float32], start: int, stop: int
 ) -> None:
-    """Fill columns `start` to `stop` of `out`."""
+    """Fill columns `start` to `stop` of `out`.
+
+    Each loop computes four sums, which share the conversion of a weight or the reading of an input.
+    """
+    n_inputs, n_columns = x.shape
+    n_fours = n_inputs // 4 * 4
     for row in range(start, stop):
-        for number in range(len(x)):
-            total = np.float32(0)
-            for column in range(integers.shape[1]):
-                total += np.float32(integers[row, column]) * x[number, column]
-            out[number, row] = total
+        weights = integers[row]
+        for i in range(0, n_fours, 4):
+            x0, x1, x2, x3 = x[i], x[i + 1], x[i + 2], x[i + 3]
+            total0 = total1 = total2 = total3 = np.float32(0)
+            for column in range(n_columns):
+                weight = np.float32(weights[column])
+                total0 += weight * x0[column]
+                total1 += weight * x1[column]
+                total2 += weight * x2[column]
+                total3 += weight * x3[column]
+            out[i, row], out[i + 1, row], out[i + 2, row], out[i + 3, row] = total0, total1, total2, total3
+    last = stop - 1
+    for i in range(n_fours, n_inputs):
+        inputs = x[i]
+        for row in range(start, stop, 4):
+            rows = row, min(row + 1, last), min(row + 2, last), min(row + 3, last)
+            w0, w1, w2, w3 = integers[rows[0]], integers[rows[1]], integers[rows[2]], integers[rows[3]]
+            total0 = total1 = total2 = total3 = np.float32(0)
+            for column in range(n_columns):
+                value = inputs[column]
+                total0 += np.float32(w0[column]) * value
+                total1 += np.float32(w1[column]) * value
+                total2 += np.float32(w2[column]) * value
+                total3 += np.float32(w3[column]) * value
+            out[i, rows[0]], out[i, rows[1]], out[i, rows[2]], out[i, rows[3]] = total0, total1, total2, total3

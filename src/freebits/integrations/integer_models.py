@@ -16,6 +16,7 @@ from freebits.codecs.rearranging import Joined
 from freebits.codecs.registry import CODES
 from freebits.errors import UsageError
 from freebits.execution.executor import Parallel
+from freebits.execution.machine import release_freed_memory
 from freebits.integrations.integer_layers import IntegerEmbedding, IntegerLinear, IntegerMatrix
 from freebits.packed.reader import PackedFolder
 from freebits.storage.staging import new_directory
@@ -61,6 +62,7 @@ def load_with_integers(packed: PackedFolder, dtype: torch.dtype | None, load: Lo
                 module.weight.data = matrix.floats()
         n_kept += kept
     _log.info("freebits: %d of %d matrices of integers are kept", n_kept, len(_integer_tensors(packed)))
+    release_freed_memory()
     fingerprints = _fingerprints(model)
     model.save_pretrained = partial(_save, model, packed.path, fingerprints)
     return model, information
