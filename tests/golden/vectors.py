@@ -43,7 +43,7 @@ def _scales(n: int) -> Tensor:
 def _integers(n_states: int) -> tuple[Code, list[Tensor], list[str]]:
     """Two matrices with rows and columns of several levels, escapes, and integers with raw bits."""
     targets = _normal(24, 9) * 2 ** (4 * torch.rand(24, 1, generator=_generator, dtype=torch.float64))
-    targets[3, 4], targets[:, 8] = 1e6, targets[:, 8] * 3000
+    targets[3, 4], targets[5, 1], targets[:, 8] = 1e6, -2e6, targets[:, 8] * 2.0**23
     integers = trellis_round(targets, n_states) if n_states else targets.round().int()
     small = trellis_round(_normal(5, 12), n_states) if n_states else _normal(5, 12).round().int()
     tensors = [integers, _scales(24), _scales(9), small, _scales(5), _scales(12)]
@@ -53,12 +53,17 @@ def _integers(n_states: int) -> tuple[Code, list[Tensor], list[str]]:
 def _entries() -> Iterator[tuple[str, Code, list[Tensor], list[str]]]:
     """Yield the name of a code, an encoder, what it encodes, and the specs that decoding makes."""
     triangle = _normal(4, 4).half().tril()
+    yield "lower", Lower(), [_normal(5, 3).float().tril()], ["F32[5, 3]"]
     yield "lower", Lower(), [triangle], ["F16[4, 4]"]
     yield "symmetric", Symmetric(), [triangle + triangle.tril(-1).T], ["F16[4, 4]"]
     W = torch.linalg.qr(_normal(24, 8)).Q * torch.linspace(0.2, 2, 8, dtype=torch.float64)
     yield "bits-back", BitsBack(0.0005), [_normal(9, 8).half() / 8, W.T], ["F16[9, 8]", "F16[8, 24]"]
+    message = [_normal(40, 16).bfloat16() / 8, _normal(3).bfloat16()]
+    tall = torch.linalg.qr(_normal(64, 16)).Q * torch.linspace(0.2, 2, 16, dtype=torch.float64)
+    yield "bits-back", BitsBack(0.004), [*message, tall.T], ["BF16[40, 16]", "BF16[3]", "BF16[16, 64]"]
     yield "entropy", Entropy(), [(_normal(64, 40) / 64).bfloat16()], ["BF16[64, 40]"]
     yield "pivots", Pivots([(1, 2)], 1), [_with_pivots().T.contiguous()], ["F32[5, 4]"]
+    yield "pivots", Pivots([(0, 1), (2, 2)]), [_with_two_spaces()], ["F32[5, 6]"]
     yield "joined", Joined(), [_normal(6, 5).half()[:2], _normal(6, 5).half()[:4]], ["F16[3, 2, 5]"]
     yield "transposed", Transposed(), [_normal(3, 5).half()], ["F16[3, 5]"]
     yield "columns", Columns(), _two_columns(), ["U8[4, 5]"]
@@ -70,6 +75,12 @@ def _entries() -> Iterator[tuple[str, Code, list[Tensor], list[str]]]:
 def _with_pivots() -> Tensor:
     matrix = _normal(4, 5).float()
     matrix[1:3, [0, 3]] = torch.eye(2)
+    return matrix
+
+
+def _with_two_spaces() -> Tensor:
+    matrix = _normal(5, 6).float()
+    matrix[0, 3], matrix[2:4, [1, 5]] = 1, torch.eye(2)
     return matrix
 
 
@@ -95,7 +106,7 @@ def main() -> None:
         specs = [TensorSpec.parse(text) for text in texts]
         entries.append(_entry(name, encoder.encode(tensors, specs), specs))
     pyramid_parts = round_to_pyramids(_normal(4, 32).float(), torch.eye(32, dtype=torch.float64), 3.5)
-    specs = [TensorSpec("F16", (4, 32))]
+    specs = [TensorSpec("F32", (4, 32))]
     entries.append(_entry("pyramid", CODES["pyramid"].encode(pyramid_parts, specs), specs))
     VECTORS.write_text("[\n" + ",\n".join(map(json.dumps, entries)) + "\n]\n", encoding="utf-8")
 
