@@ -88,6 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--only", default="", help="parts of the names of rows to measure")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="windows of text; not the default: another table")
     parser.add_argument("--scratch", type=Path, help="folder in which to keep the quantized models")
     arguments = parser.parse_args()
     names = [name for name in ROWS if any(part in name for part in arguments.only.split(";"))]
@@ -100,7 +101,10 @@ def main() -> None:
         windows = token_windows(dense, text, 1024, WINDOWS)
         executor = stack.enter_context(Parallel().executor())
         rotations = {ROWS[name][1] for name in names}
-        caches, source = calibrated(dense, Work(executor, WorkStore(scratch / "store")), rotations)
+        store, table = WorkStore(scratch / f"store-{arguments.samples}"), "quantize"
+        if arguments.samples != SAMPLES:
+            table = f"quantize_{arguments.samples}_windows"
+        caches, source = calibrated(dense, Work(executor, store), rotations, arguments.samples)
         reference = load(dense, dtype=torch.float32).eval()
         for name in names:
             which, rotation, goal = ROWS[name]
@@ -128,21 +132,20 @@ def main() -> None:
             result = compare(reference, load(out, dtype=torch.float32).eval(), windows)
             row = {"row": name, "bits": f"{8 * n_bytes / n_weights:.3f}", "bytes": bytes_on_disk(folder), **result}
             print(row, flush=True)
-            rows = {saved[0]: saved for saved in saved_rows()} | {name: tuple(map(str, row.values()))}
-            save_csv("quantize", HEADER, [rows[label] for label in ROWS if label in rows])
-            plot()
+            rows = {saved[0]: saved for saved in saved_rows(table)} | {name: tuple(map(str, row.values()))}
+            save_csv(table, HEADER, [rows[label] for label in ROWS if label in rows])
+    plot()
 
 
-def saved_rows() -> list[tuple[str, ...]]:
-    """Return the rows measured before."""
-    if not RESULTS.exists():
-        return []
-    return [tuple(row) for row in csv.reader(RESULTS.open(newline="")) if row[0] in ROWS]
+def saved_rows(table: str) -> list[tuple[str, ...]]:
+    """Return the rows of a table measured before."""
+    path = RESULTS.with_stem(table)
+    return [tuple(row) for row in csv.reader(path.open(newline="")) if row[0] in ROWS] if path.exists() else []
 
 
 def plot() -> None:
     """Plot perplexity against bytes of quantized models and of llama.cpp's files."""
-    rows = [(name, int(size), float(ratio)) for name, _, size, _, ratio, _ in saved_rows()]
+    rows = [(name, int(size), float(ratio)) for name, _, size, _, ratio, _ in saved_rows("quantize")]
     figure, axes = plt.subplots(figsize=(7, 4))
     lines = {"everything": "whole", "linear layers": "linear, integers", "everything, no trellis": "no trellis"}
     for label, start in lines.items():
@@ -179,10 +182,12 @@ def peers() -> list[tuple[str, int, float]]:
     ]
 
 
-def calibrated(dense: Path, work: Work, rotations: set[str]) -> tuple[dict[str, SensitivityCache], Checkpoint]:
+def calibrated(
+    dense: Path, work: Work, rotations: set[str], samples: int
+) -> tuple[dict[str, SensitivityCache], Checkpoint]:
     """Calibrate on self-generated data; return a sensitivity cache for each rotation, and the source."""
     source = Checkpoint(dense)
-    tokens = self_generated_windows(dense, SAMPLES, WINDOW, 0, torch.device("cpu"))
+    tokens = self_generated_windows(dense, samples, WINDOW, 0, torch.device("cpu"))
     caches = {}
     for name in rotations:
         rotation, running = (0 if name == "hadamard" else None), RunningModel(dense, torch.device("cpu"))

@@ -115,6 +115,14 @@ def test_the_logits_are_those_of_the_expanded_model(quantized: Path) -> None:
     assert errors[0] < 1.2 * errors[1]
 
 
+def test_a_model_that_stays_packed_gives_the_same_logits_and_holds_no_integers(quantized: Path) -> None:
+    kept = freebits.load(quantized, dtype=torch.float32, keep_integers=True)
+    packed = freebits.load(quantized, dtype=torch.float32, stay_packed=True)
+    for _ in range(2):
+        assert torch.equal(logits(packed), logits(kept))
+        assert not any(module.integers.numel() for module in packed.modules() if isinstance(module, IntegerMatrix))
+
+
 def test_generation_with_beams_and_batches_gives_the_same_tokens(quantized: Path) -> None:
     kept = AutoModelForCausalLM.from_pretrained(quantized, keep_integers=True, dtype=torch.float32)
     options: dict[str, Any] = {"max_new_tokens": 8, "num_beams": 2, "do_sample": False, "pad_token_id": 0}

@@ -47,6 +47,7 @@ class IntegerMatrix(nn.Module):
         self.dtype = dtype
         self.starts = [0, *accumulate(sizes)]
         n = self.starts[-1]
+        self.shape = n, n_columns
         self.register_buffer("integers", torch.empty(n, n_columns, dtype=torch.int8))
         self.register_buffer("rows", torch.empty(n))
         self.register_buffer("columns", torch.empty(len(sizes), n_columns))
@@ -68,6 +69,16 @@ class IntegerMatrix(nn.Module):
             places.append(place)
             values.append(excess * self.columns[number][place[:, 1]] * self.rows[place[:, 0]])
         self.outlier_places, self.outlier_values = torch.cat(places), torch.cat(values)
+
+    def adopt(self, other: "IntegerMatrix") -> None:
+        """Take the integers and scales of another matrix."""
+        for name, tensor in other.named_buffers():
+            setattr(self, name, tensor)
+
+    def release(self) -> None:
+        """Release the memory of the integers and scales."""
+        for name, tensor in self.named_buffers():
+            setattr(self, name, tensor.new_empty(0))
 
     @property
     def fits(self) -> bool:
@@ -151,7 +162,7 @@ class IntegerLinear(nn.Linear):
     def __init__(self, matrix: IntegerMatrix, bias: nn.Parameter | None) -> None:
         nn.Module.__init__(self)
         self.matrix = matrix
-        self.out_features, self.in_features = matrix.integers.shape
+        self.out_features, self.in_features = matrix.shape
         self.bias = bias  # type: ignore[assignment]
 
     @property
@@ -183,7 +194,7 @@ class IntegerEmbedding(nn.Embedding):
     def __init__(self, matrix: IntegerMatrix, padding_idx: int | None) -> None:
         nn.Module.__init__(self)
         self.matrix, self.padding_idx = matrix, padding_idx
-        self.num_embeddings, self.embedding_dim = matrix.integers.shape
+        self.num_embeddings, self.embedding_dim = matrix.shape
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]

@@ -3,7 +3,8 @@
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,52 @@ _log = logging.getLogger(__name__)
 Load = Callable[[Mapping[str, Tensor]], tuple[Any, dict[str, Any]]]
 
 
-def load_with_integers(packed: PackedFolder, dtype: torch.dtype | None, load: Load) -> tuple[Any, dict[str, Any]]:
+class _Matrices:
+    """The matrices of integers in a packed folder.
+
+    Args:
+        packed: the folder.
+        dtypes: name of each matrix → its dtype in the model.
+    """
+
+    def __init__(self, packed: PackedFolder, dtypes: Mapping[str, torch.dtype]) -> None:
+        recipes = packed.manifest.recipes
+        self._packed, self._dtypes = packed, dtypes
+        self._sizes = {part: spec.shape[0] for recipe in recipes for part, spec in recipe.makes.items()}
+        self._parts = {name: [name] for name in dtypes}
+        for recipe in recipes:
+            if isinstance(CODES[recipe.code], Joined):
+                parts = [recipe.takes[str(number)] for number in range(len(recipe.takes))]
+                self._parts |= {name: parts for name in recipe.makes if name in dtypes}
+        self._recipes = {part: recipe for recipe in recipes if recipe.code == "integers" for part in recipe.makes}
+
+    def empty(self, name: str) -> IntegerMatrix:
+        """Return a matrix that is not filled."""
+        sizes = [self._sizes[part] for part in self._parts[name]]
+        return IntegerMatrix(sizes, self._packed.specs[name].shape[1], self._dtypes[name])
+
+    def filled(self, names: Iterable[str]) -> Iterator[tuple[str, IntegerMatrix]]:
+        """Yield the name and the integers of each matrix. Several groups are decoded in parallel."""
+        places = {part: (name, number) for name in names for number, part in enumerate(self._parts[name])}
+        missing = Counter(name for name, _ in places.values())
+        recipes = [*{id(recipe): recipe for recipe in (self._recipes[part] for part in places)}.values()]
+        matrices: dict[str, IntegerMatrix] = {}
+        with Parallel().executor() as executor:
+            for recipe, decoded in zip(recipes, executor.map(self._packed.matrices, recipes), strict=True):
+                for part, block in zip(recipe.makes, decoded, strict=True):
+                    if part in places:
+                        name, number = places[part]
+                        if name not in matrices:
+                            matrices[name] = self.empty(name)
+                        matrices[name].fill(number, block)
+                        missing[name] -= 1
+                        if not missing[name]:
+                            yield name, matrices.pop(name)
+
+
+def load_with_integers(
+    packed: PackedFolder, dtype: torch.dtype | None, load: Load, *, late: bool
+) -> tuple[Any, dict[str, Any]]:
     """Load a model, and put integers in the place of its linear layers and embeddings.
 
     transformers gets a tensor of one repeated value, which takes no memory, for each matrix of integers. A matrix that
@@ -36,6 +82,7 @@ def load_with_integers(packed: PackedFolder, dtype: torch.dtype | None, load: Lo
         packed: the folder.
         dtype: dtype of the model; None for the dtype of each tensor.
         load: function from the model's tensors to the model and transformers' loading information.
+        late: whether the integers of a block are decoded each time a forward pass enters it, and dropped afterwards.
 
     Returns:
         What `load` returned.
@@ -47,25 +94,61 @@ def load_with_integers(packed: PackedFolder, dtype: torch.dtype | None, load: Lo
         placeholders = {name: _placeholder(packed, name, dtype) for name in candidates}
         model, information = load(rest | placeholders)
         places = _places(model, placeholders)
-        lost = candidates - places.keys()
+        lost = {name for name in candidates if not all(map(_is_supported, places.get(name, [None])))}
         if not lost:
             break
         candidates -= lost
         rest |= packed.tensors(lost)
-    n_kept = 0
-    for name, matrix in _matrices(packed, candidates, {name: placeholders[name].dtype for name in candidates}):
-        kept = matrix.fits and all(map(_is_supported, places[name]))
-        for module in places[name]:
-            if kept:
-                _replace(model, module, matrix)
+    _log.info("freebits: %d of %d matrices of integers are kept", len(candidates), len(_integer_tensors(packed)))
+    matrices = _Matrices(packed, {name: placeholder.dtype for name, placeholder in placeholders.items()})
+    if late:
+        _decode_late(model, matrices, places)
+    else:
+        for name, matrix in matrices.filled(candidates):
+            if matrix.fits:
+                _replace(model, places[name], matrix)
             else:
-                module.weight.data = matrix.floats()
-        n_kept += kept
-    _log.info("freebits: %d of %d matrices of integers are kept", n_kept, len(_integer_tensors(packed)))
+                for module in places[name]:
+                    module.weight.data = matrix.floats()
     release_freed_memory()
-    fingerprints = _fingerprints(model)
-    model.save_pretrained = partial(_save, model, packed.path, fingerprints)
+    model.save_pretrained = partial(_save, model, packed.path, _fingerprints(model))
     return model, information
+
+
+def _decode_late(model: Any, matrices: _Matrices, places: Mapping[str, list[Any]]) -> None:
+    """Register hooks that decode the matrices of a block before its forward pass, and release them afterwards."""
+    placed = {name: matrices.empty(name) for name in places}
+    for name, matrix in placed.items():
+        matrix.release()
+        _replace(model, places[name], matrix)
+    name_of = {matrix: name for name, matrix in placed.items()}
+    blocks: dict[nn.Module, set[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, IntegerMatrix):
+            blocks.setdefault(_block_of(model, path), set()).add(name_of[module])
+
+    def decode(names: Iterable[str], *_: object) -> None:
+        for name, matrix in matrices.filled(names):
+            placed[name].adopt(matrix)
+
+    def release(names: Iterable[str], *_: object) -> None:
+        for name in names:
+            placed[name].release()
+
+    for block, names in blocks.items():
+        block.register_forward_pre_hook(partial(decode, sorted(names)))
+        block.register_forward_hook(partial(release, names), always_call=True)
+
+
+def _block_of(model: Any, path: str) -> nn.Module:
+    """Return the outermost element of a list of modules that contains a matrix, or else the layer of the matrix."""
+    parts = path.split(".")
+    for end in range(1, len(parts)):
+        if isinstance(model.get_submodule(".".join(parts[:end])), nn.ModuleList):
+            block: nn.Module = model.get_submodule(".".join(parts[: end + 1]))
+            return block
+    layer: nn.Module = model.get_submodule(".".join(parts[:-1]))
+    return layer
 
 
 def _integer_tensors(packed: PackedFolder) -> set[str]:
@@ -78,37 +161,6 @@ def _integer_tensors(packed: PackedFolder) -> set[str]:
         for name in recipe.makes
     }
     return {name for name in (parts | joined) & packed.model_specs.keys() if len(packed.model_specs[name].shape) == 2}
-
-
-def _matrices(
-    packed: PackedFolder, names: set[str], dtypes: Mapping[str, torch.dtype]
-) -> Iterator[tuple[str, IntegerMatrix]]:
-    """Yield the name and the integers of each matrix. Several groups are decoded in parallel."""
-    recipes = packed.manifest.recipes
-    parts = {name: [name] for name in names}
-    parts |= {
-        name: [recipe.takes[str(number)] for number in range(len(recipe.takes))]
-        for recipe in recipes
-        if isinstance(CODES[recipe.code], Joined)
-        for name in names & recipe.makes.keys()
-    }
-    sizes = {part: spec.shape[0] for recipe in recipes for part, spec in recipe.makes.items()}
-    places = {part: (name, number) for name, all_parts in parts.items() for number, part in enumerate(all_parts)}
-    groups = [recipe for recipe in recipes if recipe.code == "integers" and places.keys() & recipe.makes.keys()]
-    matrices: dict[str, IntegerMatrix] = {}
-    n_missing = {name: len(all_parts) for name, all_parts in parts.items()}
-    with Parallel().executor() as executor:
-        for recipe, decoded in zip(groups, executor.map(packed.matrices, groups), strict=True):
-            for part, block in zip(recipe.makes, decoded, strict=True):
-                if part in places:
-                    name, number = places[part]
-                    if name not in matrices:
-                        block_sizes = [sizes[other] for other in parts[name]]
-                        matrices[name] = IntegerMatrix(block_sizes, packed.specs[name].shape[1], dtypes[name])
-                    matrices[name].fill(number, block)
-                    n_missing[name] -= 1
-                    if not n_missing[name]:
-                        yield name, matrices.pop(name)
 
 
 def _placeholder(packed: PackedFolder, name: str, dtype: torch.dtype | None) -> Tensor:
@@ -129,19 +181,21 @@ def _places(model: Any, placeholders: Mapping[str, Tensor]) -> dict[str, list[An
     return places
 
 
-def _is_supported(module: nn.Module) -> bool:
+def _is_supported(module: nn.Module | None) -> bool:
     return type(module) in (nn.Linear, nn.Embedding)
 
 
-def _replace(model: Any, module: Any, matrix: IntegerMatrix) -> None:
-    names = [name for name, other in model.named_modules() if other is module]
-    new = (
-        IntegerLinear(matrix, module.bias)
-        if isinstance(module, nn.Linear)
-        else IntegerEmbedding(matrix, module.padding_idx)
-    )
-    for name in names:
-        model.set_submodule(name, new)
+def _replace(model: Any, modules: Iterable[Any], matrix: IntegerMatrix) -> None:
+    """Replace modules that share a weight by layers of integers."""
+    for module in modules:
+        names = [name for name, other in model.named_modules(remove_duplicate=False) if other is module]
+        new = (
+            IntegerLinear(matrix, module.bias)
+            if isinstance(module, nn.Linear)
+            else IntegerEmbedding(matrix, module.padding_idx)
+        )
+        for name in names:
+            model.set_submodule(name, new)
 
 
 def _fingerprints(model: Any) -> dict[str, str]:

@@ -41,6 +41,7 @@ def load(
     dtype: torch.dtype | str = "auto",
     verify: bool = True,
     keep_integers: bool = False,
+    stay_packed: bool = False,
     keep_pivots: bool = False,
 ) -> Any:
     """Load the model in a dense, sliced or packed folder. A packed folder is decoded while it is read.
@@ -52,6 +53,9 @@ def load(
         keep_integers: whether the linear layers and embeddings of a quantized model stay 8-bit integers in memory,
             half the bytes of 16-bit floats. They are never expanded as a whole. The logits differ from those of the
             expanded model by rounding errors only. The weights cannot be trained, but adapters on top of them can.
+        stay_packed: whether the matrices of a quantized model stay in the files. Each forward pass decodes a block when
+            it enters the block, and drops it afterwards. Memory holds one block, and the text is read slowly: this is
+            for scoring texts and for long prompts, not for generating.
         keep_pivots: whether low-rank layers in canonical form skip the multiplication by the columns of the identity.
             This saves `rank²` multiplications and weights per layer.
 
@@ -69,7 +73,7 @@ def load(
     with one_line_errors(path, "model"):
         auto = getattr(transformers, auto_class(folder.config) or "AutoModelForCausalLM")
         if isinstance(folder, PackedFolder):
-            options |= {"verify": verify, "keep_integers": keep_integers}
+            options |= {"verify": verify, "keep_integers": keep_integers, "stay_packed": stay_packed}
             loaded: Any = auto.from_pretrained(path, trust_remote_code=False, **options)
         elif folder.config.get("model_type") in CONFIG_MAPPING:
             loaded = _from_plain(folder, config_of(folder.config, auto), auto, options)

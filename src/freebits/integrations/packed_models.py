@@ -81,6 +81,7 @@ class PackedFactory:
         config: object = None,
         verify: bool = True,
         keep_integers: bool = False,
+        stay_packed: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Return the model in a packed folder. The folder is decoded on several threads while it is read.
@@ -91,6 +92,7 @@ class PackedFactory:
             config: ignored. Auto classes pass it, but the model's own config comes from the folder.
             verify: whether to check the digest of every tensor.
             keep_integers: whether the matrices of a quantized model stay integers in memory; see `load`.
+            stay_packed: whether they stay in the files, and are decoded block by block in each forward pass.
             kwargs: keyword arguments of the model's `from_pretrained`, such as `dtype` and `device_map`.
 
         Raises:
@@ -116,10 +118,10 @@ class PackedFactory:
         def from_state(state: Mapping[str, Tensor]) -> Any:
             return from_tensors(model_config, state, *args, **options, **dtype_options)
 
-        if keep_integers:
+        if keep_integers or stay_packed:
             dtype = dtype_options.get("dtype", dtype_options.get("torch_dtype"))
             dtype = dtype if isinstance(dtype, torch.dtype) else model_config.dtype
-            model, loading_info = load_with_integers(packed, dtype, from_state)
+            model, loading_info = load_with_integers(packed, dtype, from_state, late=stay_packed)
         else:
             state = {name: tensor for name, tensor in packed.model_tensors() if tensor.numel()}
             model, loading_info = from_state(state)
