@@ -12,6 +12,7 @@ import csv
 import re
 import shutil
 import tempfile
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,7 @@ def main() -> None:
             }
             out = scratch / name.replace(" ", "-").replace(",", "")
             shutil.rmtree(out, ignore_errors=True)
+            start = time.perf_counter()
             with new_directory(out) as directory:
                 calibrated_cache, other_cache = cache.only(chosen), cache.only(())
                 contents = write_rounded(
@@ -122,6 +124,7 @@ def main() -> None:
                 )
                 history: list[dict[str, Any]] = [{"transform": goal.method, "fidelity": "lossy"}]
                 publish(directory, source, contents, source.config, (goal.method, "auto"), history)
+            seconds = time.perf_counter() - start
             folder = PackedFolder(out)
             n_weights = sum(source.specs[tensor].numel for tensor in chosen)
             n_bytes = sum(
@@ -131,7 +134,7 @@ def main() -> None:
             )
             result = compare(reference, load(out, dtype=torch.float32).eval(), windows)
             row = {"row": name, "bits": f"{8 * n_bytes / n_weights:.3f}", "bytes": bytes_on_disk(folder), **result}
-            print(row, flush=True)
+            print(row, f"rounded in {seconds:.1f} s", flush=True)
             rows = {saved[0]: saved for saved in saved_rows(table)} | {name: tuple(map(str, row.values()))}
             save_csv(table, HEADER, [rows[label] for label in ROWS if label in rows])
     plot()

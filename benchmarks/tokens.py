@@ -10,6 +10,7 @@ loading and running. `dense` is the same model as an ordinary checkpoint, loaded
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import threading
@@ -39,7 +40,8 @@ from freebits.storage.checkpoint import write_json
 from freebits.storage.writer import CheckpointWriter
 from freebits.types import TensorSpec
 
-FORMS = ("dense", "expanded", "integers kept")
+FORMS = ("dense", "expanded", "integers kept", "stays packed")
+"""The last form generates no text, because it decodes the model for every token."""
 N_TOKENS, PROMPT, BATCH = 16, 512, 8
 N_STATES = 32
 MAX_WEIGHTS = 1 << 24
@@ -137,17 +139,16 @@ def measure(form: str, folder: Path) -> list[float]:
     if form == "dense":
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     else:
-        model = freebits.load(folder, dtype=torch.bfloat16, keep_integers=form == FORMS[2])
+        kept = {"keep_integers": form == FORMS[2], "stay_packed": form == FORMS[3]}
+        model = freebits.load(folder, dtype=torch.bfloat16, **kept)
     model.eval()
     seconds, after = time.perf_counter() - start, private_memory()
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(1000, (BATCH, PROMPT), generator=generator)
     with torch.inference_mode():
-        rates = [
-            generation_rate(model, prompts[:1, :8]),
-            generation_rate(model, prompts[:, :8]),
-            PROMPT / duration(lambda: model(prompts[:1], logits_to_keep=1)),
-        ]
+        batches = () if form == FORMS[3] else (prompts[:1, :8], prompts[:, :8])
+        rates = [generation_rate(model, batch) for batch in batches] or [math.nan, math.nan]
+        rates.append(PROMPT / duration(lambda: model(prompts[:1], logits_to_keep=1)))
     return [seconds, (after - before) / 1e6, (peak.stop() - before) / 1e6, *rates]
 
 
