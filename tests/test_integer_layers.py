@@ -1,5 +1,6 @@
 """Models whose matrices stay integers in memory."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from freebits.codecs.integers import ScaledIntegers
 from freebits.errors import UsageError
 from freebits.integrations.integer_layers import IntegerEmbedding, IntegerLinear, IntegerMatrix
 from freebits.packed.reader import PackedFolder
+from tests.conftest import Build
 from tests.model_types import save_tiny_type
 from tests.tiny import Make, random_text
 
@@ -73,10 +75,13 @@ def test_a_matrix_with_many_large_integers_is_not_accepted() -> None:
 
 
 @pytest.fixture
-def quantized(save_tiny: Make, tmp_path: Path) -> Path:
+def quantized(save_tiny: Make, cached_folder: Callable[[object, Build], Path]) -> Path:
     dense = save_tiny(attention_bias=True, mlp_bias=True, hidden_size=64, tie_word_embeddings=True)
-    freebits.quantize(dense, tmp_path / "out", bits=3, calibration=random_text(900), samples=8, seq_len=32)
-    return tmp_path / "out"
+
+    def build(folder: Path) -> None:
+        freebits.quantize(dense, folder, bits=3, calibration=random_text(900), samples=8, seq_len=32)
+
+    return cached_folder("quantized to integers", build)
 
 
 def logits(model: Any) -> Tensor:
