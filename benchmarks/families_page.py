@@ -10,7 +10,8 @@ _ABOUT = """# Families
 
 `freebits compress` and `quantize` take the types in [this table](model_types.md). `pack --codec none` takes any model
 with safetensors weights. Slicing and rotation need a row in the table below, which says which layers read and write the
-residual stream. If a model type has several rows, the config decides. CONTRIBUTING.md explains how to add a row.
+residual stream. If a model type has several rows, the config of the model decides which row applies. CONTRIBUTING.md
+explains how to add a row.
 
 """
 _REFUSED = """
@@ -36,7 +37,7 @@ def _row(family: Family) -> str:
     head = "tied by default" if family.tied_by_default else "untied by default"
     branch_names = "; ".join(f"{_names(branch.reads)} → {_names(branch.writes)}" for branch in branches)
     needs = "".join(
-        f"; refused unless `{need.key}` is `{need.same_as or need.value}`: {need.reason}"
+        f"; refused if `{need.key}` is not `{need.same_as or need.value}`, because {need.reason}"
         for need in family.requirements
     )
     return f"| `{family.model_type}` | {when} | {order}{needs} | {norms} | {head} | {branch_names} |"

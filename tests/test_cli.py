@@ -53,7 +53,7 @@ def test_the_commands_run_one_after_another(dense: Path, text: Path, tmp_path: P
     assert run("eval", unpacked, "--text", text, "--seq-len", 32) == 0
     output = capsys.readouterr()
     assert "held-out windows of the calibration text" in output.out
-    assert "5 of 7 sites encoded" in output.out
+    assert "5 of 7 rotations of the residual stream encoded" in output.out
     assert "stored plain: model.layers.2.mlp: " in output.out
     assert "bits-back (function-preserving), freebits" in output.out
     assert "every digest matches" in output.out

@@ -1,7 +1,7 @@
 """Upper bounds on the sizes that files declare. Readers check each bound before they allocate memory."""
 
 JSON_BYTES, JSON_DEPTH = 2**27, 100
-"""Size in bytes and nesting depth of a config, index or manifest."""
+"""`JSON_BYTES`: size of a config, index or manifest. `JSON_DEPTH`: depth to which its objects and arrays are nested."""
 HEADER_BYTES = 100_000_000
 """Size of a safetensors header; the safetensors library has the same bound."""
 TENSOR_VALUES = 2**40
@@ -13,7 +13,7 @@ BLOCKS = 4096
 WIDTH = 2**31
 """Width or rank of a layer. A config with more blocks than this is rejected, too, before `BLOCKS` is checked."""
 EXPANSION, EXPANSION_FREE = 256, 2**28
-"""Decoded bytes per stored byte of a packed folder, and the decoded bytes that are allowed in addition."""
+"""`EXPANSION`: decoded bytes per stored byte of a packed folder. `EXPANSION_FREE`: bytes allowed in addition."""
 COPIED_BYTES = 2**27
 """Size of an auxiliary file that is downloaded from a URL."""
 MESSAGE = 600

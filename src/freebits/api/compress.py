@@ -118,7 +118,7 @@ def compress(
     Args:
         model: folder of a checkpoint, URL of such a folder (`s3://…` or another that fsspec supports), or id of a model
             on the hub.
-        out: folder to create; it appears complete or not at all.
+        out: folder to create; if the function fails, no such folder is left.
         target_size: largest size of the finished folder in bytes, counted as in `inspect`.
         target_ratio: largest size of the finished folder, as a fraction of the model's present size, in (0, 1).
         bits: average bits per weight of the matrices.

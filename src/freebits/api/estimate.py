@@ -45,7 +45,7 @@ def estimate(
         describes the forms. `change_vs_dense_untied` and `change_vs_dense` compare the numbers of parameters: each
         has, for `dense_canonical` and the forms after it, the difference in percent, negative if the form is smaller.
         `bytes` has the size of each form in the config's dtype, norms included. Its entry `default` is the size after
-        slicing and packing with default options (ties kept, codec `canonical`, entropy-coded).
+        slicing and packing with default options (ties kept, the codec `canonical`, entropy coding).
 
     Raises:
         CheckpointError: the config does not exist, or does not describe a model.

@@ -31,7 +31,10 @@ from freebits.storage.writer import CheckpointWriter
 from freebits.types import DTYPE_NAMES, FLOATS
 
 _SHORTCUTS = {"attention": "attn_shortcut_Q", "parallel": "attn_shortcut_Q", "mlp": "mlp_shortcut_Q"}
-"""Sublayer → name of its shortcut in TransformerCompression, a matrix Q, (before, after). It maps a row x to x Q."""
+"""Name of a sublayer → name of its shortcut in TransformerCompression.
+
+The shortcut is the matrix `Q`, (width before, width after), that maps a row `x` of the residual stream to `x Q`.
+"""
 _EPS = 1e-5
 """Epsilon of every norm in TransformerCompression, which ignores the epsilon of the dense model."""
 _SHARD = 5 * 10**9
@@ -52,8 +55,8 @@ def import_slicegpt(
             `.pt` file is not run. If there is a `.json` file of the same name next to `file`, it is checked against
             `model`.
         model: folder of the dense model. The config and the tokenizer are required. If the folder also contains the
-            weights, the history of the result states their size.
-        out: folder to create; it appears complete or not at all.
+            weights, the history of the result (the list of the steps that made it) states their size.
+        out: folder to create; if the function fails, no such folder is left.
 
     Returns:
         The result of `inspect(out)`.
@@ -176,7 +179,7 @@ def _renamed(imported: Mapping[str, Tensor], architecture: Architecture, file: P
 
 
 def _layout(tensors: Mapping[str, Tensor], architecture: Architecture, file: Path) -> Layout:
-    """Return the widths of the residual stream between the shortcuts, as the shapes of the shortcuts give them."""
+    """Return the widths of the residual stream before, between and after the shortcuts, taken from their shapes."""
     names = [sub.shortcut.weight for sub in architecture.sublayers]
     shortcuts = [tensors[name] for name in names if name in tensors and tensors[name].ndim == 2]
     if len(shortcuts) < len(names) or architecture.embedding.weight not in tensors:

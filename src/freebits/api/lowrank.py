@@ -54,15 +54,16 @@ def lowrank(
 
     Args:
         model: folder of a dense or sliced checkpoint.
-        out: folder to create; it appears complete or not at all.
-        budget: fraction to keep of the weights in the blocks' matrices, in (0, 1); by default 0.8. For a low-rank
-            layer, the weights of its canonical form count.
+        out: folder to create; if the function fails, no such folder is left.
+        budget: fraction of the weights in the blocks' matrices to keep, in (0, 1); by default 0.8. A low-rank layer
+            counts with the weights that remain after `pack`.
         target_size: largest size of the written weights in bytes; replaces `budget`.
         blocks: blocks to reduce, `all` or `last:N` for the last N blocks.
-        allocate: method that chooses the ranks. With `slope`, the last kept direction of each layer preserves the same
-            energy per weight, and layers that would get full rank stay unchanged. `uniform` keeps the same fraction of
-            each matrix. `paper` keeps the same fraction of each matrix in the last blocks, and leaves the other blocks
-            unchanged; all weights of both factors count, and the budget must be 0.9, 0.8 or 0.5.
+        allocate: method that chooses the ranks. `slope` keeps each direction of a layer's outputs that reduces the
+            expected loss by at least a certain amount per weight, the same amount for all layers; a layer that would
+            get its full rank stays unchanged. `uniform` keeps the same fraction of each matrix. `paper` does the same
+            as arXiv 2312.07046: it keeps the same fraction of each matrix in the last blocks, leaves the other blocks
+            unchanged, and counts all weights of both factors. It requires a `budget` of 0.9, 0.8 or 0.5.
         calibration: text to calibrate on; by default the model generates the text.
         samples: number of windows of calibration text.
         seq_len: tokens per window.

@@ -27,7 +27,10 @@ from freebits.transforms.low_rank import allocated, rank_for, reduced, spectrum
 from freebits.types import FLOATS
 
 PAPER_SETTINGS = {0.9: (8, 0.60), 0.8: (12, 0.46), 0.5: (24, 0.33)}
-"""Budget → number of last blocks (of 32) that the paper reduces, and the fraction of their matrices that it keeps."""
+"""Value of `budget` → the settings of arXiv 2312.07046 for a model with 32 blocks.
+
+They are the number of blocks at the end of the model that are reduced, and the fraction of each matrix that is kept.
+"""
 _LAYERS = (nn.Linear, Conv1D)
 
 
@@ -39,7 +42,8 @@ class Layers:
         source: the model's tensors, under their names in transformers.
         architecture: table of the model's tensors.
         running: the same model, ready to run.
-        sizes: number of a block that can be reduced → name of a matrix → (outputs, inputs).
+        sizes: number of a block → name of a matrix → (number of outputs, number of inputs). It contains the matrices
+            that can be reduced.
         transposed: names of the matrices that are stored as (inputs, outputs), as in GPT-2.
     """
 
@@ -68,7 +72,7 @@ class Layers:
         match = re.fullmatch(r"all|last:([1-9]\d*)", blocks)
         n_blocks = len(engine.blocks)
         if not match or int(match[1] or 1) > n_blocks:
-            raise UsageError(f"`blocks` is {blocks!r}: give all, or last:N with N from 1 to {n_blocks}")
+            raise UsageError(f"`blocks` is {blocks!r}: give 'all', or 'last:N' for the last N of the {n_blocks} blocks")
         chosen = range(n_blocks - int(match[1]) if match[1] else 0, n_blocks)
         per_block = len(architecture.family.sublayers)
         sizes = {}
@@ -90,7 +94,7 @@ class Layers:
 
     @property
     def all_sizes(self) -> dict[str, tuple[int, int]]:
-        """Name of a matrix → (outputs, inputs), in all blocks that can be reduced."""
+        """Name of a matrix → (number of outputs, number of inputs), for all matrices that can be reduced."""
         return {name: size for block in self.sizes.values() for name, size in block.items()}
 
 
@@ -102,7 +106,7 @@ def choose_ranks(
     seed: int,
     progress: Progress,
 ) -> dict[str, int]:
-    """Return the rank of each layer that becomes low-rank. `plan` is (budget, target size, allocation)."""
+    """Return the rank of each layer that becomes low-rank. `plan` is (`budget`, `target_size`, `allocate`)."""
     budget, target_size, allocate = plan
     sizes = layers.all_sizes
     spectra: dict[str, Tensor] = {}
@@ -139,9 +143,9 @@ def _spectra(layers: Layers, tokens: Tensor, work: Work, seed: int, progress: Pr
 
 
 def _paper_ranks(layers: Layers, budget: float) -> dict[str, int]:
-    """Return the ranks that keep the paper's fraction of each matrix in the last blocks.
+    """Return the ranks of arXiv 2312.07046, which keep the same fraction of each matrix in the last blocks.
 
-    The paper states the number of these blocks for models with 32 blocks. For other models, it is scaled.
+    That paper states how many blocks it reduces in a model with 32 blocks. For other models, this number is scaled.
     """
     n_of_32, fraction = PAPER_SETTINGS[budget]
     n_blocks = len(layers.running.engine.blocks)
@@ -174,7 +178,8 @@ def _ranks_for_size(layers: Layers, ranks_for: Callable[[float], dict[str, int]]
     chosen = ranks_for(low) if low else {}
     if not low or total(chosen) > target:
         raise UsageError(
-            f"`target_size` is {target}, but no ranks make a model of {dense_bytes} bytes so small: give a larger size"
+            f"`target_size` is {target}, but a model of {dense_bytes} bytes is larger even with the smallest ranks: "
+            "give a larger size"
         )
     return {name: rank for name, rank in chosen.items() if rank}
 
@@ -199,7 +204,7 @@ def reduce_layers(layers: Layers, ranks: Mapping[str, int], tokens: Tensor, work
 def _low_rank(
     layers: Layers, ranks: Mapping[str, int], work: Work, recent: RecentInputs, product: Product
 ) -> Tensor | None:
-    """Return the result of a product with the low-rank layer, or None if the layer stays unchanged."""
+    """Return the result that a product has after its layer became low-rank; None if the layer stays unchanged."""
     name, x = product.region.name, product.inputs
     if name not in ranks:
         return None

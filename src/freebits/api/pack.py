@@ -48,32 +48,32 @@ def pack(
 ) -> dict[str, Any]:
     """Pack a checkpoint. Either omit bits that do not affect the function of the model, or keep every bit.
 
-    Codecs `canonical` and `bits-back` preserve the function. They store the weights of a rotated model, rounded once to
-    their dtypes, and omit the bits that only determine the rotations and the bases of the heads. Codec `none` and the
-    entropy stage are bit-exact. If the config of an adapter does not prove that every layer adds the product of two
-    matrices, codec `canonical` warns and packs the adapter as codec `none` does.
+    The output of a model stays the same under certain rotations of its weights, and under changes of the basis inside
+    each attention head. The codecs `canonical` and `bits-back` use this freedom to store fewer bits, and round each
+    weight once to its dtype. The codec `none` and the entropy stage are bit-exact. If the layers of an adapter may add
+    more than the product of two matrices, the codec `canonical` packs it bit for bit instead, with a warning.
 
     Args:
         model: folder of a sliced or dense checkpoint, or of an adapter; `bits-back` requires a sliced one. A GGUF file
             or a pipeline of several models is packed bit for bit.
-        out: folder to create; it appears complete or not at all.
-        codec: `canonical` chooses rotations that need no storage and no decoding. `bits-back` is the code of the paper.
-            `none` keeps the files, which `unpack` restores byte for byte.
+        out: folder to create; if the function fails, no such folder is left.
+        codec: `canonical` chooses rotations that need no storage and no decoding. `bits-back` is the code of
+            arXiv 2410.01309. `none` keeps the files, which `unpack` restores byte for byte.
         entropy: `auto` entropy-codes, without loss, the tensors that become smaller. `none` entropy-codes no tensor.
-        threshold: largest error of a decoded 16-bit value that codec `bits-back` does not correct; by default 0.01. The
-            paper uses 0.01 for OPT and 0.005 for Llama 2.
+        threshold: the codec `bits-back` corrects each 16-bit value whose decoded error would be larger; by default
+            0.01. arXiv 2410.01309 uses 0.01 for OPT and 0.005 for Llama 2.
         device: device for linear algebra, which always uses float64. Devices can differ in the last bits of results.
         parallel: where blocks are packed, and how many at once. Memory holds two blocks per job in float64, and one
             embedding.
         resume: whether to use the blocks that a stopped run with the same arguments finished.
         sign_with: file with a private key (PEM), which signs every file of the folder; see `verify`.
-        progress: callback, called after each block, or after each tensor with codec `none`.
+        progress: callback, called after each block, or after each tensor with the codec `none`.
 
     Returns:
         The result of `inspect(out)`.
 
     Raises:
-        UsageError: the codec or the device does not exist, or `threshold` is given for a codec that has none.
+        UsageError: the codec or the device does not exist, or `threshold` is given for another codec than `bits-back`.
         CheckpointError: `model` is not a sound checkpoint, the codec does not support `model`, or `out` already exists.
     """
     check_key(sign_with)
@@ -86,7 +86,7 @@ def pack(
     source, sizes = Checkpoint(model), known_sizes(model)
     preset = _safe_preset(preset, source)
     arguments = {"codec": codec, "entropy": entropy, "threshold": threshold, "device": device}
-    task = Task("pack", source.path, arguments, resume) if preset else None  # codec `none` cannot be resumed
+    task = Task("pack", source.path, arguments, resume) if preset else None  # `none` cannot be resumed
     largest = _largest_part(source) if preset and not is_adapter(source.config) else 0
     with new_directory(out, task) as directory, parallel.executor(largest) as executor:
         work = Work(executor, task.store(directory) if task else None)
@@ -95,7 +95,7 @@ def pack(
 
 
 def _pack_exact(model: Path, out: str | os.PathLike[str], **options: Any) -> dict[str, Any]:
-    """Pack a GGUF file or each model of a pipeline bit for bit, because only codec `none` supports them."""
+    """Pack a GGUF file or each model of a pipeline bit for bit, because only the codec `none` supports them."""
     if is_gguf(model):
         with gguf_folder(model) as folder:
             return pack(folder, out, codec=NONE, **options)
@@ -104,7 +104,7 @@ def _pack_exact(model: Path, out: str | os.PathLike[str], **options: Any) -> dic
 
 
 def _safe_preset(preset: Preset | None, source: Checkpoint) -> Preset | None:
-    """Return the preset, or None (codec `none`) for an adapter whose function codec `canonical` could change."""
+    """Return the preset, or None (for the codec `none`) if the preset could change the output of an adapter."""
     if preset is None or preset.name != CANONICAL or not is_adapter(source.config):
         return preset
     unproven = unproven_settings(source.config)
@@ -140,11 +140,12 @@ def unpack(
 ) -> dict[str, Any]:
     """Write the plain checkpoint that a packed folder encodes, for `transformers` and any other tool.
 
-    A sliced model gets dense shortcuts, as in SliceGPT. Files packed with codec `none` are restored byte for byte.
+    A sliced model gets whole matrices on its skip connections, as in SliceGPT. Files that were packed with the codec
+    `none` are restored byte for byte.
 
     Args:
         packed: a packed folder.
-        out: folder to create; it appears complete or not at all.
+        out: folder to create; if the function fails, no such folder is left.
         parallel: where tensors are decoded, and how many groups of them at once. The tensors of a group are decoded
             together, from the same stored tensors. Memory holds this many groups in float64, and one embedding.
         progress: callback, called after each group.

@@ -35,7 +35,7 @@ def for_each(
 
     Args:
         path: folder of the pipeline.
-        out: folder to create; it appears complete or not at all.
+        out: folder to create; if the function fails, no such folder is left.
         process: function that processes a model, given its present folder and its new folder.
 
     Returns:

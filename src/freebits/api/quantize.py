@@ -42,9 +42,9 @@ from freebits.storage.staging import new_directory
 _log = logging.getLogger(__name__)
 _NO_TEXT = "none"
 SAMPLES, WINDOW = 32, 256
-"""Default number of windows of calibration text, and default number of tokens per window."""
+"""`SAMPLES`: default number of windows of calibration text. `WINDOW`: default number of tokens per window."""
 _COMPARED, _TOLERANCE = 16, 1e-3
-"""Number of tokens on which the engine is compared with transformers, and largest relative error of the logits."""
+"""The engine is compared with transformers on `_COMPARED` tokens; the logits may differ by `_TOLERANCE` (relative)."""
 
 
 def quantize(
@@ -77,13 +77,14 @@ def quantize(
     without calibration. If transformers cannot run the model on text, all matrices are rounded without calibration.
 
     Args:
-        model: folder of a dense or sliced checkpoint, or of one packed with codec `canonical`.
-        out: folder to create; it appears complete or not at all.
-        bits: average bits per weight of the matrices, side data included; by default 4.
+        model: folder of a dense or sliced checkpoint, or of one that was packed with the codec `canonical`.
+        out: folder to create; if the function fails, no such folder is left.
+        bits: average bits per weight of the matrices, including their scales and other side data; by default 4.
         target_size: largest size of the finished folder in bytes, counted as in `inspect`; replaces `bits`.
         target_kl: expected KL divergence on self-generated text, in nats per token; replaces `bits`.
-        method: `integers` rounds to unbounded integers, which are entropy-coded, at scales that balance the error.
-            `pyramid` rounds to pyramid vectors.
+        method: `integers` rounds weights to multiples of scales, and entropy-codes these multiples. The scales are such
+            that each bit reduces the expected loss equally. `pyramid` rounds groups of weights to vectors of integers
+            whose absolute values have a fixed sum (pyramid vectors).
         trellis: number of states (4, 8, 16, …, 256) of a trellis along which method `integers` rounds each column. At
             the same bit rate the expected KL divergence is 22 % smaller with 8 states and 24 % with 32 than without a
             trellis (0), and rounding takes longer. Method `pyramid` has no trellis.
@@ -157,7 +158,7 @@ class Prepared:
         cache: measurements of the matrices that are rounded to a goal. These are the calibrated matrices or, if there
             are none, all matrices that are rounded.
         fallback_cache: measurements of the other matrices, which are rounded to the `fallback_bits` of the goal.
-        facts: settings with which the sensitivities were measured, for the history.
+        facts: settings with which the sensitivities were measured; the history of the result records them.
         sizes: sizes of the model in bytes; see `inspect`.
         coverage: result of `coverage_report`.
     """

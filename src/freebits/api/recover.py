@@ -57,15 +57,16 @@ def recover(
     """Recover a part of the quality that slicing or quantizing lost. This is lossy. The size stays the same.
 
     Training minimizes the KL divergence from the predictions of the original model. It uses Adam, and each window once.
-    In a quantized folder, it changes norms, biases and the row scales of linear layers; the scales stay on the grid on
-    which they are stored. In a plain folder, it changes every linear layer except the head by LoRA, which is merged at
-    the end. This includes the shortcuts of a sliced model, which codec `canonical` then stores as full matrices.
+    In a quantized folder, it changes norms, biases and the row scales of linear layers; the scales only take values
+    that the folder can store. In a plain folder, it changes every linear layer except the head by LoRA, which is merged
+    at the end. In a sliced model, this includes the matrices on the skip connections (the shortcuts). After
+    training, the codec `canonical` of `pack` stores these as full matrices.
 
     Memory holds both models in float32, and the activations of one window.
 
     Args:
         folder: folder of a plain checkpoint, such as a sliced or low-rank one, or of a quantized checkpoint.
-        out: folder to create; it appears complete or not at all.
+        out: folder to create; if the function fails, no such folder is left.
         against: folder of the original model.
         calibration: text to train on; by default the original model generates the text.
         samples: number of windows to train on.

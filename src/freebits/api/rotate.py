@@ -40,7 +40,7 @@ def rotate_model(
 
     Args:
         model: folder of a dense checkpoint.
-        out: folder to create; it appears complete or not at all.
+        out: folder to create; if the function fails, no such folder is left.
         seed: seed of both rotations.
         progress: callback, called after each block.
 

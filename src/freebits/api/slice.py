@@ -37,7 +37,7 @@ from freebits.transforms.transform import PartChange, transform_parts
 from freebits.types import FLOATS
 
 WARN, REFUSE = 1.5, 5.0
-"""If perplexity grows by more than the first factor, slicing warns; above the second, it fails without `force`."""
+"""Slicing warns if perplexity grows by more than the factor `WARN`, and fails above `REFUSE` unless `force` is set."""
 _log = logging.getLogger(__name__)
 
 
@@ -63,18 +63,19 @@ def slice_model(
 
     Args:
         model: folder of a dense checkpoint.
-        out: folder to create; it appears complete or not at all.
+        out: folder to create; if the function fails, no such folder is left.
         sparsity: fraction of the hidden size to remove, in [0, 1).
         untie: whether a head that is tied to the token embedding gets its own matrix, as in SliceGPT. By default the
-            tied matrix is stored once, bit for bit (unless `dtype` differs), and a factor maps it to the sliced stream.
+            tied matrix is stored once, unchanged except for `dtype`, together with a smaller matrix that maps the
+            embeddings of the tokens to the sliced residual stream.
         calibration: text to calibrate on; by default the model generates the text, see `self_generated_windows`.
         samples: number of windows of calibration text, drawn without replacement; fewer if the text is too short.
         seq_len: tokens per window.
         seed: seed for all random choices.
-        random_orientation: whether to rotate the axes of each kept subspace at random within the subspace.
+        random_orientation: whether to rotate the kept axes of the residual stream at random within their span.
         device: device on which to calibrate, in float32.
-        dtype: dtype of the sliced weights; by default each tensor keeps its dtype, and shortcuts get the dtype of the
-            embedding.
+        dtype: dtype of the sliced weights; by default each tensor keeps its dtype, and the matrices on the skip
+            connections get the dtype of the embedding.
         force: whether to write the model even if its perplexity is more than 5 times that of the dense model.
         parallel: accepted for consistency with other commands; slicing uses only this process.
         resume: whether to continue a stopped run with the same arguments after its last finished block.

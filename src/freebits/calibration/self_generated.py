@@ -52,7 +52,7 @@ def self_generated_windows(
 
 
 def _fast_dtype(path: str | os.PathLike[str], device: torch.device) -> torch.dtype | str:
-    """Return float32 if the device is a CPU that is slower with the model's 16-bit floats, and "auto" otherwise.
+    """Return float32 if the device is a CPU on which the model's 16-bit floats are slower than float32, else "auto".
 
     Even on such a CPU, return "auto" if the model in float32 takes more than a third of the machine's memory.
     """

@@ -1,6 +1,6 @@
 """Run a dense model with folded norms for slicing, and observe the residual stream at each site.
 
-A site is a place in the residual stream before or after a sublayer.
+A site is the part of the residual stream before the first sublayer, between two sublayers, or after the last sublayer.
 """
 
 from collections.abc import Callable, Mapping

@@ -44,7 +44,7 @@ def print_facts(facts: dict[str, Any], as_json: bool) -> int:
         coded = [site for site in facts["sites"] if "code" in site]
         n_corrections = sum(site.get("corrections", 0) for site in coded)
         corrected = f"; {n_corrections:,} corrected values" if n_corrections else ""
-        print(f"{len(coded)} of {len(facts['sites'])} sites encoded{corrected}")
+        print(f"{len(coded)} of {len(facts['sites'])} rotations of the residual stream encoded{corrected}")
     for site in facts["sites"]:
         if "code" not in site:
             print(one_line(f"stored plain: {site.get('name')}: {site.get('reason')}"))

@@ -20,7 +20,7 @@ _BYTE_BAR = "{desc}, {n_fmt} of {total_fmt}B |{bar:20}| {remaining} left"
 
 @contextmanager
 def verbosity(*, quiet: bool, verbose: bool) -> Iterator[None]:
-    """Print only errors, or log lines with times, until the block ends."""
+    """Until the block ends, print only errors if `quiet` is set, and log lines with times if `verbose` is set."""
     import transformers  # to hide its messages, because those of freebits say what matters
 
     transformers.logging.set_verbosity_error()

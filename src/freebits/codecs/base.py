@@ -32,7 +32,10 @@ class Coded:
 
 
 class Check(Enum):
-    """How readers of a packed folder check the tensors that a code decodes."""
+    """How readers of a packed folder check the tensors that a code decodes.
+
+    A *recipe* is an entry of the folder's manifest that tells a reader how to decode some tensors.
+    """
 
     DIGEST = "digest"
     """All machines decode the same values bit for bit, so the recipe has a digest of them."""

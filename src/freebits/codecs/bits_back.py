@@ -1,7 +1,8 @@
-"""The bits-back code of one site (one step of Algorithms 5 and 6 in the paper).
+"""The bits-back code of one site (one step of Algorithms 5 and 6 in arXiv 2410.01309).
 
-A *site* is a section of the residual stream, between two shortcuts. The *message* is a sequence of 16-bit floats from
-the matrices of the site. If the output matrix has rank `r`, encoding converts the last `r (r + 1) / 2` values of the
+A *site* is a part of the residual stream between two shortcuts, which are the matrices on the skip connections. The
+*output matrix* of a sublayer writes to the site. The *message* is a sequence of 16-bit floats from the other matrices
+of this sublayer. If the output matrix has rank `r`, encoding converts the last `r (r + 1) / 2` values of the
 message to a rotation and `r` eigenvalues. The eigenvalues replace these values, and the output matrix is stored
 rotated. Decoding computes the rotation from the rotated matrix and restores the values. All values have a fixed length,
 so a wrong value does not shift later values.
@@ -123,7 +124,7 @@ class BitsBack:
         (k, m), rank = output.shape, params["rank"]
         n_values = sum(spec.numel for spec in message_specs)
         if {spec.dtype_name for spec in makes} != {output.dtype_name} or output.dtype_name not in HALF_DTYPES:
-            raise ValueError(f"the tensors of code bits-back must be all {' or all '.join(HALF_DTYPES)}")
+            raise ValueError(f"the tensors of the `bits-back` code must be all {' or all '.join(HALF_DTYPES)}")
         if type(rank) is not int or not (0 < rank <= k and n_values >= n_values_taken(rank)):
             raise ValueError(f"a rotation of size {rank!r} does not fit {output} and a message of {n_values} values")
         if not are_sums(params["sums"]):

@@ -13,7 +13,7 @@ from freebits.types import TensorSpec, bytes_of
 class Columns:
     """One tensor of bytes (rows, size). Part `i` is field `i` of all rows, (rows, n), in the dtype of the field.
 
-    Params: `fields`, a list of the dtype and `n` of each field, in the order of the fields in a row.
+    Params: `fields`, a list with the dtype and `n` of each field, in the order of the fields in a row.
     """
 
     exact = False
@@ -37,13 +37,13 @@ class Columns:
         [spec] = makes
         if spec.dtype_name != "U8" or len(spec.shape) != 2 or not params["fields"]:
             raise ValueError(
-                f"code columns cannot make {spec}: the code makes matrices of bytes from one or more fields"
+                f"the `columns` code needs one field or more and makes only matrices of bytes, but the tensor is {spec}"
             )
         n_rows, fields = spec.shape[0], params["fields"]
         parts = {str(index): TensorSpec(dtype_name, (n_rows, n)) for index, (dtype_name, n) in enumerate(fields)}
         specs = parts.values()
         if min(part.numel for part in specs) < 1 or sum(part.n_bytes for part in specs) != spec.n_bytes:
-            raise ValueError(f"code columns cannot make {spec} from the fields {fields}")
+            raise ValueError(f"the fields {fields} do not fill the rows of {spec}")
         return parts
 
 

@@ -1,8 +1,8 @@
-"""Store the positions and the true values of wrongly decoded values (paper, section 3.3).
+"""Store the positions and the true values of wrongly decoded values (section 3.3 of arXiv 2410.01309, the paper).
 
 The sorted positions are stored as gaps. All gaps have the same width, the fewest bits that hold the largest gap. If
-the positions are random, a gap takes fewer bits than a position. The paper stores positions, in `⌈log₂ L⌉` bits each
-for `L` values.
+the positions are random, a gap takes fewer bits than a position. The paper stores the positions; each takes
+`⌈log₂ L⌉` bits if there are `L` values.
 
 Layout, little-endian: number of corrections (u32), bits per gap (u32), the true values, the gaps with the most
 significant bit first, zeros up to a multiple of 8 bytes. If there are no corrections, there are no bytes.

@@ -1,4 +1,4 @@
-"""Entropy-code byte planes, chunk by chunk. Planes that would not shrink are stored unchanged.
+"""Entropy-code byte planes (see `planes`), chunk by chunk. Planes that would not shrink are stored unchanged.
 
 The coder is zstd without its search for matches, so only its Huffman code for literals remains. It suits weights, in
 which some exponents are frequent, but sequences do not repeat.

@@ -91,7 +91,7 @@ class Hadamard:
         """Return the spec of the rotated matrix, which is float32."""
         [spec] = makes
         if spec.dtype_name not in FLOATS or len(spec.shape) != 2:
-            raise ValueError(f"code hadamard cannot make {spec}")
+            raise ValueError(f"the `hadamard` code makes matrices of floats, not {spec}")
         if any(len(bytes.fromhex(params[key])) != -(-n // 8) for key, n in zip(_SIDES, spec.shape, strict=True)):
             raise ValueError(f"the number of signs does not fit {spec}")
         return {ROTATED: TensorSpec("F32", spec.shape)}

@@ -3,9 +3,11 @@
 Consecutive integers go to consecutive *lanes*. A lane is a coder with its own state of 32 bits, so that a processor can
 work on several integers at once. All lanes write to one bitstream of 16-bit values.
 
-The integers have roughly a normal distribution. Each row and each column of a matrix has a level. Row level plus column
-level is the level of an integer, which selects its table; see `normal_tables`. A level above the last table means that
-the lower bits of the integer are almost random: these bits are stored as they are, and the table is used for the rest.
+The integers have roughly a normal distribution. The *level* of an integer is the logarithm of its expected standard
+deviation, in quarters of an octave (a factor of 2). It is the sum of a level of the integer's row and a level of its
+column. The level of an integer selects its table of probabilities; see `normal_tables`. If the level is above that of
+the last table, the lower bits of the integer are almost random. These bits are stored as they are, and the table is
+used for the other bits.
 """
 
 from collections.abc import Sequence
@@ -30,7 +32,7 @@ _MAX_UNITS = 4
 
 
 def encode(matrices: Sequence[Matrix], trellis: bool) -> NDArray[np.uint16]:
-    """Return the bitstream of some matrices. With a trellis, the integers are values in half steps."""
+    """Return the bitstream of some matrices. With a trellis, the integers count halves of a scale."""
     n = sum(integers.size for integers, _, _ in matrices)
     bitstream = np.empty(_MAX_UNITS * n + 2 * N_LANES, np.uint16)
     states, position = np.full(N_LANES, 1 << _UNIT, np.uint32), len(bitstream)  # the encoder writes backwards
@@ -63,7 +65,8 @@ class Decoder:
             raise ValueError("the bitstream is cut off")
         self._states = bitstream[: 2 * N_LANES].astype("<u2").view("<u4").astype(np.uint32)
         self._end = len(bitstream)
-        self._bitstream = np.append(bitstream, np.zeros(_MAX_UNITS * width, np.uint16))  # `_pop` checks once a row
+        # zeros for one row, because `_pop` checks only after each row whether the bitstream has ended
+        self._bitstream = np.append(bitstream, np.zeros(_MAX_UNITS * width, np.uint16))
         self._position, self._n_decoded = 2 * N_LANES, 0
         self._following = transitions(n_states).reshape(-1)
 
@@ -80,9 +83,10 @@ class Decoder:
         """Decode the next rows.
 
         Args:
-            row_levels: levels of these rows, (n,).
+            row_levels: levels of the next rows, (n,).
             column_levels: levels of the columns, (m,).
-            column_states: state of the trellis in each column, (m,), before and after these rows.
+            column_states: state of the trellis in each column, (m,), before the next rows. The method replaces it with
+                the state after these rows.
             integers: array to fill, (n, m), or (1, m) if only `floats` are needed.
             floats: array to fill, (n, m), or (0, m) if only `integers` are needed.
             row_scales: factors of the rows of the floats, (n,).
@@ -130,8 +134,9 @@ def _push(
 ) -> int:
     """Put a matrix into the states, in place, from its last integer to its first.
 
-    `n_before` is the number of integers of earlier matrices. When a state is full, its lower 16 bits go to the
-    bitstream before `position`. Return the position of the first of them.
+    `n_before` is the number of integers of earlier matrices. When a state is full, its lower 16 bits become a value of
+    the bitstream. The first such value goes before `position`, and each further value before the previous one. Return
+    the position of the last value that was written.
     """
     n_rows, n_columns = integers.shape
     for row in range(n_rows - 1, -1, -1):

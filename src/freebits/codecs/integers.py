@@ -64,14 +64,14 @@ def exponents(scales: Tensor) -> Tensor:
 class Integers:
     """Matrices, encoded together. Each consists of integers and the exponents of its row scales and column scales.
 
-    Each row and each column has a *level* in quarters of an octave. Row level plus column level estimates how large an
-    integer is, and selects its table of probabilities; see `freebits.codecs.integer_stream`.
+    Each row and each column has a *level*. The sum of both levels estimates how large an integer is, in quarters of an
+    octave (a factor of 2), and selects its table of probabilities; see `freebits.codecs.integer_stream`.
 
     Layout of part `message`, little-endian: size of the side data in bytes (u32); side data (zstd); bitstream (u16).
     The side data has for each matrix the row exponents and column exponents (i16), then the row levels and column
     levels (i8).
 
-    With a trellis, the integers are values in half steps; see `freebits.codecs.trellis`. The number of states is the
+    With a trellis, the integers count halves of a scale; see `freebits.codecs.trellis`. The number of states is the
     parameter `trellis`.
 
     Args:
@@ -141,7 +141,7 @@ class Integers:
         """Return the spec of the message, which has `params["bytes"]` bytes."""
         for spec in makes:
             if spec.dtype_name not in FLOATS or len(spec.shape) != 2:
-                raise ValueError(f"code integers cannot make {spec}: the code makes only matrices of floats")
+                raise ValueError(f"the `integers` code makes matrices of floats, not {spec}")
         n_states = params.get(_TRELLIS, 0)
         if type(n_states) is not int or n_states not in (0, *POLYNOMIALS):
             raise ValueError(f"there is no trellis with {n_states!r} states")

@@ -16,13 +16,13 @@ LEVELS_PER_OCTAVE = 4
 PRECISION = 14
 """Number of bits of a probability."""
 ESCAPE = -(2**15)
-"""What stands for the escape symbol in the place of an integer."""
+"""The value in `Tables.symbols` that marks the escape symbol, which stands for no single integer."""
 MAX_SYMBOLS = 640
-"""No table has more symbols."""
+"""Upper bound on the number of symbols of a table."""
 BUCKET_BITS = 3
 """A *bucket* is a range of `2^BUCKET_BITS` slots."""
 _SHIFTS = (0.0, -0.5)
-"""Means of the integers in even and in odd states of a trellis; see `freebits.codecs.trellis`."""
+"""Mean of the integers in even states of a trellis, and mean in odd states; see `freebits.codecs.trellis`."""
 _QUARTER_POWERS = (1.0, 1.189207115002721, 1.4142135623730951, 1.681792830507429)
 """`2^(i / 4)` for `i` from 0 to 3."""
 

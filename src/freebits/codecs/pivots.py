@@ -1,4 +1,4 @@
-"""A matrix with ranges of rows that contain all columns of an identity matrix. These columns are not stored."""
+"""A matrix in which certain ranges of rows contain the columns of an identity matrix. These columns are not stored."""
 
 from collections.abc import Mapping, Sequence
 
@@ -73,7 +73,7 @@ class Pivots:
         [spec] = makes
         spaces, dim = params["spaces"], params["dim"]
         if spec.dtype_name not in FLOATS or len(spec.shape) != 2 or type(dim) is not int or dim not in (0, 1):
-            raise ValueError(f"code pivots cannot make {spec} with dim {dim!r}")
+            raise ValueError(f"the `pivots` code makes matrices of floats with dim 0 or 1, not {spec} with dim {dim!r}")
         n, m = spec.shape[dim], spec.shape[1 - dim]
         end = count = squares = 0
         for start, size in spaces:
@@ -84,7 +84,8 @@ class Pivots:
             end, count, squares = start + size, count + size, squares + size**2
         if end > n or not count:
             raise ValueError(
-                f"the spaces have {count} pivots and end at row {end}: they need a pivot, and there are only {n} rows"
+                f"the spaces have {count} pivots and end at row {end}: they must have at least one pivot, and end at "
+                f"row {n} or earlier"
             )
         return {PIVOTS: TensorSpec("I32", (count,)), WORDS: TensorSpec(spec.dtype_name, (n * m - squares,))}
 
@@ -102,7 +103,7 @@ def identity_columns(space: Tensor) -> Tensor | None:
 
 
 def _rows_outside(n: int, params: Params) -> Tensor:
-    """Return a mask of the rows that are in no space, (n,)."""
+    """Return a mask of the rows outside all spaces, (n,)."""
     outside = torch.ones(n, dtype=torch.bool)
     for start, size in params["spaces"]:
         outside[start : start + size] = False

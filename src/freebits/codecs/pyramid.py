@@ -54,7 +54,8 @@ class Pyramid:
         valid = all(type(value) is int and 1 <= value <= 256 for value in (size, pulses, bits)) and bits <= 8
         if not valid or spec.dtype_name not in FLOATS or len(spec.shape) != 2 or spec.shape[1] % size:
             raise ValueError(
-                f"code pyramid cannot make {spec} with {pulses!r} pulses, groups of {size!r}, and {bits!r}-bit scales"
+                f"the `pyramid` code cannot make {spec} with {pulses!r} pulses, groups of {size!r} weights, and scales "
+                f"of {bits!r} bits"
             )
         width = enumeration.n_bits(size, pulses)
         if width > 62:

@@ -30,7 +30,7 @@ class Transposed:
         """Return the spec of the transposed matrix."""
         [spec] = makes
         if len(spec.shape) != 2:
-            raise ValueError(f"code transposed cannot make {spec}: the code makes only matrices")
+            raise ValueError(f"the `transposed` code makes matrices, not {spec}")
         return {TRANSPOSED: TensorSpec(spec.dtype_name, spec.shape[::-1])}
 
 
@@ -59,5 +59,5 @@ class Joined:
         [spec] = makes
         rows = params["rows"]
         if len(spec.shape) < 2 or not rows or min(rows) < 1 or not spec.numel or spec.numel % sum(rows):
-            raise ValueError(f"code joined cannot make {spec} from parts of {rows} rows")
+            raise ValueError(f"the `joined` code cannot make {spec} from parts of {rows} rows")
         return {str(index): TensorSpec(spec.dtype_name, (n, spec.numel // sum(rows))) for index, n in enumerate(rows)}

@@ -1,4 +1,4 @@
-"""The codes that a recipe can name."""
+"""The codes that a recipe of a packed folder can name; see `freebits.packed.recipe`."""
 
 from freebits.codecs.base import Code
 from freebits.codecs.bits_back import BitsBack

@@ -1,4 +1,4 @@
-"""Convert 16-bit values to rotations and back (paper, Algorithms 2 to 4).
+"""Convert 16-bit values to rotations and back (Algorithms 1 to 4 of arXiv 2410.01309, the paper).
 
 Encoder and decoder compute in float64. In float32 the eigenvectors of close eigenvalues depend on the number of threads
 and on the kernel, so another machine would decode a file differently.
@@ -42,7 +42,7 @@ def values_from_rotation(Q: Tensor, eigenvalues: Tensor) -> Tensor:
 
 
 def canonical_direction(W: Tensor) -> Tensor:
-    """Return the rotation `Q` for which `(W Q)ᵀ (W Q)` is diagonal and ascending (paper, section 3.1, Algorithm 1).
+    """Return the rotation `Q` for which `(W Q)ᵀ (W Q)` is diagonal and ascending (section 3.1, Algorithm 1).
 
     Args:
         W: (n, k), any float dtype, finite.
@@ -58,7 +58,7 @@ def canonical_direction(W: Tensor) -> Tensor:
 
 
 def unsigned_rotation(W: Tensor) -> Tensor:
-    """Compute the rotation from a matrix in canonical direction to `W`, up to the signs of its rows (Algorithm 2).
+    """Compute the rotation that maps a matrix in canonical direction to `W` (Algorithm 2), up to the signs of its rows.
 
     Args:
         W: (n, k), any float dtype, the rotated matrix.

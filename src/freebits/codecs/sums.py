@@ -1,4 +1,4 @@
-"""Sums that reveal a wrong decoder where machines may round a few values differently, so that no digest fits."""
+"""Sums of decoded values, which reveal a wrong decoder. Unlike digests, they allow for differences in rounding."""
 
 import math
 from collections.abc import Sequence

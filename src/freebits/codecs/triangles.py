@@ -33,7 +33,7 @@ class Lower:
         [spec] = makes
         rows, columns = spec.shape
         if spec.dtype_name not in FLOATS:
-            raise ValueError(f"code lower cannot make {spec}: the code makes only matrices of floats")
+            raise ValueError(f"the `lower` code makes matrices of floats, not {spec}")
         return {WORDS: TensorSpec(spec.dtype_name, (n_lower_values(rows, columns),))}
 
 
@@ -49,7 +49,7 @@ class Symmetric(Lower):
         """Return the spec of the lower triangle of a square matrix."""
         [spec] = makes
         if len(set(spec.shape)) != 1:
-            raise ValueError(f"code symmetric cannot make {spec}: the code makes only square matrices")
+            raise ValueError(f"the `symmetric` code makes square matrices, not {spec}")
         return super().parts(makes, params)
 
 

@@ -1,8 +1,8 @@
 """Estimate the size of each form of a model from the specs of its tensors, before any file exists.
 
-Counts of weights follow the convention that reproduces every digit of the paper's Table 1. They include all matrices,
-biases, embeddings and the head, at 16 bits per weight, but no norms. Files also contain a header and, for codec
-bits-back, corrections.
+Weights are counted as in arXiv 2410.01309, which reproduces every digit of Table 1 there. All matrices, biases,
+embeddings and the head count, at 16 bits per weight, but norms do not. Files also contain a header and, with the codec
+`bits-back`, corrections.
 """
 
 from collections.abc import Iterable, Mapping
@@ -32,8 +32,8 @@ def planned_forms(
 
     Returns:
         Form → name of a stored tensor → tensor spec. The forms are `dense` (tied tensors counted once), `dense_untied`,
-        `dense_canonical` (pairs of matrices in canonical form), `sliced`, `bits_back` (with signs, without
-        corrections), `canonical` and `canonical_tied` (None for a model without tied tensors).
+        `dense_canonical` (what the codec `canonical` stores of a dense model), `sliced`, `bits_back` (with signs,
+        without corrections), `canonical` and `canonical_tied` (None for a model without tied tensors).
     """
     untied, tied = architecture.with_tie(False), architecture.with_tie(True)
     head, embedding = architecture.head.weight, architecture.embedding.weight
@@ -64,7 +64,7 @@ def planned_forms(
 
 
 def n_values(architecture: Architecture, stored: Specs) -> int:
-    """Count the 16-bit values as the paper does: without norms, and without the head's bias, which folding adds."""
+    """Count 16-bit values as in arXiv 2410.01309: without norms, and without the bias that folding adds to the head."""
     norms = {name for name, weight in architecture.weights.items() if weight.role is Role.NORM}
     excluded = norms | {architecture.head.bias}
     return sum(_n_values(spec) for name, spec in stored.items() if name not in excluded)

@@ -22,7 +22,7 @@ def bytes_on_disk(folder: Folder) -> int:
 
 
 def dense_bytes(dense: Folder, architecture: Architecture) -> dict[str, int]:
-    """Return two baselines: `dense` is the bytes on disk; `dense_untied` adds an untied head, as in the paper."""
+    """Return two baselines: `dense`, the bytes on disk, and `dense_untied`, the same with an untied head."""
     on_disk = bytes_on_disk(dense)
     head, embedding = architecture.head.weight, architecture.embedding.weight
     shared = architecture.tied and head not in dense.specs and embedding in dense.specs

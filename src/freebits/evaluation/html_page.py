@@ -151,7 +151,7 @@ def _sites(facts: Mapping[str, Any]) -> Iterator[str]:
     coded = sum("code" in site for site in sites)
     rows = [(site.get("name"), site.get("reason")) for site in sites if "code" not in site]
     table = _table(("stored plain", "reason"), rows) if rows else ""
-    yield f"<h2>Sites</h2><p>{coded} of {len(sites)} rotations of the residual stream are encoded.</p>{table}"
+    yield f"<h2>Rotations of the residual stream</h2><p>{coded} of {len(sites)} are encoded.</p>{table}"
 
 
 def _history(facts: Mapping[str, Any]) -> Iterator[str]:

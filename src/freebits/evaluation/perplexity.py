@@ -43,7 +43,7 @@ def evaluate(
         model: folder of the checkpoint.
         text: text to predict; by default pages of Python's documentation (see `embedded_text`).
         seq_len: tokens per window. Windows do not overlap, and the first token of a window is not predicted.
-        limit: largest number of windows of the text, and of documents of each task, to use; None uses all.
+        limit: largest number of windows of the text, and largest number of documents of a task; None uses all.
         tasks: names of lm-eval tasks, which need the extra `eval`.
         data_dir: folder with the documents of the tasks (see `LOCAL_TASKS`); by default, documents are downloaded.
         perplexity: whether to measure perplexity, or only the tasks.

@@ -109,7 +109,7 @@ def _compared(path: Path, model: Path, windows: Tensor, progress: Progress) -> d
 
 
 def _errors(dense: Folder, source: Folder) -> dict[str, float]:
-    """Return the relative error of each matrix. Return no errors if a step since the original changed the basis."""
+    """Return the relative error of each matrix; nothing if a step since the original model changed the bases."""
     before, after = (folder.history for folder in (dense, source))
     errors: dict[str, float] = {}
     if not {str(transform.get("transform")) for transform in after[len(before) :]} <= {*METHODS, NONE}:

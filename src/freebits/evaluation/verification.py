@@ -27,7 +27,7 @@ from freebits.transforms.slicing import perplexity
 from freebits.types import bytes_of
 
 TOLERANCES = {FUNCTION_PRESERVING: (0.01, 1.01), LOSSY: (1.0, 1.5)}
-"""Fidelity of the steps between two models → largest mean KL in nats per token, and largest ratio of perplexities."""
+"""Fidelity of the steps between two models → (largest mean KL in nats per token, largest ratio of perplexities)."""
 WINDOWS = 8
 _UNKNOWN = {"fidelity": None, "max_abs_logit_diff": None, "mean_kl": None, "ratio": None}
 
@@ -95,7 +95,7 @@ def verify(
 
 
 def _judged(measured: dict[str, Any], fidelity: str, given: tuple[float | None, float | None]) -> dict[str, Any]:
-    """Return the measured values and the failed checks. `fidelity` determines the tolerances that are None."""
+    """Return the measured values and the failed checks. Where `given` is None, `fidelity` determines the tolerance."""
     tolerances = [
         default if value is None else value for value, default in zip(given, TOLERANCES[fidelity], strict=True)
     ]

@@ -132,7 +132,10 @@ def _task_manager() -> TaskManager:
 
 
 def _metrics(measured: Mapping[str, Any]) -> dict[str, float | None]:
-    """Return the metrics of a task, without lm-eval's suffix for filters. Missing metrics of `METRICS` become None."""
+    """Return name of a metric → value. The names lack the suffix that lm-eval adds for filters.
+
+    A metric that `METRICS` names and the task lacks has the value None.
+    """
     metrics = {key.removesuffix(",none"): value for key, value in measured.items() if isinstance(value, float)}
     return dict.fromkeys(METRICS) | metrics
 

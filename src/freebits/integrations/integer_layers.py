@@ -17,7 +17,7 @@ from freebits.execution.machine import is_slow
 
 _MAX_INTEGER = 127
 _MAX_OUTLIERS = 1 / 64
-"""Largest share of integers that do not fit 8 bits."""
+"""Largest share of integers that may exceed 8 bits; a matrix with more of them is not kept as integers."""
 _MAX_COMPILED_INPUTS = 16
 """Largest number of inputs for which the compiled loop is faster than expanding the integers."""
 _EXPANDED_AT_ONCE = 1 << 20

@@ -56,8 +56,9 @@ def load(
         stay_packed: whether the matrices of a quantized model stay in the files. Each forward pass decodes a block when
             it enters the block, and drops it afterwards. Memory holds one block, and the text is read slowly: this is
             for scoring texts and for long prompts, not for generating.
-        keep_pivots: whether low-rank layers in canonical form skip the multiplication by the columns of the identity.
-            This saves `rank²` multiplications and weights per layer.
+        keep_pivots: whether low-rank layers make use of identity columns. `pack` changes each low-rank layer so that
+            one of its matrices contains all columns of an identity matrix. If the loaded layer does not multiply by
+            these columns, it has `rank²` fewer weights and multiplications.
 
     Raises:
         CheckpointError: the folder holds no valid checkpoint, or a tensor is damaged.

@@ -196,7 +196,7 @@ def from_tensors(
 
 
 def warn_about_remote_code(config: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Log, once per folder, that freebits uses transformers' class for a model instead of the maker's code."""
+    """Log, once per folder, that freebits uses transformers' class for a model, not the code in its repository."""
     auto_map = config.get("auto_map")
     classes = [str(name) for name in auto_map.values()] if isinstance(auto_map, dict) else []
     if any(f"{Path(REMOTE_CODE).stem}." not in name for name in classes) and auto_class(config) is not None:
@@ -206,7 +206,7 @@ def warn_about_remote_code(config: Mapping[str, Any], path: str | os.PathLike[st
 @cache
 def _warn_once(path: str, model_type: str) -> None:
     _log.warning(
-        "freebits: %s refers to its maker's code; freebits does not run that code, but uses transformers' class for %s",
+        "freebits: %s refers to code in a repository; freebits never runs it, but uses transformers' class for %s",
         path,
         model_type,
     )
@@ -299,7 +299,7 @@ def inner_config(config: Mapping[str, Any], auto: Any = AutoModelForCausalLM) ->
     """Return transformers' class for a model's own config.
 
     Raises:
-        UnsupportedModelError: the Auto class has no class for the model, or would need the model maker's code.
+        UnsupportedModelError: the Auto class has no class for the model, or the model needs code from its repository.
     """
     model_type = str(config.get("model_type"))
     if model_type in CONFIG_MAPPING and CONFIG_MAPPING[model_type] in auto._model_mapping:
@@ -313,12 +313,12 @@ def inner_config(config: Mapping[str, Any], auto: Any = AutoModelForCausalLM) ->
 def _needs_remote_code(config: Mapping[str, Any]) -> UnsupportedModelError:
     model_type = config.get("model_type", config.get("_class_name"))
     return UnsupportedModelError(
-        f"transformers has no model of type {model_type!r}, and freebits does not run its maker's code"
+        f"transformers has no model of type {model_type!r}, and freebits never runs code from a model's repository"
     )
 
 
 def config_of(config: Mapping[str, Any], auto: Any, **options: Any) -> Any:
-    """Create a model's own config with `from_dict`, but without `auto_map`, because freebits never runs its code."""
+    """Create a model's own config with `from_dict`, but without `auto_map`, which would run code from a repository."""
     plain = {key: value for key, value in decode_floats(config).items() if key != "auto_map"}
     return inner_config(config, auto).from_dict(plain, **options)
 

@@ -86,7 +86,7 @@ class LoraAdapters:
 class ScaleAdapters:
     """Trains norms, biases, and the row scales of quantized linear layers.
 
-    The scales stay on the grid on which they are stored. The integers do not change. For matrices that were
+    The scales only take values that the folder can store. The integers do not change. For matrices that were
     rounded in a rotated basis or by another method, the scales do not change either.
 
     Args:
@@ -122,11 +122,11 @@ class ScaleAdapters:
             parameter.requires_grad_(True)
 
     def finish(self, specs: Mapping[str, TensorSpec]) -> None:
-        """Round norms and biases. The scales are already on their grid."""
+        """Round norms and biases. The scales already have values that the folder can store."""
         _round(self.tensors, specs)
 
     def steps(self) -> dict[str, Tensor]:
-        """Return name of a quantized matrix → how much training raised its row scales' exponents, (n_out,), int16."""
+        """Return name of a matrix → how much training raised the exponents of its row scales, (n_out,), int16."""
         return {name: layer.exponents.detach().to(torch.int16).cpu() for name, layer in self._layers.items()}
 
 

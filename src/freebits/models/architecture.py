@@ -1,9 +1,10 @@
 """The architecture table of a model: the role of each tensor, and its axes along the residual stream.
 
-After norm folding, each norm of the residual stream is a bare RMS norm, which commutes with rotations. A *site* is the
-stretch of the stream between two shortcuts. A rotation of a site does not change the function of the model: each
-tensor with an axis at the site is multiplied along this axis by the same orthogonal `Q`, whether the tensor writes the
-stream or reads it (paper, Remark 3.1). Matrices have the layout of `nn.Linear`, `(d_out, d_in)`.
+After norm folding, each norm of the residual stream is a bare RMS norm, which commutes with rotations. In a sliced
+model, each skip connection has a matrix, the *shortcut*. A *site* is the part of the stream between two shortcuts. To
+rotate a site, freebits multiplies each tensor that has an axis at the site by the same orthogonal `Q` along this axis,
+no matter whether the tensor writes the stream or reads it. This does not change the function of the model (Remark 3.1
+of arXiv 2410.01309). Matrices have the layout of `nn.Linear`, `(d_out, d_in)`.
 
 A model with `L` blocks of two sublayers has `2L + 1` sites. If attention and MLP run in parallel, they are two branches
 of one sublayer, and there are `L + 1` sites. Site 0 lies before the first sublayer and site `s` after sublayer `s`,
@@ -73,13 +74,13 @@ class Weight:
 
 @dataclass(frozen=True)
 class Module:
-    """A module, with the names of its tensors, which differ for stacks of experts and low-rank layers."""
+    """A module and the names of its tensors. Stacks of experts and low-rank layers name their tensors in other ways."""
 
     name: str
     stacked: bool = False
     """Whether the module is a stack of expert matrices."""
     side: str = ""
-    """For a low-rank layer, its matrix with an axis along the stream: `down` reads the stream, `up` writes it."""
+    """For a low-rank layer, its matrix that has an axis along the stream: `down` reads the stream, `up` writes it."""
 
     @property
     def weight(self) -> str:

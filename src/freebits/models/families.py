@@ -7,7 +7,7 @@ from typing import Any
 from freebits.errors import UnsupportedModelError
 
 SLICED_PREFIX, LOW_RANK_PREFIX = "sliced_", "lowrank_"
-"""Prefixes of the model types of sliced and low-rank models, followed by the model type in transformers."""
+"""Prefixes of the model types of sliced models and of low-rank models. The model type in transformers follows them."""
 LOW_RANKS = "low_ranks"
 """Key in `config.json`: name of a low-rank linear layer → its rank."""
 
@@ -20,8 +20,9 @@ class Stack(str):
 
 ALL_VALUES, LEADING_VALUES, BY_BLOCK, NO_VALUES, ALL_UNLESS_ALIBI = "all", "leading", "by block", "none", "unless alibi"
 """Options for `Heads.fixed`: which values of a query or key have a fixed basis. `LEADING_VALUES`: the leading fraction
-that the config gives. `BY_BLOCK`: all values in blocks with rotary positions according to the config, none in other
-blocks. `ALL_UNLESS_ALIBI`: none if the config enables ALiBi, which adds positions to the attention scores; else all."""
+that the config gives. `BY_BLOCK`: all values in the blocks that have rotary positions according to the config, none in
+the other blocks. `ALL_UNLESS_ALIBI`: none if the config enables ALiBi, which adds positions to the attention scores;
+all otherwise."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class Family:
     width: str = "hidden_size"
     depth: str = "num_hidden_layers"
     n_heads: str = "num_attention_heads"
-    """The config keys of the stream width, the number of blocks and the number of query heads."""
+    """Three keys of the config: for the width of the stream, the number of blocks, and the number of query heads."""
     ignored: tuple[str, ...] = ()
     """Suffixes of the names of tensors that old checkpoints contain and no model reads."""
     when: tuple[Requirement, ...] = ()
@@ -293,7 +294,7 @@ STABLELM_PARALLEL = replace(
     when=(Requirement("use_parallel_residual", value=True, by_default=False),),
     requirements=(
         Requirement(
-            "qk_layernorm", value=False, reason="the architecture table does not contain the norms of the heads"
+            "qk_layernorm", value=False, reason="the architecture table has no entry for the norms of queries and keys"
         ),
     ),
 )
@@ -310,7 +311,7 @@ PHI = replace(
     centred=True,
     requirements=(
         Requirement(
-            "qk_layernorm", value=False, reason="the architecture table does not contain the norms of the heads"
+            "qk_layernorm", value=False, reason="the architecture table has no entry for the norms of queries and keys"
         ),
     ),
 )
@@ -523,6 +524,6 @@ def dense_family(config: Mapping[str, Any]) -> Family:
     if quantization:
         method = isinstance(quantization, dict) and quantization.get("quant_method")
         raise UnsupportedModelError(
-            f"the weights are quantized ({method or 'unknown method'}): use the model before quantization"
+            f"the weights are quantized ({method or 'unknown method'}): give the original model, which is not quantized"
         )
     return family

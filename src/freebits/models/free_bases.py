@@ -188,9 +188,9 @@ class _HeadPositions:
         )
 
     def pairs(self, n_fixed: int) -> Iterator[Pair]:
-        """Yield the pair of the value and output matrices, and that of the query and key matrices.
+        """Yield the pair of value matrix and output matrix, then the pair of query matrix and key matrix.
 
-        The latter leaves out the first `n_fixed` components of each head.
+        The second pair leaves out the first `n_fixed` components of each head.
         """
         queries, keys, values = self.modules
         inputs = tuple(

@@ -17,7 +17,7 @@ _REPAIR = "download the file again, or restore it from a backup"
 
 @dataclass(frozen=True)
 class Layout:
-    """The widths of the sites and the ranks of the shortcut factors.
+    """The widths of the sites, and the ranks of the shortcuts that are stored as factors.
 
     Attributes:
         widths: width of each site; None for a dense model, which has no shortcuts.

@@ -1,4 +1,4 @@
-"""Models in transformers with low-rank linear layers, which reduced-order modeling produces.
+"""Low-rank models as classes for transformers: some linear layers consist of two factors (reduced-order modeling).
 
 For each family, a configuration class and model classes are derived from classes in transformers. `low_ranks` in the
 configuration maps the names of the layers to their ranks. A sliced model with this key has low-rank layers, too.
@@ -42,7 +42,7 @@ def split_layers(model: nn.Module, config: PreTrainedConfig) -> None:
 
 
 class LowRankModel(OwnModel):
-    """Mixin that makes a model class of transformers a low-rank model."""
+    """Mixin that turns a model class of transformers into a class of models with low-rank layers."""
 
     change_modules = staticmethod(split_layers)
 

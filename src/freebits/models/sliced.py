@@ -1,4 +1,4 @@
-"""Sliced models in transformers, with narrower matrices and explicit shortcuts.
+"""Sliced models as classes for transformers: matrices are narrower, and each skip connection has one, the shortcut.
 
 For each family, a configuration class and model classes are derived from classes in transformers and registered with
 the Auto classes there. Attention, MLP, cache, masks and generation remain those of transformers.
@@ -20,17 +20,17 @@ from freebits.models.low_rank import split_layers
 
 
 class SlicedModel(OwnModel):
-    """Mixin that makes a model class of transformers a sliced model."""
+    """Mixin that turns a model class of transformers into a class of sliced models."""
 
     @staticmethod
     def change_modules(model: nn.Module, config: PreTrainedConfig) -> None:
-        """Insert the low-rank layers that the config names, if any, then slice all modules."""
+        """Insert the low-rank layers that the config names, if it names any. Then slice all modules."""
         split_layers(model, config)
         _slice_modules(model, config)
 
 
 def _slice_modules(model: nn.Module, config: PreTrainedConfig) -> None:
-    """Crop each matrix of a dense model to the widths of its sites, replace its norms and add its shortcuts."""
+    """Crop the matrices of a dense model to the widths of the sliced stream, replace norms, and add shortcuts."""
     config_dict = config.to_dict()
     architecture = Architecture.of(config_dict)
     layout = Layout.of(config_dict, architecture)
@@ -59,7 +59,7 @@ def _slice_modules(model: nn.Module, config: PreTrainedConfig) -> None:
 
 
 def _shortcut(before: int, after: int, rank: int | None) -> nn.Module:
-    """Return a shortcut module, which is in canonical form if a rank is given, and dense otherwise."""
+    """Return a shortcut's module: a `ProjectedShortcut` of the given rank, or a linear layer if the rank is None."""
     return nn.Linear(before, after, bias=False) if rank is None else ProjectedShortcut(before, after, rank)
 
 
@@ -84,8 +84,8 @@ _FEATURES: dict[type[nn.Module], tuple[str, str]] = {
 
 
 _ABOUT = (
-    "that is sliced. `site_sizes` contains the width of the residual stream at each site, and `hidden_size` the width "
-    "of the dense model."
+    "that is sliced. `site_sizes` contains the widths of the residual stream: before the first sublayer, and after "
+    "each sublayer. `hidden_size` is the width of the dense model."
 )
 _CLASSES: dict[str, type] = {}
 for _family in MODEL_TYPES.values():

@@ -39,10 +39,10 @@ class Contents:
 
 
 def digested(piece: Piece) -> tuple[Piece, dict[str, str]]:
-    """Return the piece with a check of what each recipe makes, and name → digest of each stored tensor.
+    """Add checks to a piece. Return the piece, and name → digest of each stored tensor.
 
-    The tensors are decoded for this, except by codes that check themselves. A recipe that takes tensors of other pieces
-    gets no check.
+    Each recipe gets a digest or sums of the tensors that it makes. The tensors are decoded for this, except by codes
+    that check themselves. A recipe that takes tensors of other pieces gets no check.
     """
     tensors = {name: spec.view(bytes_of(tensor)) for name, (spec, tensor) in piece.stored.items()}
     recipes = []

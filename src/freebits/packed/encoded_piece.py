@@ -90,7 +90,7 @@ def stage(entropy: str) -> str | None:
 
 
 def staged(piece: Piece, code: str | None, used_names: Collection[str] = ()) -> Piece:
-    """Encode each stored tensor of a piece with a bit-exact code, unless this saves no bytes.
+    """Encode each stored tensor of a piece with a bit-exact code if this saves bytes.
 
     Args:
         piece: the piece to encode.

@@ -28,14 +28,14 @@ class Manifest:
         entropy: name of the bit-exact entropy stage.
         history: steps that made this model, oldest first. Each has its fidelity, its parameters, and the sizes of the
             model before the step.
-        notes: notes on sites of the residual stream. Each names the code that encodes a site, or the reason why no
-            code does.
+        notes: notes on sites of the residual stream (see `freebits.models.architecture`). Each names the code that
+            encodes a site, or the reason why no code does.
         recipes: recipes that decode the model's tensors from the stored tensors.
         digests: name → digest of each stored tensor.
         files: names of the weights files.
         config: digest of the packed folder's `config.json`.
-        originals: with codec `none`, name → text of each original file: the whole text of the config and of each
-            index, and the header of each weights file. Unpacking restores the files from these texts.
+        originals: with the codec `none`, name → text of each original file: the whole text of the config and of
+            each index, and the header of each weights file. Unpacking restores the files from these texts.
         auxiliary: names of the original weights files that are not part of the model.
     """
 
@@ -107,7 +107,7 @@ class Manifest:
             raise ValueError("an entry in the history or in the notes is not an object")
         file_names = (*self.files, *self.originals, *self.auxiliary)
         if any("\0" in name for name in file_names) or not all(map(_is_encodable, texts)):
-            raise ValueError("a text contains a character that files cannot store")
+            raise ValueError("a file name contains a null character, or a text cannot be encoded in UTF-8")
         if (self.auxiliary and not self.exact) or bool(self.originals) != self.exact:
             raise ValueError("the manifest lists original files, but no original config")
         if not all(type(note.get("site")) is type(note.get("corrections", 0)) is int for note in self.notes):

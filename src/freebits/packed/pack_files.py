@@ -1,4 +1,4 @@
-"""Pack any checkpoint with codec `none`. Unpacking restores its weights files byte for byte."""
+"""Pack any checkpoint with the codec `none`. Unpacking restores its weights files byte for byte."""
 
 from collections.abc import Collection, Mapping
 from functools import partial

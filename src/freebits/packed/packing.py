@@ -41,11 +41,11 @@ def pack_into(
     Args:
         directory: an existing, empty folder.
         source: the checkpoint to pack.
-        preset: preset of the codec; None for codec `none`, which stores the files unchanged.
+        preset: preset of the codec; None for the codec `none`, which stores the files unchanged.
         stage: value of the option `entropy`, and the code for it (see `encoded_piece.stage`).
         sizes: sizes of the source in bytes, to be recorded in the history.
         work: executor of the encoding, and store of its results.
-        progress: function called after each part; with codec `none`, after each tensor.
+        progress: function called after each part; with the codec `none`, after each tensor.
 
     Raises:
         CheckpointError: the source is damaged, or the codec does not encode the model.

@@ -1,4 +1,7 @@
-"""Copy the weights of a packed folder with new row scales of quantized matrices and new values of plain tensors."""
+"""Copy the weights of a packed folder, but change row scales of quantized matrices and values of plain tensors.
+
+A *recipe* is an entry of the manifest that tells readers how to decode some tensors.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -23,8 +26,8 @@ def copy_with_changes(
     Args:
         directory: the folder to write to.
         packed: the folder to copy.
-        rows: name of a matrix that code `integers` encodes → numbers to add to the exponents of its row scales, (n,),
-            int16.
+        rows: name of a matrix that is stored with the `integers` code → numbers to add to the exponents of its row
+            scales, (n,), int16.
         tensors: name → new value of a tensor that is stored plain or only entropy-coded.
     """
     contents = Contents(notes=[*packed.manifest.notes])
@@ -37,13 +40,13 @@ def copy_with_changes(
         for piece in _pieces(packed, rows, tensors):
             contents.write(writer, *digested(piece))
     order = {name: number for number, recipe in enumerate(packed.manifest.recipes) for name in recipe.makes}
-    # new recipes come first, because they undo the entropy stage
+    # recipes that are not in the old manifest come first: they undo entropy coding, which readers must do first
     contents.recipes.sort(key=lambda recipe: order.get(next(iter(recipe.makes)), -1))
     return contents
 
 
 def _pieces(packed: PackedFolder, rows: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Iterator[Piece]:
-    """Yield the stored tensors in order, with the recipes that take them; then all other recipes."""
+    """Yield the stored tensors in order, with the recipes that take them. Then yield all other recipes."""
     code, recipes = stage(packed.manifest.entropy), packed.manifest.recipes
     recipe_of = {name: recipe for recipe in recipes for name in recipe.takes.values()}
     groups: dict[str, tuple[Recipe | None, list[str]]] = {}

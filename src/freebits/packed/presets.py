@@ -34,7 +34,7 @@ class Group:
     """Tensors that one code encodes together.
 
     Attributes:
-        site: site of the residual stream whose rotation makes the tensors redundant.
+        site: site of the residual stream (see `models.architecture`) whose rotation makes the tensors redundant.
         name: name of the sublayer that leads to the site; for site 0, of the layer that reads the stream there.
         code: key of the code in `freebits.codecs.registry.CODES`; empty if no code applies.
         tensors: names of the tensors, in the order that the code expects.
@@ -62,8 +62,8 @@ class Preset:
             shortcuts must be dense.
         groups: function that yields the groups of a model part, given the part and the specs of its transformed
             tensors.
-        pivots: function that returns name → code for each transformed tensor of a model part that code `pivots` can
-            encode.
+        pivots: function that returns name → code for each transformed tensor of a model part that the `pivots` code
+            can encode.
         layout: function that returns the layout after the transform, given the architecture and the layout before.
         codes: key → code that replaces the code in `CODES`.
         floats: names of the dtypes that the codec encodes.
@@ -136,7 +136,7 @@ class Preset:
 
 
 def canonical(device: torch.device = CPU, *, dense: bool = False) -> Preset:
-    """Return the preset of codec `canonical`.
+    """Return the preset of the codec `canonical`.
 
     The codec rotates the stream at sites and changes the bases of pairs of matrices, so that fewer weights need to be
     stored. In a dense model it only changes the bases of pairs.
@@ -149,7 +149,7 @@ def canonical(device: torch.device = CPU, *, dense: bool = False) -> Preset:
 
 
 def bits_back(threshold: float, device: torch.device = CPU) -> Preset:
-    """Return the preset of codec `bits-back`. Decoded weights with an error above `threshold` are corrected."""
+    """Return the preset of the codec `bits-back`, which corrects decoded weights whose error exceeds `threshold`."""
     codes = {BITS_BACK: BitsBack(threshold, device)}
     facts = {"threshold": threshold}
     return Preset(
@@ -158,10 +158,11 @@ def bits_back(threshold: float, device: torch.device = CPU) -> Preset:
 
 
 def chosen(codec: str, threshold: float | None = None, device: torch.device = CPU) -> Preset | None:
-    """Return the preset of a codec; None for codec `none`, which stores files unchanged.
+    """Return the preset of a codec; None for the codec `none`, which stores files unchanged.
 
     Raises:
-        UsageError: there is no such codec, or `threshold` is negative, not finite, or given for a codec without one.
+        UsageError: there is no such codec, or `threshold` is negative, not finite, or given for
+            another codec than `bits-back`.
     """
     if codec not in CODECS:
         raise UsageError(f"`codec` is {codec!r}: choose {', '.join(CODECS[:-1])} or {CODECS[-1]}")

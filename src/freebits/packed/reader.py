@@ -33,11 +33,11 @@ class PackedFolder:
         manifest: the manifest.
         files: the weights files.
         stored: specs of the stored tensors, in file order.
-        specs: specs of the decoded tensors. With codec `none`, a tensor of an auxiliary weights file is called
+        specs: specs of the decoded tensors. With the codec `none`, a tensor of an auxiliary weights file is called
             `file/name`.
         config: the model's config.
-        originals: with codec `none`, name of an original weights file → name of a tensor in this folder → entry of the
-            tensor in the original header.
+        originals: with the codec `none`, name of an original weights file → name of a tensor in this folder → entry of
+            the tensor in the original header.
 
     Args:
         path: the folder.
@@ -176,7 +176,7 @@ class PackedFolder:
         return dict(zip(recipe.makes, tensors, strict=True))
 
     def matrices(self, recipe: Recipe) -> list[ScaledIntegers]:
-        """Return the matrices that a recipe of code `integers` makes, as integers with scales."""
+        """Return the matrices that a recipe with the `integers` code makes, as integers with scales."""
         parts = {part: self._decode(name, {}) for part, name in recipe.takes.items()}
         try:
             return Integers().scaled_integers(parts, list(recipe.makes.values()), recipe.params)

@@ -70,13 +70,13 @@ class Recipe:
             ValueError: the code is unknown, or does not accept the parameters.
         """
         if self.code not in CODES:
-            raise ValueError(f"code {self.code!r} is not known")
+            raise ValueError(f"a recipe names the code {self.code!r}, which does not exist")
         if unknown := self.params.keys() - CODES[self.code].param_names:
-            raise ValueError(f"code {self.code} has no parameter {min(unknown)!r}")
+            raise ValueError(f"the {self.code} code has no parameter {min(unknown)!r}")
         try:
             return CODES[self.code].parts(list(self.makes.values()), self.params)
         except (KeyError, TypeError, IndexError, AttributeError) as error:
-            raise ValueError(f"the parameters of a recipe do not fit code {self.code} ({error!r})") from None
+            raise ValueError(f"the parameters of a recipe do not fit the {self.code} code ({error!r})") from None
 
     def checked(self, tensors: Sequence[Tensor]) -> "Recipe":
         """Return the recipe with the digest or the sums of the tensors that it makes."""
@@ -134,7 +134,7 @@ def check_recipes(stored: Mapping[str, TensorSpec], recipes: Iterable[Recipe]) -
         label = f"the recipe of {next(iter(recipe.makes), '?')}"
         parts = recipe.parts()
         if parts.keys() != recipe.takes.keys():
-            raise ValueError(f"{label} does not take the parts of code {recipe.code}")
+            raise ValueError(f"{label} does not take the parts of the {recipe.code} code")
         place, depth = len(places), 0
         for part, spec in parts.items():
             name = recipe.takes[part]

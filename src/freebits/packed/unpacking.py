@@ -29,7 +29,7 @@ LOW_RANK_IN = "freebits.models.low_rank"
 def unpack_into(directory: Path, packed: PackedFolder, parallel: Parallel, progress: Progress) -> None:
     """Write a plain checkpoint into a new folder.
 
-    With codec `none`, the original files are restored. The shortcuts of a sliced model become dense matrices.
+    With the codec `none`, the original files are restored. The shortcuts of a sliced model become whole matrices.
 
     Raises:
         CheckpointError: a tensor is damaged.

@@ -14,7 +14,7 @@ from torch import Tensor
 _BLOCK = 128
 _MAX_ERROR = 1e-3
 RoundColumns = Callable[[Tensor, int], Tensor]
-"""Takes some columns, (n, width), and the number of the first of them. Returns the rounded columns."""
+"""Takes consecutive columns, (n, width), and the number of the first column. Returns the rounded columns."""
 
 
 def inverse_factor(gram: Tensor, damping: float) -> Tensor:

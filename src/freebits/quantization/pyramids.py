@@ -20,7 +20,10 @@ _INDEX_BITS, _MAX_PULSES = 62, 256  # of the code
 
 
 def group_size(n_columns: int, bits: float) -> int:
-    """Return the largest power of two, up to 16, that divides the number of columns and whose points fit in 62 bits."""
+    """Return the number of weights per group.
+
+    It is the largest power of two, up to 16, that divides the number of columns and for which a point fits in 62 bits.
+    """
     sizes = (size for size in (_SIZE, 8, 4, 2) if n_columns % size == 0 and bits * size <= _INDEX_BITS + SCALE_BITS)
     return next(sizes, 1)
 

@@ -1,4 +1,4 @@
-"""Round to integers of any size, with the scales that give the least KL divergence for the entropy of the integers.
+"""Round to integers of any size. The scales give the least KL divergence that the entropy of the integers allows.
 
 To second order, a change `Δ` of a matrix causes a KL divergence of `½ Σ_r f_r Δ_r H Δ_rᵀ` nats per token. `H` is the
 Gram matrix of the matrix's inputs. `f_r` is the Fisher information of output `r`, the mean squared gradient at this
@@ -43,7 +43,7 @@ def typical_scales(W: Tensor) -> tuple[Tensor, Tensor]:
 def scaled_integers(
     W: Tensor, U: Tensor | None, rows: Tensor, columns: Tensor, c: float, n_states: int = 0
 ) -> ScaledIntegers:
-    """Round a matrix to integers or, with a trellis, to half steps (multiples of half a scale).
+    """Round a matrix to multiples of the scales or, with a trellis, to multiples of half the scales.
 
     Args:
         W: matrix to round, (n, m).
@@ -56,8 +56,8 @@ def scaled_integers(
         n_states: number of states of the trellis; 0 for no trellis.
 
     Returns:
-        The integers and the exponents of the scales. With a trellis, the integers count half steps, so the scales are
-        half as large.
+        The integers and the exponents of the scales. With a trellis, the integers count halves of a scale, so
+        the returned scales are half as large.
     """
     row_exponents, column_exponents = exponents(rows), exponents(c * columns)
     row, column = steps(row_exponents)[:, None], steps(column_exponents)

@@ -163,7 +163,7 @@ class SensitivityCache:
         return TensorSpec(tensor_spec.dtype_name, (matrix.stop - matrix.start, matrix.width or tensor_spec.shape[-1]))
 
     def factor_and_scales(self, name: str) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Return `U` of a matrix (None without calibration), and the relative scales of its rows and columns."""
+        """Return `U` of a matrix (None without calibration), the relative scales of its rows, and of its columns."""
         factor, last = self.matrices[name].factor, self._last_factor
         if factor is None:
             return None, *self._scales[name]

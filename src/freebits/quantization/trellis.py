@@ -29,7 +29,7 @@ def trellis_round(targets: Tensor, n_states: int) -> Tensor:
         n_states: number of states.
 
     Returns:
-        The values of the paths in half steps, (n, m), int32; see `freebits.codecs.trellis`.
+        The values of the paths in halves of the scale, (n, m), int32; see `freebits.codecs.trellis`.
     """
     columns = np.ascontiguousarray(targets.detach().cpu().numpy().T, dtype=np.float64)
     values = np.empty(columns.shape, np.int32)
@@ -63,7 +63,7 @@ def _search(
     n_states = len(before)
     costs, new_costs = np.empty(n_states), np.empty(n_states)
     choices = np.empty((n, n_states), np.uint8)  # which of the two predecessors is better
-    nearest = np.empty((n, 4), np.int64)  # symbol by grid (even or odd state) and parity
+    nearest = np.empty((n, 4), np.int64)  # symbol for each grid (even or odd state) and each parity
     errors = np.empty(4)
     for path in range(n_paths):
         costs[:] = 1e30

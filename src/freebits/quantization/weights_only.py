@@ -48,7 +48,7 @@ def routers_to_keep(source: Source, router_tensors: Collection[str]) -> dict[str
 def uncalibrated(source: Source, calibrated: Collection[str], kept: Collection[str]) -> list[Matrix]:
     """Return the matrices to round without calibration.
 
-    The result consists of all floating-point matrices that are neither small nor more precise than most weights.
+    The result has all floating-point matrices, except small ones and those that are more precise than most weights.
 
     Args:
         source: checkpoint to round.

@@ -17,14 +17,14 @@ from freebits.types import Bytes, TensorSpec
 from freebits.version import __version__
 
 HISTORY = "freebits"
-"""The key in `config.json` of the entry that contains the history of the model."""
+"""The key in `config.json` of the entry with the history of the model, which is the list of the steps that made it."""
 CONFIG = "config.json"
 WEIGHTS = "model"
 """The stem of the weights files of a model."""
 ADAPTER, ADAPTER_STEM = "adapter_config.json", "adapter_model"
-"""The config of a PEFT adapter, and the stem of its weights file."""
+"""`ADAPTER`: name of the config of a PEFT adapter. `ADAPTER_STEM`: stem of the name of its weights file."""
 _DIFFUSERS_CLASS, _DIFFUSERS_STEM = "_class_name", "diffusion_pytorch_model"
-"""A key that only configs of diffusion components have, and the stem of the weights files of these components."""
+"""`_DIFFUSERS_CLASS`: key that only configs of diffusion components have. `_DIFFUSERS_STEM`: stem of their weights."""
 STEMS = (WEIGHTS, _DIFFUSERS_STEM)
 """The stems of weights files that need an index if the weights are in several files."""
 GGUF = "gguf"

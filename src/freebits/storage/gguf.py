@@ -40,7 +40,7 @@ _BLOCKS: dict[int, tuple[int, Fields]] = {
 _METADATA_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 """Metadata type → size of a value in bytes."""
 _U32, _STRING, _ARRAY = 4, 8, 9
-"""The metadata types unsigned 32-bit integer, string and array."""
+"""Three metadata types: unsigned 32-bit integer (`_U32`), string and array."""
 _READ_AHEAD = 1 << 20
 _MAX_COUNT = 1 << 24
 """Upper bound on the number of metadata entries, of tensors and of items of an array, and on the alignment."""

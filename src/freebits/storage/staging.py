@@ -1,4 +1,4 @@
-"""Create output folders so that they appear complete or not at all."""
+"""Create output folders. A folder gets its name only when it is complete; if the command fails, there is no folder."""
 
 import logging
 import os

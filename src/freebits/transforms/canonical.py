@@ -1,4 +1,4 @@
-"""The canonical form of a sliced model, whose rotations are chosen so that shortcuts need few weights.
+"""The canonical form of a sliced model: each site is rotated so that the shortcuts need few weights.
 
 `freebits.transforms.polar` describes the chain of rotations. The chain leaves the rotation of site 0 free. This
 rotation makes the first matrix that reads the stream lower trapezoidal.

@@ -1,4 +1,7 @@
-"""Rotate each output matrix to its canonical direction, as bits-back coding requires (paper, Algorithm 1)."""
+"""Rotate each output matrix to its canonical direction, as bits-back coding requires.
+
+This is Algorithm 1 of arXiv 2410.01309. An output matrix is a matrix that writes to the residual stream.
+"""
 
 from dataclasses import dataclass
 
@@ -14,7 +17,12 @@ from freebits.transforms.transform import Dtypes, PartChange, Rotations, unsound
 @storable
 @dataclass(frozen=True)
 class DiagonalAnalysis:
-    """The analysis of one part: site → reason why it cannot be rotated, and site → canonical direction."""
+    """The analysis of one part.
+
+    Attributes:
+        unsound: site → reason why the site cannot be rotated.
+        directions: site → canonical direction of the output matrix that writes to the site.
+    """
 
     unsound: dict[int, str]
     directions: dict[int, Tensor]

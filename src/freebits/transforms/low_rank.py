@@ -55,7 +55,7 @@ def rank_for(n: int, m: int, budget: float, *, paired: bool = True) -> int:
         m: number of inputs.
         budget: the fraction, in (0, 1).
         paired: whether to count the weights of the canonical form; if False, all weights of the two matrices count,
-            as in the paper.
+            as in arXiv 2312.07046.
     """
     max_weights = budget * n * m
     if not paired:

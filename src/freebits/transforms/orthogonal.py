@@ -1,8 +1,8 @@
-"""Rotate tensors along their residual axes (paper, Remark 3.1).
+"""Rotate tensors along their residual axes (Remark 3.1 of arXiv 2410.01309).
 
 In the layout `(d_out, d_in)` of `nn.Linear`, a tensor that writes the stream becomes `Qᵀ W`, and one that reads the
 stream becomes `W Q`. In both cases the residual axis is contracted with `Q`. For slicing, `Q` has fewer columns than
-rows. A shortcut is an identity matrix that is rotated along both axes.
+rows. A shortcut is an identity matrix, rotated along both axes.
 """
 
 from collections.abc import Mapping

@@ -71,10 +71,10 @@ class Pairs:
 def free_pairs(
     specs: Mapping[str, TensorSpec], architecture: Architecture | None, part: Part, *, dense: bool
 ) -> list[Pair]:
-    """Return the pairs of float matrices in a part whose basis can be changed.
+    """Return the pairs in a part that consist of floats and have a basis that can be changed.
 
-    In a sliced model, pairs with the first matrix that reads the stream are excluded, because the canonical form keeps
-    this matrix triangular.
+    In a sliced model, the result excludes each pair that contains the first matrix that reads the stream, because the
+    canonical form keeps this matrix triangular.
 
     Args:
         specs: tensor specs of the model.

@@ -1,11 +1,12 @@
 """The canonical form of shortcuts: rotations after which shortcuts need few weights. The rotations are not stored.
 
-In the row-vector convention, a shortcut `A: (k, k')` from site `s - 1` to site `s` maps `x` to `x A`. Rotations `G₋`
-and `G` of these sites change `A` to `G₋ᵀ A G`. Slicing gives `A = Q₋ᵀ Q`, a block of an orthogonal matrix, in which all
-but at most `D - k'` singular values are 1. Let `A = P [I 0] R` be the polar decomposition of `A`. With
-`G = Rᵀ (G₋ ⊕ I)` the shortcut becomes `[G₋ᵀ P G₋, 0]`. The matrix `G₋ᵀ P G₋` is symmetric, and all but a few of its
-eigenvalues are 1. Therefore it equals `I - M Mᵀ` with few columns in `M`. A rotation of these columns leaves `M Mᵀ`
-unchanged and makes `M` lower trapezoidal. The rotation of site 0 remains free.
+In the row-vector convention, a shortcut `A: (k, k')`, the matrix on the skip connection from site `s - 1` to site `s`,
+maps `x` to `x A`. Rotations `G₋` and `G` of these sites change `A` to `G₋ᵀ A G`. Slicing gives `A = Q₋ᵀ Q`, a block of
+an orthogonal matrix, in which all but at most `D - k'` singular values are 1. Let `A = P [I 0] R` be the polar
+decomposition of `A`. With `G = Rᵀ (G₋ ⊕ I)`, where `⊕` builds a block diagonal matrix, the shortcut becomes
+`[G₋ᵀ P G₋, 0]`. The matrix `G₋ᵀ P G₋` is symmetric, and all but a few of its eigenvalues are 1. Therefore it equals
+`I - M Mᵀ` with few columns in `M`. A rotation of these columns leaves `M Mᵀ` unchanged and makes `M` lower trapezoidal.
+The rotation of site 0 remains free.
 """
 
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ _MIN_RELATIVE_EIGENVALUE = 1e-20
 """Eigenvalues of a Gram matrix below this fraction of the largest eigenvalue count as zero."""
 _NEWTON_STEPS, _MAX_INITIAL_ERROR, _MAX_FINAL_ERROR = 5, 0.5, 1e-15
 _SUBSPACE_MIN_SIZE, _OVERSAMPLING, _SUBSPACE_ITERATIONS, _POWER_ITERATIONS = 256, 8, 3, 30
-"""Settings of subspace iteration: the smallest `k` for which it is used, the number of extra columns, the number of
-iterations, and the number of power iterations that check the result."""
+"""Settings of subspace iteration, in this order: the smallest `k` for which it is used; the number of extra columns;
+the number of iterations; the number of power iterations that check the result."""
 
 
 @dataclass(frozen=True)

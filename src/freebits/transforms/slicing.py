@@ -1,8 +1,9 @@
 """Slice a dense model (SliceGPT, Ashkboos et al. 2024) with one block in memory at a time.
 
-Slicing rotates the stream into its principal axes and keeps the first `k` of them. Each block is calibrated on the
-output of the sliced blocks before it. For this, each dense sublayer receives the stream projected onto these `k` axes.
-Its result is that of the sliced sublayer, expressed in the dense basis.
+At each site (see `freebits.models.architecture`), slicing rotates the residual stream into its principal axes and keeps
+the first `k` of them. Each block is calibrated on the output of the sliced blocks before it. For this, each dense
+sublayer receives the stream projected onto these `k` axes. Its result is that of the sliced sublayer, expressed in the
+dense basis.
 """
 
 import math

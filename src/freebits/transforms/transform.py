@@ -1,7 +1,8 @@
 """Transforms map one model to another, part by part, with an explicit state.
 
-A transform decides which matrix multiplies the residual stream at each site. `look` analyzes each part independently,
-so that several parts can be analyzed in parallel. `step` then goes through the parts in order and passes a state on.
+A transform decides which matrix multiplies the residual stream at each site (see `freebits.models.architecture`).
+`look` analyzes each part independently, so that several parts can be analyzed in parallel. `step` then goes through the
+parts in order and passes a state on.
 """
 
 import math
@@ -32,8 +33,8 @@ class PartChange:
 
     Attributes:
         rotations: rotations of the sites at which tensors of the part have axes.
-        replaced: function that returns the tensors, not yet rotated, that replace tensors of the source; None in place
-            of a tensor removes the tensor.
+        replaced: function that returns name → tensor that replaces this tensor of the source before it is rotated; None
+            removes the tensor.
         unrounded: names of the tensors that `finish` needs in float64.
         reasons: site → reason why it is not rotated, for sites to which this part leads.
         facts: measurements so far, for the history of the model.

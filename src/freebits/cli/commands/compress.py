@@ -30,10 +30,10 @@ def add(commands: Any) -> ArgumentParser:
         "make a model smaller with one command: plan, compress, compare with the original, and write a model card",
         "Give at most one target. Without a target, the command looks for the smallest folder whose mean KL "
         "divergence from the model stays below 0.05 nats per token, which raises perplexity by about 5 %. The "
-        "divergence is measured on text that was not used for calibration. The result is lossy, unless --lossless is "
-        "given or the target needs no loss. If the command fails, it leaves no OUT and uploads nothing. Compression "
-        "takes minutes per 100 million parameters on a CPU. While the model generates calibration text, memory holds "
-        "the model once in its own dtype. quantize, slice and pack have more options.",
+        "divergence is measured on text that was not used for calibration. The result is lossy, except with "
+        "--lossless or if the target needs no loss. If the command fails, it leaves no OUT and uploads nothing. "
+        "Compression takes minutes per 100 million parameters on a CPU. While the model generates calibration text, "
+        "memory holds the model once in its own dtype. quantize, slice and pack have more options.",
     )
     add_model(parser, "folder of a checkpoint")
     add_out(parser)

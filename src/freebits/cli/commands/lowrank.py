@@ -50,8 +50,8 @@ def add(commands: Any) -> ArgumentParser:
         choices=ALLOCATIONS,
         default=SLOPE,
         help="slope: choose ranks so that one more weight would reduce the error equally in every layer; uniform: "
-        "keep the same fraction of each matrix; paper: reduce only the last blocks, at a budget of 0.9, 0.8 or 0.5 "
-        "(default: %(default)s)",
+        "keep the same fraction of each matrix; paper: reduce only the last blocks, as in arXiv 2312.07046, with "
+        "--budget 0.9, 0.8 or 0.5 (default: %(default)s)",
     )
     add_calibration(parser, samples=64, seq_len=256)
     add_device(parser)

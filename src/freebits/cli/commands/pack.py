@@ -39,8 +39,8 @@ def add(commands: Any) -> ArgumentParser:
     parser.add_argument(
         "--threshold",
         type=float,
-        help="bits-back: largest error of a decoded value that is not corrected (default: 0.01; the paper uses 0.005 "
-        "for Llama 2)",
+        help="bits-back: correct each value whose decoded error would be larger than this (default: 0.01; arXiv "
+        "2410.01309 uses 0.005 for Llama 2)",
     )
     add_device(parser, "run linear algebra")
     add_jobs(parser)

@@ -33,12 +33,12 @@ def add(commands: Any) -> ArgumentParser:
         "each bit reduces the expected loss equally. It calibrates on text that the model generates or on a given "
         "text, and runs the model block by block. Matrices that no text input uses are rounded without calibration; "
         "so are all matrices of a model that transformers cannot run on text. Memory holds one block and the "
-        "embedding, or the whole model while it generates text. Measurements are stored in the staging directory of "
-        "OUT. Check the result with freebits verify OUT --against MODEL.",
+        "embedding, or the whole model while it generates text. Until OUT is complete, measurements are "
+        "stored in a hidden folder next to OUT. Check the result with freebits verify OUT --against MODEL.",
     )
-    add_model(parser, "folder of a plain or sliced checkpoint, or of one packed with codec canonical")
+    add_model(parser, "folder of a plain or sliced checkpoint, or of one that was packed with --codec canonical")
     add_out(parser)
-    parser.add_argument("--bits", type=float, help="average bits per weight, side data included (default: 4)")
+    parser.add_argument("--bits", type=float, help="average bits per weight, including those of scales (default: 4)")
     parser.add_argument("--target-size", metavar="BYTES", type=size, help="largest size of OUT, such as 66MB or 1.2GB")
     parser.add_argument(
         "--target-kl",
