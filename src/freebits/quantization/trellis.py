@@ -38,33 +38,33 @@ def trellis_round(targets: Tensor, n_states: int) -> Tensor:
 
 
 @cache
-def _predecessors(n_states: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the two predecessors of each state, (n_states, 2), and the parities of the symbols that lead from them."""
-    following = transitions(n_states).astype(np.int64)
-    before, parities = np.empty((n_states, 2), np.int64), np.empty((n_states, 2), np.int64)
+def _predecessors(n_states: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+    """Return the two predecessors of each state, and the *kind* of the symbol that leads from each, both (2, n_states).
+
+    There are four kinds of symbols: `2 grid + parity`, where the grid is 1 in odd states.
+    """
+    following = transitions(n_states)
+    before, kinds = np.empty((2, n_states), np.uint32), np.empty((2, n_states), np.uint32)
     n_found = np.zeros(n_states, np.int64)
     for state in range(n_states):
         for parity in (0, 1):
             end = following[state, parity]
-            before[end, n_found[end]], parities[end, n_found[end]] = state, parity
+            before[n_found[end], end], kinds[n_found[end], end] = state, 2 * (state & 1) + parity
             n_found[end] += 1
-    return before, parities
+    return before, kinds
 
 
 @compiled
 def _search(
-    targets: NDArray[np.float64],
-    before: NDArray[np.int64],
-    parities: NDArray[np.int64],
-    values: NDArray[np.int32],
+    targets: NDArray[np.float64], before: NDArray[np.uint32], kinds: NDArray[np.uint32], values: NDArray[np.int32]
 ) -> None:
     """Fill `values`, (m, n), with the paths of least squared error for `targets`, (m, n)."""
     n_paths, n = targets.shape
-    n_states = len(before)
+    n_states = before.shape[1]
     costs, new_costs = np.empty(n_states), np.empty(n_states)
     choices = np.empty((n, n_states), np.uint8)  # which of the two predecessors is better
-    nearest = np.empty((n, 4), np.int64)  # symbol for each grid (even or odd state) and each parity
-    errors = np.empty(4)
+    nearest, errors = np.empty((n, 4), np.int32), np.empty(4)  # the nearest symbol of each kind, and its error
+    before0, before1, kinds0, kinds1 = before[0], before[1], kinds[0], kinds[1]
     for path in range(n_paths):
         costs[:] = 1e30
         costs[0] = 0.0
@@ -76,18 +76,15 @@ def _search(
                 first, second = 2 * grid + (symbol & 1), 2 * grid + (neighbor & 1)
                 nearest[row, first], errors[first] = symbol, (target - symbol) ** 2
                 nearest[row, second], errors[second] = neighbor, (target - neighbor) ** 2
-            for state in range(n_states):
-                s0, s1 = before[state, 0], before[state, 1]
-                cost0 = costs[s0] + errors[2 * (s0 & 1) + parities[state, 0]]
-                cost1 = costs[s1] + errors[2 * (s1 & 1) + parities[state, 1]]
-                better = cost1 < cost0
-                new_costs[state] = cost1 if better else cost0
-                choices[row, state] = better
+            for state in range(n_states):  # without branches, which a processor could not predict
+                cost0 = costs[before0[state]] + errors[kinds0[state]]
+                cost1 = costs[before1[state]] + errors[kinds1[state]]
+                new_costs[state] = min(cost0, cost1)
+                choices[row, state] = cost1 < cost0
             costs, new_costs = new_costs, costs
         state = int(np.argmin(costs))
         for row in range(n - 1, -1, -1):
             choice = choices[row, state]
-            previous = before[state, choice]
-            grid = previous & 1
-            values[path, row] = 2 * nearest[row, 2 * grid + parities[state, choice]] + grid
-            state = previous
+            kind = kinds[choice, state]
+            values[path, row] = 2 * nearest[row, kind] + (kind >> 1)
+            state = before[choice, state]
