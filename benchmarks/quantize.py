@@ -67,6 +67,8 @@ ROWS: dict[str, tuple[str, str, Goal]] = {
     "linear, integers 2.40": ("linear", "none", Goal(bits=2.40)),
     "linear, integers 6": ("linear", "none", Goal(bits=6)),
     "linear, integers 5": ("linear", "none", Goal(bits=5)),
+    "linear, no trellis 6": ("linear", "none", Goal(bits=6, trellis=0)),
+    "linear, no trellis 5": ("linear", "none", Goal(bits=5, trellis=0)),
     "linear, no trellis 3.80": ("linear", "none", Goal(bits=3.80, trellis=0)),
     "linear, no trellis 3.05": ("linear", "none", Goal(bits=3.05, trellis=0)),
     "linear, no trellis 2.40": ("linear", "none", Goal(bits=2.40, trellis=0)),
