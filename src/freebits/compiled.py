@@ -1,4 +1,4 @@
-"""Functions that Numba compiles for loops that NumPy cannot run at once, such as entropy coding."""
+"""Compile functions with Numba. They contain loops that NumPy has no operation for, such as entropy coding."""
 
 from collections.abc import Callable
 from functools import cache, wraps

@@ -6,8 +6,8 @@ work on several integers at once. All lanes write to one bitstream of 16-bit val
 The integers have roughly a normal distribution. The *level* of an integer is the logarithm of its expected standard
 deviation, in quarters of an octave (a factor of 2). It is the sum of a level of the integer's row and a level of its
 column. The level of an integer selects its table of probabilities; see `normal_tables`. If the level is above that of
-the last table, the lower bits of the integer are almost random. These bits are stored as they are, and the table is
-used for the other bits.
+the last table, the lower bits of the integer are almost random. These bits are stored as they are, and the upper bits
+are coded with one of the last tables.
 """
 
 from collections.abc import Sequence

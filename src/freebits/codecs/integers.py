@@ -64,15 +64,16 @@ def exponents(scales: Tensor) -> Tensor:
 class Integers:
     """Matrices, encoded together. Each consists of integers and the exponents of its row scales and column scales.
 
-    Each row and each column has a *level*. The sum of both levels estimates how large an integer is, in quarters of an
-    octave (a factor of 2), and selects its table of probabilities; see `freebits.codecs.integer_stream`.
+    Each row and each column has a *level*. The sum of both levels estimates the logarithm of the size of an integer,
+    in quarters of an octave (a factor of 2), and selects its table of probabilities; see
+    `freebits.codecs.integer_stream`.
 
     Layout of part `message`, little-endian: size of the side data in bytes (u32); side data (zstd); bitstream (u16).
     The side data has for each matrix the row exponents and column exponents (i16), then the row levels and column
     levels (i8).
 
-    With a trellis, the integers count halves of a scale; see `freebits.codecs.trellis`. The number of states is the
-    parameter `trellis`.
+    With a trellis, the integer `i` stands for `i / 2` times the scale; see `freebits.codecs.trellis`. The number of
+    states is the parameter `trellis`.
 
     Args:
         n_states: number of states of the trellis with which `encode` encodes; 0 for no trellis.
@@ -163,7 +164,7 @@ def _levels(integers: Tensor) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
 
 @dataclass(frozen=True)
 class _SideData:
-    """Exponents of the scales (int16) and levels of the rows, (n,), and of the columns, (m,), of a matrix."""
+    """Side data of a matrix. Its rows, (n,), and columns, (m,), have exponents of scales (int16) and levels."""
 
     rows: Tensor
     columns: Tensor

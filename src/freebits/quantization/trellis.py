@@ -12,7 +12,9 @@ from freebits.compiled import compiled
 from freebits.errors import UsageError
 
 GAINS = {0: 1.0, 4: 0.794, 8: 0.778, 16: 0.769, 32: 0.757, 64: 0.750, 128: 0.741, 256: 0.736}
-"""Number of states → mean squared error relative to rounding without a trellis. A test measures it within 3 %."""
+"""Number of states → mean squared error relative to rounding without a trellis.
+
+A test measures these errors and requires that they agree within 3 %."""
 
 
 def check_trellis(n_states: int) -> None:
@@ -39,9 +41,9 @@ def trellis_round(targets: Tensor, n_states: int) -> Tensor:
 
 @cache
 def _predecessors(n_states: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-    """Return the two predecessors of each state, and the *kind* of the symbol that leads from each, both (2, n_states).
+    """Return two arrays, (2, n_states): the two predecessors of each state, and the kinds of the symbols between them.
 
-    There are four kinds of symbols: `2 grid + parity`, where the grid is 1 in odd states.
+    The *kind* of a symbol is `2 grid + parity`. The grid is 1 if the symbol leaves an odd state, else 0.
     """
     following = transitions(n_states)
     before, kinds = np.empty((2, n_states), np.uint32), np.empty((2, n_states), np.uint32)

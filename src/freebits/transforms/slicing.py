@@ -1,9 +1,9 @@
 """Slice a dense model (SliceGPT, Ashkboos et al. 2024) with one block in memory at a time.
 
-At each site (see `freebits.models.architecture`), slicing rotates the residual stream into its principal axes and keeps
-the first `k` of them. Each block is calibrated on the output of the sliced blocks before it. For this, each dense
-sublayer receives the stream projected onto these `k` axes. Its result is that of the sliced sublayer, expressed in the
-dense basis.
+At each site (see `freebits.models.architecture`), slicing rotates the residual stream into its principal axes and
+keeps the first `k` of them. Each block is calibrated on the output of the sliced blocks before it. For this, each
+dense sublayer receives the stream projected onto these `k` axes. The dense sublayer then computes what the sliced
+sublayer would compute, but in the dense basis.
 """
 
 import math
@@ -48,7 +48,7 @@ class Runner(Protocol):
             n_measured: number of windows at the end of `tokens` whose losses are returned.
 
         Returns:
-            The mean negative log-likelihood, in nats per token, of the tokens after the first in each of these windows.
+            For each of these windows, the mean negative log-likelihood, in nats per token, of all tokens but the first.
         """
 
 
@@ -66,7 +66,7 @@ _CHUNK = 4096
 
 
 def covariance(x: Tensor) -> Tensor:
-    """Return `xᵀ x: (D, D)`, float64, for the input `x: (tokens, D)` of a norm, any float dtype."""
+    """Return `xᵀ x`, (D, D), float64. `x`, (tokens, D), is the input of a norm and has any float dtype."""
     total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
     for chunk in x.split(_CHUNK):
         total.addmm_(chunk.double().T, chunk.double())
@@ -150,7 +150,7 @@ class Slice:
         analysis: None,  # noqa: ARG002
         following: None,  # noqa: ARG002
     ) -> tuple[dict[str, float], PartChange]:
-        """Return the unchanged state, and the change of a part with the rotations of its sites."""
+        """Return the state as it was, and the change of a part, which consists of the rotations of its sites."""
         if part.sublayers:
             sites = [part.sublayers[0].site - 1, *(sub.site for sub in part.sublayers)]
         else:

@@ -27,8 +27,8 @@ def add(commands: Any) -> ArgumentParser:
         choices=CODECS,
         default=CANONICAL,
         help="canonical: choose standard rotations, which gives the smallest folder; bits-back: use the code of arXiv "
-        "2410.01309; none: keep every byte of any model, so that bfloat16 shrinks to about 70 %% (default: "
-        "%(default)s)",
+        "2410.01309; none: only entropy coding, for any model; every byte can be restored "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--entropy",
