@@ -81,7 +81,7 @@ def test_code_columns_restores_its_tensor_and_refuses_invalid_fields() -> None:
     }
     assert torch.equal(Columns().decode(coded.parts, [TensorSpec.of(tensor)], coded.params)[0], tensor)
     for fields in ([["F16", 1]], [["F16", 0], ["U8", 20]], [], [["U8", 21]]):
-        with pytest.raises(ValueError, match="fields"):
+        with pytest.raises(ValueError, match="field"):
             Columns().parts([TensorSpec.of(tensor)], {"fields": fields})
 
 
