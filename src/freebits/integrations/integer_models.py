@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from freebits.execution.executor import Parallel
 from freebits.execution.machine import release_freed_memory
 from freebits.integrations.integer_layers import IntegerEmbedding, IntegerLinear, IntegerMatrix
 from freebits.packed.reader import PackedFolder
+from freebits.packed.recipe import Recipe
 from freebits.storage.staging import new_directory
 from freebits.types import bytes_of
 
@@ -57,17 +59,27 @@ class _Matrices:
         missing = Counter(name for name, _ in places.values())
         recipes = [*{id(recipe): recipe for recipe in (self._recipes[part] for part in places)}.values()]
         matrices: dict[str, IntegerMatrix] = {}
-        with Parallel().executor() as executor:
-            for recipe, decoded in zip(recipes, executor.map(self._packed.matrices, recipes), strict=True):
-                for part, block in zip(recipe.makes, decoded, strict=True):
-                    if part in places:
-                        name, number = places[part]
+        lock = Lock()
+
+        def fill(recipe: Recipe) -> list[str]:
+            filled = []
+            for part, block in zip(recipe.makes, self._packed.matrices(recipe), strict=True):
+                if part in places:
+                    name, number = places[part]
+                    with lock:
                         if name not in matrices:
                             matrices[name] = self.empty(name)
                         matrices[name].fill(number, block)
-                        missing[name] -= 1
-                        if not missing[name]:
-                            yield name, matrices.pop(name)
+                    filled.append(name)
+            return filled
+
+        with Parallel().executor() as executor:
+            for filled in executor.map(fill, recipes):
+                release_freed_memory()
+                for name in filled:
+                    missing[name] -= 1
+                    if not missing[name]:
+                        yield name, matrices.pop(name)
 
 
 def load_with_integers(
