@@ -80,19 +80,19 @@ class Ggml:
     """ggml's shared library, which quantizes and dequantizes matrices."""
 
     def __init__(self, path: Path) -> None:
-        self.library = ctypes.CDLL(str(path.resolve()))
+        self._ggml = ctypes.CDLL(str(path.resolve()))
         size, count, pointer = ctypes.c_size_t, ctypes.c_int64, ctypes.c_void_p
-        self.library.ggml_row_size.argtypes, self.library.ggml_row_size.restype = (ctypes.c_int, count), size
-        self.library.ggml_quantize_chunk.argtypes = (ctypes.c_int, pointer, pointer, count, count, count, pointer)
-        self.library.ggml_quantize_chunk.restype = size
+        self._ggml.ggml_row_size.argtypes, self._ggml.ggml_row_size.restype = (ctypes.c_int, count), size
+        self._ggml.ggml_quantize_chunk.argtypes = (ctypes.c_int, pointer, pointer, count, count, count, pointer)
+        self._ggml.ggml_quantize_chunk.restype = size
         for name, number in TYPES.items():
-            self.library.ggml_quantize_init(number)
-            dequantize = getattr(self.library, f"dequantize_row_{name}")
+            self._ggml.ggml_quantize_init(number)
+            dequantize = getattr(self._ggml, f"dequantize_row_{name}")
             dequantize.argtypes, dequantize.restype = (pointer, pointer, count), None
 
     def bits(self, name: str) -> float:
         """Return the bits per weight of a type."""
-        return float(8 * self.library.ggml_row_size(TYPES[name], BLOCK) / BLOCK)
+        return float(8 * self._ggml.ggml_row_size(TYPES[name], BLOCK) / BLOCK)
 
     def rounded(self, weights: Tensor, name: str, importances: Tensor | None) -> Tensor:
         """Return what a type makes of a matrix (n, m), given the importances (m,) of its columns or None."""
@@ -100,9 +100,9 @@ class Ggml:
         padding = (0, -m % BLOCK)
         padded = pad(weights.float(), padding).contiguous()
         factors = None if importances is None else pad(importances.float(), padding).contiguous()
-        row_size = self.library.ggml_row_size(TYPES[name], padded.shape[1])
+        row_size = self._ggml.ggml_row_size(TYPES[name], padded.shape[1])
         blocks = torch.empty(n * row_size, dtype=torch.uint8)
-        n_bytes = self.library.ggml_quantize_chunk(
+        n_bytes = self._ggml.ggml_quantize_chunk(
             TYPES[name],
             padded.data_ptr(),
             blocks.data_ptr(),
@@ -112,7 +112,7 @@ class Ggml:
         )
         assert n_bytes == len(blocks), f"ggml wrote {n_bytes} bytes, not {len(blocks)}"
         restored = torch.empty_like(padded)
-        getattr(self.library, f"dequantize_row_{name}")(blocks.data_ptr(), restored.data_ptr(), padded.numel())
+        getattr(self._ggml, f"dequantize_row_{name}")(blocks.data_ptr(), restored.data_ptr(), padded.numel())
         return restored[:, :m]
 
 

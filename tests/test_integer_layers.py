@@ -151,6 +151,14 @@ def test_an_adapter_can_be_trained_on_top(quantized: Path) -> None:
     assert losses[-1] < losses[0] - 0.05
 
 
+def test_another_dtype_does_not_round_the_scales() -> None:
+    matrix = filled(random_blocks([12, 5], 9, 0, 2))
+    W = matrix.floats()
+    assert torch.equal(matrix.half().floats(), W.half())
+    assert matrix.dtype == torch.float16
+    assert {matrix.rows.dtype, matrix.columns.dtype, matrix.outlier_values.dtype} == {torch.float32}
+
+
 def test_gradients_are_those_of_the_expanded_layer() -> None:
     blocks = random_blocks([12, 5], 9, 0, 2)
     layer = IntegerLinear(filled(blocks), None)
@@ -175,10 +183,11 @@ def test_saving_copies_the_packed_folder_unless_a_parameter_changed(quantized: P
     assert not (tmp_path / "other").exists()
 
 
-def test_experts_that_transformers_merges_are_expanded(tmp_path: Path) -> None:
+def test_experts_that_transformers_merges_are_expanded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     dense, out = save_tiny_type("mixtral", tmp_path / "dense"), tmp_path / "out"
     freebits.quantize(dense, out, bits=3, calibration=random_text(900), samples=8, seq_len=32)
     kept = freebits.load(out, dtype=torch.float32, keep_integers=True)
+    assert "quantized matrices are expanded in memory" in caplog.text
     assert_close(logits(kept), logits(expanded(kept, out)))
     assert [module for module in kept.modules() if isinstance(module, IntegerLinear)]
 

@@ -1,6 +1,6 @@
 """Layers whose weights stay 8-bit integers in memory."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache, partial
 from itertools import accumulate, pairwise
@@ -79,6 +79,12 @@ class IntegerMatrix(nn.Module):
         """Release the memory of the integers and scales."""
         for name, tensor in self.named_buffers():
             setattr(self, name, tensor.new_empty(0))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "IntegerMatrix":
+        """Move the matrix or change the dtype of the expanded matrix. The scales stay float32."""
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)  # type: ignore[no-untyped-call]
+        return self
 
     @property
     def fits(self) -> bool:

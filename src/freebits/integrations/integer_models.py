@@ -111,17 +111,25 @@ def load_with_integers(
             break
         candidates -= lost
         rest |= packed.tensors(lost)
-    _log.info("freebits: %d of %d matrices of integers are kept", len(candidates), len(_integer_tensors(packed)))
     matrices = _Matrices(packed, {name: placeholder.dtype for name, placeholder in placeholders.items()})
     if late:
         _decode_late(model, matrices, places)
     else:
-        for name, matrix in matrices.filled(candidates):
+        for name, matrix in matrices.filled(sorted(candidates)):
             if matrix.fits:
                 _replace(model, places[name], matrix)
             else:
+                candidates.discard(name)
                 for module in places[name]:
                     module.weight.data = matrix.floats()
+    n_all = len(_integer_tensors(packed))
+    if len(candidates) < n_all:
+        _log.warning(
+            "freebits: %d of %d quantized matrices are expanded in memory, because transformers merges or moves them, "
+            "or their integers do not fit 8 bits",
+            n_all - len(candidates),
+            n_all,
+        )
     release_freed_memory()
     model.save_pretrained = partial(_save, model, packed.path, _fingerprints(model))
     return model, information

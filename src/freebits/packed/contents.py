@@ -52,6 +52,7 @@ def digested(piece: Piece) -> tuple[Piece, dict[str, str]]:
             parts = {part: tensors.pop(name) for part, name in recipe.takes.items()}
             made = code.decode(parts, list(recipe.makes.values()), recipe.params)
             tensors |= zip(recipe.makes, made, strict=True)
+            recipe.check(made)  # an exact code must restore what it encoded
             recipes.append(recipe.checked(made))
         else:
             recipes.append(recipe)

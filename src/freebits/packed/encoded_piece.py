@@ -108,7 +108,7 @@ def staged(piece: Piece, code: str | None, used_names: Collection[str] = ()) -> 
             continue
         takes = {part: _unused_name(f"{name}.{part}", used_names) for part in coded.parts}
         stored |= {takes[part]: (TensorSpec.of(stored_part), stored_part) for part, stored_part in coded.parts.items()}
-        recipes.append(Recipe(code, takes, {name: spec}, coded.params))
+        recipes.append(Recipe(code, takes, {name: spec}, coded.params).checked([tensor]))
     return Piece(stored, (*recipes, *piece.recipes), piece.notes)
 
 
