@@ -1,6 +1,7 @@
 """Measure time and memory of `quantize` on large models with exact shapes and random weights.
 
     python -m benchmarks.quantize_large SCRATCH [--models "llama-3.2-1b; opt-6.7b"] [--blocks N] [--samples N]
+        [--trellis STATES]
 
 Each model has normally distributed weights in bfloat16 and a tokenizer of 4,096 words. It is quantized to 4 bits and
 calibrated on windows of 256 random words. A child process quantizes and reports its seconds and peak memory without
@@ -25,6 +26,7 @@ from benchmarks.results import print_table, save_csv
 from benchmarks.scale import CONFIGS, SHARD, cores, n_bytes, run
 from freebits.api.estimate import dense_shapes
 from freebits.api.quantize import SAMPLES
+from freebits.options import TRELLIS
 from freebits.storage.checkpoint import write_json
 from freebits.storage.writer import CheckpointWriter
 
@@ -32,6 +34,7 @@ HEADER = (
     "model",
     "blocks",
     "windows",
+    "trellis",
     "seconds",
     "peak memory, GB",
     "bytes of the model",
@@ -49,13 +52,16 @@ def main() -> None:
     parser.add_argument("--models", default="llama-3.2-1b; opt-6.7b; llama-2-7b")
     parser.add_argument("--blocks", type=int, help="blocks of each model (default: all)")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="windows of text (default: %(default)s)")
+    parser.add_argument("--trellis", type=int, default=TRELLIS, help="states of the trellis (default: %(default)s)")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     scratch: Path = arguments.scratch
     if arguments.child:
         text = (scratch / "text").read_text(encoding="utf-8")
         run(
-            lambda source, out: freebits.quantize(source, out, bits=4, calibration=text, samples=arguments.samples),
+            lambda source, out: freebits.quantize(
+                source, out, bits=4, trellis=arguments.trellis, calibration=text, samples=arguments.samples
+            ),
             scratch / "dense",
             arguments.child,
         )
@@ -75,6 +81,8 @@ def main() -> None:
             str(scratch / "quantized"),
             "--samples",
             str(arguments.samples),
+            "--trellis",
+            str(arguments.trellis),
         ]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=dict(os.environ)).stdout
         seconds, memory = map(float, output.split())
@@ -84,6 +92,7 @@ def main() -> None:
                 model,
                 config["num_hidden_layers"],
                 arguments.samples,
+                arguments.trellis,
                 f"{seconds:.0f}",
                 f"{memory / 1e9:.2f}",
                 *sizes,

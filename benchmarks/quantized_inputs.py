@@ -104,7 +104,7 @@ def entropy(counts: Tensor) -> float:
 def lossy(folder: Path, out: Path, text: str, held_out: str) -> float:
     """Quantize to 4 bits, and return the mean KL divergence from the input."""
     shutil.rmtree(out, ignore_errors=True)
-    freebits.quantize(folder, out, bits=4, calibration=text, samples=16)
+    freebits.quantize(folder, out, bits=4, calibration=text, samples=16, trellis=0)
     windows = token_windows(folder, held_out, 512, 8)
     measured: dict[str, Any] = compare_models(folder, out, windows, silent)
     return float(measured["mean_kl"])
