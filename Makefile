@@ -1,4 +1,4 @@
-# Every target sets up .venv by itself when it is missing or pyproject.toml has changed.
+# Every target except clean first sets up .venv if it is missing, or if pyproject.toml or constraints.txt has changed.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
@@ -25,23 +25,26 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The documentation, into .site; warnings are errors.
+# Builds the documentation in .site; warnings are errors.
 site: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-# The page of `freebits report` in Chromium: wide and as on a phone, light and dark.
+# Checks the page of `freebits report` in Chromium: wide and as on a phone, light and dark. If SHOTS names a folder,
+# screenshots are saved there.
 browser: $(READY)
 	$(BIN)/python -m tests.browser $(SHOTS)
 
-# Oldest and newest packages, as many Pythons as are here; gigabytes.
+# Runs tests with the oldest and the newest packages, on the Pythons that are installed; takes gigabytes of disk.
 versions: $(READY)
 	$(BIN)/python -m tests.versions .versions
 
-# An hour, as root on Linux (it mounts small file systems): docs/reliability.md. TORTURE may name other environments.
+# Runs the tests of docs/reliability.md. They take an hour, and need root on Linux because they mount small file
+# systems. TORTURE holds options, such as --pythons.
 torture: $(READY)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m tests.torture $(TORTURE)
 
-# Atheris has wheels for Python 3.11 to 3.13; it sees the packages of .venv.
+# Fuzzes for ten minutes with Atheris, which has wheels for Python 3.11 to 3.13. PYTHONPATH lets its environment
+# .fuzz use the packages of .venv.
 fuzz: $(READY)
 	$(PYTHON) -m venv .fuzz
 	.fuzz/bin/python -m pip install --quiet atheris

@@ -20,7 +20,7 @@ import freebits
 from benchmarks.group_rounding import GROUP, round_to_grid
 from freebits.codecs import bits, enumeration, integer_stream, normal_tables
 from freebits.codecs.hadamard import hadamard, hadamard_inverse
-from freebits.codecs.integers import Integers, ScaledIntegers, exponents, steps
+from freebits.codecs.integers import Integers, ScaledIntegers, exponents, scales_of
 from freebits.codecs.registry import CODES
 from freebits.errors import UsageError
 from freebits.evaluation.coarse_activations import round_asymmetric, round_symmetric
@@ -143,8 +143,8 @@ def test_large_integers_need_little_more_than_their_entropy(octaves: int) -> Non
 
 def test_scales_are_rounded_to_powers_of_the_sixteenth_root_of_two() -> None:
     scales = torch.tensor([1e-6, 0.5, 1.0, 3.0, 1e4])
-    assert torch.allclose(steps(exponents(scales)), scales, rtol=2 ** (1 / 32) - 1 + 1e-6)
-    assert torch.equal(steps(torch.tensor([0, 16, -32]).short()), torch.tensor([1.0, 2.0, 0.25]))
+    assert torch.allclose(scales_of(exponents(scales)), scales, rtol=2 ** (1 / 32) - 1 + 1e-6)
+    assert torch.equal(scales_of(torch.tensor([0, 16, -32]).short()), torch.tensor([1.0, 2.0, 0.25]))
 
 
 def all_points(size: int, pulses: int) -> list[tuple[int, ...]]:

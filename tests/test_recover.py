@@ -122,7 +122,7 @@ def test_matrices_that_were_rounded_in_a_rotated_basis_keep_their_scales(tmp_pat
     before = PackedFolder(quantized(dense, tmp_path / "rotated", rotate="hadamard"))
     trainable = _trainable(before, load(before.path, dtype=torch.float32), 4, 0)
     assert isinstance(trainable, ScaleAdapters)
-    assert not trainable.steps()
+    assert not trainable.exponent_changes()
     assert trainable.what == "norms"
     freebits.recover(before.path, tmp_path / "out", against=dense, force=True, samples=8, seq_len=32)
     after = PackedFolder(tmp_path / "out")
@@ -164,7 +164,7 @@ def test_tensor_names_without_the_prefix_of_the_model_are_recognized(tmp_path: P
     before = quantized(dense, tmp_path / "three")
     trainable = _trainable(PackedFolder(before), load(before), 4, 0)
     assert isinstance(trainable, ScaleAdapters)
-    assert len(trainable.steps()) == 12
+    assert len(trainable.exponent_changes()) == 12
     freebits.recover(before, tmp_path / "out", against=dense, force=True, samples=4, seq_len=16)
     assert not torch.equal(PackedFolder(tmp_path / "out")["ln_f.weight"], state["ln_f.weight"])
 

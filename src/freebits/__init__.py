@@ -1,6 +1,6 @@
 """Make LLM checkpoints smaller: lossless packing, quantization, slicing and low-rank layers.
 
-Importing freebits lets the Auto classes of transformers load sliced and packed checkpoints.
+Importing freebits lets the Auto classes of transformers load packed, sliced and low-rank checkpoints.
 """
 
 import importlib
@@ -69,7 +69,7 @@ _MODULES = {
     "verify": "evaluation.verification",
     "write_report": "evaluation.reporting",
 }
-"""Public name → module. Modules are imported on first use, because PyTorch and transformers take seconds to import."""
+"""Public name → module. A module is imported on first use, because importing PyTorch and transformers takes seconds."""
 
 
 def __getattr__(name: str) -> Any:

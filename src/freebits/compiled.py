@@ -1,4 +1,4 @@
-"""Compile functions with Numba. They contain loops that NumPy has no operation for, such as entropy coding."""
+"""Compile loops for which NumPy has no operation, such as those of entropy coding, with Numba."""
 
 from collections.abc import Callable
 from functools import cache, wraps
@@ -8,13 +8,15 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def compiled(function: _Function, *, any_order: bool = False) -> _Function:
-    """Return a function that Numba compiles on its first call, because importing Numba takes a second.
+    """Return a function that Numba compiles on its first call.
 
-    The function releases the lock of the interpreter. Its machine code is kept on disk, if there is a directory for it.
+    Numba is also imported only then, because the import takes a second. While the compiled function runs, it releases
+    the global interpreter lock. The machine code is cached on disk if there is a writable directory for it.
 
     Args:
-        function: a function of arrays and numbers.
-        any_order: whether sums of floats may be added in any order, which is faster.
+        function: a function of arrays and numbers, which are passed by position.
+        any_order: whether floats may be added in any order and with fused multiply-adds. This is faster, but the last
+            bits of results can then differ between machines.
     """
 
     @cache
@@ -24,7 +26,7 @@ def compiled(function: _Function, *, any_order: bool = False) -> _Function:
         options: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz"} if any_order else False}
         try:
             result: Callable[..., Any] = njit(cache=True, **options)(function)
-        except RuntimeError:  # no directory is writable
+        except RuntimeError:  # Numba finds no writable directory for the machine code
             result = njit(**options)(function)
         return result
 

@@ -5,17 +5,23 @@
     ├── CheckpointError        a folder or file is missing, damaged or of the wrong type
     └── UnsupportedModelError  the checkpoint is sound, but freebits does not support its model
 
-Each message is one line that says which file or tensor is concerned, what was found, and what to do. The command line
-prints the message and exits with code 2.
+Each message is one line. It says which argument, file or tensor is concerned, what was found and, if freebits knows it,
+what to do. The command line prints the message and exits with code 2.
 """
 
 from freebits.limits import MESSAGE
 
 
 def one_line(text: object, max_length: int = MESSAGE) -> str:
-    """Make a text safe to print: escape control characters and cut out the middle of a long text.
+    """Return a text that is safe to print in one line: control characters are escaped, and a long text is shortened.
 
-    Messages contain names of tensors and files from untrusted checkpoints, which could manipulate a terminal.
+    Messages contain names of tensors and files from untrusted checkpoints. Control characters in such a name could
+    manipulate a terminal.
+
+    Args:
+        text: the text, or an object that `str` converts. Only the first `4 * max_length` characters are used.
+        max_length: number of characters above which ` … ` replaces the middle of the text. The result has at most
+            `max_length + 3` characters.
     """
     start = str(text)[: 4 * max_length]
     printable = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in start)
@@ -25,7 +31,7 @@ def one_line(text: object, max_length: int = MESSAGE) -> str:
 
 
 def reason_of(error: BaseException, max_length: int = 200) -> str:
-    """Return another library's error message in one line, or the exception type if there is no message."""
+    """Return another library's error message in one line, or the name of the exception type if there is no message."""
     return one_line(" ".join(str(error).split()) or type(error).__name__, max_length)
 
 

@@ -1,4 +1,4 @@
-"""The values of options, and the names of fidelities. Nothing is imported, so that the command line starts fast."""
+"""The values of options, and the names of fidelities. This module imports nothing, so that `--help` is fast."""
 
 CANONICAL, BITS_BACK, NONE = "canonical", "bits-back", "none"
 CODECS = (CANONICAL, BITS_BACK, NONE)
@@ -17,4 +17,4 @@ ALLOCATIONS = (SLOPE, UNIFORM, PAPER)
 THREADS, RAY = "threads", "ray"
 BACKENDS = (THREADS, RAY)
 LOSSY, FUNCTION_PRESERVING, BIT_EXACT = "lossy", "function-preserving", "bit-exact"
-"""The fidelities. Each states what a step preserves of a model, from least to most."""
+"""The fidelities, from lowest to highest. A step's fidelity states what the step preserves of a model."""

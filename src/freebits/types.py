@@ -1,4 +1,4 @@
-"""Dtype and shape of a tensor, and its bytes."""
+"""The dtype, the shape and the bytes of a tensor."""
 
 from dataclasses import dataclass
 from math import prod
@@ -30,10 +30,10 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
     "BOOL": torch.bool,
 }
-"""Safetensors name → dtype, for all dtypes that PyTorch can compute with."""
+"""Safetensors name of a dtype → PyTorch dtype. Tensors of other dtypes are handled as flat bytes."""
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CPU = torch.device("cpu")
-"""The default device of tensors."""
+"""The default device for linear algebra."""
 HALF_DTYPES = ("F16", "BF16")
 FLOATS = (*HALF_DTYPES, "F32", "F64")
 _BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()} | {
@@ -48,10 +48,11 @@ _BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()} | {
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Dtype and shape of a tensor, written as `F16[456, 576]`. F16 is the safetensors name of a dtype.
+    """Dtype and shape of a tensor, written as `F16[456, 576]`. F16 is the safetensors name of the dtype float16.
 
     Raises:
-        ValueError: the dtype is unknown, a size is out of range, or the tensor does not have a whole number of bytes.
+        ValueError: the dtype is unknown, a size or the number of values is out of range, or the tensor does not have a
+            whole number of bytes.
     """
 
     dtype_name: str
@@ -64,7 +65,11 @@ class TensorSpec:
 
     @classmethod
     def of(cls, tensor: Tensor) -> "TensorSpec":
-        """Return the spec of a tensor."""
+        """Return the spec of a tensor.
+
+        Raises:
+            KeyError: `DTYPES` lacks the dtype of the tensor.
+        """
         return cls(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
 
     @classmethod
@@ -100,11 +105,14 @@ class TensorSpec:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The PyTorch dtype, or `uint8` if PyTorch cannot compute with this dtype."""
+        """The PyTorch dtype, or `uint8` if `DTYPES` lacks this dtype."""
         return DTYPES.get(self.dtype_name, torch.uint8)
 
     def view(self, data: Bytes) -> Tensor:
-        """Return the tensor with these bytes, without a copy. Return flat bytes if PyTorch lacks the dtype."""
+        """Return the tensor with these bytes; flat bytes if `DTYPES` lacks the dtype.
+
+        The tensor shares the memory of the bytes, unless they are read-only.
+        """
         if self.dtype_name in DTYPES and not len(data):
             return torch.empty(self.shape, dtype=self.dtype)
         flat = torch.from_numpy(np.require(data, requirements="W"))
@@ -112,6 +120,6 @@ class TensorSpec:
 
 
 def bytes_of(tensor: Tensor) -> Bytes:
-    """Return the bytes of a tensor, without a copy if it is contiguous and on the CPU."""
+    """Return the bytes of a tensor, (n_bytes,), without a copy if the tensor is contiguous and on the CPU."""
     data: Bytes = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return data

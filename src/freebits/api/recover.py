@@ -211,7 +211,7 @@ def _write(directory: Path, source: Folder, student: Trainable, step: dict[str, 
     if isinstance(source, PackedFolder):
         manifest = source.manifest
         contents = copy_with_changes(
-            directory, source, student.steps() if isinstance(student, ScaleAdapters) else {}, tensors
+            directory, source, student.exponent_changes() if isinstance(student, ScaleAdapters) else {}, tensors
         )
         coded_with = manifest.codec, manifest.entropy
         publish(directory, source, contents, source.config, coded_with, [*source.history, step])

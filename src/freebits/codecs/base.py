@@ -21,8 +21,8 @@ class Coded:
     """The result of encoding.
 
     Attributes:
-        parts: part name → tensor to store.
-        params: all other values that decoding needs, as JSON values.
+        parts: name of a part → tensor to store.
+        params: parameters of the code, which decoding also needs, as JSON values.
         corrected: the number of corrected values, for reports; 0 if the code makes no corrections.
     """
 
@@ -50,7 +50,7 @@ class Code(Protocol):
 
     @property
     def exact(self) -> bool:
-        """Whether the code stores one tensor of any spec bit-exactly, and so can encode the parts of other codes."""
+        """Whether the code can store one tensor of any spec bit-exactly, and so can encode the parts of other codes."""
 
     @property
     def check(self) -> Check:
@@ -58,7 +58,7 @@ class Code(Protocol):
 
     @property
     def param_names(self) -> frozenset[str]:
-        """The names of all parameters."""
+        """The names of all parameters that `Coded.params` can have."""
 
     def encode(self, tensors: Sequence[Tensor], makes: Sequence[TensorSpec]) -> Coded:
         """Encode tensors. `makes` lists the specs of the tensors that `decode` returns.

@@ -1,4 +1,4 @@
-"""Pack integers into bits of a fixed width, and convert bytes to tensors."""
+"""Pack integers into a fixed number of bits each, and convert bytes to tensors."""
 
 import sys
 
@@ -18,7 +18,7 @@ _ALIGNMENT = 8
 
 
 def pack_bits(values: NDArray[np.int64], n_bits: int) -> bytes:
-    """Pack each value into `n_bits` bits, the most significant bit first. Zero bits fill the last byte."""
+    """Pack each value, (n,), into `n_bits` bits, the most significant bit first. Zero bits fill the last byte."""
     bits = values[:, None] >> np.arange(n_bits)[::-1] & 1
     return np.packbits(bits.astype(np.uint8)).tobytes()
 
@@ -36,7 +36,7 @@ def unpack_bits(content: bytes, count: int, n_bits: int) -> NDArray[np.int64]:
 
 
 def as_tensor(content: bytes) -> Tensor:
-    """Return bytes as a uint8 tensor, padded with zeros to a multiple of 8, to align the next tensor in a file."""
+    """Return bytes as a uint8 tensor. Zeros pad it to a multiple of 8 bytes, which aligns the next tensor in a file."""
     spec = bytes_spec(len(content))
     padded = content.ljust(spec.n_bytes, b"\0")
     return torch.frombuffer(bytearray(padded), dtype=torch.uint8) if padded else torch.empty(0, dtype=torch.uint8)
@@ -54,7 +54,7 @@ def bytes_spec(n_bytes: int) -> TensorSpec:
 
 
 def bytes_from(tensor: Tensor, n_bytes: int) -> Bytes:
-    """Return the `n_bytes` bytes that `as_tensor` converted to a tensor.
+    """Return the `n_bytes` bytes that `as_tensor` converted to a tensor, without the padding.
 
     Raises:
         ValueError: the padding is not zero.

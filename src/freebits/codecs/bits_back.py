@@ -1,11 +1,12 @@
 """The bits-back code of one site (one step of Algorithms 5 and 6 in arXiv 2410.01309).
 
 A *site* is a part of the residual stream between two shortcuts, which are the matrices on the skip connections. The
-*output matrix* of a sublayer writes to the site. The *message* is a sequence of 16-bit floats from the other matrices
-of this sublayer. If the output matrix has rank `r`, encoding converts the last `r (r + 1) / 2` values of the
-message to a rotation and `r` eigenvalues. The eigenvalues replace these values, and the output matrix is stored
-rotated. Decoding computes the rotation from the rotated matrix and restores the values. All values have a fixed length,
-so a wrong value does not shift later values.
+*output matrix* of a sublayer writes to the site. The *message* is a sequence of 16-bit floats: the values of the
+shortcut before the site and of the matrices with which the sublayer reads the stream. If the output matrix has rank
+`r`, encoding converts the last `r (r + 1) / 2` values of the message to a rotation and `r` eigenvalues. The eigenvalues
+replace these values, and the output matrix is stored rotated. Decoding computes the rotation from the rotated matrix,
+and the values from the rotation and the eigenvalues. Every value takes 16 bits, so a wrongly decoded value does not
+shift the next ones.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +32,7 @@ from freebits.types import CPU, HALF_DTYPES, TensorSpec
 THRESHOLD = 0.01
 MESSAGE, MATRIX, SIGNS, CORRECTIONS = "message", "matrix", "signs", "corrections"
 _ROWS_AT_ONCE = 8192
-"""Rows that are converted to float64 at a time."""
+"""Number of rows that are converted to float64 at a time."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class BitsBack:
     The last tensor is the output matrix `Wᵀ: (k, m)`. The values of the tensors before it, in order, are the message.
 
     Attributes:
-        threshold: the largest error of a decoded value that is not corrected.
+        threshold: the largest absolute error of a decoded value that is not corrected.
         device: the device for the linear algebra of the encoder.
     """
 
@@ -60,8 +61,8 @@ class BitsBack:
             makes: the specs of the decoded tensors.
 
         Raises:
-            Declined: a value is not finite or does not fit its dtype, the message is too short, or encoding saves
-                nothing.
+            Declined: a value is not finite or does not fit its dtype, the message is too short, or encoding saves no
+                bytes.
         """
         *message_tensors, output = tensors
         dtype, W = makes[-1].dtype, output.T
@@ -149,15 +150,15 @@ def _decoded(eigenvalues: Tensor, matrix: Tensor, Q: Tensor) -> Tensor:
 
 
 def _rank(W: Tensor, dtype: torch.dtype, threshold: float) -> int:
-    """Return the number of columns that do not vanish.
+    """Return the number of columns of `W`, (m, k), that do not vanish.
 
-    A column vanishes if none of its values exceeds the threshold, and its norm is negligible in this dtype compared
-    with the largest norm of a column.
+    A column vanishes if the magnitude of no value exceeds the threshold, and the norm of the column is at most `eps²`
+    of the dtype times the largest norm of a column.
     """
     norms = _finite(W, "a weight").norm(dim=0)
     low, high = torch.aminmax(W, dim=0)
     vanishes = (norms <= norms.max() * torch.finfo(dtype).eps ** 2) & (torch.maximum(-low, high) <= threshold)
-    # the columns that vanish come first, because eigenvalues ascend
+    # in canonical direction, the norms of columns ascend, so the columns that vanish come first
     rank = W.shape[1] - int(vanishes.int().cumprod(dim=0).sum())
     if rank < 2:
         raise Declined(f"the output matrix has rank {rank}, so a rotation saves nothing")

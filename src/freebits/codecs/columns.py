@@ -48,7 +48,12 @@ class Columns:
 
 
 def fields_of(tensor: Tensor, fields: Sequence[tuple[str, int]]) -> list[Tensor]:
-    """Split a tensor of bytes, (rows, size), into the parts that `Columns` stores."""
+    """Split a tensor of bytes, (rows, size), into the parts that `Columns` stores.
+
+    Args:
+        tensor: the tensor.
+        fields: dtype and number of values of each field of a row.
+    """
     data, offset, parts = bytes_of(tensor).reshape(tuple(tensor.shape)), 0, []
     for dtype_name, n in fields:
         size = TensorSpec(dtype_name, (n,)).n_bytes

@@ -1,8 +1,8 @@
 """Store the positions and the true values of wrongly decoded values (section 3.3 of arXiv 2410.01309, the paper).
 
-The sorted positions are stored as gaps. All gaps have the same width, the fewest bits that hold the largest gap. If
-the positions are random, a gap takes fewer bits than a position. The paper stores the positions; each takes
-`⌈log₂ L⌉` bits if there are `L` values.
+The sorted positions are stored as *gaps*. A gap is the number of correct values between a wrong value and the previous
+one. All gaps have the same width, the fewest bits that hold the largest gap. If the positions are random, a gap takes
+fewer bits than a position. The paper stores positions, which take `⌈log₂ L⌉` bits each if there are `L` values.
 
 Layout, little-endian: number of corrections (u32), bits per gap (u32), the true values, the gaps with the most
 significant bit first, zeros up to a multiple of 8 bytes. If there are no corrections, there are no bytes.
@@ -19,7 +19,7 @@ from freebits.codecs.bits import as_tensor, bytes_spec, pack_bits, unpack_bits
 _HEADER = struct.Struct("<II")
 _MAX_GAP_BITS = 40
 _CHUNK = 1 << 22
-"""Values that are compared at a time."""
+"""Number of values that are compared at a time."""
 
 
 def encode_corrections(true: Tensor, decoded: Tensor, threshold: float) -> Tensor:
@@ -28,10 +28,10 @@ def encode_corrections(true: Tensor, decoded: Tensor, threshold: float) -> Tenso
     Args:
         true: (L,), 16-bit floats.
         decoded: (L,), in the dtype of `true`; a value that is not finite counts as wrong.
-        threshold: the largest error that is not corrected.
+        threshold: the largest absolute error that is not corrected.
 
     Returns:
-        (n_bytes,), uint8.
+        (n_bytes,), uint8; empty if no value needs a correction.
     """
     wrong = [
         torch.nonzero(~(((actual.double() - wanted.double()).abs() <= threshold) & actual.isfinite())).flatten()

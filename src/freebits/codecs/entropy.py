@@ -1,7 +1,7 @@
-"""Entropy-code byte planes (see `planes`), chunk by chunk. Planes that would not shrink are stored unchanged.
+"""Entropy-code byte planes (see `planes`), chunk by chunk. Planes that would shrink too little are stored unchanged.
 
-The coder is zstd without its search for matches, so only its Huffman code for literals remains. It suits weights, in
-which some exponents are frequent, but sequences do not repeat.
+The coder is zstd without its search for matches, so only its Huffman code for literals remains. This code suits
+weights: some exponents are frequent, but sequences of bytes hardly ever repeat.
 
 Layout, little-endian: the number of values per chunk (u32); the stored size in bytes of each plane of each chunk (u32);
 then the planes, one after another. A plane whose stored size is its original size is stored unchanged.
@@ -20,14 +20,14 @@ from freebits.types import Bytes, TensorSpec, bytes_of
 
 PART = "entropy"
 CHUNK, FINE_CHUNK = 1 << 20, 1 << 15
-"""Values per chunk. Large chunks have few Huffman tables; fine chunks suit tensors whose regions differ in scale."""
+"""Values per chunk. Large chunks need few Huffman tables. Fine chunks suit tensors whose regions differ in scale."""
 MIN_SAVING = 0.02
 """The fraction of its bytes that a plane must save. A smaller saving is not worth the time to decode the plane."""
 _SAMPLE_SIZE = 1 << 16
-_BLOCK = 1 << 17  # zstd makes a new Huffman table for each block of this size
+_BLOCK = 1 << 17  # the largest block of zstd; each block can have its own Huffman table
 _COMPRESS_LITERALS = 1002  # ZSTD_c_literalCompressionMode in zstd.h; Python has no name for this option
 _OPTIONS: dict[int, int] = {zstd.CompressionParameter.compression_level: -_BLOCK, _COMPRESS_LITERALS: 1}
-"""A negative level is the distance that zstd skips after it finds no match. This level skips the whole block."""
+"""At level `-n`, zstd skips about `n` bytes after it finds no match. This level skips the rest of the block."""
 _local = threading.local()
 
 
@@ -65,7 +65,7 @@ class Entropy:
 
 
 def compress(data: Bytes, dtype_name: str) -> bytes | None:
-    """Compress the bytes of a tensor. Return None if this saves less than 1 %.
+    """Compress the bytes of a tensor. Return None if this saves at most 1 % plus 8 bytes.
 
     Args:
         data: (n,), the bytes of the tensor, little-endian.
@@ -89,7 +89,7 @@ def decompress(coded: Bytes, dtype_name: str, n_bytes: int) -> Bytes:
         n_bytes: the number of bytes of the tensor.
 
     Raises:
-        ValueError: the coded bytes are damaged or belong to another tensor.
+        ValueError: the coded bytes are damaged or belong to another tensor, or the tensor does not fit in memory.
     """
     width = n_planes(dtype_name)
     chunk_size = int(coded[:4].view("<u4")[0]) if len(coded) >= 4 else 0
@@ -118,14 +118,17 @@ def decompress(coded: Bytes, dtype_name: str, n_bytes: int) -> Bytes:
 
 
 def _chunk_size(data: Bytes, dtype_name: str) -> int:
-    """Return `FINE_CHUNK` if the first block compresses better in chunks of that size, else `CHUNK`."""
+    """Return `FINE_CHUNK` if chunks of that size take at least 0.2 % fewer bytes, else `CHUNK`.
+
+    The function compares both for the first block of the most significant plane.
+    """
     block = split(data[: _BLOCK * n_planes(dtype_name)], dtype_name)[0]
     sizes = [len(_frame(block[start : start + FINE_CHUNK])) for start in range(0, len(block), FINE_CHUNK)]
     return CHUNK if len(_frame(block)) <= 1.002 * sum(sizes) else FINE_CHUNK
 
 
 def _compress_plane(plane: Bytes) -> bytes:
-    """Compress a plane. Return the plane unchanged if compressing a sample or the whole plane saves too little."""
+    """Compress a plane. Return it unchanged if compressing a sample or the whole plane saves less than `MIN_SAVING`."""
     sample = plane[len(plane) // 2 :][:_SAMPLE_SIZE]
     if len(sample) == _SAMPLE_SIZE and len(_frame(sample)) > (1 - MIN_SAVING) * _SAMPLE_SIZE:
         return plane.tobytes()

@@ -4,9 +4,10 @@ The pyramid has `K` *pulses*. Vectors are ordered by their first coordinate, in 
 their second coordinate, and so on. The pyramid of `n` dimensions and `k` pulses has `V(n, k)` points; `S(n, k)` is the
 sum of `V(n, i)` for `i ≤ k`.
 
-Suppose that a coordinate is `±a` with `a > 0`, that `n` coordinates follow it, and that `k` pulses remain for these
-`n + 1` coordinates. Then `V(n, k) + 2 (S(n, k - 1) - S(n, k - a))` vectors precede those with `a`, and `V(n, k - a)`
-more precede those with `-a`.
+Consider the vectors with the same first coordinates. Suppose that their next coordinate is `±a` with `a > 0`, that `n`
+coordinates follow it, and that `k` pulses remain for these `n + 1` coordinates. Then
+`V(n, k) + 2 (S(n, k - 1) - S(n, k - a))` vectors precede those with `a`, and `V(n, k - a)` more precede those with
+`-a`.
 """
 
 from functools import cache
@@ -20,7 +21,10 @@ Ranks = NDArray[Any]
 
 
 def rank(vectors: NDArray[np.int64]) -> Ranks:
-    """Return the rank of each vector (n, N) on its pyramid, (n,). Ranks are Python integers if int64 is too small."""
+    """Return the ranks, (n,), of vectors, (n, N), on the same pyramid.
+
+    A rank is the number of a vector in the order above, from 0. Ranks are Python integers if int64 is too small.
+    """
     pulses = int(np.abs(vectors[:1]).sum())
     points, sums = _tables(vectors.shape[1], pulses)
     ranks: Ranks = np.zeros(len(vectors), points.dtype)
@@ -35,7 +39,7 @@ def rank(vectors: NDArray[np.int64]) -> Ranks:
 
 
 def unrank(ranks: Ranks, size: int, pulses: int) -> NDArray[np.int64]:
-    """Return the vectors with these ranks, (n, size); the inverse of `rank`.
+    """Return the vectors, (n, size), whose ranks are `ranks`, (n,); the inverse of `rank`.
 
     Raises:
         ValueError: a rank is out of range.
@@ -65,13 +69,13 @@ def unrank(ranks: Ranks, size: int, pulses: int) -> NDArray[np.int64]:
 
 
 def n_bits(size: int, pulses: int) -> int:
-    """Return the number of bits that a rank needs."""
+    """Return the number of bits that a rank on the pyramid of `pulses` pulses in `size` dimensions needs."""
     return int(_tables(size, pulses)[0][size, pulses] - 1).bit_length()
 
 
 @cache
 def _tables(size: int, pulses: int) -> tuple[Ranks, Ranks]:
-    """Return `V(n, k)` and `S(n, k)`, (size + 1, pulses + 2). The last column is zero, because `k = -1` reads it."""
+    """Return `V(n, k)` and `S(n, k)`, (size + 1, pulses + 2). Their last column is 0, because `k = -1` reads it."""
     points = [[1] + [0] * pulses]
     for _ in range(size):
         row = [1]

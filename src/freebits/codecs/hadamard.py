@@ -1,4 +1,4 @@
-"""A matrix that is stored rotated on both sides, so that its values are roughly normal (QuIP, QuaRot)."""
+"""A matrix that is stored rotated on both sides, so that its values are distributed almost normally (QuIP, QuaRot)."""
 
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -13,14 +13,14 @@ from freebits.types import FLOATS, TensorSpec
 
 
 def hadamard(x: Tensor, seed: int) -> Tensor:
-    """Return `x Q` in the dtype of `x`. The seed determines the rotation `Q` of the last dimension."""
+    """Return `x Q`, (…, n), in the dtype of `x`, (…, n). The seed determines the rotation `Q`, (n, n)."""
     n = x.shape[-1]
     core = _core(n)
     return _times_core_and_sylvester((x * _signs(n, seed).to(x)).unflatten(-1, (len(core), -1)), core.to(x))
 
 
 def hadamard_inverse(x: Tensor, seed: int) -> Tensor:
-    """Return `x Qᵀ`, the inverse of `hadamard`."""
+    """Return `x Qᵀ`, (…, n); the inverse of `hadamard`."""
     return _unrotated(x, _signs(x.shape[-1], seed))
 
 
@@ -50,7 +50,7 @@ def _signs(n: int, seed: int) -> Tensor:
 def _core(n: int) -> Tensor:
     """Return the core, (o, o), float64, for the odd part `o` of `n`: the orthonormal discrete cosine transform.
 
-    The rotation is the Kronecker product of the core and Sylvester's matrix.
+    The rotation is a diagonal matrix of signs times the Kronecker product of the core and Sylvester's matrix.
     """
     odd = n // (n & -n)
     rows, columns = torch.arange(odd, dtype=torch.float64)[:, None], torch.arange(odd, dtype=torch.float64)
@@ -66,7 +66,10 @@ _SIDES = "rows", "columns"
 class Hadamard:
     """One matrix `(n, m)`, rotated on both sides.
 
-    The parameters `rows` and `columns` are the random signs of both rotations, packed as bits and in hexadecimal.
+    The parameters `rows` and `columns` are the random signs of the two rotations as bits (1 for -1) in hexadecimal.
+
+    Args:
+        seed: seed of the signs with which `encode` rotates. `decode` reads the signs from the parameters.
     """
 
     exact = False
@@ -98,16 +101,16 @@ class Hadamard:
 
 
 def hadamard_params(spec: TensorSpec, seed: int) -> dict[str, str]:
-    """Return the parameters of the code for a matrix that `rotated` rotates."""
+    """Return the parameters of the code for a matrix that `rotated` rotates with this seed."""
     bits = [pack_bits((_signs(n, seed) < 0).numpy().astype(np.int64), 1) for n in spec.shape]
     return {key: packed.hex() for key, packed in zip(_SIDES, bits, strict=True)}
 
 
 def _signs_from(text: str, n: int) -> Tensor:
-    """Return the signs, (n,), that a parameter contains."""
+    """Return the signs, (n,), float64, that a parameter contains."""
     return torch.from_numpy(1 - 2 * unpack_bits(bytes.fromhex(text), n, 1).astype(np.float64))
 
 
 def rotated(matrix: Tensor, seed: int) -> Tensor:
-    """Return the matrix rotated on both sides, (n, m), float32."""
+    """Return a matrix rotated on both sides, (n, m), computed in float64 and rounded to float32."""
     return hadamard(hadamard(matrix.double(), seed).T, seed).T.float().contiguous()

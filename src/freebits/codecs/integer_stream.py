@@ -1,13 +1,16 @@
-"""Code matrices of integers with asymmetric numeral systems (rANS, Duda 2013).
+"""Entropy-code matrices of integers with asymmetric numeral systems (rANS, Duda 2013).
 
 Consecutive integers go to consecutive *lanes*. A lane is a coder with its own state of 32 bits, so that a processor can
 work on several integers at once. All lanes write to one bitstream of 16-bit values.
 
 The integers have roughly a normal distribution. The *level* of an integer is the logarithm of its expected standard
-deviation, in quarters of an octave (a factor of 2). It is the sum of a level of the integer's row and a level of its
-column. The level of an integer selects its table of probabilities; see `normal_tables`. If the level is above that of
-the last table, the lower bits of the integer are almost random. These bits are stored as they are, and the upper bits
-are coded with one of the last tables.
+deviation, in quarters of an octave (a factor of 2). It is the sum of the levels of the integer's row and column. The
+level of an integer selects its table of probabilities; see `normal_tables`. If the level is above that of the last
+table, the lower bits of the integer are almost random. These bits are stored as they are, and the upper bits are coded
+with one of the last tables.
+
+With a trellis (see `trellis`), an integer is `2 k + s`. Here `s` is the parity of the state of its column, so only `k`
+is coded, and the level is that of `k`.
 """
 
 from collections.abc import Sequence
@@ -24,7 +27,7 @@ Matrix = tuple[NDArray[np.int32], NDArray[np.int8], NDArray[np.int8]]
 N_LANES = 32
 _MIN_LEVEL, _TOP_LEVEL = LEVELS[0], LEVELS[-1]
 _MAX_LEVEL = _TOP_LEVEL + 18 * LEVELS_PER_OCTAVE
-"""The level of integers whose standard deviation is `2^24`."""
+"""The largest level, of integers whose standard deviation is `2^24`. Larger sums of levels are reduced to it."""
 _UNIT = 16
 """Number of bits of one value of the bitstream."""
 _MAX_UNITS = 4
@@ -32,7 +35,7 @@ _MAX_UNITS = 4
 
 
 def encode(matrices: Sequence[Matrix], trellis: bool) -> NDArray[np.uint16]:
-    """Return the bitstream of some matrices. With a trellis, the integers count halves of a scale."""
+    """Return the bitstream, (length,), of some matrices. `trellis` says whether integers are on paths of a trellis."""
     n = sum(integers.size for integers, _, _ in matrices)
     bitstream = np.empty(_MAX_UNITS * n + 2 * N_LANES, np.uint16)
     states, position = np.full(N_LANES, 1 << _UNIT, np.uint32), len(bitstream)  # the encoder writes backwards
@@ -57,7 +60,7 @@ class Decoder:
         n_states: number of states of the trellis, or 0.
 
     Raises:
-        ValueError: the bitstream is cut off. Methods raise this error if the bitstream is damaged.
+        ValueError: the bitstream is cut off. The methods also raise this error if the bitstream is damaged.
     """
 
     def __init__(self, bitstream: NDArray[np.uint16], width: int, n_states: int) -> None:
@@ -85,12 +88,12 @@ class Decoder:
         Args:
             row_levels: levels of the next rows, (n,).
             column_levels: levels of the columns, (m,).
-            column_states: state of the trellis in each column, (m,), before the next rows. The method replaces it with
-                the state after these rows.
+            column_states: state of the trellis in each column, (m,), before the next rows. The method replaces the
+                states with those after these rows.
             integers: array to fill, (n, m), or (1, m) if only `floats` are needed.
             floats: array to fill, (n, m), or (0, m) if only `integers` are needed.
-            row_scales: factors of the rows of the floats, (n,).
-            column_scales: factors of the columns of the floats, (m,).
+            row_scales: factors of the rows of the floats, (n,); not used if `floats` has no rows.
+            column_scales: factors of the columns of the floats, (m,); not used if `floats` has no rows.
         """
         levels, all_tables = (row_levels.astype(np.int64), column_levels.astype(np.int64)), tables()
         self._position = _pop(
@@ -114,7 +117,11 @@ class Decoder:
         self._n_decoded += len(row_levels) * len(column_levels)
 
     def finish(self) -> None:
-        """Check that the bitstream ends here."""
+        """Check that the bitstream ends here.
+
+        Raises:
+            ValueError: the bitstream does not end here, or is damaged.
+        """
         if self._position != self._end or (self._states != 1 << _UNIT).any():
             raise ValueError("the bitstream is damaged: it does not end in the initial states of the encoder")
 
@@ -134,9 +141,9 @@ def _push(
 ) -> int:
     """Put a matrix into the states, in place, from its last integer to its first.
 
-    `n_before` is the number of integers of earlier matrices. When a state is full, its lower 16 bits become a value of
-    the bitstream. The first such value goes before `position`, and each further value before the previous one. Return
-    the position of the last value that was written.
+    `n_before` is the number of integers of earlier matrices. Before a state would exceed 32 bits, its lower 16 bits
+    become a value of the bitstream. The first such value goes before `position`, and each further value before the
+    previous one. Return the position of the value that was written last, or `position` if no value was written.
     """
     n_rows, n_columns = integers.shape
     for row in range(n_rows - 1, -1, -1):
@@ -188,10 +195,11 @@ def _pop(
     row_scales: NDArray[np.float32],
     column_scales: NDArray[np.float32],
 ) -> int:
-    """Take rows of integers from the states, in place; see `Decoder.decode`. Return the next position.
+    """Take rows of integers from the states, in place; see `Decoder.decode`. Return the position of the next value.
 
-    All indices are unsigned, because Numba makes slower code for signed ones. `following` has the next state of the
-    trellis for each state and parity. The function stops after a row in which the bitstream ends too early.
+    `n_before` is the number of integers that were decoded before. `following` has the next state of the trellis for
+    each state and parity. The function stops after a row in which it reads beyond `end`. All indices are unsigned,
+    because Numba makes slower code for signed ones.
     """
     n_columns, one, unit, mask = len(column_levels), np.uint64(1), np.uint64(_UNIT), np.uint64((1 << _UNIT) - 1)
     lane, next_unit = np.uint64(n_before % N_LANES), np.uint64(position)

@@ -47,33 +47,32 @@ class ScaledIntegers:
 
     def floats(self, dtype: torch.dtype) -> Tensor:
         """Return the matrix, (n, m), computed in float32 and then rounded to `dtype`."""
-        return (self.integers.float() * steps(self.columns) * steps(self.rows)[:, None]).to(dtype)
+        return (self.integers.float() * scales_of(self.columns) * scales_of(self.rows)[:, None]).to(dtype)
 
 
-def steps(exponents: Tensor) -> Tensor:
-    """Return the scales `2^(e / 16)` in float32, the same on all machines."""
+def scales_of(exponents: Tensor) -> Tensor:
+    """Return the scales `2^(e / 16)` of exponents `e`, in float32, the same on all machines."""
     octaves, remainders = np.divmod(exponents.numpy().astype(np.int32), FINENESS)
     return torch.from_numpy(np.ldexp(_POWERS[remainders], octaves).astype(np.float32))
 
 
 def exponents(scales: Tensor) -> Tensor:
-    """Round positive scales to the nearest exponents, int16; the inverse of `steps`."""
+    """Round positive scales to the nearest exponents, int16; the inverse of `scales_of`."""
     return (scales.double().log2() * FINENESS).round().to(torch.int16)
 
 
 class Integers:
-    """Matrices, encoded together. Each consists of integers and the exponents of its row scales and column scales.
+    """Matrices, encoded together. Each consists of integers and of the exponents of its row scales and column scales.
 
-    Each row and each column has a *level*. The sum of both levels estimates the logarithm of the size of an integer,
-    in quarters of an octave (a factor of 2), and selects its table of probabilities; see
-    `freebits.codecs.integer_stream`.
+    Each row and each column has a *level*. The sum of the levels of its row and its column selects the table of
+    probabilities of an integer; see `freebits.codecs.integer_stream`.
 
     Layout of part `message`, little-endian: size of the side data in bytes (u32); side data (zstd); bitstream (u16).
     The side data has for each matrix the row exponents and column exponents (i16), then the row levels and column
     levels (i8).
 
-    With a trellis, the integer `i` stands for `i / 2` times the scale; see `freebits.codecs.trellis`. The number of
-    states is the parameter `trellis`.
+    With a trellis, the integers of each column are on a path through the trellis: even in even states, odd in odd
+    states; see `freebits.codecs.trellis`. The number of states is the parameter `trellis`.
 
     Args:
         n_states: number of states of the trellis with which `encode` encodes; 0 for no trellis.
@@ -106,7 +105,7 @@ class Integers:
         matrices = []
         for spec, side_data in zip(makes, all_side_data, strict=True):
             matrix, (n, m) = torch.empty(spec.shape, dtype=spec.dtype), spec.shape
-            row_scales, column_scales = (steps(e).numpy() for e in (side_data.rows, side_data.columns))
+            row_scales, column_scales = (scales_of(e).numpy() for e in (side_data.rows, side_data.columns))
             states, one_row = np.zeros(m, np.uint8), np.empty((1, m), np.int32)
             n_rows = max(1, _DECODED_AT_ONCE // max(1, m))
             floats = np.empty((n_rows, m), np.float32)
@@ -150,7 +149,7 @@ class Integers:
 
 
 def _levels(integers: Tensor) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
-    """Return the levels of the rows and of the columns. The level of an integer is row level plus column level."""
+    """Return the levels of the rows, (n,), and of the columns, (m,), that fit the mean squares of integers, (n, m)."""
     squares = integers.double().square_()
     columns = squares.mean(0).clamp_min_(_MIN_VARIANCE)
     rows = (squares / columns).mean(1).clamp_min_(_MIN_VARIANCE)
@@ -175,7 +174,7 @@ class _SideData:
 def _opened(
     parts: Mapping[str, Tensor], makes: Sequence[TensorSpec], params: Params
 ) -> tuple[integer_stream.Decoder, list[_SideData]]:
-    """Return a decoder of the bitstream, and the side data of each matrix."""
+    """Return a decoder of the bitstream, and the side data of each matrix. Raise `ValueError` if they are damaged."""
     message = bytes_from(parts[MESSAGE], params["bytes"])
     if len(message) < _HEADER_SIZE:
         raise ValueError("the message is cut off")

@@ -14,15 +14,15 @@ LEVELS = range(-12, 25)
 """The levels that have a table: standard deviations from 1/8 to 64."""
 LEVELS_PER_OCTAVE = 4
 PRECISION = 14
-"""Number of bits of a probability."""
+"""Number of bits of a frequency: probabilities are multiples of `2^-PRECISION`."""
 ESCAPE = -(2**15)
 """The value in `Tables.symbols` that marks the escape symbol, which stands for no single integer."""
 MAX_SYMBOLS = 640
 """Upper bound on the number of symbols of a table."""
 BUCKET_BITS = 3
-"""A *bucket* is a range of `2^BUCKET_BITS` slots."""
+"""A *bucket* is a range of `2^BUCKET_BITS` slots; see `Tables`."""
 _SHIFTS = (0.0, -0.5)
-"""Mean of the integers in even states of a trellis, and mean in odd states; see `freebits.codecs.trellis`."""
+"""Mean of the integers `k` in even states of a trellis, and mean in odd states; see `freebits.codecs.trellis`."""
 _QUARTER_POWERS = (1.0, 1.189207115002721, 1.4142135623730951, 1.681792830507429)
 """`2^(i / 4)` for `i` from 0 to 3."""
 
@@ -43,14 +43,14 @@ def frequencies(level: int, shift: float) -> NDArray[np.int64]:
     masses = np.zeros(2 * radius + 1)
     for index in range(8):  # integrate over the interval around each integer
         masses += _exp(((distances + ((2 * index + 1) / 16 - 0.5)) / deviation) ** 2 / 2)
-    total = np.cumsum(masses)[-1]  # adds in order, while `sum` depends on the version
+    total = np.cumsum(masses)[-1]  # adds in order; the order in which `sum` adds depends on NumPy's version
     counts = 1 + np.append(masses / total * ((1 << PRECISION) - 2 * radius - 2), 0.0).astype(np.int64)
     counts[radius] += (1 << PRECISION) - counts.sum()
     return counts
 
 
 def _exp(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return `exp(-x)`, the same on all machines; the results of math libraries differ in the last bit."""
+    """Approximate `exp(-x)`, with the same result on all machines; math libraries differ in the last bits."""
     small = x / 1024
     value = 1 - small * (1 - small / 2 * (1 - small / 3 * (1 - small / 4)))
     for _ in range(10):
@@ -67,7 +67,7 @@ class Tables:
 
     Attributes:
         radii: (tables,), the largest integer that has a symbol.
-        symbols: (tables * MAX_SYMBOLS,), for each symbol its integer or `ESCAPE` (from bit 32), its number of slots
+        symbols: (tables * MAX_SYMBOLS,), for each symbol its integer or `ESCAPE` (bits 32 to 63), its number of slots
             (bits 16 to 31), and its first slot (bits 0 to 15).
         buckets: (tables * 2^(PRECISION - BUCKET_BITS),), the symbol of the first slot of each bucket.
     """

@@ -1,4 +1,4 @@
-"""A matrix in which certain ranges of rows contain the columns of an identity matrix. These columns are not stored."""
+"""A matrix in which some ranges of rows contain all columns of an identity matrix. These columns are not stored."""
 
 from collections.abc import Mapping, Sequence
 
@@ -15,8 +15,12 @@ class Pivots:
     """A matrix `(n, m)`, or its transpose `(m, n)` if `dim` is 1.
 
     Each *space*, `[start, size]`, is a range of `size` rows that begins at row `start`. The `size` columns of a space
-    that form the identity are its *pivots*. The code stores the column numbers of the pivots, space by space; then the
-    other columns of each space, row by row; then the rows outside all spaces.
+    that form the identity are its *pivots*. Part `pivots` has the column numbers of the pivots, space by space. Part
+    `words` has the other columns of each space, row by row, and then the rows outside all spaces.
+
+    Args:
+        spaces: the spaces that `encode` uses, in ascending order.
+        dim: 0 for a matrix `(n, m)`, 1 for a transpose `(m, n)`.
     """
 
     exact = False
@@ -30,7 +34,7 @@ class Pivots:
         """Encode one matrix.
 
         Raises:
-            Declined: a space lacks a column of the identity.
+            Declined: a space lacks a column of the identity, or the columns are not in order.
         """
         [tensor] = tensors
         matrix = tensor.movedim(self.params["dim"], 0)
@@ -91,7 +95,7 @@ class Pivots:
 
 
 def identity_columns(space: Tensor) -> Tensor | None:
-    """Return the columns of a space, (r, m), that form the identity, (r,), ascending.
+    """Return the numbers, (r,), ascending, of the columns of a space, (r, m), that form the identity.
 
     Return None if a column of the identity is missing, or if the columns are not in order.
     """
@@ -103,7 +107,7 @@ def identity_columns(space: Tensor) -> Tensor | None:
 
 
 def _rows_outside(n: int, params: Params) -> Tensor:
-    """Return a mask of the rows outside all spaces, (n,)."""
+    """Return a mask, (n,), of the rows outside all spaces."""
     outside = torch.ones(n, dtype=torch.bool)
     for start, size in params["spaces"]:
         outside[start : start + size] = False

@@ -1,7 +1,8 @@
 """Split values into byte planes. This separates exponents, which often repeat, from mantissas, which do not.
 
-A *plane* has one byte of each value. A float with at least eight exponent bits is first rotated left by one bit. The
-exponent then fills the upper byte, and the sign joins the mantissa (as in ZipNN, Hershcovitch et al. 2024).
+A *plane* has one byte of each value. The bits of a float with at least eight exponent bits are first rotated left by
+one. The upper byte then contains only exponent bits, and the sign is next to the mantissa (as in ZipNN, Hershcovitch et
+al. 2024).
 """
 
 import numpy as np
@@ -13,7 +14,7 @@ _WIDTHS = {"F16": 2, "BF16": 2, "I16": 2, "U16": 2, "F32": 4, "I32": 4, "U32": 4
 
 
 def n_planes(dtype_name: str) -> int:
-    """Return the bytes per value of a safetensors dtype, or 1 if the dtype is unknown or narrower than a byte."""
+    """Return the number of planes of a safetensors dtype: its bytes per value, or 1 if values are not split."""
     return _WIDTHS.get(dtype_name, 1)
 
 
@@ -34,7 +35,7 @@ def split(data: Bytes, dtype_name: str) -> list[Bytes]:
 
 
 def merge(planes: list[Bytes], dtype_name: str, out: Bytes) -> None:
-    """Write the values of `planes` to `out`; the inverse of `split`."""
+    """Write the bytes of the values whose planes are `planes` to `out`, (n,); the inverse of `split`."""
     width = n_planes(dtype_name)
     if width == 1:
         out[:] = planes[0]

@@ -18,6 +18,9 @@ class Pyramid:
 
     The direction of a group is the direction of its point. The length of a group is a level times the norm of the row.
     The scale of a group is the index of its level.
+
+    Params: `size`, the number `N` of weights of a group; `pulses`, the pulses of the pyramid; `scale_bits`, the bits of
+    a scale.
     """
 
     exact = False

@@ -1,4 +1,4 @@
-"""Matrices that are stored transposed or in several parts."""
+"""Tensors that are stored transposed or in several parts."""
 
 from collections.abc import Mapping, Sequence
 

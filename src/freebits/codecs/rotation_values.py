@@ -1,7 +1,7 @@
 """Convert 16-bit values to rotations and back (Algorithms 1 to 4 of arXiv 2410.01309, the paper).
 
-Encoder and decoder compute in float64. In float32 the eigenvectors of close eigenvalues depend on the number of threads
-and on the kernel, so another machine would decode a file differently.
+Encoder and decoder compute in float64. In float32, the eigenvectors of close eigenvalues depend on the number of
+threads and on the kernel, so another machine could decode other values.
 """
 
 import torch
@@ -12,7 +12,7 @@ _ROWS_AT_ONCE = 8192
 
 
 def n_values_taken(size: int) -> int:
-    """Return the number of values that encode a rotation. They are the upper triangle of a symmetric matrix."""
+    """Return the number of values, the upper triangle of a symmetric matrix, that encode a rotation (size, size)."""
     return size * (size + 1) // 2
 
 
@@ -35,7 +35,10 @@ def rotation_from_values(values: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def values_from_rotation(Q: Tensor, eigenvalues: Tensor) -> Tensor:
-    """Convert a rotation back to values, in float64 (Algorithm 4); the inverse of `rotation_from_values`."""
+    """Convert a rotation, (k, k), and eigenvalues, (k,), to values in float64, the inverse of `rotation_from_values`.
+
+    This is Algorithm 4.
+    """
     row, column = torch.triu_indices(len(Q), len(Q), device=Q.device)
     X = Q * eigenvalues.double() @ Q.T
     return X[row, column]
@@ -48,7 +51,7 @@ def canonical_direction(W: Tensor) -> Tensor:
         W: (n, k), any float dtype, finite.
 
     Returns:
-        (k, k), float64. If `W` has rank `r < k`, the first `k - r` columns of `W Q` are zero.
+        (k, k), float64. If `W` has rank `r < k`, the first `k - r` columns of `W Q` are zero up to rounding errors.
     """
     gram = torch.zeros(W.shape[1], W.shape[1], dtype=torch.float64, device=W.device)
     for rows in W.split(_ROWS_AT_ONCE):
@@ -61,7 +64,7 @@ def unsigned_rotation(W: Tensor) -> Tensor:
     """Compute the rotation that maps a matrix in canonical direction to `W` (Algorithm 2), up to the signs of its rows.
 
     Args:
-        W: (n, k), any float dtype, the rotated matrix.
+        W: (n, k), any float dtype, finite, the rotated matrix.
 
     Returns:
         `Q: (k, k)`, float64. The sign of each row is chosen so that the sum of the row is not negative.
@@ -73,12 +76,12 @@ def unsigned_rotation(W: Tensor) -> Tensor:
 def rotation_signs(unsigned: Tensor, Q: Tensor) -> Tensor:
     """Return a mask of the rows of `unsigned_rotation` that must be negated to get `Q`, (k,), bool.
 
-    The paper stores the sign of the sum of each row. freebits instead compares each row with the row that the decoder
-    computes, so that even a row whose sum is nearly zero needs no correction.
+    The paper stores the sign of the sum of each row of `Q`. freebits instead compares each row of `Q` with the row that
+    the decoder computes, so that the sign is right even if the sum of the row is nearly zero.
     """
     return (unsigned * Q).sum(1) < 0
 
 
 def with_signs(rows: Tensor, signs: Tensor) -> Tensor:
-    """Negate each row whose sign is True, and return all rows."""
+    """Return `rows`, (k, k), with those rows negated whose entry in `signs`, (k,), bool, is True."""
     return torch.where(signs[:, None], -rows, rows)

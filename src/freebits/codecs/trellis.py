@@ -1,9 +1,10 @@
 """Trellises for trellis-coded quantization (Marcellin and Fischer 1990), with Ungerboeck's one-dimensional codes.
 
-A column of a matrix is a path through the states of a trellis. In an even state the values are the integers `k`, in an
-odd state the values are `k + 1/2`. The next state depends on the state and on the parity of `k`. So a symbol `k` costs
-the same number of bits as without a trellis, but the encoder can choose between two shifted grids, and the mean squared
-error is smaller.
+A column of a matrix is a path through the states of a trellis. In units of the scale, a value is an integer `k` in an
+even state, and `k + 1/2` in an odd state. The state and the parity of `k` determine the next state. A symbol `k` takes
+the same number of bits as without a trellis, but the encoder can choose between two shifted grids. The mean squared
+error is therefore smaller. The code `integers` stores half the scale, so that all values are integers: `2 k` in an even
+state and `2 k + 1` in an odd state.
 """
 
 from functools import cache
@@ -25,9 +26,9 @@ POLYNOMIALS = {
 
 @cache
 def transitions(n_states: int) -> NDArray[np.uint8]:
-    """Return the next state for each state and parity, (n_states, 2). The first state of every column is 0.
+    """Return the next state for each state and parity of `k`, (n_states, 2). Every column starts in state 0.
 
-    Without a trellis (0), there is one state.
+    If `n_states` is 0, there is no trellis: the result, (1, 2), has only state 0.
     """
     if not n_states:
         return np.zeros((1, 2), np.uint8)

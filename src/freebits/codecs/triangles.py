@@ -60,7 +60,7 @@ def n_lower_values(rows: int, columns: int) -> int:
 
 
 def lower_values(matrix: Tensor) -> Tensor:
-    """Return the values on and below the diagonal of a matrix (n, m), row by row."""
+    """Return the values on and below the diagonal of a matrix (n, m), row by row, (n_lower_values(n, m),)."""
     short = min(matrix.shape)
     row, column = torch.tril_indices(short, short)
     return torch.cat([matrix[row, column], matrix[short:].flatten()])

@@ -21,7 +21,7 @@ from freebits.options import BACKENDS, RAY, THREADS
 _MAX_PENDING_BYTES = 2**28
 _lock = threading.Lock()
 _open_pools: list[int] = []
-"""PyTorch's number of threads before the first pool opened, repeated once for each open pool. Empty without pools."""
+"""PyTorch's number of threads before the first pool opened, and once more for each open pool. Empty without pools."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -45,7 +45,8 @@ class Parallel:
     """Options for parallel execution.
 
     Attributes:
-        jobs: number of threads, each of which runs one piece at a time; see `threads` for the default. Ray ignores it.
+        jobs: number of threads, each of which runs one piece at a time; see `threads` for the default. Ray ignores
+            `jobs`.
         backend: `threads` for threads of this process, or `ray`.
         address: HOST:PORT of a Ray cluster. By default, a cluster that runs on this machine is used; if there is none,
             a new one is started.
@@ -66,7 +67,7 @@ class Parallel:
 
     @contextmanager
     def executor(self, piece: int = 0) -> Iterator[Executor]:
-        """Provide an executor until the block ends.
+        """Provide an executor until the `with` block ends.
 
         Args:
             piece: size in bytes of the matrices of one piece; see `threads`.
@@ -109,7 +110,7 @@ class Threads:
 
 @contextmanager
 def threads(jobs: int | None, piece: int = 0) -> Iterator[Threads]:
-    """Provide a pool of threads until the block ends. PyTorch's threads are divided among the threads of the pool.
+    """Provide a pool of threads until the `with` block ends. PyTorch's threads are divided among these threads.
 
     By default, large matrices get fewer jobs, because one large matrix keeps all of PyTorch's threads busy, and fewer
     matrices at once need less memory (`benchmarks/scale.py --jobs`).
@@ -139,7 +140,7 @@ def threads(jobs: int | None, piece: int = 0) -> Iterator[Threads]:
     finally:
         with _lock:
             _open_pools.pop()
-            if len(_open_pools) == 1:  # restore the number, because new threads start with the one set last
+            if len(_open_pools) == 1:  # restored, because new threads start with the number that was set last
                 torch.set_num_threads(_open_pools.pop())
 
 

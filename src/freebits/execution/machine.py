@@ -1,4 +1,4 @@
-"""Find the device for linear algebra. Measure and release the memory of this machine."""
+"""Find the device for linear algebra, compare the speed of dtypes, and measure and release memory."""
 
 import ctypes
 import math
@@ -14,7 +14,7 @@ from freebits.errors import UsageError
 
 _TRIALS = 7
 _MIN_SLOWDOWN = 1.3
-"""A dtype is slow if it takes more than this factor of the time of float32; the factor exceeds timing noise."""
+"""A dtype is slow if a product takes more than this many times as long as in float32. Timing noise is smaller."""
 
 
 def device_of(name: str, *, float64: bool = False) -> torch.device:
@@ -41,7 +41,7 @@ def device_of(name: str, *, float64: bool = False) -> torch.device:
 
 @cache
 def is_slow(dtype: torch.dtype) -> bool:
-    """Return whether this processor multiplies matrices of 16-bit floats more slowly than matrices of float32."""
+    """Return whether this processor multiplies matrices of a 16-bit dtype more slowly than matrices of float32."""
     return _product_seconds(dtype) > _MIN_SLOWDOWN * _product_seconds(torch.float32)
 
 
@@ -63,14 +63,14 @@ def _malloc_trim() -> Any:
 
 
 def release_freed_memory() -> None:
-    """Return freed memory to the system, because glibc keeps it in fragments too small for large tensors."""
+    """Return freed memory to the system. glibc would keep it in fragments that are too small for large tensors."""
     malloc_trim = _malloc_trim()
     if malloc_trim is not None:
         malloc_trim(0)
 
 
 def physical_memory() -> int:
-    """Return the memory of this machine in bytes, or 0 if it is unknown."""
+    """Return the physical memory of this machine in bytes, or 0 if it is unknown."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 
 Progress = Callable[[str, str, int, int], None]
-"""Called with the step (`calibrating`), its unit (`block`), the number of finished units, and the number of units."""
+"""Called with the activity (`calibrating`), its unit (`block`), the number of finished units, and the total number."""
 
 
-def silent(_step: str, _unit: str, _done: int, _total: int) -> None:
+def silent(_activity: str, _unit: str, _done: int, _total: int) -> None:
     """Report nothing."""

@@ -1,4 +1,4 @@
-"""Run pieces of work on a Ray cluster. Ray distributes them over machines and reruns a piece if its worker dies."""
+"""Run pieces of work on a Ray cluster. Ray distributes pieces over machines, and reruns a piece if its worker dies."""
 
 import os
 import socket
@@ -23,13 +23,13 @@ _TIMEOUT = 10
 
 @contextmanager
 def ray_workers(address: str | None) -> Iterator["RayWorkers"]:
-    """Connect to a Ray cluster until the block ends.
+    """Connect to a Ray cluster until the `with` block ends.
 
     Args:
         address: HOST:PORT. If None, use a cluster that runs on this machine; if there is none, start a new one.
 
     Raises:
-        UsageError: Ray is not installed, or no cluster at the address can be reached.
+        UsageError: Ray is not installed, or no cluster can be reached or started.
     """
     try:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -99,7 +99,7 @@ class Work:
         return self._executor.map_large(partial(_run_or_read, self._store, stage, function), enumerate(items))
 
     def once(self, stage: str, function: Callable[[], Result]) -> Result:
-        """Return the result of a stage with one piece. Unless the piece is finished, run it in this process."""
+        """Return the result of a stage with one piece. If the piece is not finished, run the piece in this process."""
         if self._store is None:
             return function()
         return _run_or_read(self._store, stage, lambda _: function(), (0, None))

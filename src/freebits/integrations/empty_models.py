@@ -15,7 +15,7 @@ MODEL_CREATION_LOCK = threading.Lock()
 
 
 def empty_model(config: PreTrainedConfig) -> Any:
-    """Create a config's language model, in float32. The parameters have no memory, but the buffers have values.
+    """Create the language model of a config, in float32. The parameters take no memory, but the buffers have values.
 
     Raises:
         UnsupportedModelError: see `class_for_text`.
@@ -28,7 +28,7 @@ def empty_model(config: PreTrainedConfig) -> Any:
         model = model_class(config).eval()
         return model._apply(
             lambda tensor: tensor.float() if tensor.is_floating_point() else tensor
-        )  # not `to`, because it would also convert complex buffers
+        )  # not `to`, which would also convert complex buffers
 
 
 @contextmanager

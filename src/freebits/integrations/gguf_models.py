@@ -22,7 +22,7 @@ def missing_packages() -> list[str]:
 
 
 def write_dense(gguf: Path, directory: Path) -> None:
-    """Write a GGUF file's model and tokenizer as a dense checkpoint in float16. The whole model is held in memory.
+    """Write a GGUF file's model and tokenizer as a dense checkpoint in float16. Memory holds the whole model.
 
     Raises:
         UsageError: a required package is not installed.
@@ -40,5 +40,5 @@ def write_dense(gguf: Path, directory: Path) -> None:
 
 
 def _quiet_without_terminal() -> AbstractContextManager[object]:
-    """Return a context that hides the progress bar of the conversion unless stderr is a terminal."""
+    """Return a context that hides stderr, and with it the progress bar of the conversion, unless it is a terminal."""
     return nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())

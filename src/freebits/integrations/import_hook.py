@@ -1,7 +1,7 @@
 """Register freebits' models with transformers' Auto classes when transformers is imported, but not before.
 
-This keeps `import freebits` fast for programs that do not run models. Programs that run models need no other import. A
-finder in Python's import system checks after each module of transformers whether the models can be registered.
+`import freebits` is therefore fast for programs that do not run models, and enough for programs that do. A finder in
+Python's import system checks, after each import of a module of transformers, whether the models can be registered.
 """
 
 import importlib
@@ -54,7 +54,7 @@ class _Loader(Loader):
                 sys.meta_path.remove(self._finder)
             importlib.import_module(_REGISTRATION)
 
-    def __getattr__(self, name: str) -> object:  # other methods of the loader, such as `get_source`
+    def __getattr__(self, name: str) -> object:  # for other methods of the loader, such as `get_source`
         return getattr(self._loader, name)
 
 

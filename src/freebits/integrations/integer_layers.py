@@ -11,24 +11,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from freebits.codecs.integers import ScaledIntegers, steps
+from freebits.codecs.integers import ScaledIntegers, scales_of
 from freebits.compiled import compiled
 from freebits.execution.machine import is_slow
 
 _MAX_INTEGER = 127
 _MAX_OUTLIERS = 1 / 64
-"""Largest share of integers that may exceed 8 bits; a matrix with more of them is not kept as integers."""
+"""Largest fraction of a matrix's integers that may be outliers; see `IntegerMatrix`."""
 _MAX_COMPILED_INPUTS = 16
-"""Largest number of inputs for which the compiled loop is faster than expanding the integers."""
+"""Largest number of input vectors for which the compiled loop is faster than expanding the integers."""
 _EXPANDED_AT_ONCE = 1 << 20
 """Number of integers that are expanded to floats at a time; they fit the cache of the processor."""
 
 
 class IntegerMatrix(nn.Module):
-    """A matrix `W`, (n, m), of 8-bit integers with scales. Integers that do not fit 8 bits are kept apart.
+    """A matrix `W`, (n, m), of 8-bit integers with scales.
 
-    The rows form blocks with column scales of their own, because large matrices are quantized in blocks. `fill` fills
-    one block after another.
+    An integer that does not fit 8 bits is an *outlier*. The 8-bit integer is then 127 or -127, and the rest of the
+    weight is kept apart, as a float. Large matrices are quantized in blocks of rows, so each block has its own column
+    scales. `fill` fills one block.
 
     Args:
         sizes: number of rows of each block.
@@ -55,9 +56,9 @@ class IntegerMatrix(nn.Module):
         self.register_buffer("outlier_values", torch.empty(0))
 
     def fill(self, number: int, block: ScaledIntegers) -> None:
-        """Fill block number `number`."""
+        """Fill the block with this number. Call this method once for each block."""
         start, stop = self.starts[number], self.starts[number + 1]
-        self.rows[start:stop], self.columns[number] = steps(block.rows), steps(block.columns)
+        self.rows[start:stop], self.columns[number] = scales_of(block.rows), scales_of(block.columns)
         places, values = [self.outlier_places], [self.outlier_values]
         n_rows = max(1, _EXPANDED_AT_ONCE // self.integers.shape[1])
         for first, integers in zip(range(start, stop, n_rows), block.integers.split(n_rows), strict=True):
@@ -88,7 +89,7 @@ class IntegerMatrix(nn.Module):
 
     @property
     def fits(self) -> bool:
-        """Whether nearly all integers fit 8 bits."""
+        """Whether at most `_MAX_OUTLIERS` of the integers are outliers."""
         return len(self.outlier_values) <= _MAX_OUTLIERS * self.integers.numel()
 
     def floats(self) -> Tensor:
@@ -112,7 +113,7 @@ class IntegerMatrix(nn.Module):
         return values.to(self.dtype)
 
     def product(self, x: Tensor) -> Tensor:
-        """Return `x Wᵀ`, (k, n), for `x`, (k, m)."""
+        """Return `x Wᵀ`, (k, n), for `x`, (k, m), in the dtype of `x`."""
         y = x.new_empty(len(x), len(self.rows), dtype=torch.float32)
         for (start, stop), columns in zip(pairwise(self.starts), self.columns, strict=True):
             rows, scaled, out = self.integers[start:stop], x.float() * columns, y[:, start:stop]
@@ -130,7 +131,7 @@ class IntegerMatrix(nn.Module):
         return y.to(x.dtype)
 
     def transposed_product(self, y: Tensor) -> Tensor:
-        """Return `y W`, (k, m), for `y`, (k, n)."""
+        """Return `y W`, (k, m), for `y`, (k, n), in the dtype of `y`."""
         scaled, x = y.float() * self.rows, y.new_zeros(len(y), self.integers.shape[1], dtype=torch.float32)
         for (start, stop), columns in zip(pairwise(self.starts), self.columns, strict=True):
             n_rows = max(1, _EXPANDED_AT_ONCE // self.integers.shape[1])
@@ -214,7 +215,7 @@ class IntegerEmbedding(nn.Embedding):
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which to multiply: that of `x`, or float32 if this processor is slower with that of `x`."""
+    """Return the dtype in which to multiply: that of `x`, or float32 if this processor is faster with float32."""
     return torch.float32 if x.device.type == "cpu" and is_slow(x.dtype) else x.dtype
 
 
@@ -241,7 +242,8 @@ def _multiply(
 ) -> None:
     """Fill columns `start` to `stop` of `out`.
 
-    Each loop computes four sums, which share the conversion of a weight or the reading of an input.
+    Each inner loop computes four sums at once: first for four inputs and one row of weights, so that each weight is
+    converted only once for them; then, for each remaining input, for four rows.
     """
     n_inputs, n_columns = x.shape
     n_fours = n_inputs // 4 * 4

@@ -54,7 +54,7 @@ class _Matrices:
         return IntegerMatrix(sizes, self._packed.specs[name].shape[1], self._dtypes[name])
 
     def filled(self, names: Iterable[str]) -> Iterator[tuple[str, IntegerMatrix]]:
-        """Yield the name and the integers of each matrix. Several groups are decoded in parallel."""
+        """Yield the name and the integers of each matrix. Several recipes are followed in parallel."""
         places = {part: (name, number) for name in names for number, part in enumerate(self._parts[name])}
         missing = Counter(name for name, _ in places.values())
         recipes = [*{id(recipe): recipe for recipe in (self._recipes[part] for part in places)}.values()]
@@ -85,16 +85,17 @@ class _Matrices:
 def load_with_integers(
     packed: PackedFolder, dtype: torch.dtype | None, load: Load, *, late: bool
 ) -> tuple[Any, dict[str, Any]]:
-    """Load a model, and put integers in the place of its linear layers and embeddings.
+    """Load a model, and replace its linear layers and embeddings by layers whose weights are integers.
 
-    transformers gets a tensor of one repeated value, which takes no memory, for each matrix of integers. A matrix that
-    transformers does not use as it is, for example because it merges several into one, is expanded.
+    For each matrix of integers, transformers gets a tensor of one repeated value, which takes no memory. A matrix that
+    transformers does not use as it is, for example because transformers merges several matrices, is expanded.
 
     Args:
         packed: the folder.
         dtype: dtype of the model; None for the dtype of each tensor.
         load: function from the model's tensors to the model and transformers' loading information.
-        late: whether the integers of a block are decoded each time a forward pass enters it, and dropped afterwards.
+        late: whether the integers of a block are decoded each time a forward pass enters the block, and dropped when it
+            leaves the block.
 
     Returns:
         What `load` returned.
@@ -126,7 +127,7 @@ def load_with_integers(
     if len(candidates) < n_all:
         _log.warning(
             "freebits: %d of %d quantized matrices are expanded in memory, because transformers merges or moves them, "
-            "or their integers do not fit 8 bits",
+            "or too many of their integers do not fit 8 bits",
             n_all - len(candidates),
             n_all,
         )
@@ -161,7 +162,10 @@ def _decode_late(model: Any, matrices: _Matrices, places: Mapping[str, list[Any]
 
 
 def _block_of(model: Any, path: str) -> nn.Module:
-    """Return the outermost element of a list of modules that contains a matrix, or else the layer of the matrix."""
+    """Return the module before whose forward pass to decode the matrix at `path`.
+
+    This is the element that contains the matrix in the outermost list of modules. Without a list, it is the layer.
+    """
     parts = path.split(".")
     for end in range(1, len(parts)):
         if isinstance(model.get_submodule(".".join(parts[:end])), nn.ModuleList):
@@ -172,7 +176,7 @@ def _block_of(model: Any, path: str) -> nn.Module:
 
 
 def _integer_tensors(packed: PackedFolder) -> set[str]:
-    """Return the names of the model's matrices that are made of integers."""
+    """Return the names of the model's matrices that the code `integers` makes, whole or in parts."""
     parts = {name for recipe in packed.manifest.recipes if recipe.code == "integers" for name in recipe.makes}
     joined = {
         name
@@ -189,7 +193,7 @@ def _placeholder(packed: PackedFolder, name: str, dtype: torch.dtype | None) -> 
 
 
 def _places(model: Any, placeholders: Mapping[str, Tensor]) -> dict[str, list[Any]]:
-    """Return, for each placeholder that is the weight of modules, these modules."""
+    """Return name of a placeholder → the modules whose weight it is. Other placeholders are left out."""
     names = {tensor.data_ptr(): name for name, tensor in placeholders.items()}
     places: dict[str, list[Any]] = {}
     for module in model.modules():
@@ -206,7 +210,7 @@ def _is_supported(module: nn.Module | None) -> bool:
 
 
 def _replace(model: Any, modules: Iterable[Any], matrix: IntegerMatrix) -> None:
-    """Replace modules that share a weight by layers of integers."""
+    """Replace modules that share a weight by layers of integers that share a matrix."""
     for module in modules:
         names = [name for name, other in model.named_modules(remove_duplicate=False) if other is module]
         new = (
@@ -226,7 +230,7 @@ def _fingerprints(model: Any) -> dict[str, str]:
 def _save(
     model: Any, folder: Path, fingerprints: Mapping[str, str], directory: str | os.PathLike[str], **_options: object
 ) -> None:
-    """Copy the packed folder, from which the model was loaded, to a new directory.
+    """Copy the packed folder from which the model was loaded to a new directory.
 
     Raises:
         UsageError: a parameter changed since loading.
@@ -234,6 +238,9 @@ def _save(
     """
     for name, fingerprint in _fingerprints(model).items():
         if fingerprints.get(name) != fingerprint:
-            raise UsageError(f"parameter {name} changed since loading: load without `keep_integers` to save it")
+            raise UsageError(
+                f"parameter {name} changed since loading: to save changes, load without `keep_integers` and "
+                "`stay_packed`"
+            )
     with new_directory(directory) as staging:
         shutil.copytree(folder, staging, dirs_exist_ok=True)

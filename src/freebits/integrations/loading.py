@@ -44,27 +44,32 @@ def load(
     stay_packed: bool = False,
     keep_pivots: bool = False,
 ) -> Any:
-    """Load the model in a dense, sliced or packed folder. A packed folder is decoded while it is read.
+    """Load the model in a checkpoint folder. A packed folder is decoded while it is read.
 
     Args:
-        path: folder of the checkpoint.
+        path: folder of the checkpoint, URL of such a folder, or id of a model on the hub.
         dtype: dtype of the weights in memory; `auto` is the dtype of the checkpoint.
-        verify: whether to check the digest of every tensor in a packed folder.
+        verify: whether to check the digest of every tensor that is read from a packed folder.
         keep_integers: whether the linear layers and embeddings of a quantized model stay 8-bit integers in memory,
-            half the bytes of 16-bit floats. They are never expanded as a whole. The logits differ from those of the
-            expanded model by rounding errors only. The weights cannot be trained, but adapters on top of them can.
+            which take half the bytes of 16-bit floats. Forward and backward passes do not expand a whole matrix. The
+            logits differ from those of the expanded model by rounding errors only. The weights cannot be trained, but
+            adapters on top of them can. Matrices for which this is not possible are expanded, with a warning.
         stay_packed: whether the matrices of a quantized model stay in the files. Each forward pass decodes a block when
-            it enters the block, and drops it afterwards. Memory holds one block, and the text is read slowly: this is
-            for scoring texts and for long prompts, not for generating.
-        keep_pivots: whether low-rank layers make use of identity columns. `pack` changes each low-rank layer so that
-            one of its matrices contains all columns of an identity matrix. If the loaded layer does not multiply by
-            these columns, it has `rank²` fewer weights and multiplications.
+            it enters the block, and drops it afterwards. Memory then holds the matrices of one block at a time, but a
+            forward pass takes longer. This is for scoring texts and for long prompts, not for generating.
+        keep_pivots: whether low-rank layers skip the multiplication by identity columns. If possible, `pack` changes a
+            low-rank layer so that one of its two matrices contains all columns of an identity matrix. A loaded layer
+            that skips these columns has `rank²` fewer weights, and as many fewer multiplications for each token.
+
+    Returns:
+        A model of transformers.
 
     Raises:
-        CheckpointError: the folder holds no valid checkpoint, or a tensor is damaged.
+        CheckpointError: the folder holds no valid checkpoint, or a tensor is damaged or missing.
+        UnsupportedModelError: transformers has no class for the model.
     """
     path = local_folder(path)
-    folder = open_as_floats(path)  # before transformers opens it, because freebits' errors have one line
+    folder = open_as_floats(path)  # opened before transformers opens it, because freebits' errors have one line
     if is_adapter(folder.config):
         advice = "unpack it, then load it" if isinstance(folder, PackedFolder) else "load it"
         raise CheckpointError(f"{path} holds an adapter: {advice} with PEFT on top of its base model")
@@ -126,7 +131,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     folder = open_folder(path)
     options: dict[str, Any] = {}
     if isinstance(folder, PackedFolder) and folder.config.get("model_type") in CONFIG_MAPPING:
-        # because for some tokenizers only the model type determines the class
+        # needed for tokenizers whose class only the model type determines
         options["config"] = CONFIG_MAPPING[folder.config["model_type"]].from_dict(decode_floats(folder.config))
     with one_line_errors(path, "tokenizer"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -142,6 +147,6 @@ def one_line_errors(path: str | os.PathLike[str], content: str) -> Iterator[None
         yield
     except FreebitsError:
         raise
-    except Exception as error:  # the types that transformers raises are many, and change between versions
+    except Exception as error:  # transformers raises many types of errors, which change between versions
         finding = reason_of(error)
         raise CheckpointError(f"{path} holds no {content} that transformers can load ({finding})") from error

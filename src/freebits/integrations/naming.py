@@ -1,8 +1,8 @@
 """A view of a checkpoint in which tensors have the names and shapes that they have in transformers.
 
-Checkpoints on the hub keep the names under which they were published. While transformers loads a checkpoint, it renames
-tensors, and merges or splits some of them; for example, it merges the experts of a block into one tensor. Conversion
-tables in transformers define how.
+Checkpoints on the hub keep the tensor names under which they were published. While transformers loads a checkpoint, it
+renames tensors, and merges or splits some of them. For example, it merges the experts of a block into one tensor.
+Conversion tables in transformers define how tensors are renamed, merged and split.
 """
 
 import copy
@@ -55,7 +55,7 @@ class FileRows(NamedTuple):
         start: number of the first of these rows within the checkpoint tensor.
         stop: number of the last of these rows within the checkpoint tensor, plus 1.
         order: for each of these rows (or for each column, if `swapped`), the number of the requested row that it holds,
-            (n,), int64.
+            (n,), int64. The first requested row has number 0.
         swapped: whether the requested rows are columns in the checkpoint.
     """
 
@@ -134,7 +134,10 @@ class TransformersView:
         return self._renamed.get(name)
 
     def rows(self, name: str, start: int, stop: int) -> list[FileRows]:
-        """Locate rows of a tensor in the checkpoint. Return [] if they are not stored there as rows or as columns."""
+        """Locate the rows `start` to `stop - 1` of a tensor of this view in the checkpoint.
+
+        Return [] if they are not consecutive rows of checkpoint tensors or all columns of a matrix in the checkpoint.
+        """
         if name in self._renamed:
             return [FileRows(self._renamed[name], start, stop, torch.arange(stop - start), swapped=False)]
         if name not in self._conversions:

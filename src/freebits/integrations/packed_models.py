@@ -50,13 +50,16 @@ _log = logging.getLogger(__name__)
 
 
 class PackedConfig(PreTrainedConfig):
-    """The content of a packed folder's `config.json`. The key `model` or the manifest has the model's own config."""
+    """The content of a packed folder's `config.json`.
+
+    The model's own config is under the key `model` or, with the codec `none`, in the manifest.
+    """
 
     model_type = "freebits"
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Return the config. Unlike in transformers, other arguments do not change it: they belong to the model."""
+        """Return the config. Unlike in transformers, `kwargs` do not change the config: they are for the model."""
         return_unused = kwargs.pop("return_unused_kwargs", False)
         config = super().from_dict(config_dict)
         config.name_or_path = str(kwargs.get("name_or_path", ""))
@@ -92,12 +95,13 @@ class PackedFactory:
             config: ignored. Auto classes pass it, but the model's own config comes from the folder.
             verify: whether to check the digest of every tensor.
             keep_integers: whether the matrices of a quantized model stay integers in memory; see `load`.
-            stay_packed: whether they stay in the files, and are decoded block by block in each forward pass.
+            stay_packed: whether the matrices of a quantized model stay in the files, and are decoded block by block in
+                each forward pass; see `load`.
             kwargs: keyword arguments of the model's `from_pretrained`, such as `dtype` and `device_map`.
 
         Raises:
             CheckpointError: the folder is damaged, or lacks a tensor of the model.
-            UnsupportedModelError: the Auto class has no class for the model.
+            UnsupportedModelError: the Auto class has no class for the model, or transformers has no such model.
         """
         del config
         folder = _local_folder(path, kwargs)
@@ -154,7 +158,7 @@ class PackedForCausalLM(PackedFactory):
 
 
 class PackedTokenizer:
-    """Loads tokenizers from packed folders. transformers uses it if only the model type determines their class."""
+    """Loads tokenizers from packed folders. transformers uses this class if only the model type determines theirs."""
 
     auto: ClassVar[Any] = AutoTokenizer
 
@@ -318,13 +322,13 @@ def _needs_remote_code(config: Mapping[str, Any]) -> UnsupportedModelError:
 
 
 def config_of(config: Mapping[str, Any], auto: Any, **options: Any) -> Any:
-    """Create a model's own config with `from_dict`, but without `auto_map`, which would run code from a repository."""
+    """Create a model's own config without `auto_map`, with which transformers could run code from a repository."""
     plain = {key: value for key, value in decode_floats(config).items() if key != "auto_map"}
     return inner_config(config, auto).from_dict(plain, **options)
 
 
 def _local_folder(path: str | os.PathLike[str], arguments: Mapping[str, Any]) -> Path:
-    """Return the local path of a packed folder. A folder on the hub is downloaded, with the options of transformers."""
+    """Return the local path of a packed folder. Download a folder on the hub, with the options in `arguments`."""
     options = {
         key: arguments[key]
         for key in ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")

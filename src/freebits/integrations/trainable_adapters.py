@@ -1,4 +1,4 @@
-"""Train a model without making it larger: a quantized model by its scales, any other model with LoRA."""
+"""Train a model without making it larger: the scales, norms and biases of a quantized model; with LoRA, any other."""
 
 import warnings
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from freebits.packed.reader import PackedFolder
 from freebits.types import TensorSpec
 
 ParameterNames = Mapping[str, str]
-"""Name of a parameter in memory → its name in the folder. Parameters that are merged or split are left out."""
+"""Name of a parameter in memory → name of its tensor in the folder. Merged or split parameters are left out."""
 
 
 class Trainable(Protocol):
@@ -42,7 +42,7 @@ class Trainable(Protocol):
 
 
 class LoraAdapters:
-    """Adds a trainable product `B A` of two small matrices to every linear layer except the head (LoRA, by PEFT).
+    """Adds a trainable product `B A` of two small matrices to each linear layer, except the head (LoRA, by PEFT).
 
     At the end, `B A` is merged into the weights, so that the model keeps its size.
 
@@ -86,8 +86,8 @@ class LoraAdapters:
 class ScaleAdapters:
     """Trains norms, biases, and the row scales of quantized linear layers.
 
-    The scales only take values that the folder can store. The integers do not change. For matrices that were
-    rounded in a rotated basis or by another method, the scales do not change either.
+    The scales only take values that the folder can store. The integers do not change. The scales of a matrix do not
+    change either if it was rounded in a rotated basis, in several blocks of rows, or by another method.
 
     Args:
         model: the model in the folder; it is changed in place.
@@ -125,15 +125,15 @@ class ScaleAdapters:
         """Round norms and biases. The scales already have values that the folder can store."""
         _round(self.tensors, specs)
 
-    def steps(self) -> dict[str, Tensor]:
-        """Return name of a matrix → how much training raised the exponents of its row scales, (n_out,), int16."""
+    def exponent_changes(self) -> dict[str, Tensor]:
+        """Return name of a matrix → the changes of the exponents of its row scales by training, (n_out,), int16."""
         return {name: layer.exponents.detach().to(torch.int16).cpu() for name, layer in self._layers.items()}
 
 
 class RescaledLinear(nn.Module):
-    """A linear layer that multiplies its outputs by `2^(e / 16)`, where `e` is trained.
+    """A linear layer that multiplies each row of its weight by `2^(e / 16)`. The exponent `e` of each row is trained.
 
-    Each `e` is rounded to an integer. Gradients ignore the rounding.
+    The exponents are rounded to integers. Gradients ignore the rounding.
     """
 
     def __init__(self, layer: Any) -> None:
@@ -157,12 +157,12 @@ class RescaledLinear(nn.Module):
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
-        except AttributeError:  # because blocks read attributes of their layers, such as sizes
+        except AttributeError:  # blocks read attributes of their layers, such as sizes
             return getattr(super().__getattr__("layer"), name)
 
 
 def linear_layers(model: Any) -> dict[str, Any]:
-    """Return name → layer, for the layers except the head that only compute `x Wᵀ + b`. A router can compute more."""
+    """Return name → layer of each layer that only computes `x Wᵀ + b`, except the head. A router can compute more."""
     head, layers = model.get_output_embeddings(), {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D) and module is not head:

@@ -15,6 +15,7 @@ from freebits.types import TensorSpec, bytes_of
 STEM = "packed"
 """The stem of the names of weights files. It is not `model`, so that no tool loads the files as a model."""
 _LONGEST_SUFFIX = ".entropy__"
+"""Suffix of an entropy-coded tensor whose name with `.entropy` and with `.entropy_` is used already."""
 
 
 @dataclass
@@ -41,8 +42,8 @@ class Contents:
 def digested(piece: Piece) -> tuple[Piece, dict[str, str]]:
     """Add checks to a piece. Return the piece, and name → digest of each stored tensor.
 
-    Each recipe gets a digest or sums of the tensors that it makes. The tensors are decoded for this, except by codes
-    that check themselves. A recipe that takes tensors of other pieces gets no check.
+    A recipe gets a digest or sums of the tensors that it makes, computed by decoding them. A recipe stays as it is if
+    its code checks the values itself, or if it takes a tensor that is neither stored in this piece nor decoded here.
     """
     tensors = {name: spec.view(bytes_of(tensor)) for name, (spec, tensor) in piece.stored.items()}
     recipes = []
@@ -52,7 +53,7 @@ def digested(piece: Piece) -> tuple[Piece, dict[str, str]]:
             parts = {part: tensors.pop(name) for part, name in recipe.takes.items()}
             made = code.decode(parts, list(recipe.makes.values()), recipe.params)
             tensors |= zip(recipe.makes, made, strict=True)
-            recipe.check(made)  # an exact code must restore what it encoded
+            recipe.check(made)  # if `staged` recorded a digest of the original tensor, the decoded tensor must match it
             recipes.append(recipe.checked(made))
         else:
             recipes.append(recipe)
@@ -61,8 +62,9 @@ def digested(piece: Piece) -> tuple[Piece, dict[str, str]]:
 
 
 def announced(specs: Mapping[str, TensorSpec]) -> dict[str, tuple[int, ...]]:
-    """Return, for each tensor, the longest name and shape that a file header may need; see `CheckpointWriter`.
+    """Return longest possible name → longest possible shape of each stored tensor; see `CheckpointWriter`.
 
-    Entropy coding can make both longer.
+    Entropy coding appends `.entropy` to the name, and `_` until the name is unused. The coded tensor is a vector of
+    bytes, fewer than 10 for each value of the tensor. A 10 at the end makes the announced shape at least as long.
     """
     return {name + _LONGEST_SUFFIX: (*spec.shape, 10) for name, spec in specs.items()}

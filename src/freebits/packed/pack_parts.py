@@ -41,6 +41,7 @@ def pack_parts(
 
     Raises:
         CheckpointError: the codec cannot make the model smaller, or does not encode its dtypes.
+        UnsupportedModelError: see `family_of`.
     """
     architecture = None if is_adapter(source.config) else Architecture.of(source.config, len(source.specs))
     dense = not str(source.config.get("model_type")).startswith(SLICED_PREFIX)
@@ -127,7 +128,7 @@ class _Encoder:
     def of(cls, preset: Preset, model: Source, architecture: Architecture | None, stage: str | None) -> "_Encoder":
         specs = dict(model.specs)
         for sub in architecture.sublayers if architecture else ():
-            if sub.shortcut.weight in specs:  # a factor gets the dtype of the shortcut that it replaces
+            if sub.shortcut.weight in specs:  # a factor has the dtype of the shortcut that it replaces
                 specs[sub.shortcut.factor] = specs[sub.shortcut.weight]
         return cls(preset, architecture, stage, specs)
 
@@ -158,7 +159,8 @@ def _announced_names(
 ) -> dict[str, tuple[int, ...]]:
     """Return the longest name and shape of each tensor that may be stored.
 
-    These are the encoded tensors that the codec plans, and the plain tensors, because a code can decline them.
+    These are the encoded tensors that the codec plans, and the plain tensors, because a code can decline to encode
+    them.
     """
     shapes = {name: spec.shape for name, spec in model.specs.items()}
     if architecture is not None and layout.widths:

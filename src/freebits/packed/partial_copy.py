@@ -40,7 +40,7 @@ def copy_with_changes(
         for piece in _pieces(packed, rows, tensors):
             contents.write(writer, *digested(piece))
     order = {name: number for number, recipe in enumerate(packed.manifest.recipes) for name in recipe.makes}
-    # recipes that are not in the old manifest come first: they undo entropy coding, which readers must do first
+    # recipes that the old manifest lacks come first: they undo entropy coding, which readers must do first
     contents.recipes.sort(key=lambda recipe: order.get(next(iter(recipe.makes)), -1))
     return contents
 

@@ -39,8 +39,8 @@ class Group:
         code: key of the code in `freebits.codecs.registry.CODES`; empty if no code applies.
         tensors: names of the tensors, in the order that the code expects.
         label: prefix of the stored names.
-        params: parameters of the code, used to plan sizes before encoding.
-        reason: reason why no code applies; empty if one does.
+        params: parameters of the code that are used to plan sizes before encoding.
+        reason: reason why no code applies; empty if a code does.
     """
 
     site: int
@@ -149,7 +149,7 @@ def canonical(device: torch.device = CPU, *, dense: bool = False) -> Preset:
 
 
 def bits_back(threshold: float, device: torch.device = CPU) -> Preset:
-    """Return the preset of the codec `bits-back`, which corrects decoded weights whose error exceeds `threshold`."""
+    """Return the preset of the codec `bits-back`, which corrects decoded values whose error exceeds `threshold`."""
     codes = {BITS_BACK: BitsBack(threshold, device)}
     facts = {"threshold": threshold}
     return Preset(
@@ -161,8 +161,8 @@ def chosen(codec: str, threshold: float | None = None, device: torch.device = CP
     """Return the preset of a codec; None for the codec `none`, which stores files unchanged.
 
     Raises:
-        UsageError: there is no such codec, or `threshold` is negative, not finite, or given for
-            another codec than `bits-back`.
+        UsageError: there is no such codec, or `threshold` is negative, not finite, or given for a codec other than
+            `bits-back`.
     """
     if codec not in CODECS:
         raise UsageError(f"`codec` is {codec!r}: choose {', '.join(CODECS[:-1])} or {CODECS[-1]}")

@@ -23,13 +23,14 @@ from freebits.types import bytes_of
 
 SLICED_IN = "freebits.models.sliced"
 LOW_RANK_IN = "freebits.models.low_rank"
-"""The modules with the classes of sliced models, and with the classes of models with low-rank layers."""
+"""`SLICED_IN`: module with the classes of sliced models. `LOW_RANK_IN`: module with those of low-rank models."""
 
 
 def unpack_into(directory: Path, packed: PackedFolder, parallel: Parallel, progress: Progress) -> None:
     """Write a plain checkpoint into a new folder.
 
-    With the codec `none`, the original files are restored. The shortcuts of a sliced model become whole matrices.
+    If the folder was packed with the codec `none`, the original files are restored byte for byte. Otherwise, shortcuts
+    that are stored as factors become whole matrices.
 
     Raises:
         CheckpointError: a tensor is damaged.
@@ -94,7 +95,8 @@ def _write_files(directory: Path, packed: PackedFolder, parallel: Parallel, prog
     for file, entries in packed.originals.items():
         header = packed.manifest.originals[file].encode()
         with (directory / file).open("wb") as target:
-            if not file.endswith(f".{GGUF}"):  # because the header of a GGUF file is stored as a tensor
+            # only safetensors files need a header here, because the header of a GGUF file is among its tensors
+            if not file.endswith(f".{GGUF}"):
                 target.write(len(header).to_bytes(LENGTH, "little") + header)
             for tensors in packed.decoded(entries, parallel):
                 for tensor in tensors.values():

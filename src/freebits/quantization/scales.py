@@ -11,7 +11,7 @@ divergence. The column scales are those of WaterSIC (arXiv 2603.04956).
 import torch
 from torch import Tensor
 
-from freebits.codecs.integers import FINENESS, ScaledIntegers, exponents, steps
+from freebits.codecs.integers import FINENESS, ScaledIntegers, exponents, scales_of
 from freebits.quantization.error_compensation import compensated_rounding
 from freebits.quantization.trellis import trellis_round
 
@@ -60,7 +60,7 @@ def scaled_integers(
         the returned scales are half as large.
     """
     row_exponents, column_exponents = exponents(rows), exponents(c * columns)
-    row, column = steps(row_exponents)[:, None], steps(column_exponents)
+    row, column = scales_of(row_exponents)[:, None], scales_of(column_exponents)
     scaled = W.float() / row
 
     def rounded(values: Tensor) -> Tensor:
