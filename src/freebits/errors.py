@@ -11,6 +11,9 @@ what to do. The command line prints the message and exits with code 2.
 
 from freebits.limits import MESSAGE
 
+_NO_MEMORY = ("DefaultCPUAllocator", "CUDA out of memory", "bad_alloc", "can't start new thread")
+"""Parts of the error messages of PyTorch, C++ and Python when memory runs out."""
+
 
 def one_line(text: object, max_length: int = MESSAGE) -> str:
     """Return a text that is safe to print in one line: control characters are escaped, and a long text is shortened.
@@ -33,6 +36,11 @@ def one_line(text: object, max_length: int = MESSAGE) -> str:
 def reason_of(error: BaseException, max_length: int = 200) -> str:
     """Return another library's error message in one line, or the name of the exception type if there is no message."""
     return one_line(" ".join(str(error).split()) or type(error).__name__, max_length)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error means that memory ran out. Such an error says nothing about the model."""
+    return isinstance(error, MemoryError) or any(message in str(error) for message in _NO_MEMORY)
 
 
 class FreebitsError(Exception):

@@ -11,6 +11,8 @@ TENSOR_VALUES = 2**40
 """Number of values in a tensor."""
 RECIPE_STEPS = 16
 """Number of recipes that must be applied one after another to decode a tensor of the model."""
+BASES = 8
+"""Number of bases that a packed folder needs: its base, the base of its base, and so on."""
 BLOCKS = 4096
 """Number of blocks in a config without weights. With weights, the number of tensors bounds the number of blocks."""
 WIDTH = 2**31

@@ -25,7 +25,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from freebits.calibration.observers import Product, Products
-from freebits.errors import CheckpointError, FreebitsError, UnsupportedModelError, reason_of
+from freebits.errors import CheckpointError, FreebitsError, UnsupportedModelError, is_out_of_memory, reason_of
 from freebits.execution.machine import release_freed_memory
 from freebits.integrations.empty_models import empty_model
 from freebits.integrations.naming import TransformersView, config_object
@@ -201,6 +201,8 @@ class Engine:
         except (FreebitsError, _Stopped):
             raise
         except Exception as error:  # transformers raises exceptions of many classes
+            if is_out_of_memory(error):
+                raise
             reason = reason_of(error)
             raise UnsupportedModelError(f"transformers cannot run this model on text only ({reason})") from error
         return logits

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from freebits.dequantization.source import open_as_floats
-from freebits.errors import CheckpointError, UnsupportedModelError, UsageError, reason_of
+from freebits.errors import CheckpointError, UnsupportedModelError, UsageError, is_out_of_memory, reason_of
 from freebits.execution.machine import is_slow, physical_memory
 from freebits.execution.progress import Progress, silent
 from freebits.integrations.loading import load
@@ -112,6 +112,8 @@ def _next_logits(model: Any, tokens: Tensor, cache: dict[str, Any] | None) -> tu
     try:
         return model(input_ids=tokens, use_cache=False).logits[:, -1], None
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         reason = reason_of(error)
         raise UnsupportedModelError(
             f"transformers cannot generate text with this model ({reason}): give a text as `calibration`"

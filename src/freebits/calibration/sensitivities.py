@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from freebits.calibration.engine import Engine, hidden_states
 from freebits.calibration.observers import Product, Products, Region
 from freebits.calibration.self_generated import sample_tokens
-from freebits.errors import UnsupportedModelError, reason_of
+from freebits.errors import UnsupportedModelError, is_out_of_memory, reason_of
 from freebits.execution.progress import Progress
 from freebits.execution.serialization import storable
 
@@ -165,6 +165,8 @@ def _backward(hidden: Tensor, gradients: Tensor) -> None:
     try:
         hidden.backward(gradients)
     except Exception as error:  # transformers raises exceptions of many classes
+        if is_out_of_memory(error):
+            raise
         reason = reason_of(error)
         raise UnsupportedModelError(f"the backward pass of this model fails ({reason})") from error
 

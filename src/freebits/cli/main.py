@@ -10,10 +10,7 @@ from collections.abc import Sequence
 
 from freebits.cli.parser import BAD_INPUT, build_parser
 from freebits.cli.progress import verbosity
-from freebits.errors import FreebitsError, one_line
-
-_NO_MEMORY = ("DefaultCPUAllocator", "CUDA out of memory", "bad_alloc", "can't start new thread")
-"""Parts of the error messages of PyTorch, C++ and Python when memory runs out."""
+from freebits.errors import FreebitsError, is_out_of_memory, one_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FreebitsError as error:
         return _print_error(error, arguments)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not any(message in str(error) for message in _NO_MEMORY):
+        if not is_out_of_memory(error):
             raise
         return _print_error(
             FreebitsError(

@@ -3,6 +3,7 @@
 from freebits.codecs.base import Code
 from freebits.codecs.bits_back import BitsBack
 from freebits.codecs.columns import Columns
+from freebits.codecs.delta import Delta
 from freebits.codecs.entropy import Entropy
 from freebits.codecs.hadamard import Hadamard
 from freebits.codecs.integers import Integers
@@ -16,6 +17,7 @@ CODES: dict[str, Code] = {
     "symmetric": Symmetric(),
     "bits-back": BitsBack(),
     "columns": Columns(),
+    "delta": Delta(),
     "entropy": Entropy(),
     "hadamard": Hadamard(),
     "integers": Integers(),

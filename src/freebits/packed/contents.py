@@ -4,8 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch import Tensor
+
 from freebits.codecs.base import Check
 from freebits.codecs.registry import CODES
+from freebits.packed.base import BaseTensor
 from freebits.packed.encoded_piece import Piece
 from freebits.packed.manifest import digest
 from freebits.packed.recipe import Recipe
@@ -28,6 +31,7 @@ class Contents:
     digests: dict[str, str] = field(default_factory=dict)
     originals: dict[str, str] = field(default_factory=dict)
     auxiliary: list[str] = field(default_factory=list)
+    base: dict[str, BaseTensor] = field(default_factory=dict)
 
     def write(self, writer: CheckpointWriter, piece: Piece, digests: Mapping[str, str]) -> None:
         """Write the tensors of a piece. Collect its recipes and notes, and the given digests of its tensors."""
@@ -37,15 +41,17 @@ class Contents:
         self.notes += piece.notes
         self.stored |= {name: spec for name, (spec, _) in piece.stored.items()}
         self.digests |= digests
+        self.base |= piece.base
 
 
-def digested(piece: Piece) -> tuple[Piece, dict[str, str]]:
+def digested(piece: Piece, base: Mapping[str, Tensor] | None = None) -> tuple[Piece, dict[str, str]]:
     """Add checks to a piece. Return the piece, and name → digest of each stored tensor.
 
     A recipe gets a digest or sums of the tensors that it makes, computed by decoding them. A recipe stays as it is if
     its code checks the values itself, or if it takes a tensor that is neither stored in this piece nor decoded here.
+    `base` has the tensors of the base that recipes take, by the names by which recipes take them.
     """
-    tensors = {name: spec.view(bytes_of(tensor)) for name, (spec, tensor) in piece.stored.items()}
+    tensors = {name: spec.view(bytes_of(tensor)) for name, (spec, tensor) in piece.stored.items()} | dict(base or {})
     recipes = []
     for recipe in piece.recipes:
         code = CODES[recipe.code]

@@ -7,10 +7,12 @@ from typing import Any
 from torch import Tensor
 
 from freebits.codecs.base import Code, Declined
+from freebits.codecs.delta import BASE, MESSAGE
 from freebits.codecs.registry import CODES
 from freebits.errors import UsageError
 from freebits.execution.serialization import storable
 from freebits.options import ENTROPIES
+from freebits.packed.base import BaseTensor
 from freebits.packed.recipe import Recipe
 from freebits.types import TensorSpec
 
@@ -19,6 +21,7 @@ storable(Recipe)
 
 AUTO = "entropy"
 """The code that the entropy stage `auto` uses."""
+DELTA = "delta"
 
 
 @storable
@@ -31,14 +34,26 @@ class Piece:
         recipes: recipes, in the order in which a reader follows them.
         notes: notes for reports. Each names the code that encodes a site of the residual stream, or the reason why no
             code does.
+        base: name by which a recipe takes a tensor of the base → the tensor.
     """
 
     stored: Mapping[str, tuple[TensorSpec, Tensor]] = field(default_factory=dict)
     recipes: tuple[Recipe, ...] = ()
     notes: tuple[dict[str, Any], ...] = ()
+    base: Mapping[str, BaseTensor] = field(default_factory=dict)
 
     def __add__(self, other: "Piece") -> "Piece":
-        return Piece({**self.stored, **other.stored}, self.recipes + other.recipes, self.notes + other.notes)
+        return Piece(
+            {**self.stored, **other.stored},
+            self.recipes + other.recipes,
+            self.notes + other.notes,
+            {**self.base, **other.base},
+        )
+
+    @property
+    def n_bytes(self) -> int:
+        """The number of bytes of the stored tensors."""
+        return sum(spec.n_bytes for spec, _ in self.stored.values())
 
 
 def plain(tensors: Mapping[str, Tensor]) -> Piece:
@@ -109,7 +124,30 @@ def staged(piece: Piece, code: str | None, used_names: Collection[str] = ()) -> 
         takes = {part: _unused_name(f"{name}.{part}", used_names) for part in coded.parts}
         stored |= {takes[part]: (TensorSpec.of(stored_part), stored_part) for part, stored_part in coded.parts.items()}
         recipes.append(Recipe(code, takes, {name: spec}, coded.params).checked([tensor]))
-    return Piece(stored, (*recipes, *piece.recipes), piece.notes)
+    return Piece(stored, (*recipes, *piece.recipes), piece.notes, piece.base)
+
+
+def relative(
+    name: str, spec: TensorSpec, tensor: Tensor, base: BaseTensor, base_tensor: Tensor, used_names: Collection[str] = ()
+) -> Piece:
+    """Encode a tensor as its differences from a tensor of the base, bit for bit.
+
+    Args:
+        name: name of the tensor.
+        spec: its spec.
+        tensor: its value, which can be flat bytes.
+        base: the tensor of the base.
+        base_tensor: the value of that tensor.
+        used_names: names that neither stored tensors nor tensors of the base must get.
+
+    Raises:
+        Declined: this saves no bytes.
+    """
+    coded = CODES[DELTA].encode([tensor, base_tensor], [spec])
+    takes = {part: _unused_name(f"{name}.{part}", used_names) for part in (BASE, MESSAGE)}
+    recipe = Recipe(DELTA, takes, {name: spec}, coded.params).checked([tensor])
+    message = coded.parts[MESSAGE]
+    return Piece({takes[MESSAGE]: (TensorSpec.of(message), message)}, (recipe,), base={takes[BASE]: base})
 
 
 def _unused_name(name: str, used_names: Collection[str]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import xxhash
 
 from freebits.errors import CheckpointError
+from freebits.packed.base import Base
 from freebits.packed.recipe import Recipe
 from freebits.storage.checkpoint import ADAPTER, CONFIG, GGUF, read_json, read_text
 from freebits.types import Bytes, TensorSpec
@@ -37,6 +38,7 @@ class Manifest:
         originals: with the codec `none`, name → text of each original file: the whole text of the config and of
             each index, and the header of each weights file. Unpacking restores the files from these texts.
         auxiliary: names of the original weights files that are not part of the model.
+        base: model whose tensors some recipes take; None if there is none.
     """
 
     codec: str
@@ -49,12 +51,15 @@ class Manifest:
     config: str
     originals: dict[str, str] = field(default_factory=dict)
     auxiliary: list[str] = field(default_factory=list)
+    base: Base | None = None
     format: int = FORMAT
     producer: str = f"freebits {__version__}"
 
     def write(self, directory: Path) -> None:
         """Write the manifest into a packed folder, and with it a digest of its content."""
         content = vars(self) | {"recipes": [recipe.facts for recipe in self.recipes]}
+        base = content.pop("base")
+        content |= {"base": base.facts} if base else {}
         text = _compact(content | {"digest": _digest_of_json(content)})
         (directory / MANIFEST).write_text(text + "\n", encoding="utf-8", newline="\n")
 
@@ -78,7 +83,8 @@ class Manifest:
             raise CheckpointError(f"{path} is damaged (its digest does not match): download the file again")
         try:
             recipes = [Recipe.parse(facts) for facts in content.pop("recipes")]
-            manifest = cls(recipes=recipes, **content)
+            base = Base.parse(content.pop("base")) if "base" in content else None
+            manifest = cls(recipes=recipes, base=base, **content)
             manifest.check()
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{path} does not follow format {FORMAT} ({error}): pack the model again") from None

@@ -1,12 +1,14 @@
 """Write a packed folder. The tensors come first, then the auxiliary files, and the manifest comes last."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from freebits.execution.progress import Progress
 from freebits.execution.work_store import Work
 from freebits.options import BIT_EXACT, FUNCTION_PRESERVING, NONE
+from freebits.packed.base import Base
 from freebits.packed.contents import STEM, Contents
 from freebits.packed.manifest import FORMAT, Manifest, digest_of_file
 from freebits.packed.pack_files import pack_files
@@ -35,6 +37,7 @@ def pack_into(
     sizes: Mapping[str, int],
     work: Work,
     progress: Progress,
+    base: tuple[Base, Folder] | None = None,
 ) -> None:
     """Write the packed form of a checkpoint into a new folder.
 
@@ -46,6 +49,7 @@ def pack_into(
         sizes: sizes of the source in bytes, to be recorded in the history.
         work: executor of the encoding, and store of its results.
         progress: function called after each part; with the codec `none`, after each tensor.
+        base: a base, without tensors, and its folder; only for the codec `none`.
 
     Raises:
         CheckpointError: the source is damaged, or the codec does not encode the model.
@@ -53,13 +57,13 @@ def pack_into(
     entropy, code = stage
     model: Mapping[str, Any] = source.config
     if preset is None:
-        contents = pack_files(source, directory, code, work, progress)
+        contents = pack_files(source, directory, code, base and base[1], work, progress)
     else:
         contents, layout = pack_parts(source, directory, preset, code, work, progress)
         model = {**DenseShortcutView.plain_config(source.config), **layout.to_config()}
     codec, fidelity = (preset.name, FUNCTION_PRESERVING) if preset else (NONE, BIT_EXACT)
     step = history_step(codec, fidelity, sizes, **(preset.facts if preset else {}))
-    publish(directory, source, contents, model, (codec, entropy), [*source.history, step])
+    publish(directory, source, contents, model, (codec, entropy), [*source.history, step], base and base[0])
 
 
 def publish(
@@ -69,6 +73,7 @@ def publish(
     model: Mapping[str, Any],
     packed_with: tuple[str, str],
     history: list[dict[str, Any]],
+    base: Base | None = None,
 ) -> None:
     """Complete a packed folder with the auxiliary files, `config.json` and the manifest.
 
@@ -79,8 +84,12 @@ def publish(
         model: config of the packed model.
         packed_with: names of the codec and of the entropy stage.
         history: steps that made the model, oldest first.
+        base: base of the model, without tensors; None if there is none.
     """
-    check_recipes(contents.stored, contents.recipes)  # raises an error if readers could not follow the recipes
+    base_specs = {name: tensor.spec for name, tensor in contents.base.items()}
+    check_recipes(
+        contents.stored, contents.recipes, base_specs
+    )  # raises an error if readers could not follow the recipes
     codec, entropy = packed_with
     handled = {*contents.originals, *(file.name for file in source.weight_files)}
     copy_auxiliary_files(source.path, directory, handled, exact=bool(contents.originals))
@@ -97,6 +106,7 @@ def publish(
         config=digest_of_file(directory / CONFIG),
         originals=contents.originals,
         auxiliary=contents.auxiliary,
+        base=replace(base, tensors=contents.base) if base and contents.base else None,
     ).write(directory)
 
 

@@ -3,16 +3,18 @@
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from freebits.codecs.base import Check
 from freebits.codecs.integers import Integers, ScaledIntegers
 from freebits.codecs.registry import CODES
 from freebits.errors import CheckpointError
 from freebits.execution.executor import Parallel
-from freebits.limits import check_expansion
+from freebits.limits import BASES, check_expansion
 from freebits.models.architecture import Architecture
 from freebits.models.families import SLICED_PREFIX
 from freebits.models.layout import Layout
@@ -20,7 +22,7 @@ from freebits.packed.manifest import Manifest, digest, is_packed
 from freebits.packed.recipe import Recipe, check_recipes
 from freebits.storage.checkpoint import ADAPTER, CONFIG, GGUF, Checkpoint, Folder, checkpoint_folder, read_json
 from freebits.storage.safetensors_files import Entry, WeightsFile, parse_header
-from freebits.types import TensorSpec
+from freebits.types import TensorSpec, bytes_of
 
 MODEL = "model"
 """Key of the model's own config in the `config.json` of a packed folder."""
@@ -42,16 +44,26 @@ class PackedFolder:
     Args:
         path: the folder.
         verify: whether to check the digest of each stored tensor when it is read.
+        base: folder or hub id of the model's base; by default, see `Base.locate`.
+        n_bases: number of bases that the folder and its bases can need, to stop at a cycle.
 
     Raises:
         CheckpointError: the folder is not packed, or a file is missing, damaged or not as the manifest describes it.
             Damaged tensors raise this error only when they are read.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, verify: bool = True) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        verify: bool = True,
+        base: str | os.PathLike[str] | None = None,
+        n_bases: int = BASES,
+    ) -> None:
         self.path = checkpoint_folder(path)
         self.manifest = Manifest.read(self.path)
-        self._verify = verify
+        self._verify, self._base, self._n_bases = verify, base, n_bases
+        self._base_tensors = self.manifest.base.tensors if self.manifest.base else {}
         self.files = [WeightsFile(self.path / file) for file in self.manifest.files]
         self._files = {name: file for file in self.files for name in file.entries}
         self.stored = {name: file.entries[name].spec for name, file in self._files.items()}
@@ -60,7 +72,9 @@ class PackedFolder:
         for name in sorted(self.stored.keys() ^ self.manifest.digests.keys()):
             raise self._damaged(f"tensor {name} is missing in the manifest or in the weights files")
         try:
-            self.specs: Mapping[str, TensorSpec] = check_recipes(self.stored, self.manifest.recipes)
+            self.specs: Mapping[str, TensorSpec] = check_recipes(
+                self.stored, self.manifest.recipes, {name: tensor.spec for name, tensor in self._base_tensors.items()}
+            )
         except ValueError as error:
             raise self._damaged(str(error)) from None
         self._recipes = {name: recipe for recipe in self.manifest.recipes for name in recipe.makes}
@@ -105,6 +119,27 @@ class PackedFolder:
         cache.pop(name, None)
         self._last_group = root, cache  # callers often read the other tensors of the group next
         return tensor
+
+    @cached_property
+    def base(self) -> Folder:
+        """The model's base. It is opened when its first tensor is needed.
+
+        Raises:
+            CheckpointError: the base is missing, or too many bases are needed.
+        """
+        if self.manifest.base is None:
+            raise self._damaged("it has no base")
+        folder = self.manifest.base.locate(self.path, self._base)
+        if not self._n_bases:
+            raise CheckpointError(f"{self.path} needs more than {BASES} bases: one may be its own base")
+        return open_folder(folder, n_bases=self._n_bases - 1)
+
+    def is_reproducible(self, name: str) -> bool:
+        """Return whether all machines decode the same values of a tensor."""
+        recipe = self._recipes.get(name)
+        if recipe is None:
+            return True
+        return CODES[recipe.code].check is Check.DIGEST and all(map(self.is_reproducible, recipe.takes.values()))
 
     def groups(self, names: Iterable[str]) -> list[list[str]]:
         """Return the names in groups. The tensors of a group are decoded together."""
@@ -161,7 +196,7 @@ class PackedFolder:
             return cache[name]
         recipe = self._recipes.get(name)
         if recipe is None:
-            return self.stored_tensor(name)
+            return self._base_tensor(name) if name in self._base_tensors else self.stored_tensor(name)
         cache |= self._follow(recipe, cache)
         return cache[name]
 
@@ -193,6 +228,23 @@ class PackedFolder:
         if self._verify and digest(self.stored[name], data) != self.manifest.digests[name]:
             raise self._damaged(f"tensor {name} does not match its digest")
         return self.stored[name].view(data)
+
+    def _base_tensor(self, name: str) -> Tensor:
+        """Read a tensor of the base, and check its digest, because another base would give other weights."""
+        wanted, base = self._base_tensors[name], self.base
+        found = base.specs.get(wanted.name)
+        if found != wanted.spec:
+            raise CheckpointError(
+                f"{self.path} needs a base with {wanted.spec} as {wanted.name}, but {base.path} has {found or 'none'}: "
+                "give the right base as `base`"
+            )
+        tensor = base[wanted.name]
+        if (actual := digest(wanted.spec, bytes_of(tensor))) != wanted.digest:
+            raise CheckpointError(
+                f"{self.path} needs a base whose {wanted.name} has the digest {wanted.digest}, but in {base.path} it "
+                f"has {actual}: give the right base as `base`"
+            )
+        return tensor
 
     def _config(self) -> dict[str, Any]:
         if not self.manifest.exact:
@@ -235,10 +287,10 @@ class PackedFolder:
         return CheckpointError(f"{self.path} is damaged because {finding}: download the folder again")
 
 
-def open_folder(path: str | os.PathLike[str]) -> Folder:
-    """Open the checkpoint in a folder, packed or not.
+def open_folder(path: str | os.PathLike[str], *, n_bases: int = BASES) -> Folder:
+    """Open the checkpoint in a folder, packed or not. See `PackedFolder` for `n_bases`.
 
     Raises:
         CheckpointError: the folder holds no valid checkpoint.
     """
-    return PackedFolder(path) if is_packed(path) else Checkpoint(path)
+    return PackedFolder(path, n_bases=n_bases) if is_packed(path) else Checkpoint(path)

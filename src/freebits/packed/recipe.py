@@ -108,13 +108,16 @@ def _values(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 
-def check_recipes(stored: Mapping[str, TensorSpec], recipes: Iterable[Recipe]) -> dict[str, TensorSpec]:
+def check_recipes(
+    stored: Mapping[str, TensorSpec], recipes: Iterable[Recipe], base: Mapping[str, TensorSpec] | None = None
+) -> dict[str, TensorSpec]:
     """Check recipes, and return the specs of the tensors that remain after the last one. No tensor data is needed.
 
     Args:
         stored: name → spec of each stored tensor, in file order.
         recipes: recipes, in the order in which a reader follows them. Each takes tensors that are stored or that an
             earlier recipe makes.
+        base: name → spec of each tensor of the base that a recipe takes.
 
     Returns:
         The specs of the tensors that no recipe takes, including stored tensors. They are sorted by the place of the
@@ -122,14 +125,17 @@ def check_recipes(stored: Mapping[str, TensorSpec], recipes: Iterable[Recipe]) -
 
     Raises:
         ValueError: a tensor is made twice, is taken twice, is missing, or does not have the spec that a recipe needs;
-            or a tensor needs too many recipes; or the recipes make far more bytes than are stored.
+            or no recipe takes a tensor of the base; or a tensor needs too many recipes; or the recipes make far more
+            bytes than are stored.
     """
-    recipes = list(recipes)
+    recipes, base = list(recipes), base or {}
     n_made_bytes = sum(spec.n_bytes for recipe in recipes for spec in recipe.makes.values())
-    check_expansion(sum(spec.n_bytes for spec in stored.values()), n_made_bytes)
-    remaining = dict(stored)
-    depths = dict.fromkeys(stored, 0)
-    places = {name: number for number, name in enumerate(stored)}
+    if both := stored.keys() & base.keys():
+        raise ValueError(f"{min(both)} is both stored and a tensor of the base")
+    remaining = {**stored, **base}
+    check_expansion(sum(spec.n_bytes for spec in remaining.values()), n_made_bytes)
+    depths = dict.fromkeys(remaining, 0)
+    places = {name: number for number, name in enumerate(remaining)}
     for recipe in recipes:
         label = f"the recipe of {next(iter(recipe.makes), '?')}"
         parts = recipe.parts()
@@ -148,4 +154,6 @@ def check_recipes(stored: Mapping[str, TensorSpec], recipes: Iterable[Recipe]) -
                 raise ValueError(f"{label} makes {name}, which already exists")
             remaining[name] = spec
             places[name], depths[name] = place, depth + 1
+    if unused := remaining.keys() & base.keys():
+        raise ValueError(f"no recipe takes {min(unused)} of the base")
     return dict(sorted(remaining.items(), key=lambda item: places[item[0]]))
