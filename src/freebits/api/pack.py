@@ -2,13 +2,15 @@
 
 import logging
 import os
+import tempfile
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from freebits.api.pipelines import for_each, is_pipeline
 from freebits.api.shared_steps import finish
-from freebits.errors import CheckpointError, one_line
+from freebits.errors import CheckpointError, UsageError, one_line
 from freebits.evaluation.inspection import inspect, known_sizes
 from freebits.execution.executor import Parallel
 from freebits.execution.machine import device_of
@@ -16,20 +18,24 @@ from freebits.execution.progress import Progress, silent
 from freebits.execution.work_store import Work
 from freebits.models.architecture import Architecture
 from freebits.models.free_bases import unproven_settings
+from freebits.limits import BASES
 from freebits.options import CANONICAL, NONE
+from freebits.packed.base import Base
 from freebits.packed.encoded_piece import stage
 from freebits.packed.manifest import is_packed
 from freebits.packed.packing import pack_into
 from freebits.packed.presets import Preset, chosen
-from freebits.packed.reader import PackedFolder
+from freebits.packed.reader import PackedFolder, open_folder
 from freebits.packed.unpacking import unpack_into
-from freebits.storage.checkpoint import Checkpoint, is_adapter
+from freebits.storage.checkpoint import Checkpoint, Folder, is_adapter
 from freebits.storage.gguf import gguf_folder, is_gguf
 from freebits.storage.hub import local_folder
 from freebits.storage.resumption import Task
 from freebits.storage.signature import check_key
 from freebits.storage.staging import new_directory
 
+FIRST, PREVIOUS = "first", "previous"
+"""Values of `base` for `pack_series`."""
 _log = logging.getLogger(__name__)
 
 
@@ -38,6 +44,7 @@ def pack(
     out: str | os.PathLike[str],
     *,
     codec: str = CANONICAL,
+    base: str | os.PathLike[str] | None = None,
     entropy: str = "auto",
     threshold: float | None = None,
     device: str = "cpu",
@@ -59,6 +66,9 @@ def pack(
         out: folder to create; if the function fails, no such folder is left.
         codec: `canonical` chooses rotations that need no storage and no decoding. `bits-back` is the code of
             arXiv 2410.01309. `none` keeps the files, which `unpack` restores byte for byte.
+        base: folder or hub id of another model, from which `model` was trained. Only the differences from its tensors
+            are stored, bit for bit, and loading needs the base. This implies the codec `none`. A base can itself be
+            packed with a base. `none` packs without one; `model` can then be a folder that was packed with one.
         entropy: `auto` entropy-codes, without loss, the tensors that become smaller. `none` entropy-codes no tensor.
         threshold: the codec `bits-back` corrects each 16-bit value whose decoded error would be larger; by default
             0.01. arXiv 2410.01309 uses 0.01 for OPT and 0.005 for Llama 2.
@@ -77,12 +87,21 @@ def pack(
         CheckpointError: `model` is not a sound checkpoint, the codec does not support `model`, or `out` already exists.
     """
     check_key(sign_with)
+    if base is not None:
+        if codec not in (CANONICAL, NONE):
+            raise UsageError(f"codec {codec} takes no base: leave out `codec` or `base`")
+        codec, base = NONE, None if base == NONE else base
+        if base is None and is_packed(model := local_folder(model)):
+            return _pack_whole(model, out, entropy=entropy, parallel=parallel, progress=progress, sign_with=sign_with)
     preset, entropy_code = chosen(codec, threshold, device_of(device, float64=True)), stage(entropy)
     model = local_folder(model)
     if is_gguf(model) or is_pipeline(model):
+        if base is not None:
+            raise UsageError(f"{model} is a GGUF file or a pipeline, which takes no base: leave out `base`")
         return _pack_exact(model, out, entropy=entropy, parallel=parallel, progress=progress, sign_with=sign_with)
     if is_packed(model):
         raise CheckpointError(f"{model} is packed already: unpack it first")
+    opened_base = None if base is None else _open_base(base, Path(out))
     source, sizes = Checkpoint(model), known_sizes(model)
     preset = _safe_preset(preset, source)
     arguments = {"codec": codec, "entropy": entropy, "threshold": threshold, "device": device}
@@ -90,8 +109,72 @@ def pack(
     largest = _largest_part(source) if preset and not is_adapter(source.config) else 0
     with new_directory(out, task) as directory, parallel.executor(largest) as executor:
         work = Work(executor, task.store(directory) if task else None)
-        pack_into(directory, source, preset, (entropy, entropy_code), sizes, work, progress)
+        pack_into(directory, source, preset, (entropy, entropy_code), sizes, work, progress, opened_base)
         return finish(directory, source.path, sign_with, auto_class=_loader(source))
+
+
+def _open_base(base: str | os.PathLike[str], out: Path) -> tuple[Base, Folder]:
+    """Return the base of a folder to be packed, and the base's folder."""
+    path = local_folder(base)
+    folder = open_folder(path, n_bases=BASES - 1)
+    inner = folder
+    for _ in range(BASES - 1):
+        if not isinstance(inner, PackedFolder) or inner.manifest.base is None:
+            return Base.of(base, path, out), folder
+        inner = inner.base
+    raise CheckpointError(f"{base} needs {BASES - 1} bases, the most that a base can need: choose one that needs fewer")
+
+
+def _pack_whole(model: Path, out: str | os.PathLike[str], **options: Any) -> dict[str, Any]:
+    """Pack a packed folder again, without a base."""
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=Path(out).parent, prefix=".") as scratch:
+        unpack(model, Path(scratch) / model.name)
+        return pack(Path(scratch) / model.name, out, codec=NONE, **options)
+
+
+def pack_series(
+    models: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] = FIRST,
+    **options: Any,
+) -> dict[str, Any]:
+    """Pack related models, such as the checkpoints of a training run, into one folder.
+
+    A model that is already in `out` is not packed again, so a stopped run can be continued, and later checkpoints can
+    be added.
+
+    Args:
+        models: folders or hub ids, with different names.
+        out: folder that gets a packed folder for each model.
+        base: `first`: the first model is the base of all others. `previous`: each model is the base of the next one,
+            for at most 8 models. Otherwise, the base of all models, as in `pack`.
+        options: other arguments of `pack`.
+
+    Returns:
+        `kind`, which is `series`, and `models`: name → the result of `inspect` of the packed folder.
+
+    Raises:
+        UsageError: two models have the same name, or too many models form a chain.
+        CheckpointError: see `pack`.
+    """
+    names = [Path(model).name for model in models]
+    if len({*names}) < len(names):
+        raise UsageError("two models have the same name: rename a folder")
+    if base == PREVIOUS and len(models) > BASES:
+        raise UsageError(f"`base` is {PREVIOUS}, but there are more than {BASES} models: use {FIRST}")
+    results: dict[str, Any] = {}
+    for number, (model, name) in enumerate(zip(models, names, strict=True)):
+        target, chosen_base = Path(out) / name, base
+        if base in (FIRST, PREVIOUS):
+            chosen_base = NONE if number == 0 else Path(out) / names[0 if base == FIRST else number - 1]
+        if is_packed(target):
+            _log.info("freebits: %s is kept as it is", target)
+        else:
+            pack(model, target, base=chosen_base, **options)
+        results[name] = inspect(target)
+    return {"kind": "series", "models": results}
 
 
 def _pack_exact(model: Path, out: str | os.PathLike[str], **options: Any) -> dict[str, Any]:
@@ -135,6 +218,7 @@ def unpack(
     packed: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
+    base: str | os.PathLike[str] | None = None,
     parallel: Parallel = Parallel(),
     progress: Progress = silent,
 ) -> dict[str, Any]:
@@ -159,7 +243,7 @@ def unpack(
     path = local_folder(packed)
     if is_pipeline(path):
         return for_each(path, out, partial(unpack, parallel=parallel, progress=progress))
-    source = PackedFolder(path)
+    source = PackedFolder(path, base=base)
     with new_directory(out) as directory:
         unpack_into(directory, source, parallel, progress)
         return inspect(directory)
