@@ -1,11 +1,13 @@
-"""Run a causal language model through transformers' forward and backward passes, with few weights in memory.
+"""Run the forward and the backward pass of a causal language model of transformers, with few weights in memory.
 
-A pass loads the weights of a block when it enters the block, and drops them when it leaves the block. The backward
-pass loads the weights again, because it recomputes each block (gradient checkpointing). Loading replaces the
-`Parameter` object, so tensors that autograd saved stay valid. All weights of a small model stay in memory.
+All weights of a small model stay in memory (see `MAX_RESIDENT_BYTES`). With a larger model, a pass loads the weights of
+a block when it enters the block, and drops them when it leaves the block. The backward pass loads the weights again,
+because it recomputes each block (gradient checkpointing). Loading replaces the `Parameter` object, so tensors that
+autograd saved stay valid. The embedding and the head are loaded and dropped in the same way.
 
 For a batch of `t` tokens, a stream of width `d` and blocks of inner width `d_ff`, the passes need about
-`4 t (3 d_ff + 8 d)` bytes plus 3 blocks in float32. The residual stream between blocks goes to disk if it is large.
+`4 t (3 d_ff + 8 d)` bytes plus 3 blocks in float32. The inputs of the blocks, which the backward pass needs, go to disk
+if they are large; see `Engine.stream_on_disk`.
 """
 
 import tempfile
@@ -35,7 +37,7 @@ MAX_RESIDENT_BYTES = 2**30
 """If a model takes at most this many bytes in float32, all its weights stay in memory."""
 _N_PROBE_TOKENS = 12
 OnBlockEnd = Callable[[int], None]
-"""Called when a block has run, with the number of this block execution. The first block execution has number 0."""
+"""Called when a block has run, with the number of this block execution. The first one of each pass has number 0."""
 
 
 class Engine:
@@ -46,8 +48,9 @@ class Engine:
         device: device on which the model runs.
         blocks: names of the blocks.
         runs: names of the blocks in order of execution; a block in a loop occurs several times.
-        last_uses: parameter → number of the last block execution that multiplies by this parameter.
-        on_recompute: callback for the moment when the backward pass enters a block.
+        last_uses: name of a parameter in `source` → number of the block execution in which, or after which, the model
+            last multiplies by this parameter.
+        on_recompute: callback that is called when the backward pass enters a block.
         embedding: name of the token embedding in `source`; None if transformers finds no embedding.
         head: name of the output head in `source`, or of the embedding if the two are tied; None if transformers finds
             no head.
@@ -62,7 +65,8 @@ class Engine:
 
     Raises:
         CheckpointError: a tensor is missing.
-        UnsupportedModelError: transformers cannot run the model on text only.
+        UnsupportedModelError: transformers cannot run the model on text only, or the model does not return logits for
+            each token.
     """
 
     def __init__(
@@ -108,7 +112,7 @@ class Engine:
             self._load_on_entry(name, module, is_block=name in blocks)
         loaded_on_entry = () if self._is_resident else (*block_prefixes, *(f"{name}." for name in outer_layers))
         self._load("", self.model, excluded=loaded_on_entry)
-        if not self._probe() and outer_layers:  # NaN, because the model uses a layer's weight without calling the layer
+        if not self._probe() and outer_layers:  # perhaps the model uses a layer's NaN weight without calling the layer
             self._load("", self.model, excluded=block_prefixes)
             self._probe()
 
@@ -141,9 +145,14 @@ class Engine:
     def hidden(self, windows: Tensor, on_block_end: OnBlockEnd | None = None) -> Any:
         """Run the body of the model (everything except the head), and return the output of the body.
 
+        If the head cannot run separately, run the whole model and return a tuple that contains only the logits.
+
         Args:
             windows: (windows, T), int64.
             on_block_end: callback, see `OnBlockEnd`.
+
+        Raises:
+            UnsupportedModelError: transformers cannot run the model on text only.
         """
         self._on_block_end, self._n_entered = on_block_end, 0
         try:
@@ -163,7 +172,7 @@ class Engine:
 
         Args:
             output: output of `hidden` for the batch.
-            hidden: hidden states of the window, or logits of the window if the model has no separate head.
+            hidden: hidden states of the window; if the head cannot run separately, the logits of the window, (1, T, V).
             window: (T,), int64.
         """
         if not self._has_separate_head:
@@ -184,7 +193,14 @@ class Engine:
 
     @contextmanager
     def stream_on_disk(self, windows: Tensor, folder: Path) -> Iterator[None]:
-        """Inside the `with` block, keep the residual stream between blocks in a folder if the stream is large."""
+        """Inside the `with` block, keep the block inputs that autograd saves in a folder instead of in memory.
+
+        If the inputs of all blocks take at most `max_stream_bytes` bytes, keep them in memory.
+
+        Args:
+            windows: (windows, T), the batch that will be run.
+            folder: folder in which to create a temporary folder.
+        """
         width = getattr(self.model.config.get_text_config(), "hidden_size", 0)
         size = 4 * windows.numel() * width
         if size * len(self.runs) <= self._max_stream_bytes:
@@ -255,7 +271,7 @@ class Engine:
             candidates = [alias for alias in (name, *tied[id(parameter)]) if alias in self._source.specs]
             if not candidates:
                 raise CheckpointError(
-                    f"tensor {name} is missing, or transformers does not know its name: download the checkpoint again"
+                    f"the checkpoint has no tensor that transformers would load as {name}: download it again"
                 )
             origins[name] = candidates[0]
         return origins
@@ -275,7 +291,7 @@ class Engine:
                 module._buffers[key] = None if buffer is None else buffer.to(self.device)
 
     def _load_on_entry(self, name: str, module: nn.Module, *, is_block: bool) -> None:
-        """Make a module load its weights on entry.
+        """Make a module load its weights when it is entered, and drop them when it is left.
 
         A block also uses gradient checkpointing, so autograd saves only the inputs of the block.
         """
@@ -386,7 +402,7 @@ def _embedding_and_head(model: Any) -> tuple[nn.Module | None, nn.Module | None]
 
 
 def _placeholder(parameter: Tensor, device: torch.device) -> nn.Parameter:
-    """Return a parameter of NaN values that takes no memory, on the device that transformers expects."""
+    """Return a parameter of NaN values, of the same shape, on a device. It takes only the memory of one value."""
     return nn.Parameter(torch.full((1,), torch.nan, device=device).expand(parameter.shape), requires_grad=False)
 
 

@@ -1,6 +1,7 @@
 """Run a model on groups of windows, in this process or in another process.
 
-A group is a set of windows that pass through the model together.
+A window is a sequence of tokens. All windows have the same length. A group is a set of windows that pass through the
+model together.
 """
 
 from dataclasses import dataclass
@@ -70,17 +71,18 @@ class StoredStatistics:
 
 
 def split_into_groups(tokens: Tensor, engine: Engine, max_bytes: int) -> list[tuple[int, Tensor]]:
-    """Split windows into as few groups as possible. All groups have the same size, except that the last may be smaller.
+    """Split windows into few groups. All groups have the same number of windows, except that the last may have fewer.
 
     The number of groups depends only on the arguments, never on the machine.
 
     Args:
         tokens: windows, (windows, T).
         engine: engine that runs the model.
-        max_bytes: maximum bytes of a block's activations for one group, unless a single window needs more.
+        max_bytes: maximum bytes of a block's activations for one group. Rounding to whole windows can exceed this
+            number by the bytes of one window.
 
     Returns:
-        For each group the number of its first window, and its windows.
+        For each group, the number of its first window, and its windows.
     """
     config = engine.model.config.get_text_config()
     width = getattr(config, "hidden_size", None) or max((shape[-1] for shape in engine.matrices.values()), default=1)
@@ -103,6 +105,13 @@ def measure_group(
         seed: seed for sampling the labels.
         group: number of the group's first window, and the windows of the group, (windows, T).
         progress: callback after each block of the forward and the backward pass.
+
+    Returns:
+        The sums, and the input statistics, whose Gram matrices are in the work store.
+
+    Raises:
+        CheckpointError: see `measure`.
+        UnsupportedModelError: see `measure`.
     """
     start, windows = group
     stored: list[StoredStatistics] = []
@@ -110,7 +119,7 @@ def measure_group(
     def store_grams(number: int, statistics: list[InputStatistics]) -> None:
         for inputs in statistics:
             key = f"gram-{start}-{inputs.key}"
-            if key not in store:  # because an interrupted run may have stored this matrix
+            if key not in store:  # an interrupted run may have stored this matrix
                 store.put(key, inputs.gram)
             stored.append(StoredStatistics(number, key, inputs.regions, inputs.n))
 

@@ -1,7 +1,7 @@
-"""Observe every multiplication by a parameter or by a view of a parameter, in any module.
+"""Observe every matrix product with a parameter or with a view of a parameter, in any module.
 
-Parameters are recognized by their memory. This covers not only the weights of linear layers, but also stacked experts,
-transposed weights and operands of `einsum`.
+Parameters are recognized by the address of their memory. So not only the weights of linear layers are observed, but
+also stacked experts, transposed weights and operands of `einsum`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +20,7 @@ from freebits.execution.serialization import storable
 @storable
 @dataclass(frozen=True, order=True)
 class Region:
-    """A matrix that consists of consecutive rows of a parameter, which is viewed as (rows, last dimension).
+    """A matrix that consists of consecutive rows of a parameter. The parameter is viewed as (rows, last dimension).
 
     Attributes:
         name: name of the parameter.
@@ -66,7 +66,8 @@ class Products(TorchFunctionMode):
             call.
         on_lookup: callback for each embedding lookup; it takes the parameter's name and the rows that were looked up,
             and returns a replacement for these rows.
-        on_choice: callback for a tensor whose values are compared, such as the outputs of a router.
+        on_choice: callback for a tensor whose values are compared by `topk`, `argmax`, `sort` or `argsort`, such as the
+            outputs of a router.
     """
 
     def __init__(
@@ -145,7 +146,7 @@ def _matmul(left: Any, right: Any) -> Operands | None:
 
 
 def _squeezed(tensor: Tensor, labels: tuple[str, ...]) -> Operand:
-    """Return an operand without the batch dimensions of size one, because broadcasting expands them."""
+    """Return an operand without the batch dimensions of size one, which broadcasting would expand."""
     dims = [dim for dim, label in enumerate(labels) if not (label.startswith("b") and tensor.shape[dim] == 1)]
     ones = [dim for dim in range(tensor.ndim) if dim not in dims]
     return Operand(tensor.squeeze(ones) if ones else tensor, tuple(labels[dim] for dim in dims))
@@ -194,7 +195,7 @@ _OPERANDS: dict[str, Callable[[Any, Any], Operands | None]] = {
 def _products(
     name: str, parameter: Tensor, matrix: Operand, other: Operand, labels: tuple[str, ...], result: Tensor
 ) -> Iterator[Product]:
-    """Yield the products of a call, one for each matrix in the operand that lies in the parameter."""
+    """Yield the products of a call, one for each matrix in the operand `matrix`, which lies in the parameter."""
     batch = [label for label in matrix.labels if label in other.labels and label in labels]
     inputs = [label for label in matrix.labels if label in other.labels and label not in labels]
     outputs = [label for label in matrix.labels if label not in other.labels and label in labels]

@@ -1,6 +1,6 @@
 """Generate calibration text with the model itself.
 
-Such text shows the predictions that quantization must preserve, in every domain that the model covers.
+Such text is a sample of the model's own predictions, which quantization should preserve.
 """
 
 import inspect
@@ -29,8 +29,8 @@ def self_generated_windows(
 ) -> Tensor:
     """Sample texts from a model's own predictions at temperature 1, starting with the token that begins a text.
 
-    The function loads the whole model, in float32 if that is faster and fits into memory, otherwise in the dtype of the
-    checkpoint.
+    The function loads the whole model. It uses float32 if that is faster on this CPU and takes at most a third of the
+    machine's memory, and otherwise the dtype of the checkpoint.
 
     Args:
         path: folder of the model.
@@ -45,6 +45,8 @@ def self_generated_windows(
 
     Raises:
         UsageError: the config of the model defines no token that begins a text, or an argument is out of range.
+        CheckpointError: the model cannot be loaded, or a prediction is not finite.
+        UnsupportedModelError: transformers cannot run the model on text only.
     """
     return generate_windows(
         load(path, dtype=_fast_dtype(path, device)).to(device).eval(), samples, seq_len, seed, progress
@@ -96,9 +98,9 @@ def generate_windows(model: Any, samples: int, seq_len: int, seed: int, progress
 
 
 def _next_logits(model: Any, tokens: Tensor, cache: dict[str, Any] | None) -> tuple[Tensor, dict[str, Any] | None]:
-    """Return the logits after the last token, (n, vocabulary), and the new cache.
+    """Return the logits after the last token of each text, (n, vocabulary), and the new cache.
 
-    The cache is None if the model returns no usable cache.
+    The cache is None if the model returns no usable cache. From then on, each call runs all tokens through the model.
 
     Raises:
         UnsupportedModelError: transformers cannot run the model on text only.
@@ -138,5 +140,5 @@ def sample_tokens(probabilities: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def cache_parameter(model: Any) -> str:
-    """Return the name of the cache parameter of the model's `forward`, which transformers 5.24 renamed."""
+    """Return the name of the cache's parameter in the model's `forward`: `past_key_values` before transformers 5.24."""
     return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"

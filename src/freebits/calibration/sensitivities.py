@@ -29,6 +29,7 @@ statistics of this many vectors of the average expert."""
 _N_RECENT = 4
 """Number of recent inputs that are stored in order to find matrices that share an input."""
 _SMALL_WIDTH = 1024
+"""Number of inputs below which a Gram matrix is computed as one product."""
 _GRAPH_DEPTH = 16
 """Number of steps back through the autograd graph, in search of the matrix that compared values come from."""
 
@@ -62,15 +63,15 @@ class Sums:
     Attributes:
         n_tokens: number of tokens.
         n_inputs: matrix → number of nonzero vectors that this matrix multiplies.
-        squares: matrix → sum of the squared gradients at each output of this matrix, float64.
-        lookups: embedding → `Σ g gᵀ` over the gradients at the rows that were looked up.
-        head: `Σ x xᵀ` over the inputs of the head; None if the model has no head.
+        squares: matrix → sum of the squared gradients at each output of this matrix, (outputs,), float64.
+        lookups: embedding → `Σ g gᵀ` over the gradients `g` at the rows that were looked up, (D, D).
+        head: `Σ x xᵀ` over the inputs of the head, (D, D); None if the model has no head.
         likely: for each token of the vocabulary, `Σ p (1 - p)` over all predicted probabilities `p` of this token,
-            float64.
+            (vocabulary,), float64.
         scale: mean squared derivative of a logit with respect to the head's output; not 1 if the model scales its
             logits.
-        router_tensors: matrices whose outputs are compared, such as routers; gradients do not measure the effect of
-            comparisons.
+        router_tensors: matrices whose outputs are compared, such as routers. Gradients do not measure what happens if
+            the result of a comparison changes.
     """
 
     n_tokens: int
@@ -125,7 +126,7 @@ def measure(
 
     Raises:
         CheckpointError: a prediction is not finite.
-        UnsupportedModelError: no gradient reaches an embedding.
+        UnsupportedModelError: no gradient reaches an embedding, or transformers cannot run one of the passes.
     """
     observer = _Observer(engine, on_statistics)
     n_runs, done = len(engine.runs), 0
@@ -177,7 +178,7 @@ def _through_head(
     """Run the head window by window.
 
     Returns:
-        `likely` and `scale` (see `Sums`), and the gradient at the last hidden states.
+        `likely` and `scale` (see `Sums`), and the gradient at the last hidden states, (windows, T, D).
     """
     hidden = hidden_states(output)
     gradients = torch.empty_like(hidden)
@@ -194,7 +195,7 @@ def _through_head(
                 cross_entropy(logits, labels, reduction="sum"), leaf
             )
             likely = likely + (probabilities * (1 - probabilities)).sum(0).double()
-            # The gradient at the logits equals the probabilities, with 1 subtracted at the label.
+            # The gradient at the logits equals the probabilities, minus 1 at the label.
             at_label = probabilities.gather(1, labels[:, None])
             squares_at_logits += (probabilities.square().sum() - 2 * at_label.sum() + len(at_label)).item()
     scale = observer.squares_at_head / squares_at_logits if observer.squares_at_head and squares_at_logits else 1.0
@@ -342,7 +343,7 @@ def gram(x: Tensor) -> Tensor:
 
 
 def siblings(region: Region) -> tuple[str, int, bool]:
-    """Return a key that all experts of one mixture share.
+    """Return a key that is the same for corresponding matrices of all experts in a mixture of experts.
 
     The key consists of the name with `*` in place of each number after the block number, of the number of rows, and of
     `transposed`.
@@ -358,8 +359,8 @@ def mix_experts(
 ) -> list[InputStatistics]:
     """Mix the input statistics of each expert with those of the average expert (shrinkage).
 
-    `MIN_EXPERT_VECTORS` vectors of the average expert are added to the vectors of each expert. An idle expert, which no
-    text uses, gets the statistics of the average expert.
+    `MIN_EXPERT_VECTORS` vectors of the average expert are added to the vectors of each expert. An idle expert, which
+    the calibration text does not use, gets the statistics of the average expert.
 
     Args:
         statistics: input statistics of the matrices of a block.
@@ -391,7 +392,10 @@ def mix_experts(
 
 
 def _idle(region: Region, used: set[Region], matrices: Mapping[str, tuple[int, ...]]) -> set[Region]:
-    """Return the idle siblings of an expert, which lie in the same parameter or in parameters of equal shape."""
+    """Return the idle experts among an expert and its siblings.
+
+    Siblings lie in the same parameter or in parameters of equal shape.
+    """
     height = region.stop - region.start
     shape = matrices[region.name]
     n_rows = prod(shape[:-1])
@@ -408,7 +412,7 @@ def _idle(region: Region, used: set[Region], matrices: Mapping[str, tuple[int, .
 
 
 def fisher_information(sums: Sums, regions: Iterable[Region]) -> dict[Region, Tensor]:
-    """Return region → mean squared gradient over all tokens, at each output of the region.
+    """Return region → mean squared gradient over all tokens at each output of the region, (outputs,), float64.
 
     `MIN_EXPERT_VECTORS` vectors of the average expert are added to the vectors of each expert, as in `mix_experts`. The
     result omits a region if neither this region nor a sibling has gradients.

@@ -1,4 +1,4 @@
-"""Run a dense model with folded norms for slicing, and observe the residual stream at each site.
+"""Run a dense model with folded norms, and observe the residual stream at each site, as slicing requires.
 
 A site is the part of the residual stream before the first sublayer, between two sublayers, or after the last sublayer.
 """
@@ -53,16 +53,23 @@ class FoldedRunner:
         return losses
 
     def _observe_sites(self, model: Any) -> None:
-        """Convert the blocks of a model to residual blocks that pass the stream at each site to `at_site`."""
+        """Convert the blocks of a model to residual blocks that pass the stream at each site to `_at_site`."""
         family = self._architecture.family
         for number, layer in enumerate(model.get_submodule(family.blocks)):
             block: Any = residual_block(layer, family)
             block.run = partial(self._run, number * len(family.sublayers), block.run)
 
     def _run(self, site: int, run: Callable[..., Tensor], index: int, x: Tensor, **context: Any) -> Tensor:
-        """Run a sublayer window by window, and call `at_site` after the sublayer.
+        """Run a sublayer window by window, and call `_at_site` after the sublayer.
 
-        For the first sublayer of the model, also call `at_site` before the sublayer.
+        For the first sublayer of the model, also call `_at_site` before the sublayer.
+
+        Args:
+            site: site before the first sublayer of the block.
+            run: function that runs a sublayer of the block.
+            index: number of the sublayer in the block.
+            x: residual stream before the sublayer, (windows, T, D).
+            context: other arguments of the block.
         """
         if site + index == 0:
             x = self._at_site(0, x)
@@ -94,7 +101,7 @@ class _FoldedSource:
 
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:
-        """The specs of the dense tensors. Tensors that only folding creates have the shape ()."""
+        """The specs of the dense tensors. The shape of tensors that only folding creates is given as ()."""
         head, embedding = self._architecture.head.weight, self._architecture.embedding.weight
         head_spec = {head: self._source.specs.get(head, self._source.specs[embedding])}
         return dict.fromkeys(self._part_numbers, TensorSpec("F32", ())) | dict(self._source.specs) | head_spec

@@ -23,11 +23,14 @@ def window_logits(path: Path, windows: Tensor, convert: Callable[[Source], Sourc
         convert: function that returns a source with the same tensors in another form; None changes nothing.
 
     Raises:
-        UnsupportedModelError: transformers cannot run the model on text only.
+        UnsupportedModelError: transformers cannot run the model on text only, or the folder is a packed copy of a model
+            that another tool has quantized.
     """
     source = open_as_floats(path)
     if source.config.get("quantization_config"):
-        raise UnsupportedModelError(f"{path} was quantized by another tool: unpack it first")
+        raise UnsupportedModelError(
+            f"{path} is a packed copy of a model that another tool has quantized: unpack it first"
+        )
     _, engine = open_engine(source, path, CPU, *([convert] if convert else []))
     for batch in windows.split(max(1, _BATCH_TOKENS // windows.shape[1])):
         yield from engine.logits(batch)

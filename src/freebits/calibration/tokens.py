@@ -1,4 +1,4 @@
-"""Turn text into windows of tokens."""
+"""Turn text into windows, which are sequences of tokens of equal length."""
 
 import os
 from pydoc_data.topics import topics
@@ -34,7 +34,7 @@ def token_windows(path: str | os.PathLike[str], text: str, seq_len: int, limit: 
     """Cut a text into windows without overlap, (windows, seq_len), int64, and drop the incomplete last window.
 
     Args:
-        path: folder with the tokenizer.
+        path: folder or hub id of the model to which the tokenizer belongs.
         text: the text, tokenized as one document.
         seq_len: number of tokens per window.
         limit: maximum number of windows to return, from the start of the text; None returns all windows.
@@ -42,7 +42,7 @@ def token_windows(path: str | os.PathLike[str], text: str, seq_len: int, limit: 
     Raises:
         UsageError: `seq_len` is less than two or exceeds the number of positions of the model, `limit` is less than
             one, or the text does not fill one window.
-        CheckpointError: the tokenizer cannot be loaded, or belongs to another model.
+        CheckpointError: the model or its tokenizer cannot be read, or the tokenizer belongs to another model.
         UnsupportedModelError: see `text_auto_class`.
     """
     if seq_len < 2:
@@ -72,10 +72,19 @@ def token_windows(path: str | os.PathLike[str], text: str, seq_len: int, limit: 
 
 
 def split_windows(windows: Tensor, samples: int, held_out: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Select windows for calibration and other windows for measurements, at random and without replacement.
+    """Select calibration windows and held-out windows, at random and without replacement.
 
     If there are too few windows for both, first reduce the held-out windows, down to an eighth of all windows (but at
     least one if there are two or more windows). Then reduce the calibration windows.
+
+    Args:
+        windows: (windows, T).
+        samples: number of calibration windows.
+        held_out: number of held-out windows.
+        seed: seed for the selection.
+
+    Returns:
+        The calibration windows and the held-out windows, (windows, T).
 
     Raises:
         UsageError: `samples` is less than one, or `seed` is out of range.

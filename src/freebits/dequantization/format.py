@@ -43,11 +43,14 @@ class Format(Protocol):
 
         Returns:
             The matrix; None if the tensor does not hold quantized weights in this format.
+
+        Raises:
+            UnsupportedModelError: the tensor is in this format, but with settings that freebits does not read.
         """
 
 
 def present_parts(specs: Mapping[str, TensorSpec], parts: Mapping[str, str]) -> dict[str, str]:
-    """Return the parts, role → name, whose tensors the checkpoint has."""
+    """Return those parts, role → name, whose tensors are in the checkpoint."""
     return {role: name for role, name in parts.items() if name in specs}
 
 

@@ -21,7 +21,7 @@ FORMATS: tuple[Format, ...] = (StackedMXFP4(), FP4(), CompressedIntegers(), GPTQ
 """All input formats. The first format that matches a tensor decodes the tensor."""
 _SETTINGS_KEYS = ("quantization_config", "compression_config")
 _IGNORED_SUFFIXES = ("input_scale", "activation_scale", "input_global_scale", "k_scale", "v_scale", "weight_shape")
-"""Suffixes of tensors that only quantized models have and that are not needed to decode weights."""
+"""Suffixes of the names of tensors that only quantized models have and that are not needed to decode weights."""
 _DTYPE_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
@@ -48,8 +48,8 @@ class Dequantized(Checkpoint):
     config has none. Scales of activations are left out.
 
     Raises:
-        UnsupportedModelError: the format is unknown.
-        CheckpointError: see `Checkpoint`.
+        UnsupportedModelError: freebits does not read the format.
+        CheckpointError: see `Checkpoint`; or a tensor is missing or does not fit the settings in the config.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -65,7 +65,8 @@ class Dequantized(Checkpoint):
                 matrix = next((match for match in matches if match is not None), None)
             except (ValueError, TypeError, AttributeError) as error:
                 raise CheckpointError(
-                    f"tensor {name} in {path} does not fit the quantization settings in its config ({error})"
+                    f"tensor {name} in {path} does not fit the quantization settings in its config ({error}): "
+                    "download the model again"
                 ) from None
             if matrix is None:
                 continue

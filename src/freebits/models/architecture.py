@@ -1,4 +1,4 @@
-"""The architecture table of a model: the role of each tensor, and its axes along the residual stream.
+"""The architecture table of a model: the role of each tensor, and the tensor's axes along the residual stream.
 
 After norm folding, each norm of the residual stream is a bare RMS norm, which commutes with rotations. In a sliced
 model, each skip connection has a matrix, the *shortcut*. A *site* is the part of the stream between two shortcuts. To
@@ -12,7 +12,7 @@ whose shortcut joins sites `s - 1` and `s`.
 
 If the head is tied to the token embedding, the shared matrix has axes at the first and the last site, and no rotation
 fits both sites. Therefore this matrix and the final norm stay unchanged, and the last site cannot be rotated. A factor
-`(D, k)` after the embedding maps it to site 0.
+`(D, k)` maps the embeddings of the tokens to site 0.
 """
 
 import math
@@ -74,7 +74,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class Module:
-    """A module and the names of its tensors. Stacks of experts and low-rank layers name their tensors in other ways."""
+    """A module and the names of its tensors. Stacks of experts and low-rank layers have names of another form."""
 
     name: str
     stacked: bool = False
@@ -137,7 +137,13 @@ class BoundBranch:
         )
 
     def weights(self, group: str, site: int, transposed: bool) -> Iterator[Weight]:
-        """Yield the rows of all its tensors except the norm. The branch reads at `site - 1` and writes at `site`."""
+        """Yield the table rows of the branch's tensors without those of the norm.
+
+        Args:
+            group: group in which size statistics count the tensors.
+            site: site to which the branch writes; the branch reads the site before it.
+            transposed: whether the dense model stores matrices as (inputs, outputs).
+        """
         varies = self.names.varies
         for read in self.reads:
             axis, ndim = (Axis(2, site - 1), 3) if read.stacked else (Axis(1, site - 1), 2)
@@ -200,7 +206,7 @@ class Sublayer:
         return self.branches[0].writes[0]
 
     def weights(self, family: Family) -> Iterator[Weight]:
-        """Yield the rows of the sublayer, in storage order."""
+        """Yield the table rows of the sublayer's tensors, in storage order."""
         before, after = Axis(1, self.site - 1), Axis(0, self.site, writes=True)
         for norm in self.norms:
             yield from _norm(norm, self.group, family.centred)
@@ -215,6 +221,7 @@ class Part:
     """A part of a model that is processed as a unit: the embeddings, one block, or the head."""
 
     weights: Mapping[str, Weight]
+    """Name → table row, for each tensor of the part."""
     sublayers: tuple[Sublayer, ...] = ()
 
 
@@ -253,7 +260,7 @@ class Architecture:
         if not all(type(size) is int and 0 < size < WIDTH for size in sizes):
             raise CheckpointError(
                 f"config.json sets {family.width} and {family.depth} to {sizes[0]!r} and {sizes[1]!r}: "
-                "give positive integers"
+                "give integers from 1 to 2^31 - 1"
             )
         width, depth = config[family.width], config[family.depth]
         if n_tensors is not None and depth > n_tensors:
@@ -314,7 +321,7 @@ class Architecture:
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
-        """The parts in forward order: the embeddings, each block, and the head. Together they have all rows."""
+        """The parts in forward order: the embeddings, each block, and the head. Together they have all table rows."""
         per_block = len(self.family.sublayers)
         blocks = [self.sublayers[start : start + per_block] for start in range(0, len(self.sublayers), per_block)]
         return (
@@ -325,7 +332,7 @@ class Architecture:
 
     @cached_property
     def weights(self) -> Mapping[str, Weight]:
-        """The rows of all tensors that the dense or the sliced model may have, by name, in forward order."""
+        """Name → table row, for all tensors that the dense or the sliced model may have, in forward order."""
         return {name: weight for part in self.parts for name, weight in part.weights.items()}
 
     @property
@@ -335,7 +342,7 @@ class Architecture:
         return norms if self.tied else (*norms, self.final_norm)
 
     def without_ignored(self, names: Iterable[str]) -> list[str]:
-        """Return the names of tensors without those that no model reads."""
+        """Return the given names of tensors, except those of tensors that no model reads."""
         return [name for name in names if not name.endswith(self.family.ignored)]
 
     def _embeddings(self) -> Iterator[Weight]:

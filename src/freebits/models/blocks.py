@@ -117,8 +117,8 @@ class ResidualBlock(GradientCheckpointingLayer):
 def residual_block(layer: Any, family: Family) -> ResidualBlock:
     """Convert a decoder layer of transformers to a residual block, in place.
 
-    Each matrix gets the layout (outputs, inputs). If the norms have biases, each matrix that reads the stream gets a
-    bias, because folding adds the bias of the norm to it.
+    Each matrix gets the layout (outputs, inputs). If the norms have biases, each layer that reads the stream gets a
+    bias, because folding moves the bias of the norm into the bias of the layer.
     """
     layer.__class__ = _residual_class(layer.__class__)
     layer.family = family

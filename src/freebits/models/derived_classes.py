@@ -30,7 +30,7 @@ class OwnModel(PreTrainedModel):
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         root: nn.Module = self
-        if self.base_model is self:  # because module names must begin as in a model with a head
+        if self.base_model is self:  # then wrap the model, so that module names begin as in a model with a head
             root = nn.Module()
             root.add_module(self.base_model_prefix, self)
         self.change_modules(root, config)
@@ -43,7 +43,7 @@ class OwnModel(PreTrainedModel):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Do nothing, so that transformers does not copy this module. `save_pretrained` writes two lines instead."""
+        """Do nothing, so that transformers does not copy this module. `save_pretrained` writes an import instead."""
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Save the model as transformers does, and add the code that `trust_remote_code=True` needs."""

@@ -19,10 +19,10 @@ class Stack(str):
 
 
 ALL_VALUES, LEADING_VALUES, BY_BLOCK, NO_VALUES, ALL_UNLESS_ALIBI = "all", "leading", "by block", "none", "unless alibi"
-"""Options for `Heads.fixed`: which values of a query or key have a fixed basis. `LEADING_VALUES`: the leading fraction
-that the config gives. `BY_BLOCK`: all values in the blocks that have rotary positions according to the config, none in
-the other blocks. `ALL_UNLESS_ALIBI`: none if the config enables ALiBi, which adds positions to the attention scores;
-all otherwise."""
+"""Options for `Heads.fixed`: which components of a query or key have a fixed basis. `LEADING_VALUES`: the leading
+components; the config gives their fraction. `BY_BLOCK`: all components in the blocks that have rotary positions
+according to the config, none in the other blocks. `ALL_UNLESS_ALIBI`: none if the config enables ALiBi, which adds
+positions to the attention scores; all otherwise."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Heads:
     """Order of the outputs if one module computes queries, keys and values. True: group by group, each with its
     queries, its key and its value. False: all queries, then all keys, then all values."""
     fixed: str = ALL_VALUES
-    """The values of each query and key that have a fixed basis, because positions rotate them or a norm scales them."""
+    """One of the options above. A basis is fixed if positions rotate the components or a norm scales them."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Branch:
     heads: Heads | None = None
     """The heads of attention; None if the branch has no heads or the table does not describe them."""
     inner: tuple[str, ...] = ()
-    """Optional tensors inside the branch that do not touch the stream, with their suffix (`.weight`)."""
+    """Optional tensors in the branch that neither read nor write the stream, named with their suffix (`.weight`)."""
     varies: bool = False
     """Whether some blocks lack some of the matrices that `reads` and `writes` name."""
     keeps_width: bool = False
@@ -466,7 +466,7 @@ FAMILIES: tuple[Family, ...] = (
 MODEL_TYPES: Mapping[str, Family] = {family.model_type: family for family in FAMILIES}
 
 _OUTPUT_NORM = "it normalizes the output of each branch, which fixes the basis of the residual stream"
-_ALTERNATIVES = "pack it with `codec` none, or quantize it if transformers can run it in floating point"
+_ALTERNATIVES = "pack the model with `codec` none, or quantize it if transformers can run it in floating point"
 REFUSALS: Mapping[str, str] = {
     "gpt_oss": "it stores experts as four-bit floats, which a rotation would change",
     "gemma2": _OUTPUT_NORM,
@@ -475,7 +475,7 @@ REFUSALS: Mapping[str, str] = {
     "olmo2": _OUTPUT_NORM,
     "olmo3": _OUTPUT_NORM,
 }
-"""Model type → reason why models of this type have no free rotation."""
+"""Model type → reason why the residual stream of such models cannot be rotated."""
 
 
 def transformers_type(config: Mapping[str, Any]) -> str:

@@ -3,8 +3,8 @@
 If a model computes `x A B` without an operation between `A` and `B`, the matrices `A G` and `G⁻¹ B` give the same
 function for every invertible `G: (r, r)`. The `r` outputs of `A` form the inner *space* of the pair. The two matrices
 of a low-rank layer are a pair. A head of attention has two pairs: the value matrix with the output matrix, and the
-query matrix with the key matrix, without the components of queries and keys that positions rotate. Queries that share a
-key and a value also share the spaces of this key and this value.
+query matrix with the key matrix, without the components of queries and keys that positions rotate or a norm scales.
+Queries that share a key and a value also share the spaces of this key and this value.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -131,7 +131,7 @@ def _low_rank_pairs(modules: Iterable[Module], shapes: Shapes) -> Iterator[Pair]
 
 
 def _output_dim(module: Module, output_dim: int) -> int:
-    """Return the dimension of the outputs in a module's matrix, which is never transposed in low-rank layers."""
+    """Return the dimension of the outputs in a module's matrix. Matrices of low-rank layers are never transposed."""
     return 0 if module.side else output_dim
 
 
@@ -164,7 +164,10 @@ class _HeadPositions:
     def of(
         cls, branch: BoundBranch, heads: Heads, architecture: Architecture, shapes: Shapes, output_dim: int
     ) -> "_HeadPositions | None":
-        """Return the positions, derived from shapes, or None if the shapes do not fit the number of heads."""
+        """Return the positions, derived from shapes.
+
+        Return None if a matrix is missing or the shapes do not fit the number of heads.
+        """
         low_rank = architecture.low_ranks
         full_names = [f"{branch.block}.{name}" for name in (heads.queries, heads.keys, heads.values)]
         modules = [Module(name, side="up" if name in low_rank else "") for name in full_names]

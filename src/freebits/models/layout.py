@@ -50,7 +50,7 @@ class Layout:
         widths = _sizes(config.get(WIDTHS), n_sites)
         if widths is None or 0 in widths:
             raise CheckpointError(
-                f"{WIDTHS} in config.json is not a list of positive widths of {n_sites} sites: {_REPAIR}"
+                f"{WIDTHS} in config.json is not a list of {n_sites} widths, each from 1 to 2^31 - 1: {_REPAIR}"
             )
         ranks = config.get(RANKS)
         ranks = [None] * n_shortcuts if ranks is None else ranks
@@ -79,7 +79,7 @@ class Layout:
         return self.ranks[site - 1]
 
     def weights(self, architecture: Architecture) -> dict[str, Weight]:
-        """Return the rows of the table for the tensors of a model with this layout, by name."""
+        """Return name → row of the architecture table, for each tensor that a model with this layout can have."""
         if self.widths is None:
             rows = architecture.with_tie(False).weights.values()
             absent = set() if architecture.family.head_bias else {architecture.head.bias}
@@ -119,7 +119,13 @@ class Layout:
         return shapes
 
     def check(self, shapes: Mapping[str, tuple[int, ...]], architecture: Architecture) -> None:
-        """Check that a checkpoint has exactly the tensors of this layout, and that their shapes fit its widths.
+        """Check that a checkpoint has the tensors of this layout and no others, and that their shapes fit the layout.
+
+        Optional tensors and factors of rank 0 may be missing. Tensors that no model reads are ignored.
+
+        Args:
+            shapes: name → shape of each tensor in the checkpoint.
+            architecture: architecture of the model.
 
         Raises:
             CheckpointError: a tensor is missing, has a wrong shape, or is unknown. Unknown tensors are refused because
@@ -133,34 +139,40 @@ class Layout:
             raise CheckpointError(f"tensor {name} is missing, so the checkpoint is incomplete: download it again")
         for name in architecture.without_ignored(sorted(shapes.keys() - rows.keys())):
             model_type = architecture.family.sliced_model_type if self.widths else architecture.family.model_type
-            raise CheckpointError(f"tensor {name} is not part of a {model_type} model in the architecture table")
+            raise CheckpointError(
+                f"tensor {name} is not part of a {model_type} model in the architecture table: download the checkpoint "
+                "again, or pack it with `codec` none"
+            )
         for name in rows.keys() & shapes.keys():
             if rows[name].ndim not in (None, len(shapes[name])):
                 raise CheckpointError(
-                    f"tensor {name} has shape {list(shapes[name])}, but should have {rows[name].ndim} dimensions"
+                    f"tensor {name} has shape {list(shapes[name])}, but should have {rows[name].ndim} dimensions: "
+                    "download the checkpoint again"
                 )
             for axis in rows[name].axes:
                 if axis.dim >= len(shapes[name]) or shapes[name][axis.dim] != widths[axis.site]:
                     raise CheckpointError(
                         f"tensor {name} has shape {list(shapes[name])}: dimension {axis.dim} should be "
-                        f"{widths[axis.site]}, the width of the residual stream at site {axis.site}"
+                        f"{widths[axis.site]}, the width of the residual stream at site {axis.site}; download the "
+                        "checkpoint again"
                     )
         for sub in sublayers:
             rank, name = self.rank(sub.site), sub.shortcut.factor
             shape = (widths[sub.site - 1], rank)
             if rank is not None and shapes.get(name, (widths[sub.site - 1], 0)) != shape:
                 raise CheckpointError(
-                    f"tensor {name} has shape {list(shapes[name])}, but config.json requires shape {list(shape)}"
+                    f"tensor {name} has shape {list(shapes[name])}, but config.json requires shape {list(shape)}: "
+                    "download the checkpoint again"
                 )
 
 
 def _as_stored(row: Weight) -> Weight:
-    """Return the row with its axes as the dense model stores the matrix, which may be transposed."""
+    """Return the row with its axes numbered as in the dense model's files, which store some matrices transposed."""
     return replace(row, axes=tuple(replace(axis, dim=1 - axis.dim) for axis in row.axes)) if row.transposed else row
 
 
 def _folded_biases(architecture: Architecture, dense: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the biases into which the biases of LayerNorms are folded."""
+    """Return name → shape of the biases into which the biases of LayerNorms are folded; empty without LayerNorms."""
     if not architecture.family.centred:
         return {}
     outputs = 1 if architecture.family.transposed else 0
@@ -169,7 +181,7 @@ def _folded_biases(architecture: Architecture, dense: Mapping[str, tuple[int, ..
 
 
 def _sizes(sizes: object, count: int) -> tuple[int, ...] | None:
-    """Return `sizes` as a tuple, or None if they are not a list of `count` sizes."""
+    """Return `sizes` as a tuple, or None if they are not a list of `count` integers from 0 to 2^31 - 1."""
     if not isinstance(sizes, (list, tuple)) or len(sizes) != count:
         return None
     return tuple(sizes) if all(type(size) is int and 0 <= size < WIDTH for size in sizes) else None

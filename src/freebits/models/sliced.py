@@ -1,4 +1,4 @@
-"""Sliced models as classes for transformers: matrices are narrower, and each skip connection has one, the shortcut.
+"""Sliced models as classes for transformers: narrower matrices, and a matrix on each skip connection (the shortcut).
 
 For each family, a configuration class and model classes are derived from classes in transformers and registered with
 the Auto classes there. Attention, MLP, cache, masks and generation remain those of transformers.

@@ -20,8 +20,8 @@ RoundColumns = Callable[[Tensor, int], Tensor]
 def inverse_factor(gram: Tensor, damping: float) -> Tensor:
     """Return the inverse-Hessian Cholesky factor: upper triangular `U` with `H⁻¹ = Uᵀ U`, (m, m), float32.
 
-    The function computes in float32. If the float32 result has a relative error above a thousandth, the function
-    computes again in float64.
+    The function computes in float32. If the factorization fails in float32, or if its relative error is above a
+    thousandth, the function computes again in float64.
 
     Args:
         gram: Gram matrix `H`, (m, m), positive semi-definite.
@@ -29,7 +29,8 @@ def inverse_factor(gram: Tensor, damping: float) -> Tensor:
             directions count.
 
     Raises:
-        ValueError: the Gram matrix is not positive semi-definite.
+        ValueError: the float64 result is not accurate enough either, because the Gram matrix is not positive
+            semi-definite.
     """
     U = _inverse_factor(gram, damping, torch.float32)
     if U is None:
@@ -59,7 +60,8 @@ def _inverse_factor(gram: Tensor, damping: float, dtype: torch.dtype) -> Tensor 
 def _invert_lower(L: Tensor) -> None:
     """Invert a lower triangular matrix in place.
 
-    The function inverts the two halves recursively, because then most of the work is matrix products, which are fast.
+    The function inverts the two diagonal blocks recursively, because then most of the work is matrix products, which
+    are fast.
     """
     n = len(L)
     if n <= _BLOCK:

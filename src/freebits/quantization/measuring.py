@@ -1,6 +1,6 @@
-"""Measure all matrices of a checkpoint.
+"""Measure the matrices of a checkpoint by running the model on calibration text.
 
-Groups of windows are measured independently, and their sums are added in order.
+Groups of windows are measured independently, and the sums of all groups are added in a fixed order.
 """
 
 import re
@@ -33,8 +33,8 @@ from freebits.integrations.naming import TransformersView
 from freebits.quantization.sensitivity_cache import Factor, Matrix, store_factor
 
 _TEMPER = 0.25
-"""Exponent that is applied to the frequencies of tokens, because a text shows which tokens are rare, but not how rare
-these tokens are in other texts."""
+"""Exponent that is applied to the frequencies of tokens. One text shows which tokens are rare, but not how rare these
+tokens are in other texts."""
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -83,10 +83,14 @@ def measure_matrices(
         seed: seed for sampling the labels.
         rotation: seed of the rotation that is applied to matrices before rounding; None for no rotation.
         progress: callback after each block of the forward and the backward pass, or after each group of windows.
-        max_activation_bytes: maximum bytes of a block's activations for one group of windows.
+        max_activation_bytes: maximum bytes of a block's activations for one group of windows; see `split_into_groups`.
+
+    Raises:
+        CheckpointError: an input, a prediction or a tensor is damaged or not finite.
+        UnsupportedModelError: see `measure`.
     """
     groups = split_into_groups(tokens, running.engine, max_activation_bytes)
-    if len(groups) == 1:  # because then the sums of a block are complete when the block has run
+    if len(groups) == 1:  # the Gram matrices of a block are complete when the block has run, so none is stored
         sums, factors = work.once(
             "measured", partial(_measured_at_once, running, tokens, work, seed, rotation, progress)
         )
@@ -134,7 +138,7 @@ def _measured_at_once(
 def _merged_factors(
     groups: list[list[StoredStatistics]], engine: Engine, work: Work, rotation: int | None
 ) -> list[_InputFactor]:
-    """Add the Gram matrices of all groups of windows, and return the factors of the sums."""
+    """Average the Gram matrices of all groups of windows, delete them, and return the factors of the averages."""
     by_region: dict[Region, list[StoredStatistics]] = {}
     for group in groups:
         for statistics in group:
@@ -164,7 +168,7 @@ def _factors(
 ) -> list[_InputFactor]:
     """Compute the factors of the inputs that are complete after a block, from the smallest to the largest.
 
-    The largest factor comes last, because the executor computes the last item on all threads.
+    The largest factor comes last, because an executor of threads computes the last item with all threads of PyTorch.
     """
     inputs = sorted(mix_experts(complete, engine.matrices, str(number)), key=lambda inputs: len(inputs.gram))
     factors = work.map(f"factor-{number}", partial(store_factor, work.store, rotation), inputs)
@@ -174,8 +178,8 @@ def _factors(
 def _information_of(information: Mapping[Region, Tensor], region: Region) -> Tensor | None:
     """Return the Fisher information of a matrix.
 
-    If the matrix has no gradients, return the mean over its block. If the block has none either, return the mean over
-    all matrices. None means that no matrix has gradients.
+    If the matrix has no gradients, return the mean over its block. If no matrix of the block has gradients, return the
+    mean over all matrices. If no matrix of the model has gradients, return None.
     """
     if region in information:
         return information[region]
@@ -215,8 +219,9 @@ def _as_stored(region: Region, factor: Factor, information: Tensor | None, named
 def _embeddings(running: RunningModel, sums: Sums, work: Work, rotation: int | None) -> list[Matrix]:
     """Return the embeddings and the head as matrices.
 
-    If the embedding is tied to the head, the two Gram matrices are added. The row of a token is weighted by a power of
-    the token's frequency (`_TEMPER`). The powers are scaled so that the mean KL divergence stays the same.
+    If the embedding is tied to the head, their Gram matrices are added. The Fisher information of a row is a power of
+    the frequency with which the model predicts the row's token (`_TEMPER`). A factor scales the powers so that the mean
+    KL divergence per weight is `c² / 24`, as in other matrices; see `freebits.quantization.scales`.
     """
     engine, named = running.engine, running.named
     likely = (sums.likely / sums.n_tokens).clamp_min(_TINY) * sums.scale

@@ -1,10 +1,10 @@
 """Round each group of weights in a row to a point on a pyramid, with a separate scale for each group.
 
-A pyramid consists of the integer vectors whose absolute values sum to a given number of pulses. In a row of `m`
-normally distributed weights, a group of `N` weights has a share of the squared length of the row. This share has the
-distribution `Beta(N / 2, (m - N) / 2)`. A scale selects a level, which is the length of a group relative to the row.
-The levels are optimal for the square root of the share. At 3.6 bits per weight, 3 bits per scale gave the best results
-among 3 to 6 bits.
+A pyramid consists of the integer vectors whose absolute values have a given sum, the number of *pulses*. In a row of
+`m` normally distributed weights, a group of `N` weights has a share of the squared length of the row. This share has
+the distribution `Beta(N / 2, (m - N) / 2)`. A scale selects a level, which is the length of a group relative to the
+row. The levels have the least mean squared error for the square root of the share. At 3.6 bits per weight, 3 bits per
+scale gave the best results among 3 to 6 bits.
 """
 
 import torch
@@ -16,7 +16,7 @@ from freebits.quantization.error_compensation import compensated_rounding
 SCALE_BITS = 3
 _ROUNDS = 30
 _SIZE = 16
-_INDEX_BITS, _MAX_PULSES = 62, 256  # of the code
+_INDEX_BITS, _MAX_PULSES = 62, 256  # limits of the code `pyramid`
 
 
 def group_size(n_columns: int, bits: float) -> int:
@@ -29,7 +29,7 @@ def group_size(n_columns: int, bits: float) -> int:
 
 
 def max_pulses(size: int, bits: float) -> int:
-    """Return the largest number of pulses, at least 1, with which points and scales fit in `bits` bits per weight."""
+    """Return the largest number of pulses, 1 to 256, with which points and scales fit in `bits` bits per weight."""
     pulses = 1
     while pulses < _MAX_PULSES and enumeration.n_bits(size, pulses + 1) + SCALE_BITS <= bits * size:
         pulses += 1
@@ -37,11 +37,11 @@ def max_pulses(size: int, bits: float) -> int:
 
 
 def round_to_pyramids(W: Tensor, U: Tensor, bits: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Round a matrix (n, m) to points, scales, norms and levels; see `freebits.codecs.pyramid.Pyramid`.
+    """Round a matrix to points, scales, norms and levels; see `Pyramid.encode` in `freebits.codecs.pyramid`.
 
     Args:
-        W: matrix to round.
-        U: inverse-Hessian Cholesky factor, see `inverse_factor`.
+        W: matrix to round, (n, m).
+        U: inverse-Hessian Cholesky factor, (m, m), see `inverse_factor`.
         bits: maximum bits per weight for points and scales together.
     """
     n, m = W.shape
@@ -86,7 +86,7 @@ def nearest_points(x: Tensor, pulses: int) -> Tensor:
 
 
 def _levels(size: int, n_columns: int) -> Tensor:
-    """Return the `2^SCALE_BITS` optimal lengths (Lloyd 1982).
+    """Return the levels for groups of `size` weights in rows of `n_columns`, (2^SCALE_BITS,), float32 (Lloyd 1982).
 
     The iteration starts from the square roots of evenly spaced quantiles of the share.
     """

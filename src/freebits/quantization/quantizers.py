@@ -1,4 +1,4 @@
-"""The quantizers. To add a quantizer, add an entry to `QUANTIZERS`."""
+"""The quantizers. To add one, add an entry to `QUANTIZERS`, and its name to `METHODS` in `freebits.options`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -63,6 +63,6 @@ QUANTIZERS = {
 
 
 def with_trellis(n_states: int) -> Quantizer:
-    """Return the quantizer `integers` with a trellis."""
+    """Return the quantizer `integers` with a trellis of `n_states` states; 0 for no trellis."""
     rounding = partial(_integers, n_states=n_states)
     return replace(QUANTIZERS[INTEGERS], round=rounding, encoder=Integers(n_states))

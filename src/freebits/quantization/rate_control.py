@@ -16,11 +16,12 @@ _OCTAVES = range(-40, 41)
 class RateModel:
     """Predicts the size of some matrices from the global scale `c`, a factor of all scales.
 
-    The rate model counts the weights by their magnitude relative to their scale at `c = 1`. It assumes that weights of
-    one magnitude are normally distributed, and includes the errors that error compensation adds.
+    The rate model assumes that each weight is normally distributed. The standard deviation of a weight, relative to the
+    weight's scale at `c = 1`, is estimated as a factor of the row times a factor of the column. The rate model counts
+    the weights by this standard deviation. The prediction includes the errors that error compensation adds.
 
     Attributes:
-        counts: number of weights per magnitude; one entry covers a sixteenth of an octave.
+        counts: number of weights per standard deviation; one entry covers a sixteenth of an octave (a factor of 2).
     """
 
     def __init__(self, counts: NDArray[np.float64] | None = None) -> None:
@@ -50,7 +51,7 @@ class RateModel:
         return float(self.counts @ np.interp(logs, *_curve()))
 
     def c(self, bits: float) -> float:
-        """Return the `c` at which the integers take `bits` bits, accurate to a millionth of an octave."""
+        """Return the `c` at which the integers take `bits` bits in total, accurate to a millionth of an octave."""
         low, high = -60.0, 40.0
         while high - low > 1e-6:
             middle = (low + high) / 2
@@ -84,7 +85,7 @@ class RateController:
 
     Args:
         rate_models: rate models of the matrices, or of groups of matrices, in the order of rounding.
-        bits: number of bits for all matrices together.
+        bits: target number of bits for all matrices together.
     """
 
     def __init__(self, rate_models: list[RateModel], bits: float) -> None:

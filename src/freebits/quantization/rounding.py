@@ -29,7 +29,7 @@ BITS, FALLBACK_BITS, MAX_BITS, MAX_PYRAMID_BITS = 4.0, 6.0, 12, 6
 _MIN_GROUP = 1 << 22
 """Number of weights at which a group of matrices is complete. The integers of a group are encoded together."""
 _CHECK_BYTES = 100
-"""Bytes of the digest or the sums of a recipe in the manifest."""
+"""Bytes reserved in the manifest for the digest or the sums of each recipe."""
 _FIXED_OVERHEAD = 2048
 """Bytes reserved for the history and for all other entries that the manifest and `config.json` contain only once."""
 
@@ -39,8 +39,8 @@ class Goal:
     """The rounding method, and one target for the result.
 
     Attributes:
-        bits: average bits per weight; the default target.
-        size: bytes of the finished folder; replaces `bits`.
+        bits: average bits per weight; without any target, 4.
+        size: largest size of the finished folder in bytes; replaces `bits`.
         kl: expected KL divergence in nats per token; replaces `bits`.
         method: rounding method, see `quantize`.
         fallback_bits: average bits per weight of the matrices that are rounded without calibration.
@@ -118,6 +118,12 @@ def write_rounded(
         stage: entropy stage of the tensors that are not rounded; None stores these tensors without one.
         executor: executor that runs the rounding.
         progress: callback after each group of matrices.
+
+    Returns:
+        The recipes and digests for the manifest.
+
+    Raises:
+        UsageError: the target size cannot be reached.
     """
     caches = weights_only, cache
     tensors = weights_only.tensors | cache.tensors
@@ -183,7 +189,10 @@ def _fitting_group(
     group: Sequence[str],
     executor: Executor,
 ) -> Piece:
-    """Round and encode a group of matrices. While the result exceeds the remaining bits, repeat with larger scales."""
+    """Round and encode a group of matrices.
+
+    While the last group takes more bits than remain, repeat with larger scales.
+    """
     rate_parameter = controller.next()
     max_rate_parameter = 4 * rate_parameter
     n_weights = max(1, sum(cache.spec(name).numel for name in group))
@@ -194,7 +203,7 @@ def _fitting_group(
             return piece
         rate_parameter *= max(1.002, 2.0 ** min(2.0, excess / n_weights))
         if rate_parameter > max_rate_parameter:
-            if goal.size is None:  # no size was promised, and the headers of a tiny model outweigh its weights
+            if goal.size is None:  # no size was required; in a tiny model, side data can take more bits than weights
                 return piece
             raise UsageError(f"a target of {goal.size} bytes has no room for the headers: give a larger target")
 
@@ -221,7 +230,7 @@ def _encoded_group(cache: SensitivityCache, goal: Goal, group: Sequence[str], te
 
 
 def _numbers(name: str) -> tuple[int, ...]:
-    """Return the numbers in a tensor's name. Names of embeddings and heads have no numbers."""
+    """Return the numbers in a tensor's name. Names of embeddings and heads usually have no numbers."""
     return tuple(int(part) for part in name.split(".") if part.isdigit())
 
 

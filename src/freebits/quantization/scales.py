@@ -1,7 +1,7 @@
-"""Round to integers of any size. The scales give the least KL divergence that the entropy of the integers allows.
+"""Round to integers of any size. The scales are those with the least expected KL divergence at a given entropy.
 
-To second order, a change `Δ` of a matrix causes a KL divergence of `½ Σ_r f_r Δ_r H Δ_rᵀ` nats per token. `H` is the
-Gram matrix of the matrix's inputs. `f_r` is the Fisher information of output `r`, the mean squared gradient at this
+A change `Δ` of a matrix causes a KL divergence of about `½ Σ_r f_r Δ_r H Δ_rᵀ` nats per token. `H` is the Gram matrix
+of the matrix's inputs. `f_r` is the Fisher information of output `r`, the mean squared gradient at this
 output. With error compensation, an error in column `i` is weighted by `1 / U_ii²`, and a scale `s` gives a mean squared
 error of `s² / 12`. At high rates, the entropy of an integer falls by one bit if its scale doubles. So the best scales
 are `c U_ii / √f_r`, with one `c` for the whole model. Every weight then adds the same `c² / 24` nats to the KL
@@ -16,15 +16,19 @@ from freebits.quantization.error_compensation import compensated_rounding
 from freebits.quantization.trellis import trellis_round
 
 DAMPING = 0.03
+"""Damping of the Gram matrices; see `inverse_factor`."""
 _MAX_INTEGER = 2**28
 _MIN_INFORMATION = 1e-4
 """Minimum Fisher information of a row, as a fraction of the mean over all rows."""
 _MIN_SCALE = 0.05
-"""Minimum scale of a row, as a fraction of the root mean square over all rows."""
+"""Minimum scale of a row without calibration, as a fraction of the root mean square of all weights of the matrix."""
 
 
 def row_scales(information: Tensor) -> Tensor:
-    """Return the relative scale `1 / √f` of each row, (n,), float64, given the Fisher information `f` of each row."""
+    """Return the relative scale `1 / √f` of each row, (n,), float64, given the Fisher information `f` of each row.
+
+    An `f` below the fraction `_MIN_INFORMATION` of the mean is first raised to this fraction.
+    """
     f = information.double()
     floor = max(_MIN_INFORMATION * f.mean().item(), torch.finfo(torch.float32).tiny)
     return f.clamp_min(floor).rsqrt()
@@ -33,7 +37,8 @@ def row_scales(information: Tensor) -> Tensor:
 def typical_scales(W: Tensor) -> tuple[Tensor, Tensor]:
     """Return the relative scales of rows and columns of a matrix without calibration, (n,) and (m,), float64.
 
-    The scale of a row is the root mean square of its weights, so all rows have the same relative error.
+    The scale of a row is the root mean square of its weights, so all rows have the same relative error. (Only rows of
+    very small weights get a larger scale; see `_MIN_SCALE`.) All columns have the scale 1.
     """
     rows = W.double().square().mean(1).sqrt()
     floor = max(_MIN_SCALE * rows.square().mean().sqrt().item(), torch.finfo(torch.float32).tiny)
@@ -47,24 +52,23 @@ def scaled_integers(
 
     Args:
         W: matrix to round, (n, m).
-        U: inverse-Hessian Cholesky factor, (m, m), see `inverse_factor`; None to round each weight to the nearest
-            integer.
-        rows: relative scales of the rows, (n,), see `row_scales`.
-        columns: relative scales of the columns, (m,): the diagonal of `U` or, without calibration, those from
+        U: inverse-Hessian Cholesky factor, (m, m), see `inverse_factor`; None to round without error compensation.
+        rows: relative scales of the rows, (n,), from `row_scales` or, without calibration, from `typical_scales`.
+        columns: relative scales of the columns, (m,): the diagonal of `U` or, without calibration, the scales from
             `typical_scales`.
         c: factor of all scales.
         n_states: number of states of the trellis; 0 for no trellis.
 
     Returns:
-        The integers and the exponents of the scales. With a trellis, the integers count halves of a scale, so
-        the returned scales are half as large.
+        The integers and the exponents of the scales. With a trellis, the integers count halves of a scale, so the
+        returned scales are half as large.
     """
     row_exponents, column_exponents = exponents(rows), exponents(c * columns)
     row, column = scales_of(row_exponents)[:, None], scales_of(column_exponents)
     scaled = W.float() / row
 
     def rounded(values: Tensor) -> Tensor:
-        """Round values in units of the scale."""
+        """Round values that are given in units of the scale."""
         clamped = values.clamp(-_MAX_INTEGER, _MAX_INTEGER)
         return trellis_round(clamped, n_states).float() / 2 if n_states else clamped.round()
 

@@ -26,7 +26,8 @@ from freebits.types import FLOATS, TensorSpec
 
 JOINED = "joined"
 _MAX_WEIGHTS = 1 << 24
-"""A matrix with more weights than this is split by rows into pieces, which are rounded and encoded separately."""
+"""A matrix with more weights than this is split by rows into pieces, which are rounded and encoded separately. A matrix
+that is stored transposed is not split."""
 
 
 @storable
@@ -68,7 +69,11 @@ class Matrix:
     width: int | None = None
 
     def pieces(self, width: int) -> Iterator["Matrix"]:
-        """Yield the matrix in pieces that take little memory to round; `width` is the number of weights per row."""
+        """Yield the matrix in pieces that take little memory to round, or whole if it is stored transposed.
+
+        Args:
+            width: number of weights per row.
+        """
         step = max(1, _MAX_WEIGHTS // width)
         if self.transposed or self.stop - self.start <= step:
             yield self
@@ -163,7 +168,7 @@ class SensitivityCache:
         return TensorSpec(tensor_spec.dtype_name, (matrix.stop - matrix.start, matrix.width or tensor_spec.shape[-1]))
 
     def factor_and_scales(self, name: str) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Return `U` of a matrix (None without calibration), the relative scales of its rows, and of its columns."""
+        """Return `U` of a matrix (None without calibration), and the relative scales of its rows and its columns."""
         factor, last = self.matrices[name].factor, self._last_factor
         if factor is None:
             return None, *self._scales[name]
@@ -176,9 +181,10 @@ class SensitivityCache:
         return _matrix(self._source, self.seed, self.matrices[name])
 
     def recipes(self, names: Collection[str]) -> tuple[dict[str, TensorSpec], tuple[Recipe, ...]]:
-        """Return the specs of matrices in the form in which they are rounded, and recipes.
+        """Return name → spec of matrices in the form in which they are rounded, and recipes.
 
-        The recipes undo rotation and transposition, and so make the matrices of the checkpoint.
+        The recipes undo rotation and transposition, so they make the matrices in the form in which the checkpoint
+        stores them.
         """
         recipes: list[Recipe] = []
         rounded: dict[str, TensorSpec] = {}
@@ -223,7 +229,7 @@ class _LastTensorSource:
 
 
 def fully_covered_matrices(matrices: Iterable[Matrix], source: Source) -> list[Matrix]:
-    """Return the matrices of floating-point tensors in which every row belongs to exactly one matrix."""
+    """Return the matrices of those floating-point tensors in which every row belongs to exactly one matrix."""
     by_tensor: dict[str, list[Matrix]] = {}
     for matrix in matrices:
         by_tensor.setdefault(matrix.tensor, []).append(matrix)
@@ -293,6 +299,8 @@ def coding_groups(
     order: Mapping[str, tuple[int, ...]],
 ) -> list[list[str]]:
     """Divide matrices into groups that are encoded together, in the order of the numbers in `order`.
+
+    Tensors without numbers come first.
 
     Args:
         matrices: tensor → names of its matrices.

@@ -41,9 +41,10 @@ def trellis_round(targets: Tensor, n_states: int) -> Tensor:
 
 @cache
 def _predecessors(n_states: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-    """Return two arrays, (2, n_states): the two predecessors of each state, and the kinds of the symbols between them.
+    """Return two arrays, (2, n_states): the predecessors of each state, and the kind of the symbol after each of these.
 
-    The *kind* of a symbol is `2 grid + parity`. The grid is 1 if the symbol leaves an odd state, else 0.
+    One symbol leads from a predecessor to a state. The *kind* of a symbol is `2 grid + parity`. The grid is 1 if the
+    symbol leaves an odd state, else 0.
     """
     following = transitions(n_states)
     before, kinds = np.empty((2, n_states), np.uint32), np.empty((2, n_states), np.uint32)

@@ -1,6 +1,7 @@
 """Select the matrices that are rounded without calibration, and report which tensors are rounded.
 
-Only the weights of an uncalibrated matrix determine how it is rounded, because no calibration text uses the matrix.
+An uncalibrated matrix has no measurements, for example because the calibration text does not use the matrix. So only
+its weights determine how it is rounded.
 """
 
 import re
@@ -16,8 +17,8 @@ from freebits.types import FLOATS, HALF_DTYPES, TensorSpec
 _SMALL = 0.01
 """Routers are not rounded if all routers together have at most this fraction of the weights."""
 _MIN_SIDE = 32
-"""A matrix with fewer rows or columns than this is not rounded. Examples are small convolution kernels and the states
-of recurrences."""
+"""An uncalibrated matrix with fewer rows or columns than this is not rounded. Examples are small convolution kernels
+and the decay rates of state-space models."""
 
 
 def names_to_keep(source: Source, patterns: Sequence[str]) -> dict[str, str]:
@@ -48,7 +49,8 @@ def routers_to_keep(source: Source, router_tensors: Collection[str]) -> dict[str
 def uncalibrated(source: Source, calibrated: Collection[str], kept: Collection[str]) -> list[Matrix]:
     """Return the matrices to round without calibration.
 
-    The result has all floating-point matrices, except small ones and those that are more precise than most weights.
+    The result has all floating-point matrices except small matrices, and except matrices of 32 or 64 bits per weight if
+    most weights have 16.
 
     Args:
         source: checkpoint to round.
@@ -66,7 +68,9 @@ def uncalibrated(source: Source, calibrated: Collection[str], kept: Collection[s
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     """Return the numbers of rows and columns of a tensor that is viewed as a matrix.
 
-    A row of a convolution kernel is a filter. The rows of a stack of matrices are the rows of its matrices.
+    A tensor with three dimensions counts as a stack of matrices if its last dimension is at least `_MIN_SIDE`. The rows
+    of a stack are the rows of all its matrices. Any other tensor with more than two dimensions counts as a convolution
+    kernel, which has one row for each filter.
     """
     total = 1
     for size in shape:
@@ -89,9 +93,9 @@ def coverage_report(
     Returns:
         `share` is the fraction of the weights that are rounded. `uncalibrated` is the fraction of the weights that are
         rounded without calibration. `alone` lists the tensors that are rounded without calibration, and `left` lists
-        the tensors that are not rounded; both lists begin with the largest. An entry covers all tensors whose names
-        differ only in numbers. It has the keys `tensors` (the name with `*` for each number), `weights` (the number of
-        weights) and `reason`.
+        the tensors that are not rounded; both lists begin with the largest. An entry covers all tensors that have the
+        same reason and whose names differ only in numbers. It has the keys `tensors` (the name with `*` for each
+        number), `weights` (the number of weights) and `reason`.
     """
     total = max(1, sum(spec.numel for spec in source.specs.values()))
     half_precision = _mostly_half_precision(source)
@@ -104,7 +108,7 @@ def coverage_report(
     return {
         "share": 1 - sum(weights[name] for name in not_rounded) / total,
         "uncalibrated": sum(weights[name] for name in weights_only) / total,
-        "alone": _summary(dict.fromkeys(weights_only, "the calibration text does not use it"), weights),
+        "alone": _summary(dict.fromkeys(weights_only, "not measured on calibration text"), weights),
         "left": _summary(not_rounded, weights),
     }
 
@@ -121,7 +125,7 @@ def _summary(reasons: Mapping[str, str], weights: Mapping[str, int]) -> list[dic
 def _mostly_half_precision(source: Source) -> bool:
     """Return whether most floating-point weights of a checkpoint have 16 bits.
 
-    If so, a tensor with 32 bits per weight is not rounded, because it probably needs this precision.
+    If so, an uncalibrated tensor with more bits per weight is not rounded, because it probably needs this precision.
     """
     sizes = [
         (spec.dtype_name in HALF_DTYPES, spec.numel) for spec in source.specs.values() if spec.dtype_name in FLOATS
@@ -130,7 +134,7 @@ def _mostly_half_precision(source: Source) -> bool:
 
 
 def _reason(spec: TensorSpec, half_precision: bool) -> str | None:
-    """Return the reason why a tensor is not rounded; None if the tensor is rounded."""
+    """Return the reason why an uncalibrated tensor is not rounded; None if the tensor is rounded."""
     if spec.dtype_name not in FLOATS:
         return f"its dtype is {spec.dtype_name}"
     if len(spec.shape) < 2 or spec.numel == max(spec.shape):

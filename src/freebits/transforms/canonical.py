@@ -1,7 +1,7 @@
 """The canonical form of a sliced model: each site is rotated so that the shortcuts need few weights.
 
 `freebits.transforms.polar` describes the chain of rotations. The chain leaves the rotation of site 0 free. This
-rotation makes the first matrix that reads the stream lower trapezoidal.
+rotation is chosen so that the first matrix that reads the stream becomes lower trapezoidal.
 """
 
 from dataclasses import dataclass
@@ -127,7 +127,7 @@ class Canonical:
         return before, after
 
     def _obstacle(self, sub: Sublayer) -> str:
-        """Return why the site after a sublayer cannot be rotated for any weights, or an empty string if it can."""
+        """Return the reason why the site after a sublayer cannot be rotated, whatever its weights; empty if none."""
         before, after = self._widths(sub)
         if sub.site not in self.architecture.free_sites:
             return "the tied head fixes its basis"

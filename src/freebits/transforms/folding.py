@@ -1,7 +1,8 @@
 """Fold the norms into the matrices around them (SliceGPT, section 3.2).
 
 After folding, the norms of the residual stream are bare: `x / rms(x)`. The scale and the bias of a norm go into the
-matrices that read its output. The mean that a LayerNorm subtracts is removed from the matrices that write the stream.
+weights and biases of the layers that read the norm's output. The mean that a LayerNorm subtracts is removed from the
+matrices and biases that write the stream.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,7 +18,7 @@ Tensors = Mapping[str, Tensor]
 def fold_embeddings(tensors: Tensors, architecture: Architecture) -> dict[str, Tensor]:
     """Return the embeddings and, if the head is tied, the factor that follows the token embedding.
 
-    If the norms are LayerNorms, all these tensors are centered, except a tied embedding.
+    If the norms are LayerNorms, all these tensors are centered in float64, except a tied embedding.
     """
     folded = {}
     for name, weight in architecture.parts[0].weights.items():

@@ -48,7 +48,9 @@ def n_low_rank_weights(n: int, m: int, rank: int) -> int:
 
 
 def rank_for(n: int, m: int, budget: float, *, paired: bool = True) -> int:
-    """Return the largest rank at which a low-rank layer has at most a given fraction of the weights of the full layer.
+    """Return the largest rank at which a low-rank layer has at most a given fraction of the full layer's weights.
+
+    The rank is at least 1, even if a layer of rank 1 has more weights.
 
     Args:
         n: number of outputs.
@@ -66,7 +68,7 @@ def rank_for(n: int, m: int, budget: float, *, paired: bool = True) -> int:
 
 
 def _scales(information: Tensor | None, n: int) -> Tensor:
-    """Return the square root of the weight of each output, float64, after raising very small weights above zero."""
+    """Return the square root of the weight of each output's squared error, float64. Raise tiny weights above zero."""
     if information is None:
         return torch.ones(n, dtype=torch.float64)
     wide = information.double()
@@ -74,7 +76,9 @@ def _scales(information: Tensor | None, n: int) -> Tensor:
 
 
 def allocated(spectra: Mapping[str, Tensor], sizes: Mapping[str, tuple[int, int]], budget: float) -> dict[str, int]:
-    """Return the ranks that lose the least energy while all layers together keep at most a fraction of their weights.
+    """Return ranks that lose little energy while all layers together keep at most a given fraction of their weights.
+
+    The function adds the direction with the most energy per weight until no more fits. Each layer gets at least rank 1.
 
     Args:
         spectra: layer → its `spectrum`, in the same unit for all layers.
@@ -90,7 +94,7 @@ def allocated(spectra: Mapping[str, Tensor], sizes: Mapping[str, tuple[int, int]
         layer_costs = np.diff([n_low_rank_weights(n, m, rank) for rank in range(len(values) + 1)])
         layer_gains = values.numpy() / np.maximum(layer_costs, 1)
         names += [name] * len(values)
-        gains.append(np.minimum.accumulate(layer_gains))  # so that no direction is chosen before a stronger one
+        gains.append(np.minimum.accumulate(layer_gains))  # no direction is chosen before a stronger one of its layer
         costs.append(layer_costs)
     gain, cost = np.concatenate(gains), np.concatenate(costs)
     order = np.argsort(-gain, kind="stable")

@@ -1,9 +1,9 @@
 """The canonical form of pairs of matrices: a basis in which one matrix contains the rows of the identity.
 
 For `r` pivot rows of `A: (n, r)`, `A = T A[pivots]`. The pivot rows of `T` are the identity, so that `T` needs `r²`
-fewer weights than `A`. If the pivot rows have a large volume (maxvol: Goreinov et al. 2010), all entries of `T` are at
-most about 1. Then rounding `T` causes no larger error than rounding `A` (strong rank-revealing factorization: Gu and
-Eisenstat 1996).
+fewer weights than `A`. If the pivot rows have a large volume (maxvol: Goreinov et al. 2010), all entries of `T` have
+an absolute value of at most about 1. Then rounding `T` causes an error of the same order as rounding `A` (strong
+rank-revealing factorization: Gu and Eisenstat 1996).
 """
 
 from collections.abc import Mapping
@@ -47,7 +47,7 @@ def _multiplied(tensor: Tensor, span: Span, matrices: Tensor) -> Tensor:
 
 
 def pivot_bases(tensors: Mapping[str, Tensor], pair: Pair) -> tuple[Tensor, list[Tensor]] | None:
-    """Return the bases in which the first matrix that writes contains the identity, and the pivot rows.
+    """Return the bases in which the first matrix that writes to the spaces contains identities, and the pivot rows.
 
     Returns:
         `G: (spaces, r, r)`, float64, and for each space its pivot rows, (r,), ascending. None if, in any space, the

@@ -68,7 +68,8 @@ def _nearly_orthogonal_form(A: Tensor, tolerance: float, defect: int) -> PolarFo
     """Return the polar form of a matrix with few singular values other than 1, or None if the fast method fails.
 
     Randomized subspace iteration (Halko, Martinsson and Tropp 2011, algorithm 4.4) finds the range of `I - A Aᵀ`.
-    The singular values in this range are set to 1. The result is nearly orthogonal and is then made orthogonal.
+    The singular values in this range are set to 1. The rows of the result are nearly orthonormal and are then made
+    orthonormal.
     """
     generator = torch.Generator().manual_seed(0)
     Q = torch.randn(len(A), defect + _OVERSAMPLING, generator=generator, dtype=torch.float64).to(A.device)

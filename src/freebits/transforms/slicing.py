@@ -76,23 +76,27 @@ def covariance(x: Tensor) -> Tensor:
 def principal_axes(total: Tensor, size: int) -> Tensor:
     """Return the `size` directions in which a signal has the most energy, strongest first.
 
+    SliceGPT adds 1 % of the mean variance to the diagonal of the covariance. This changes no eigenvector and is omitted
+    here.
+
     Args:
         total: (D, D), covariance of the signal.
         size: number of axes to keep.
 
     Returns:
-        (D, size), float64, orthonormal columns. SliceGPT adds 1 % of the mean variance to the diagonal of the
-        covariance. This changes no eigenvector and is omitted here.
+        (D, size), float64, orthonormal columns.
     """
     return torch.linalg.eigh(total).eigenvectors.flip(-1)[:, :size]
 
 
 SIZE_STEP = 8
-"""Sliced widths are multiples of this number."""
+"""Sliced widths are multiples of this number, unless `sparsity` is 0."""
 
 
 def sliced_size(hidden_size: int, sparsity: float) -> int:
-    """Return `k`, the width of a sliced site: `floor((1 - sparsity) D)`, rounded down to a multiple of 8.
+    """Return `k`, the width of a sliced site: `(1 - sparsity) D`, rounded down to a multiple of 8.
+
+    If `sparsity` is 0, `k` is `D`, even if that is no multiple of 8.
 
     Raises:
         UsageError: `sparsity` is outside [0, 1), or `k` would be 0.

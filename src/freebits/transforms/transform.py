@@ -33,10 +33,10 @@ class PartChange:
 
     Attributes:
         rotations: rotations of the sites at which tensors of the part have axes.
-        replaced: function that returns name → tensor that replaces this tensor of the source before it is rotated; None
-            removes the tensor.
+        replaced: function that returns name → tensor. Before the rotation, this tensor replaces the source's tensor of
+            the same name; None removes that tensor.
         unrounded: names of the tensors that `finish` needs in float64.
-        reasons: site → reason why it is not rotated, for sites to which this part leads.
+        reasons: site → reason why the site is not rotated, for sites to which this part leads.
         facts: measurements so far, for the history of the model.
     """
 
@@ -79,8 +79,8 @@ def transform_parts(
 ) -> Iterator[tuple[Part, PartChange, Callable[[], dict[str, Tensor]]]]:
     """Apply a transform to a model, and yield each part, its change, and a function that computes its tensors.
 
-    The function can run on another machine. It rotates on `device` and returns CPU tensors. `work` stores the results
-    of the method `look` as stage `look`.
+    The function can run on another machine. It rotates on `device` and returns name → tensor on the CPU. `work` stores
+    the results of the method `look` as stage `look`.
     """
     analyses = chain(work.map("look", transform.look, parts), [None])
     state = transform.begin()
@@ -122,7 +122,7 @@ def unsound_sites(source: Source, part: Part) -> dict[int, str]:
         limit, dims = torch.finfo(tensor.dtype).max, [axis.dim for axis in weight.axes]
         smallest, largest = torch.aminmax(tensor)
         if max(-smallest.item(), largest.item()) * math.sqrt(tensor.numel()) < limit:
-            continue  # because this product bounds the norm of every vector in the tensor
+            continue  # the product bounds the norm of every vector in the tensor, so no rotation can overflow
         if not (torch.linalg.vector_norm(tensor, dim=dims, dtype=torch.float64) < limit).all():
             unsound |= {axis.site: f"{name} is not finite or could overflow when rotated" for axis in weight.axes}
     return unsound
