@@ -16,9 +16,9 @@ from freebits.execution.executor import Parallel
 from freebits.execution.machine import device_of
 from freebits.execution.progress import Progress, silent
 from freebits.execution.work_store import Work
+from freebits.limits import BASES
 from freebits.models.architecture import Architecture
 from freebits.models.free_bases import unproven_settings
-from freebits.limits import BASES
 from freebits.options import CANONICAL, NONE
 from freebits.packed.base import Base
 from freebits.packed.encoded_piece import stage
@@ -91,8 +91,8 @@ def pack(
         if codec not in (CANONICAL, NONE):
             raise UsageError(f"codec {codec} takes no base: leave out `codec` or `base`")
         codec, base = NONE, None if base == NONE else base
-        if base is None and is_packed(model := local_folder(model)):
-            return _pack_whole(model, out, entropy=entropy, parallel=parallel, progress=progress, sign_with=sign_with)
+        if base is None and is_packed(folder := local_folder(model)):
+            return _pack_whole(folder, out, entropy=entropy, parallel=parallel, progress=progress, sign_with=sign_with)
     preset, entropy_code = chosen(codec, threshold, device_of(device, float64=True)), stage(entropy)
     model = local_folder(model)
     if is_gguf(model) or is_pipeline(model):
@@ -230,6 +230,7 @@ def unpack(
     Args:
         packed: a packed folder.
         out: folder to create; if the function fails, no such folder is left.
+        base: folder or hub id of the model's base, if the folder was packed with one that is not where it was.
         parallel: where tensors are decoded, and how many groups of them at once. The tensors of a group are decoded
             together, from the same stored tensors. Memory holds this many groups in float64, and one embedding.
         progress: callback, called after each group.

@@ -91,7 +91,7 @@ class Products(TorchFunctionMode):
             table = self._find_parameter(_argument(args, kwargs, 1, "weight"))
             return self._on_lookup(table[0], result) if table else result
         if name in _CHOICES and self._on_choice is not None:
-            self._on_choice(args[0])
+            self._on_choice(_argument(args, kwargs, 0, "input"))
         operands = _OPERANDS[name](args, kwargs or {}) if name in _OPERANDS else None
         if operands is None:
             return result

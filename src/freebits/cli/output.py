@@ -48,6 +48,9 @@ def print_facts(facts: dict[str, Any], as_json: bool) -> int:
     for site in facts["sites"]:
         if "code" not in site:
             print(one_line(f"stored plain: {site.get('name')}: {site.get('reason')}"))
+    if base := facts.get("base"):
+        chain = ", which needs ".join(base["chain"])
+        print(one_line(f"needs {base['tensors']:,} tensors of its base {chain}"))
     for entry in facts["history"]:
         print(one_line(f"{entry.get('transform')} ({entry.get('fidelity')}), {entry.get('producer')}"))
     if coverage := facts.get("coverage"):
@@ -58,6 +61,18 @@ def print_facts(facts: dict[str, Any], as_json: bool) -> int:
         change = f"{kl['before']:.4f} nats per token before, {kl['after']:.4f} after"
         print(f"\nmean KL {change}, on windows that were not used for training")
     return 0
+
+
+def print_series(result: dict[str, Any], as_json: bool) -> int:
+    """Print the result of packing several models, and return the exit code."""
+    if as_json:
+        return print_json(result)
+    rows: list[Row] = [("model", "bytes before", "bytes after", "base")]
+    for name, facts in result["models"].items():
+        before, after = facts["bytes"]["dense"], facts["bytes"]["packed"]
+        base = facts["base"]["chain"][0] if "base" in facts else ""
+        rows.append((one_line(name), f"{before or 0:,}", f"{after:,}", one_line(base)))
+    return print_table(rows)
 
 
 def print_components(result: dict[str, Any]) -> int:

@@ -1,6 +1,7 @@
 """Describe what a checkpoint folder contains and how large it is."""
 
 import os
+from contextlib import suppress
 from typing import Any
 
 from freebits.errors import CheckpointError, UnsupportedModelError
@@ -8,7 +9,7 @@ from freebits.evaluation.folder_sizes import bytes_on_disk, dense_bytes, groups,
 from freebits.models.architecture import Architecture
 from freebits.packed.manifest import recorded_sizes
 from freebits.packed.reader import PackedFolder, open_folder
-from freebits.storage.checkpoint import is_adapter
+from freebits.storage.checkpoint import Folder, is_adapter
 from freebits.storage.hub import local_folder
 
 
@@ -28,7 +29,8 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
         the rotations of the residual stream, each with its code or the reason why it is not encoded; `history`, the
         steps that made the model; `groups`, all bytes on disk by purpose; and `parameters`, the number of weights of
         the loaded model. Unknown sizes are None. `dense` is the size of the original model; `dense_untied` is its size
-        with an untied head, as in arXiv 2410.01309.
+        with an untied head, as in arXiv 2410.01309. If the folder was packed with a base, `base` has `tensors`, the
+        number of the base's tensors that it needs, and `chain`: the base, the base of the base, and so on.
 
     Raises:
         CheckpointError: the checkpoint is damaged. Only headers are checked; `verify` also checks the tensors.
@@ -43,6 +45,8 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
         manifest, specs = folder.manifest, folder.model_specs
         facts |= {"kind": "packed", "codec": manifest.codec, "entropy": manifest.entropy}
         facts["sites"] = manifest.notes
+        if manifest.base:
+            facts["base"] = {"tensors": len(manifest.base.tensors), "chain": _chain(folder)}
         before = recorded_sizes(manifest.history)
         sizes |= {key: before.get(key) for key in ("dense", "dense_untied", "sliced")}
         sizes |= {"packed": bytes_on_disk(folder), "corrections": side_bytes(folder, "corrections")}
@@ -61,3 +65,14 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
             sizes["dense"] = bytes_on_disk(folder)
     facts["parameters"] = sum(spec.numel for spec in specs.values())
     return facts
+
+
+def _chain(folder: PackedFolder) -> list[str]:
+    """Return the name of a folder's base, of the base of the base, and so on, as far as the bases can be found."""
+    names = []
+    with suppress(CheckpointError):
+        current: Folder = folder
+        while isinstance(current, PackedFolder) and current.manifest.base is not None:
+            names.append(current.manifest.base.model)
+            current = current.base
+    return names

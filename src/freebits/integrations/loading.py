@@ -40,6 +40,7 @@ def load(
     *,
     dtype: torch.dtype | str = "auto",
     verify: bool = True,
+    base: str | os.PathLike[str] | None = None,
     keep_integers: bool = False,
     stay_packed: bool = False,
     keep_pivots: bool = False,
@@ -50,6 +51,8 @@ def load(
         path: folder of the checkpoint, URL of such a folder, or id of a model on the hub.
         dtype: dtype of the weights in memory; `auto` is the dtype of the checkpoint.
         verify: whether to check the digest of every tensor that is read from a packed folder.
+        base: folder or hub id of the model's base, if the folder was packed with one (see `pack`) that is not where it
+            was.
         keep_integers: whether the linear layers and embeddings of a quantized model stay 8-bit integers in memory,
             which take half the bytes of 16-bit floats. Forward and backward passes do not expand a whole matrix. The
             logits differ from those of the expanded model by rounding errors only. The weights cannot be trained, but
@@ -79,7 +82,7 @@ def load(
     with one_line_errors(path, "model"):
         auto = getattr(transformers, auto_class(folder.config) or "AutoModelForCausalLM")
         if isinstance(folder, PackedFolder):
-            options |= {"verify": verify, "keep_integers": keep_integers, "stay_packed": stay_packed}
+            options |= {"verify": verify, "base": base, "keep_integers": keep_integers, "stay_packed": stay_packed}
             loaded: Any = auto.from_pretrained(path, trust_remote_code=False, **options)
         elif folder.config.get("model_type") in CONFIG_MAPPING:
             loaded = _from_plain(folder, config_of(folder.config, auto), auto, options)

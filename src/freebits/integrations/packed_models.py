@@ -83,6 +83,7 @@ class PackedFactory:
         *args: Any,
         config: object = None,
         verify: bool = True,
+        base: str | os.PathLike[str] | None = None,
         keep_integers: bool = False,
         stay_packed: bool = False,
         **kwargs: Any,
@@ -94,6 +95,7 @@ class PackedFactory:
             args: positional arguments of the model's `from_pretrained`.
             config: ignored. Auto classes pass it, but the model's own config comes from the folder.
             verify: whether to check the digest of every tensor.
+            base: folder or hub id of the model's base, if the folder was packed with one that is not where it was.
             keep_integers: whether the matrices of a quantized model stay integers in memory; see `load`.
             stay_packed: whether the matrices of a quantized model stay in the files, and are decoded block by block in
                 each forward pass; see `load`.
@@ -105,7 +107,7 @@ class PackedFactory:
         """
         del config
         folder = _local_folder(path, kwargs)
-        packed = PackedFolder(folder, verify=verify)
+        packed = PackedFolder(folder, verify=verify, base=base)
         dtype_options = {
             key: kwargs.pop(key) for key in ("dtype", "torch_dtype", "quantization_config") if key in kwargs
         }

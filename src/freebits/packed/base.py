@@ -106,8 +106,8 @@ class Base:
         if _is_model(packed / self.model):
             return packed / self.model
         raise CheckpointError(
-            f"{packed} needs its base, which was at {self.model} but is not there: give the folder of the base as "
-            f"`base`, or set {BASE_PATH}"
+            f"{packed} needs its base, which was at {self.model} but is not there: set {BASE_PATH} to "
+            "the folder of the base"
         )
 
 

@@ -18,6 +18,7 @@ from freebits.limits import BASES, check_expansion
 from freebits.models.architecture import Architecture
 from freebits.models.families import SLICED_PREFIX
 from freebits.models.layout import Layout
+from freebits.packed.base import BASE_PATH
 from freebits.packed.manifest import Manifest, digest, is_packed
 from freebits.packed.recipe import Recipe, check_recipes
 from freebits.storage.checkpoint import ADAPTER, CONFIG, GGUF, Checkpoint, Folder, checkpoint_folder, read_json
@@ -236,13 +237,13 @@ class PackedFolder:
         if found != wanted.spec:
             raise CheckpointError(
                 f"{self.path} needs a base with {wanted.spec} as {wanted.name}, but {base.path} has {found or 'none'}: "
-                "give the right base as `base`"
+                "set {BASE_PATH} to the right base"
             )
         tensor = base[wanted.name]
         if (actual := digest(wanted.spec, bytes_of(tensor))) != wanted.digest:
             raise CheckpointError(
                 f"{self.path} needs a base whose {wanted.name} has the digest {wanted.digest}, but in {base.path} it "
-                f"has {actual}: give the right base as `base`"
+                f"has {actual}: set {BASE_PATH} to the right base"
             )
         return tensor
 

@@ -1,10 +1,11 @@
 """`freebits pack`."""
 
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
 from typing import Any
 
-from freebits.cli.arguments import add_device, add_jobs, add_model, add_out, add_parallel, add_sign, command, parallel
-from freebits.cli.output import print_facts
+from freebits.cli.arguments import ELSEWHERE, add_device, add_jobs, add_out, add_parallel, add_sign, command, parallel
+from freebits.cli.output import print_facts, print_series
 from freebits.cli.progress import progress_bar
 from freebits.options import CANONICAL, CODECS, ENTROPIES
 
@@ -20,7 +21,14 @@ def add(commands: Any) -> ArgumentParser:
         "fewer bits have to be stored, and entropy-codes the stored tensors. Memory holds two blocks per job and one "
         "embedding.",
     )
-    add_model(parser, "folder of a sliced or plain checkpoint or LoRA adapter (with --codec none, of any model)")
+    parser.add_argument(
+        "models",
+        metavar="MODEL",
+        nargs="+",
+        type=Path,
+        help="folder of a sliced or plain checkpoint or LoRA adapter (with --codec none, of any model)"
+        f"{ELSEWHERE}; if there are several, OUT gets a packed folder for each",
+    )
     add_out(parser)
     parser.add_argument(
         "--codec",
@@ -29,6 +37,13 @@ def add(commands: Any) -> ArgumentParser:
         help="canonical: choose standard rotations, which gives the smallest folder; bits-back: use the code of arXiv "
         "2410.01309; none: only entropy coding, for any model; every byte can be restored "
         "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--base",
+        metavar="BASE",
+        help="folder or hub id of the model from which MODEL was trained. Only the differences from it are stored, bit "
+        "for bit, and loading needs BASE. If there are several MODELs, 'first' (the default) or 'previous' means one "
+        "of them. 'none' makes a folder that needs no base, also from a packed MODEL that needs one",
     )
     parser.add_argument(
         "--entropy",
@@ -51,18 +66,21 @@ def add(commands: Any) -> ArgumentParser:
 
 def run(arguments: Namespace) -> int:
     """Run the command."""
-    from freebits.api.pack import pack
+    from freebits.api.pack import FIRST, pack, pack_series
 
-    facts = pack(
-        arguments.model,
-        arguments.out,
-        codec=arguments.codec,
-        entropy=arguments.entropy,
-        threshold=arguments.threshold,
-        device=arguments.device,
-        parallel=parallel(arguments),
-        resume=arguments.resume,
-        sign_with=arguments.sign,
-        progress=progress_bar(),
-    )
+    options: dict[str, Any] = {
+        "codec": arguments.codec,
+        "entropy": arguments.entropy,
+        "threshold": arguments.threshold,
+        "device": arguments.device,
+        "parallel": parallel(arguments),
+        "resume": arguments.resume,
+        "sign_with": arguments.sign,
+        "progress": progress_bar(),
+    }
+    if len(arguments.models) == 1:
+        facts = pack(arguments.models[0], arguments.out, base=arguments.base, **options)
+    else:
+        facts = pack_series(arguments.models, arguments.out, base=arguments.base or FIRST, **options)
+        return print_series(facts, arguments.json)
     return print_facts(facts, arguments.json)

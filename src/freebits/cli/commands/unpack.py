@@ -1,6 +1,7 @@
 """`freebits unpack`."""
 
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
 from typing import Any
 
 from freebits.cli.arguments import add_jobs, add_out, add_packed, command
@@ -20,6 +21,12 @@ def add(commands: Any) -> ArgumentParser:
     )
     add_packed(parser)
     add_out(parser)
+    parser.add_argument(
+        "--base",
+        metavar="BASE",
+        type=Path,
+        help="folder or hub id of the model's base, if PACKED was packed with --base and the base is not where it was",
+    )
     add_jobs(parser)
     return parser
 
@@ -29,5 +36,11 @@ def run(arguments: Namespace) -> int:
     from freebits.api.pack import unpack
     from freebits.execution.executor import Parallel
 
-    facts = unpack(arguments.packed, arguments.out, parallel=Parallel(jobs=arguments.jobs), progress=progress_bar())
+    facts = unpack(
+        arguments.packed,
+        arguments.out,
+        base=arguments.base,
+        parallel=Parallel(jobs=arguments.jobs),
+        progress=progress_bar(),
+    )
     return print_json(facts) if arguments.json else 0
