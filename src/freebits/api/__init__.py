@@ -1,4 +1,5 @@
-"""The public Python functions, one file per command. They check arguments, call other packages and write a folder.
+"""The Python functions of all commands that write a checkpoint, and the function `estimate`.
 
-Algorithms belong in the other packages. Parsing of arguments and printing belong in `cli`.
+Such a function checks its arguments, calls other packages and writes a folder. Functions that only measure a checkpoint
+are in `evaluation`. Algorithms belong in the other packages; parsing of arguments and printing belong in `cli`.
 """

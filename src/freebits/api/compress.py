@@ -48,6 +48,7 @@ MAX_KL = 0.05
 RUINOUS_KL = 0.5
 """Mean KL divergence, in nats per token, above which a model is written only with `force`."""
 _TRIES = 3
+"""Number of tries after which the search accepts any result within the bound. It fails after twice as many tries."""
 _MAX_FACTOR = 8.0
 """Largest factor by which the expected KL divergence grows from one try to the next."""
 _CLOSE_ENOUGH = 0.9
@@ -61,7 +62,7 @@ class Plan:
 
     Attributes:
         model: folder or URL of the model.
-        bytes: present size of the model in bytes.
+        bytes: size in bytes of the model before compression.
         way: method, either `lossless` or `integers`.
         at_most: largest size of the finished folder in bytes; None if no size is required.
         about: expected size in bytes; None if estimating it requires measurements.
@@ -116,38 +117,40 @@ def compress(
     """Make a model smaller. The target is a size, a number of bits, a bound on the KL divergence, or no loss.
 
     Args:
-        model: folder of a checkpoint, URL of such a folder (`s3://…` or another that fsspec supports), or id of a model
-            on the hub.
+        model: folder of a checkpoint or of a pipeline (several models), URL of such a folder (`s3://…` or another that
+            fsspec supports), id of a model on the hub, or GGUF file.
         out: folder to create; if the function fails, no such folder is left.
         target_size: largest size of the finished folder in bytes, counted as in `inspect`.
-        target_ratio: largest size of the finished folder, as a fraction of the model's present size, in (0, 1).
+        target_ratio: largest size of the finished folder, as a fraction of the size of `model`, in (0, 1).
         bits: average bits per weight of the matrices.
-        lossless: whether to keep every bit; `unpack` then restores the files byte for byte.
+        lossless: whether to keep every bit; `unpack` then restores config and weights files byte for byte.
         max_kl: largest mean KL divergence from the original model on `text`, in nats per token; 0.05 if no target is
             given.
         calibration: text to calibrate on; by default the model generates the text.
         text: text on which the result is compared with the original; by default pages of Python's documentation.
         keep: patterns for the names of tensors to leave unchanged; see `quantize`.
         fallback_bits: average bits per weight of the matrices that are rounded without calibration; see `quantize`.
-        trellis: number of states of a trellis for rounding, see `quantize`.
+        trellis: number of states of the trellis for rounding, or 0 for no trellis; see `quantize`.
         revision: branch, tag or commit of a model on the hub.
         device: device on which to run the model.
         parallel: options for rounding and coding in parallel.
-        force: whether to write the model even if its mean KL divergence is more than 0.5.
+        force: whether to write the model even if its mean KL divergence is more than 0.5 nats per token.
         dry_run: whether to return the plan and write nothing. The weights of a model on the hub are then not
             downloaded, except for their headers.
         sign_with: file with a private key (PEM), which signs every file of the folder; see `verify`.
-        progress: callback, called after each step.
+        progress: callback, called often: after each generated token, block, window or group of matrices.
 
     Returns:
         `plan`. Without `dry_run`, also the result of `inspect(out)` and these entries. `fidelity` is the result of
         `verify`; for a model that transformers cannot run on text, it contains the relative error of the rounded
         weights as `weight_error`. `coverage` is the result of `coverage_report`, or None if no matrix was rounded.
         `auto_class` is the name of the class of transformers that loads the folder, or None if there is none.
-        `seconds` is the time that the call took.
+        `seconds` is the time that compression took. For a pipeline: `kind`, which is `pipeline`, and `components`, name
+        of a model → its result.
 
     Raises:
-        UsageError: the arguments contradict each other, or the target ruins the model or cannot be reached.
+        UsageError: an argument is invalid, arguments contradict each other, or the target ruins the model or cannot be
+            reached.
         CheckpointError: `model` is not a sound checkpoint, or `out` already exists.
         UnsupportedModelError: freebits cannot compress the model, for example because no matrix can be quantized.
     """
@@ -204,7 +207,7 @@ def compress(
 
 @contextmanager
 def _dense_folder(gguf: Path, dry_run: bool) -> Iterator[Path]:
-    """Provide a temporary folder with the model of a GGUF file, converted to floats."""
+    """Until the block ends, provide a temporary folder with the model of a GGUF file, converted to float16."""
     if dry_run:
         raise UsageError("`dry_run` with a GGUF file supports only `lossless`: set `lossless`, or leave out `dry_run`")
     with TemporaryDirectory() as scratch:
@@ -223,7 +226,7 @@ def _compress_pipeline(
     dry_run: bool,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Compress each model of a pipeline, without calibration."""
+    """Compress each model of a pipeline by `compress`, and copy the other files. With `dry_run`, return the plans."""
     targets: dict[str, Any] = {"target_ratio": target_ratio, "bits": bits, "lossless": lossless}
     if dry_run:
         fallback_bits = options["fallback_bits"]
@@ -263,7 +266,11 @@ def make_plan(
     max_kl: float | None,
     fallback_bits: float,
 ) -> Plan:
-    """Choose how to reach the target. This reads only the headers of the weights."""
+    """Choose how to reach the target. This reads only the headers of the weights.
+
+    Raises:
+        CheckpointError: the folder is damaged, or is packed already and `lossless` is set.
+    """
     source, name = open_folder(folder), original(folder) or str(folder)
     present_size = bytes_on_disk(source)
     size = target_size if target_ratio is None else math.floor(target_ratio * present_size)
@@ -414,7 +421,7 @@ def _search(
 
 
 def _weight_error(folder: Path, packed: PackedFolder) -> dict[str, Any]:
-    """Measure the relative error of the rounded weights, as a root mean square."""
+    """Measure the error of all tensors that rounding changed, `‖after - before‖ / ‖before‖`, as `weight_error`."""
     source = open_as_floats(folder)
     error = size = 0.0
     for name in source.specs:
@@ -426,6 +433,7 @@ def _weight_error(folder: Path, packed: PackedFolder) -> dict[str, Any]:
 
 
 def _max_positions(folder: Path) -> int:
+    """Return the number of positions of a model, or 512 if its config does not name this number."""
     config = open_folder(folder).config
     sizes = [config[key] for key in ("max_position_embeddings", "n_positions") if isinstance(config.get(key), int)]
     return min(sizes, default=512)

@@ -1,4 +1,4 @@
-"""Estimate the sizes of a model from its config, without its weights."""
+"""Estimate, from the config of a model and without its weights, the sizes to which freebits compresses the model."""
 
 import math
 import os
@@ -42,14 +42,15 @@ def estimate(
 
         With `sparsity`: `hidden_size`, `sliced_size` and `dtype`. `params` {`dense`, `dense_untied`, `dense_canonical`,
         `sliced`, `bits_back`, `canonical`, `canonical_tied`} has the number of parameters of each form; `planned_forms`
-        describes the forms. `change_vs_dense_untied` and `change_vs_dense` compare the numbers of parameters: each
-        has, for `dense_canonical` and the forms after it, the difference in percent, negative if the form is smaller.
+        describes the forms. `change_vs_dense_untied` and `change_vs_dense` compare the numbers of parameters: for
+        `dense_canonical` and the forms after it, each has the difference in percent, negative if the form is smaller.
         `bytes` has the size of each form in the config's dtype, norms included. Its entry `default` is the size after
         slicing and packing with default options (ties kept, the codec `canonical`, entropy coding).
 
     Raises:
         CheckpointError: the config does not exist, or does not describe a model.
-        UnsupportedModelError: the residual stream of this model cannot be rotated; the message says why.
+        UnsupportedModelError: transformers has no such model, or `sparsity` is given, but the residual stream of the
+            model cannot be rotated; the message says why.
         UsageError: the sparsity is out of range.
     """
     path = local_folder(config, revision, config_only=True)
@@ -86,7 +87,7 @@ def estimate(
 
 
 def _default_sizes(content: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Estimate sizes with default options: lossless, at several bits per weight, and at several sparsities."""
+    """Estimate the sizes of the dense and the lossless form, at several bits per weight, and at several sparsities."""
     dtype = _dtype(content)
     shapes = dense_shapes(content, path).values()
     n_weights = sum(math.prod(shape) for shape in shapes if len(shape) > 1)
@@ -104,7 +105,8 @@ def dense_shapes(config: dict[str, Any], path: Path) -> dict[str, tuple[int, ...
     """Return name → shape of every tensor of the dense model that a config describes, except a tied head.
 
     Raises:
-        CheckpointError: the config does not describe a model, or its number of blocks is implausible.
+        CheckpointError: the config does not describe a model, or has more than `BLOCKS` blocks.
+        UnsupportedModelError: transformers has no such model.
     """
     for key in {family.depth for family in FAMILIES} & config.keys():
         if isinstance(config[key], int) and config[key] > BLOCKS:
@@ -121,6 +123,6 @@ def dense_shapes(config: dict[str, Any], path: Path) -> dict[str, tuple[int, ...
 
 
 def _dtype(config: dict[str, Any]) -> torch.dtype:
-    """Return the dtype of the weights that a config names, or float16 if it names none."""
+    """Return the dtype that a config names, or float16 if the config names no dtype that freebits knows."""
     dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
     return dtype if isinstance(dtype, torch.dtype) and dtype in DTYPE_NAMES else torch.float16

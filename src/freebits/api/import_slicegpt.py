@@ -47,15 +47,15 @@ def import_slicegpt(
 ) -> dict[str, Any]:
     """Convert a model that TransformerCompression sliced to a sliced folder of freebits. The weights stay the same.
 
-    The result computes the same function, because its norms get TransformerCompression's epsilon. Both projects
-    support Llama, OPT, Phi-2 and Phi-3.
+    The result computes the same function: its norms also get TransformerCompression's epsilon, 1e-5, instead of the
+    epsilon of the dense model. Both projects support Llama, OPT, Phi-2 and Phi-3.
 
     Args:
         file: a `.pt` file that `run_slicegpt.py` saved, or a `.safetensors` file with the same tensor names. Code in a
-            `.pt` file is not run. If there is a `.json` file of the same name next to `file`, it is checked against
-            `model`.
-        model: folder of the dense model. The config and the tokenizer are required. If the folder also contains the
-            weights, the history of the result (the list of the steps that made it) states their size.
+            `.pt` file is not run. If there is a `.json` file of the same name next to `file`, its sizes must agree with
+            the config of `model`.
+        model: folder of the dense model, or id on the hub. The config is required; the tokenizer and other auxiliary
+            files are copied. If the folder also contains the weights, the history of the result states their size.
         out: folder to create; if the function fails, no such folder is left.
 
     Returns:
@@ -95,7 +95,7 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
     """Read all tensors of a file, and return name → tensor.
 
     Raises:
-        CheckpointError: the file contains anything but floating-point matrices and vectors.
+        CheckpointError: the file is missing or damaged, or contains anything but floating-point matrices and vectors.
     """
     if not file.is_file():
         raise CheckpointError(f"there is no file {file}: give the .pt file that run_slicegpt.py saved")
@@ -144,7 +144,7 @@ def _is_ordinary(tensor: Tensor) -> bool:
 
 
 def _check_settings(path: Path, architecture: Architecture) -> None:
-    """Check that the `.json` file next to the imported file describes the dense model, if there is such a file."""
+    """Check that the `.json` file next to the imported file, if there is one, has the sizes of the dense model."""
     if not path.exists():
         return
     settings = read_json(path)
@@ -179,7 +179,7 @@ def _renamed(imported: Mapping[str, Tensor], architecture: Architecture, file: P
 
 
 def _layout(tensors: Mapping[str, Tensor], architecture: Architecture, file: Path) -> Layout:
-    """Return the widths of the residual stream before, between and after the shortcuts, taken from their shapes."""
+    """Return the widths of the residual stream before, between and after the shortcuts, from the shortcuts' shapes."""
     names = [sub.shortcut.weight for sub in architecture.sublayers]
     shortcuts = [tensors[name] for name in names if name in tensors and tensors[name].ndim == 2]
     if len(shortcuts) < len(names) or architecture.embedding.weight not in tensors:
@@ -194,7 +194,7 @@ def _layout(tensors: Mapping[str, Tensor], architecture: Architecture, file: Pat
 def _config(dense: Mapping[str, Any], embedding: Tensor, folder: Path) -> dict[str, Any]:
     """Return the dense model's config with the vocabulary size and the epsilons of the sliced model.
 
-    The vocabulary of the sliced model can be larger, because users can add tokens.
+    The vocabulary of the sliced model can be larger than that of the dense model, because users can add tokens.
     """
     with one_line_errors(folder, "config"):
         keys = AutoConfig.for_model(**dense).to_dict().keys()

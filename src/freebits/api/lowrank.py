@@ -50,36 +50,40 @@ def lowrank(
     sign_with: str | os.PathLike[str] | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Replace linear layers by low-rank layers (reduced-order modeling). This is lossy. Memory holds one block.
+    """Replace linear layers by low-rank layers (reduced-order modeling). This is lossy.
+
+    Memory holds a few blocks in float32 and the activations of the calibration text; then it holds the matrices of all
+    low-rank layers. It holds the whole model while the model generates calibration text, or if the model takes at most
+    1 GiB in float32.
 
     Args:
         model: folder of a dense or sliced checkpoint.
         out: folder to create; if the function fails, no such folder is left.
-        budget: fraction of the weights in the blocks' matrices to keep, in (0, 1); by default 0.8. A low-rank layer
-            counts with the weights that remain after `pack`.
+        budget: fraction of the weights in the blocks' matrices to keep, in (0, 1); by default 0.8. For a low-rank
+            layer, only the weights that `pack` stores are counted.
         target_size: largest size of the written weights in bytes; replaces `budget`.
         blocks: blocks to reduce, `all` or `last:N` for the last N blocks.
         allocate: method that chooses the ranks. `slope` keeps each direction of a layer's outputs that reduces the
             expected loss by at least a certain amount per weight, the same amount for all layers; a layer that would
-            get its full rank stays unchanged. `uniform` keeps the same fraction of each matrix. `paper` does the same
-            as arXiv 2312.07046: it keeps the same fraction of each matrix in the last blocks, leaves the other blocks
+            get its full rank stays unchanged. `uniform` keeps the same fraction of each matrix. `paper` works as in
+            arXiv 2312.07046: it keeps the same fraction of each matrix in the last blocks, leaves the other blocks
             unchanged, and counts all weights of both factors. It requires a `budget` of 0.9, 0.8 or 0.5.
         calibration: text to calibrate on; by default the model generates the text.
-        samples: number of windows of calibration text.
+        samples: number of windows of calibration text; fewer if the text is too short.
         seq_len: tokens per window.
         seed: seed for all random choices.
         device: device on which to run the model.
         parallel: options for parallel execution of all work except running the model.
-        resume: whether to continue a stopped run with the same arguments after its last finished block.
+        resume: whether to use the finished work of a stopped run with the same arguments.
         sign_with: file with a private key (PEM), which signs every file of the folder; see `verify`.
-        progress: callback, called after each block.
+        progress: callback, called after each generated token, then after each block.
 
     Returns:
         The result of `inspect(out)`, and `perplexity` {`dense`, `reduced`}, measured on windows of the calibration text
-        that are not used for calibration. The perplexities are None if there are no such windows.
+        that are not used for calibration. A perplexity is None if there are no such windows, or if it is not finite.
 
     Raises:
-        UsageError: an argument is out of range.
+        UsageError: an argument is invalid, or the weights cannot be as small as `target_size`.
         CheckpointError: `model` is not a sound checkpoint, or `out` already exists.
         UnsupportedModelError: the type of the model is unknown, or the model already has low-rank layers.
     """
@@ -126,7 +130,7 @@ def lowrank(
 def _write(
     directory: Path, checkpoint: Checkpoint, layers: Layers, ranks: Mapping[str, int], work: Work
 ) -> dict[str, int]:
-    """Write the weights, and return the ranks of the low-rank layers."""
+    """Write the weights, and return name of a low-rank layer → its rank."""
     source, specs, written_ranks = layers.source, layers.source.specs, dict[str, int]()
     shapes = {f"{name}.down.up": (*spec.shape, *spec.shape) for name, spec in specs.items()} | {
         f"{name}.up.down": spec.shape for name, spec in specs.items()

@@ -29,7 +29,8 @@ from freebits.types import FLOATS
 PAPER_SETTINGS = {0.9: (8, 0.60), 0.8: (12, 0.46), 0.5: (24, 0.33)}
 """Value of `budget` → the settings of arXiv 2312.07046 for a model with 32 blocks.
 
-They are the number of blocks at the end of the model that are reduced, and the fraction of each matrix that is kept.
+The settings are the number of blocks to reduce, which are the last of the model, and the fraction of each of their
+matrices to keep.
 """
 _LAYERS = (nn.Linear, Conv1D)
 
@@ -59,7 +60,7 @@ class Layers:
 
         Raises:
             UsageError: `blocks` is malformed, or names more blocks than the model has.
-            UnsupportedModelError: the model already has low-rank layers, or its type is unknown.
+            UnsupportedModelError: the model already has low-rank layers, or its type is unknown; see `family_of`.
         """
         architecture = Architecture.of(checkpoint.config, len(checkpoint.specs))
         if architecture.low_ranks:
@@ -106,7 +107,16 @@ def choose_ranks(
     seed: int,
     progress: Progress,
 ) -> dict[str, int]:
-    """Return the rank of each layer that becomes low-rank. `plan` is (`budget`, `target_size`, `allocate`)."""
+    """Return name of a matrix → rank, for each layer that becomes low-rank.
+
+    Args:
+        layers: the layers that can become low-rank.
+        tokens: the calibration text, (windows, T), int64.
+        work: store of the spectra and the ranks.
+        plan: (`budget`, `target_size`, `allocate`) as in `lowrank`.
+        seed: seed for sampling the labels of the measurement.
+        progress: callback, called after each block of the measurement.
+    """
     budget, target_size, allocate = plan
     sizes = layers.all_sizes
     spectra: dict[str, Tensor] = {}
@@ -129,7 +139,7 @@ def choose_ranks(
 
 
 def _spectra(layers: Layers, tokens: Tensor, work: Work, seed: int, progress: Progress) -> dict[str, Tensor]:
-    """Return for each layer the energy of its outputs in each direction, weighted by Fisher information."""
+    """Return name of a matrix → its `spectrum`, the energy of its outputs, weighted by Fisher information."""
     sizes = layers.all_sizes
     sums, statistics = measure_group(layers.running, work.store, seed, (0, tokens), progress)
     information = fisher_information(sums, [region for inputs in statistics for region in inputs.regions])
@@ -145,7 +155,7 @@ def _spectra(layers: Layers, tokens: Tensor, work: Work, seed: int, progress: Pr
 def _paper_ranks(layers: Layers, budget: float) -> dict[str, int]:
     """Return the ranks of arXiv 2312.07046, which keep the same fraction of each matrix in the last blocks.
 
-    That paper states how many blocks it reduces in a model with 32 blocks. For other models, this number is scaled.
+    The paper names a number of blocks to reduce in a model with 32 blocks. Other models get the same share of blocks.
     """
     n_of_32, fraction = PAPER_SETTINGS[budget]
     n_blocks = len(layers.running.engine.blocks)
@@ -188,7 +198,7 @@ def _ranks_for_size(layers: Layers, ranks_for: Callable[[float], dict[str, int]]
 def reduce_layers(layers: Layers, ranks: Mapping[str, int], tokens: Tensor, work: Work, progress: Progress) -> None:
     """Find the two factors of each layer, given the outputs of the low-rank layers before it.
 
-    `work` stores the factors `(down, up)` as the result of stage `factors-NAME`.
+    `work` stores the factors `down: (rank, inputs)` and `up: (outputs, rank)` as the result of stage `factors-NAME`.
     """
     engine, recent = layers.running.engine, RecentInputs()
     reducer = partial(_low_rank, layers, ranks, work, recent)

@@ -55,17 +55,17 @@ def pack(
 ) -> dict[str, Any]:
     """Pack a checkpoint. Either omit bits that do not affect the function of the model, or keep every bit.
 
-    The output of a model stays the same under certain rotations of its weights, and under changes of the basis inside
-    each attention head. The codecs `canonical` and `bits-back` use this freedom to store fewer bits, and round each
-    weight once to its dtype. The codec `none` and the entropy stage are bit-exact. If the layers of an adapter may add
-    more than the product of two matrices, the codec `canonical` packs it bit for bit instead, with a warning.
+    A sliced model computes the same function if its residual stream is rotated, and any model if the basis inside an
+    attention head changes. The codec `canonical` uses both to store fewer bits, `bits-back` only the rotations. Both
+    round each weight once to its dtype. The codec `none` and the entropy stage are bit-exact. If the layers of an
+    adapter may add more than the product of two matrices, `canonical` packs it bit for bit instead, with a warning.
 
     Args:
         model: folder of a sliced or dense checkpoint, or of an adapter; `bits-back` requires a sliced one. A GGUF file
             or a pipeline of several models is packed bit for bit.
         out: folder to create; if the function fails, no such folder is left.
-        codec: `canonical` chooses rotations that need no storage and no decoding. `bits-back` is the code of
-            arXiv 2410.01309. `none` keeps the files, which `unpack` restores byte for byte.
+        codec: `canonical` chooses rotations and bases that make weights redundant, and stores only the other weights.
+            `bits-back` is the code of arXiv 2410.01309. With `none`, `unpack` restores the files byte for byte.
         base: folder or hub id of another model, from which `model` was trained. Only the differences from its tensors
             are stored, bit for bit, and loading needs the base. This implies the codec `none`. A base can itself be
             packed with a base. `none` packs without one; `model` can then be a folder that was packed with one.
@@ -75,7 +75,7 @@ def pack(
         device: device for linear algebra, which always uses float64. Devices can differ in the last bits of results.
         parallel: where blocks are packed, and how many at once. Memory holds two blocks per job in float64, and one
             embedding.
-        resume: whether to use the blocks that a stopped run with the same arguments finished.
+        resume: whether to use the finished blocks of a stopped run with the same arguments; never with codec `none`.
         sign_with: file with a private key (PEM), which signs every file of the folder; see `verify`.
         progress: callback, called after each block, or after each tensor with the codec `none`.
 
@@ -83,8 +83,9 @@ def pack(
         The result of `inspect(out)`.
 
     Raises:
-        UsageError: the codec or the device does not exist, or `threshold` is given for another codec than `bits-back`.
+        UsageError: an argument is invalid, or `threshold` is given for another codec than `bits-back`.
         CheckpointError: `model` is not a sound checkpoint, the codec does not support `model`, or `out` already exists.
+        UnsupportedModelError: freebits does not know the architecture, which all codecs but `none` need.
     """
     check_key(sign_with)
     if base is not None:
@@ -224,19 +225,19 @@ def unpack(
 ) -> dict[str, Any]:
     """Write the plain checkpoint that a packed folder encodes, for `transformers` and any other tool.
 
-    A sliced model gets whole matrices on its skip connections, as in SliceGPT. Files that were packed with the codec
-    `none` are restored byte for byte.
+    A sliced model gets whole matrices on its skip connections, as in SliceGPT. With the codec `none`, the config and
+    the weights files are restored byte for byte.
 
     Args:
-        packed: a packed folder.
+        packed: a packed folder, or a pipeline of packed folders.
         out: folder to create; if the function fails, no such folder is left.
         base: folder or hub id of the model's base, if the folder was packed with one that is not where it was.
-        parallel: where tensors are decoded, and how many groups of them at once. The tensors of a group are decoded
-            together, from the same stored tensors. Memory holds this many groups in float64, and one embedding.
+        parallel: where tensors are decoded, and how many groups of tensors at once. The tensors of a group are decoded
+            together, from the same stored tensors. Memory holds so many groups in float64, and one embedding.
         progress: callback, called after each group.
 
     Returns:
-        The result of `inspect(out)`.
+        The result of `inspect(out)`; for a pipeline, `kind` and `components`, see `for_each`.
 
     Raises:
         CheckpointError: the folder is not packed, it is damaged, or `out` already exists.

@@ -44,7 +44,8 @@ _NO_TEXT = "none"
 SAMPLES, WINDOW = 32, 256
 """`SAMPLES`: default number of windows of calibration text. `WINDOW`: default number of tokens per window."""
 _COMPARED, _TOLERANCE = 16, 1e-3
-"""The engine is compared with transformers on `_COMPARED` tokens; the logits may differ by `_TOLERANCE` (relative)."""
+"""The engine is compared with transformers on `_COMPARED` tokens. The largest difference of a logit may be `_TOLERANCE`
+times the largest magnitude of a logit."""
 
 
 def quantize(
@@ -75,6 +76,10 @@ def quantize(
 
     Matrices of the language model are calibrated on text. Other matrices, such as those of a vision tower, are rounded
     without calibration. If transformers cannot run the model on text, all matrices are rounded without calibration.
+    Vectors, small routers and some other tensors stay unchanged; `coverage` lists them with the reasons.
+
+    Memory holds about three blocks in float32, and the activations and Gram matrices of a block. It holds the whole
+    model while the model generates calibration text, or if the model takes at most 1 GiB in float32.
 
     Args:
         model: folder of a dense or sliced checkpoint, or of one that was packed with the codec `canonical`.
@@ -82,37 +87,41 @@ def quantize(
         bits: average bits per weight of the matrices, including their scales and other side data; by default 4.
         target_size: largest size of the finished folder in bytes, counted as in `inspect`; replaces `bits`.
         target_kl: expected KL divergence on self-generated text, in nats per token; replaces `bits`.
-        method: `integers` rounds weights to multiples of scales, and entropy-codes these multiples. The scales are such
-            that each bit reduces the expected loss equally. `pyramid` rounds groups of weights to vectors of integers
-            whose absolute values have a fixed sum (pyramid vectors).
-        trellis: number of states (4, 8, 16, …, 256) of a trellis along which method `integers` rounds each column. At
-            the same bit rate the expected KL divergence is 22 % smaller with 8 states and 24 % with 32 than without a
-            trellis (0), and rounding takes longer. Method `pyramid` has no trellis.
+        method: `integers` rounds each weight to an integer times a scale, and entropy-codes the integers. The scales
+            are such that one more bit would reduce the expected loss equally, whichever matrix gets it. `pyramid`
+            rounds groups of weights to vectors of integers whose absolute values have a given sum (pyramid vectors).
+        trellis: number of states (4, 8, 16, …, 256) of a trellis along which method `integers` rounds each column, or 0
+            for no trellis. In odd states, a weight is rounded to an integer plus 1/2, times a scale. At the same bit
+            rate, the expected KL divergence is 22 % smaller with 8 states than without a trellis, and 24 % smaller with
+            32 states. More states take more time. Method `pyramid` ignores this argument.
         rotate: `hadamard` rotates each matrix on both sides before rounding, and rotates it back during decoding. This
-            improves method `pyramid` much, and `integers` not at all.
+            improves the quality of method `pyramid` much, and that of `integers` not at all.
         only: `linear` quantizes only the matrices of the blocks, `embeddings` only the embedding and the head.
         keep: patterns for the names of tensors to leave unchanged, such as `vision_tower.*`.
         fallback_bits: average bits per weight of the matrices that are rounded without calibration. If no matrix is
             calibrated, this is used only if no other target is given.
         calibration: text to calibrate on; by default the model generates the text.
-        samples: number of windows of calibration text.
+        samples: number of windows of calibration text; fewer if the text is too short.
         seq_len: tokens per window.
         seed: seed for all random choices.
         device: device on which to run the model.
         entropy: entropy stage for tensors that are not quantized; see `pack`.
         parallel: options for rounding in parallel, and for measuring in parallel if the text is split into several
             groups of windows.
-        resume: whether to continue a stopped run with the same arguments after its last finished block.
+        resume: whether to use the finished measurements of a stopped run with the same arguments. Rounding always
+            starts again.
         sign_with: file with a private key (PEM), which signs every file of the folder; see `verify`.
-        progress: callback, called after each step.
+        progress: callback, called after each generated token, then after each block that is measured or group of
+            windows, then after each group of matrices that is rounded.
 
     Returns:
         The result of `inspect(out)`, and `coverage`, the result of `coverage_report`.
 
     Raises:
-        UsageError: an argument is out of range.
+        UsageError: an argument is invalid, or the target cannot be reached.
         CheckpointError: `model` is not a sound checkpoint, or `out` already exists.
-        UnsupportedModelError: the arguments require calibration, but transformers cannot run the model on text.
+        UnsupportedModelError: no matrix can be quantized, or the arguments require calibration, but transformers cannot
+            run the model on text.
     """
     check_key(sign_with)
     goal = Goal(bits, target_size, target_kl, method, fallback_bits, trellis)
@@ -184,7 +193,12 @@ class Prepared:
         executor: Executor,
         progress: Progress,
     ) -> None:
-        """Round the model to a goal, and write a packed folder."""
+        """Round the model to a goal, and write a packed folder.
+
+        Raises:
+            UsageError: the goal cannot be reached.
+            UnsupportedModelError: the goal requires calibration, but the model was not calibrated.
+        """
         if not self.calibrated:
             if goal.kl is not None or goal.method != INTEGERS:
                 option = "`target_kl`" if goal.kl is not None else f"`method` {goal.method}"
@@ -214,7 +228,7 @@ def prepare(
     device: str = "cpu",
     progress: Progress = silent,
 ) -> Prepared:
-    """Measure how sensitive a model is to errors in each of its matrices. `quantize` documents the arguments.
+    """Measure how sensitive a model is to errors in each of its matrices. `quantize` documents arguments and errors.
 
     The store of `work` must exist as long as the result is used, because the result refers to data in the store.
     """
@@ -264,7 +278,7 @@ def prepare(
 
 @torch.no_grad()
 def _check_engine(running: RunningModel, tokens: Tensor) -> None:
-    """Compare the engine's logits with those of transformers on a few tokens, if the model is small.
+    """Compare the engine's logits with those of transformers on a few tokens, if the model is small enough.
 
     Raises:
         UnsupportedModelError: the logits differ by more than rounding errors.
@@ -274,7 +288,7 @@ def _check_engine(running: RunningModel, tokens: Tensor) -> None:
     window = tokens[:1, :_COMPARED]
     expected = _transformers_logits(running, window)  # computed first, so that memory never holds both models
     [actual] = running.engine.logits(window)
-    if expected is None or not expected.isfinite().all():  # then calibration reports an overflow
+    if expected is None or not expected.isfinite().all():  # calibration reports overflows and other failures
         return
     if not (actual - expected).abs().max() <= _TOLERANCE * expected.abs().max():
         raise UnsupportedModelError(
@@ -295,7 +309,7 @@ def _transformers_logits(running: RunningModel, window: Tensor) -> Tensor | None
 def _tokens(
     path: Path, text: str | None, samples: int, seq_len: int, seed: int, device: torch.device, progress: Progress
 ) -> Tensor:
-    """Return the calibration windows, (samples, seq_len)."""
+    """Return the calibration windows, (n, seq_len), int64, where `n` is at most `samples`."""
     if text is None:
         return self_generated_windows(path, samples, seq_len, seed, device, progress)
     windows = split_windows(token_windows(path, text, seq_len), samples, 0, seed)[0]

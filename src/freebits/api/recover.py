@@ -33,7 +33,7 @@ from freebits.storage.writer import CheckpointWriter
 HELD_OUT = 8
 """Number of windows on which the KL divergence is measured."""
 _WARM_UP = 10
-"""Number of windows during which the learning rate rises."""
+"""Number of windows during which the second factor of the learning rate rises; see `train`."""
 _BATCH = 32
 """Number of windows that a model generates at once."""
 _QUANTIZED = (INTEGERS, PYRAMID)
@@ -59,10 +59,11 @@ def recover(
     Training minimizes the KL divergence from the predictions of the original model. It uses Adam, and each window once.
     In a quantized folder, it changes norms, biases and the row scales of linear layers; the scales only take values
     that the folder can store. In a plain folder, it changes every linear layer except the head by LoRA, which is merged
-    at the end. In a sliced model, this includes the matrices on the skip connections (the shortcuts). After
-    training, the codec `canonical` of `pack` stores these as full matrices.
+    at the end. In a sliced model, this includes the matrices on the skip connections (the shortcuts). After training,
+    shortcuts can no longer be stored as small factors, so a packed sliced model is a few percent larger.
 
-    Memory holds both models in float32, and the activations of one window.
+    Memory holds both models in float32, and the activations of one window or, while the original model generates the
+    text, the keys and values of 32 windows.
 
     Args:
         folder: folder of a plain checkpoint, such as a sliced or low-rank one, or of a quantized checkpoint.
@@ -83,7 +84,8 @@ def recover(
         token before and after training, on windows that are not used for training.
 
     Raises:
-        UsageError: an argument is out of range, training did not help, or the extra `recover` is not installed.
+        UsageError: an argument is out of range, training did not help, or the extra `recover`, which LoRA needs, is not
+            installed.
         CheckpointError: a folder is not a sound checkpoint, the vocabularies differ, or `out` already exists.
         UnsupportedModelError: nothing in the model can be trained.
     """
@@ -155,7 +157,10 @@ def _generated(teacher: Any, samples: int, seq_len: int, seed: int, progress: Pr
 
 
 def train(student: Trainable, teacher: Any, windows: Tensor, progress: Progress = silent) -> None:
-    """Train a student on each window once, with Adam. The learning rate rises linearly, then falls to 0 along a cosine.
+    """Train a student on each window once, with Adam.
+
+    The learning rate is the student's `rate`, times a factor that falls from 1 to 0 along half a cosine, times a factor
+    that rises linearly to 1 over the first windows.
 
     Args:
         student: the model with trainable adapters.

@@ -1,4 +1,4 @@
-"""Rotate a dense checkpoint into an equivalent one without the outliers that make quantization inaccurate."""
+"""Rotate a dense checkpoint into an equivalent one with fewer of the outliers that make quantization inaccurate."""
 
 import os
 from collections.abc import Mapping
@@ -32,16 +32,17 @@ from freebits.transforms.pivoting import act
 def rotate_model(
     model: str | os.PathLike[str], out: str | os.PathLike[str], *, seed: int = 0, progress: Progress = silent
 ) -> dict[str, Any]:
-    """Rotate the residual stream and the values of each head. The function is preserved; weights are rounded once.
+    """Rotate the residual stream and the values of each attention head. This preserves the function, up to rounding.
 
     Norms are folded into the matrices that read their outputs. Then one randomized Hadamard matrix rotates the stream,
-    and another rotates each head (QuaRot, sections 3.1 and 4, without its online transforms). The result is an ordinary
-    checkpoint for any quantizer. A tied head becomes a separate matrix, because the final norm is folded into the head.
+    and another rotates the values of each head (QuaRot, sections 3.1 and 4, without its online transforms). Weights are
+    rounded once, at the end. The result is an ordinary checkpoint for any quantizer. A tied head becomes a separate
+    matrix, because the final norm is folded into the head.
 
     Args:
         model: folder of a dense checkpoint.
         out: folder to create; if the function fails, no such folder is left.
-        seed: seed of both rotations.
+        seed: seed of both rotations, from 0 to 2^63 - 1.
         progress: callback, called after each block.
 
     Returns:
@@ -50,7 +51,8 @@ def rotate_model(
     Raises:
         UsageError: the seed is out of range.
         CheckpointError: `model` is not a sound checkpoint, or `out` already exists.
-        UnsupportedModelError: transformers could not run the rotated model; the message says why.
+        UnsupportedModelError: this model cannot be rotated, for example because its norms subtract a mean; the message
+            says why.
     """
     if not 0 <= seed < 2**63:
         raise UsageError(f"`seed` is {seed}: give an integer from 0 to 2^63 - 1")
@@ -81,7 +83,7 @@ def rotate_model(
 
 
 def _rotated_part(dense: Source, architecture: Architecture, part: Part, seed: int) -> dict[str, Tensor]:
-    """Return the rotated tensors of a part in float64: the embeddings, a block, or the head. All norms get scale 1."""
+    """Return the rotated tensors of a part (embeddings, block or head), float64. The scales of all norms become 1."""
     tensors = {name: dense[name] for name in part.weights if name in dense.specs}
     norms = [norm.weight for sub in part.sublayers for norm in sub.norms]
     if part.sublayers:
@@ -106,7 +108,7 @@ def _rotated_part(dense: Source, architecture: Architecture, part: Part, seed: i
 
 
 def _rotate_heads(folded: Mapping[str, Tensor], architecture: Architecture, part: Part, seed: int) -> dict[str, Tensor]:
-    """Rotate the values of each head, and apply the inverse to the output matrix that reads them."""
+    """Rotate the values of each head, and rotate the inputs of the output matrix back."""
     rotated = dict(folded)
     shapes = {name: tuple(tensor.shape) for name, tensor in folded.items()}
     written = {write.weight for sub in part.sublayers for branch in sub.branches for write in branch.writes}

@@ -1,4 +1,4 @@
-"""Steps that several commands share: choose calibration windows, and write the model card and the signature."""
+"""Functions that several commands share: choose calibration windows, and write the model card and the signature."""
 
 import os
 from functools import partial
@@ -17,7 +17,7 @@ from freebits.execution.work_store import Work
 from freebits.storage.signature import sign
 
 N_HELD_OUT = 4
-"""Number of windows of the calibration text on which a command measures its result."""
+"""Number of windows of the calibration text that are not used for calibration, but to measure the result."""
 
 
 def calibration_windows(
@@ -39,7 +39,7 @@ def calibration_windows(
         seq_len: tokens per window.
         seed: seed for the choice of windows and for the generated text.
         device: device on which the model generates text.
-        work: keeps the generated text, so that a resumed run need not generate it again.
+        work: stores the generated text, so that a resumed run need not generate it again.
         progress: callback, called after each generated token.
     """
     if text is None:
@@ -56,7 +56,7 @@ def finish(
     """Write the model card of a new folder, sign the folder, and return the result of `inspect`.
 
     Args:
-        directory: the new folder.
+        directory: the new folder, complete except for the model card and the signature.
         original: folder of the model that the new folder was made from.
         sign_with: file with a private key; if None, the folder is not signed.
         card: further arguments of `write_card`.

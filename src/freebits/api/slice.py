@@ -59,7 +59,10 @@ def slice_model(
     resume: bool = True,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Slice a dense checkpoint with SliceGPT. This is lossy. Memory holds one block, one embedding and the activations.
+    """Slice a dense checkpoint with SliceGPT. This is lossy.
+
+    Memory holds about two blocks, one embedding and the residual stream of all windows. It holds the whole model while
+    the model generates calibration text, or if the model takes at most 1 GiB in float32.
 
     Args:
         model: folder of a dense checkpoint.
@@ -74,17 +77,18 @@ def slice_model(
         seed: seed for all random choices.
         random_orientation: whether to rotate the kept axes of the residual stream at random within their span.
         device: device on which to calibrate, in float32.
-        dtype: dtype of the sliced weights; by default each tensor keeps its dtype, and the matrices on the skip
+        dtype: dtype of the sliced weights; by default each tensor keeps its dtype, and the new matrices on the skip
             connections get the dtype of the embedding.
         force: whether to write the model even if its perplexity is more than 5 times that of the dense model.
         parallel: accepted for consistency with other commands; slicing uses only this process.
-        resume: whether to continue a stopped run with the same arguments after its last finished block.
-        progress: callback, called after each block.
+        resume: whether to use the finished work of a stopped run with the same arguments.
+        progress: callback, called after each generated token, then after each site of the residual stream, then after
+            each block.
 
     Returns:
         The result of `inspect(out)`, and `perplexity` {`dense`, `sliced`}, measured on windows of the calibration text
-        that are not used for calibration. The perplexities are None if there are no such windows. Use `evaluate` to
-        measure the loss of quality on another text.
+        that are not used for calibration. A perplexity is None if there are no such windows, or if it is not finite.
+        Use `evaluate` to measure the loss of quality on another text.
 
     Raises:
         UsageError: an argument is out of range, or slicing ruins the model.
@@ -148,7 +152,7 @@ def _write_parts(
     perplexities: dict[str, float] = {}
     device = slicing.runner.device
     transformed = transform_parts(slicing, dense, architecture.parts, dtypes.__getitem__, slicing.work, device)
-    parts = map(_finished, transformed)  # in this process, because the transform holds a running model
+    parts = map(_finished, transformed)  # not on workers, because the transform holds a running model
     with CheckpointWriter(directory, sliced_shapes, checkpoint.shard_bytes) as writer:
         for done, (tensors, facts) in enumerate(parts, start=1):
             for name, tensor in tensors.items():
@@ -190,12 +194,16 @@ def _checked_architecture(dense: Source, path: Path) -> Architecture:
     for name in expected.keys() - dense.specs.keys() - {head}:
         raise CheckpointError(f"tensor {name} is missing: download the checkpoint again")
     if architecture.tied and head in dense.specs and not torch.equal(dense[head], dense[embedding]):
-        return architecture.with_tie(False)  # transformers also uses the stored head if it differs
+        return architecture.with_tie(False)  # transformers, too, uses a stored head that differs from the embedding
     return architecture
 
 
 def _dtypes(dense: Source, architecture: Architecture, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
-    """Return name → dtype of each tensor of the sliced model."""
+    """Return name → dtype of each tensor of the sliced model.
+
+    Raises:
+        UsageError: `dtype` is not one of the supported dtypes.
+    """
     if dtype is not None and str(dtype).removeprefix("torch.") not in (*DTYPES, "float64"):
         raise UsageError(f"`dtype` is {dtype}: choose {' or '.join(DTYPES)} for the sliced weights")
     dtypes = {name: dtype or spec.dtype for name, spec in dense.specs.items()}

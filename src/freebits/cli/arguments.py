@@ -29,7 +29,7 @@ def command(commands: Any, name: str, summary: str, description: str) -> Argumen
 
 
 def add_verbosity(parser: ArgumentParser) -> None:
-    """Add the options that set how much a command prints."""
+    """Add the options that determine what a command prints."""
     group = parser.add_argument_group("output").add_mutually_exclusive_group()
     group.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     group.add_argument("--quiet", action="store_true", help="print errors only")
@@ -37,17 +37,24 @@ def add_verbosity(parser: ArgumentParser) -> None:
 
 
 def add_model(parser: ArgumentParser, what: str) -> None:
-    """Add the input folder."""
+    """Add the argument for the input folder, which can also be an address or an id on the hub.
+
+    Args:
+        parser: parser of the command.
+        what: kinds of folders that the command accepts, for its help.
+    """
     parser.add_argument("model", metavar="MODEL", type=Path, help=f"{what}{ELSEWHERE}")
 
 
 def add_packed(parser: ArgumentParser) -> None:
-    """Add the packed input folder."""
-    parser.add_argument("packed", metavar="PACKED", type=Path, help="folder written by compress, quantize or pack")
+    """Add the argument for the packed input folder."""
+    parser.add_argument(
+        "packed", metavar="PACKED", type=Path, help="folder that compress, quantize, pack or recover wrote"
+    )
 
 
 def add_out(parser: ArgumentParser) -> None:
-    """Add the output folder."""
+    """Add the argument for the output folder."""
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to create, or an address; it must not exist yet")
 
 
@@ -107,8 +114,8 @@ def add_trellis(parser: ArgumentParser) -> None:
         metavar="STATES",
         type=int,
         default=TRELLIS,
-        help="round along a trellis of 4, 8, 16, …, 256 states: more states give better quality at the same size and "
-        "take more time; 0 for no trellis (default: %(default)s)",
+        help="number of states of the trellis along which columns are rounded: 4, 8, 16, …, 256, or 0 for no trellis; "
+        "more states give better quality at the same size, but take more time (default: %(default)s)",
     )
 
 
@@ -137,7 +144,7 @@ def add_sign(parser: ArgumentParser) -> None:
 
 
 def add_jobs(parser: ArgumentParser) -> None:
-    """Add the option for the number of pieces of work to run at once."""
+    """Add the option for the number of pieces of work that run at the same time."""
     parser.add_argument(
         "--jobs",
         type=int,
@@ -158,7 +165,8 @@ def add_parallel(parser: ArgumentParser) -> None:
         "--backend",
         choices=BACKENDS,
         default=THREADS,
-        help="threads of this process, or ray, which needs pip install 'freebits[ray]' (default: %(default)s)",
+        help="where to run the work: threads of this process, or ray (needs pip install 'freebits[ray]') "
+        "(default: %(default)s)",
     )
     group.add_argument(
         "--address", help="HOST:PORT of a Ray cluster (default: a cluster that runs on this machine, else a new one)"

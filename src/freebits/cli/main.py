@@ -17,17 +17,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit code: 0 after success, 1 if a check failed, 2 after a bad argument or input, 128 + n if signal n
-        stopped the command.
+        The exit code: 0 after success, 1 if a check failed, 2 after bad input, 128 + n if signal n stopped the command.
+
+    Raises:
+        SystemExit: an argument is invalid (code 2), the user asked for help, or SIGTERM or SIGHUP (signal n) stopped
+            the command (code 128 + n).
     """
     arguments = Namespace()
-    # Exit normally on these signals, so that staging directories are removed. Signals that nohup ignores stay ignored.
+    # These signals raise SystemExit, so that `new_directory` can clean up. A signal that nohup ignores stays ignored.
     for number in (getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)):
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, lambda number, _: sys.exit(128 + number))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # some terminals cannot print a delta
+            stream.reconfigure(errors="replace")  # some terminals cannot print Δ
     try:
         arguments = build_parser().parse_args(argv)
         with verbosity(quiet=arguments.quiet, verbose=arguments.verbose):
@@ -49,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
     except BrokenPipeError:
         return _close_stdout()
-    except OSError as error:  # usually from printing, because errors about checkpoints are FreebitsErrors
+    except OSError as error:  # usually from printing: errors about checkpoints are FreebitsErrors
         if error.filename is not None:
             return _print_error(error, arguments)
         _close_stdout()
@@ -72,7 +75,7 @@ def _print_error(error: Exception, arguments: Namespace) -> int:
 
 
 def _close_stdout() -> int:
-    """Discard what Python flushes to stdout at exit, because nobody reads stdout anymore. Return the exit code."""
+    """Send what Python flushes to stdout at exit to the null device, because stdout is broken. Return the exit code."""
     if sys.stdout is not None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return BAD_INPUT

@@ -87,7 +87,7 @@ def print_components(result: dict[str, Any]) -> int:
 
 
 def print_plan(plan: dict[str, Any]) -> None:
-    """Print the actions that `compress` plans."""
+    """Print a plan of `compress` in one line."""
     size, most = plan["about"], plan["at_most"]
     if plan["way"] == "lossless":
         action = f"keep every bit, about {size:,} bytes"
@@ -119,7 +119,11 @@ def print_fidelity(measured: dict[str, Any]) -> None:
 
 
 def print_coverage(coverage: dict[str, Any]) -> None:
-    """Print the share of quantized weights. If it is below 98 %, also print the other tensors, each with a reason."""
+    """Print the share of quantized weights, and the tensors that are rounded without calibration.
+
+    If the share is below 98 %, also print the tensors that are not quantized, each with the reason. Leave out what is
+    less than 0.1 % of the weights.
+    """
     print(f"\n{coverage['share']:.1%} of the weights are quantized")
     if coverage["share"] < _NEARLY_ALL:
         total = sum(entry["weights"] for entry in coverage["left"]) / (1 - coverage["share"])
@@ -133,17 +137,18 @@ def print_coverage(coverage: dict[str, Any]) -> None:
     if coverage.get("undersampled"):
         print(
             f"{coverage['undersampled']} of {coverage['experts']} expert matrices received fewer than 64 tokens of the "
-            "calibration text, so their rounding relies on the average expert of their block: set a larger --samples"
+            "calibration text, so their rounding relies on the average expert of their block: calibrate on more text"
         )
 
 
 _NEARLY_ALL, _WORTH_A_LINE = 0.98, 0.001
+"""Fractions of the weights: see `print_coverage`."""
 
 
 def print_size_table(result: dict[str, Any]) -> int:
     """Print the approximate size of each form of a model, and return the exit code."""
     dense = result["bytes"]["dense"]
-    print(f"approximate sizes, from {result['dtype']}")
+    print(f"approximate sizes; the dense model is in {result['dtype']}")
     rows: list[Row] = [("", "bytes", "of dense")]
     return print_table(rows + [(name, f"{size:,}", f"{size / dense:.0%}") for name, size in result["bytes"].items()])
 
@@ -163,7 +168,7 @@ def changes(size: int, baselines: dict[str, int | None]) -> Row:
 
 
 def print_table(rows: list[Row]) -> int:
-    """Print a table whose first column is left-aligned, and return the exit code."""
+    """Print a table, and return the exit code. The first column is left-aligned, the others are right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for first, *rest in rows:
         cells = [first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(rest, widths[1:], strict=True))]

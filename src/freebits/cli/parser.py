@@ -41,12 +41,13 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands. In its result, `run` is the function that runs the chosen command."""
     root = _Parser(
         prog="freebits",
-        description="Make LLM checkpoints smaller: quantize (lossy), pack (lossless) or slice them (lossy).",
-        epilog="Run freebits estimate MODEL first, then freebits compress MODEL OUT. MODEL is a folder or an id on the "
-        "hub. The result loads with from_pretrained after `import freebits`. For other tools (vLLM, llama.cpp's "
-        "converter), run freebits unpack first. Files and downloads become smaller. In memory, a quantized model is as "
-        "large and as fast as the original; a sliced model is smaller. MODEL and OUT can be addresses (s3://, gs://, "
-        "https://, hf://).",
+        description="Make LLM checkpoints smaller: quantize or slice them (lossy), or pack them (lossless or "
+        "function-preserving).",
+        epilog="Run freebits estimate MODEL first, then freebits compress MODEL OUT. MODEL is a folder, an id on the "
+        "hub or an address (s3://, gs://, https://, hf://). OUT is a folder or an address that can be written. The "
+        "result loads with from_pretrained after `import freebits`. For other tools (vLLM, llama.cpp's converter), run "
+        "freebits unpack first. Files and downloads become smaller. In memory, a quantized model is by default as "
+        "large and as fast as the original; a sliced model is smaller.",
     )
     root.set_defaults(quiet=False, verbose=False)
     root.add_argument("--version", action="version", version=f"freebits {__version__}")

@@ -20,8 +20,8 @@ _BYTE_BAR = "{desc}, {n_fmt} of {total_fmt}B |{bar:20}| {remaining} left"
 
 @contextmanager
 def verbosity(*, quiet: bool, verbose: bool) -> Iterator[None]:
-    """Until the block ends, print only errors if `quiet` is set, and log lines with times if `verbose` is set."""
-    import transformers  # to hide its messages, because those of freebits say what matters
+    """Until the block ends, print only errors if `quiet` is set, or log lines with times if `verbose` is set."""
+    import transformers  # to hide its messages and progress bars: freebits has its own
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -81,7 +81,7 @@ def _bars() -> Progress:
 
 
 def _lines() -> Progress:
-    """Return a callback that logs a line every ten seconds, and the duration of each step at its end."""
+    """Return a callback that logs a line every ten seconds, and the duration of each step when the step ends."""
     begin = last = time.monotonic()
     name = ""
 

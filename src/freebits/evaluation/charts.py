@@ -44,7 +44,13 @@ def check_charts() -> None:
 
 
 def bars(sizes: Mapping[str, float], unit: str, captions: Mapping[str, str]) -> str:
-    """Draw horizontal bars from top to bottom, each with its caption, and return the SVG."""
+    """Draw horizontal bars from top to bottom, each with its caption, and return the SVG.
+
+    Args:
+        sizes: name → length of the bar, at least one.
+        unit: unit of the lengths, for the axis.
+        captions: name → caption of the bar.
+    """
     names, values = list(sizes), list(sizes.values())
 
     def draw(axes: Any) -> None:

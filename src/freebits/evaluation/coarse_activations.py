@@ -1,9 +1,10 @@
-"""Simulate quantized activations and a quantized KV cache as in QuaRot. Values are rounded, but stay floats.
+"""Simulate quantized activations and a quantized KV cache as in QuaRot. Numbers are rounded, but stay floats.
 
-Inputs of linear layers in blocks are rounded per token, symmetrically, and clipped at 0.9 of the largest value. Keys
-(after the rotary embedding) and values are rounded when the cache stores them, per group of 128 along the head. This
-rounding is asymmetric and clips at 0.95 (QuaRot, section 4). With rotation, inputs, keys and values are rounded in a
-randomized Hadamard basis and rotated back. The result equals that of rotated weights with online transforms.
+The inputs of all linear layers except the head are rounded per token. This rounding is symmetric, and clips at 0.9
+times the largest magnitude. Keys (after the rotary embedding) and values are rounded when the cache stores them, in
+groups of 128 components of a head. This rounding is asymmetric, and clips at 0.95 times the minimum and the maximum
+(QuaRot, section 4). With rotation, inputs, keys and values are rounded in a randomized Hadamard basis and rotated back.
+The result equals that of rotated weights with online transforms.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,7 +32,10 @@ def round_symmetric(x: Tensor, bits: int, clip: float = ACTIVATION_CLIP) -> Tens
 
 
 def round_asymmetric(x: Tensor, bits: int, clip: float = CACHE_CLIP, group: int = CACHE_GROUP) -> Tensor:
-    """Round groups in vectors, (…, n), to `2^bits` points from `clip` times the minimum to `clip` times the maximum."""
+    """Round vectors, (…, n), in groups of `group` values.
+
+    Each group is rounded to `2^bits` points, from `clip` times its minimum to `clip` times its maximum.
+    """
     parts = []
     for part in x.split(group, -1):
         low, high = clip * part.amin(-1, keepdim=True), clip * part.amax(-1, keepdim=True)

@@ -1,8 +1,8 @@
 """Estimate the size of each form of a model from the specs of its tensors, before any file exists.
 
-Weights are counted as in arXiv 2410.01309, which reproduces every digit of Table 1 there. All matrices, biases,
-embeddings and the head count, at 16 bits per weight, but norms do not. Files also contain a header and, with the codec
-`bits-back`, corrections.
+Weights are counted as in arXiv 2410.01309: all sizes of sliced models in Table 1 there are reproduced in every digit.
+All matrices, biases, embeddings and the head are counted, at 16 bits per weight. Norms, the headers of files and, with
+the codec `bits-back`, corrections are not counted.
 """
 
 from collections.abc import Iterable, Mapping
@@ -31,9 +31,10 @@ def planned_forms(
         dtype_name: safetensors dtype of the weights.
 
     Returns:
-        Form → name of a stored tensor → tensor spec. The forms are `dense` (tied tensors counted once), `dense_untied`,
-        `dense_canonical` (what the codec `canonical` stores of a dense model), `sliced`, `bits_back` (with signs,
-        without corrections), `canonical` and `canonical_tied` (None for a model without tied tensors).
+        Form → name of a stored tensor → tensor spec. The forms are `dense`, `dense_untied`, `dense_canonical` (what the
+        codec `canonical` stores of a dense model), `sliced`, `bits_back` (with signs, without corrections), `canonical`
+        and `canonical_tied` (None for a model without tied tensors). `dense`, `dense_canonical` and `canonical_tied`
+        contain a tied matrix once, the other forms twice.
     """
     untied, tied = architecture.with_tie(False), architecture.with_tie(True)
     head, embedding = architecture.head.weight, architecture.embedding.weight

@@ -13,9 +13,9 @@ _SIDE_PARTS = ("signs", "corrections")
 
 
 def bytes_on_disk(folder: Folder) -> int:
-    """Return the bytes of the files that define a model: weights, index, manifest and `config.json`.
+    """Return the bytes of the files that define a model: weights, index, manifest and config.
 
-    The tokenizer and the model card are not counted.
+    The tokenizer, the model card and other auxiliary files are not counted.
     """
     metadata = (folder.path / name for name in (config_name(folder.path), MANIFEST))
     return sum(file.stat().st_size for file in (*folder.weight_files, *metadata) if file.is_file())
@@ -48,7 +48,7 @@ def bits_by_tensor(folder: Folder) -> dict[str, float]:
 
 
 def side_bytes(folder: PackedFolder, part: str) -> int:
-    """Return the bytes of all stored tensors that contain a given part of an encoding, such as `corrections`."""
+    """Return the bytes of all stored tensors with a given part of an encoding, such as `corrections`."""
     return sum(size for size, _, used_as in _uses(folder) if used_as == part)
 
 

@@ -34,7 +34,7 @@ th:first-child, td:first-child { text-align: left; }
 pre { background: var(--card); border-radius: .5rem; padding: .8rem; overflow-x: auto; font-size: .85rem; }
 """
 _SHOWN = ("transform", "fidelity", "bytes", "producer", "perplexity")
-"""Fields of a history entry that are not shown as options."""
+"""Fields of a history entry that `_history` does not list among the options."""
 
 
 def page(title: str, facts: Mapping[str, Any], measured: Mapping[str, Any]) -> str:
@@ -60,7 +60,7 @@ def page(title: str, facts: Mapping[str, Any], measured: Mapping[str, Any]) -> s
 
 
 def _safe(text: object) -> str:
-    """Return text from a folder in one line, escaped because it can be any string."""
+    """Return a text in one line, escaped for HTML, because texts from a folder can be any string."""
     return html.escape(one_line(text))
 
 
@@ -88,7 +88,7 @@ def _sizes(facts: Mapping[str, Any]) -> Iterator[str]:
     sizes = {key: earlier[key] for key in ("dense", "sliced") if key in earlier} | {"now": total}
     first = next(iter(sizes.values()))
     captions = {name: f"{_bytes(size)}  ({size / first:.1%})" for name, size in sizes.items()}
-    yield _section("Size, step by step", charts.bars(*_scaled(sizes), captions), "All bytes on disk.")
+    yield _section("Size, step by step", charts.bars(*_scaled(sizes), captions), "Bytes without the tokenizer.")
     captions = {name: f"{_bytes(size)}  ({size / total:.1%})" for name, size in groups.items()}
     yield _section("What the bytes are for", charts.bars(*_scaled(groups), captions), "")
 
@@ -167,7 +167,7 @@ def _history(facts: Mapping[str, Any]) -> Iterator[str]:
             perplexities = ", ".join(f"{name} {value}" for name, value in transform["perplexity"].items())
             lines.append(f"    perplexity on held-out text: {perplexities}")
     steps = "\n".join(_safe(line) for line in lines)
-    note = "Steps in order. To repeat them, run the commands with these options."
+    note = "The steps that made the folder, oldest first, each with its settings and measurements."
     yield f"<h2>How it was made</h2><p>{note}</p><pre>{steps}</pre>"
 
 

@@ -17,7 +17,7 @@ from freebits.storage.checkpoint import CONFIG, config_name
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "datasets")
 """Fields of the source card's front matter that also hold for the new folder."""
 _NAMED = ("transform", "fidelity", "producer")
-"""Fields of a history entry that the card prints before its options."""
+"""Fields of a history entry that the card prints before the options of the step."""
 _FRONT = re.compile(r"\A\ufeff?---\s*\n.*?\n---[ \t]*\n", re.DOTALL)
 _BELOW = "*The card of the model it was made of:*"
 """Separates freebits' text from the source card. Do not change this text, because existing cards contain it."""
@@ -42,7 +42,8 @@ def write_card(
     Args:
         directory: new folder, complete except for the card.
         source: folder that the new folder was made from.
-        measured: result of `verify`, with a description of the text as `text`; None if nothing was measured.
+        measured: `fidelity` as `compress` returns it, with a description of the text as `text`; None if nothing was
+            measured.
         auto_class: name of the Auto class of transformers that loads the folder; None if there is no such class.
     """
     facts, base = inspect(directory), base_model(source)
@@ -128,7 +129,7 @@ def _sizes(facts: Mapping[str, Any]) -> list[str]:
 
 
 def _fidelity(measured: Mapping[str, Any] | None) -> list[str]:
-    """State the measured fidelity and the text it was measured on."""
+    """State the measured fidelity, and the text on which it was measured."""
     if measured is None:
         return []
     if "weight_error" in measured:

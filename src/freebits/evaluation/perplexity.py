@@ -94,7 +94,13 @@ def _lm_eval() -> Any:
 
 @torch.no_grad()
 def logits(model: Any, window: Tensor, cache: Any = None) -> Tensor:
-    """Return the logits for all tokens of a window but the first, (T - 1, V). `cache` can store keys and values."""
+    """Return the logits for all tokens of a window but the first, (T - 1, V), float32.
+
+    Args:
+        model: model as returned by `load`.
+        window: (T,), int64.
+        cache: cache for the keys and values of this window; None to run the model without a cache.
+    """
     options = {} if cache is None else {cache_parameter(model): cache}
     output = model(input_ids=window[None].to(model.device), use_cache=cache is not None, **options)
     result: Tensor = output.logits[0, :-1].float()
@@ -102,5 +108,5 @@ def logits(model: Any, window: Tensor, cache: Any = None) -> Tensor:
 
 
 def loss(logits: Tensor, window: Tensor) -> float:
-    """Return the mean negative log-likelihood of all tokens of a window but the first, in nats."""
+    """Return the mean negative log-likelihood of all tokens of a window, (T,), but the first, in nats per token."""
     return cross_entropy(logits, window[1:].to(logits.device)).item()

@@ -29,6 +29,7 @@ from freebits.types import FLOATS, TensorSpec
 ROUNDED_BITS = (8, 4)
 """Bits of the rounded models that the report shows for comparison."""
 _GROUP, _SCALE_BITS = 32, 16
+"""Weights per group of the rounded models, and bits of the scale of a group."""
 _MAX_DIGITS = 5
 """Largest number of digits of a block number in the name of a tensor."""
 
@@ -46,7 +47,7 @@ def write_report(
     """Write an HTML page about the contents, the history and the quality of a folder.
 
     The page is one file with inline charts. With `against`, four models are run block by block on the CPU: the original
-    model, the model in the folder, and the original model with every matrix rounded to 8 and to 4 bits.
+    model, the model in the folder, and the original model with every matrix rounded to 8 bits and to 4 bits.
 
     Args:
         folder: folder of a checkpoint, usually a packed one.
@@ -64,6 +65,7 @@ def write_report(
     Raises:
         CheckpointError: a checkpoint is damaged, or the page cannot be written.
         UsageError: matplotlib is missing, or the text has too few tokens.
+        UnsupportedModelError: `against` is given, but transformers cannot run a model on text.
     """
     check_charts()
     target = Path(out)
@@ -98,7 +100,7 @@ def _measured_from_headers(path: Path) -> dict[str, Any]:
 
 
 def _compared(path: Path, model: Path, windows: Tensor, progress: Progress) -> dict[str, Any]:
-    """Compare the model in a folder, and rounded versions of the original model, with the original model."""
+    """Compare the original model with the model in a folder, and with rounded versions of the original model."""
     dense, source = open_folder(model), open_folder(path)
     against = compare_models(model, path, windows, progress)
     rounded = {}
@@ -109,7 +111,11 @@ def _compared(path: Path, model: Path, windows: Tensor, progress: Progress) -> d
 
 
 def _errors(dense: Folder, source: Folder) -> dict[str, float]:
-    """Return the relative error of each matrix; nothing if a step since the original model changed the bases."""
+    """Return name of a matrix → relative error.
+
+    The result is empty if a step since the original model is neither a quantization nor the codec `none`, because such
+    a step can change the bases, and errors would then mean nothing.
+    """
     before, after = (folder.history for folder in (dense, source))
     errors: dict[str, float] = {}
     if not {str(transform.get("transform")) for transform in after[len(before) :]} <= {*METHODS, NONE}:

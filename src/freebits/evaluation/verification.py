@@ -47,10 +47,9 @@ def verify(
     """Check every digest of a packed checkpoint and, with `against`, compare it with a reference model.
 
     If all steps between the models are bit-exact, config and tensors must be equal. Otherwise, two adapters must have
-    the same config and, up to rounding, the same product of matrices in each layer. Other models are run on a text and
-    must pass three checks: every logit is finite, the mean KL divergence is small, and the ratio of perplexities is
-    near 1 in either direction. The tolerances are 0.01 nats and a ratio of 1.01 if all steps between the models
-    preserve the function, else 1 nat and a ratio of 1.5.
+    the same config and, up to rounding, the same product of matrices in each layer. Other models are run on a text; all
+    logits must be finite, and two values within tolerances: the mean KL divergence (0.01 nats per token, or 1 if a step
+    does not preserve the function), and the ratio of perplexities in either direction (1.01, or 1.5).
 
     Args:
         packed: folder of the packed checkpoint.
@@ -72,6 +71,7 @@ def verify(
     Raises:
         CheckpointError: a checkpoint is damaged, or a digest or the signature does not match.
         UsageError: the text has too few tokens, or an argument is invalid.
+        UnsupportedModelError: transformers cannot run one of the models on text.
     """
     _check_tolerances(kl, ratio)
     path = local_folder(packed)
@@ -120,7 +120,11 @@ def _failed(measured: dict[str, Any], max_kl: float, max_ratio: float) -> list[s
 
 
 def _fidelity(packed: PackedFolder, reference: Folder) -> str:
-    """Return the lowest fidelity of the steps from the reference to the packed model; lossy if a step is unknown."""
+    """Return the lowest fidelity of the steps from the reference to the packed model.
+
+    If the history of the packed model does not begin with that of the reference, the steps are unknown, and the result
+    is `LOSSY`.
+    """
     before, after = reference.history, packed.history
     between = after[len(before) :] if after[: len(before)] == before else [{"fidelity": LOSSY}]
     fidelities = {str(transform.get("fidelity")) for transform in between}
@@ -139,14 +143,15 @@ def _equal(packed: PackedFolder, reference: Folder) -> bool:
 
 
 def _settings(folder: Folder) -> dict[str, Any]:
-    """Return a folder's config without the history that freebits adds."""
+    """Return a folder's config without the history of the model, which freebits adds."""
     return {key: value for key, value in folder.config.items() if key != HISTORY}
 
 
 def _same_products(packed: PackedFolder, reference: Folder) -> dict[str, Any]:
-    """Check that two adapters have the same config and, up to rounding, the same product in each layer.
+    """Return whether two adapters have the same config and, up to rounding, the same product in each layer.
 
-    If the config does not prove that a layer adds the product of its matrices, every tensor must be equal.
+    If the config does not prove that a layer adds the product of its matrices, every tensor must be equal. The result
+    has the entries `ok` and `failed` of the result of `verify`.
     """
     part = Part({name: Weight(name, Role.INNER, "") for name in packed.specs})
     unproven = unproven_settings(_settings(packed))
@@ -175,7 +180,7 @@ def compare_models(
     Args:
         reference_path: folder of the reference.
         packed_path: folder of the other model.
-        windows: windows of tokens, (windows, seq_len).
+        windows: windows of tokens, (windows, seq_len), int64.
         progress: callback, called after each window.
         view: function that changes the tensors of the other model before it is run.
 

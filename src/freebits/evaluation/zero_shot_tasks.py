@@ -24,7 +24,7 @@ BATCH = 16
 METRICS = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
 
 _LOCAL = "local "
-"""Prefix of the names of the groups that contain local tasks."""
+"""Prefix of the names of groups. A task with local documents is in a group of its own; see `_local`."""
 
 Documents = Iterator[dict[str, Any]]
 
@@ -37,7 +37,7 @@ class LocalTask:
     documents: Callable[..., Documents]
     """Function that yields the documents, given the lines of each file in the order of `files`."""
     config: Mapping[str, Any] = field(default_factory=dict)
-    """Settings for lm-eval that name the fields of a document, if they differ from the fields on the hub."""
+    """Settings that replace those of lm-eval, where the documents have other fields than on the hub."""
 
 
 def _piqa(items: list[str], labels: list[str]) -> Documents:
@@ -104,9 +104,9 @@ def zero_shot(
         progress: callback, called after each batch with the number of finished requests.
 
     Returns:
-        For each task, `acc`, `acc_norm` (with likelihoods divided by the length of the answer), their standard errors
-        `acc_stderr` and `acc_norm_stderr`, and the other metrics of the task. `acc`, `acc_norm` and their standard
-        errors are None if the task lacks them.
+        Name of a task → name of a metric → value. The metrics are `acc`, `acc_norm` (with log-likelihoods divided by
+        the length of the answer), their standard errors `acc_stderr` and `acc_norm_stderr`, and the other metrics of
+        the task. These four metrics are None if the task lacks them.
 
     Raises:
         UsageError: the documents cannot be loaded, or lm-eval cannot run the model on them.
@@ -132,16 +132,16 @@ def _task_manager() -> TaskManager:
 
 
 def _metrics(measured: Mapping[str, Any]) -> dict[str, float | None]:
-    """Return name of a metric → value. The names lack the suffix that lm-eval adds for filters.
+    """Return name of a metric → value. The names lack the suffix `,none`, with which lm-eval marks unfiltered results.
 
-    A metric that `METRICS` names and the task lacks has the value None.
+    A metric of `METRICS` that the task lacks has the value None.
     """
     metrics = {key.removesuffix(",none"): value for key, value in measured.items() if isinstance(value, float)}
     return dict.fromkeys(METRICS) | metrics
 
 
 def _local(name: str, data_dir: Path) -> dict[str, Any]:
-    """Return a task with documents from local files, as lm-eval accepts it."""
+    """Return a task with documents from local files, in a form that lm-eval accepts."""
     if name not in LOCAL_TASKS:
         raise UsageError(
             f"task {name} cannot be read from local files, unlike {' and '.join(LOCAL_TASKS)}: leave out `data_dir`"

@@ -1,4 +1,4 @@
-"""Copy the auxiliary files of a model: all files except its weights. Write the Python module that freebits adds."""
+"""Copy the auxiliary files of a model, which are all files except its weights, and write the module `REMOTE_CODE`."""
 
 import logging
 import os
@@ -27,7 +27,7 @@ CARD_MARK = "<!-- written by freebits -->"
 REMOTE_CODE = "modeling_freebits.py"
 """The only Python file that freebits writes into a folder. It imports model classes from freebits."""
 _REWRITTEN = (CONFIG, ADAPTER, REMOTE_CODE, "freebits.json")
-"""Files that every command writes itself."""
+"""Files that are never copied, because a command that needs one writes it itself."""
 _MAX_LISTED = 20
 """The largest number of files that one message lists."""
 
@@ -35,9 +35,10 @@ _MAX_LISTED = 20
 def copy_auxiliary_files(source: Path, target: Path, handled: Iterable[str] = (), *, exact: bool = False) -> None:
     """Copy all files of a model except its weights, including the files in subfolders.
 
-    Pickles, hidden files and links that lead out of the folder are never copied. Links into the blobs of a Hugging Face
-    cache are copied, because every file of a cached model is such a link. Code and weights in other formats are copied
-    only if `exact` is set. One message at level ERROR lists the files that are not copied.
+    Pickles, hidden files, signatures and links that lead out of the folder are never copied. Links into the blobs of a
+    Hugging Face cache are copied, because every file of a cached model is such a link. Code and weights in other
+    formats are copied only if `exact` is set. One message at level ERROR lists the files that are not copied, except
+    files of tools and files that the caller or a command writes.
 
     Args:
         source: the folder to copy from.
@@ -73,7 +74,7 @@ def copy_auxiliary_files(source: Path, target: Path, handled: Iterable[str] = ()
 
 
 def write_config(path: Path, config: dict[str, Any]) -> None:
-    """Write a config. Leave out and log the entries of `auto_map` whose code is not in the folder."""
+    """Write a config without the entries of `auto_map` whose code is not in the folder. Log these entries."""
     classes = config.get("auto_map") or {}
     classes = classes if isinstance(classes, dict) else {"AutoTokenizer": classes}  # the format of old tokenizers
     available = {
@@ -101,7 +102,7 @@ def _remove_missing_code(folder: Path) -> None:
 
 
 def _has_code(folder: Path, name: str) -> bool:
-    """Return whether a class is in a folder, another repository (`owner/name--module.Class`) or `REMOTE_CODE`."""
+    """Return whether a class is in a folder, in another repository (`owner/name--module.Class`) or in `REMOTE_CODE`."""
     file = f"{name.partition('.')[0]}.py"
     return "--" in name or file == REMOTE_CODE or (folder / file).is_file()
 
@@ -156,7 +157,7 @@ def auto_map(classes: Mapping[str, str]) -> dict[str, str]:
 
 
 def write_remote_code(directory: Path, module: str, classes: Mapping[str, str]) -> None:
-    """Write the module `REMOTE_CODE`. With it, `trust_remote_code=True` can replace `import freebits`.
+    """Write the module `REMOTE_CODE`. With this module, `trust_remote_code=True` can replace `import freebits`.
 
     Args:
         directory: the output folder.
@@ -172,7 +173,7 @@ def write_remote_code(directory: Path, module: str, classes: Mapping[str, str]) 
 
 
 def _files_in(source: Path) -> Iterator[Path]:
-    """Yield the paths of all files and of links to folders, relative to `source`. Skip tool files; follow no links."""
+    """Yield the paths of all files, and of links to folders, relative to `source`. Skip tool files; follow no links."""
     for folder, subfolders, files in os.walk(source):
         visible = [name for name in subfolders if not _is_tool_file(name)]
         links = [name for name in visible if (Path(folder) / name).is_symlink()]

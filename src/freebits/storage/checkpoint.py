@@ -17,7 +17,7 @@ from freebits.types import Bytes, TensorSpec
 from freebits.version import __version__
 
 HISTORY = "freebits"
-"""The key in `config.json` of the entry with the history of the model, which is the list of the steps that made it."""
+"""The key of `config.json` under which freebits stores the history of the model."""
 CONFIG = "config.json"
 WEIGHTS = "model"
 """The stem of the weights files of a model."""
@@ -37,7 +37,7 @@ def read_text(path: Path) -> str:
     """Return the text of a JSON file.
 
     Raises:
-        CheckpointError: the file is missing, too large, or not UTF-8.
+        CheckpointError: the file is missing, too large, not UTF-8, or cannot be read.
     """
     try:
         with open_regular(path) as file:
@@ -55,7 +55,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file.
 
     Raises:
-        CheckpointError: the file is missing or does not contain a JSON object.
+        CheckpointError: see `read_text`; or the file does not contain a JSON object, or nests values too deeply.
     """
     try:
         content = json.loads(read_text(path))
@@ -128,7 +128,7 @@ class Folder(Source, Protocol):
 
 @dataclass(frozen=True)
 class View:
-    """Base class of sources that transform the tensors of another source without changing dtypes or shapes."""
+    """Base class of sources that change the values of another source's tensors, but neither dtypes nor shapes."""
 
     source: Source
 
@@ -149,8 +149,8 @@ class Checkpoint:
     The constructor reads the headers of the files. Tensors are read on access.
 
     Raises:
-        CheckpointError: the folder is missing, is not a checkpoint or has only pickled weights; or a file is
-            truncated; or a tensor that the index lists is missing.
+        CheckpointError: the folder is missing, is not a checkpoint or has only pickled weights; a file is damaged; a
+            tensor is in two files; or a tensor that the index lists is missing.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -193,11 +193,15 @@ class Checkpoint:
         return self.stored_specs()
 
     def stored_specs(self) -> dict[str, TensorSpec]:
-        """Return the dtype and shape that the files declare for every tensor. `specs` of a subclass can differ."""
+        """Return dtype and shape of every tensor as the files declare them. The `specs` of a subclass can differ."""
         return {name: self.weights[file].entries[name].spec for name, file in self.files.items()}
 
     def read(self, name: str) -> Bytes:
-        """Read the bytes of a tensor."""
+        """Read the bytes of a tensor.
+
+        Raises:
+            CheckpointError: the tensor is missing, or its file cannot be read or has changed.
+        """
         if name not in self.files:
             raise CheckpointError(
                 f"tensor {name} is missing in {self.path}: the checkpoint is incomplete, download it again"
@@ -244,7 +248,7 @@ def open_weights(path: Path) -> WeightsFile:
 
 
 def checkpoint_folder(path: str | os.PathLike[str]) -> Path:
-    """Check that a path is the folder of a checkpoint, and return it.
+    """Check that a path is the folder of a checkpoint, and return the path.
 
     Raises:
         CheckpointError: the path is not the folder of a checkpoint.
@@ -255,7 +259,7 @@ def checkpoint_folder(path: str | os.PathLike[str]) -> Path:
             raise CheckpointError(f"{path} is not a folder: give the folder of a downloaded checkpoint")
         if not (folder / CONFIG).exists() and not (folder / ADAPTER).exists():
             raise CheckpointError(f"there is no {CONFIG} in {path}: give the folder of a Hugging Face checkpoint")
-    except (OSError, ValueError) as error:  # for example, the name is too long
+    except (OSError, ValueError) as error:  # for example, because the name is too long
         raise CheckpointError(f"{path} is not a folder ({error}): give the folder of a downloaded checkpoint") from None
     return folder
 

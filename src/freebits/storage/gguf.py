@@ -42,6 +42,7 @@ _METADATA_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8,
 _U32, _STRING, _ARRAY = 4, 8, 9
 """Three metadata types: unsigned 32-bit integer (`_U32`), string and array."""
 _READ_AHEAD = 1 << 20
+"""Number of bytes that `_Reader` reads from the file at once, unless a value has more bytes."""
 _MAX_COUNT = 1 << 24
 """Upper bound on the number of metadata entries, of tensors and of items of an array, and on the alignment."""
 

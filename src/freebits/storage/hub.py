@@ -19,14 +19,15 @@ _UNWANTED = [
 def local_folder(
     model: str | os.PathLike[str], revision: str | None = None, *, config_only: bool = False, whole: bool = True
 ) -> Path:
-    """Return the local folder of a model. Download hub models, and create local mirrors of models at URLs.
+    """Return the local folder of a model. Download models from the hub, and create local mirrors of models at URLs.
 
     Args:
         model: a folder, a hub id such as `Qwen/Qwen3-0.6B`, or a URL that fsspec supports, such as `s3://bucket/model`.
             For a hub id, the settings of huggingface_hub determine the endpoint, the token and the cache.
         revision: branch, tag or commit on the hub.
         config_only: whether to download only `config.json`.
-        whole: whether to download the weights of a hub model. If not, the weights are read from the hub by range.
+        whole: whether to download the weights of a hub model. If not, the result is a mirror, whose weights are read
+            from the hub by range.
 
     Raises:
         CheckpointError: the model does not exist or cannot be reached.
@@ -54,7 +55,7 @@ def local_folder(
 
 
 def push(folder: Path, repo: str) -> str:
-    """Upload a folder to a repository on the hub and return the commit URL. A new repository is private.
+    """Upload a folder to a repository on the hub, and return the URL of the commit. A new repository is private.
 
     Raises:
         CheckpointError: the upload fails.

@@ -1,8 +1,8 @@
 """Read and write remote folders, at URLs that fsspec supports (`s3://`, `gs://`, `hf://`, `https://`, …).
 
-To read a remote folder, freebits creates a local mirror. The mirror contains a copy of each small file, and a sparse
-file of the same size for each weights file. The weights are read from the URL by range. To write a remote folder,
-freebits writes a local folder first and then uploads it.
+To read a remote folder, freebits creates a local mirror. The mirror contains a copy of each small auxiliary file, and a
+sparse file without content, but of the same size, for each other file. The weights are read from the URL by range. To
+write a remote folder, freebits writes a local folder first and then uploads it.
 """
 
 import atexit
@@ -26,8 +26,9 @@ from freebits.limits import COPIED_BYTES
 from freebits.types import Bytes
 
 _COPIED = ("*.json", "*.md", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
+"""Names of the files that a mirror contains as copies, unless they are large."""
 _PROBE = ".freebits"
-"""The name of a file that is written to test whether the folder is writable."""
+"""The name of a file that is written to test whether a remote folder is writable."""
 _LAST = ("config.json",)
 """Files that are uploaded last, so that readers do not take an incomplete folder for a checkpoint."""
 _VERSION_KEYS = ("ETag", "etag", "LastModified", "mtime", "created", "generation", "commit_hash", "blob_id")
@@ -101,8 +102,10 @@ def url_of(path: str | os.PathLike[str]) -> str | None:
 def mirror(url: str) -> Path:
     """Create a local mirror of a remote folder. The mirror is removed when this process exits.
 
+    Further calls with the same URL return the same mirror.
+
     Raises:
-        CheckpointError: the URL is not a checkpoint or cannot be reached.
+        CheckpointError: the folder has no config, or cannot be reached.
     """
     scratch = Path(tempfile.mkdtemp(prefix="mirror-", dir=_cache()))
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)
@@ -146,7 +149,7 @@ def download(url: str, target: Path) -> None:
 
 
 def fill(folder: Path) -> None:
-    """Download the safetensors files of a mirror, so that other libraries can read them. Ignore other folders.
+    """Download the safetensors files of a mirror, so that other libraries can read them. Do nothing for other folders.
 
     Raises:
         CheckpointError: the download fails.
@@ -164,7 +167,7 @@ def exists(path: str | os.PathLike[str]) -> bool:
     """Return whether a path or URL exists.
 
     Raises:
-        CheckpointError: the URL cannot be reached.
+        CheckpointError: the path is a URL that cannot be reached.
     """
     url = url_of(path)
     if url is None:
@@ -211,10 +214,10 @@ def staging_of(url: str) -> Path:
 
 
 def upload(folder: Path, url: str) -> None:
-    """Upload a finished folder and remove the local copy. If the upload fails, remove the uploaded files.
+    """Upload a finished folder, and remove the local copy. If the upload fails, remove the files that were uploaded.
 
     Raises:
-        CheckpointError: the URL exists, or the upload fails. The local folder stays.
+        CheckpointError: the URL exists, or the upload fails. In both cases, the local folder stays.
     """
     if exists(url):
         raise CheckpointError(
@@ -254,9 +257,10 @@ def _remove_if_empty(system: Any, name: str) -> None:
 
 
 def _mirror_file(system: Any, name: str, info: dict[str, Any], folder: Path, relative: str, url: str) -> None:
-    """Copy a small auxiliary file into a mirror. Create a sparse file for any other file.
+    """Copy a remote file into a mirror if it is small and matches `_COPIED`; otherwise create a sparse file.
 
-    The modification time encodes the version of the remote file, because `Task` compares modification times.
+    Hidden files are skipped. The modification time encodes the version of the remote file, because `Task` compares
+    modification times.
     """
     parts = PurePosixPath(relative).parts
     if not parts or any(part in ("..", ".") or "\\" in part or part.startswith(".") for part in parts):

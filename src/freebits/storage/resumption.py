@@ -52,7 +52,7 @@ class Task:
         return path.is_file() and path.read_text(encoding="utf-8") == self.facts
 
     def store(self, staging: Path) -> WorkStore:
-        """Return the store of finished pieces in a staging directory, and record this task in it."""
+        """Return the store of finished pieces in a staging directory, and record this task in the directory."""
         store = WorkStore(staging / UNFINISHED)
         if not self.began(staging):
             (staging / UNFINISHED / _TASK).write_text(self.facts, encoding="utf-8")
@@ -79,7 +79,7 @@ def unchanged(source: Path) -> Iterator[None]:
 
 
 def _states(source: Path) -> list[tuple[str, int, int]]:
-    """Return name, size and modification time of each JSON and safetensors file of a model."""
+    """Return name, size and modification time (ns) of each JSON and safetensors file of a model, without subfolders."""
     files = sorted(file for file in source.glob("*") if file.suffix in (".json", ".safetensors") and file.is_file())
     return [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
 

@@ -1,8 +1,9 @@
 """Read and write safetensors files one tensor at a time.
 
-The safetensors library maps files into memory. If another process truncates a mapped file, this process dies without
-a message. The library also needs all tensors in memory to write a file. `WeightsFile` instead reads each tensor on
-access, and raises an error if the file has changed since its header was read.
+This module does not use the safetensors library, for two reasons. The library maps files into memory: if another
+process truncates a mapped file, the system kills this process without a message. And the library needs all tensors in
+memory to write a file. `WeightsFile` reads each tensor on access, and raises an error if the file has changed since its
+header was read. `WeightsWriter` writes one tensor after another.
 """
 
 import json
@@ -27,7 +28,7 @@ LENGTH = 8
 METADATA = "__metadata__"
 _EMPTY_HEADER = '{"__metadata__":{"format":"pt"}}'
 ENTRY = len('"":{"dtype":"F8_E4M3FNUZ","shape":,"data_offsets":[,]},') + 2 * len(str(TENSOR_VALUES))
-"""An upper bound on the bytes of a header entry, not counting its name and shape."""
+"""An upper bound on the bytes of a header entry without its name and shape."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,9 @@ def parse_header(text: str, n_bytes: int | None = None) -> list[Entry]:
     position = 0
     for entry in entries:
         if entry.begin != position or entry.end - entry.begin != entry.spec.n_bytes:
-            raise ValueError(f"the offsets of tensor {entry.name} do not match its dtype and shape, or leave a gap")
+            raise ValueError(
+                f"the offsets of tensor {entry.name} do not match its dtype and shape, overlap or leave a gap"
+            )
         position = entry.end
     if n_bytes is not None and n_bytes != position:
         raise ValueError(f"it has {n_bytes} bytes of tensors, but its header declares {position}")
@@ -81,7 +84,7 @@ class WeightsFile:
         entries: tensor name → entry, in the order of the bytes.
 
     Raises:
-        CheckpointError: the file is missing or is not a valid safetensors file.
+        CheckpointError: the file is missing, cannot be read or is not a valid safetensors file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -94,7 +97,9 @@ class WeightsFile:
         except FileNotFoundError:
             raise CheckpointError(f"{path} is missing: the checkpoint is incomplete, download it again") from None
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} is truncated or damaged ({error}): download the file again") from None
+            raise CheckpointError(
+                f"{path} cannot be read or is damaged ({error}): check its permissions, or download it again"
+            ) from None
 
     def _parse(self, file: Readable) -> None:
         self.header = _read_header(file)
@@ -119,7 +124,8 @@ class WeightsFile:
                 changed = file.state != self._state
         except (OSError, ValueError) as error:
             raise CheckpointError(
-                f"tensor {name} in {self.path} cannot be read ({error}): download the file again"
+                f"tensor {name} in {self.path} cannot be read ({error}): check the permissions and the connection, or "
+                "download the file again"
             ) from None
         if changed:
             raise CheckpointError(
@@ -170,6 +176,15 @@ class WeightsWriter:
     The file contains the length of the header, the header, and the tensors without gaps. The header is written last,
     into room that is reserved for the names and shapes in `announced`. Space characters fill the rest of this room, as
     the format allows.
+
+    Attributes:
+        path: the file.
+        size: number of bytes of the tensors written so far.
+        header: name → dtype, shape and offsets of each tensor written so far.
+
+    Args:
+        path: the file to create.
+        announced: name → shape of every tensor that can be written.
     """
 
     def __init__(self, path: Path, announced: Mapping[str, tuple[int, ...]]) -> None:
@@ -203,7 +218,7 @@ class WeightsWriter:
         """Write the header.
 
         Raises:
-            AssertionError: the header does not fit, because a written tensor was not announced.
+            AssertionError: the header does not fit, because a tensor or its shape was not announced.
         """
         header = json.dumps({METADATA: {"format": "pt"}, **self.header}, separators=(",", ":")).encode()
         with self._file:
@@ -231,7 +246,7 @@ def open_regular(path: Path) -> FileIO:
 def _read_header(file: Readable) -> str:
     length = int.from_bytes(file.read(0, min(LENGTH, file.size)), "little")
     if not LENGTH + 2 <= LENGTH + length <= min(file.size, LENGTH + HEADER_BYTES):
-        raise ValueError(f"it declares a header of {length} bytes, but has {file.size} bytes")
+        raise ValueError(f"its header of {length} bytes is too short, too long or does not fit into {file.size} bytes")
     return bytes(file.read(LENGTH, length)).decode()
 
 

@@ -1,4 +1,4 @@
-"""Sign folders and check signatures with OpenSSF model-signing. A signature reveals damage and forgery."""
+"""Sign folders, and check signatures, with OpenSSF model-signing. A signature reveals damage and forgery."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ from freebits.errors import CheckpointError, UsageError, one_line, reason_of
 from freebits.storage.resumption import UNFINISHED
 
 SIGNATURE = "model.sig"
-"""The file that signs all other files of a folder: a sigstore bundle with SHA-256 digests."""
+"""The name of the file with the signature of all other files of a folder: a sigstore bundle with SHA-256 digests."""
 
 
 def sign(folder: Path, key: str | os.PathLike[str]) -> None:
@@ -57,7 +57,7 @@ def _signing_error(key: str | os.PathLike[str], error: Exception) -> UsageError:
 
 
 def check_signature(folder: Path, key: str | os.PathLike[str]) -> None:
-    """Check that no file of a folder has changed since the owner of a key signed the folder.
+    """Check that the owner of a key signed a folder, and that no file was changed, added or removed since then.
 
     Args:
         folder: a folder with a signature.

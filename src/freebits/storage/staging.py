@@ -30,13 +30,14 @@ def new_directory(path: str | os.PathLike[str], task: Task | None = None) -> Ite
     ended. The new staging directory is flushed to the disk (`fsync`) before it is renamed to `path`.
 
     Args:
-        path: a folder, or a URL. For a URL, the staging directory is in the user's cache and is uploaded at the end.
+        path: a folder, or a URL. For a URL, the staging directory is in the user's cache, and the folder is uploaded at
+            the end.
         task: the command; None if it cannot be resumed. If a stopped run of the same task left a staging directory,
             this run takes the directory over. If this run is stopped (Ctrl-C or a signal) after it has finished a
             piece, its staging directory stays.
 
     Raises:
-        CheckpointError: `path` exists, or its parent folder cannot be written.
+        CheckpointError: `path` exists or cannot be written, or the upload fails.
     """
     url = url_of(path)
     target = Path(path).absolute() if url is None else staging_of(url)

@@ -11,12 +11,12 @@ from freebits.types import Bytes, TensorSpec, bytes_of
 
 
 class CheckpointWriter:
-    """Writes tensors to safetensors files. A new file starts if the next tensor would not fit into `shard_bytes`.
+    """Writes tensors to safetensors files. A new file begins if the current file would get more than `shard_bytes`.
 
     Args:
         directory: the output folder.
-        announced: name → shape of every tensor that can be written. A written shape must not need more
-            characters than the announced shape.
+        announced: name → shape of every tensor that can be written. A written name or shape must not need more
+            characters than the announced one.
         shard_bytes: the largest number of bytes of tensors in a file; if None, all tensors are in one file.
         stem: the stem of the file names.
     """

@@ -28,12 +28,12 @@ def add(commands: Any) -> ArgumentParser:
         commands,
         "compress",
         "make a model smaller with one command: plan, compress, compare with the original, and write a model card",
-        "Give at most one target. Without a target, the command looks for the smallest folder whose mean KL "
-        "divergence from the model stays below 0.05 nats per token, which raises perplexity by about 5 %. The "
-        "divergence is measured on text that was not used for calibration. The result is lossy, except with "
-        "--lossless or if the target needs no loss. If the command fails, it leaves no OUT and uploads nothing. "
-        "Compression takes minutes per 100 million parameters on a CPU. While the model generates calibration text, "
-        "memory holds the model once in its own dtype. quantize, slice and pack have more options.",
+        "Give at most one target. Without a target, the command looks for a small folder whose mean KL divergence from "
+        "MODEL is at most 0.05 nats per token, which raises perplexity by about 5 %. The divergence is measured on "
+        "text that was not used for calibration. The result is lossy, except with --lossless or if the target needs no "
+        "loss. If compression fails, there is no OUT, and nothing is uploaded. Compression takes minutes per 100 "
+        "million parameters on a CPU. While MODEL generates calibration text, memory holds the whole model, in its own "
+        "dtype, or in float32 if that is faster and fits. quantize, slice and pack have more options.",
     )
     add_model(parser, "folder of a checkpoint")
     add_out(parser)
@@ -53,7 +53,7 @@ def add(commands: Any) -> ArgumentParser:
     parser.add_argument(
         "--lossless",
         action="store_true",
-        help="keep every bit (bfloat16 shrinks to about 70 %%); unpack restores the original files",
+        help="keep every bit (bfloat16 shrinks to about 67 %%); unpack restores the original files",
     )
     parser.add_argument(
         "--calibration",
@@ -71,7 +71,7 @@ def add(commands: Any) -> ArgumentParser:
     add_trellis(parser)
     add_device(parser)
     parser.add_argument(
-        "--force", action="store_true", help="keep the result even if its mean KL divergence exceeds 0.5"
+        "--force", action="store_true", help="keep the result even if its mean KL exceeds 0.5 nats per token"
     )
     parser.add_argument("--dry-run", action="store_true", help="only print the plan; do not download weights")
     parser.add_argument(

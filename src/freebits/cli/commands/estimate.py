@@ -14,11 +14,12 @@ def add(commands: Any) -> ArgumentParser:
         commands,
         "estimate",
         "print how large a model would become, before downloading it",
-        "The command reads only the config. Without --sparsity, it prints the sizes of the folders that freebits "
-        "writes by default. With --sparsity, it prints the size of every form of the model, dense and sliced: the "
-        "number of parameters (without norms, headers and corrections, as in arXiv 2410.01309), and the bytes of all "
-        "tensors in the config's dtype. The forms after `dense` have separate matrices for embedding and head, except "
-        "`canonical tied`. The last row is the size after freebits slice and freebits pack with default options.",
+        "The command reads only the config. Without --sparsity, it prints the approximate sizes of the folders that "
+        "freebits writes by default. With --sparsity, it prints the size of every form of the model, dense and sliced: "
+        "the number of parameters (without norms, headers and corrections, as in arXiv 2410.01309), and the bytes of "
+        "all tensors in the config's dtype. If the head is tied to the embedding, the forms `dense`, `dense canonical` "
+        "and `canonical tied` contain the shared matrix once; the other forms have a separate matrix for the head. "
+        "The last row is the approximate size after freebits slice and freebits pack with default options.",
     )
     parser.add_argument(
         "config", metavar="MODEL", type=Path, help=f"a config.json, a folder that contains one{ELSEWHERE}"

@@ -16,9 +16,9 @@ def add(commands: Any) -> ArgumentParser:
         commands,
         "eval",
         "measure perplexity and zero-shot accuracy",
-        "Perplexity is measured on windows of a text that do not overlap. The model runs in float32, which takes 4 "
-        "bytes per parameter. Tasks need lm-eval (pip install 'freebits[eval]'). Their documents come from the hub or "
-        "from these files in --data-dir: "
+        "Perplexity is measured on windows of a text; the windows do not overlap. The model runs in float32, which "
+        "takes 4 bytes per parameter. Tasks need lm-eval (pip install 'freebits[eval]'). Their documents come from the "
+        "hub or from these files in --data-dir: "
         "piqa/{valid.jsonl,valid-labels.lst}, winogrande/winogrande.jsonl, hellaswag/hellaswag_val_full.txt.bz2.",
     )
     add_model(parser, "folder of any checkpoint")
@@ -34,7 +34,7 @@ def add(commands: Any) -> ArgumentParser:
         "--rotate",
         choices=ROTATIONS,
         default="none",
-        help="basis in which the simulation rounds (hadamard: as in QuaRot)",
+        help="basis in which the simulation rounds; hadamard: a rotated basis, as in QuaRot (default: %(default)s)",
     )
     parser.add_argument(
         "--data-dir", metavar="DIR", type=Path, help="folder with the documents of the tasks (default: the hub)"

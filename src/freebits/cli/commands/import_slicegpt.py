@@ -19,7 +19,10 @@ def add(commands: Any) -> ArgumentParser:
         "run. OUT has the same weights, loads with from_pretrained after `import freebits`, and can be packed.",
     )
     parser.add_argument(
-        "file", metavar="FILE.pt", type=Path, help="the saved file; a .json file of the same name is checked"
+        "file",
+        metavar="FILE.pt",
+        type=Path,
+        help="the saved file; if there is a .json file of the same name, its sizes are compared with those of MODEL",
     )
     add_model(parser, "folder of the dense model that was sliced")
     add_out(parser)

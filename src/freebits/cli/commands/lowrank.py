@@ -26,10 +26,14 @@ def add(commands: Any) -> ArgumentParser:
         commands,
         "lowrank",
         "replace linear layers by low-rank layers (reduced-order modeling, lossy, research)",
-        "Each layer becomes two smaller layers, which take fewer bytes and fewer multiplications. Layers are reduced "
+        "A layer becomes two smaller layers. Run freebits pack afterwards: it leaves out the redundant weights of the "
+        "two layers, and by default only then do they take fewer bytes than the original layer. A packed folder that "
+        "is loaded with freebits.load(FOLDER, keep_pivots=True) also needs fewer multiplications. Layers are reduced "
         "one after another; each is calibrated on the outputs of the layers reduced before it (arXiv 2312.07046). The "
-        "command prints the perplexity on windows of the text that were not used for calibration. At equal size, "
-        "freebits quantize loses less quality. Memory holds one block and the embedding. Run freebits pack afterwards.",
+        "command prints the perplexity on windows of the calibration text that were not used for calibration. At equal "
+        "size, freebits quantize loses less quality. Memory holds a few blocks in float32, and then all low-rank "
+        "layers; it holds the whole model while the model generates text, or if the model takes at most 1 GiB in "
+        "float32.",
     )
     add_model(parser, "folder of a plain or sliced checkpoint")
     add_out(parser)
@@ -37,7 +41,7 @@ def add(commands: Any) -> ArgumentParser:
         "--budget",
         metavar="FRACTION",
         type=float,
-        help="fraction of the blocks' weights that is kept (default: 0.8)",
+        help="fraction of the weights in the blocks' matrices to keep, counted after freebits pack (default: 0.8)",
     )
     parser.add_argument(
         "--target-size", metavar="BYTES", type=size, help="largest size of the weights in OUT; replaces --budget"
@@ -49,9 +53,9 @@ def add(commands: Any) -> ArgumentParser:
         "--allocate",
         choices=ALLOCATIONS,
         default=SLOPE,
-        help="slope: choose ranks so that one more weight would reduce the error equally in every layer; uniform: "
-        "keep the same fraction of each matrix; paper: reduce only the last blocks, as in arXiv 2312.07046, with "
-        "--budget 0.9, 0.8 or 0.5 (default: %(default)s)",
+        help="slope: choose ranks so that one more weight would reduce the expected loss equally in every layer; "
+        "uniform: keep the same fraction of each matrix; paper: reduce only the last blocks, as in arXiv 2312.07046, "
+        "which needs --budget 0.9, 0.8 or 0.5 (default: %(default)s)",
     )
     add_calibration(parser, samples=64, seq_len=256)
     add_device(parser)

@@ -18,15 +18,15 @@ def add(commands: Any) -> ArgumentParser:
         "pack a checkpoint (function-preserving, or bit-exact with --codec none)",
         "A sliced model can be rotated at each block without changing its output. In any model, the basis inside an "
         "attention head can be changed without changing the output. The command chooses rotations and bases so that "
-        "fewer bits have to be stored, and entropy-codes the stored tensors. Memory holds two blocks per job and one "
-        "embedding.",
+        "fewer bits have to be stored, and entropy-codes the stored tensors. Memory holds two blocks per job in "
+        "float64, and one embedding.",
     )
     parser.add_argument(
         "models",
         metavar="MODEL",
         nargs="+",
         type=Path,
-        help="folder of a sliced or plain checkpoint or LoRA adapter (with --codec none, of any model)"
+        help="folder of a sliced or plain checkpoint or of a LoRA adapter (of any model with --codec none)"
         f"{ELSEWHERE}; if there are several, OUT gets a packed folder for each",
     )
     add_out(parser)
@@ -34,9 +34,9 @@ def add(commands: Any) -> ArgumentParser:
         "--codec",
         choices=CODECS,
         default=CANONICAL,
-        help="canonical: choose standard rotations, which gives the smallest folder; bits-back: use the code of arXiv "
-        "2410.01309; none: only entropy coding, for any model; every byte can be restored "
-        "(default: %(default)s)",
+        help="canonical: choose rotations and bases that make weights redundant, and leave out these weights, which "
+        "gives the smallest folder; bits-back: the code of arXiv 2410.01309; none: only entropy coding, for any model; "
+        "unpack then restores the files byte for byte (default: %(default)s)",
     )
     parser.add_argument(
         "--base",
@@ -49,7 +49,8 @@ def add(commands: Any) -> ArgumentParser:
         "--entropy",
         choices=ENTROPIES,
         default="auto",
-        help="entropy coding after the codec, bit-exact (default: %(default)s)",
+        help="auto: entropy-code the tensors that become smaller, without loss; none: entropy-code no tensor "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--threshold",

@@ -29,16 +29,23 @@ def add(commands: Any) -> ArgumentParser:
         commands,
         "quantize",
         "quantize a checkpoint (lossy)",
-        "The command rounds every matrix to integers and entropy-codes the integers. It chooses the scales so that "
-        "each bit reduces the expected loss equally. It calibrates on text that the model generates or on a given "
-        "text, and runs the model block by block. Matrices that no text input uses are rounded without calibration; "
-        "so are all matrices of a model that transformers cannot run on text. Memory holds one block and the "
-        "embedding, or the whole model while it generates text. Until OUT is complete, measurements are "
-        "stored in a hidden folder next to OUT. Check the result with freebits verify OUT --against MODEL.",
+        "The command rounds matrices to integers times scales, and entropy-codes the integers. It chooses the scales "
+        "so that one more bit would reduce the expected loss equally, whichever matrix gets it. It calibrates on text "
+        "that the model generates or on a given text, and runs the model block by block. Matrices that no text input "
+        "uses are rounded without calibration; so are all matrices of a model that transformers cannot run on text. "
+        "Vectors, small routers and some other tensors stay unchanged; if they have more than 2 % of the weights, the "
+        "command lists them with the reasons. Memory holds about three blocks in float32, and the activations and Gram "
+        "matrices of a block; it holds the whole model while the model generates text, or if the model takes at most 1 "
+        "GiB in float32. Until OUT is complete, measurements are stored in a hidden folder next to OUT. Check the "
+        "result with freebits verify OUT --against MODEL.",
     )
     add_model(parser, "folder of a plain or sliced checkpoint, or of one that was packed with --codec canonical")
     add_out(parser)
-    parser.add_argument("--bits", type=float, help="average bits per weight, including those of scales (default: 4)")
+    parser.add_argument(
+        "--bits",
+        type=float,
+        help="average bits per weight, including those of scales (default: 4, if no other target is given)",
+    )
     parser.add_argument("--target-size", metavar="BYTES", type=size, help="largest size of OUT, such as 66MB or 1.2GB")
     parser.add_argument(
         "--target-kl",
@@ -51,17 +58,19 @@ def add(commands: Any) -> ArgumentParser:
         "--method",
         choices=METHODS,
         default=INTEGERS,
-        help="integers give better quality; pyramid vectors are for research (default: %(default)s)",
+        help="integers: better quality; pyramid: pyramid vectors, for research (default: %(default)s)",
     )
     add_trellis(parser)
     parser.add_argument(
         "--rotate",
         choices=ROTATIONS,
         default="none",
-        help="basis in which to round; hadamard helps only --method pyramid",
+        help="basis in which to round; hadamard, a rotated basis, helps only --method pyramid (default: %(default)s)",
     )
     parser.add_argument(
-        "--only", choices=PARTS, help="quantize only the matrices of the blocks, or only embedding and head"
+        "--only",
+        choices=PARTS,
+        help="linear: quantize only the matrices of the blocks; embeddings: only the embedding and the head",
     )
     add_uncalibrated(parser)
     add_calibration(parser, samples=32, seq_len=256)

@@ -16,10 +16,10 @@ def add(commands: Any) -> ArgumentParser:
         "recover",
         "train to recover quality that slicing or quantizing lost (lossy)",
         "The command trains the model to predict what the original model predicts. In a quantized folder, it trains "
-        "the scales and the norms. In a sliced, low-rank or plain folder, it trains every linear layer by LoRA, which "
-        "is merged at the end (this needs pip install 'freebits[recover]'). OUT has the format and size of MODEL; if "
-        "a sliced model is packed afterwards, it is a few percent larger than without training. Training takes minutes "
-        "per 100 million parameters. Memory holds both models in float32.",
+        "norms, biases and the scales of rows. In a sliced, low-rank or plain folder, it trains every linear layer "
+        "except the head by LoRA, which is merged at the end (this needs pip install 'freebits[recover]'). OUT has the "
+        "format and size of MODEL; if a sliced model is packed afterwards, it is a few percent larger than without "
+        "training. Training takes minutes per 100 million parameters. Memory holds both models in float32.",
     )
     add_model(parser, "folder of a sliced, low-rank, plain or quantized checkpoint")
     add_out(parser)

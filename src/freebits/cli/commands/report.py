@@ -16,8 +16,8 @@ def add(commands: Any) -> ArgumentParser:
         "report",
         "write an HTML page about a folder: sizes, quality, history",
         "The page is one file that contains its charts and needs no network. With --against, the command runs both "
-        "models block by block; for comparison, it also runs the original model rounded to 8 and to 4 bits. The charts "
-        "need pip install 'freebits[report]'.",
+        "models block by block; for comparison, it also runs the original model rounded to 8 and to 4 bits. The "
+        "command needs pip install 'freebits[report]'.",
     )
     add_model(parser, "folder of a checkpoint, packed or not")
     parser.add_argument(
@@ -26,7 +26,7 @@ def add(commands: Any) -> ArgumentParser:
         metavar="PAGE",
         type=Path,
         default=Path("report.html"),
-        help="page to write (default: %(default)s)",
+        help="page to write; an existing file is replaced (default: %(default)s)",
     )
     parser.add_argument("--against", metavar="MODEL", type=Path, help="folder of the original model")
     add_evaluation_text(parser, 8, "windows")

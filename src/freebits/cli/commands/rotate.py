@@ -15,9 +15,9 @@ def add(commands: Any) -> ArgumentParser:
         "rotate",
         "rotate a checkpoint for other quantizers (QuaRot; function-preserving, research)",
         "The command folds the norms, and applies randomized Hadamard matrices to the residual stream and to the "
-        "values of each head. Afterwards, no weight or activation is much larger than the others. Use this before "
-        "GPTQ, AWQ or bitsandbytes; freebits quantize does not need it. OUT is a plain checkpoint. A tied head "
-        "becomes a separate matrix.",
+        "values of each head. This removes outliers of the weights and of the residual stream, which make quantization "
+        "inaccurate. Use the command before GPTQ, AWQ or bitsandbytes; freebits quantize does not need it. OUT is a "
+        "plain checkpoint. A tied head becomes a separate matrix.",
     )
     add_model(parser, "folder of a plain checkpoint")
     add_out(parser)

@@ -28,7 +28,8 @@ def add(commands: Any) -> ArgumentParser:
         "The command calibrates block by block on a text, and prints the perplexity on windows of the text that were "
         "not used for calibration. It supports the families in docs/families.md (Llama, Qwen, Mistral, Phi, OPT and "
         "others). The sliced model needs fewer multiplications, but at equal size, freebits quantize loses less "
-        "quality. Memory holds one block, one embedding and the activations of the calibration. Run freebits pack "
+        "quality. Memory holds about two blocks, one embedding and the residual stream of the text; it holds the whole "
+        "model while the model generates text, or if the model takes at most 1 GiB in float32. Run freebits pack "
         "afterwards.",
     )
     add_model(parser, "folder of a plain checkpoint")

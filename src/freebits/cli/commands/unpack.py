@@ -15,9 +15,10 @@ def add(commands: Any) -> ArgumentParser:
         commands,
         "unpack",
         "write the plain checkpoint that a packed folder encodes",
-        "Use this for vLLM, llama.cpp's converter and other tools. OUT is as large as the model was before packing. If "
-        "packing was lossy, OUT has the rounded weights, not the original weights. A sliced model still needs `import "
-        "freebits`. Memory holds one block per job and one embedding.",
+        "Use this for vLLM, llama.cpp's converter and other tools. OUT is about as large as the model was before it "
+        "was packed or quantized. If the model was quantized, OUT has the rounded weights, not the original weights. A "
+        "sliced model still needs `import freebits`. Memory holds about one block per job in float64, and one "
+        "embedding.",
     )
     add_packed(parser)
     add_out(parser)

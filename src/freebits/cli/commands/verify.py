@@ -15,17 +15,18 @@ def add(commands: Any) -> ArgumentParser:
         commands,
         "verify",
         "check a packed folder, and compare it with the original model if --against is given",
-        "The command checks every digest. With --against, it runs both models on the CPU in float32, block by block. "
-        "Logits must be finite; the mean KL divergence and the ratio of perplexities must be within tolerances, which "
-        "are tight after pack and loose after quantize and slice. A folder packed with --codec none must have equal "
-        "tensors. The exit code is 1 if a check fails, and 2 if the folder is damaged.",
+        "The command checks every digest. With --against, it also compares PACKED with MODEL. If PACKED was made with "
+        "--codec none, the tensors must be equal. Otherwise the command runs both models on the CPU in float32, block "
+        "by block. Logits must be finite; the mean KL divergence and the ratio of perplexities must be within "
+        "tolerances, which are tight after pack and loose after quantize and slice. The exit code is 1 if a check "
+        "fails, and 2 if the folder is damaged.",
     )
     add_packed(parser)
     parser.add_argument(
         "--against",
         metavar="MODEL",
         type=Path,
-        help="folder of the model from which PACKED was made, or of an earlier model",
+        help="folder of the model from which PACKED was made, or of an earlier model in its history",
     )
     parser.add_argument(
         "--kl", type=float, help="largest mean KL divergence in nats per token (default: 0.01, or 1 after lossy steps)"
@@ -34,7 +35,10 @@ def add(commands: Any) -> ArgumentParser:
         "--ratio", type=float, help="largest ratio of perplexities (default: 1.01, or 1.5 after lossy steps)"
     )
     parser.add_argument(
-        "--key", metavar="PUBLIC", type=Path, help="first check that the owner of this public key signed all files"
+        "--key",
+        metavar="PUBLIC",
+        type=Path,
+        help="first check that the owner of this public key (PEM file) signed all files",
     )
     add_evaluation_text(parser, 8, "windows")
     return parser
