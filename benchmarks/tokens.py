@@ -139,7 +139,7 @@ def measure(form: str, folder: Path) -> list[float]:
     if form == "dense":
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     else:
-        kept = {"keep_integers": form == FORMS[2], "stay_packed": form == FORMS[3]}
+        kept: dict[str, Any] = {"keep_integers": form == FORMS[2], "stay_packed": form == FORMS[3]}
         model = freebits.load(folder, dtype=torch.bfloat16, **kept)
     model.eval()
     seconds, after = time.perf_counter() - start, private_memory()

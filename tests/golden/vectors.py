@@ -6,6 +6,7 @@ the bytes of each part; and the bytes of each decoded tensor. Bytes are in hexad
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,18 @@ def _entries() -> Iterator[tuple[str, Code, list[Tensor], list[str]]]:
         yield ("integers", *_integers(n_states))
 
 
+def _deltas() -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield tensors and their bases. The bases have more rows, fewer rows, one dimension, or integers."""
+    for dtype, n_rows in ((torch.bfloat16, 40), (torch.float16, 26), (torch.float8_e4m3fn, 32)):
+        base = (_normal(n_rows, 24) / 8).to(dtype)
+        start = torch.cat([base.double(), torch.zeros(6, 24)])[:32]
+        yield (start + _normal(32, 24) * _normal(32, 1) / 500).to(dtype), base
+    vector = _normal(500).float()
+    yield vector * 1.0001, vector
+    numbers = torch.randint(40, (900,), generator=_generator)
+    yield numbers + (numbers % 7 == 0), numbers
+
+
 def _with_pivots() -> Tensor:
     matrix = _normal(4, 5).float()
     matrix[1:3, [0, 3]] = torch.eye(2)
@@ -108,6 +121,10 @@ def main() -> None:
     pyramid_parts = round_to_pyramids(_normal(4, 32).float(), torch.eye(32, dtype=torch.float64), 3.5)
     specs = [TensorSpec("F32", (4, 32))]
     entries.append(_entry("pyramid", CODES["pyramid"].encode(pyramid_parts, specs), specs))
+    for tensor, base in _deltas():
+        specs = [TensorSpec.of(tensor)]
+        coded = CODES["delta"].encode([tensor, base], specs)
+        entries.append(_entry("delta", replace(coded, parts={**coded.parts, "base": base}), specs))
     VECTORS.write_text("[\n" + ",\n".join(map(json.dumps, entries)) + "\n]\n", encoding="utf-8")
 
 

@@ -119,11 +119,11 @@ def _open_base(base: str | os.PathLike[str], out: Path) -> tuple[Base, Folder]:
     path = local_folder(base)
     folder = open_folder(path, n_bases=BASES - 1)
     inner = folder
-    for _ in range(BASES - 1):
+    for _ in range(BASES):
         if not isinstance(inner, PackedFolder) or inner.manifest.base is None:
             return Base.of(base, path, out), folder
         inner = inner.base
-    raise CheckpointError(f"{base} needs {BASES - 1} bases, the most that a base can need: choose one that needs fewer")
+    raise CheckpointError(f"{base} needs {BASES} bases, but a base can need only {BASES - 1}: choose another base")
 
 
 def _pack_whole(model: Path, out: str | os.PathLike[str], **options: Any) -> dict[str, Any]:

@@ -160,7 +160,7 @@ def _contexts(
     base: NDArray[np.unsignedinteger], row_levels: NDArray[np.int64], column_levels: NDArray[np.int64], spec: TensorSpec
 ) -> NDArray[np.uint8]:
     """Return the context of each difference: the level of its expected size, shifted and clamped."""
-    contexts, n_mantissa = np.empty(base.size, np.uint8), MANTISSA_BITS.get(spec.dtype_name, spec.bits)
+    contexts, n_mantissa = np.empty(base.size, np.uint8), MANTISSA_BITS.get(spec.dtype_name, 8)
     # the exponent of values that are one apart
     unit = (1 << spec.bits - n_mantissa - 2) - 1 + n_mantissa if _is_float(spec) else 1
     _find_contexts(base, row_levels + LEVELS_PER_OCTAVE * unit, column_levels, n_mantissa, contexts)

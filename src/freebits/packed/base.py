@@ -16,7 +16,7 @@ from freebits.types import TensorSpec
 
 BASE_PATH = "FREEBITS_BASE_PATH"
 """The environment variable with the folders in which bases are looked for, separated as in `PATH`."""
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
