@@ -20,6 +20,6 @@ def attack(base: str) -> Callable[[Attack], Attack]:
 
 def load_all() -> dict[str, tuple[str, Attack]]:
     """Import all modules with attacks, and return the attacks."""
-    from tests.attacks import codes, configs, headers, manifests, paths  # noqa: F401  (registers the attacks)
+    from tests.attacks import codes, configs, deltas, headers, manifests, paths  # noqa: F401  (registers the attacks)
 
     return ATTACKS
