@@ -20,14 +20,14 @@ from freebits.limits import BASES
 from freebits.models.architecture import Architecture
 from freebits.models.free_bases import unproven_settings
 from freebits.options import CANONICAL, NONE
-from freebits.packed.base import Base
 from freebits.packed.encoded_piece import stage
 from freebits.packed.manifest import is_packed
+from freebits.packed.open_base import OpenBase
 from freebits.packed.packing import pack_into
 from freebits.packed.presets import Preset, chosen
-from freebits.packed.reader import PackedFolder, open_folder
+from freebits.packed.reader import PackedFolder
 from freebits.packed.unpacking import unpack_into
-from freebits.storage.checkpoint import Checkpoint, Folder, is_adapter
+from freebits.storage.checkpoint import Checkpoint, is_adapter
 from freebits.storage.gguf import gguf_folder, is_gguf
 from freebits.storage.hub import local_folder
 from freebits.storage.resumption import Task
@@ -102,7 +102,7 @@ def pack(
         return _pack_exact(model, out, entropy=entropy, parallel=parallel, progress=progress, sign_with=sign_with)
     if is_packed(model):
         raise CheckpointError(f"{model} is packed already: unpack it first")
-    opened_base = None if base is None else _open_base(base, Path(out))
+    opened_base = None if base is None else OpenBase.open(base, Path(out))
     source, sizes = Checkpoint(model), known_sizes(model)
     preset = _safe_preset(preset, source)
     arguments = {"codec": codec, "entropy": entropy, "threshold": threshold, "device": device}
@@ -112,18 +112,6 @@ def pack(
         work = Work(executor, task.store(directory) if task else None)
         pack_into(directory, source, preset, (entropy, entropy_code), sizes, work, progress, opened_base)
         return finish(directory, source.path, sign_with, auto_class=_loader(source))
-
-
-def _open_base(base: str | os.PathLike[str], out: Path) -> tuple[Base, Folder]:
-    """Return the base of a folder to be packed, and the base's folder."""
-    path = local_folder(base)
-    folder = open_folder(path, n_bases=BASES - 1)
-    inner = folder
-    for _ in range(BASES):
-        if not isinstance(inner, PackedFolder) or inner.manifest.base is None:
-            return Base.of(base, path, out), folder
-        inner = inner.base
-    raise CheckpointError(f"{base} needs {BASES} bases, but a base can need only {BASES - 1}: choose another base")
 
 
 def _pack_whole(model: Path, out: str | os.PathLike[str], **options: Any) -> dict[str, Any]:

@@ -5,27 +5,28 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+from torch import Tensor
+
 from freebits.codecs.base import Declined
 from freebits.codecs.columns import fields_of
-from freebits.codecs.delta import are_partners
 from freebits.codecs.registry import CODES
 from freebits.execution.progress import Progress
 from freebits.execution.work_store import Work
-from freebits.packed.base import BaseTensor
 from freebits.packed.contents import STEM, Contents, announced, digested
 from freebits.packed.encoded_piece import Piece, encoded, relative, staged
-from freebits.packed.manifest import digest
-from freebits.packed.reader import PackedFolder
+from freebits.packed.open_base import OpenBase
 from freebits.storage.auxiliary_files import stays_inside
-from freebits.storage.checkpoint import Checkpoint, Folder, config_name, open_weights, read_json, read_text
+from freebits.storage.checkpoint import Checkpoint, config_name, open_weights, read_json, read_text
 from freebits.storage.gguf import GgufFile
 from freebits.storage.safetensors_files import Entry, WeightsFile
 from freebits.storage.writer import CheckpointWriter
-from freebits.types import TensorSpec, bytes_of
+
+_CLEAR_GAIN = 0.5
+"""If the differences from the base take at most this fraction of a tensor's bytes, coding it alone is not tried."""
 
 
 def pack_files(
-    source: Checkpoint, directory: Path, stage: str | None, base: Folder | None, work: Work, progress: Progress
+    source: Checkpoint, directory: Path, stage: str | None, base: OpenBase | None, work: Work, progress: Progress
 ) -> Contents:
     """Write the tensors of all weights files, and collect the file headers.
 
@@ -47,9 +48,7 @@ def pack_files(
     prefixes = {name: f"{name}/" if name in contents.auxiliary else "" for name in files}
     specs = {prefixes[name] + tensor: e.spec for name, file in files.items() for tensor, e in file.entries.items()}
     entries = [(name, entry) for name, file in files.items() for entry in file.entries.values()]
-    partners = _partners(
-        base, {entry.name: entry.spec for file in source.weights.values() for entry in file.entries.values()}
-    )
+    partners = frozenset(base.partners(source.specs)) if base else frozenset()
     pieces = work.map("tensor", partial(_piece, files, prefixes, stage, {*specs}, base, partners), entries)
     block_files = [(prefixes[name], file.fields) for name, file in files.items() if isinstance(file, GgufFile)]
     columns = {
@@ -70,38 +69,32 @@ def _piece(
     prefixes: Mapping[str, str],
     stage: str | None,
     used_names: Collection[str],
-    base: Folder | None,
-    partners: Mapping[str, TensorSpec],
+    base: OpenBase | None,
+    partners: Collection[str],
     item: tuple[str, Entry],
 ) -> tuple[Piece, dict[str, str]]:
     """Encode one tensor of a weights file. Return the piece and the digests of the stored tensors."""
     name, entry = item
     file, target = files[name], prefixes[name] + entry.name
     tensor = entry.spec.view(file.read(entry.name))
+    if base is not None and target in partners:
+        base_tensor, values = base[target]
+        with suppress(Declined):
+            piece = relative(target, entry.spec, tensor, base_tensor, values, used_names)
+            alone = None
+            if piece.n_bytes > _CLEAR_GAIN * entry.spec.n_bytes:
+                alone = _alone(file, entry, target, tensor, stage, used_names)
+            if alone is None or piece.n_bytes < alone.n_bytes:
+                return digested(piece, dict.fromkeys(piece.base, values))
+    return digested(_alone(file, entry, target, tensor, stage, used_names))
+
+
+def _alone(
+    file: WeightsFile, entry: Entry, target: str, tensor: Tensor, stage: str | None, used_names: Collection[str]
+) -> Piece:
+    """Encode one tensor without a base."""
     if isinstance(file, GgufFile) and entry.name in file.fields:
         columns = fields_of(tensor, file.fields[entry.name])
         parts = {str(number): column for number, column in enumerate(columns)}
-        piece = staged(encoded("columns", CODES["columns"], target, parts, {target: entry.spec}), stage, used_names)
-    else:
-        piece = staged(Piece({target: (entry.spec, tensor)}), stage, used_names)
-    if base is not None and target in partners:
-        base_tensor, spec = base[target], partners[target]
-        partner = BaseTensor(target, spec, digest(spec, bytes_of(base_tensor)))
-        with suppress(Declined):
-            smaller = relative(target, entry.spec, tensor, partner, base_tensor, used_names)
-            if smaller.n_bytes < piece.n_bytes:
-                return digested(smaller, dict.fromkeys(smaller.base, base_tensor))
-    return digested(piece)
-
-
-def _partners(base: Folder | None, specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
-    """Return the specs of the base's tensors with which tensors of the same names can be compared, by name.
-
-    Tensors of a packed base that another machine may decode differently are left out.
-    """
-    partners = {name: base.specs[name] for name in specs if base is not None and name in base.specs}
-    return {
-        name: spec
-        for name, spec in partners.items()
-        if are_partners(specs[name], spec) and (not isinstance(base, PackedFolder) or base.is_reproducible(name))
-    }
+        return staged(encoded("columns", CODES["columns"], target, parts, {target: entry.spec}), stage, used_names)
+    return staged(Piece({target: (entry.spec, tensor)}), stage, used_names)

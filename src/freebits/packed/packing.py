@@ -8,9 +8,9 @@ from typing import Any
 from freebits.execution.progress import Progress
 from freebits.execution.work_store import Work
 from freebits.options import BIT_EXACT, FUNCTION_PRESERVING, NONE
-from freebits.packed.base import Base
 from freebits.packed.contents import STEM, Contents
 from freebits.packed.manifest import FORMAT, Manifest, digest_of_file
+from freebits.packed.open_base import OpenBase
 from freebits.packed.pack_files import pack_files
 from freebits.packed.pack_parts import pack_parts
 from freebits.packed.presets import Preset
@@ -37,7 +37,7 @@ def pack_into(
     sizes: Mapping[str, int],
     work: Work,
     progress: Progress,
-    base: tuple[Base, Folder] | None = None,
+    base: OpenBase | None = None,
 ) -> None:
     """Write the packed form of a checkpoint into a new folder.
 
@@ -49,7 +49,7 @@ def pack_into(
         sizes: sizes of the source in bytes, to be recorded in the history.
         work: executor of the encoding, and store of its results.
         progress: function called after each part; with the codec `none`, after each tensor.
-        base: a base, without tensors, and its folder; only for the codec `none`.
+        base: base of the model, for the codec `none` only; None for no base.
 
     Raises:
         CheckpointError: the source is damaged, or the codec does not encode the model.
@@ -57,13 +57,13 @@ def pack_into(
     entropy, code = stage
     model: Mapping[str, Any] = source.config
     if preset is None:
-        contents = pack_files(source, directory, code, base and base[1], work, progress)
+        contents = pack_files(source, directory, code, base, work, progress)
     else:
         contents, layout = pack_parts(source, directory, preset, code, work, progress)
         model = {**DenseShortcutView.plain_config(source.config), **layout.to_config()}
     codec, fidelity = (preset.name, FUNCTION_PRESERVING) if preset else (NONE, BIT_EXACT)
     step = history_step(codec, fidelity, sizes, **(preset.facts if preset else {}))
-    publish(directory, source, contents, model, (codec, entropy), [*source.history, step], base and base[0])
+    publish(directory, source, contents, model, (codec, entropy), [*source.history, step], base)
 
 
 def publish(
@@ -73,7 +73,7 @@ def publish(
     model: Mapping[str, Any],
     packed_with: tuple[str, str],
     history: list[dict[str, Any]],
-    base: Base | None = None,
+    base: OpenBase | None = None,
 ) -> None:
     """Complete a packed folder with the auxiliary files, `config.json` and the manifest.
 
@@ -84,7 +84,7 @@ def publish(
         model: config of the packed model.
         packed_with: names of the codec and of the entropy stage.
         history: steps that made the model, oldest first.
-        base: base of the model, without tensors; None if there is none.
+        base: base of the model; None if there is none.
     """
     base_specs = {name: tensor.spec for name, tensor in contents.base.items()}
     check_recipes(
@@ -106,7 +106,7 @@ def publish(
         config=digest_of_file(directory / CONFIG),
         originals=contents.originals,
         auxiliary=contents.auxiliary,
-        base=replace(base, tensors=contents.base) if base and contents.base else None,
+        base=replace(base.base, tensors=contents.base) if base and contents.base else None,
     ).write(directory)
 
 
