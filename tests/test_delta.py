@@ -128,6 +128,16 @@ def test_partners_differ_at_most_in_their_number_of_rows() -> None:
         assert not are_partners(spec, TensorSpec.parse(base)), base
 
 
+def test_rows_without_a_whole_number_of_bytes_need_as_many_partners() -> None:
+    spec = TensorSpec("F4", (2, 3))
+    assert Delta().parts([spec], {"bytes": 2, "rows": 2})["base"] == spec
+    for rows in (4, 1, 0, True, 2.0):
+        with pytest.raises(ValueError, match=r"rows|valid"):
+            Delta().parts([spec], {"bytes": 2, "rows": rows})
+    with pytest.raises(ValueError, match="3 rows"):
+        Delta().parts([TensorSpec("F16", (30,))], {"bytes": 2, "rows": 3})
+
+
 def test_unrelated_tensors_are_declined() -> None:
     noise = torch.randint(-(2**15), 2**15, (2, 64, 64), generator=torch.Generator().manual_seed(0)).short()
     with pytest.raises(Declined):

@@ -74,15 +74,23 @@ def _entries() -> Iterator[tuple[str, Code, list[Tensor], list[str]]]:
 
 
 def _deltas() -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield tensors and their bases. The bases have more rows, fewer rows, one dimension, or integers."""
-    for dtype, n_rows in ((torch.bfloat16, 40), (torch.float16, 26), (torch.float8_e4m3fn, 32)):
-        base = (_normal(n_rows, 24) / 8).to(dtype)
+    """Yield tensors and their bases, which have more rows, fewer rows, three dimensions, one dimension, or no floats."""
+    for dtype, n_rows in (
+        (torch.bfloat16, 40),
+        (torch.float16, 26),
+        (torch.float8_e4m3fn, 32),
+        (torch.float8_e5m2, 32),
+    ):
+        base = (_normal(n_rows, 24) * 2 ** _normal(n_rows, 1)).to(dtype)
         start = torch.cat([base.double(), torch.zeros(6, 24)])[:32]
-        yield (start + _normal(32, 24) * _normal(32, 1) / 500).to(dtype), base
+        yield (start + _normal(32, 24) * 2 ** (4 * _normal(32, 1) - 8)).to(dtype), base
     vector = _normal(500).float()
-    yield vector * 1.0001, vector
-    numbers = torch.randint(40, (900,), generator=_generator)
-    yield numbers + (numbers % 7 == 0), numbers
+    yield torch.where(vector > 1, -vector, vector * 1.0001), vector
+    yield vector.double() * 1.5, vector.double()
+    numbers = torch.randint(256, (5, 6, 40), generator=_generator)
+    changes = torch.randint(-3, 4, (5, 6, 40), generator=_generator) * torch.tensor([0, 1, 1, 1, 9])[:, None, None]
+    yield (numbers + changes).to(torch.uint8), numbers.to(torch.uint8)
+    yield numbers.reshape(-1)[:300] + 1, numbers.reshape(-1)[:300]
 
 
 def _with_pivots() -> Tensor:

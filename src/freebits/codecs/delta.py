@@ -89,7 +89,8 @@ class Delta:
     def parts(self, makes: Sequence[TensorSpec], params: Params) -> dict[str, TensorSpec]:
         """Return the specs of the message and of the base's tensor, which has `params["rows"]` rows."""
         [spec], n_rows = makes, params["rows"]
-        if type(n_rows) is not int or not 0 < n_rows < 1 << 31 or not spec.n_bytes:
+        valid = type(n_rows) is int and 0 < n_rows < 1 << 31 and (n_rows == 1 or len(spec.shape) > 1)
+        if not valid or not are_partners(spec, _base_spec(spec, n_rows)):
             raise ValueError(f"{spec} cannot be compared with a tensor of {n_rows!r} rows")
         message = bytes_spec(params["bytes"])
         if not params["bytes"] < spec.n_bytes:
