@@ -74,7 +74,7 @@ def _entries() -> Iterator[tuple[str, Code, list[Tensor], list[str]]]:
 
 
 def _deltas() -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield tensors and their bases, which have more rows, fewer rows, three dimensions, one dimension, or no floats."""
+    """Yield tensors and their bases. Some bases have more rows, fewer rows, one or three dimensions, or no floats."""
     for dtype, n_rows in (
         (torch.bfloat16, 40),
         (torch.float16, 26),

@@ -31,9 +31,10 @@ from freebits.integrations.gguf_models import write_dense
 from freebits.integrations.packed_models import auto_class, predicts_text
 from freebits.options import LOSSY, TRELLIS
 from freebits.packed.encoded_piece import stage
+from freebits.packed.open_base import OpenBase
 from freebits.packed.packing import pack_into
 from freebits.packed.reader import PackedFolder, open_folder
-from freebits.quantization.rounding import FALLBACK_BITS, Goal
+from freebits.quantization.rounding import FALLBACK_BITS, LEAST_DIFFERENCE_BITS, Goal
 from freebits.quantization.trellis import check_trellis
 from freebits.storage.checkpoint import Checkpoint
 from freebits.storage.gguf import gguf_folder, is_gguf
@@ -86,6 +87,7 @@ class _Options:
     calibration: str | None
     text: str | None
     keep: Sequence[str]
+    base: OpenBase | None
     fallback_bits: float
     trellis: int
     device: str
@@ -104,6 +106,7 @@ def compress(
     calibration: str | None = None,
     text: str | None = None,
     keep: Sequence[str] = (),
+    base: str | os.PathLike[str] | None = None,
     fallback_bits: float = FALLBACK_BITS,
     trellis: int = TRELLIS,
     revision: str | None = None,
@@ -129,6 +132,8 @@ def compress(
         calibration: text to calibrate on; by default the model generates the text.
         text: text on which the result is compared with the original; by default pages of Python's documentation.
         keep: patterns for the names of tensors to leave unchanged; see `quantize`.
+        base: folder or hub id of the model from which `model` was trained. Only the differences from it are stored,
+            rounded or, with `lossless`, bit for bit; see `quantize` and `pack`.
         fallback_bits: average bits per weight of the matrices that are rounded without calibration; see `quantize`.
         trellis: number of states of the trellis for rounding, or 0 for no trellis; see `quantize`.
         revision: branch, tag or commit of a model on the hub.
@@ -158,6 +163,8 @@ def compress(
     check_trellis(trellis)
     _check_targets(target_size, target_ratio, bits, lossless, max_kl)
     folder = local_folder(model, revision, whole=not dry_run)
+    if base is not None and (is_gguf(folder) or is_pipeline(folder)):
+        raise UsageError(f"{folder} is a GGUF file or a pipeline, which takes no base: leave out `base`")
     if is_gguf(folder):
         options: dict[str, Any] = {"target_size": target_size, "target_ratio": target_ratio, "bits": bits}
         options |= {"max_kl": max_kl, "lossless": lossless, "calibration": calibration, "text": text, "keep": keep}
@@ -183,13 +190,14 @@ def compress(
     if dry_run:
         return {"plan": asdict(plan)}
     started = time.perf_counter()
+    opened_base = None if base is None else OpenBase.open(base, Path(out))
     with new_directory(out) as directory:
         with unchanged(folder), parallel.executor() as executor:
             fidelity, coverage = _execute(
                 plan,
                 folder,
                 directory,
-                _Options(calibration, text, keep, fallback_bits, trellis, device, force),
+                _Options(calibration, text, keep, opened_base, fallback_bits, trellis, device, force),
                 executor,
                 progress,
             )
@@ -304,8 +312,9 @@ def _execute(
     """Carry out the plan. Return fidelity and coverage as `compress` does."""
     scratch = directory / ".scratch"
     scratch.mkdir()
-    fidelity = _pack_lossless(plan, folder, scratch / "made", executor, progress) if plan.way == "lossless" else None
-    coverage = None
+    fidelity = coverage = None
+    if plan.way == "lossless":
+        fidelity = _pack_lossless(plan, folder, scratch / "made", options.base, executor, progress)
     if fidelity is None:
         fidelity, coverage = _quantize(plan, folder, scratch, options, executor, progress)
     for file in (scratch / "made").iterdir():
@@ -315,13 +324,13 @@ def _execute(
 
 
 def _pack_lossless(
-    plan: Plan, folder: Path, target: Path, executor: Executor, progress: Progress
+    plan: Plan, folder: Path, target: Path, base: OpenBase | None, executor: Executor, progress: Progress
 ) -> dict[str, Any] | None:
     """Pack bit for bit and return the result of `verify`, or None if the packed folder is larger than planned."""
     source = Checkpoint(folder)
     target.mkdir()
     sizes = {key: size for key, size in inspect(folder)["bytes"].items() if size is not None}
-    pack_into(target, source, None, ("auto", stage("auto")), sizes, Work(executor), progress)
+    pack_into(target, source, None, ("auto", stage("auto")), sizes, Work(executor), progress, base)
     size = bytes_on_disk(PackedFolder(target))
     if plan.at_most is not None and size > plan.at_most:
         return None
@@ -353,18 +362,20 @@ def _quantize(
         folder,
         Work(executor, WorkStore(scratch / "finished")),
         keep=options.keep,
+        base=options.base,
         calibration=options.calibration,
         seq_len=min(WINDOW, positions),
         device=options.device,
         progress=progress,
     )
     target = scratch / "made"
+    least_bits = 1.0 if options.base is None else LEAST_DIFFERENCE_BITS
 
     def write(expected_kl: float | None) -> None:
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir()
         targets = plan.bits, plan.at_most, expected_kl
-        goal = Goal(*targets, fallback_bits=options.fallback_bits, trellis=options.trellis)
+        goal = Goal(*targets, fallback_bits=options.fallback_bits, trellis=options.trellis, least_bits=least_bits)
         prepared.write(target, goal, "auto", stage("auto"), executor, progress)
 
     def measure() -> dict[str, Any]:

@@ -28,9 +28,11 @@ from freebits.integrations.loading import load
 from freebits.integrations.packed_models import text_auto_class
 from freebits.options import EMBEDDINGS, HADAMARD, INTEGERS, LOSSY, PARTS, ROTATIONS, TRELLIS
 from freebits.packed.encoded_piece import stage
+from freebits.packed.open_base import OpenBase
 from freebits.packed.packing import publish
+from freebits.quantization.differences import Differences
 from freebits.quantization.measuring import measure_matrices
-from freebits.quantization.rounding import FALLBACK_BITS, Goal, write_rounded
+from freebits.quantization.rounding import FALLBACK_BITS, LEAST_DIFFERENCE_BITS, Goal, write_rounded
 from freebits.quantization.sensitivity_cache import Matrix, SensitivityCache, fully_covered_matrices
 from freebits.quantization.weights_only import coverage_report, names_to_keep, routers_to_keep, uncalibrated
 from freebits.storage.checkpoint import Folder, history_step
@@ -60,6 +62,7 @@ def quantize(
     rotate: str = "none",
     only: str | None = None,
     keep: Sequence[str] = (),
+    base: str | os.PathLike[str] | None = None,
     fallback_bits: float = FALLBACK_BITS,
     calibration: str | None = None,
     samples: int = SAMPLES,
@@ -98,6 +101,8 @@ def quantize(
             improves the quality of method `pyramid` much, and that of `integers` not at all.
         only: `linear` quantizes only the matrices of the blocks, `embeddings` only the embedding and the head.
         keep: patterns for the names of tensors to leave unchanged, such as `vision_tower.*`.
+        base: folder or hub id of the model from which `model` was trained. The differences from its matrices are
+            rounded instead of the matrices, and loading needs the base. `bits` can then be as small as 0.1.
         fallback_bits: average bits per weight of the matrices that are rounded without calibration. If no matrix is
             calibrated, this is used only if no other target is given.
         calibration: text to calibrate on; by default the model generates the text.
@@ -124,7 +129,8 @@ def quantize(
             run the model on text.
     """
     check_key(sign_with)
-    goal = Goal(bits, target_size, target_kl, method, fallback_bits, trellis)
+    least_bits = 1.0 if base is None else LEAST_DIFFERENCE_BITS
+    goal = Goal(bits, target_size, target_kl, method, fallback_bits, trellis, least_bits)
     if rotate not in ROTATIONS:
         raise UsageError(f"`rotate` is {rotate!r}: choose {' or '.join(ROTATIONS)}")
     if only not in (None, *PARTS):
@@ -137,6 +143,7 @@ def quantize(
         "size": target_size,
         "kl": target_kl,
     }
+    arguments |= {"base": None if base is None else str(base)}
     arguments |= {"rotate": rotate, "only": only, "keep": [*keep], "fallback_bits": fallback_bits}
     arguments |= {"samples": samples, "seq_len": seq_len, "seed": seed, "device": device, "entropy": entropy}
     task = Task("quantize", Path(model), arguments | {"text": text_digest(calibration)}, resume)
@@ -147,6 +154,7 @@ def quantize(
             rotate=rotate,
             only=only,
             keep=keep,
+            base=None if base is None else OpenBase.open(base, Path(out)),
             calibration=calibration,
             samples=samples,
             seq_len=seq_len,
@@ -170,6 +178,7 @@ class Prepared:
         facts: settings with which the sensitivities were measured; the history of the result records them.
         sizes: sizes of the model in bytes; see `inspect`.
         coverage: result of `coverage_report`.
+        differences: the model as differences from its base; None if there is no base.
     """
 
     source: Folder
@@ -178,6 +187,7 @@ class Prepared:
     facts: Mapping[str, Any]
     sizes: Mapping[str, int]
     coverage: Mapping[str, Any]
+    differences: Differences | None = None
 
     @property
     def calibrated(self) -> bool:
@@ -207,11 +217,12 @@ class Prepared:
             goal = goal if goal.size or goal.bits else replace(goal, bits=goal.fallback_bits)
         source = self.source
         contents = write_rounded(
-            directory, source, self.cache, self.fallback_cache, goal, entropy_code, executor, progress
+            directory, source, self.cache, self.fallback_cache, goal, entropy_code, executor, progress, self.differences
         )
         facts = {**goal.facts, **self.facts, "share": self.coverage["share"]}
         step = history_step(goal.method, LOSSY, self.sizes, **facts)
-        publish(directory, source, contents, source.config, (goal.method, entropy), [*source.history, step])
+        base = self.differences.base if self.differences else None
+        publish(directory, source, contents, source.config, (goal.method, entropy), [*source.history, step], base)
 
 
 def prepare(
@@ -221,6 +232,7 @@ def prepare(
     rotate: str = "none",
     only: str | None = None,
     keep: Sequence[str] = (),
+    base: OpenBase | None = None,
     calibration: str | None = None,
     samples: int = SAMPLES,
     seq_len: int = WINDOW,
@@ -237,6 +249,9 @@ def prepare(
     load_tokens = partial(_tokens, source.path, calibration, samples, seq_len, seed, torch_device, progress)
     rotation_seed = seed if rotate == HADAMARD else None
     unchanged = names_to_keep(source, keep)
+    differences = None if base is None else Differences.of(source, base)
+    if differences:
+        unchanged |= dict.fromkeys(differences.equal, "equal to the base")
     matrices: list[Matrix] = []
     facts: dict[str, Any] = {"rotate": rotate, "text": _NO_TEXT}
     experts: dict[str, int] = {}
@@ -264,7 +279,7 @@ def prepare(
             names = (running.engine.embedding, running.engine.head)
             embeddings = {running.named.checkpoint_name(name) for name in names if name}
             matrices = [matrix for matrix in matrices if (matrix.tensor in embeddings) == (only == EMBEDDINGS)]
-    cache = SensitivityCache(work, source, rotation_seed)
+    cache = SensitivityCache(work, differences or source, rotation_seed)
     calibrated = {matrix.tensor for matrix in matrices}
     fallback_matrices = [] if only is not None else uncalibrated(source, calibrated, unchanged)
     cache.add([*matrices, *fallback_matrices])
@@ -273,7 +288,8 @@ def prepare(
     if not fallback and not calibrated:
         raise UnsupportedModelError(f"{source.path} has no matrix to quantize: run freebits pack instead")
     targeted = calibrated or fallback
-    return Prepared(source, cache.only(targeted), cache.only(fallback - targeted), facts, known_sizes(model), coverage)
+    caches = cache.only(targeted), cache.only(fallback - targeted)
+    return Prepared(source, *caches, facts, known_sizes(model), coverage, differences)
 
 
 @torch.no_grad()

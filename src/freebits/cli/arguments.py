@@ -88,6 +88,16 @@ def add_calibration(parser: ArgumentParser, samples: int, seq_len: int) -> None:
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
 
 
+def add_base(parser: ArgumentParser) -> None:
+    """Add the option for the base of a model."""
+    parser.add_argument(
+        "--base",
+        metavar="BASE",
+        help="folder or hub id of the model from which MODEL was trained: store only the differences from it, so that "
+        "loading needs BASE",
+    )
+
+
 def add_uncalibrated(parser: ArgumentParser) -> None:
     """Add the options for matrices that are rounded without calibration or not at all."""
     parser.add_argument(

@@ -1,5 +1,6 @@
 """The codes that a recipe of a packed folder can name; see `freebits.packed.recipe`."""
 
+from freebits.codecs.added import Added
 from freebits.codecs.base import Code
 from freebits.codecs.bits_back import BitsBack
 from freebits.codecs.columns import Columns
@@ -13,6 +14,7 @@ from freebits.codecs.rearranging import Joined, Transposed
 from freebits.codecs.triangles import Lower, Symmetric
 
 CODES: dict[str, Code] = {
+    "added": Added(),
     "lower": Lower(),
     "symmetric": Symmetric(),
     "bits-back": BitsBack(),

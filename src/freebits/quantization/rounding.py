@@ -16,6 +16,7 @@ from freebits.options import INTEGERS, PYRAMID, TRELLIS
 from freebits.packed.contents import STEM, Contents, announced, digested
 from freebits.packed.encoded_piece import Piece, plain, staged
 from freebits.packed.recipe import Recipe
+from freebits.quantization.differences import Differences
 from freebits.quantization.quantizers import QUANTIZERS, Quantizer, with_trellis
 from freebits.quantization.rate_control import FixedRate, RateController, RateModel
 from freebits.quantization.sensitivity_cache import SensitivityCache, coding_groups
@@ -26,10 +27,14 @@ from freebits.storage.writer import CheckpointWriter
 from freebits.types import TensorSpec
 
 BITS, FALLBACK_BITS, MAX_BITS, MAX_PYRAMID_BITS = 4.0, 6.0, 12, 6
+LEAST_DIFFERENCE_BITS = 0.1
+"""Lower bound of the bits per weight of differences from a base."""
 _MIN_GROUP = 1 << 22
 """Number of weights at which a group of matrices is complete. The integers of a group are encoded together."""
 _CHECK_BYTES = 100
 """Bytes reserved in the manifest for the digest or the sums of each recipe."""
+_BASE_BYTES = 128
+"""Bytes of a tensor of the base in the manifest, without its two names."""
 _FIXED_OVERHEAD = 2048
 """Bytes reserved for the history and for all other entries that the manifest and `config.json` contain only once."""
 
@@ -45,6 +50,7 @@ class Goal:
         method: rounding method, see `quantize`.
         fallback_bits: average bits per weight of the matrices that are rounded without calibration.
         trellis: number of states of the trellis of method `integers`; 0 for no trellis. Other methods ignore it.
+        least_bits: lower bound of `bits`.
     """
 
     bits: float | None = None
@@ -53,6 +59,7 @@ class Goal:
     method: str = INTEGERS
     fallback_bits: float = FALLBACK_BITS
     trellis: int = TRELLIS
+    least_bits: float = 1.0
 
     def __post_init__(self) -> None:
         targets = self._targets
@@ -61,8 +68,8 @@ class Goal:
         if len(targets) > 1:
             raise UsageError("`bits`, `target_size` and `target_kl` cannot be combined: give only one")
         for name, value in targets.items():
-            if name == "bits" and not 1 <= value <= MAX_BITS:
-                raise UsageError(f"`bits` is {value}: give a number from 1 to {MAX_BITS}")
+            if name == "bits" and not self.least_bits <= value <= MAX_BITS:
+                raise UsageError(f"`bits` is {value}: give a number from {self.least_bits:g} to {MAX_BITS}")
             if not 0 < value < math.inf:
                 raise UsageError(f"`{name}` is {value}: give a finite number above 0")
         if not 1 <= self.fallback_bits <= MAX_BITS:
@@ -106,6 +113,7 @@ def write_rounded(
     stage: str | None,
     executor: Executor,
     progress: Progress,
+    differences: Differences | None = None,
 ) -> Contents:
     """Round the matrices and write all tensors.
 
@@ -118,6 +126,8 @@ def write_rounded(
         stage: entropy stage of the tensors that are not rounded; None stores these tensors without one.
         executor: executor that runs the rounding.
         progress: callback after each group of matrices.
+        differences: the model as differences from its base, which are rounded instead of the matrices; None if there
+            is no base.
 
     Returns:
         The recipes and digests for the manifest.
@@ -143,13 +153,19 @@ def write_rounded(
     done, total = 0, sum(subset.spec(name).n_bytes for subset in caches for name in subset.rate_models)
     with CheckpointWriter(directory, shapes, shards, STEM) as writer:
         for name in not_rounded:
-            contents.write(writer, *digested(staged(plain({name: source[name]}), stage)))
+            if differences:
+                contents.write(writer, *digested(*differences.exact(name, source[name], stage)))
+            else:
+                contents.write(writer, *digested(staged(plain({name: source[name]}), stage)))
 
         def write(subset: SensitivityCache, group: list[str], piece: Piece) -> None:
             complete = [completes[name] for name in group if name in completes]
             joins = tuple(recipe for tensor in complete for recipe in subset.join_recipes(tensor, tensors[tensor]))
-            checked, digests = digested(piece)
-            contents.write(writer, checked + Piece(recipes=joins), digests)
+            joined, base = Piece(recipes=joins), dict[str, Tensor]()
+            if differences:
+                (piece, base), (joined, _) = differences.on_base(piece), differences.on_base(joined)
+            checked, digests = digested(piece, base)
+            contents.write(writer, checked + joined, digests)
             nonlocal done
             done += sum(subset.spec(name).n_bytes for name in group)
             progress("quantizing", "byte", done, total)
@@ -159,7 +175,8 @@ def write_rounded(
             c = RateModel.sum(weights_only.rate_models[name] for name in group).c(goal.fallback_bits * n)
             piece = _rounded_group(weights_only, replace(goal, method=INTEGERS), c, group, executor)
             write(weights_only, group, piece)
-        controller = _controller(cache, goal, groups, partial(_overhead_bytes, source, cache, contents, groups, shapes))
+        overhead = partial(_overhead_bytes, source, cache, contents, groups, shapes, differences)
+        controller = _controller(cache, goal, groups, overhead)
         for group in groups:
             write(cache, group, _fitting_group(cache, goal, controller, group, executor))
     return contents
@@ -175,7 +192,7 @@ def _controller(
     if goal.kl is not None:
         return FixedRate(math.sqrt(24 * goal.kl / n_weights / GAINS[goal.trellis]))
     bits = goal.bits_per_weight * n_weights if goal.size is None else 8.0 * (goal.size - overhead())
-    if bits < n_weights / 4:
+    if bits < goal.least_bits / 4 * n_weights:
         raise UsageError(
             f"a target of {goal.size} bytes leaves {max(bits, 0) / n_weights:.2f} bits per weight: give a larger target"
         )
@@ -240,6 +257,7 @@ def _overhead_bytes(
     contents: Contents,
     groups: Sequence[Sequence[str]],
     shapes: Mapping[str, tuple[int, ...]],
+    differences: Differences | None,
 ) -> int:
     """Return an upper bound for the bytes of the finished folder without the bitstreams of the matrices.
 
@@ -251,6 +269,9 @@ def _overhead_bytes(
     for group in groups:
         makes, later_recipes = cache.recipes(group)
         planned += [Recipe(INTEGERS, {"message": f"{group[0]}.message"}, makes, {"bytes": 10**12}), *later_recipes]
+    if differences:
+        planned = [*differences.added(planned)]
+        tensors += sum(2 * len(name) + _BASE_BYTES for name in (*contents.base, *differences.names))
     recipes = sum(len(json.dumps(recipe.facts)) + 1 for recipe in (*contents.recipes, *planned))
     recipes += _CHECK_BYTES * len(planned)
     digests = sum(len(name) + 40 for name in (*contents.stored, *(f"{group[0]}.message" for group in groups)))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from freebits.cli.arguments import (
+    add_base,
     add_device,
     add_jobs,
     add_model,
@@ -67,6 +68,7 @@ def add(commands: Any) -> ArgumentParser:
         type=Path,
         help="file with text to measure on (default: pages of Python's documentation)",
     )
+    add_base(parser)
     add_uncalibrated(parser)
     add_trellis(parser)
     add_device(parser)
@@ -104,6 +106,7 @@ def run(arguments: Namespace) -> int:
         calibration=text_of(arguments.calibration),
         text=text_of(arguments.text),
         keep=arguments.keep,
+        base=arguments.base,
         fallback_bits=arguments.fallback_bits,
         trellis=arguments.trellis,
         revision=arguments.revision,

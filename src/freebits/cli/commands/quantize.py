@@ -4,6 +4,7 @@ from argparse import ArgumentParser, Namespace
 from typing import Any
 
 from freebits.cli.arguments import (
+    add_base,
     add_calibration,
     add_device,
     add_jobs,
@@ -72,6 +73,7 @@ def add(commands: Any) -> ArgumentParser:
         choices=PARTS,
         help="linear: quantize only the matrices of the blocks; embeddings: only the embedding and the head",
     )
+    add_base(parser)
     add_uncalibrated(parser)
     add_calibration(parser, samples=32, seq_len=256)
     add_device(parser)
@@ -96,6 +98,7 @@ def run(arguments: Namespace) -> int:
         rotate=arguments.rotate,
         only=arguments.only,
         keep=arguments.keep,
+        base=arguments.base,
         fallback_bits=arguments.fallback_bits,
         **calibration(arguments),
         parallel=parallel(arguments),

@@ -1,0 +1,105 @@
+"""Round the differences of matrices from those of a base, instead of the matrices."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freebits.codecs.added import BASE, DIFFERENCE
+from freebits.codecs.base import Declined
+from freebits.packed.encoded_piece import Piece, plain, relative, staged
+from freebits.packed.open_base import OpenBase
+from freebits.packed.recipe import Recipe
+from freebits.storage.checkpoint import Source
+from freebits.types import FLOATS, TensorSpec
+
+ADDED = "added"
+
+
+@dataclass(frozen=True)
+class Differences:
+    """A source whose matrices are differences from the base's matrices of the same names, in float32.
+
+    Attributes:
+        source: the model.
+        base: its base.
+        names: names of the matrices that are differences.
+        equal: names of the tensors that are equal to the base's, bit for bit.
+    """
+
+    source: Source
+    base: OpenBase
+    names: frozenset[str]
+    equal: frozenset[str]
+
+    @classmethod
+    def of(cls, source: Source, base: OpenBase) -> "Differences":
+        """Compare a model with its base."""
+        names, equal = set(), set()
+        for name, spec in base.partners(source.specs).items():
+            if spec == source.specs[name]:
+                if torch.equal(source[name], base.folder[name]):
+                    equal.add(name)
+                elif spec.dtype_name in FLOATS[:3] and len(spec.shape) > 1:
+                    names.add(name)
+        return cls(source, base, frozenset(names), frozenset(equal))
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The content of `config.json`."""
+        return self.source.config
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """The specs of the tensors; those of differences have the dtype F32."""
+        return {
+            name: TensorSpec("F32", spec.shape) if name in self.names else spec
+            for name, spec in self.source.specs.items()
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return a tensor, or its difference from that of the base."""
+        tensor = self.source[name]
+        return tensor.float() - self.base.folder[name].float() if name in self.names else tensor
+
+    def added(self, recipes: Sequence[Recipe]) -> tuple[Recipe, ...]:
+        """Return recipes that make differences, with further recipes that add the base's tensors to them."""
+        result: list[Recipe] = []
+        for recipe in recipes:
+            names = [name for name in recipe.makes if name in self.names]
+            makes = {f"{name}.{DIFFERENCE}" if name in names else name: spec for name, spec in recipe.makes.items()}
+            result.append(replace(recipe, makes=makes))
+            for name in names:
+                takes = {BASE: f"{name}.{BASE}", DIFFERENCE: f"{name}.{DIFFERENCE}"}
+                result.append(Recipe(ADDED, takes, {name: self.source.specs[name]}))
+        return tuple(result)
+
+    def on_base(self, piece: Piece) -> tuple[Piece, dict[str, Tensor]]:
+        """Add the base's tensors to the differences that a piece makes.
+
+        Returns:
+            The piece with the further recipes, and the tensors of the base, by the names by which recipes take them.
+        """
+        made = [name for recipe in piece.recipes for name in recipe.makes if name in self.names]
+        read = {f"{name}.{BASE}": self.base[name] for name in made}
+        tensors = {name: tensor for name, (tensor, _) in read.items()}
+        changed = replace(piece, recipes=self.added(piece.recipes), base={**piece.base, **tensors})
+        return changed, {name: values for name, (_, values) in read.items()}
+
+    def exact(self, name: str, tensor: Tensor, stage: str | None) -> tuple[Piece, dict[str, Tensor]]:
+        """Encode a tensor that is not rounded, bit for bit, as differences from the base if this saves bytes.
+
+        Returns:
+            See `on_base`.
+        """
+        alone = staged(plain({name: tensor}), stage)
+        if name in self.base.partners({name: self.source.specs[name]}):
+            base_tensor, values = self.base[name]
+            with suppress(Declined):
+                piece = relative(name, self.source.specs[name], tensor, base_tensor, values)
+                if piece.n_bytes < alone.n_bytes:
+                    return piece, dict.fromkeys(piece.base, values)
+        return alone, {}
