@@ -21,7 +21,7 @@ from freebits.cli.main import main
 from freebits.codecs import symbol_stream
 from freebits.codecs.base import Declined
 from freebits.codecs.delta import Delta, are_partners
-from freebits.errors import CheckpointError, UsageError
+from freebits.errors import CheckpointError, UnsupportedModelError, UsageError
 from freebits.execution.executor import Parallel
 from freebits.limits import BASES
 from freebits.packed.base import BASE_PATH
@@ -29,7 +29,7 @@ from freebits.packed.manifest import Manifest
 from freebits.packed.reader import PackedFolder
 from freebits.storage.checkpoint import Checkpoint
 from freebits.types import DTYPES, TensorSpec, bytes_of
-from tests.tiny import Make, redigest
+from tests.tiny import Make, random_text, redigest
 
 FLOATS = ("F16", "BF16", "F32", "F8_E4M3", "F8_E5M2")
 STEP = 1e-3
@@ -371,3 +371,71 @@ def test_folders_without_a_base_do_not_mention_one(base: Path, tmp_path: Path) -
     assert "base" not in json.loads((tmp_path / "packed" / "freebits.json").read_text())
     with pytest.raises(CheckpointError, match="has no base"):
         _ = PackedFolder(tmp_path / "packed").base
+
+
+LOSSY: dict[str, Any] = {"calibration": random_text(600), "samples": 8, "seq_len": 32}
+
+
+def test_the_differences_from_a_base_are_rounded(base: Path, tmp_path: Path) -> None:
+    """At the same bits per weight, rounding the differences loses less than rounding the matrices."""
+    model = finetune(tmp_path / "model", base)
+    whole = freebits.quantize(model, tmp_path / "whole", bits=2, **LOSSY)
+    facts = freebits.quantize(model, tmp_path / "packed", base=base, bits=2, **LOSSY)
+    assert facts["base"]["chain"] == ["../base"]
+    assert facts["coverage"]["share"] == whole["coverage"]["share"]
+    expected = freebits.load(model).state_dict()
+    errors = []
+    for folder in ("whole", "packed"):
+        state = freebits.load(tmp_path / folder).state_dict()
+        errors.append(
+            sum(float((state[name].double() - tensor.double()).square().sum()) for name, tensor in expected.items())
+        )
+    assert errors[1] < errors[0] / 1000
+    loaded = freebits.load(tmp_path / "packed", keep_integers=True)
+    state = freebits.load(tmp_path / "packed").state_dict()
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in state.items())
+    with pytest.raises(UnsupportedModelError, match="unpack"):
+        freebits.recover(tmp_path / "packed", tmp_path / "out", against=model)
+
+
+def test_tensors_equal_to_those_of_the_base_stay_equal(base: Path, tmp_path: Path) -> None:
+    """Frozen matrices take almost no bytes, and come back bit for bit."""
+    original = load_file(base / "model.safetensors")
+    frozen = [name for name in original if "mlp" in name]
+    model = finetune(tmp_path / "model", base, change=lambda tensors: tensors.update({n: original[n] for n in frozen}))
+    freebits.quantize(model, tmp_path / "packed", base=base, bits=0.5, trellis=0, **LOSSY)
+    packed = PackedFolder(tmp_path / "packed")
+    for name in frozen:
+        assert torch.equal(packed[name], original[name]), name
+    assert packed.manifest.history[-1]["share"] < 1
+
+
+def test_a_target_size_counts_what_the_manifest_says_of_the_base(base: Path, tmp_path: Path) -> None:
+    model = finetune(tmp_path / "model", base)
+    for size in (30_000, 40_000):
+        out = tmp_path / str(size)
+        facts = freebits.quantize(model, out, base=base, target_size=size, **LOSSY)
+        assert 0.8 * size < facts["bytes"]["packed"] <= size
+
+
+def test_compress_takes_a_base(base: Path, tmp_path: Path) -> None:
+    model = finetune(tmp_path / "model", base)
+    facts = freebits.compress(model, tmp_path / "exact", base=base, lossless=True)
+    assert facts["base"]["chain"] == ["../base"]
+    assert facts["fidelity"]["fidelity"] == "bit-exact"
+    texts = random_text(4000), random_text(600, seed=1)
+    facts = freebits.compress(model, tmp_path / "packed", base=base, max_kl=1e-4, calibration=texts[0], text=texts[1])
+    assert facts["base"]["chain"] == ["../base"]
+    assert facts["fidelity"]["mean_kl"] <= 1e-4
+
+
+def test_pieces_of_a_large_matrix_are_added_to_the_base(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("freebits.quantization.sensitivity_cache._MAX_WEIGHTS", 1000)
+    model = finetune(tmp_path / "model", base)
+    freebits.quantize(model, tmp_path / "packed", base=base, bits=4, **LOSSY)
+    packed, expected = PackedFolder(tmp_path / "packed"), Checkpoint(model)
+    assert any(recipe.code == "joined" for recipe in packed.manifest.recipes)
+    for name in expected.specs:
+        assert (packed[name].float() - expected[name].float()).norm() < STEP * expected[name].numel() ** 0.5, name

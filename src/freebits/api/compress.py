@@ -55,6 +55,8 @@ _MAX_FACTOR = 8.0
 _CLOSE_ENOUGH = 0.9
 """The search stops if the mean KL divergence is at most its bound and at least this fraction of the bound."""
 _DEFAULT_TEXT_NAME = "pages of Python's documentation"
+_SCRATCH = ".scratch"
+"""Name of the folder for measurements in the staging directory."""
 
 
 @dataclass(frozen=True)
@@ -310,31 +312,36 @@ def _execute(
     progress: Progress,
 ) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
     """Carry out the plan. Return fidelity and coverage as `compress` does."""
-    scratch = directory / ".scratch"
-    scratch.mkdir()
     fidelity = coverage = None
     if plan.way == "lossless":
-        fidelity = _pack_lossless(plan, folder, scratch / "made", options.base, executor, progress)
+        fidelity = _pack_lossless(plan, folder, directory, options.base, executor, progress)
     if fidelity is None:
-        fidelity, coverage = _quantize(plan, folder, scratch, options, executor, progress)
-    for file in (scratch / "made").iterdir():
-        file.rename(directory / file.name)
-    shutil.rmtree(scratch)
+        fidelity, coverage = _quantize(plan, folder, directory, options, executor, progress)
+        shutil.rmtree(directory / _SCRATCH)
     return fidelity, coverage
 
 
+def _clear(directory: Path) -> None:
+    """Delete what an earlier try wrote into a folder."""
+    for path in directory.iterdir():
+        if path.is_dir() and path.name != _SCRATCH:
+            shutil.rmtree(path)
+        elif not path.is_dir():
+            path.unlink()
+
+
 def _pack_lossless(
-    plan: Plan, folder: Path, target: Path, base: OpenBase | None, executor: Executor, progress: Progress
+    plan: Plan, folder: Path, directory: Path, base: OpenBase | None, executor: Executor, progress: Progress
 ) -> dict[str, Any] | None:
     """Pack bit for bit and return the result of `verify`, or None if the packed folder is larger than planned."""
     source = Checkpoint(folder)
-    target.mkdir()
     sizes = {key: size for key, size in inspect(folder)["bytes"].items() if size is not None}
-    pack_into(target, source, None, ("auto", stage("auto")), sizes, Work(executor), progress, base)
-    size = bytes_on_disk(PackedFolder(target))
+    pack_into(directory, source, None, ("auto", stage("auto")), sizes, Work(executor), progress, base)
+    size = bytes_on_disk(PackedFolder(directory))
     if plan.at_most is not None and size > plan.at_most:
+        _clear(directory)
         return None
-    fidelity = verify(target, against=folder)
+    fidelity = verify(directory, against=folder)
     if not fidelity["ok"]:
         raise CheckpointError(
             f"the packed copy of {folder} differs from the original: check this machine's memory and disk"
@@ -345,7 +352,7 @@ def _pack_lossless(
 def _quantize(
     plan: Plan,
     folder: Path,
-    scratch: Path,
+    directory: Path,
     options: _Options,
     executor: Executor,
     progress: Progress,
@@ -360,7 +367,7 @@ def _quantize(
         token_windows(folder, held_out, min(512, positions), 1)  # to fail early if the text cannot be used
     prepared = prepare(
         folder,
-        Work(executor, WorkStore(scratch / "finished")),
+        Work(executor, WorkStore(directory / _SCRATCH)),
         keep=options.keep,
         base=options.base,
         calibration=options.calibration,
@@ -368,18 +375,16 @@ def _quantize(
         device=options.device,
         progress=progress,
     )
-    target = scratch / "made"
     least_bits = 1.0 if options.base is None else LEAST_DIFFERENCE_BITS
 
     def write(expected_kl: float | None) -> None:
-        shutil.rmtree(target, ignore_errors=True)
-        target.mkdir()
+        _clear(directory)
         targets = plan.bits, plan.at_most, expected_kl
         goal = Goal(*targets, fallback_bits=options.fallback_bits, trellis=options.trellis, least_bits=least_bits)
-        prepared.write(target, goal, "auto", stage("auto"), executor, progress)
+        prepared.write(directory, goal, "auto", stage("auto"), executor, progress)
 
     def measure() -> dict[str, Any]:
-        fidelity = verify(target, against=folder, text=held_out, seq_len=min(512, positions), progress=progress)
+        fidelity = verify(directory, against=folder, text=held_out, seq_len=min(512, positions), progress=progress)
         return fidelity | {"text": _DEFAULT_TEXT_NAME if text is None else "the text that was given"}
 
     if prepared.calibrated:
@@ -388,7 +393,7 @@ def _quantize(
         reason = prepared.facts["reason"]
         raise UsageError(f"`max_kl` requires running the model on text, but {reason}: give `bits` or `target_size`")
     write(None)
-    return _weight_error(folder, PackedFolder(target)), prepared.coverage
+    return _weight_error(folder, PackedFolder(directory)), prepared.coverage
 
 
 def _search(

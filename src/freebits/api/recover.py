@@ -98,6 +98,8 @@ def recover(
         raise CheckpointError(
             f"{folder} is packed but not quantized: unpack it, recover the unpacked folder, and pack the output"
         )
+    if isinstance(source, PackedFolder) and source.manifest.base:
+        raise UnsupportedModelError(f"{folder} needs a base, which `recover` does not support: unpack it first")
     with new_directory(out) as directory:
         student = _trainable(source, load(folder, dtype=torch.float32).to(torch_device).eval(), rank, seed)
         teacher = load(against, dtype=torch.float32).to(torch_device).eval().requires_grad_(False)

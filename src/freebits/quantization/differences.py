@@ -10,6 +10,7 @@ from torch import Tensor
 
 from freebits.codecs.added import BASE, DIFFERENCE
 from freebits.codecs.base import Declined
+from freebits.packed.base import Base, BaseTensor
 from freebits.packed.encoded_piece import Piece, plain, relative, staged
 from freebits.packed.open_base import OpenBase
 from freebits.packed.recipe import Recipe
@@ -88,6 +89,11 @@ class Differences:
         tensors = {name: tensor for name, (tensor, _) in read.items()}
         changed = replace(piece, recipes=self.added(piece.recipes), base={**piece.base, **tensors})
         return changed, {name: values for name, (_, values) in read.items()}
+
+    def expected_base(self, tensors: Mapping[str, BaseTensor]) -> Base:
+        """Return the base with some tensors, and with those of all differences but without their digests."""
+        added = {f"{name}.{BASE}": BaseTensor(name, self.source.specs[name], "0" * 32) for name in self.names}
+        return replace(self.base.base, tensors={**tensors, **added})
 
     def exact(self, name: str, tensor: Tensor, stage: str | None) -> tuple[Piece, dict[str, Tensor]]:
         """Encode a tensor that is not rounded, bit for bit, as differences from the base if this saves bytes.

@@ -33,8 +33,6 @@ _MIN_GROUP = 1 << 22
 """Number of weights at which a group of matrices is complete. The integers of a group are encoded together."""
 _CHECK_BYTES = 100
 """Bytes reserved in the manifest for the digest or the sums of each recipe."""
-_BASE_BYTES = 128
-"""Bytes of a tensor of the base in the manifest, without its two names."""
 _FIXED_OVERHEAD = 2048
 """Bytes reserved for the history and for all other entries that the manifest and `config.json` contain only once."""
 
@@ -271,7 +269,7 @@ def _overhead_bytes(
         planned += [Recipe(INTEGERS, {"message": f"{group[0]}.message"}, makes, {"bytes": 10**12}), *later_recipes]
     if differences:
         planned = [*differences.added(planned)]
-        tensors += sum(2 * len(name) + _BASE_BYTES for name in (*contents.base, *differences.names))
+        tensors += len(json.dumps(differences.expected_base(contents.base).facts))
     recipes = sum(len(json.dumps(recipe.facts)) + 1 for recipe in (*contents.recipes, *planned))
     recipes += _CHECK_BYTES * len(planned)
     digests = sum(len(name) + 40 for name in (*contents.stored, *(f"{group[0]}.message" for group in groups)))
