@@ -438,4 +438,4 @@ def test_pieces_of_a_large_matrix_are_added_to_the_base(
     packed, expected = PackedFolder(tmp_path / "packed"), Checkpoint(model)
     assert any(recipe.code == "joined" for recipe in packed.manifest.recipes)
     for name in expected.specs:
-        assert (packed[name].float() - expected[name].float()).norm() < STEP * expected[name].numel() ** 0.5, name
+        assert (packed[name].float() - expected[name].float()).norm() < 2 * STEP * expected[name].numel() ** 0.5, name
