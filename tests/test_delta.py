@@ -198,6 +198,7 @@ def test_a_folder_with_a_base_restores_every_file(base: Path, tmp_path: Path) ->
     assert facts["bytes"]["packed"] < 0.8 * alone["bytes"]["packed"]
     freebits.unpack(tmp_path / "packed", tmp_path / "plain")
     assert content_of(tmp_path / "plain") == content_of(model)
+    assert "needs its base, `../base`" in (tmp_path / "packed" / "README.md").read_text()
     assert freebits.verify(tmp_path / "packed", against=model)["ok"]
     loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
     expected: Any = AutoModelForCausalLM.from_pretrained(model)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from freebits.api.estimate import estimate
     from freebits.api.import_slicegpt import import_slicegpt
     from freebits.api.lowrank import lowrank
-    from freebits.api.pack import pack, unpack
+    from freebits.api.pack import pack, pack_series, unpack
     from freebits.api.quantize import quantize
     from freebits.api.recover import recover
     from freebits.api.rotate import rotate_model
@@ -42,6 +42,7 @@ __all__ = [
     "load",
     "lowrank",
     "pack",
+    "pack_series",
     "quantize",
     "recover",
     "rotate_model",
@@ -61,6 +62,7 @@ _MODULES = {
     "load": "integrations.loading",
     "lowrank": "api.lowrank",
     "pack": "api.pack",
+    "pack_series": "api.pack",
     "quantize": "api.quantize",
     "recover": "api.recover",
     "rotate_model": "api.rotate",

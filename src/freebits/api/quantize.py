@@ -272,13 +272,8 @@ def prepare(
         experts = {"experts": measured.n_experts, "undersampled": measured.n_undersampled}
         unchanged = routers_to_keep(source, measured.router_tensors) | unchanged
         excluded = {*unchanged, *measured.router_tensors}
-        matrices = [
-            matrix for matrix in fully_covered_matrices(measured.matrices, source) if matrix.tensor not in excluded
-        ]
-        if only is not None:
-            names = (running.engine.embedding, running.engine.head)
-            embeddings = {running.named.checkpoint_name(name) for name in names if name}
-            matrices = [matrix for matrix in matrices if (matrix.tensor in embeddings) == (only == EMBEDDINGS)]
+        covered = fully_covered_matrices(measured.matrices, source)
+        matrices = [matrix for matrix in _selected(covered, running, only) if matrix.tensor not in excluded]
     cache = SensitivityCache(work, differences or source, rotation_seed)
     calibrated = {matrix.tensor for matrix in matrices}
     fallback_matrices = [] if only is not None else uncalibrated(source, calibrated, unchanged)
@@ -290,6 +285,15 @@ def prepare(
     targeted = calibrated or fallback
     caches = cache.only(targeted), cache.only(fallback - targeted)
     return Prepared(source, *caches, facts, known_sizes(model), coverage, differences)
+
+
+def _selected(matrices: list[Matrix], running: RunningModel, only: str | None) -> list[Matrix]:
+    """Return the matrices of the part of the model that `only` names, or all if it is None."""
+    if only is None:
+        return matrices
+    names = (running.engine.embedding, running.engine.head)
+    embeddings = {running.named.checkpoint_name(name) for name in names if name}
+    return [matrix for matrix in matrices if (matrix.tensor in embeddings) == (only == EMBEDDINGS)]
 
 
 @torch.no_grad()

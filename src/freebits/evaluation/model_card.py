@@ -152,9 +152,12 @@ def _fidelity(measured: Mapping[str, Any] | None) -> list[str]:
 def _use(facts: Mapping[str, Any], auto_class: str | None, *, adapter: bool) -> list[str]:
     """Explain how to load and unpack the folder. An adapter must be unpacked first, and then loaded with PEFT."""
     unpack = "```bash\nfreebits unpack THIS-FOLDER plain\n```"
+    base = facts["base"]["chain"][0] if "base" in facts else None
+    needs = [f"The folder needs its base, `{one_line(base)}`: it stores only the differences from it."] if base else []
     plain = ["To get a plain checkpoint for other tools:", unpack] if facts["kind"] == "packed" else []
     if adapter:
-        return ["## Use", "Unpack the folder to get a PEFT adapter, and load the adapter on top of its model:", unpack]
+        text = "Unpack the folder to get a PEFT adapter, and load the adapter on top of its model:"
+        return ["## Use", *needs, text, unpack]
     if auto_class is None:
-        return ["## Use", _LOADS_UNPACKED, unpack]
-    return ["## Use", f"```python\n{_LOADS.format(auto_class=auto_class)}\n```", *plain]
+        return ["## Use", *needs, _LOADS_UNPACKED, unpack]
+    return ["## Use", *needs, f"```python\n{_LOADS.format(auto_class=auto_class)}\n```", *plain]

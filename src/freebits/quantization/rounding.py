@@ -143,27 +143,19 @@ def write_rounded(
     )
     completes = {names[-1]: tensor for tensor, names in tensors.items()}
     not_rounded = [name for name in source.specs if name not in tensors]
-    part_shapes = {f"{group[0]}.{part}": (1 << 39,) for group in groups for part in goal.quantizer.parts}
-    part_shapes |= {f"{group[0]}.message": (1 << 39,) for group in fallback_groups}
-    shapes = {**announced({name: source.specs[name] for name in not_rounded}), **part_shapes}
-    shards = source.shard_bytes
+    parts = [f"{group[0]}.{part}" for group in groups for part in goal.quantizer.parts]
+    parts += [f"{group[0]}.message" for group in fallback_groups]
+    shapes = announced({name: source.specs[name] for name in not_rounded}) | dict.fromkeys(parts, (1 << 39,))
     contents = Contents()
     done, total = 0, sum(subset.spec(name).n_bytes for subset in caches for name in subset.rate_models)
-    with CheckpointWriter(directory, shapes, shards, STEM) as writer:
+    with CheckpointWriter(directory, shapes, source.shard_bytes, STEM) as writer:
         for name in not_rounded:
-            if differences:
-                contents.write(writer, *digested(*differences.exact(name, source[name], stage)))
-            else:
-                contents.write(writer, *digested(staged(plain({name: source[name]}), stage)))
+            contents.write(writer, *_exact_piece(name, source[name], stage, differences))
 
         def write(subset: SensitivityCache, group: list[str], piece: Piece) -> None:
             complete = [completes[name] for name in group if name in completes]
             joins = tuple(recipe for tensor in complete for recipe in subset.join_recipes(tensor, tensors[tensor]))
-            joined, base = Piece(recipes=joins), dict[str, Tensor]()
-            if differences:
-                (piece, base), (joined, _) = differences.on_base(piece), differences.on_base(joined)
-            checked, digests = digested(piece, base)
-            contents.write(writer, checked + joined, digests)
+            contents.write(writer, *_finished_piece(piece, joins, differences))
             nonlocal done
             done += sum(subset.spec(name).n_bytes for name in group)
             progress("quantizing", "byte", done, total)
@@ -178,6 +170,26 @@ def write_rounded(
         for group in groups:
             write(cache, group, _fitting_group(cache, goal, controller, group, executor))
     return contents
+
+
+def _exact_piece(
+    name: str, tensor: Tensor, stage: str | None, differences: Differences | None
+) -> tuple[Piece, dict[str, str]]:
+    """Encode a tensor that is not rounded. Return the piece, and the digests of the stored tensors."""
+    if differences:
+        return digested(*differences.exact(name, tensor, stage))
+    return digested(staged(plain({name: tensor}), stage))
+
+
+def _finished_piece(
+    piece: Piece, joins: tuple[Recipe, ...], differences: Differences | None
+) -> tuple[Piece, dict[str, str]]:
+    """Add checks to a piece, and recipes that join matrices of this and earlier pieces. Return the same."""
+    if not differences:
+        checked, digests = digested(piece)
+        return checked + Piece(recipes=joins), digests
+    checked, digests = digested(*differences.on_base(piece))
+    return checked + differences.on_base(Piece(recipes=joins))[0], digests
 
 
 def _controller(
