@@ -46,7 +46,8 @@ def test_the_commands_on_the_choosing_page_run(
     save_tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    save_tiny("MODEL", hidden_size=64, intermediate_size=160, max_position_embeddings=512)
+    for name in ("MODEL", "BASE"):
+        save_tiny(name, hidden_size=64, intermediate_size=160, max_position_embeddings=512)
     (tmp_path / "text.txt").write_text(random_text(4 * 512 + 100))
     page = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
     commands = re.findall(r"```bash\n(.*?)\n```", page, flags=re.DOTALL)

@@ -1,6 +1,7 @@
 """Models and parts of models that no text uses are rounded, and reported as uncalibrated."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,20 @@ def test_the_models_of_a_pipeline_are_rounded_to_six_bits_per_weight(
     assert torch.equal(before["to_q.weight"], after["to_q.weight"])
     error = (before["conv.weight"].float() - after["conv.weight"].float()).norm() / before["conv.weight"].float().norm()
     assert 0.005 < error < 0.05
+
+
+def test_a_language_model_in_a_pipeline_needs_no_tokenizer(
+    pipeline: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The text encoders of newer pipelines are language models, whose tokenizer lies in another folder."""
+    shutil.rmtree(pipeline / "text_encoder")
+    save_tiny_type("llama", pipeline / "text_encoder")
+    for file in (pipeline / "text_encoder").glob("*token*"):
+        file.unlink()
+    facts = freebits.compress(pipeline, tmp_path / "small")["components"]["text_encoder"]
+    assert facts["plan"]["bits"] == 6
+    assert "has no tokenizer" in caplog.text
+    assert facts["coverage"]["share"] > 0.9
 
 
 def test_custom_code_of_a_model_is_not_run_but_kept_and_mentioned_in_a_warning(

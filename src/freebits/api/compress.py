@@ -28,6 +28,7 @@ from freebits.execution.executor import Executor, Parallel
 from freebits.execution.progress import Progress, silent
 from freebits.execution.work_store import Work, WorkStore
 from freebits.integrations.gguf_models import write_dense
+from freebits.integrations.loading import has_tokenizer
 from freebits.integrations.packed_models import auto_class, predicts_text
 from freebits.options import LOSSY, TRELLIS
 from freebits.packed.encoded_piece import stage
@@ -185,7 +186,7 @@ def compress(
             raise UsageError("`target_size` and `max_kl` cannot be used for a pipeline of models: give `target_ratio`")
         if calibration is not None or text is not None:
             raise UsageError("`calibration` and `text` cannot be used for a pipeline of models: leave them out")
-        options = {"fallback_bits": fallback_bits, "trellis": trellis, "device": device}
+        options = {"fallback_bits": fallback_bits, "trellis": trellis, "device": device, "force": force}
         options |= {"parallel": parallel, "sign_with": sign_with}
         return _compress_pipeline(folder, out, target_ratio, bits, lossless, keep, options, dry_run, progress)
     plan = make_plan(folder, target_size, target_ratio, bits, lossless, max_kl, fallback_bits)
@@ -294,13 +295,18 @@ def make_plan(
         return Plan(name, present_size, "lossless", at_most=size, about=lossless_size)
     if size is not None:
         return Plan(name, present_size, "integers", at_most=size, about=size)
-    if max_kl is None and not predicts_text(source.config):
+    if max_kl is None and not _runs_on_text(folder, source.config):
         bits = fallback_bits if bits is None else bits
     if bits is not None:
         n_weights = sum(spec.numel for spec in specs if len(spec.shape) > 1)
         vector_bytes = sum(spec.n_bytes for spec in specs if len(spec.shape) < 2)
         return Plan(name, present_size, "integers", about=round(bits * n_weights / 8) + vector_bytes, bits=bits)
     return Plan(name, present_size, "integers", max_kl=MAX_KL if max_kl is None else max_kl)
+
+
+def _runs_on_text(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Return whether a model predicts text and has a tokenizer. The models of a pipeline usually have none."""
+    return predicts_text(config) and has_tokenizer(folder)
 
 
 def _execute(
@@ -363,13 +369,15 @@ def _quantize(
     """
     text, positions = options.text, _max_positions(folder)
     held_out = embedded_text()[1] if text is None else text
-    if predicts_text(open_folder(folder).config):
+    on_text = _runs_on_text(folder, open_folder(folder).config)
+    if on_text:
         token_windows(folder, held_out, min(512, positions), 1)  # to fail early if the text cannot be used
     prepared = prepare(
         folder,
         Work(executor, WorkStore(directory / _SCRATCH)),
         keep=options.keep,
         base=options.base,
+        run=on_text,
         calibration=options.calibration,
         seq_len=min(WINDOW, positions),
         device=options.device,

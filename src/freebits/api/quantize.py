@@ -233,6 +233,7 @@ def prepare(
     only: str | None = None,
     keep: Sequence[str] = (),
     base: OpenBase | None = None,
+    run: bool = True,
     calibration: str | None = None,
     samples: int = SAMPLES,
     seq_len: int = WINDOW,
@@ -241,6 +242,8 @@ def prepare(
     progress: Progress = silent,
 ) -> Prepared:
     """Measure how sensitive a model is to errors in each of its matrices. `quantize` documents arguments and errors.
+
+    If `run` is false, the model is not run, and all matrices are rounded without calibration.
 
     The store of `work` must exist as long as the result is used, because the result refers to data in the store.
     """
@@ -256,7 +259,7 @@ def prepare(
     facts: dict[str, Any] = {"rotate": rotate, "text": _NO_TEXT}
     experts: dict[str, int] = {}
     try:
-        text_auto_class(source.config)
+        _check_runnable(source, run)
         running = RunningModel(source.path, torch_device)
         tokens = work.once("text", load_tokens)
         _check_engine(running, tokens)
@@ -285,6 +288,13 @@ def prepare(
     targeted = calibrated or fallback
     caches = cache.only(targeted), cache.only(fallback - targeted)
     return Prepared(source, *caches, facts, known_sizes(model), coverage, differences)
+
+
+def _check_runnable(source: Folder, run: bool) -> None:
+    """Raise an `UnsupportedModelError` if a model predicts no text, or `run` is false."""
+    text_auto_class(source.config)
+    if not run:
+        raise UnsupportedModelError(f"{source.path} has no tokenizer")
 
 
 def _selected(matrices: list[Matrix], running: RunningModel, only: str | None) -> list[Matrix]:

@@ -22,6 +22,7 @@ from freebits.execution.machine import release_freed_memory
 from freebits.integrations.integer_layers import IntegerEmbedding, IntegerLinear, IntegerMatrix
 from freebits.packed.reader import PackedFolder
 from freebits.packed.recipe import Recipe
+from freebits.storage.remote import fill
 from freebits.storage.staging import new_directory
 from freebits.types import bytes_of
 
@@ -242,5 +243,6 @@ def _save(
                 f"parameter {name} changed since loading: to save changes, load without `keep_integers` and "
                 "`stay_packed`"
             )
+    fill(folder)  # if the folder mirrors a URL, its weights are not on this machine
     with new_directory(directory) as staging:
         shutil.copytree(folder, staging, dirs_exist_ok=True)

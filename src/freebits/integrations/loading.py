@@ -33,6 +33,8 @@ from freebits.storage.remote import fill
 
 _DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
 """The keys under which configs store the number of blocks."""
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
+"""Patterns for the names of the files in which tokenizers are stored."""
 
 
 def load(
@@ -122,6 +124,11 @@ def _check_depth(path: Path, config: Mapping[str, Any], n_tensors: int) -> None:
                 f"{key} in {path / CONFIG} is {config[key]}, but there are only {n_tensors} tensors, so the checkpoint "
                 "is incomplete: download it again"
             )
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a folder contains files of a tokenizer."""
+    return any(next(folder.glob(pattern), None) for pattern in _TOKENIZER_FILES)
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
