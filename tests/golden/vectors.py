@@ -133,6 +133,9 @@ def main() -> None:
         specs = [TensorSpec.of(tensor)]
         coded = CODES["delta"].encode([tensor, base], specs)
         entries.append(_entry("delta", replace(coded, parts={**coded.parts, "base": base}), specs))
+    base = _normal(3, 4).half()
+    added = CODES["added"].encode([(base.float() * 1.01).half(), base], [TensorSpec.of(base)])
+    entries.append(_entry("added", added, [TensorSpec.of(base)]))
     VECTORS.write_text("[\n" + ",\n".join(map(json.dumps, entries)) + "\n]\n", encoding="utf-8")
 
 

@@ -38,7 +38,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of all commands. In its result, `run` is the function that runs the chosen command."""
+    """Return the parser of all commands. The namespace that it returns has the chosen command's function as `run`."""
     root = _Parser(
         prog="freebits",
         description="Make LLM checkpoints smaller: quantize or slice them (lossy), or pack them (lossless or "

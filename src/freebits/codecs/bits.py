@@ -35,6 +35,22 @@ def unpack_bits(content: bytes, count: int, n_bits: int) -> NDArray[np.int64]:
     return bits.astype(np.int64) @ (1 << np.arange(n_bits, dtype=np.int64)[::-1])
 
 
+def decompressed(frame: bytes | memoryview, max_length: int) -> bytes:
+    """Return the content of a zstd frame, at most `max_length` bytes.
+
+    Raises:
+        ValueError: the frame is damaged or cut off, holds more bytes, or is followed by something.
+    """
+    decoder = zstd.ZstdDecompressor()
+    try:
+        content: bytes = decoder.decompress(frame, max_length=max_length)
+    except zstd.ZstdError as error:
+        raise ValueError(str(error)) from None
+    if not decoder.eof or decoder.unused_data:
+        raise ValueError(f"a zstd frame is cut off, holds more than {max_length} bytes, or is followed by other bytes")
+    return content
+
+
 def as_tensor(content: bytes) -> Tensor:
     """Return bytes as a uint8 tensor. Zeros pad it to a multiple of 8 bytes, which aligns the next tensor in a file."""
     spec = bytes_spec(len(content))

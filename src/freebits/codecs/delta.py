@@ -16,7 +16,7 @@ from torch import Tensor
 
 from freebits.codecs import symbol_stream
 from freebits.codecs.base import Check, Coded, Declined, Params
-from freebits.codecs.bits import as_tensor, bytes_from, bytes_spec, zstd
+from freebits.codecs.bits import as_tensor, bytes_from, bytes_spec, decompressed, zstd
 from freebits.codecs.symbol_stream import N_CONTEXTS
 from freebits.compiled import compiled
 from freebits.types import Bytes, TensorSpec, bytes_of
@@ -178,12 +178,8 @@ def _sizes(message: bytes, offset: int) -> tuple[int, int]:
 
 def _read_levels(content: bytes, n: int, m: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the levels of `n` rows and of `m` columns."""
-    decoder = zstd.ZstdDecompressor()
-    try:
-        data = decoder.decompress(content, max_length=2 * (n + m))
-    except zstd.ZstdError as error:
-        raise ValueError(str(error)) from None
-    if len(data) != 2 * (n + m) or not decoder.eof or decoder.unused_data:
+    data = decompressed(content, 2 * (n + m))
+    if len(data) != 2 * (n + m):
         raise ValueError(f"the levels do not have exactly the {2 * (n + m)} bytes that the chunk needs")
     levels = np.frombuffer(data, "<i2").astype(np.int64)
     return levels[:n], levels[n:]

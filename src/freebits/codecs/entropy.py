@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from freebits.codecs.base import Check, Coded, Declined, Params
-from freebits.codecs.bits import as_tensor, bytes_from, bytes_spec, zstd
+from freebits.codecs.bits import as_tensor, bytes_from, bytes_spec, decompressed, zstd
 from freebits.codecs.planes import merge, n_planes, split
 from freebits.types import Bytes, TensorSpec, bytes_of
 
@@ -141,12 +141,8 @@ def _decompress_plane(coded: Bytes, size: int, length: int) -> Bytes:
         raise ValueError("a plane is cut off or too large")
     if size == length:
         return coded
-    decoder = zstd.ZstdDecompressor()
-    try:
-        plane = decoder.decompress(coded.data, max_length=length)
-    except zstd.ZstdError as error:
-        raise ValueError(str(error)) from None
-    if len(plane) != length or not decoder.eof or decoder.unused_data:
+    plane = decompressed(coded.data, length)
+    if len(plane) != length:
         raise ValueError(f"a zstd frame does not hold exactly one plane of {length} bytes")
     return np.frombuffer(plane, np.uint8)
 

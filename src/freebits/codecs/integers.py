@@ -11,7 +11,7 @@ from torch import Tensor
 
 from freebits.codecs import integer_stream
 from freebits.codecs.base import Check, Coded, Params
-from freebits.codecs.bits import as_tensor, bytes_from, bytes_spec, zstd
+from freebits.codecs.bits import as_tensor, bytes_from, bytes_spec, decompressed, zstd
 from freebits.codecs.normal_tables import LEVELS_PER_OCTAVE
 from freebits.codecs.trellis import POLYNOMIALS
 from freebits.types import FLOATS, TensorSpec
@@ -155,7 +155,7 @@ def _levels(integers: Tensor) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
     rows = (squares / columns).mean(1).clamp_min_(_MIN_VARIANCE)
     columns = (squares / rows[:, None]).mean(0)
     typical = rows.log().mean().exp()
-    # 1/12 is the variance of rounding errors
+    # rounding to integers adds 1/12 to the variance; the levels describe the values before rounding
     variances = (rows / typical, (columns * typical - 1 / 12).clamp_min_(_MIN_VARIANCE))
     levels = [(variance.log2() * LEVELS_PER_OCTAVE / 2).round().clamp(-64, 63) for variance in variances]
     return levels[0].numpy().astype(np.int8), levels[1].numpy().astype(np.int8)
@@ -190,12 +190,8 @@ def _opened(
 def _side_data(data: bytes, shapes: Sequence[tuple[int, ...]]) -> Iterator[_SideData]:
     """Yield the side data of each matrix."""
     n_bytes = sum(3 * (rows + columns) for rows, columns in shapes)
-    decoder = zstd.ZstdDecompressor()
-    try:
-        content = decoder.decompress(data, max_length=n_bytes)
-    except zstd.ZstdError as error:
-        raise ValueError(str(error)) from None
-    if len(content) != n_bytes or not decoder.eof or decoder.unused_data:
+    content = decompressed(data, n_bytes)
+    if len(content) != n_bytes:
         raise ValueError(f"the side data does not have exactly the {n_bytes} bytes that the matrices need")
     offset = 0
     for rows, columns in shapes:

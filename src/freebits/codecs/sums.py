@@ -32,10 +32,11 @@ def check_sums(values: Tensor, expected: Sequence[float]) -> None:
     """Check that values, (n,), have the expected sums.
 
     Raises:
-        ValueError: a sum differs by more than `2^-10` times the norm of the values.
+        ValueError: a sum differs by more than `2^-10` times the norm of the values, or this norm is not finite.
     """
     tolerance = _TOLERANCE * torch.linalg.vector_norm(values, dtype=torch.float64).item()
-    if not all(abs(actual - wanted) <= tolerance for actual, wanted in zip(sums(values), expected, strict=True)):
+    pairs = zip(sums(values), expected, strict=True)
+    if not math.isfinite(tolerance) or not all(abs(actual - wanted) <= tolerance for actual, wanted in pairs):
         raise ValueError(
             "the decoded values do not add up to the packed sums: this machine decodes them differently, or they are "
             "damaged"

@@ -9,7 +9,7 @@ as they are. Consecutive integers go to consecutive *lanes*, as in `integer_stre
 import numpy as np
 from numpy.typing import NDArray
 
-from freebits.codecs.bits import zstd
+from freebits.codecs.bits import decompressed, zstd
 from freebits.compiled import compiled
 
 N_CONTEXTS = 128
@@ -70,13 +70,9 @@ def decode(content: bytes, contexts: NDArray[np.uint8]) -> NDArray[np.uint32]:
 
 def _side_data(content: bytes) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Return the number of the table of each context, and the frequencies of each table, (t, `N_SYMBOLS`)."""
-    decoder = zstd.ZstdDecompressor()
-    try:
-        data = decoder.decompress(content, max_length=N_CONTEXTS * (1 + 2 * N_SYMBOLS))
-    except zstd.ZstdError as error:
-        raise ValueError(str(error)) from None
+    data = decompressed(content, N_CONTEXTS * (1 + 2 * N_SYMBOLS))
     n_tables, rest = divmod(len(data) - N_CONTEXTS, 2 * N_SYMBOLS)
-    if not decoder.eof or decoder.unused_data or n_tables < 1 or rest:
+    if n_tables < 1 or rest:
         raise ValueError("the tables of frequencies are cut off")
     table_of = np.frombuffer(data, np.uint8, N_CONTEXTS)
     frequencies = np.frombuffer(data, "<u2", offset=N_CONTEXTS).reshape(n_tables, N_SYMBOLS).astype(np.int64)

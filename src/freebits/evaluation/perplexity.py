@@ -67,7 +67,7 @@ def evaluate(
     prepared = lm_eval.prepare(tasks, data_dir and Path(data_dir)) if lm_eval else []
     simulation = Simulation(activations, kv, rotate)
     if tasks and simulation != Simulation():
-        raise UsageError("`activations` and `kv` apply to perplexity only: leave out `tasks`")
+        raise UsageError("`activations`, `kv` and `rotate` apply to perplexity only: leave out these or `tasks`")
     if not (perplexity or tasks):
         raise UsageError("there is nothing to measure: give `tasks`, or measure perplexity")
     text = embedded_text()[1] if text is None else text

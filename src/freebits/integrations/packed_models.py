@@ -116,7 +116,8 @@ class PackedFactory:
         for name, spec in packed.model_specs.items():
             if spec.dtype_name not in DTYPES:
                 raise CheckpointError(
-                    f"tensor {name} has dtype {spec.dtype_name}: unpack {path}, then load the unpacked model"
+                    f"tensor {name} has dtype {spec.dtype_name}, which transformers cannot load: unpack {path}, then "
+                    "load the unpacked model"
                 )
         with_info = options.pop("output_loading_info", False)
         options |= {"auto": cls.auto, "output_loading_info": True}

@@ -1,4 +1,4 @@
-"""Train a model without making it larger: the scales, norms and biases of a quantized model; with LoRA, any other."""
+"""Train a model without making it larger: a quantized model by its scales, norms and biases, any other by LoRA."""
 
 import warnings
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ class Trainable(Protocol):
         model: the model.
         what: description of what is trained, recorded in the history.
         trained: the trainable parameters.
-        tensors: name in the folder → tensor that training changes.
+        tensors: name in the folder → tensor that training changes, except matrices whose scales are trained.
         rate: maximum learning rate of Adam.
     """
 
@@ -116,7 +116,7 @@ class ScaleAdapters:
             if name in quantized:
                 self._layers[name] = RescaledLinear(layer)
                 model.set_submodule(path, self._layers[name])
-        self.what = "steps, norms" if self._layers else "norms"
+        self.what = "scales, norms, biases" if self._layers else "norms, biases"
         self.trained = [*(layer.octaves for layer in self._layers.values()), *self.tensors.values()]
         for parameter in self.trained:
             parameter.requires_grad_(True)
@@ -162,7 +162,10 @@ class RescaledLinear(nn.Module):
 
 
 def linear_layers(model: Any) -> dict[str, Any]:
-    """Return name → layer of each layer that only computes `x Wᵀ + b`, except the head. A router can compute more."""
+    """Return name → layer of each layer that only computes `x Wᵀ + b`, except the head.
+
+    A router that computes more than `x Wᵀ + b` is left out.
+    """
     head, layers = model.get_output_embeddings(), {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D) and module is not head:

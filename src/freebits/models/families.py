@@ -18,8 +18,14 @@ class Stack(str):
     __slots__ = ()
 
 
-ALL_VALUES, LEADING_VALUES, BY_BLOCK, NO_VALUES, ALL_UNLESS_ALIBI = "all", "leading", "by block", "none", "unless alibi"
-"""Options for `Heads.fixed`: which components of a query or key have a fixed basis. `LEADING_VALUES`: the leading
+ALL_COMPONENTS, LEADING_COMPONENTS, BY_BLOCK, NO_COMPONENTS, ALL_UNLESS_ALIBI = (
+    "all",
+    "leading",
+    "by block",
+    "none",
+    "unless alibi",
+)
+"""Options for `Heads.fixed`: which components of a query or key have a fixed basis. `LEADING_COMPONENTS`: the leading
 components; the config gives their fraction. `BY_BLOCK`: all components in the blocks that have rotary positions
 according to the config, none in the other blocks. `ALL_UNLESS_ALIBI`: none if the config enables ALiBi, which adds
 positions to the attention scores; all otherwise."""
@@ -39,7 +45,7 @@ class Heads:
     by_group: bool = False
     """Order of the outputs if one module computes queries, keys and values. True: group by group, each with its
     queries, its key and its value. False: all queries, then all keys, then all values."""
-    fixed: str = ALL_VALUES
+    fixed: str = ALL_COMPONENTS
     """One of the options above. A basis is fixed if positions rotate the components or a norm scales them."""
 
 
@@ -199,7 +205,7 @@ _MIXTURE = replace(
 _HEAD_NORMS = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
 
 
-def _fused(module: str, *, by_group: bool = False, fixed: str = ALL_VALUES) -> Heads:
+def _fused(module: str, *, by_group: bool = False, fixed: str = ALL_COMPONENTS) -> Heads:
     return Heads(module, module, module, by_group, fixed)
 
 
@@ -242,7 +248,9 @@ PHI3 = replace(
     model_type="phi3",
     causal_lm="Phi3ForCausalLM",
     sublayers=_one_after_another(
-        replace(_ATTENTION, reads=("self_attn.qkv_proj",), heads=_fused("self_attn.qkv_proj", fixed=LEADING_VALUES)),
+        replace(
+            _ATTENTION, reads=("self_attn.qkv_proj",), heads=_fused("self_attn.qkv_proj", fixed=LEADING_COMPONENTS)
+        ),
         replace(_MLP, reads=("mlp.gate_up_proj",)),
     ),
 )
@@ -284,7 +292,7 @@ DEEPSEEK_V3 = replace(
     ),
 )
 
-_PARTIAL_ROTARY = replace(_ATTENTION, heads=Heads(*_QKV, fixed=LEADING_VALUES))
+_PARTIAL_ROTARY = replace(_ATTENTION, heads=Heads(*_QKV, fixed=LEADING_COMPONENTS))
 STABLELM_PARALLEL = replace(
     LLAMA,
     model_type="stablelm",
@@ -322,7 +330,7 @@ _FUSED = Branch(
     writes=("attention.dense",),
     modules=("attention",),
     is_attention=True,
-    heads=_fused("attention.query_key_value", by_group=True, fixed=LEADING_VALUES),
+    heads=_fused("attention.query_key_value", by_group=True, fixed=LEADING_COMPONENTS),
 )
 _FUSED_MLP = Branch(
     norm="post_attention_layernorm", reads=("mlp.dense_h_to_4h",), writes=("mlp.dense_4h_to_h",), modules=("mlp",)
@@ -386,7 +394,7 @@ GPT2 = Family(
             writes=("attn.c_proj",),
             modules=("attn",),
             is_attention=True,
-            heads=_fused("attn.c_attn", fixed=NO_VALUES),
+            heads=_fused("attn.c_attn", fixed=NO_COMPONENTS),
         ),
         Branch("ln_2", reads=("mlp.c_fc",), writes=("mlp.c_proj",), modules=("mlp",)),
     ),
@@ -415,7 +423,7 @@ OPT = Family(
             _ATTENTION,
             norm="self_attn_layer_norm",
             writes=("self_attn.out_proj",),
-            heads=Heads(*_QKV, fixed=NO_VALUES),
+            heads=Heads(*_QKV, fixed=NO_COMPONENTS),
         ),
         Branch("final_layer_norm", reads=("fc1",), writes=("fc2",), modules=("fc1", "activation_fn", "fc2")),
     ),
@@ -492,7 +500,8 @@ def family_of(config: Mapping[str, Any]) -> Family:
     model_type = transformers_type(config)
     if model_type in REFUSALS:
         raise UnsupportedModelError(
-            f"model type {model_type!r} has no free rotation, because {REFUSALS[model_type]}: {_ALTERNATIVES}"
+            f"the residual stream of model type {model_type!r} cannot be rotated, because "
+            f"{REFUSALS[model_type]}: {_ALTERNATIVES}"
         )
     if model_type not in MODEL_TYPES:
         supported = ", ".join(sorted(MODEL_TYPES))

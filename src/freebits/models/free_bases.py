@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from freebits.models.architecture import Architecture, BoundBranch, Module, Part
-from freebits.models.families import ALL_UNLESS_ALIBI, BY_BLOCK, LEADING_VALUES, NO_VALUES, Heads
+from freebits.models.families import ALL_UNLESS_ALIBI, BY_BLOCK, LEADING_COMPONENTS, NO_COMPONENTS, Heads
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -240,12 +240,12 @@ class _HeadPositions:
 
 def _n_fixed(heads: Heads, config: Mapping[str, Any], block: int, size: int) -> int:
     """Return how many leading components of a query or key head have a fixed basis."""
-    if heads.fixed == NO_VALUES or (heads.fixed == ALL_UNLESS_ALIBI and config.get("alibi") is True):
+    if heads.fixed == NO_COMPONENTS or (heads.fixed == ALL_UNLESS_ALIBI and config.get("alibi") is True):
         return 0
     if heads.fixed == BY_BLOCK:
         rotates = config.get("no_rope_layers")
         return 0 if isinstance(rotates, list) and len(rotates) > block and rotates[block] == 0 else size
-    if heads.fixed == LEADING_VALUES:
+    if heads.fixed == LEADING_COMPONENTS:
         rope = config.get("rope_parameters")
         rope = rope if isinstance(rope, Mapping) else config
         fractions = [rope.get(key) for key in ("partial_rotary_factor", "rotary_pct") if key in rope]

@@ -237,7 +237,7 @@ class PackedFolder:
         if found != wanted.spec:
             raise CheckpointError(
                 f"{self.path} needs a base with {wanted.spec} as {wanted.name}, but {base.path} has {found or 'none'}: "
-                "set {BASE_PATH} to the right base"
+                f"set {BASE_PATH} to the right base"
             )
         tensor = base[wanted.name]
         if (actual := digest(wanted.spec, bytes_of(tensor))) != wanted.digest:
@@ -278,7 +278,10 @@ class PackedFolder:
         sites = [sub.site for sub in architecture.sublayers if layout.rank(sub.site) is not None]
         try:
             check_expansion(
-                sum(spec.n_bytes for spec in self.stored.values()),
+                sum(
+                    spec.n_bytes
+                    for spec in (*self.stored.values(), *(base.spec for base in self._base_tensors.values()))
+                ),
                 sum(2 * widths[site - 1] * widths[site] for site in sites),
             )
         except ValueError as error:

@@ -1,8 +1,8 @@
 """Round a matrix column by column, and correct later columns for the error of each rounded column (GPTQ).
 
-The loss is `tr((W - Ŵ) H (W - Ŵ)ᵀ)` for the Gram matrix `H` of the matrix's inputs. GPTQ, LDLQ and Babai's nearest
-plane are three names of this algorithm. Let `w_i` be a corrected column and `q_i` the rounded column. For any rounding
-function, the loss equals `Σ_i |w_i - q_i|² / U_ii²`.
+The loss is `tr((W - Ŵ) H (W - Ŵ)ᵀ)` for the damped Gram matrix `H` of the matrix's inputs. GPTQ, LDLQ and Babai's
+nearest plane are three names of this algorithm. Let `w_i` be a corrected column and `q_i` the rounded column. If
+columns are rounded one at a time, by any function, the loss equals `Σ_i |w_i - q_i|² / U_ii²`.
 """
 
 import math
@@ -18,13 +18,15 @@ RoundColumns = Callable[[Tensor, int], Tensor]
 
 
 def inverse_factor(gram: Tensor, damping: float) -> Tensor:
-    """Return the inverse-Hessian Cholesky factor: upper triangular `U` with `H⁻¹ = Uᵀ U`, (m, m), float32.
+    """Return the inverse-Hessian Cholesky factor: upper triangular `U`, (m, m), float32.
+
+    `H⁻¹ = Uᵀ U` for the damped Gram matrix `H`.
 
     The function computes in float32. If the factorization fails in float32, or if its relative error is above a
     thousandth, the function computes again in float64.
 
     Args:
-        gram: Gram matrix `H`, (m, m), positive semi-definite.
+        gram: Gram matrix, (m, m), positive semi-definite.
         damping: fraction of the mean of the diagonal that is added to the diagonal, so that errors in rare input
             directions count.
 
@@ -41,11 +43,13 @@ def inverse_factor(gram: Tensor, damping: float) -> Tensor:
 
 
 def _inverse_factor(gram: Tensor, damping: float, dtype: torch.dtype) -> Tensor | None:
-    """Return the inverse-Hessian Cholesky factor, computed in one dtype; None if it is not accurate enough."""
+    """Return the inverse-Hessian Cholesky factor, computed in one dtype; None if this fails or is inaccurate."""
     mean = gram.diagonal().double().mean().clamp_min(torch.finfo(torch.float32).tiny).item()
     H = gram.to(dtype).flip(0, 1).div_(mean)
     H.diagonal().add_(damping)
-    L, failed = torch.linalg.cholesky_ex(H)  # H is flipped, so the unflipped matrix is R Rᵀ with R upper triangular
+    # `H` is flipped here. Flipping `L` back gives an upper triangular `R`, and the damped Gram matrix is `R Rᵀ`.
+    # So `U` is the inverse of `R`.
+    L, failed = torch.linalg.cholesky_ex(H)
     if failed:
         return None
     _invert_lower(L)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -160,8 +161,9 @@ class Checkpoint:
         """File name → weights file, for the files that transformers would load."""
         self.files = {name: file for file, weights in self.weights.items() for name in weights.entries}
         """Tensor name → file name, in the order of the files."""
-        if sum(len(weights.entries) for weights in self.weights.values()) > len(self.files):
-            raise CheckpointError(f"{self.path} has a tensor that is in two files: download the checkpoint again")
+        counts = Counter(name for weights in self.weights.values() for name in weights.entries)
+        if twice := [name for name, count in counts.items() if count > 1]:
+            raise CheckpointError(f"tensor {twice[0]} is in two files of {self.path}: download the checkpoint again")
         index = self.path / index_of(stem_of(self.config))
         for name, file in _weight_map(index).items() if self._has_index else ():
             if name not in self.files:

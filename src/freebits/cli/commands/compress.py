@@ -29,12 +29,13 @@ def add(commands: Any) -> ArgumentParser:
         commands,
         "compress",
         "make a model smaller with one command: plan, compress, compare with the original, and write a model card",
-        "Give at most one target. Without a target, the command looks for a small folder whose mean KL divergence from "
-        "MODEL is at most 0.05 nats per token, which raises perplexity by about 5 %. The divergence is measured on "
-        "text that was not used for calibration. The result is lossy, except with --lossless or if the target needs no "
-        "loss. If compression fails, there is no OUT, and nothing is uploaded. Compression takes minutes per 100 "
-        "million parameters on a CPU. While MODEL generates calibration text, memory holds the whole model, in its own "
-        "dtype, or in float32 if that is faster and fits. quantize, slice and pack have more options.",
+        "Give at most one target. Without a target, the command uses --fallback-bits if MODEL predicts no text; "
+        "otherwise it looks for a small folder whose mean KL divergence from MODEL is at most 0.05 nats per token, "
+        "which raises perplexity by about 5 %. The divergence is measured on text that was not used for calibration. "
+        "The result is lossy, except with --lossless or if the target needs no loss. If compression fails, there is "
+        "no OUT, and nothing is uploaded. Compression takes minutes per 100 million parameters on a CPU. While MODEL "
+        "generates calibration text, memory holds the whole model, in its own dtype, or in float32 if that is faster "
+        "and fits. quantize, slice and pack have more options.",
     )
     add_model(parser, "folder of a checkpoint")
     add_out(parser)
@@ -42,9 +43,7 @@ def add(commands: Any) -> ArgumentParser:
     parser.add_argument(
         "--target-ratio", metavar="RATIO", type=float, help="largest size of OUT as a fraction of MODEL, such as 0.4"
     )
-    parser.add_argument(
-        "--bits", type=float, help="average bits per weight: 6 is nearly lossless, 4 is small, 3 loses quality"
-    )
+    parser.add_argument("--bits", type=float, help="average bits per weight: 6 is nearly lossless, 4 small, 3 worse")
     parser.add_argument(
         "--max-kl",
         metavar="NATS",
