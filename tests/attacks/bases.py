@@ -30,12 +30,11 @@ def make_bases(folder: Path) -> None:
 
 
 def _pack_delta(dense: Path, out: Path) -> None:
-    """Pack a model that differs a little from `dense`, with a copy of `dense` in the packed folder as its base."""
+    """Write `changed`, which differs a little from `dense`. Pack it into `out`, which also gets a copy of its base."""
     model = out.with_name("changed")
     shutil.copytree(dense, model)
     tensors = load_file(dense / "model.safetensors")
     save_file({name: tensor * 1.001 for name, tensor in tensors.items()}, model / "model.safetensors")
     freebits.pack(model, out, base=dense)
-    shutil.rmtree(model)
     shutil.copytree(dense, out / "base")
     redigest(out, lambda manifest: manifest["base"].update(model="base"))

@@ -31,6 +31,7 @@ COMMANDS: Mapping[str, tuple[str, list[str]]] = {
     "pack canonical": ("sliced", ["pack", "SOURCE", "OUT"]),
     "pack bits-back": ("sliced", ["pack", "SOURCE", "OUT", "--codec", "bits-back"]),
     "pack none": ("dense", ["pack", "SOURCE", "OUT", "--codec", "none"]),
+    "pack with a base": ("changed", ["pack", "SOURCE", "OUT", "--base", "BASE"]),
     "unpack": ("canonical", ["unpack", "SOURCE", "OUT"]),
     "quantize": ("dense", ["quantize", "SOURCE", "OUT", "--calibration", "TEXT", *CALIBRATED]),
     "lowrank": ("dense", ["lowrank", "SOURCE", "OUT", "--calibration", "TEXT", *CALIBRATED]),
@@ -98,6 +99,7 @@ class Case:
     def argv(self, out: Path | None = None) -> list[str]:
         """Return the arguments of the command line."""
         paths = {"SOURCE": str(self.source), "OUT": str(out or self.out), "TEXT": str(self.scratch / "text")}
+        paths["BASE"] = str(self.bases / "dense")
         return [paths.get(argument, argument) for argument in COMMANDS[self.name][1]]
 
     def start(self, out: Path | None = None, before: Callable[[], object] | None = None, log: str = "log") -> Child:
