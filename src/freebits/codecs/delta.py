@@ -147,9 +147,9 @@ def _levels(
         )
         for matrix in (values, base)
     ]
-    squares = (as_floats[0].double() - as_floats[1].double()).nan_to_num_(0, 0, 0).square_()
+    squares = (as_floats[0].float() - as_floats[1].float()).square_().nan_to_num_(0, 0, 0)
     rows = squares.mean(1)
-    columns = (squares / rows.clamp_min(1e-300)[:, None]).mean(0)
+    columns = rows.clamp_min(1e-30).reciprocal_() @ squares / len(rows)
     row_levels, column_levels = (
         (mean.log2() * (LEVELS_PER_OCTAVE / 2)).round().clamp(_UNCHANGED, -_UNCHANGED).numpy().astype(np.int64)
         for mean in (rows, columns)
