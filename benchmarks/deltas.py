@@ -49,7 +49,7 @@ EXACT = (
     "copy, MB/s",
     "all files equal",
 )
-LOSSY = ("model", "base", "trellis", "bits per weight", "bytes", "mean KL", "perplexity ratio")
+LOSSY = ("model", "base", "bits per weight", "bytes", "mean KL", "perplexity ratio")
 PAIRS = {
     "slow-200": "base",
     "slow-1000": "base",
@@ -61,8 +61,7 @@ PAIRS = {
     "rows": "base",
 }
 """Model → base. A space distinguishes two rows for the same model."""
-FORMS = (("base", 0, 0.5), ("base", 0, 1.0), ("base", 32, 1.0), ("base", 0, 2.0), ("base", 32, 2.0))
-WHOLE = ((32, 2.0), (32, 3.0), (32, 4.0))
+FORMS = (("base", 0.5), ("base", 1.0), ("base", 2.0), ("base", 3.0), ("", 2.0), ("", 3.0), ("", 4.0))
 
 
 def main() -> None:
@@ -90,12 +89,10 @@ def main() -> None:
     text = (arguments.data / "wikitext-2-raw" / "wiki.valid.raw").read_text(encoding="utf-8")[:100_000]
     for name in (name.strip() for name in arguments.models.split(";")):
         windows = token_windows(arguments.finetunes / name, text, 512, 8)
-        rows.append(
-            (name, "", "", "", "", *distance(arguments.finetunes / name, arguments.finetunes / "base", windows))
-        )
-        forms = [*FORMS, *(("", *form) for form in WHOLE)]
-        for base, trellis, bits in forms:
-            rows.append(lossy(arguments.finetunes, name, base, trellis, bits, windows, arguments.scratch / "quantized"))
+        unchanged = distance(arguments.finetunes / name, arguments.finetunes / "base", windows)
+        rows.append((name, "(the base itself)", "", "", *unchanged))
+        for base, bits in FORMS:
+            rows.append(lossy(arguments.finetunes, name, base, bits, windows, arguments.scratch / "quantized"))
             print(rows[-1], flush=True)
             save_csv("lossy_deltas", LOSSY, rows)
     print_table(LOSSY, rows)
@@ -165,14 +162,12 @@ def series(finetunes: Path, scratch: Path) -> tuple[Any, ...]:
     return (f"{len(models)} checkpoints", "first", size, sizes["none"], sizes["first"], *share, *[""] * 7)
 
 
-def lossy(
-    finetunes: Path, name: str, base: str, trellis: int, bits: float, windows: torch.Tensor, out: Path
-) -> tuple[Any, ...]:
+def lossy(finetunes: Path, name: str, base: str, bits: float, windows: torch.Tensor, out: Path) -> tuple[Any, ...]:
     """Quantize a model, with or without its base. Return a row of the table."""
     shutil.rmtree(out, ignore_errors=True)
-    options: dict[str, Any] = {"bits": bits, "trellis": trellis, "calibration": embedded_text()[1], "samples": 16}
+    options: dict[str, Any] = {"bits": bits, "calibration": embedded_text()[1], "samples": 16}
     facts = freebits.quantize(finetunes / name, out, base=finetunes / base if base else None, **options)
-    return name, base, trellis, bits, facts["bytes"]["packed"], *distance(finetunes / name, out, windows)
+    return name, base, bits, facts["bytes"]["packed"], *distance(finetunes / name, out, windows)
 
 
 def distance(model: Path, other: Path, windows: torch.Tensor) -> tuple[str, str]:

@@ -99,11 +99,15 @@ def round_to_grid(W: Tensor, U: Tensor | None, bits: int) -> tuple[Tensor, Tenso
     return (rounded / column_scales + column_zeros).round().to(torch.uint8), scales, zeros.to(torch.uint8)
 
 
-def _gptq(W: Tensor, U: Tensor | None, _rows: Tensor, _columns: Tensor, bits: float) -> tuple[Tensor, ...]:
+def _gptq(
+    W: Tensor, U: Tensor | None, _rows: Tensor, _columns: Tensor, bits: float, _base: Tensor | None = None
+) -> tuple[Tensor, ...]:
     return *round_to_grid(W, U, int(bits)), torch.tensor([int(bits), GROUP])
 
 
-def _nearest(W: Tensor, _U: Tensor | None, _rows: Tensor, _columns: Tensor, bits: float) -> tuple[Tensor, ...]:
+def _nearest(
+    W: Tensor, _U: Tensor | None, _rows: Tensor, _columns: Tensor, bits: float, _base: Tensor | None = None
+) -> tuple[Tensor, ...]:
     return *round_to_grid(W, None, int(bits)), torch.tensor([int(bits), GROUP])
 
 

@@ -21,12 +21,15 @@ from freebits.cli.main import main
 from freebits.codecs import symbol_stream
 from freebits.codecs.base import Declined
 from freebits.codecs.delta import Delta, are_partners
+from freebits.codecs.integers import scales_of
 from freebits.errors import CheckpointError, UnsupportedModelError, UsageError
 from freebits.execution.executor import Parallel
 from freebits.limits import BASES
 from freebits.packed.base import BASE_PATH
 from freebits.packed.manifest import Manifest
 from freebits.packed.reader import PackedFolder
+from freebits.quantization.error_compensation import inverse_factor
+from freebits.quantization.scales import scaled_integers
 from freebits.storage.checkpoint import Checkpoint
 from freebits.types import DTYPES, TensorSpec, bytes_of
 from tests.tiny import Make, random_text, redigest
@@ -397,6 +400,23 @@ def test_the_differences_from_a_base_are_rounded(base: Path, tmp_path: Path) -> 
     assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in state.items())
     with pytest.raises(UnsupportedModelError, match="unpack"):
         freebits.recover(tmp_path / "packed", tmp_path / "out", against=model)
+
+
+def test_error_compensation_includes_the_rounding_of_the_sum() -> None:
+    """The sum of base and difference is rounded to bfloat16, which is coarse compared with the differences."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(96, 64, generator=generator).bfloat16()
+    tensor = (base.float() + 4e-3 * torch.randn(96, 64, generator=generator)).bfloat16()
+    inputs = torch.randn(500, 64, generator=generator) @ torch.randn(64, 64, generator=generator)
+    U, difference = inverse_factor(inputs.T @ inputs, 0.01), tensor.float() - base.float()
+    losses = []
+    for added_to in (None, base):
+        arguments = torch.full((96,), 2e-3).double(), U.diagonal() / U.diagonal().mean(), 1.0, 0, added_to
+        rounded = scaled_integers(difference, U, *arguments)
+        values = rounded.integers * scales_of(rounded.rows)[:, None] * scales_of(rounded.columns)
+        error = (base.float() + values).bfloat16().float() - tensor.float()
+        losses.append((inputs @ error.T).square().sum().item())
+    assert losses[1] < 0.8 * losses[0]
 
 
 def test_tensors_equal_to_those_of_the_base_stay_equal(base: Path, tmp_path: Path) -> None:

@@ -388,7 +388,8 @@ def _quantize(
     def write(expected_kl: float | None) -> None:
         _clear(directory)
         targets = plan.bits, plan.at_most, expected_kl
-        goal = Goal(*targets, fallback_bits=options.fallback_bits, trellis=options.trellis, least_bits=least_bits)
+        trellis = options.trellis if options.base is None else 0
+        goal = Goal(*targets, fallback_bits=options.fallback_bits, trellis=trellis, least_bits=least_bits)
         prepared.write(directory, goal, "auto", stage("auto"), executor, progress)
 
     def measure() -> dict[str, Any]:

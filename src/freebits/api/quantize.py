@@ -102,7 +102,8 @@ def quantize(
         only: `linear` quantizes only the matrices of the blocks, `embeddings` only the embedding and the head.
         keep: patterns for the names of tensors to leave unchanged, such as `vision_tower.*`.
         base: folder or hub id of the model from which `model` was trained. The differences from its matrices are
-            rounded instead of the matrices, and loading needs the base. `bits` can then be as small as 0.1.
+            rounded instead of the matrices, without a trellis: the sum with the base is rounded once more, which would
+            undo what a trellis gains. Loading needs the base. `bits` can then be as small as 0.1.
         fallback_bits: average bits per weight of the matrices that are rounded without calibration. If no matrix is
             calibrated, this is used only if no other target is given.
         calibration: text to calibrate on; by default the model generates the text.
@@ -130,6 +131,7 @@ def quantize(
     """
     check_key(sign_with)
     least_bits = 1.0 if base is None else LEAST_DIFFERENCE_BITS
+    trellis = trellis if base is None else 0
     goal = Goal(bits, target_size, target_kl, method, fallback_bits, trellis, least_bits)
     if rotate not in ROTATIONS:
         raise UsageError(f"`rotate` is {rotate!r}: choose {' or '.join(ROTATIONS)}")
@@ -277,7 +279,9 @@ def prepare(
         excluded = {*unchanged, *measured.router_tensors}
         covered = fully_covered_matrices(measured.matrices, source)
         matrices = [matrix for matrix in _selected(covered, running, only) if matrix.tensor not in excluded]
-    cache = SensitivityCache(work, differences or source, rotation_seed)
+    cache = SensitivityCache(
+        work, differences or source, rotation_seed, differences.base_tensors if differences else None
+    )
     calibrated = {matrix.tensor for matrix in matrices}
     fallback_matrices = [] if only is not None else uncalibrated(source, calibrated, unchanged)
     cache.add([*matrices, *fallback_matrices])

@@ -1,6 +1,6 @@
 """Round the differences of matrices from those of a base, instead of the matrices."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,10 +14,32 @@ from freebits.packed.base import Base, BaseTensor
 from freebits.packed.encoded_piece import Piece, plain, relative, staged
 from freebits.packed.open_base import OpenBase
 from freebits.packed.recipe import Recipe
-from freebits.storage.checkpoint import Source
+from freebits.storage.checkpoint import Folder, Source
 from freebits.types import FLOATS, TensorSpec
 
 ADDED = "added"
+
+
+@dataclass(frozen=True)
+class BaseTensors(Mapping[str, Tensor]):
+    """Some tensors of a folder, by name. A tensor is read when it is needed."""
+
+    folder: Folder
+    names: frozenset[str]
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Read a tensor."""
+        if name not in self.names:
+            raise KeyError(name)
+        return self.folder[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names."""
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        """Return the number of tensors."""
+        return len(self.names)
 
 
 @dataclass(frozen=True)
@@ -65,6 +87,11 @@ class Differences:
         """Return a tensor, or its difference from that of the base."""
         tensor = self.source[name]
         return tensor.float() - self.base.folder[name].float() if name in self.names else tensor
+
+    @property
+    def base_tensors(self) -> "BaseTensors":
+        """The tensors of the base to which differences are added."""
+        return BaseTensors(self.base.folder, self.names)
 
     def added(self, recipes: Sequence[Recipe]) -> tuple[Recipe, ...]:
         """Return recipes that make differences, with further recipes that add the base's tensors to them."""

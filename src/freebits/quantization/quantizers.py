@@ -22,7 +22,8 @@ class Quantizer:
     Attributes:
         round: function that returns the tensors that the code encodes. Its arguments are: the matrix; the
             inverse-Hessian Cholesky factor of the matrix's inputs, (m, m), or None without calibration; the relative
-            scales of the rows, (n,); the relative scales of the columns, (m,); the rate parameter (see `adaptive`).
+            scales of the rows, (n,); the relative scales of the columns, (m,); the rate parameter (see `adaptive`); and
+            the matrix to which the rounded matrix will be added, (n, m), or None.
         code: name of the code in `freebits.codecs.registry.CODES`.
         encoder: code object that encodes; None for the one in `CODES`.
         parts: names of the parts that the code stores.
@@ -31,7 +32,7 @@ class Quantizer:
         whole_bits: whether the quantizer requires a whole number of bits per weight, from 2 to 8.
     """
 
-    round: Callable[[Tensor, Tensor | None, Tensor, Tensor, float], tuple[Tensor, ...]]
+    round: Callable[[Tensor, Tensor | None, Tensor, Tensor, float, Tensor | None], tuple[Tensor, ...]]
     code: str
     parts: tuple[str, ...]
     adaptive: bool = False
@@ -44,13 +45,21 @@ class Quantizer:
 
 
 def _integers(
-    W: Tensor, U: Tensor | None, rows: Tensor, columns: Tensor, factor: float, n_states: int = 0
+    W: Tensor,
+    U: Tensor | None,
+    rows: Tensor,
+    columns: Tensor,
+    factor: float,
+    base: Tensor | None = None,
+    n_states: int = 0,
 ) -> tuple[Tensor, ...]:
-    matrix = scaled_integers(W, U, rows, columns, factor, n_states)
+    matrix = scaled_integers(W, U, rows, columns, factor, n_states, base)
     return matrix.integers, matrix.rows, matrix.columns
 
 
-def _pyramids(W: Tensor, U: Tensor | None, _rows: Tensor, _columns: Tensor, bits: float) -> tuple[Tensor, ...]:
+def _pyramids(
+    W: Tensor, U: Tensor | None, _rows: Tensor, _columns: Tensor, bits: float, _base: Tensor | None = None
+) -> tuple[Tensor, ...]:
     assert U is not None, "only calibrated matrices are rounded to pyramids"  # noqa: S101
     return round_to_pyramids(W, U, bits)
 

@@ -244,7 +244,8 @@ def _rounded_group(
 
 
 def _rounded_matrix(cache: SensitivityCache, goal: Goal, rate_parameter: float, name: str) -> tuple[Tensor, ...]:
-    return goal.quantizer.round(cache.matrix(name), *cache.factor_and_scales(name), rate_parameter)
+    matrix, base = cache.matrix(name), cache.base_matrix(name)
+    return goal.quantizer.round(matrix, *cache.factor_and_scales(name), rate_parameter, base)
 
 
 def _encoded_group(cache: SensitivityCache, goal: Goal, group: Sequence[str], tensors: list[Tensor]) -> Piece:

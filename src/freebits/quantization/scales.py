@@ -46,7 +46,13 @@ def typical_scales(W: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def scaled_integers(
-    W: Tensor, U: Tensor | None, rows: Tensor, columns: Tensor, c: float, n_states: int = 0
+    W: Tensor,
+    U: Tensor | None,
+    rows: Tensor,
+    columns: Tensor,
+    c: float,
+    n_states: int = 0,
+    base: Tensor | None = None,
 ) -> ScaledIntegers:
     """Round a matrix to multiples of the scales or, with a trellis, to multiples of half the scales.
 
@@ -58,6 +64,8 @@ def scaled_integers(
             `typical_scales`.
         c: factor of all scales.
         n_states: number of states of the trellis; 0 for no trellis.
+        base: matrix to which the rounded matrix will be added, (n, m); the sum will be rounded to the dtype of `base`.
+            Error compensation then includes this second rounding error. None if nothing will be added.
 
     Returns:
         The integers and the exponents of the scales. With a trellis, the integers count halves of a scale, so the
@@ -72,12 +80,21 @@ def scaled_integers(
         clamped = values.clamp(-_MAX_INTEGER, _MAX_INTEGER)
         return trellis_round(clamped, n_states).float() / 2 if n_states else clamped.round()
 
-    if U is not None:
-        scaled = compensated_rounding(
-            scaled, U, lambda weights, first: rounded(weights / column[first]) * column[first]
-        )
-        integers = scaled / column * (2 if n_states else 1)
+    if U is None:
+        units = rounded(scaled / column)
     else:
-        integers = rounded(scaled / column) * (2 if n_states else 1)
+        units = torch.empty_like(scaled)
+
+        def round_column(weights: Tensor, number: int) -> Tensor:
+            """Round a column. Keep its integers, and return its values."""
+            units[:, [number]] = rounded(weights / column[number])
+            values = units[:, [number]] * column[number]
+            if base is None:
+                return values
+            start = base[:, [number]].float()
+            return ((start + values * row).to(base.dtype).float() - start) / row
+
+        compensated_rounding(scaled, U, round_column)
+    integers = units * (2 if n_states else 1)
     halved = FINENESS if n_states else 0
     return ScaledIntegers(integers.round().to(torch.int32), row_exponents - halved, column_exponents)

@@ -111,14 +111,16 @@ class SensitivityCache:
         work: executor and work store for the scales and rate models.
         source: tensors of the checkpoint.
         seed: seed of the rotation, see the attribute.
+        base: tensors to which tensors of `source` will be added; None for no tensors.
     """
 
-    def __init__(self, work: Work, source: Source, seed: int | None) -> None:
+    def __init__(self, work: Work, source: Source, seed: int | None, base: Mapping[str, Tensor] | None = None) -> None:
         self.matrices: dict[str, Matrix] = {}
         self.rate_models: dict[str, RateModel] = {}
         self.seed = seed
         self._work = work
         self._source = _LastTensorSource(source)
+        self._base: Mapping[str, Tensor] = base or {}
         self._scales: dict[str, tuple[Tensor, Tensor]] = {}
         self._last_factor: tuple[str, Tensor] = "", torch.empty(0)
 
@@ -179,6 +181,13 @@ class SensitivityCache:
     def matrix(self, name: str) -> Tensor:
         """Return a matrix in the form in which it is rounded: not transposed, and rotated if `seed` is not None."""
         return _matrix(self._source, self.seed, self.matrices[name])
+
+    def base_matrix(self, name: str) -> Tensor | None:
+        """Return the matrix to which a matrix will be added, in the same form; None if there is none."""
+        matrix = self.matrices[name]
+        if matrix.tensor not in self._base or self.seed is not None:
+            return None
+        return _matrix(self._base, None, matrix)
 
     def recipes(self, names: Collection[str]) -> tuple[dict[str, TensorSpec], tuple[Recipe, ...]]:
         """Return name → spec of matrices in the form in which they are rounded, and recipes.
@@ -285,7 +294,7 @@ def _matrix_scales(source: Source, seed: int | None, matrix: Matrix) -> MatrixSc
     return MatrixScales(rows, columns, torch.from_numpy(RateModel.of(W, rows, columns).counts))
 
 
-def _matrix(source: Source, seed: int | None, matrix: Matrix) -> Tensor:
+def _matrix(source: Source | Mapping[str, Tensor], seed: int | None, matrix: Matrix) -> Tensor:
     tensor = source[matrix.tensor]
     W = tensor.reshape(-1, matrix.width or tensor.shape[-1])[matrix.start : matrix.stop]
     W = W.T if matrix.transposed else W
