@@ -5,8 +5,8 @@
 Without --data, models are packed bit for bit. The columns are bytes of whole folders: of the original; with codec
 `none` alone; with the base; the base's tensors XORed and coded by ZipNN (if it is installed) and by zstd on byte
 planes; and ordered differences on byte planes. Rates are millions of bytes of the model a second of processor time on
-one thread, interleaved with copying the folder. With --data, models are quantized with and without their base. Calibration text is
-Python's documentation; the KL divergence from the fine-tune is measured on WikiText-2.
+one thread. With --data, models are quantized with and without their base. Calibration text is Python's documentation;
+the KL divergence from the fine-tune is measured on WikiText-2.
 """
 
 import argparse
