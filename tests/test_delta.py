@@ -316,6 +316,35 @@ def test_the_result_is_the_same_on_threads(base: Path, tmp_path: Path) -> None:
     assert content_of(tmp_path / "jobs 1") == content_of(tmp_path / "jobs 2")
 
 
+def test_a_stopped_run_is_resumed_only_with_the_same_base(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, out = finetune(tmp_path / "model", base), tmp_path / "packed"
+    freebits.pack(model, tmp_path / "expected", base=base)
+    encode, calls = Delta.encode, list[str]()
+
+    def stopped(self: Delta, tensors: Any, makes: Any) -> Any:
+        calls.append(str(makes))
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return encode(self, tensors, makes)
+
+    monkeypatch.setattr(Delta, "encode", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        freebits.pack(model, out, base=base)
+    assert not out.exists()
+    freebits.pack(model, out, base=base)
+    n_tensors = len(Checkpoint(model).specs)
+    assert len(calls) == 9 + n_tensors - 8  # eight tensors were finished
+    assert content_of(out) == content_of(tmp_path / "expected")
+    calls.clear()
+    with pytest.raises(KeyboardInterrupt):
+        freebits.pack(model, tmp_path / "again", base=base)
+    os.utime(base / "model.safetensors", ns=(0, 0))
+    freebits.pack(model, tmp_path / "again", base=base)
+    assert len(calls) == 9 + n_tensors
+
+
 def test_a_chain_has_at_most_eight_bases(base: Path, tmp_path: Path) -> None:
     out = [base]
     for number in range(BASES):

@@ -30,7 +30,7 @@ from freebits.packed.unpacking import unpack_into
 from freebits.storage.checkpoint import Checkpoint, is_adapter
 from freebits.storage.gguf import gguf_folder, is_gguf
 from freebits.storage.hub import local_folder
-from freebits.storage.resumption import Task
+from freebits.storage.resumption import Task, file_states
 from freebits.storage.signature import check_key
 from freebits.storage.staging import new_directory
 
@@ -105,8 +105,10 @@ def pack(
     opened_base = None if base is None else OpenBase.open(base, Path(out))
     source, sizes = Checkpoint(model), known_sizes(model)
     preset = _safe_preset(preset, source)
-    arguments = {"codec": codec, "entropy": entropy, "threshold": threshold, "device": device}
-    task = Task("pack", source.path, arguments, resume) if preset else None  # `none` cannot be resumed
+    arguments: dict[str, Any] = {"codec": codec, "entropy": entropy, "threshold": threshold, "device": device}
+    arguments["base"] = opened_base and [str(base), file_states(opened_base.folder.path)]
+    # `none` cannot be resumed without a base, because it takes hardly longer than writing the finished pieces would
+    task = Task("pack", source.path, arguments, resume) if preset or opened_base else None
     largest = _largest_part(source) if preset and not is_adapter(source.config) else 0
     with new_directory(out, task) as directory, parallel.executor(largest) as executor:
         work = Work(executor, task.store(directory) if task else None)

@@ -37,7 +37,7 @@ from freebits.quantization.sensitivity_cache import Matrix, SensitivityCache, fu
 from freebits.quantization.weights_only import coverage_report, names_to_keep, routers_to_keep, uncalibrated
 from freebits.storage.checkpoint import Folder, history_step
 from freebits.storage.hub import local_folder
-from freebits.storage.resumption import Task, text_digest
+from freebits.storage.resumption import Task, file_states, text_digest
 from freebits.storage.signature import check_key
 from freebits.storage.staging import new_directory
 
@@ -145,7 +145,8 @@ def quantize(
         "size": target_size,
         "kl": target_kl,
     }
-    arguments |= {"base": None if base is None else str(base)}
+    opened_base = None if base is None else OpenBase.open(base, Path(out))
+    arguments["base"] = opened_base and [str(base), file_states(opened_base.folder.path)]
     arguments |= {"rotate": rotate, "only": only, "keep": [*keep], "fallback_bits": fallback_bits}
     arguments |= {"samples": samples, "seq_len": seq_len, "seed": seed, "device": device, "entropy": entropy}
     task = Task("quantize", Path(model), arguments | {"text": text_digest(calibration)}, resume)
@@ -156,7 +157,7 @@ def quantize(
             rotate=rotate,
             only=only,
             keep=keep,
-            base=None if base is None else OpenBase.open(base, Path(out)),
+            base=opened_base,
             calibration=calibration,
             samples=samples,
             seq_len=seq_len,

@@ -171,12 +171,16 @@ class SensitivityCache:
 
     def factor_and_scales(self, name: str) -> tuple[Tensor | None, Tensor, Tensor]:
         """Return `U` of a matrix (None without calibration), and the relative scales of its rows and its columns."""
-        factor, last = self.matrices[name].factor, self._last_factor
+        factor = self.matrices[name].factor
         if factor is None:
             return None, *self._scales[name]
-        if last[0] != factor.key:
-            self._last_factor = last = factor.key, self._work.store.get(f"U-{factor.key}")
-        return last[1], *self._scales[name]
+        key, U = self._last_factor
+        if key != factor.key:
+            del U
+            self._last_factor = "", torch.empty(0)  # frees the last factor before the next one is read
+            U = self._work.store.get(f"U-{factor.key}")
+            self._last_factor = factor.key, U
+        return U, *self._scales[name]
 
     def matrix(self, name: str) -> Tensor:
         """Return a matrix in the form in which it is rounded: not transposed, and rotated if `seed` is not None."""

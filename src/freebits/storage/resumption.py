@@ -41,7 +41,7 @@ class Task:
     @property
     def facts(self) -> str:
         """Command, arguments, source and software versions as JSON. A run resumes only a run with equal facts."""
-        states = _states(self.source)
+        states = file_states(self.source)
         versions = {"freebits": __version__, "torch": torch.__version__}
         facts = {"command": self.command, "arguments": dict(self.arguments), "source": states, **versions}
         return json.dumps(facts, indent=2, sort_keys=True, default=str)
@@ -66,10 +66,10 @@ def unchanged(source: Path) -> Iterator[None]:
     Raises:
         CheckpointError: a file was changed, added or removed.
     """
-    before = _states(source)
+    before = file_states(source)
     yield
     try:
-        after = _states(source)
+        after = file_states(source)
     except FileNotFoundError:
         after = []
     if after != before:
@@ -78,7 +78,7 @@ def unchanged(source: Path) -> Iterator[None]:
         )
 
 
-def _states(source: Path) -> list[tuple[str, int, int]]:
+def file_states(source: Path) -> list[tuple[str, int, int]]:
     """Return name, size and modification time (ns) of each JSON and safetensors file of a model, without subfolders."""
     files = sorted(file for file in source.glob("*") if file.suffix in (".json", ".safetensors") and file.is_file())
     return [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
