@@ -69,7 +69,7 @@ def test_tensors_that_no_model_reads_are_ignored() -> None:
     ("config", "facts"),
     [
         ({"model_type": "mamba"}, "'mamba'"),
-        ({"model_type": "gemma2"}, "'gemma2'.*rotation"),
+        ({"model_type": "gemma2"}, "'gemma2'.*rotated"),
         ({"model_type": "opt", "do_layer_norm_before": False}, "do_layer_norm_before"),
         ({"model_type": "opt", "hidden_size": 1024, "word_embed_proj_dim": 512}, "word_embed_proj_dim"),
         ({}, "''"),

@@ -305,8 +305,8 @@ def make_plan(
 
 
 def _runs_on_text(folder: Path, config: Mapping[str, Any]) -> bool:
-    """Return whether a model predicts text and has a tokenizer. The models of a pipeline usually have none."""
-    return predicts_text(config) and has_tokenizer(folder)
+    """Return whether a model predicts text. A model of a pipeline must also have a tokenizer; most of them have none."""
+    return predicts_text(config) and (has_tokenizer(folder) or not is_pipeline(folder.parent))
 
 
 def _execute(
