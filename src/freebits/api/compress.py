@@ -305,7 +305,7 @@ def make_plan(
 
 
 def _runs_on_text(folder: Path, config: Mapping[str, Any]) -> bool:
-    """Return whether a model predicts text. A model of a pipeline must also have a tokenizer; most of them have none."""
+    """Return whether a model predicts text. A model of a pipeline must also have a tokenizer, which most do not."""
     return predicts_text(config) and (has_tokenizer(folder) or not is_pipeline(folder.parent))
 
 
