@@ -30,6 +30,7 @@ from freebits.packed.unpacking import unpack_into
 from freebits.storage.checkpoint import Checkpoint, is_adapter
 from freebits.storage.gguf import gguf_folder, is_gguf
 from freebits.storage.hub import local_folder
+from freebits.storage.remote import url_of
 from freebits.storage.resumption import Task, file_states
 from freebits.storage.signature import check_key
 from freebits.storage.staging import new_directory
@@ -118,8 +119,10 @@ def pack(
 
 def _pack_whole(model: Path, out: str | os.PathLike[str], **options: Any) -> dict[str, Any]:
     """Pack a packed folder again, without a base."""
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=Path(out).parent, prefix=".") as scratch:
+    parent = None if url_of(out) else Path(out).absolute().parent
+    if parent is not None:
+        parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".") as scratch:
         unpack(model, Path(scratch) / model.name)
         return pack(Path(scratch) / model.name, out, codec=NONE, **options)
 
@@ -133,8 +136,8 @@ def pack_series(
 ) -> dict[str, Any]:
     """Pack related models, such as the checkpoints of a training run, into one folder.
 
-    A model that is already in `out` is not packed again, so a stopped run can be continued, and later checkpoints can
-    be added.
+    A model whose name is already in `out` is not packed again, which a warning says. So a stopped run can be continued,
+    and later checkpoints can be added.
 
     Args:
         models: folders or hub ids, with different names.
@@ -161,7 +164,7 @@ def pack_series(
         if base in (FIRST, PREVIOUS):
             chosen_base = NONE if number == 0 else Path(out) / names[0 if base == FIRST else number - 1]
         if is_packed(target):
-            _log.info("freebits: %s is kept as it is", target)
+            _log.warning("freebits: %s is packed already, and is kept as it is", target)
         else:
             pack(model, target, base=chosen_base, **options)
         results[name] = inspect(target)

@@ -1,21 +1,26 @@
 """The base of a folder that is being packed."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
+from freebits.codecs.base import Declined
 from freebits.codecs.delta import are_partners
 from freebits.errors import CheckpointError
 from freebits.limits import BASES
 from freebits.packed.base import Base, BaseTensor
+from freebits.packed.encoded_piece import Piece, relative
 from freebits.packed.manifest import digest
 from freebits.packed.reader import PackedFolder, open_folder
 from freebits.storage.checkpoint import Folder
 from freebits.storage.hub import local_folder
 from freebits.types import TensorSpec, bytes_of
+
+_CLEAR_GAIN = 0.5
+"""If the differences from the base take at most this fraction of a tensor's bytes, coding it alone is not tried."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,35 @@ class OpenBase:
             and are_partners(spec, folder.specs[name])
             and (not isinstance(folder, PackedFolder) or folder.is_reproducible(name))
         }
+
+    def exact_piece(
+        self, name: str, spec: TensorSpec, tensor: Tensor, alone: Callable[[], Piece], used_names: Collection[str] = ()
+    ) -> tuple[Piece, dict[str, Tensor]]:
+        """Encode a tensor bit for bit, as differences from the base if this saves bytes.
+
+        Args:
+            name: name of the tensor.
+            spec: its spec.
+            tensor: its value, which can be flat bytes.
+            alone: function that encodes the tensor without the base.
+            used_names: see `relative`.
+
+        Returns:
+            The piece, and the tensors of the base that it takes, by the names by which recipes take them.
+        """
+        if not self.partners({name: spec}):
+            return alone(), {}
+        base_tensor, values = self[name]
+        try:
+            piece = relative(name, spec, tensor, base_tensor, values, used_names)
+        except Declined:
+            return alone(), {}
+        other = alone() if piece.n_bytes > _CLEAR_GAIN * spec.n_bytes else None
+        return (
+            (piece, dict.fromkeys(piece.base, values))
+            if other is None or piece.n_bytes < other.n_bytes
+            else (other, {})
+        )
 
     def __getitem__(self, name: str) -> tuple[BaseTensor, Tensor]:
         """Read a tensor of the base."""

@@ -1,28 +1,23 @@
 """Pack any checkpoint with the codec `none`. Unpacking restores its weights files byte for byte."""
 
 from collections.abc import Collection, Mapping
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
-from freebits.codecs.base import Declined
 from freebits.codecs.columns import fields_of
 from freebits.codecs.registry import CODES
 from freebits.execution.progress import Progress
 from freebits.execution.work_store import Work
 from freebits.packed.contents import STEM, Contents, announced, digested
-from freebits.packed.encoded_piece import Piece, encoded, relative, staged
+from freebits.packed.encoded_piece import Piece, encoded, staged
 from freebits.packed.open_base import OpenBase
 from freebits.storage.auxiliary_files import stays_inside
 from freebits.storage.checkpoint import Checkpoint, config_name, open_weights, read_json, read_text
 from freebits.storage.gguf import GgufFile
 from freebits.storage.safetensors_files import Entry, WeightsFile
 from freebits.storage.writer import CheckpointWriter
-
-_CLEAR_GAIN = 0.5
-"""If the differences from the base take at most this fraction of a tensor's bytes, coding it alone is not tried."""
 
 
 def pack_files(
@@ -48,8 +43,7 @@ def pack_files(
     prefixes = {name: f"{name}/" if name in contents.auxiliary else "" for name in files}
     specs = {prefixes[name] + tensor: e.spec for name, file in files.items() for tensor, e in file.entries.items()}
     entries = [(name, entry) for name, file in files.items() for entry in file.entries.values()]
-    partners = frozenset(base.partners(source.specs)) if base else frozenset()
-    pieces = work.map("tensor", partial(_piece, files, prefixes, stage, {*specs}, base, partners), entries)
+    pieces = work.map("tensor", partial(_piece, files, prefixes, stage, {*specs}, base, {*source.weights}), entries)
     block_files = [(prefixes[name], file.fields) for name, file in files.items() if isinstance(file, GgufFile)]
     columns = {
         f"{prefix}{tensor}.{number}": specs[prefix + tensor]
@@ -70,23 +64,17 @@ def _piece(
     stage: str | None,
     used_names: Collection[str],
     base: OpenBase | None,
-    partners: Collection[str],
+    model_files: Collection[str],
     item: tuple[str, Entry],
 ) -> tuple[Piece, dict[str, str]]:
     """Encode one tensor of a weights file. Return the piece and the digests of the stored tensors."""
     name, entry = item
     file, target = files[name], prefixes[name] + entry.name
     tensor = entry.spec.view(file.read(entry.name))
-    if base is not None and target in partners:
-        base_tensor, values = base[target]
-        with suppress(Declined):
-            piece = relative(target, entry.spec, tensor, base_tensor, values, used_names)
-            alone = None
-            if piece.n_bytes > _CLEAR_GAIN * entry.spec.n_bytes:
-                alone = _alone(file, entry, target, tensor, stage, used_names)
-            if alone is None or piece.n_bytes < alone.n_bytes:
-                return digested(piece, dict.fromkeys(piece.base, values))
-    return digested(_alone(file, entry, target, tensor, stage, used_names))
+    alone = partial(_alone, file, entry, target, tensor, stage, used_names)
+    if base is None or name not in model_files:
+        return digested(alone())
+    return digested(*base.exact_piece(target, entry.spec, tensor, alone, used_names))
 
 
 def _alone(

@@ -237,13 +237,13 @@ class PackedFolder:
         if found != wanted.spec:
             raise CheckpointError(
                 f"{self.path} needs a base with {wanted.spec} as {wanted.name}, but {base.path} has {found or 'none'}: "
-                f"set {BASE_PATH} to the right base"
+                f"give the right base (`base`, or {BASE_PATH})"
             )
         tensor = base[wanted.name]
         if (actual := digest(wanted.spec, bytes_of(tensor))) != wanted.digest:
             raise CheckpointError(
                 f"{self.path} needs a base whose {wanted.name} has the digest {wanted.digest}, but in {base.path} it "
-                f"has {actual}: set {BASE_PATH} to the right base"
+                f"has {actual}: give the right base (`base`, or {BASE_PATH})"
             )
         return tensor
 

@@ -1,21 +1,19 @@
 """Round the differences of matrices from those of a base, instead of the matrices."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from freebits.codecs.added import BASE, DIFFERENCE
-from freebits.codecs.base import Declined
 from freebits.packed.base import Base, BaseTensor
-from freebits.packed.encoded_piece import Piece, plain, relative, staged
+from freebits.packed.encoded_piece import Piece, plain, staged
 from freebits.packed.open_base import OpenBase
 from freebits.packed.recipe import Recipe
 from freebits.storage.checkpoint import Folder, Source
-from freebits.types import FLOATS, TensorSpec
+from freebits.types import FLOATS, TensorSpec, bytes_of
 
 ADDED = "added"
 
@@ -64,7 +62,7 @@ class Differences:
         names, equal = set(), set()
         for name, spec in base.partners(source.specs).items():
             if spec == source.specs[name]:
-                if torch.equal(source[name], base.folder[name]):
+                if np.array_equal(bytes_of(source[name]), bytes_of(base.folder[name])):
                     equal.add(name)
                 elif spec.dtype_name in FLOATS[:3] and len(spec.shape) > 1:
                     names.add(name)
@@ -128,11 +126,5 @@ class Differences:
         Returns:
             See `on_base`.
         """
-        alone = staged(plain({name: tensor}), stage)
-        if name in self.base.partners({name: self.source.specs[name]}):
-            base_tensor, values = self.base[name]
-            with suppress(Declined):
-                piece = relative(name, self.source.specs[name], tensor, base_tensor, values)
-                if piece.n_bytes < alone.n_bytes:
-                    return piece, dict.fromkeys(piece.base, values)
-        return alone, {}
+        spec = self.source.specs[name]
+        return self.base.exact_piece(name, spec, tensor, lambda: staged(plain({name: tensor}), stage))

@@ -15,7 +15,7 @@ def add(commands: Any) -> ArgumentParser:
     parser = command(
         commands,
         "pack",
-        "pack a checkpoint (function-preserving, or bit-exact with --codec none)",
+        "pack a checkpoint (function-preserving, or bit-exact with --codec none or --base)",
         "A sliced model can be rotated at each block without changing its output. In any model, the basis inside an "
         "attention head can be changed without changing the output. The command chooses rotations and bases so that "
         "fewer bits have to be stored, and entropy-codes the stored tensors. Memory holds two blocks per job in "
