@@ -87,12 +87,9 @@ class OpenBase:
             piece = relative(name, spec, tensor, base_tensor, values, used_names)
         except Declined:
             return alone(), {}
-        other = alone() if piece.n_bytes > _CLEAR_GAIN * spec.n_bytes else None
-        return (
-            (piece, dict.fromkeys(piece.base, values))
-            if other is None or piece.n_bytes < other.n_bytes
-            else (other, {})
-        )
+        if piece.n_bytes > _CLEAR_GAIN * spec.n_bytes and (other := alone()).n_bytes <= piece.n_bytes:
+            return other, {}
+        return piece, dict.fromkeys(piece.base, values)
 
     def __getitem__(self, name: str) -> tuple[BaseTensor, Tensor]:
         """Read a tensor of the base."""

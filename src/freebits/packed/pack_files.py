@@ -43,7 +43,7 @@ def pack_files(
     prefixes = {name: f"{name}/" if name in contents.auxiliary else "" for name in files}
     specs = {prefixes[name] + tensor: e.spec for name, file in files.items() for tensor, e in file.entries.items()}
     entries = [(name, entry) for name, file in files.items() for entry in file.entries.values()]
-    pieces = work.map("tensor", partial(_piece, files, prefixes, stage, {*specs}, base, {*source.weights}), entries)
+    pieces = work.map("tensor", partial(_piece, files, prefixes, stage, {*specs}, base), entries)
     block_files = [(prefixes[name], file.fields) for name, file in files.items() if isinstance(file, GgufFile)]
     columns = {
         f"{prefix}{tensor}.{number}": specs[prefix + tensor]
@@ -64,7 +64,6 @@ def _piece(
     stage: str | None,
     used_names: Collection[str],
     base: OpenBase | None,
-    model_files: Collection[str],
     item: tuple[str, Entry],
 ) -> tuple[Piece, dict[str, str]]:
     """Encode one tensor of a weights file. Return the piece and the digests of the stored tensors."""
@@ -72,9 +71,7 @@ def _piece(
     file, target = files[name], prefixes[name] + entry.name
     tensor = entry.spec.view(file.read(entry.name))
     alone = partial(_alone, file, entry, target, tensor, stage, used_names)
-    if base is None or name not in model_files:
-        return digested(alone())
-    return digested(*base.exact_piece(target, entry.spec, tensor, alone, used_names))
+    return digested(*(base.exact_piece(target, entry.spec, tensor, alone, used_names) if base else (alone(), {})))
 
 
 def _alone(
