@@ -76,7 +76,8 @@ def pack(
         device: device for linear algebra, which always uses float64. Devices can differ in the last bits of results.
         parallel: where blocks are packed, and how many at once. Memory holds two blocks per job in float64, and one
             embedding.
-        resume: whether to use the finished blocks of a stopped run with the same arguments; never with codec `none`.
+        resume: whether to use the finished pieces of a stopped run with the same arguments; not with codec `none`
+            without a base.
         sign_with: file with a private key (PEM), which signs every file of the folder; see `verify`.
         progress: callback, called after each block, or after each tensor with the codec `none`.
 
