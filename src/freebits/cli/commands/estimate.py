@@ -4,7 +4,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from freebits.cli.arguments import ELSEWHERE, add_revision, add_sparsity, command
+from freebits.cli.arguments import OTHER_SOURCES, add_revision, add_sparsity, command
 from freebits.cli.output import Row, changes, print_json, print_size_table, print_table
 
 
@@ -22,7 +22,7 @@ def add(commands: Any) -> ArgumentParser:
         "The last row is the approximate size after freebits slice and freebits pack with default options.",
     )
     parser.add_argument(
-        "config", metavar="MODEL", type=Path, help=f"a config.json, a folder that contains one{ELSEWHERE}"
+        "config", metavar="MODEL", type=Path, help=f"a config.json, a folder that contains one{OTHER_SOURCES}"
     )
     add_sparsity(parser, required=False)
     add_revision(parser)
