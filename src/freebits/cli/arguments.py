@@ -10,7 +10,7 @@ from freebits.options import BACKENDS, THREADS, TRELLIS
 if TYPE_CHECKING:
     from freebits.execution.executor import Parallel
 
-OTHER_SOURCES = ", an address (s3://…), or an id on the hub"
+REMOTE = ", an address (s3://…), or an id on the hub"
 
 
 def command(commands: Any, name: str, summary: str, description: str) -> ArgumentParser:
@@ -43,7 +43,7 @@ def add_model(parser: ArgumentParser, what: str) -> None:
         parser: parser of the command.
         what: kinds of folders that the command accepts, for its help.
     """
-    parser.add_argument("model", metavar="MODEL", type=Path, help=f"{what}{OTHER_SOURCES}")
+    parser.add_argument("model", metavar="MODEL", type=Path, help=f"{what}{REMOTE}")
 
 
 def add_packed(parser: ArgumentParser) -> None:

@@ -4,16 +4,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from freebits.cli.arguments import (
-    OTHER_SOURCES,
-    add_device,
-    add_jobs,
-    add_out,
-    add_parallel,
-    add_sign,
-    command,
-    parallel,
-)
+from freebits.cli.arguments import REMOTE, add_device, add_jobs, add_out, add_parallel, add_sign, command, parallel
 from freebits.cli.output import print_facts, print_series
 from freebits.cli.progress import progress_bar
 from freebits.options import CANONICAL, CODECS, ENTROPIES
@@ -36,7 +27,7 @@ def add(commands: Any) -> ArgumentParser:
         nargs="+",
         type=Path,
         help="folder of a sliced or plain checkpoint or of a LoRA adapter (of any model with --codec none)"
-        f"{OTHER_SOURCES}; if there are several, OUT gets a packed folder for each",
+        f"{REMOTE}; if there are several, OUT gets a packed folder for each",
     )
     add_out(parser)
     parser.add_argument(
