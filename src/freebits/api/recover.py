@@ -126,7 +126,7 @@ def recover(
             "samples": len(tokens),
             "seq_len": seq_len,
         }
-        facts |= {"trained": student.what, "seed": seed, "kl": kl}
+        facts |= {"trained": student.description, "seed": seed, "kl": kl}
         _write(directory, source, student, history_step("recover", LOSSY, known_sizes(folder), **facts))
         return finish(directory, source.path, sign_with) | {"kl": kl}
 
