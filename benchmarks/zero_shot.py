@@ -2,8 +2,8 @@
 
     python -m benchmarks.zero_shot DATA_DIR [sliced | quantized]
 
-`sliced` measures the demo model, sliced by 20 % on WikiText-2, and packed; 90 minutes on two cores. `quantized`
-measures the off-grid demo model, quantized to three sizes, on fewer documents; 30 minutes.
+`sliced` measures the demo model, the model sliced by 20 % on WikiText-2, and packed models (90 minutes on two cores).
+`quantized` measures the off-grid demo model and its versions of three sizes, on fewer documents (30 minutes).
 
 DATA_DIR contains the folders piqa, winogrande and hellaswag, as `freebits eval --data-dir` expects them, and
 wikitext-2-raw with wikitext2_train.txt, whose incomplete last line is dropped, and wiki.valid.raw.

@@ -76,8 +76,8 @@ def pack(
         device: device for linear algebra, which always uses float64. Devices can differ in the last bits of results.
         parallel: where blocks are packed, and how many at once. Memory holds two blocks per job in float64, and one
             embedding.
-        resume: whether to use the finished work of a stopped run with the same arguments. With the codec `none` and no
-            base, packing always starts again.
+        resume: whether to use the finished work of a stopped run with the same arguments; never with the codec `none`
+            and no base.
         sign_with: file with a private key (PEM), which signs every file of the folder; see `verify`.
         progress: callback, called after each block, or after each tensor with the codec `none`.
 
@@ -109,7 +109,7 @@ def pack(
     preset = _safe_preset(preset, source)
     arguments: dict[str, Any] = {"codec": codec, "entropy": entropy, "threshold": threshold, "device": device}
     arguments["base"] = opened_base and [str(base), file_states(opened_base.folder.path)]
-    # with codec `none` and no base, storing finished pieces would take nearly as long as packing, so none are stored
+    # with codec `none` and no base, storing finished pieces would take nearly as long as packing
     task = Task("pack", source.path, arguments, resume) if preset or opened_base else None
     largest = _largest_part(source) if preset and not is_adapter(source.config) else 0
     with new_directory(out, task) as directory, parallel.executor(largest) as executor:
