@@ -2,8 +2,8 @@
 
     python -m benchmarks.model_types [TYPE ...]
 
-`save_pretrained` writes a random model of each type (`tests/model_types.py`). Mixtures of experts that can be saved in
-two layouts are written in both, with separate and with stacked experts. The columns are:
+`save_pretrained` writes a random model of each type (`tests/model_types.py`). Mixtures of experts with two layouts are
+written in both, with separate and with stacked experts. The columns are:
 
 - the largest difference between the logits of freebits' engine and of transformers, relative to the largest logit
 - whether `quantize` takes the model at 6 bits, and the share of the weights that are quantized

@@ -10,7 +10,7 @@ files. SCRATCH needs free space for four times the model. `copy` reads and write
 library and syncs the files to disk, as a lower bound for the time of unpacking.
 
 All blocks of a model cost the same. With --blocks, only models with these two numbers of blocks are measured. Seconds
-and bytes of the full model are then extrapolated linearly, and the column `blocks` contains the two numbers.
+and bytes of the full model are extrapolated linearly; the column `blocks` contains the two numbers.
 """
 
 import argparse

@@ -4,8 +4,8 @@
 
 The model has the exact shapes of a published one. Its weights are random integers of about 4 bits along a trellis,
 because only shapes matter for memory and speed. Each form runs in bfloat16 in a child process of its own. All figures
-are medians of interleaved rounds. Memory is private memory without mapped files. It is measured after loading, and at
-its peak during loading and running. `dense` is the same model as an ordinary checkpoint, loaded by transformers.
+are medians of interleaved rounds. Memory is private memory without mapped files, after loading and at its peak.
+`dense` is the same model as an ordinary checkpoint, loaded by transformers.
 """
 
 import argparse

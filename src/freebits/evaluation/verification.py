@@ -48,8 +48,8 @@ def verify(
 
     If all steps between the models are bit-exact, config and tensors must be equal. Otherwise, two adapters must have
     the same config and, up to rounding, the same product of matrices in each layer. Other models are run on a text. All
-    logits must be finite. The mean KL divergence must be at most 0.01 nats per token, or 1 if a step is lossy. The
-    ratio of perplexities, in either direction, must be at most 1.01, or 1.5 if a step is lossy.
+    logits must be finite. The mean KL divergence must be at most 0.01 nats per token (1 if a step is lossy), and the
+    ratio of perplexities, in either direction, at most 1.01 (1.5).
 
     Args:
         packed: folder of the packed checkpoint.
