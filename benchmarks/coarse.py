@@ -1,4 +1,4 @@
-"""Measure perplexity with simulated activations and KV cache (as in QuaRot), with and without rotation. 12 minutes.
+"""Measure perplexity with rounded activations and KV cache (simulated QuaRot), with and without rotation. 12 minutes.
 
     python -m benchmarks.coarse DATA [QUANTIZED]
 

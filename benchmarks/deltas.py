@@ -2,11 +2,11 @@
 
     python -m benchmarks.deltas FINETUNES SCRATCH [--data DIR] [--rounds N]
 
-Without --data, models are packed bit for bit. The columns are bytes of whole folders: of the original; with codec
-`none` alone; with the base; the base's tensors XORed and coded by ZipNN (if it is installed) and by zstd on byte
-planes; and ordered differences on byte planes. Rates are millions of bytes of the model a second of processor time on
-one thread. With --data, models are quantized with and without their base. Calibration text is Python's documentation;
-the KL divergence from the fine-tune is measured on WikiText-2.
+Without --data, models are packed bit for bit. The table has the bytes of the folder: original, packed with codec
+`none`, and packed with the base. For comparison, it has the bytes of all tensors as XOR with the base, coded by ZipNN
+(if it is installed) or by zstd on byte planes, and as ordered differences on byte planes. Rates are bytes of the model
+per second of processor time on one thread. With --data, models are quantized with and without their base. Calibration
+text is Python's documentation. The KL divergence from the fine-tuned model is measured on WikiText-2.
 """
 
 import argparse
@@ -127,13 +127,13 @@ def exact(finetunes: Path, name: str, base_name: str, scratch: Path, rounds: int
     size, n_weights = bytes_on_disk(Checkpoint(model)), sum(spec.numel for spec in Checkpoint(model).specs.values())
     with_base = bytes_on_disk(PackedFolder(packed))
     rates = (f"{size / median(seconds[step]) / 1e6:.0f}" for step in steps)
-    peers = rivals(Checkpoint(model), Checkpoint(base))
+    peers = bytes_of_peers(Checkpoint(model), Checkpoint(base))
     share = f"{with_base / size:.2%}", f"{8 * with_base / n_weights:.3f}"
     return (name.strip(), base_name, size, bytes_on_disk(PackedFolder(alone)), with_base, *share, *peers, *rates, equal)
 
 
-def rivals(model: Checkpoint, base: Checkpoint) -> tuple[int | str, int, int]:
-    """Return the bytes of all tensors as XOR with ZipNN, as XOR on planes, and as differences on planes."""
+def bytes_of_peers(model: Checkpoint, base: Checkpoint) -> tuple[int | str, int, int]:
+    """Return the bytes of all tensors as XOR with ZipNN, as XOR on byte planes, and as differences on byte planes."""
     try:
         zipnn = import_module("zipnn").ZipNN(bytearray_dtype="bfloat16", threads=1)
     except ImportError:
@@ -154,7 +154,7 @@ def rivals(model: Checkpoint, base: Checkpoint) -> tuple[int | str, int, int]:
 
 
 def series(finetunes: Path, scratch: Path) -> tuple[Any, ...]:
-    """Pack the ten checkpoints of one run, each with the previous one as its base. Return a row of the table."""
+    """Pack the ten checkpoints of one run with the first as the base, and without a base. Return a row of the table."""
     models = sorted(finetunes.glob("fast-*"), key=lambda path: int(path.name.split("-")[1]))
     size = sum(bytes_on_disk(Checkpoint(model)) for model in models)
     sizes = {}
@@ -176,7 +176,7 @@ def lossy(finetunes: Path, name: str, base: str, bits: float, windows: torch.Ten
 
 
 def distance(model: Path, other: Path, windows: torch.Tensor) -> tuple[str, str]:
-    """Return the mean KL divergence of another model from a model, and the ratio of perplexities."""
+    """Return the mean KL divergence of `other` from `model`, and the ratio of perplexities."""
     measured = compare_models(model, other, windows, silent)
     return f"{measured['mean_kl']:.5f}", f"{measured['ratio']:.4f}"
 

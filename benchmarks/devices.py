@@ -2,8 +2,9 @@
 
     python -m benchmarks.devices SCRATCH [--device cuda] [--only alike | fast] [--blocks 2]
 
-`alike` runs every command that takes a device, on both, with a small random Llama. It reports the relative differences
-of the logits between source, CPU result and device result. `fast` packs a few blocks of OPT-6.7B's shape on both.
+`alike` runs every command that takes a device on both devices, with a small random Llama. It reports the relative
+differences of the logits between source, CPU result and device result. `fast` packs a few blocks of OPT-6.7B's shape on
+both devices.
 """
 
 import argparse
@@ -36,7 +37,7 @@ ALIKE = (
 FAST = ("model", "codec", "seconds, CPU", "seconds, device", "CPU / device", "bytes, CPU", "bytes, device")
 WORDS = 512
 Command = Callable[[Path, Path, str], object]
-"""Takes source, output and device."""
+"""Function of source, output and device."""
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Measure the demo model, sliced by 20 %, on text from other domains than its calibration data. Eight minutes.
+"""Measure the demo model, sliced by 20 %, on two domains of text, for three calibration texts. Eight minutes.
 
     python -m benchmarks.domains DATA_DIR
 

@@ -60,7 +60,7 @@ def freebits_() -> Coder:
 
 
 def zipnn() -> Coder:
-    """Return ZipNN on copies of the tensors, because it overwrites its input."""
+    """Return ZipNN on copies of the tensors, because ZipNN overwrites its input."""
     zipnn_class = import_module("zipnn").ZipNN
     coders = {name: zipnn_class(bytearray_dtype=torch_name, threads=1) for name, torch_name in TORCH_NAMES.items()}
     return Coder(
@@ -76,7 +76,7 @@ def zstd_file(level: int) -> Coder:
 
 
 def zstd_planes(level: int) -> Coder:
-    """Return zstd, with its search for matches, on the exponents; signs and mantissas are stored as they are."""
+    """Return zstd, with its search for matches, on the exponents. Signs and mantissas are stored without coding."""
 
     def pack(data: Bytes, dtype_name: str) -> bytes:
         exponents, mantissas = split(data, dtype_name)
@@ -106,7 +106,7 @@ def pcodec() -> Coder:
 
 
 def dfloat11() -> Coder:
-    """Return DFloat11's encoder for matrices, its tables not counted; its package cannot be imported without a GPU."""
+    """Return DFloat11's encoder, imported without its package, which needs a GPU. Its tables are not counted."""
     package = find_spec("dfloat11")
     sys.path.extend((package and package.submodule_search_locations) or [])
     utils = import_module("dfloat11_utils")
@@ -134,7 +134,7 @@ CODERS: dict[str, Callable[[], Coder]] = {
 
 
 def race(name: str, source: Path) -> list[tuple[object, ...]]:
-    """Measure every coder on all tensors of a checkpoint, in interleaved runs."""
+    """Measure every coder on all 16-bit tensors of a checkpoint, in interleaved runs."""
     halves = [tensor for tensor in stored_tensors(source).values() if tensor.dtype in DTYPE_NAMES]
     tensors = [(tensor.reshape(-1).view(torch.uint8).numpy().copy(), DTYPE_NAMES[tensor.dtype]) for tensor in halves]
     total = sum(len(data) for data, _ in tensors)

@@ -1,4 +1,4 @@
-"""Try every family with tiny random models: error of the symmetry, bytes and errors of each form. Half a minute.
+"""Try every family with tiny random models: error after rotation, bytes and errors of each form. Half a minute.
 
     python -m benchmarks.families
 

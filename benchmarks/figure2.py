@@ -1,6 +1,7 @@
 """Reproduce Figure 2 of the paper: errors of decoded weights without corrections. One minute.
 
-Measured on W_o of the last block of the demo model at 20 %, and on the values that the rotation of its site encodes.
+Measured on W_o of the last block of the demo model, sliced by 20 %, and on the values that the rotation of W_o's site
+encodes.
 
     python -m benchmarks.figure2
 """
@@ -23,7 +24,7 @@ QUANTILES = (0.5, 0.9, 0.99, 0.999, 0.9999, 1.0)
 
 def errors(sliced: Path, folder: Path) -> dict[str, torch.Tensor]:
     """Return absolute errors of one site: of its output matrix, and of the values that its rotation encodes."""
-    # At threshold 0 no site gains, so every site is rotated and stored plain: these are the true values.
+    # At threshold 0, encoding saves nothing, so every site is rotated but not encoded: these are the true values.
     freebits.pack(sliced, folder / "true", codec="bits-back", entropy="none", threshold=0)
     freebits.pack(sliced, folder / "raw", codec="bits-back", entropy="none", threshold=1e9)  # nothing is corrected
     true, raw = (PackedFolder(folder / name) for name in ("true", "raw"))

@@ -1,6 +1,6 @@
 """Reproduce Figure 3 of the paper: size and perplexity against the correction threshold. Five minutes.
 
-Measured on the demo model at 20 %.
+The model is the demo model, sliced by 20 %.
 
     python -m benchmarks.figure3
 """

@@ -1,4 +1,4 @@
-"""Make models that differ from the demo model as published models differ from their base.
+"""Fine-tune the demo model, so that the results differ from it as published models differ from their base.
 
     python -m benchmarks.finetunes OUT --data DIR [--steps N]
 
@@ -59,8 +59,8 @@ def main() -> None:
             save(adapted.merge_and_unload(), out / "lora", base)
     fast, slow = (load(out / f"{name}-{steps}") for name in RATES)
     with torch.no_grad():
-        for mine, other in zip(fast.parameters(), slow.parameters(), strict=True):
-            mine.lerp_(other, 0.5)
+        for parameter, other in zip(fast.parameters(), slow.parameters(), strict=True):
+            parameter.lerp_(other, 0.5)
     save(fast, out / "merge", base)
     grown = load(out / f"fast-{steps // 5}")
     grown.resize_token_embeddings(grown.config.vocab_size + 8)
@@ -80,7 +80,7 @@ def save(model: Any, folder: Path, base: Path) -> None:
 
 
 def train(model: Any, tokens: Tensor, rate: float, saved: Collection[int]) -> Iterator[int]:
-    """Train a model on windows drawn at random. Yield the number of steps at those in `saved`."""
+    """Train a model on windows drawn at random. Yield the number of finished steps if it is in `saved`."""
     generator = torch.Generator().manual_seed(0)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, rate, weight_decay=0.0, fused=True)

@@ -2,13 +2,17 @@
 
     python -m benchmarks.image_text_types [TYPE ...]
 
-`save_pretrained` writes a tiny random model of each type (`tests/model_types.py`). The columns are: the class that
-loads the folder packed without loss, whose tensors must equal the original's; whether `quantize` takes the model at 6
-bits; the share of the weights that are quantized, and the share that is rounded without calibration; whether the
-quantized model generates from text; the relative difference of the features of a random image, if the class computes
-them from pixels only; and whether the losslessly packed and the quantized model generate from that image between two
-pieces of text. The image is given as pixels and placeholder tokens, so no processor is needed. The losslessly packed
-model must generate the tokens of the original.
+`save_pretrained` writes a tiny random model of each type (`tests/model_types.py`). The columns are:
+
+- the class that loads the folder packed without loss, whose tensors must equal the original's
+- whether `quantize` takes the model at 6 bits
+- the share of the weights that are quantized, and the share that is rounded without calibration
+- whether the quantized model generates from text
+- the relative difference of the features of a random image, if the class computes them from pixels only
+- whether the quantized model generates from an image between two pieces of text, for which the losslessly packed model
+  must generate the original's tokens
+
+The image is given as pixels and placeholder tokens, so no processor is needed.
 """
 
 import argparse
@@ -87,9 +91,9 @@ def measured(model_type: str) -> tuple[str, ...]:
             return (lossless, summary(error), "", "", "", "", "")
         cells = (lossless, "yes", f"{coverage['share']:.4f}", f"{coverage['uncalibrated']:.4f}")
         model: Any = AutoModelForImageTextToText.from_pretrained(rounded).eval()
-        same: Any = AutoModelForImageTextToText.from_pretrained(packed).eval()
-        text, image = generates(reference, model), attempt(lambda: difference(reference, model))
-        return (*cells, text, image, attempt(lambda: sees(reference, same, model)))
+        lossless_model: Any = AutoModelForImageTextToText.from_pretrained(packed).eval()
+        text, image = generates_from_text(reference, model), attempt(lambda: difference(reference, model))
+        return (*cells, text, image, attempt(lambda: generates_from_image(reference, lossless_model, model)))
 
 
 def loaded_class(reference: Any, dense: Path, packed: Path) -> str:
@@ -103,8 +107,8 @@ def loaded_class(reference: Any, dense: Path, packed: Path) -> str:
     return type(model).__name__
 
 
-def generates(reference: Any, model: Any) -> str:
-    """Say whether a model generates four tokens, if the original does."""
+def generates_from_text(reference: Any, model: Any) -> str:
+    """Return whether a model generates four tokens, or that the original does not."""
     tokens = torch.arange(5, 13)[None]
     options: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     try:
@@ -129,23 +133,23 @@ def difference(reference: Any, model: Any) -> str:
 
 
 @torch.no_grad()
-def sees(reference: Any, same: Any, rounded: Any) -> str:
-    """Say whether both models generate from an image, if the original does; `same` must generate the same tokens."""
+def generates_from_image(reference: Any, lossless_model: Any, rounded: Any) -> str:
+    """Return whether the quantized model generates from an image, or that the original does not from pixels only."""
     for pixels in images(reference.config):
         try:
             output = reference.get_image_features(**pixels)
             output = getattr(output, "pooler_output", output)
             parts = output if isinstance(output, list | tuple) else [output]
             n_tokens = sum(part.shape[:-1].numel() for part in parts)
-            expected = described(reference, pixels, n_tokens)
+            expected = generated_tokens(reference, pixels, n_tokens)
         except Exception:  # noqa: S112  (classes take images in other forms, too)
             continue
-        assert torch.equal(described(same, pixels, n_tokens), expected)
-        return "yes" if described(rounded, pixels, n_tokens).shape == expected.shape else "no"
+        assert torch.equal(generated_tokens(lossless_model, pixels, n_tokens), expected)
+        return "yes" if generated_tokens(rounded, pixels, n_tokens).shape == expected.shape else "no"
     return "the original needs more than pixels"
 
 
-def described(model: Any, pixels: dict[str, Tensor], n_tokens: int) -> Tensor:
+def generated_tokens(model: Any, pixels: dict[str, Tensor], n_tokens: int) -> Tensor:
     """Return the tokens that a model generates from two words, an image and two more words."""
     for name in ("image_token_id", "image_token_index"):
         if getattr(model.config, name, None) is not None:

@@ -4,9 +4,9 @@
 
 A process of `slice` or `quantize` is killed (SIGKILL) and rerun `--kills` times before it may finish. Each kill comes
 after a random fraction of the seconds of an uninterrupted run. Then each command runs `--runs` times on Ray, and one of
-Ray's workers is killed at a random moment. Every result is compared, file by file, with that of an uninterrupted run
-in the same way (on Ray each piece has one thread, and other numbers of threads round differently).
-Rows of the CSV file for other ways are kept.
+Ray's workers is killed at a random moment. Every result is compared, file by file, with that of an uninterrupted run on
+the same backend, because the number of threads affects rounding. Rows of other commands and backends in the CSV file
+are kept.
 """
 
 import argparse
@@ -34,7 +34,7 @@ SAMPLES = {
 
 
 def main() -> None:
-    """Interrupt both commands in every chosen way, print and save."""
+    """Interrupt the chosen commands on the chosen backends, print and save."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("scratch", type=Path)
     parser.add_argument("--kills", type=int, default=20)
@@ -58,7 +58,7 @@ def main() -> None:
             subprocess.run(command_line(command, scratch / "plain", *backend), check=True, capture_output=True)
             seconds = time.perf_counter() - start
             times = arguments.kills if how == ONE else arguments.runs
-            kills, pieces, equal = HOW[how](command, scratch, times, seconds, generator)
+            kills, pieces, equal = EXPERIMENTS[how](command, scratch, times, seconds, generator)
             rows.append((name, how, kills, pieces, f"{seconds:.0f}", "the same bytes" if equal else "DIFFERS"))
             print(rows[-1], flush=True)
             save_csv("interruptions", HEADER, rows)
@@ -119,7 +119,7 @@ def worker_killed(
     return kills, pieces, equal
 
 
-HOW: dict[str, Callable[[list[str], Path, int, float, random.Random], tuple[int, int, bool]]] = {
+EXPERIMENTS: dict[str, Callable[[list[str], Path, int, float, random.Random], tuple[int, int, bool]]] = {
     ONE: killed,
     RAY: worker_killed,
 }

@@ -4,9 +4,9 @@
 
 DATA contains wikitext-2-raw and piqa. All methods calibrate on 32 windows of self-generated data. They are measured on
 the first 8 windows of 1024 tokens of WikiText-2's validation text, which is another domain, and on 300 items of PIQA.
-Bytes are those of finished folders without the entropy stage. The sparsity of a slice is chosen so that its canonical
-folder is about as large as that of `slope` at the same budget. Multiplications count the matrices of the blocks for one
-token; speed is the median of 5 runs on a prompt of 512 tokens.
+Bytes are those of finished folders without the entropy stage. The sparsity of a sliced model is chosen so that its
+canonical folder is about as large as that of `slope` at the same budget. Multiplications count the matrices of the
+blocks for one token; speed is the median of 5 runs on a prompt of 512 tokens.
 """
 
 import statistics
@@ -109,7 +109,7 @@ def size(folder: Path) -> int:
 
 
 def sparsity_of(dense: Path, target: int) -> float:
-    """Return the sparsity at which the canonical folder of a slice takes about `target` bytes."""
+    """Return the sparsity at which the canonical folder of a sliced model takes about `target` bytes."""
     low, high = 0.0, 0.9
     for _ in range(20):
         middle = (low + high) / 2

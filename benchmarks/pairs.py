@@ -3,9 +3,9 @@
     python -m benchmarks.pairs
 
 Bytes are those of finished folders without the entropy stage. Perplexity and KL divergence are relative to the dense
-model, on pages of Python's documentation. The last columns compare the product of a rounded pair with that of its exact
-matrices on random vectors, in the original basis and in pivots. The exact matrices are perturbed so that they are not
-on the grid of the dtype.
+model, on pages of Python's documentation. The last columns are the errors of the product of a rounded pair, in the
+original basis and in the canonical basis (pivots). The exact matrices are perturbed so that they are not on the grid of
+the dtype.
 """
 
 import statistics
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def product_errors(dense: Path, dtype: torch.dtype) -> tuple[str, str]:
-    """Return the median error of a pair's product after rounding, in the original basis and in pivots."""
+    """Return the median error of a pair's product after rounding, in the original and in the canonical basis."""
     checkpoint = Checkpoint(dense)
     architecture = Architecture.of(checkpoint.config)
     shapes = {name: spec.shape for name, spec in checkpoint.specs.items()}

@@ -91,7 +91,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--only", default="", help="parts of the names of rows to measure")
-    parser.add_argument("--samples", type=int, default=SAMPLES, help="windows of text; not the default: another table")
+    parser.add_argument(
+        "--samples", type=int, default=SAMPLES, help="windows of text; only %(default)s updates the main table"
+    )
     parser.add_argument("--scratch", type=Path, help="folder in which to keep the quantized models")
     arguments = parser.parse_args()
     names = [name for name in ROWS if any(part in name for part in arguments.only.split(";"))]
@@ -143,7 +145,7 @@ def main() -> None:
 
 
 def saved_rows(table: str) -> list[tuple[str, ...]]:
-    """Return the rows of a table measured before."""
+    """Return the saved rows of a table."""
     path = RESULTS.with_stem(table)
     return [tuple(row) for row in csv.reader(path.open(newline="")) if row[0] in ROWS] if path.exists() else []
 

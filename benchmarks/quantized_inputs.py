@@ -4,10 +4,10 @@
 
 `tests/quantized_inputs.py` quantizes the linear layers of the demo model in each format, if possible with the package
 that defines the format. *Lossless* is the size of these layers after `pack --codec none`, in percent of their size
-before; *weights* and *scales* are the same for their parts. *Entropy* is the empirical entropy of the weights' bytes in
-percent, a lower bound for codes of single bytes. *KL at 4 bits* is the mean KL divergence of `quantize` at 4 bits from
-its input: calibrated on WikiText-2's training text, measured on 8 x 512 tokens of the validation text. The input of the
-last row is the model in 16 bits.
+before. *Weights* and *scales* are the same for the tensors of weights and of scales. *Entropy* is the empirical entropy
+of the weights' bytes in percent, a lower bound for codes of single bytes. *KL at 4 bits* is the mean KL divergence of
+`quantize` at 4 bits from its input. It is calibrated on WikiText-2's training text, and measured on 8 windows of 512
+tokens of the validation text. The input of the last row is the model in 16 bits.
 """
 
 import argparse

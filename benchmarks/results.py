@@ -41,7 +41,7 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None
 
 
 def saved_rows(name: str) -> list[tuple[str, ...]]:
-    """Return the rows of a saved table, none if it does not exist."""
+    """Return the rows of a saved table; empty if there is no such table."""
     path = RESULTS / f"{name}.csv"
     return [tuple(row) for row in csv.reader(path.read_text().splitlines()[2:])] if path.exists() else []
 

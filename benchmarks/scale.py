@@ -7,10 +7,10 @@
 Weights decay along the axis of the stream, and shortcuts are corners of orthogonal matrices, as after slicing. The
 models are never run. Each step runs in a child process, which reports its seconds and its peak memory without mapped
 files. SCRATCH needs free space for four times the model. `copy` reads and writes every tensor with the safetensors
-library and syncs the files to disk: no unpacking can be faster.
+library and syncs the files to disk, as a lower bound for the time of unpacking.
 
-All blocks of a model cost the same. With --blocks, only two models with these numbers of blocks are measured, and
-seconds and bytes of the full model are extrapolated linearly; the column `blocks` shows it.
+All blocks of a model cost the same. With --blocks, only models with these two numbers of blocks are measured. Seconds
+and bytes of the full model are extrapolated linearly; the column `blocks` contains the two numbers.
 """
 
 import argparse

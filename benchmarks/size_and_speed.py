@@ -71,7 +71,7 @@ class Form:
 
 
 def plain() -> Form:
-    """Return the plain copy."""
+    """Return plain copying."""
     return Form(shutil.copytree, shutil.copytree)
 
 
@@ -89,7 +89,7 @@ def copy_auxiliary_files(source: Path, out: Path) -> None:
 
 
 def zstd_file(level: int) -> Form:
-    """Return zstd on the whole weights file; it decompresses in one thread."""
+    """Return zstd on the whole weights file. Decompression uses one thread."""
     key = zstd.CompressionParameter
     options: dict[int, int] = {key.compression_level: level, key.nb_workers: 2}
 

@@ -4,9 +4,9 @@
 
     python -m benchmarks.sliced_and_quantized DATA
 
-DATA contains wikitext-2-raw. Slicing is calibrated on its training text, the same domain as the measurement, which
-favours slicing. Quantizing is calibrated on self-generated data. All models are measured on the first 16 windows of
-1024 tokens of the validation text.
+DATA contains wikitext-2-raw. Slicing is calibrated on its training text. This favors slicing, because the measurement
+uses the same domain. Quantizing is calibrated on self-generated data. All models are measured on the first 16 windows
+of 1024 tokens of the validation text.
 """
 
 import sys

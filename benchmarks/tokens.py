@@ -4,8 +4,8 @@
 
 The model has the exact shapes of a published one. Its weights are random integers of about 4 bits along a trellis,
 because only shapes matter for memory and speed. Each form runs in bfloat16 in a child process of its own. All figures
-are medians of interleaved rounds. Memory is private memory without mapped files: after loading, and at its peak while
-loading and running. `dense` is the same model as an ordinary checkpoint, loaded by transformers.
+are medians of interleaved rounds. Memory is private memory without mapped files, after loading and at its peak.
+`dense` is the same model as an ordinary checkpoint, loaded by transformers.
 """
 
 import argparse
@@ -171,14 +171,14 @@ def duration(function: Callable[[], object]) -> float:
 
 
 class Peak:
-    """Watches the private memory of this process until `stop`."""
+    """Records the peak of the private memory of this process until `stop`."""
 
     def __init__(self) -> None:
         self._value, self._stopped = private_memory(), threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread = threading.Thread(target=self._record, daemon=True)
         self._thread.start()
 
-    def _watch(self) -> None:
+    def _record(self) -> None:
         while not self._stopped.wait(0.01):
             self._value = max(self._value, private_memory())
 

@@ -2,9 +2,10 @@
 
     python -m benchmarks.zero_shot DATA_DIR [GGML]
 
-Without GGML, this script measures the demo model, sliced by 20 % on WikiText-2, and packed; 90 minutes on two cores.
+Without GGML, this script measures the demo model, the model sliced by 20 % on WikiText-2, and packed models (90 minutes
+on two cores).
 With GGML, ggml's shared library `libggml-base.so`, it measures the off-grid demo model, quantized by freebits and with
-llama.cpp's K types at their nominal bits (see `benchmarks.nominal_types`), on fewer documents; 60 minutes.
+llama.cpp's K types at their nominal bits (see `benchmarks.nominal_types`), on fewer documents (60 minutes).
 
 DATA_DIR contains the folders piqa, winogrande and hellaswag, as `freebits eval --data-dir` expects them, and
 wikitext-2-raw with wikitext2_train.txt, whose incomplete last line is dropped, and wiki.valid.raw.

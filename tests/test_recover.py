@@ -123,7 +123,7 @@ def test_matrices_that_were_rounded_in_a_rotated_basis_keep_their_scales(tmp_pat
     trainable = _trainable(before, load(before.path, dtype=torch.float32), 4, 0)
     assert isinstance(trainable, ScaleAdapters)
     assert not trainable.exponent_changes()
-    assert trainable.what == "norms, biases"
+    assert trainable.description == "norms, biases"
     freebits.recover(before.path, tmp_path / "out", against=dense, force=True, samples=8, seq_len=32)
     after = PackedFolder(tmp_path / "out")
     assert not torch.equal(before["model.norm.weight"], after["model.norm.weight"])

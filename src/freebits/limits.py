@@ -18,11 +18,11 @@ BLOCKS = 4096
 WIDTH = 2**31
 """Width or rank of a layer, and number of blocks in a config. Each must be less than this bound."""
 EXPANSION, EXPANSION_FREE = 256, 2**28
-"""`EXPANSION`: decoded bytes per stored byte of a packed folder. `EXPANSION_FREE`: further decoded bytes."""
+"""`EXPANSION`: decoded bytes per stored byte of a packed folder. `EXPANSION_FREE`: decoded bytes allowed on top."""
 COPIED_BYTES = 2**27
 """Bytes of an auxiliary file that is downloaded when a URL is opened."""
 MESSAGE = 600
-"""Characters of an error message. Of a longer message, the middle is cut out."""
+"""Characters of an error message. A longer message loses its middle."""
 
 
 def check_expansion(stored: int, decoded: int) -> None:

@@ -109,7 +109,7 @@ class TensorSpec:
         return DTYPES.get(self.dtype_name, torch.uint8)
 
     def view(self, data: Bytes) -> Tensor:
-        """Return the tensor with these bytes; flat bytes if `DTYPES` lacks the dtype.
+        """Return the tensor with these bytes, or flat bytes if `DTYPES` lacks the dtype.
 
         The tensor shares the memory of the bytes, unless they are read-only.
         """

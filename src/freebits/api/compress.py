@@ -135,10 +135,10 @@ def compress(
         calibration: text to calibrate on; by default the model generates the text.
         text: text on which the result is compared with the original; by default pages of Python's documentation.
         keep: patterns for the names of tensors to leave unchanged; see `quantize`.
-        base: folder or hub id of the model from which `model` was trained. Only the differences from it are stored,
-            rounded or, with `lossless`, bit for bit; see `quantize` and `pack`.
+        base: folder or hub id of the model from which `model` was trained. Only the differences from `base` are
+            stored, rounded or, with `lossless`, bit for bit; see `quantize` and `pack`.
         fallback_bits: average bits per weight of the matrices that are rounded without calibration; see `quantize`.
-        trellis: number of states of the trellis for rounding, or 0 for no trellis; see `quantize`.
+        trellis: number of states of the trellis, or 0 for no trellis; see `quantize`.
         revision: branch, tag or commit of a model on the hub.
         device: device on which to run the model.
         parallel: options for rounding and coding in parallel.
@@ -218,7 +218,7 @@ def compress(
 
 @contextmanager
 def _dense_folder(gguf: Path, dry_run: bool) -> Iterator[Path]:
-    """Until the block ends, provide a temporary folder with the model of a GGUF file, converted to float16."""
+    """Until the `with` block ends, provide a temporary folder with the model of a GGUF file, converted to float16."""
     if dry_run:
         raise UsageError("`dry_run` with a GGUF file supports only `lossless`: set `lossless`, or leave out `dry_run`")
     with TemporaryDirectory() as scratch:
@@ -328,7 +328,7 @@ def _execute(
 
 
 def _clear(directory: Path) -> None:
-    """Delete what an earlier try wrote into a folder."""
+    """Delete what an earlier try wrote into a folder, except the measurements."""
     for path in directory.iterdir():
         if path.is_dir() and path.name != _SCRATCH:
             shutil.rmtree(path)
@@ -458,7 +458,7 @@ def _weight_error(folder: Path, packed: PackedFolder) -> dict[str, Any]:
 
 
 def _max_positions(folder: Path) -> int:
-    """Return the number of positions of a model, or 512 if its config does not name this number."""
+    """Return the largest number of tokens in an input of a model, or 512 if its config does not name this number."""
     config = open_folder(folder).config
     sizes = [config[key] for key in ("max_position_embeddings", "n_positions") if isinstance(config.get(key), int)]
     return min(sizes, default=512)

@@ -1,4 +1,4 @@
-"""Estimate, from the config of a model and without its weights, the sizes to which freebits compresses the model."""
+"""Estimate the compressed sizes of a model from its config, without its weights."""
 
 import math
 import os
@@ -30,7 +30,7 @@ def estimate(
     """Estimate the compressed sizes of a model from its `config.json`, without downloading or allocating weights.
 
     Args:
-        config: path of a `config.json`, folder that contains one, or id of a model on the hub.
+        config: path of a `config.json`, folder that contains one, URL of such a folder, or id of a model on the hub.
         sparsity: fraction of the hidden size to remove, in [0, 1). If None, sizes are estimated for several bits per
             weight and several sparsities.
         revision: branch, tag or commit of a model on the hub.
@@ -102,7 +102,7 @@ def _default_sizes(content: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def dense_shapes(config: dict[str, Any], path: Path) -> dict[str, tuple[int, ...]]:
-    """Return name → shape of every tensor of the dense model that a config describes, except a tied head.
+    """Return name → shape of every tensor of the dense model that a config describes. A tied head is left out.
 
     Raises:
         CheckpointError: the config does not describe a model, or has more than `BLOCKS` blocks.

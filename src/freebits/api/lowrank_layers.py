@@ -139,7 +139,7 @@ def choose_ranks(
 
 
 def _spectra(layers: Layers, tokens: Tensor, work: Work, seed: int, progress: Progress) -> dict[str, Tensor]:
-    """Return name of a matrix → its `spectrum`, the energy of its outputs, weighted by Fisher information."""
+    """Return name of a matrix → its `spectrum`, with outputs weighted by their Fisher information."""
     sizes = layers.all_sizes
     sums, statistics = measure_group(layers.running, work.store, seed, (0, tokens), progress)
     information = fisher_information(sums, [region for inputs in statistics for region in inputs.regions])
@@ -214,7 +214,7 @@ def reduce_layers(layers: Layers, ranks: Mapping[str, int], tokens: Tensor, work
 def _low_rank(
     layers: Layers, ranks: Mapping[str, int], work: Work, recent: RecentInputs, product: Product
 ) -> Tensor | None:
-    """Return the result that a product has after its layer became low-rank; None if the layer stays unchanged."""
+    """Return the result of a product in its low-rank layer; None if the layer stays unchanged."""
     name, x = product.region.name, product.inputs
     if name not in ranks:
         return None

@@ -57,9 +57,9 @@ def pack(
     """Pack a checkpoint. Either omit bits that do not affect the function of the model, or keep every bit.
 
     A sliced model computes the same function if its residual stream is rotated, and any model if the basis inside an
-    attention head changes. The codec `canonical` uses both to store fewer bits, `bits-back` only the rotations. Both
-    round each weight once to its dtype. The codec `none` and the entropy stage are bit-exact. If the layers of an
-    adapter may add more than the product of two matrices, `canonical` packs it bit for bit instead, with a warning.
+    attention head changes. To store fewer bits, the codec `canonical` uses both, and `bits-back` uses only rotations.
+    Both codecs round each weight once to its dtype. The codec `none` and the entropy stage are bit-exact. `canonical`
+    packs an adapter bit for bit, and warns, unless its config proves that a layer adds only a product of two matrices.
 
     Args:
         model: folder of a sliced or dense checkpoint, or of an adapter; `bits-back` requires a sliced one. A GGUF file
@@ -67,17 +67,17 @@ def pack(
         out: folder to create; if the function fails, no such folder is left.
         codec: `canonical` chooses rotations and bases that make weights redundant, and stores only the other weights.
             `bits-back` is the code of arXiv 2410.01309. With `none`, `unpack` restores the files byte for byte.
-        base: folder or hub id of another model, from which `model` was trained. Only the differences from its tensors
-            are stored, bit for bit, and loading needs the base. This implies the codec `none`. A base can itself be
-            packed with a base. `none` packs without one; `model` can then be a folder that was packed with one.
+        base: folder or hub id of the model from which `model` was trained. Only the differences from its tensors are
+            stored, bit for bit, and loading needs the base. This implies the codec `none`. The base can itself be
+            packed with a base. The value `none` packs without a base, even if `model` was packed with a base.
         entropy: `auto` entropy-codes, without loss, the tensors that become smaller. `none` entropy-codes no tensor.
-        threshold: the codec `bits-back` corrects each 16-bit value whose decoded error would be larger; by default
-            0.01. arXiv 2410.01309 uses 0.01 for OPT and 0.005 for Llama 2.
+        threshold: the codec `bits-back` corrects each 16-bit value whose error after decoding would exceed this; by
+            default 0.01. arXiv 2410.01309 uses 0.01 for OPT and 0.005 for Llama 2.
         device: device for linear algebra, which always uses float64. Devices can differ in the last bits of results.
         parallel: where blocks are packed, and how many at once. Memory holds two blocks per job in float64, and one
             embedding.
-        resume: whether to use the finished pieces of a stopped run with the same arguments; not with codec `none`
-            without a base.
+        resume: whether to use the finished work of a stopped run with the same arguments; never with the codec `none`
+            and no base.
         sign_with: file with a private key (PEM), which signs every file of the folder; see `verify`.
         progress: callback, called after each block, or after each tensor with the codec `none`.
 
@@ -85,7 +85,7 @@ def pack(
         The result of `inspect(out)`.
 
     Raises:
-        UsageError: an argument is invalid, or `threshold` is given for another codec than `bits-back`.
+        UsageError: an argument is invalid, or `threshold` is given for a codec other than `bits-back`.
         CheckpointError: `model` is not a sound checkpoint, the codec does not support `model`, or `out` already exists.
         UnsupportedModelError: freebits does not know the architecture, which all codecs but `none` need.
     """
@@ -109,7 +109,7 @@ def pack(
     preset = _safe_preset(preset, source)
     arguments: dict[str, Any] = {"codec": codec, "entropy": entropy, "threshold": threshold, "device": device}
     arguments["base"] = opened_base and [str(base), file_states(opened_base.folder.path)]
-    # `none` cannot be resumed without a base, because it takes hardly longer than writing the finished pieces would
+    # with codec `none` and no base, storing finished pieces would take nearly as long as packing
     task = Task("pack", source.path, arguments, resume) if preset or opened_base else None
     largest = _largest_part(source) if preset and not is_adapter(source.config) else 0
     with new_directory(out, task) as directory, parallel.executor(largest) as executor:
@@ -137,21 +137,21 @@ def pack_series(
 ) -> dict[str, Any]:
     """Pack related models, such as the checkpoints of a training run, into one folder.
 
-    A model whose name is already in `out` is not packed again, which a warning says. So a stopped run can be continued,
-    and later checkpoints can be added.
+    If `out` already contains a packed model of the same name, a model is skipped with a warning. So a stopped run can
+    be continued, and later checkpoints can be added.
 
     Args:
         models: folders or hub ids, with different names.
         out: folder that gets a packed folder for each model.
         base: `first`: the first model is the base of all others. `previous`: each model is the base of the next one,
-            for at most 8 models. Otherwise, the base of all models, as in `pack`.
+            for at most 8 models. Any other value is the base of all models, as in `pack`.
         options: other arguments of `pack`.
 
     Returns:
         `kind`, which is `series`, and `models`: name → the result of `inspect` of the packed folder.
 
     Raises:
-        UsageError: two models have the same name, or too many models form a chain.
+        UsageError: two models have the same name, or there are too many models for `previous`.
         CheckpointError: see `pack`.
     """
     names = [Path(model).name for model in models]
@@ -225,9 +225,9 @@ def unpack(
     Args:
         packed: a packed folder, or a pipeline of packed folders.
         out: folder to create; if the function fails, no such folder is left.
-        base: folder or hub id of the model's base, if the folder was packed with one that is not where it was.
+        base: folder or hub id of the model's base, if the base has moved since the folder was packed.
         parallel: where tensors are decoded, and how many groups of tensors at once. The tensors of a group are decoded
-            together, from the same stored tensors. Memory holds so many groups in float64, and one embedding.
+            together, from the same stored tensors. Memory holds one group per job in float64, and one embedding.
         progress: callback, called after each group.
 
     Returns:

@@ -36,7 +36,7 @@ def for_each(
     Args:
         path: folder of the pipeline.
         out: folder to create; if the function fails, no such folder is left.
-        process: function that processes a model, given its present folder and its new folder.
+        process: function of the old and the new folder of a model, which processes the model.
 
     Returns:
         `kind`, which is `pipeline`, and `components`: name of a model → result of `process`.

@@ -1,4 +1,4 @@
-"""Quantize a checkpoint folder into a packed one."""
+"""Quantize a checkpoint, and write a packed folder."""
 
 import logging
 import os
@@ -89,7 +89,7 @@ def quantize(
         out: folder to create; if the function fails, no such folder is left.
         bits: average bits per weight of the matrices, including their scales and other side data; by default 4.
         target_size: largest size of the finished folder in bytes, counted as in `inspect`; replaces `bits`.
-        target_kl: expected KL divergence on self-generated text, in nats per token; replaces `bits`.
+        target_kl: expected mean KL divergence on the calibration text, in nats per token; replaces `bits`.
         method: `integers` rounds each weight to an integer times a scale, and entropy-codes the integers. The scales
             are such that one more bit would reduce the expected loss equally, whichever matrix gets it. `pyramid`
             rounds groups of weights to vectors of integers whose absolute values have a given sum (pyramid vectors).
@@ -102,10 +102,10 @@ def quantize(
         only: `linear` quantizes only the matrices of the blocks, `embeddings` only the embedding and the head.
         keep: patterns for the names of tensors to leave unchanged, such as `vision_tower.*`.
         base: folder or hub id of the model from which `model` was trained. The differences from its matrices are
-            rounded instead of the matrices, without a trellis: the sum with the base is rounded once more, which would
-            undo what a trellis gains. Loading needs the base. `bits` can then be as small as 0.1.
+            rounded instead of the matrices. No trellis is used, because adding the base rounds each weight again, which
+            would undo the gain of a trellis. Loading needs the base. `bits` can then be as small as 0.1.
         fallback_bits: average bits per weight of the matrices that are rounded without calibration. If no matrix is
-            calibrated, this is used only if no other target is given.
+            calibrated, any other target replaces `fallback_bits`.
         calibration: text to calibrate on; by default the model generates the text.
         samples: number of windows of calibration text; fewer if the text is too short.
         seq_len: tokens per window.
@@ -117,8 +117,8 @@ def quantize(
         resume: whether to use the finished measurements of a stopped run with the same arguments. Rounding always
             starts again.
         sign_with: file with a private key (PEM), which signs every file of the folder; see `verify`.
-        progress: callback, called after each generated token, then after each block that is measured or group of
-            windows, then after each group of matrices that is rounded.
+        progress: callback, called after each generated token, then after each measured block or group of windows,
+            then after each rounded group of matrices.
 
     Returns:
         The result of `inspect(out)`, and `coverage`, the result of `coverage_report`.

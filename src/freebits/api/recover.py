@@ -33,7 +33,7 @@ from freebits.storage.writer import CheckpointWriter
 HELD_OUT = 8
 """Number of windows on which the KL divergence is measured."""
 _WARM_UP = 10
-"""Number of windows during which the second factor of the learning rate rises; see `train`."""
+"""Number of windows over which the learning rate is warmed up; see `train`."""
 _BATCH = 32
 """Number of windows that a model generates at once."""
 _QUANTIZED = (INTEGERS, PYRAMID)
@@ -126,7 +126,7 @@ def recover(
             "samples": len(tokens),
             "seq_len": seq_len,
         }
-        facts |= {"trained": student.what, "seed": seed, "kl": kl}
+        facts |= {"trained": student.description, "seed": seed, "kl": kl}
         _write(directory, source, student, history_step("recover", LOSSY, known_sizes(folder), **facts))
         return finish(directory, source.path, sign_with) | {"kl": kl}
 
@@ -153,7 +153,7 @@ def _trainable(source: Folder, model: Any, rank: int, seed: int) -> Trainable:
 
 
 def _generated(teacher: Any, samples: int, seq_len: int, seed: int, progress: Progress) -> Tensor:
-    """Generate windows with a model, in batches, because memory holds the keys and values of a whole batch."""
+    """Generate windows with a model, in batches, which limits the memory for keys and values."""
     sizes = [min(_BATCH, samples - start) for start in range(0, max(1, samples), _BATCH)]
     return torch.cat([generate_windows(teacher, n, seq_len, seed + batch, progress) for batch, n in enumerate(sizes)])
 

@@ -37,7 +37,7 @@ from freebits.transforms.transform import PartChange, transform_parts
 from freebits.types import FLOATS
 
 WARN, REFUSE = 1.5, 5.0
-"""Slicing warns if perplexity grows by more than the factor `WARN`, and fails above `REFUSE` unless `force` is set."""
+"""Slicing warns if perplexity grows by a factor above `WARN`, and fails above `REFUSE` unless `force` is set."""
 _log = logging.getLogger(__name__)
 
 
@@ -166,8 +166,8 @@ def _finished(
     transformed: tuple[Part, PartChange, Callable[[], dict[str, Tensor]]],
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors of a transformed part, and the facts measured so far."""
-    _, turn, tensors_of_part = transformed
-    return tensors_of_part(), dict(turn.facts)
+    _, change, tensors_of_part = transformed
+    return tensors_of_part(), dict(change.facts)
 
 
 def _checked_architecture(dense: Source, path: Path) -> Architecture:

@@ -10,7 +10,7 @@ from freebits.options import BACKENDS, THREADS, TRELLIS
 if TYPE_CHECKING:
     from freebits.execution.executor import Parallel
 
-ELSEWHERE = ", an address (s3://…), or an id on the hub"
+REMOTE = ", an address (s3://…), or an id on the hub"
 
 
 def command(commands: Any, name: str, summary: str, description: str) -> ArgumentParser:
@@ -43,7 +43,7 @@ def add_model(parser: ArgumentParser, what: str) -> None:
         parser: parser of the command.
         what: kinds of folders that the command accepts, for its help.
     """
-    parser.add_argument("model", metavar="MODEL", type=Path, help=f"{what}{ELSEWHERE}")
+    parser.add_argument("model", metavar="MODEL", type=Path, help=f"{what}{REMOTE}")
 
 
 def add_packed(parser: ArgumentParser) -> None:
@@ -93,8 +93,8 @@ def add_base(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--base",
         metavar="BASE",
-        help="folder or hub id of the model from which MODEL was trained: store only the differences from it, so that "
-        "loading needs BASE",
+        help="folder or hub id of the model from which MODEL was trained; OUT stores only the differences, and loading "
+        "OUT needs BASE",
     )
 
 
@@ -124,7 +124,7 @@ def add_trellis(parser: ArgumentParser) -> None:
         metavar="STATES",
         type=int,
         default=TRELLIS,
-        help="number of states of the trellis along which columns are rounded: 4, 8, 16, …, 256, or 0 for no trellis; "
+        help="number of states of trellis-coded quantization: 4, 8, 16, …, 256, or 0 to round each weight separately; "
         "more states give better quality at the same size, but take more time (default: %(default)s)",
     )
 

@@ -75,7 +75,7 @@ def _print_error(error: Exception, arguments: Namespace) -> int:
 
 
 def _close_stdout() -> int:
-    """Send what Python flushes to stdout at exit to the null device, because stdout is broken. Return the exit code."""
+    """Redirect stdout, which is broken, to the null device, so that Python can flush it. Return the exit code."""
     if sys.stdout is not None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return BAD_INPUT

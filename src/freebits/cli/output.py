@@ -88,13 +88,13 @@ def print_components(result: dict[str, Any]) -> int:
 
 def print_plan(plan: dict[str, Any]) -> None:
     """Print a plan of `compress` in one line."""
-    size, most = plan["about"], plan["at_most"]
+    size, max_size = plan["about"], plan["at_most"]
     if plan["way"] == "lossless":
         action = f"keep every bit, about {size:,} bytes"
     elif plan["bits"] is not None:
         action = f"quantize to {plan['bits']:g} bits per weight on average, about {size:,} bytes"
-    elif most is not None:
-        action = f"quantize to at most {most:,} bytes"
+    elif max_size is not None:
+        action = f"quantize to at most {max_size:,} bytes"
     else:
         action = f"quantize to a mean KL divergence of at most {plan['max_kl']:g} nats per token"
     print(one_line(f"plan: {plan['model']}, {plan['bytes']:,} bytes: {action}"))
@@ -121,17 +121,17 @@ def print_fidelity(measured: dict[str, Any]) -> None:
 def print_coverage(coverage: dict[str, Any]) -> None:
     """Print the share of quantized weights, and the tensors that are rounded without calibration.
 
-    If the share is below 98 %, also print the tensors that are not quantized, each with the reason. Leave out what is
-    less than 0.1 % of the weights.
+    If the share is below 98 %, also print the tensors that are not quantized, each with the reason. Leave out entries
+    with at most 0.1 % of the weights.
     """
     print(f"\n{coverage['share']:.1%} of the weights are quantized")
-    if coverage["share"] < _NEARLY_ALL:
+    if coverage["share"] < _FULL_COVERAGE:
         total = sum(entry["weights"] for entry in coverage["left"]) / (1 - coverage["share"])
         for entry in coverage["left"]:
-            if entry["weights"] > _WORTH_A_LINE * total:
+            if entry["weights"] > _MIN_SHARE * total:
                 share = entry["weights"] / total
                 print(one_line(f"not quantized: {entry['tensors']} ({share:.1%} of the weights): {entry['reason']}"))
-    if coverage["uncalibrated"] > _WORTH_A_LINE:
+    if coverage["uncalibrated"] > _MIN_SHARE:
         names = ", ".join(entry["tensors"] for entry in coverage["alone"])
         print(one_line(f"{coverage['uncalibrated']:.1%} of the weights are rounded without calibration: {names}", 200))
     if coverage.get("undersampled"):
@@ -141,7 +141,7 @@ def print_coverage(coverage: dict[str, Any]) -> None:
         )
 
 
-_NEARLY_ALL, _WORTH_A_LINE = 0.98, 0.001
+_FULL_COVERAGE, _MIN_SHARE = 0.98, 0.001
 """Fractions of the weights: see `print_coverage`."""
 
 

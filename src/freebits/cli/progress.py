@@ -20,7 +20,7 @@ _BYTE_BAR = "{desc}, {n_fmt} of {total_fmt}B |{bar:20}| {remaining} left"
 
 @contextmanager
 def verbosity(*, quiet: bool, verbose: bool) -> Iterator[None]:
-    """Until the block ends, print only errors if `quiet` is set, or log lines with times if `verbose` is set."""
+    """Until the `with` block ends, print only errors if `quiet` is set, or log lines with times if `verbose` is set."""
     import transformers  # to hide its messages and progress bars: freebits has its own
 
     transformers.logging.set_verbosity_error()
@@ -50,18 +50,18 @@ def progress_bar() -> Progress:
 
 
 def _bars() -> Progress:
-    """Return a callback that shows a bar for each step that takes over a second."""
+    """Return a callback that shows a bar for each activity that takes over a second."""
     bar: tqdm | None = None  # type: ignore[type-arg]
     name = ""
 
-    def show(step: str, unit: str, done: int, total: int) -> None:
+    def show(activity: str, unit: str, done: int, total: int) -> None:
         nonlocal bar, name
-        if bar is None or step != name or done < bar.n:  # a new step begins
+        if bar is None or activity != name or done < bar.n:  # a new activity begins
             if bar is not None:
                 bar.close()
             in_bytes = unit == "byte"
             bar = tqdm(
-                desc=step,
+                desc=activity,
                 unit=unit,
                 unit_scale=in_bytes,
                 bar_format=_BYTE_BAR if in_bytes else _BAR,
@@ -70,7 +70,7 @@ def _bars() -> Progress:
                 delay=1,
                 file=sys.stderr,
             )
-            name = step
+            name = activity
         bar.total = total
         bar.update(done - bar.n)
         if done == total:
@@ -81,22 +81,22 @@ def _bars() -> Progress:
 
 
 def _lines() -> Progress:
-    """Return a callback that logs a line every ten seconds, and the duration of each step when the step ends."""
+    """Return a callback that logs a line every ten seconds, and the duration of each activity when it ends."""
     begin = last = time.monotonic()
     name = ""
 
-    def show(step: str, unit: str, done: int, total: int) -> None:
+    def show(activity: str, unit: str, done: int, total: int) -> None:
         nonlocal begin, last, name
         now = time.monotonic()
-        if step != name:
-            name, begin = step, now if name else begin
+        if activity != name:
+            name, begin = activity, now if name else begin
         if done == total:
-            _log.info("%s: done in %.1f s", step, now - begin)
+            _log.info("%s: done in %.1f s", activity, now - begin)
             begin, name = now, ""
         elif now - last > _SECONDS_BETWEEN_LINES:
             last = now
             seconds_left = (now - begin) * (total - done) / max(1, done)
             amount = f"{done / 1e9:.1f} of {total / 1e9:.1f} GB" if unit == "byte" else f"{unit} {done} of {total}"
-            _log.info("%s, %s, %.0f s left", step, amount, seconds_left)
+            _log.info("%s, %s, %.0f s left", activity, amount, seconds_left)
 
     return show

@@ -1,8 +1,7 @@
 """Estimate the size of each form of a model from the specs of its tensors, before any file exists.
 
-Weights are counted as in arXiv 2410.01309: all sizes of sliced models in Table 1 there are reproduced in every digit.
-All matrices, biases, embeddings and the head are counted, at 16 bits per weight. Norms, the headers of files and, with
-the codec `bits-back`, corrections are not counted.
+`n_values` counts as arXiv 2410.01309 does, and reproduces all sizes of sliced models in its Table 1. It counts the
+16-bit values of matrices, biases, embeddings and the head, but not norms and, with the codec `bits-back`, corrections.
 """
 
 from collections.abc import Iterable, Mapping

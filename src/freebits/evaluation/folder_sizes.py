@@ -58,7 +58,7 @@ def change(n_bytes: int | None, baseline: int | None) -> float | None:
 
 
 def _group_by_tensor(folder: Folder) -> dict[str, str]:
-    """Return name of a tensor → group of the architecture. An unknown architecture gives no groups."""
+    """Return name of a tensor → group of the architecture; empty for an unknown architecture."""
     try:
         architecture = Architecture.of(folder.config, len(folder.specs))
     except (UnsupportedModelError, CheckpointError):
@@ -67,21 +67,21 @@ def _group_by_tensor(folder: Folder) -> dict[str, str]:
 
 
 def _uses(folder: Folder) -> Iterator[tuple[int, str, str]]:
-    """Yield `(n_bytes, tensor, part)`: so many stored bytes belong to this part of the encoding of this tensor.
+    """Yield `(n_bytes, tensor, part)`: a part of the encoding of `tensor` takes `n_bytes` stored bytes.
 
     If a stored tensor encodes several tensors, its bytes are divided in proportion to the numbers of their values.
     """
     stored, recipes = folder.specs, []
     if isinstance(folder, PackedFolder):
         stored, recipes = folder.stored, folder.manifest.recipes
-    takers = {name: (recipe, part) for recipe in recipes for part, name in recipe.takes.items()}
+    readers = {name: (recipe, part) for recipe in recipes for part, name in recipe.takes.items()}
     pending = [(spec.n_bytes, name, "") for name, spec in stored.items()]
     while pending:
         size, name, part = pending.pop()
-        if name not in takers:
+        if name not in readers:
             yield size, name, part
             continue
-        recipe, part = takers[name]
+        recipe, part = readers[name]
         total, assigned = sum(spec.numel for spec in recipe.makes.values()), 0
         for number, (output, spec) in enumerate(recipe.makes.items(), start=1):
             share = size - assigned if number == len(recipe.makes) else size * spec.numel // (total or 1)

@@ -30,8 +30,8 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
         reason why it is not encoded; `history`, the steps that made the model; `groups`, all bytes on disk by purpose;
         and `parameters`, the number of weights of the loaded model. Sizes count weights, index, manifest and config;
         unknown sizes are None. `dense` is the size of the original model; `dense_untied` is its size with an untied
-        head, as in arXiv 2410.01309. If the folder was packed with a base, `base` has `tensors`, the number of the
-        base's tensors that it needs, and `chain`: the base, the base of the base, and so on.
+        head, as in arXiv 2410.01309. If the folder was packed with a base, `base` has `tensors`, the number of tensors
+        of the base that the folder needs, and `chain`: the base, the base of the base, and so on.
 
     Raises:
         CheckpointError: the checkpoint is damaged. Only headers are checked; `verify` also checks the tensors.

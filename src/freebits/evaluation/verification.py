@@ -47,9 +47,9 @@ def verify(
     """Check every digest of a packed checkpoint and, with `against`, compare it with a reference model.
 
     If all steps between the models are bit-exact, config and tensors must be equal. Otherwise, two adapters must have
-    the same config and, up to rounding, the same product of matrices in each layer. Other models are run on a text; all
-    logits must be finite, and two values within tolerances: the mean KL divergence (0.01 nats per token, or 1 if a step
-    does not preserve the function), and the ratio of perplexities in either direction (1.01, or 1.5).
+    the same config and, up to rounding, the same product of matrices in each layer. Other models are run on a text. All
+    logits must be finite. The mean KL divergence must be at most 0.01 nats per token (1 if a step is lossy), and the
+    ratio of perplexities, in either direction, at most 1.01 (1.5).
 
     Args:
         packed: folder of the packed checkpoint.
@@ -95,7 +95,7 @@ def verify(
 
 
 def _judged(measured: dict[str, Any], fidelity: str, given: tuple[float | None, float | None]) -> dict[str, Any]:
-    """Return the measured values and the failed checks. Where `given` is None, `fidelity` determines the tolerance."""
+    """Return the measured values and the failed checks. For a tolerance of None, use the default of `fidelity`."""
     tolerances = [
         default if value is None else value for value, default in zip(given, TOLERANCES[fidelity], strict=True)
     ]

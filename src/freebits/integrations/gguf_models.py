@@ -40,5 +40,5 @@ def write_dense(gguf: Path, directory: Path) -> None:
 
 
 def _quiet_without_terminal() -> AbstractContextManager[object]:
-    """Return a context that hides stderr, and with it the progress bar of the conversion, unless it is a terminal."""
+    """Return a context that hides stderr unless it is a terminal. The conversion prints a progress bar on stderr."""
     return nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())

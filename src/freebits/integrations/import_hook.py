@@ -1,7 +1,8 @@
 """Register freebits' models with transformers' Auto classes when transformers is imported, but not before.
 
-`import freebits` is therefore fast for programs that do not run models, and enough for programs that do. A finder in
-Python's import system checks, after each import of a module of transformers, whether the models can be registered.
+Therefore `import freebits` is fast in programs that do not run models, and programs that run models need no other call.
+A finder in Python's import system checks after each import of a module of transformers whether the models can be
+registered.
 """
 
 import importlib

@@ -27,9 +27,9 @@ _EXPANDED_AT_ONCE = 1 << 20
 class IntegerMatrix(nn.Module):
     """A matrix `W`, (n, m), of 8-bit integers with scales.
 
-    An integer that does not fit 8 bits is an *outlier*. The 8-bit integer is then 127 or -127, and the rest of the
-    weight is kept apart, as a float. Large matrices are quantized in blocks of rows, so each block has its own column
-    scales. `fill` fills one block.
+    An integer that does not fit 8 bits is an *outlier*. The 8-bit integer is then 127 or -127, and the remainder of the
+    weight is stored separately, as a float. Large matrices are quantized in blocks of rows, so each block has its own
+    column scales. `fill` fills one block.
 
     Args:
         sizes: number of rows of each block.
@@ -56,7 +56,7 @@ class IntegerMatrix(nn.Module):
         self.register_buffer("outlier_values", torch.empty(0))
 
     def fill(self, number: int, block: ScaledIntegers) -> None:
-        """Fill the block with this number. Call this method once for each block."""
+        """Fill block `number`. Call this method once for each block."""
         start, stop = self.starts[number], self.starts[number + 1]
         self.rows[start:stop], self.columns[number] = scales_of(block.rows), scales_of(block.columns)
         places, values = [self.outlier_places], [self.outlier_values]
@@ -103,7 +103,7 @@ class IntegerMatrix(nn.Module):
         return matrix.to(self.dtype)
 
     def lookup(self, numbers: Tensor) -> Tensor:
-        """Return rows of the matrix, (…, m), given their numbers, (…)."""
+        """Return rows of the matrix, (…, m), given the row numbers, (…)."""
         block = torch.bucketize(numbers, torch.tensor(self.starts[1:], device=numbers.device), right=True)
         values = self.integers[numbers] * self.columns[block] * self.rows[numbers][..., None]
         if len(self.outlier_values):
@@ -210,7 +210,7 @@ class IntegerEmbedding(nn.Embedding):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        """Return rows of the matrix, (…, m), given their numbers, (…)."""
+        """Return rows of the matrix, (…, m), given the row numbers, (…)."""
         return self.matrix.lookup(input)
 
 
@@ -242,8 +242,8 @@ def _multiply(
 ) -> None:
     """Fill columns `start` to `stop` of `out`.
 
-    Each inner loop computes four sums at once: first for four inputs and one row of weights, so that each weight is
-    converted only once for them; then, for each remaining input, for four rows.
+    Each inner loop computes four sums at once. The first loop takes four inputs and one row of weights, so that each
+    weight is converted once for four inputs. The second loop takes one of the remaining inputs and four rows.
     """
     n_inputs, n_columns = x.shape
     n_fours = n_inputs // 4 * 4

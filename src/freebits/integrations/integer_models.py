@@ -55,7 +55,7 @@ class _Matrices:
         return IntegerMatrix(sizes, self._packed.specs[name].shape[1], self._dtypes[name])
 
     def filled(self, names: Iterable[str]) -> Iterator[tuple[str, IntegerMatrix]]:
-        """Yield the name and the integers of each matrix. Several recipes are followed in parallel."""
+        """Yield the name and the integers of each matrix. Several recipes are decoded in parallel."""
         places = {part: (name, number) for name in names for number, part in enumerate(self._parts[name])}
         missing = Counter(name for name, _ in places.values())
         recipes = [*{id(recipe): recipe for recipe in (self._recipes[part] for part in places)}.values()]
@@ -103,16 +103,16 @@ def load_with_integers(
     """
     candidates = _integer_tensors(packed)
     others = [name for name in packed.model_specs if name not in candidates]
-    rest = {name: tensor for name, tensor in packed.tensors(others) if tensor.numel()}
+    decoded = {name: tensor for name, tensor in packed.tensors(others) if tensor.numel()}
     while True:
         placeholders = {name: _placeholder(packed, name, dtype) for name in candidates}
-        model, information = load(rest | placeholders)
+        model, information = load(decoded | placeholders)
         places = _places(model, placeholders)
-        lost = {name for name in candidates if not all(map(_is_supported, places.get(name, [None])))}
-        if not lost:
+        unsupported = {name for name in candidates if not all(map(_is_supported, places.get(name, [None])))}
+        if not unsupported:
             break
-        candidates -= lost
-        rest |= packed.tensors(lost)
+        candidates -= unsupported
+        decoded |= packed.tensors(unsupported)
     matrices = _Matrices(packed, {name: placeholder.dtype for name, placeholder in placeholders.items()})
     if late:
         _decode_late(model, matrices, places)
@@ -127,7 +127,7 @@ def load_with_integers(
     n_all = len(_integer_tensors(packed))
     if len(candidates) < n_all:
         _log.warning(
-            "freebits: %d of %d quantized matrices are expanded in memory, because transformers merges or moves them, "
+            "freebits: %d of %d quantized matrices are expanded in memory, because transformers merges or copies them, "
             "or too many of their integers do not fit 8 bits",
             n_all - len(candidates),
             n_all,
@@ -177,7 +177,7 @@ def _block_of(model: Any, path: str) -> nn.Module:
 
 
 def _integer_tensors(packed: PackedFolder) -> set[str]:
-    """Return the names of the model's matrices that the code `integers` makes, whole or in parts."""
+    """Return the names of the model's matrices that the code `integers` decodes, whole or in parts."""
     parts = {name for recipe in packed.manifest.recipes if recipe.code == "integers" for name in recipe.makes}
     joined = {
         name

@@ -53,8 +53,7 @@ def load(
         path: folder of the checkpoint, URL of such a folder, or id of a model on the hub.
         dtype: dtype of the weights in memory; `auto` is the dtype of the checkpoint.
         verify: whether to check the digest of every tensor that is read from a packed folder.
-        base: folder or hub id of the model's base, if the folder was packed with one (see `pack`) that is not where it
-            was.
+        base: folder or hub id of the model's base (see `pack`), if the base has moved since the folder was packed.
         keep_integers: whether the linear layers and embeddings of a quantized model stay 8-bit integers in memory,
             which take half the bytes of 16-bit floats. Forward and backward passes do not expand a whole matrix. The
             logits differ from those of the expanded model by rounding errors only. The weights cannot be trained, but

@@ -95,7 +95,7 @@ class PackedFactory:
             args: positional arguments of the model's `from_pretrained`.
             config: ignored. Auto classes pass it, but the model's own config comes from the folder.
             verify: whether to check the digest of every tensor.
-            base: folder or hub id of the model's base, if the folder was packed with one that is not where it was.
+            base: folder or hub id of the model's base, if the base has moved since the folder was packed.
             keep_integers: whether the matrices of a quantized model stay integers in memory; see `load`.
             stay_packed: whether the matrices of a quantized model stay in the files, and are decoded block by block in
                 each forward pass; see `load`.
@@ -161,7 +161,7 @@ class PackedForCausalLM(PackedFactory):
 
 
 class PackedTokenizer:
-    """Loads tokenizers from packed folders. transformers uses this class if only the model type determines theirs."""
+    """Loads tokenizers from packed folders if only the model type determines the class of the tokenizer."""
 
     auto: ClassVar[Any] = AutoTokenizer
 

@@ -25,14 +25,14 @@ class Trainable(Protocol):
 
     Attributes:
         model: the model.
-        what: description of what is trained, recorded in the history.
+        description: trained parameters, as the history records them.
         trained: the trainable parameters.
         tensors: name in the folder → tensor that training changes, except matrices whose scales are trained.
         rate: maximum learning rate of Adam.
     """
 
     model: Any
-    what: str
+    description: str
     trained: list[nn.Parameter]
     tensors: dict[str, nn.Parameter]
     rate: float
@@ -63,7 +63,7 @@ class LoraAdapters:
                 "training a model that is not quantized needs PEFT: run pip install 'freebits[recover]'"
             ) from None
         layers = {name: layer for name, layer in linear_layers(model).items() if f"{name}.weight" in names}
-        self.what = f"LoRA of rank {rank}"
+        self.description = f"LoRA of rank {rank}"
         self.tensors = {names[f"{name}.weight"]: layer.weight for name, layer in layers.items()}
         self.model = model.requires_grad_(False)
         if layers:
@@ -116,7 +116,7 @@ class ScaleAdapters:
             if name in quantized:
                 self._layers[name] = RescaledLinear(layer)
                 model.set_submodule(path, self._layers[name])
-        self.what = "scales, norms, biases" if self._layers else "norms, biases"
+        self.description = "scales, norms, biases" if self._layers else "norms, biases"
         self.trained = [*(layer.octaves for layer in self._layers.values()), *self.tensors.values()]
         for parameter in self.trained:
             parameter.requires_grad_(True)
@@ -131,9 +131,10 @@ class ScaleAdapters:
 
 
 class RescaledLinear(nn.Module):
-    """A linear layer that multiplies each row of its weight by `2^(e / 16)`. The exponent `e` of each row is trained.
+    """A linear layer that multiplies each row of its weight by `2^(e / 16)`.
 
-    The exponents are rounded to integers. Gradients ignore the rounding.
+    The exponent `e` of a row is `16 * octaves`, rounded to an integer. `octaves` is trained. Gradients ignore the
+    rounding.
     """
 
     def __init__(self, layer: Any) -> None:

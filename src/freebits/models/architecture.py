@@ -74,13 +74,13 @@ class Weight:
 
 @dataclass(frozen=True)
 class Module:
-    """A module and the names of its tensors. Stacks of experts and low-rank layers have names of another form."""
+    """A module and the names of its tensors, which differ for stacks of experts and for low-rank layers."""
 
     name: str
     stacked: bool = False
     """Whether the module is a stack of expert matrices."""
     side: str = ""
-    """For a low-rank layer, its matrix that has an axis along the stream: `down` reads the stream, `up` writes it."""
+    """For a low-rank layer, the matrix that `weight` names: `down` reads the inputs, `up` computes the outputs."""
 
     @property
     def weight(self) -> str:
@@ -137,7 +137,7 @@ class BoundBranch:
         )
 
     def weights(self, group: str, site: int, transposed: bool) -> Iterator[Weight]:
-        """Yield the table rows of the branch's tensors without those of the norm.
+        """Yield the table rows of the branch's tensors, except the norm.
 
         Args:
             group: group in which size statistics count the tensors.

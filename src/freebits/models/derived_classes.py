@@ -20,7 +20,7 @@ from freebits.storage.auxiliary_files import auto_map, write_remote_code
 
 
 class OwnModel(PreTrainedModel):
-    """Mixin that changes the modules of a model. It fits model classes of transformers with a head and without one."""
+    """Mixin that changes the modules of a model, for model classes of transformers with or without a head."""
 
     family: Family
     config_class: type[PreTrainedConfig]

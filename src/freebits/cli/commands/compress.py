@@ -29,13 +29,13 @@ def add(commands: Any) -> ArgumentParser:
         commands,
         "compress",
         "make a model smaller with one command: plan, compress, compare with the original, and write a model card",
-        "Give at most one target. Without a target, the command uses --fallback-bits if MODEL predicts no text; "
-        "otherwise it looks for a small folder whose mean KL divergence from MODEL is at most 0.05 nats per token, "
-        "which raises perplexity by about 5 %. The divergence is measured on text that was not used for calibration. "
-        "The result is lossy, except with --lossless or if the target needs no loss. If compression fails, there is "
-        "no OUT, and nothing is uploaded. Compression takes minutes per 100 million parameters on a CPU. While MODEL "
-        "generates calibration text, memory holds the whole model, in its own dtype, or in float32 if that is faster "
-        "and fits. quantize, slice and pack have more options.",
+        "Give at most one target. Without a target, the command looks for a small folder whose mean KL divergence from "
+        "MODEL is at most 0.05 nats per token, which raises perplexity by about 5 %. If MODEL predicts no text, "
+        "--fallback-bits is the target. The divergence is measured on text that was not used for calibration. The "
+        "result is lossy, except with --lossless or if the target needs no loss. If compression fails, "
+        "there is no OUT, and nothing is uploaded. Compression takes minutes per 100 million parameters on a CPU. "
+        "While MODEL generates calibration text, memory holds the whole model, in its own dtype, or in float32 if that "
+        "is faster and fits. quantize, slice and pack have more options.",
     )
     add_model(parser, "folder of a checkpoint")
     add_out(parser)

@@ -4,7 +4,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from freebits.cli.arguments import ELSEWHERE, add_revision, add_sparsity, command
+from freebits.cli.arguments import REMOTE, add_revision, add_sparsity, command
 from freebits.cli.output import Row, changes, print_json, print_size_table, print_table
 
 
@@ -21,9 +21,7 @@ def add(commands: Any) -> ArgumentParser:
         "and `canonical tied` contain the shared matrix once; the other forms have a separate matrix for the head. "
         "The last row is the approximate size after freebits slice and freebits pack with default options.",
     )
-    parser.add_argument(
-        "config", metavar="MODEL", type=Path, help=f"a config.json, a folder that contains one{ELSEWHERE}"
-    )
+    parser.add_argument("config", metavar="MODEL", type=Path, help=f"a config.json, a folder that contains one{REMOTE}")
     add_sparsity(parser, required=False)
     add_revision(parser)
     return parser

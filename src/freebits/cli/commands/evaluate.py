@@ -27,9 +27,9 @@ def add(commands: Any) -> ArgumentParser:
     )
     parser.add_argument("--no-perplexity", action="store_true", help="measure only the tasks")
     parser.add_argument(
-        "--activations", metavar="BITS", type=int, help="simulate that inputs of linear layers have this many bits"
+        "--activations", metavar="BITS", type=int, help="simulate inputs of linear layers with this many bits"
     )
-    parser.add_argument("--kv", metavar="BITS", type=int, help="simulate that keys and values have this many bits")
+    parser.add_argument("--kv", metavar="BITS", type=int, help="simulate keys and values with this many bits")
     parser.add_argument(
         "--rotate",
         choices=ROTATIONS,

@@ -4,7 +4,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from freebits.cli.arguments import ELSEWHERE, command
+from freebits.cli.arguments import REMOTE, command
 from freebits.cli.output import print_facts
 
 
@@ -16,7 +16,7 @@ def add(commands: Any) -> ArgumentParser:
         "print what a folder contains and how large it is",
         "The command reads headers, not tensors.",
     )
-    parser.add_argument("path", metavar="PATH", type=Path, help=f"folder of any checkpoint{ELSEWHERE}")
+    parser.add_argument("path", metavar="PATH", type=Path, help=f"folder of any checkpoint{REMOTE}")
     return parser
 
 

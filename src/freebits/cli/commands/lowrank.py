@@ -26,10 +26,10 @@ def add(commands: Any) -> ArgumentParser:
         commands,
         "lowrank",
         "replace linear layers by low-rank layers (reduced-order modeling, lossy, research)",
-        "A layer becomes two smaller layers. Run freebits pack afterwards: it leaves out the redundant weights of the "
-        "two layers, and by default only then do they take fewer bytes than the original layer. A packed folder that "
-        "is loaded with freebits.load(FOLDER, keep_pivots=True) also needs fewer multiplications. Layers are reduced "
-        "one after another; each is calibrated on the outputs of the layers reduced before it (arXiv 2312.07046). The "
+        "A layer becomes two smaller layers. Run freebits pack afterwards, which leaves out the redundant weights of "
+        "the two layers. By default, OUT is about as large as MODEL until it is packed. A packed folder that is loaded "
+        "with freebits.load(FOLDER, keep_pivots=True) also needs fewer multiplications. Layers are reduced one after "
+        "another; each is calibrated on the outputs of the layers reduced before it (arXiv 2312.07046). The "
         "command prints the perplexity on windows of the calibration text that were not used for calibration. At equal "
         "size, freebits quantize loses less quality. Memory holds a few blocks in float32, and then all low-rank "
         "layers; it holds the whole model while the model generates text, or if the model takes at most 1 GiB in "

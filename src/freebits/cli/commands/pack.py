@@ -4,7 +4,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from freebits.cli.arguments import ELSEWHERE, add_device, add_jobs, add_out, add_parallel, add_sign, command, parallel
+from freebits.cli.arguments import REMOTE, add_device, add_jobs, add_out, add_parallel, add_sign, command, parallel
 from freebits.cli.output import print_facts, print_series
 from freebits.cli.progress import progress_bar
 from freebits.options import CANONICAL, CODECS, ENTROPIES
@@ -27,7 +27,7 @@ def add(commands: Any) -> ArgumentParser:
         nargs="+",
         type=Path,
         help="folder of a sliced or plain checkpoint or of a LoRA adapter (of any model with --codec none)"
-        f"{ELSEWHERE}; if there are several, OUT gets a packed folder for each",
+        f"{REMOTE}; if there are several, OUT gets a packed folder for each",
     )
     add_out(parser)
     parser.add_argument(
@@ -41,9 +41,9 @@ def add(commands: Any) -> ArgumentParser:
     parser.add_argument(
         "--base",
         metavar="BASE",
-        help="folder or hub id of the model from which MODEL was trained. Only the differences from it are stored, bit "
-        "for bit, and loading needs BASE. If there are several MODELs, 'first' (the default) or 'previous' means one "
-        "of them. 'none' makes a folder that needs no base, also from a packed MODEL that needs one",
+        help="folder or hub id of the model from which MODEL was trained. Only the differences from BASE are stored, "
+        "bit for bit, and loading needs BASE. If there are several MODELs, 'first' (the default) or 'previous' means "
+        "one of them. 'none' makes a folder that needs no base, also from a packed MODEL that needs one",
     )
     parser.add_argument(
         "--entropy",

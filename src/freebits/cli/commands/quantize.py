@@ -32,13 +32,13 @@ def add(commands: Any) -> ArgumentParser:
         "quantize a checkpoint (lossy)",
         "The command rounds matrices to integers times scales, and entropy-codes the integers. It chooses the scales "
         "so that one more bit would reduce the expected loss equally, whichever matrix gets it. It calibrates on text "
-        "that the model generates or on a given text, and runs the model block by block. Matrices that no text input "
-        "uses are rounded without calibration; so are all matrices of a model that transformers cannot run on text. "
-        "Vectors, small routers and some other tensors stay unchanged; if they have more than 2 % of the weights, the "
-        "command lists them with the reasons. Memory holds about three blocks in float32, and the activations and Gram "
-        "matrices of a block; it holds the whole model while the model generates text, or if the model takes at most 1 "
-        "GiB in float32. Until OUT is complete, measurements are stored in a hidden folder next to OUT. Check the "
-        "result with freebits verify OUT --against MODEL.",
+        "that the model generates or on a given text, and runs the model block by block. Matrices that the model does "
+        "not use for text are rounded without calibration; so are all matrices of a model that transformers cannot run "
+        "on text. Vectors, small routers and some other tensors stay unchanged. If they have more than 2 % of the "
+        "weights, the command lists them with the reasons. Memory holds about three blocks in float32, and the "
+        "activations and Gram matrices of a block. It holds the whole model while the model generates text, or if the "
+        "model takes at most 1 GiB in float32. Until OUT is complete, measurements are stored in a hidden folder next "
+        "to OUT. Check the result with freebits verify OUT --against MODEL.",
     )
     add_model(parser, "folder of a plain or sliced checkpoint, or of one that was packed with --codec canonical")
     add_out(parser)
@@ -59,7 +59,7 @@ def add(commands: Any) -> ArgumentParser:
         "--method",
         choices=METHODS,
         default=INTEGERS,
-        help="integers: better quality; pyramid: pyramid vectors, for research (default: %(default)s)",
+        help="integers: better quality; pyramid: pyramid vector quantization, for research (default: %(default)s)",
     )
     add_trellis(parser)
     parser.add_argument(

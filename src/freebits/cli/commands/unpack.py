@@ -26,7 +26,7 @@ def add(commands: Any) -> ArgumentParser:
         "--base",
         metavar="BASE",
         type=Path,
-        help="folder or hub id of the model's base, if PACKED was packed with --base and the base is not where it was",
+        help="folder or hub id of the model's base, if PACKED was packed with --base and the base has moved since then",
     )
     add_jobs(parser)
     return parser
