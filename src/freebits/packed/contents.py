@@ -68,9 +68,9 @@ def digested(piece: Piece, base: Mapping[str, Tensor] | None = None) -> tuple[Pi
 
 
 def announced(specs: Mapping[str, TensorSpec]) -> dict[str, tuple[int, ...]]:
-    """Return longest possible name → longest possible shape of each stored tensor; see `CheckpointWriter`.
+    """Return name → shape, each with the most characters that a stored tensor can need; see `CheckpointWriter`.
 
     Entropy coding appends `.entropy` to the name, and `_` until the name is unused. The coded tensor is a vector of
-    bytes, fewer than 10 for each value of the tensor. A 10 at the end makes the announced shape at least as long.
+    fewer than 10 bytes per value, so its shape needs no more characters than the announced shape, which ends with a 10.
     """
     return {name + _LONGEST_SUFFIX: (*spec.shape, 10) for name, spec in specs.items()}

@@ -62,13 +62,14 @@ def _pieces(packed: PackedFolder, rows: Mapping[str, Tensor], tensors: Mapping[s
         else:
             stored = {name: (packed.stored[name], packed.stored_tensor(name)) for name in stored_names}
             yield Piece(stored, (recipe,) if recipe else ())
-    changed, later = {*rows}, []
+    changed_names, other_recipes = {*rows}, []
     for recipe in recipes:
-        if changed & {*recipe.takes.values(), *recipe.makes}:
-            changed |= recipe.makes.keys()
+        if changed_names & {*recipe.takes.values(), *recipe.makes}:
+            changed_names |= recipe.makes.keys()
         if not packed.stored.keys() & {*recipe.takes.values()}:
-            later.append(replace(recipe, digest=None, sums=None) if changed & recipe.makes.keys() else recipe)
-    yield Piece({}, tuple(later))
+            changed = changed_names & recipe.makes.keys()
+            other_recipes.append(replace(recipe, digest=None, sums=None) if changed else recipe)
+    yield Piece({}, tuple(other_recipes))
 
 
 def _rescaled(packed: PackedFolder, recipe: Recipe, rows: Mapping[str, Tensor]) -> Piece:

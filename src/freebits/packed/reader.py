@@ -46,7 +46,7 @@ class PackedFolder:
         path: the folder.
         verify: whether to check the digest of each stored tensor when it is read.
         base: folder or hub id of the model's base; by default, see `Base.locate`.
-        n_bases: number of bases that the folder and its bases can need, to stop at a cycle.
+        n_bases: maximum length of the chain of bases (a base may need a base, too), so that a cycle is an error.
 
     Raises:
         CheckpointError: the folder is not packed, or a file is missing, damaged or not as the manifest describes it.
@@ -236,8 +236,8 @@ class PackedFolder:
         found = base.specs.get(wanted.name)
         if found != wanted.spec:
             raise CheckpointError(
-                f"{self.path} needs a base with {wanted.spec} as {wanted.name}, but {base.path} has {found or 'none'}: "
-                f"give the right base (`base`, or {BASE_PATH})"
+                f"{self.path} needs a base whose {wanted.name} is {wanted.spec}, but in {base.path} it is "
+                f"{found or 'missing'}: give the right base (`base`, or {BASE_PATH})"
             )
         tensor = base[wanted.name]
         if (actual := digest(wanted.spec, bytes_of(tensor))) != wanted.digest:
