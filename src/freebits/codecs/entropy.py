@@ -42,12 +42,12 @@ class Entropy:
         """Encode one tensor.
 
         Raises:
-            Declined: entropy coding saves less than 1 %.
+            Declined: entropy coding saves too little; see `compress`.
         """
         [tensor], [spec] = tensors, makes
         coded = compress(bytes_of(tensor), spec.dtype_name)
         if coded is None:
-            raise Declined("entropy coding saves less than 1 %")
+            raise Declined("entropy coding saves too little")
         return Coded({PART: as_tensor(coded)}, {"bytes": len(coded)})
 
     def decode(self, parts: Mapping[str, Tensor], makes: Sequence[TensorSpec], params: Params) -> list[Tensor]:
