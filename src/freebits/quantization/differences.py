@@ -109,8 +109,8 @@ class Differences:
         Returns:
             The piece with the further recipes, and the tensors of the base, by the names by which recipes take them.
         """
-        made = [name for recipe in piece.recipes for name in recipe.makes if name in self.names]
-        read = {f"{name}.{BASE}": self.base[name] for name in made}
+        difference_names = [name for recipe in piece.recipes for name in recipe.makes if name in self.names]
+        read = {f"{name}.{BASE}": self.base[name] for name in difference_names}
         tensors = {name: tensor for name, (tensor, _) in read.items()}
         changed = replace(piece, recipes=self.added(piece.recipes), base={**piece.base, **tensors})
         return changed, {name: values for name, (_, values) in read.items()}

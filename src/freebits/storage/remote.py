@@ -91,7 +91,7 @@ def _state(info: dict[str, Any]) -> tuple[object, ...]:
 
 
 def url_of(path: str | os.PathLike[str]) -> str | None:
-    """Return a path as a URL, or None if it is no URL. Accept `Path` objects, which drop one slash of `://`."""
+    """Return a path as a URL, or None if it is not a URL. Accept `Path` objects, which drop one slash of `://`."""
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/{1,2}(?=[^/])", os.fspath(path))
     if not match or match[1] not in fsspec.available_protocols():
         return None
