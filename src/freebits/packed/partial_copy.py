@@ -1,7 +1,4 @@
-"""Copy the weights of a packed folder, but change row scales of quantized matrices and values of plain tensors.
-
-A *recipe* is an entry of the manifest that tells readers how to decode some tensors.
-"""
+"""Copy the weights of a packed folder, but change row scales of quantized matrices and values of plain tensors."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace

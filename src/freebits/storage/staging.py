@@ -27,8 +27,8 @@ def new_directory(path: str | os.PathLike[str], task: Task | None = None) -> Ite
 
     The block writes to a staging directory next to `path`. The name of the staging directory identifies the machine
     and the process. Older staging directories for `path` are removed if their process ran on this machine and has
-    ended. On Windows, freebits cannot find out whether another process has ended, so it neither removes nor resumes
-    its directories. The new staging directory is flushed to the disk (`fsync`) before it is renamed to `path`.
+    ended; on Windows, freebits cannot find this out and lets them stay. The new staging directory is flushed to the
+    disk (`fsync`) before it is renamed to `path`.
 
     Args:
         path: a folder, or a URL. For a URL, the staging directory is in the user's cache, and the folder is uploaded at
