@@ -247,7 +247,7 @@ def test_another_base_is_refused_with_both_digests(base: Path, tmp_path: Path) -
     finetune(
         tmp_path / "wider", base, change=lambda tensors: tensors.update({n: t.float() for n, t in tensors.items()})
     )
-    with pytest.raises(CheckpointError, match=r"needs a base with BF16\[.*but .*wider has F32"):
+    with pytest.raises(CheckpointError, match=r"needs a base whose .* is BF16\[.*but in .*wider it is F32"):
         freebits.load(tmp_path / "packed", base=tmp_path / "wider")
 
 

@@ -193,7 +193,7 @@ class Engine:
 
     @contextmanager
     def stream_on_disk(self, windows: Tensor, folder: Path) -> Iterator[None]:
-        """Inside the `with` block, keep the block inputs that autograd saves in a folder instead of in memory.
+        """Inside the `with` block, let autograd keep the inputs of the model's blocks in files instead of in memory.
 
         If the inputs of all blocks take at most `max_stream_bytes` bytes, keep them in memory.
 

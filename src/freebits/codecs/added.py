@@ -28,7 +28,7 @@ class Added:
         return [(parts[BASE].float() + parts[DIFFERENCE]).to(spec.dtype)]
 
     def parts(self, makes: Sequence[TensorSpec], params: Params) -> dict[str, TensorSpec]:  # noqa: ARG002
-        """Return the specs of the base's tensor, which is that of the tensor, and of the difference."""
+        """Return the spec of the base's tensor, equal to that of the made tensor, and the spec of the difference."""
         [spec] = makes
         if spec.dtype_name not in FLOATS[:3]:
             raise ValueError(f"the `added` code makes tensors of 16-bit or 32-bit floats, not {spec}")

@@ -46,7 +46,7 @@ class Check(Enum):
 
 
 class Code(Protocol):
-    """One code. To add a code, write a class with these methods and a line in `freebits.codecs.registry.CODES`."""
+    """One code. `freebits.codecs.registry.CODES` lists all codes."""
 
     @property
     def exact(self) -> bool:

@@ -152,8 +152,8 @@ def _decoded(eigenvalues: Tensor, matrix: Tensor, Q: Tensor) -> Tensor:
 def _rank(W: Tensor, dtype: torch.dtype, threshold: float) -> int:
     """Return the number of columns of `W`, (m, k), that do not vanish.
 
-    A column vanishes if the magnitude of no value exceeds the threshold, and the norm of the column is at most `eps²`
-    of the dtype times the largest norm of a column.
+    A column vanishes if its magnitudes are at most the threshold, and its norm is at most `eps²` of the dtype times the
+    largest norm of a column.
     """
     norms = _finite(W, "a weight").norm(dim=0)
     low, high = torch.aminmax(W, dim=0)

@@ -34,8 +34,8 @@ def encode_corrections(true: Tensor, decoded: Tensor, threshold: float) -> Tenso
         (n_bytes,), uint8; empty if no value needs a correction.
     """
     wrong = [
-        torch.nonzero(~(((actual.double() - wanted.double()).abs() <= threshold) & actual.isfinite())).flatten()
-        for actual, wanted in zip(decoded.split(_CHUNK), true.split(_CHUNK), strict=True)
+        torch.nonzero(~(((actual.double() - expected.double()).abs() <= threshold) & actual.isfinite())).flatten()
+        for actual, expected in zip(decoded.split(_CHUNK), true.split(_CHUNK), strict=True)
     ]
     positions = torch.cat([in_chunk + _CHUNK * index for index, in_chunk in enumerate(wrong)])
     if not len(positions):

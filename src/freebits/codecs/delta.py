@@ -1,10 +1,10 @@
 """Code a tensor bit for bit as its differences from a tensor of another model, the *base*.
 
-A fine-tune, or a later checkpoint of a training run, changes each weight of its base a little. So floats are mapped to
-integers in the same order, and the difference of the two integers is coded. It counts the floats that lie between the
-two values. Where the exponent of the base's value is large, floats are far apart, and the difference is small. The
-expected size of a difference follows from this exponent and from the root mean square of the changes in its row and in
-its column. Differences of about the same expected size are coded with the same table of frequencies.
+A fine-tune, or a later checkpoint of a training run, changes each weight of its base a little. The code maps all floats
+of a dtype, in ascending order, to consecutive integers, and codes the difference between the integers of two values.
+The larger the exponent of the base's value, the farther apart are neighboring floats, and the smaller is the
+difference. The expected size of a difference follows from this exponent and from the root mean squares of the changes
+in its row and in its column. Differences of about the same expected size are coded with the same table of frequencies.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ from freebits.types import Bytes, TensorSpec, bytes_of
 
 BASE, MESSAGE = "base", "message"
 MANTISSA_BITS = {"F8_E4M3": 3, "F8_E5M2": 2, "F16": 10, "BF16": 7, "F32": 23}
-"""Number of mantissa bits of the dtypes whose values are compared as floats. Of other dtypes, bytes are compared."""
+"""Number of mantissa bits of each dtype whose values are compared as floats. Other dtypes are compared byte by byte."""
 CHUNK = 1 << 22
 """Rows are coded in chunks of about this many values. Each chunk has its own tables."""
 LEVELS_PER_OCTAVE = 2
@@ -35,7 +35,7 @@ _UNCHANGED = -(1 << 14)
 class Delta:
     """A tensor, as differences from a tensor of the same dtype, whose first dimension can be larger or smaller.
 
-    Rows that the base does not have are compared with zeros.
+    Rows that the base's tensor does not have are compared with zeros.
 
     Layout of part `message`, little-endian: for each chunk of rows, the number of bytes of the coded levels and of the
     coded differences (u32 each), the levels of its rows and then of all columns (i16, zstd), and the differences (see
@@ -50,7 +50,7 @@ class Delta:
         """Encode a tensor. `tensors` has the tensor and the base's; both can be flat bytes.
 
         Raises:
-            Declined: the message takes as many bytes as the tensor.
+            Declined: the message does not take fewer bytes than the tensor.
         """
         (tensor, base), [spec] = tensors, makes
         n_rows = base.nbytes // (spec.n_bytes // spec.shape[0]) if len(spec.shape) > 1 else 1
@@ -66,7 +66,7 @@ class Delta:
             pieces += [np.array([len(side_data), len(message)], "<u4").tobytes(), side_data, message]
         message = b"".join(pieces)
         if len(message) >= spec.n_bytes:
-            raise Declined("the differences take as many bytes as the tensor")
+            raise Declined("the differences do not take fewer bytes than the tensor")
         return Coded({MESSAGE: as_tensor(message)}, {"bytes": len(message), "rows": n_rows})
 
     def decode(self, parts: Mapping[str, Tensor], makes: Sequence[TensorSpec], params: Params) -> list[Tensor]:
@@ -99,7 +99,7 @@ class Delta:
 
 
 def are_partners(spec: TensorSpec, base: TensorSpec) -> bool:
-    """Return whether a tensor can be coded relative to a base's: they differ at most in their numbers of rows."""
+    """Return whether `delta` can code a tensor with a base's: same dtype, and same shape except the first dimension."""
     if spec.dtype_name != base.dtype_name or not spec.n_bytes or not base.n_bytes:
         return False
     whole_rows = len(spec.shape) > 1 and spec.n_bytes % prod(spec.shape[:-1]) == 0
@@ -107,7 +107,7 @@ def are_partners(spec: TensorSpec, base: TensorSpec) -> bool:
 
 
 def _base_spec(spec: TensorSpec, n_rows: int) -> TensorSpec:
-    """Return the spec of the base's tensor, given its size along the first dimension if there are two or more."""
+    """Return the spec of the base's tensor. `n_rows` is its first dimension, and is ignored for a vector."""
     return TensorSpec(spec.dtype_name, (n_rows, *spec.shape[1:])) if len(spec.shape) > 1 else spec
 
 
@@ -137,9 +137,9 @@ def _padded(base_values: NDArray[np.unsignedinteger], rows: slice) -> NDArray[np
 def _levels(
     values: NDArray[np.unsignedinteger], base: NDArray[np.unsignedinteger], dtype_name: str
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the levels of rows and of columns: half octaves of the root mean squares of the changes.
+    """Return the levels of rows and of columns: root mean squares of the changes, as logarithms in half octaves.
 
-    The sum of a row's and a column's level, minus the level of a base value's exponent, is that of a difference.
+    The level of a difference is that of its row plus that of its column, minus that of the base value's exponent.
     """
     as_floats = [
         TensorSpec(dtype_name if dtype_name in MANTISSA_BITS else "U8", matrix.shape).view(
@@ -162,14 +162,14 @@ def _contexts(
 ) -> NDArray[np.uint8]:
     """Return the context of each difference: the level of its expected size, shifted and clamped."""
     contexts, n_mantissa = np.empty(base.size, np.uint8), MANTISSA_BITS.get(spec.dtype_name, 8)
-    # the exponent of values that are one apart
+    # the exponent of floats that are one apart
     unit = (1 << spec.bits - n_mantissa - 2) - 1 + n_mantissa if _is_float(spec) else 1
     _find_contexts(base, row_levels + LEVELS_PER_OCTAVE * unit, column_levels, n_mantissa, contexts)
     return contexts
 
 
 def _sizes(message: bytes, offset: int) -> tuple[int, int]:
-    """Return the end of the levels and of the differences of the chunk at an offset, relative to the chunk's header."""
+    """Return where the levels and the differences of the chunk at an offset end, counted from the end of its header."""
     sizes = np.frombuffer(message[offset : offset + _HEADER_SIZE], "<u4").tolist()
     if len(sizes) < 2 or offset + _HEADER_SIZE + sum(sizes) > len(message):
         raise ValueError("the message is cut off")
@@ -209,16 +209,16 @@ def _subtract(
     is_float: bool,
     differences: NDArray[np.uint32],
 ) -> None:
-    """Write the differences 0, -1, 1, -2, 2, … as 0, 1, 2, 3, 4, …, modulo the number of values of the dtype."""
+    """Write the differences, modulo the number of values of the dtype: 0, -1, 1, -2, 2, … as 0, 1, 2, 3, 4, …."""
     n, m = base.shape
     all_bits, sign = (1 << 8 * base.itemsize) - 1, 1 << 8 * base.itemsize - 1
     for i in range(n):
         for j in range(m):
-            value, start = np.int64(values[i, j]), np.int64(base[i, j])
+            value, base_value = np.int64(values[i, j]), np.int64(base[i, j])
             if is_float:  # map floats to integers in the same order
                 value = value ^ all_bits if value & sign else value | sign
-                start = start ^ all_bits if start & sign else start | sign
-            difference = (value - start) & all_bits
+                base_value = base_value ^ all_bits if base_value & sign else base_value | sign
+            difference = (value - base_value) & all_bits
             differences[i * m + j] = 2 * difference if difference < sign else 2 * (all_bits - difference) + 1
 
 
@@ -234,10 +234,10 @@ def _add(
     all_bits, sign = (1 << 8 * base.itemsize) - 1, 1 << 8 * base.itemsize - 1
     for i in range(n):
         for j in range(m):
-            code, start = np.int64(differences[i * m + j]), np.int64(base[i, j])
+            coded, base_value = np.int64(differences[i * m + j]), np.int64(base[i, j])
             if is_float:
-                start = start ^ all_bits if start & sign else start | sign
-            value = start + (-(code + 1 >> 1) if code & 1 else code >> 1) & all_bits
+                base_value = base_value ^ all_bits if base_value & sign else base_value | sign
+            value = base_value + (-(coded + 1 >> 1) if coded & 1 else coded >> 1) & all_bits
             if is_float:
                 value = value ^ all_bits if not value & sign else value ^ sign
             values[i, j] = value

@@ -42,12 +42,12 @@ class Entropy:
         """Encode one tensor.
 
         Raises:
-            Declined: entropy coding saves less than 1 %.
+            Declined: entropy coding saves too little; see `compress`.
         """
         [tensor], [spec] = tensors, makes
         coded = compress(bytes_of(tensor), spec.dtype_name)
         if coded is None:
-            raise Declined("entropy coding saves less than 1 %")
+            raise Declined("entropy coding saves too little")
         return Coded({PART: as_tensor(coded)}, {"bytes": len(coded)})
 
     def decode(self, parts: Mapping[str, Tensor], makes: Sequence[TensorSpec], params: Params) -> list[Tensor]:
@@ -72,8 +72,8 @@ def compress(data: Bytes, dtype_name: str) -> bytes | None:
         dtype_name: the safetensors dtype of the tensor.
     """
     chunk_size = _chunk_size(data, dtype_name)
-    step = chunk_size * n_planes(dtype_name)
-    chunks = (data[start : start + step] for start in range(0, len(data), step))
+    chunk_bytes = chunk_size * n_planes(dtype_name)
+    chunks = (data[start : start + chunk_bytes] for start in range(0, len(data), chunk_bytes))
     planes = [_compress_plane(plane) for chunk in chunks for plane in split(chunk, dtype_name)]
     table = np.array([chunk_size, *map(len, planes)], "<u4").tobytes()
     coded = b"".join([table, *planes])

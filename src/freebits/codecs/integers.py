@@ -101,7 +101,7 @@ class Integers:
 
     def decode(self, parts: Mapping[str, Tensor], makes: Sequence[TensorSpec], params: Params) -> list[Tensor]:
         """Return the matrices as floats."""
-        decoder, all_side_data = _opened(parts, makes, params)
+        decoder, all_side_data = _read_message(parts, makes, params)
         matrices = []
         for spec, side_data in zip(makes, all_side_data, strict=True):
             matrix, (n, m) = torch.empty(spec.shape, dtype=spec.dtype), spec.shape
@@ -126,7 +126,7 @@ class Integers:
         Raises:
             ValueError: the message is damaged.
         """
-        decoder, all_side_data = _opened(parts, makes, params)
+        decoder, all_side_data = _read_message(parts, makes, params)
         matrices = []
         for spec, side_data in zip(makes, all_side_data, strict=True):
             integers, m = np.empty(spec.shape, np.int32), spec.shape[1]
@@ -171,7 +171,7 @@ class _SideData:
     column_levels: NDArray[np.int8]
 
 
-def _opened(
+def _read_message(
     parts: Mapping[str, Tensor], makes: Sequence[TensorSpec], params: Params
 ) -> tuple[integer_stream.Decoder, list[_SideData]]:
     """Return a decoder of the bitstream, and the side data of each matrix. Raise `ValueError` if they are damaged."""

@@ -79,19 +79,19 @@ class Pivots:
         if spec.dtype_name not in FLOATS or len(spec.shape) != 2 or type(dim) is not int or dim not in (0, 1):
             raise ValueError(f"the `pivots` code makes matrices of floats with dim 0 or 1, not {spec} with dim {dim!r}")
         n, m = spec.shape[dim], spec.shape[1 - dim]
-        end = count = squares = 0
+        end = n_pivots = n_omitted = 0
         for start, size in spaces:
             if type(start) is not int or type(size) is not int or not 0 < size <= m or start < end:
                 raise ValueError(
                     f"a space has {size!r} rows from row {start!r}: it needs 1 to {m} rows, from row {end} or later"
                 )
-            end, count, squares = start + size, count + size, squares + size**2
-        if end > n or not count:
+            end, n_pivots, n_omitted = start + size, n_pivots + size, n_omitted + size**2
+        if end > n or not n_pivots:
             raise ValueError(
-                f"the spaces have {count} pivots and end at row {end}: they must have at least one pivot, and end at "
-                f"row {n} or earlier"
+                f"the spaces have {n_pivots} pivots and end at row {end}: they must have at least one pivot, and end "
+                f"at row {n} or earlier"
             )
-        return {PIVOTS: TensorSpec("I32", (count,)), WORDS: TensorSpec(spec.dtype_name, (n * m - squares,))}
+        return {PIVOTS: TensorSpec("I32", (n_pivots,)), WORDS: TensorSpec(spec.dtype_name, (n * m - n_omitted,))}
 
 
 def identity_columns(space: Tensor) -> Tensor | None:

@@ -36,7 +36,7 @@ def check_sums(values: Tensor, expected: Sequence[float]) -> None:
     """
     tolerance = _TOLERANCE * torch.linalg.vector_norm(values, dtype=torch.float64).item()
     pairs = zip(sums(values), expected, strict=True)
-    if not math.isfinite(tolerance) or not all(abs(actual - wanted) <= tolerance for actual, wanted in pairs):
+    if not math.isfinite(tolerance) or not all(abs(actual - packed) <= tolerance for actual, packed in pairs):
         raise ValueError(
             "the decoded values do not add up to the packed sums: this machine decodes them differently, or they are "
             "damaged"

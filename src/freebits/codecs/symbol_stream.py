@@ -1,9 +1,9 @@
-"""Code integers that have one of several distributions each, with asymmetric numeral systems (rANS, Duda 2013).
+"""Entropy-code integers with different distributions, with asymmetric numeral systems (rANS, Duda 2013).
 
-The *context* of an integer, which the decoder must know, says which distribution it has. Each context has a table of
-frequencies, and contexts with similar distributions share one. A small integer is one symbol. Of a large one, the
-position and the value of its three most significant bits are a symbol; the other bits are almost random, and are stored
-as they are. Consecutive integers go to consecutive *lanes*, as in `integer_stream`.
+The *context* of an integer, which the decoder must know, says which distribution the integer has. Each context has a
+table of frequencies; neighboring contexts with similar distributions share a table. Each small integer is a symbol. For
+a large integer, the symbol gives the position and the value of its three most significant bits. The other bits are
+almost random and are stored as they are. Consecutive integers go to consecutive *lanes*, as in `integer_stream`.
 """
 
 import numpy as np
@@ -57,7 +57,7 @@ def decode(content: bytes, contexts: NDArray[np.uint8]) -> NDArray[np.uint32]:
     starts = _starts(frequencies)
     symbol_of = np.stack([np.repeat(np.arange(N_SYMBOLS, dtype=np.uint8), row) for row in frequencies])
     integers = np.empty(len(contexts), np.uint32)
-    # zeros for the last block of integers, because `_pop` checks only after each block whether the bitstream has ended
+    # zeros for one block of integers, because `_pop` checks only before each block whether the bitstream has ended
     bitstream = np.frombuffer(content + bytes(2 * _MAX_UNITS * N_LANES), "<u2", offset=end).astype(np.uint16)
     n_units = len(bitstream) - _MAX_UNITS * N_LANES
     if (
@@ -71,8 +71,8 @@ def decode(content: bytes, contexts: NDArray[np.uint8]) -> NDArray[np.uint32]:
 def _side_data(content: bytes) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Return the number of the table of each context, and the frequencies of each table, (t, `N_SYMBOLS`)."""
     data = decompressed(content, N_CONTEXTS * (1 + 2 * N_SYMBOLS))
-    n_tables, rest = divmod(len(data) - N_CONTEXTS, 2 * N_SYMBOLS)
-    if n_tables < 1 or rest:
+    n_tables, n_extra_bytes = divmod(len(data) - N_CONTEXTS, 2 * N_SYMBOLS)
+    if n_tables < 1 or n_extra_bytes:
         raise ValueError("the tables of frequencies are cut off")
     table_of = np.frombuffer(data, np.uint8, N_CONTEXTS)
     frequencies = np.frombuffer(data, "<u2", offset=N_CONTEXTS).reshape(n_tables, N_SYMBOLS).astype(np.int64)
@@ -82,7 +82,7 @@ def _side_data(content: bytes) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
 
 def _starts(frequencies: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return for each symbol the sum of the frequencies of the symbols before it."""
+    """Return for each symbol the sum of the frequencies of the earlier symbols in the same table."""
     return np.cumsum(frequencies, axis=1) - frequencies
 
 
@@ -116,11 +116,11 @@ def _bits(counts: NDArray[np.int64]) -> float:
 
 
 def _normalized(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return frequencies proportional to the counts. Their sum is `2^PRECISION`; no symbol that occurs has 0."""
+    """Return frequencies proportional to the counts. Their sum is `2^PRECISION`. No symbol that occurs gets 0."""
     scaled = counts * ((1 << PRECISION) / counts.sum())
     frequencies = np.where(counts > 0, np.maximum(1, np.round(scaled)), 0).astype(np.int64)
     while excess := int(frequencies.sum()) - (1 << PRECISION):
-        # change the symbol for which this costs the fewest bits
+        # change the frequency whose change costs the fewest bits
         step = 1 if excess < 0 else -1
         candidates = np.flatnonzero(frequencies > (1 if step < 0 else 0))
         losses = counts[candidates] * (np.log2(frequencies[candidates]) - np.log2(frequencies[candidates] + step))
@@ -188,9 +188,9 @@ def _pop(
     bitstream: NDArray[np.uint16],
     integers: NDArray[np.uint32],
 ) -> int:
-    """Decode the integers, and return how many values of the bitstream they take; -1 if it is damaged.
+    """Decode the integers. Return how many values of the bitstream they take, or -1 if the bitstream is damaged.
 
-    `symbol_of` has the symbol for each table and remainder of a state.
+    `symbol_of` has the symbol for each table and slot (the lower `PRECISION` bits of a state).
     """
     one, unit, mask = np.uint64(1), np.uint64(_UNIT), np.uint64((1 << _UNIT) - 1)
     states, position = np.empty(N_LANES, np.uint64), 2 * N_LANES
@@ -200,10 +200,10 @@ def _pop(
         if i % N_LANES == 0 and position > len(bitstream) - _MAX_UNITS * N_LANES:
             return -1
         table, state = table_of[contexts[i]], states[i % N_LANES]
-        remainder = state & np.uint64((1 << PRECISION) - 1)
-        symbol = np.int64(symbol_of[table, remainder])
+        slot = state & np.uint64((1 << PRECISION) - 1)
+        symbol = np.int64(symbol_of[table, slot])
         state = (state >> np.uint64(PRECISION)) * np.uint64(frequencies[table, symbol])
-        state += remainder - np.uint64(starts[table, symbol])
+        state += slot - np.uint64(starts[table, symbol])
         if state <= mask:
             state = state << unit | np.uint64(bitstream[position])
             position += 1

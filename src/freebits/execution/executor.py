@@ -21,7 +21,7 @@ from freebits.options import BACKENDS, RAY, THREADS
 _MAX_PENDING_BYTES = 2**28
 _lock = threading.Lock()
 _open_pools: list[int] = []
-"""PyTorch's number of threads before the first pool opened, and once more for each open pool. Empty without pools."""
+"""Empty if no pool is open; otherwise PyTorch's initial number of threads, and this number again for each pool."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -41,8 +41,8 @@ class Base:
     """The base of a packed folder.
 
     Attributes:
-        model: id on the hub, or path relative to the packed folder, or any other name that only people understand.
-        revision: commit on the hub; None if `model` is no id on the hub.
+        model: id on the hub, path relative to the packed folder, or a text for people, such as a URL.
+        revision: commit on the hub; None if `model` is not an id on the hub.
         tensors: name by which a recipe takes a tensor → the tensor.
     """
 
@@ -70,9 +70,9 @@ class Base:
         model, revision = facts["model"], facts["revision"]
         texts = [model, *(text for tensor in tensors.values() for text in (tensor.name, tensor.digest))]
         if not all(isinstance(text, str) and "\0" not in text for text in texts) or facts.keys() - vars(cls("")).keys():
-            raise ValueError("a value of the base should be a text without null characters, or is unknown")
+            raise ValueError("a value of the base is unknown, or is not a string without null characters")
         if revision is not None and not (_COMMIT.fullmatch(revision) and _HUB_ID.fullmatch(model)):
-            raise ValueError("the base has a revision, but is no id on the hub")
+            raise ValueError("the revision of the base is not a commit, or its model is not an id on the hub")
         return cls(model, revision, tensors)
 
     @classmethod

@@ -48,8 +48,8 @@ def digested(piece: Piece, base: Mapping[str, Tensor] | None = None) -> tuple[Pi
     """Add checks to a piece. Return the piece, and name → digest of each stored tensor.
 
     A recipe gets a digest or sums of the tensors that it makes, computed by decoding them. A recipe stays as it is if
-    its code checks the values itself, or if it takes a tensor that is neither stored in this piece nor decoded here.
-    `base` has the tensors of the base that recipes take, by the names by which recipes take them.
+    its code checks the values itself, or if it takes a tensor that is not in this piece, not in `base` and not decoded
+    here. `base` has the tensors of the base, by the names by which recipes take them.
     """
     tensors = {name: spec.view(bytes_of(tensor)) for name, (spec, tensor) in piece.stored.items()} | dict(base or {})
     recipes = []
@@ -57,10 +57,10 @@ def digested(piece: Piece, base: Mapping[str, Tensor] | None = None) -> tuple[Pi
         code = CODES[recipe.code]
         if code.check is not Check.NONE and tensors.keys() >= {*recipe.takes.values()}:
             parts = {part: tensors.pop(name) for part, name in recipe.takes.items()}
-            made = code.decode(parts, list(recipe.makes.values()), recipe.params)
-            tensors |= zip(recipe.makes, made, strict=True)
-            recipe.check(made)  # if `staged` recorded a digest of the original tensor, the decoded tensor must match it
-            recipes.append(recipe.checked(made))
+            decoded = code.decode(parts, list(recipe.makes.values()), recipe.params)
+            tensors |= zip(recipe.makes, decoded, strict=True)
+            recipe.check(decoded)  # if `staged` recorded a digest of the original, the decoded tensor must match it
+            recipes.append(recipe.checked(decoded))
         else:
             recipes.append(recipe)
     digests = {name: digest(spec, bytes_of(tensor)) for name, (spec, tensor) in piece.stored.items()}
@@ -68,9 +68,9 @@ def digested(piece: Piece, base: Mapping[str, Tensor] | None = None) -> tuple[Pi
 
 
 def announced(specs: Mapping[str, TensorSpec]) -> dict[str, tuple[int, ...]]:
-    """Return longest possible name → longest possible shape of each stored tensor; see `CheckpointWriter`.
+    """Return name → shape, each with the most characters that a stored tensor can need; see `CheckpointWriter`.
 
     Entropy coding appends `.entropy` to the name, and `_` until the name is unused. The coded tensor is a vector of
-    bytes, fewer than 10 for each value of the tensor. A 10 at the end makes the announced shape at least as long.
+    fewer than 10 bytes per value. The announced shape ends with a 10, so that it has at least as many characters.
     """
     return {name + _LONGEST_SUFFIX: (*spec.shape, 10) for name, spec in specs.items()}

@@ -141,7 +141,7 @@ def relative(
         used_names: names that neither stored tensors nor tensors of the base must get.
 
     Raises:
-        Declined: this saves no bytes.
+        Declined: the differences save no bytes.
     """
     coded = CODES[DELTA].encode([tensor, base_tensor], [spec])
     takes = {part: _unused_name(f"{name}.{part}", used_names) for part in (BASE, MESSAGE)}

@@ -108,12 +108,12 @@ class Manifest:
         texts = [self.codec, self.entropy, self.config, *self.files, *self.auxiliary]
         texts += [text for table in tables for pair in table.items() for text in pair]
         if not all(isinstance(text, str) for text in texts):
-            raise ValueError("a value should be a text, but is something else")
+            raise ValueError("a value should be a string, but is something else")
         if not all(isinstance(entry, dict) for entry in self.history + self.notes):
             raise ValueError("an entry in the history or in the notes is not an object")
         file_names = (*self.files, *self.originals, *self.auxiliary)
         if any("\0" in name for name in file_names) or not all(map(_is_encodable, texts)):
-            raise ValueError("a file name contains a null character, or a text cannot be encoded in UTF-8")
+            raise ValueError("a file name contains a null character, or a string cannot be encoded in UTF-8")
         if (self.auxiliary and not self.exact) or bool(self.originals) != self.exact:
             raise ValueError("the manifest lists original files, but no original config")
         if not all(type(note.get("site")) is type(note.get("corrections", 0)) is int for note in self.notes):

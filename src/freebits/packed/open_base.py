@@ -20,7 +20,7 @@ from freebits.storage.hub import local_folder
 from freebits.types import TensorSpec, bytes_of
 
 _CLEAR_GAIN = 0.5
-"""If the differences from the base take at most this fraction of a tensor's bytes, coding it alone is not tried."""
+"""If the differences take at most this fraction of a tensor's bytes, coding without the base is not tried."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,15 @@ class OpenBase:
         """
         path = local_folder(model)
         folder = open_folder(path, n_bases=BASES - 1)
-        inner = folder
+        current = folder
         for _ in range(BASES):
-            if not isinstance(inner, PackedFolder) or inner.manifest.base is None:
+            if not isinstance(current, PackedFolder) or current.manifest.base is None:
                 return cls(Base.of(model, path, out), folder)
-            inner = inner.base
+            current = current.base
         raise CheckpointError(f"{model} needs {BASES} bases, but a base can need only {BASES - 1}: choose another base")
 
     def partners(self, specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
-        """Return name → spec of the base's tensors with which the code `delta` can compare tensors of the same names.
+        """Return name → the base's spec, for each tensor that `delta` can encode as differences from the base.
 
         Tensors of a packed base that another machine may decode differently are left out.
         """
@@ -66,7 +66,12 @@ class OpenBase:
         }
 
     def exact_piece(
-        self, name: str, spec: TensorSpec, tensor: Tensor, alone: Callable[[], Piece], used_names: Collection[str] = ()
+        self,
+        name: str,
+        spec: TensorSpec,
+        tensor: Tensor,
+        encode_alone: Callable[[], Piece],
+        used_names: Collection[str] = (),
     ) -> tuple[Piece, dict[str, Tensor]]:
         """Encode a tensor bit for bit, as differences from the base if this saves bytes.
 
@@ -74,21 +79,21 @@ class OpenBase:
             name: name of the tensor.
             spec: its spec.
             tensor: its value, which can be flat bytes.
-            alone: function that encodes the tensor without the base.
+            encode_alone: function that encodes the tensor without the base.
             used_names: see `relative`.
 
         Returns:
             The piece, and the tensors of the base that it takes, by the names by which recipes take them.
         """
         if not self.partners({name: spec}):
-            return alone(), {}
+            return encode_alone(), {}
         base_tensor, values = self[name]
         try:
             piece = relative(name, spec, tensor, base_tensor, values, used_names)
         except Declined:
-            return alone(), {}
-        if piece.n_bytes > _CLEAR_GAIN * spec.n_bytes and (other := alone()).n_bytes <= piece.n_bytes:
-            return other, {}
+            return encode_alone(), {}
+        if piece.n_bytes > _CLEAR_GAIN * spec.n_bytes and (alone := encode_alone()).n_bytes <= piece.n_bytes:
+            return alone, {}
         return piece, dict.fromkeys(piece.base, values)
 
     def __getitem__(self, name: str) -> tuple[BaseTensor, Tensor]:

@@ -25,8 +25,8 @@ def pack_files(
 ) -> Contents:
     """Write the tensors of all weights files, and collect the file headers.
 
-    A tensor is entropy-coded if this saves bytes. If the base has a tensor of the same name, only the differences from
-    it are stored if this saves more.
+    A tensor is entropy-coded if this saves bytes. If its differences from the base's tensor of the same name take even
+    fewer bytes, only the differences are stored.
 
     Raises:
         CheckpointError: a file is damaged.
@@ -70,11 +70,13 @@ def _piece(
     name, entry = item
     file, target = files[name], prefixes[name] + entry.name
     tensor = entry.spec.view(file.read(entry.name))
-    alone = partial(_alone, file, entry, target, tensor, stage, used_names)
-    return digested(*(base.exact_piece(target, entry.spec, tensor, alone, used_names) if base else (alone(), {})))
+    encode_alone = partial(_encoded_alone, file, entry, target, tensor, stage, used_names)
+    if base is None:
+        return digested(encode_alone())
+    return digested(*base.exact_piece(target, entry.spec, tensor, encode_alone, used_names))
 
 
-def _alone(
+def _encoded_alone(
     file: WeightsFile, entry: Entry, target: str, tensor: Tensor, stage: str | None, used_names: Collection[str]
 ) -> Piece:
     """Encode one tensor without a base."""

@@ -136,15 +136,15 @@ class _Encoder:
         return self.specs[name].dtype
 
     def __call__(self, transformed_part: _TransformedPart) -> tuple[Piece, dict[str, str]]:
-        part, turn, load_tensors = transformed_part
+        part, change, load_tensors = transformed_part
         tensors = load_tensors()
         specs = {name: TensorSpec(self.specs[name].dtype_name, tuple(tensor.shape)) for name, tensor in tensors.items()}
         notes = tuple(
             {"site": site, "name": _module_name(self.architecture, site, self.specs), "reason": reason}
-            for site, reason in turn.reasons.items()
+            for site, reason in change.reasons.items()
             if self.architecture is not None
         )
-        piece = Piece(notes=notes) + self.preset.encode(self.architecture, part, turn, tensors, specs)
+        piece = Piece(notes=notes) + self.preset.encode(self.architecture, part, change, tensors, specs)
         piece = staged(piece, self.stage)
         return digested(piece)
 
@@ -159,8 +159,8 @@ def _announced_names(
 ) -> dict[str, tuple[int, ...]]:
     """Return the longest name and shape of each tensor that may be stored.
 
-    These are the encoded tensors that the codec plans, and the plain tensors, because a code can decline to encode
-    them.
+    The result has the encoded tensors that the codec plans, and also the plain tensors, because a code can decline to
+    encode them.
     """
     shapes = {name: spec.shape for name, spec in model.specs.items()}
     if architecture is not None and layout.widths:

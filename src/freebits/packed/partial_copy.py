@@ -1,7 +1,4 @@
-"""Copy the weights of a packed folder, but change row scales of quantized matrices and values of plain tensors.
-
-A *recipe* is an entry of the manifest that tells readers how to decode some tensors.
-"""
+"""Copy the weights of a packed folder, but change row scales of quantized matrices and values of plain tensors."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -62,13 +59,14 @@ def _pieces(packed: PackedFolder, rows: Mapping[str, Tensor], tensors: Mapping[s
         else:
             stored = {name: (packed.stored[name], packed.stored_tensor(name)) for name in stored_names}
             yield Piece(stored, (recipe,) if recipe else ())
-    changed, later = {*rows}, []
+    changed_names, other_recipes = {*rows}, []
     for recipe in recipes:
-        if changed & {*recipe.takes.values(), *recipe.makes}:
-            changed |= recipe.makes.keys()
+        if changed_names & {*recipe.takes.values(), *recipe.makes}:
+            changed_names |= recipe.makes.keys()
         if not packed.stored.keys() & {*recipe.takes.values()}:
-            later.append(replace(recipe, digest=None, sums=None) if changed & recipe.makes.keys() else recipe)
-    yield Piece({}, tuple(later))
+            changed = changed_names & recipe.makes.keys()
+            other_recipes.append(replace(recipe, digest=None, sums=None) if changed else recipe)
+    yield Piece({}, tuple(other_recipes))
 
 
 def _rescaled(packed: PackedFolder, recipe: Recipe, rows: Mapping[str, Tensor]) -> Piece:

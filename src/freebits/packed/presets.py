@@ -85,7 +85,7 @@ class Preset:
         self,
         architecture: Architecture | None,
         part: Part,
-        turn: PartChange,
+        change: PartChange,
         tensors: dict[str, Tensor],
         specs: Mapping[str, TensorSpec],
     ) -> Piece:
@@ -94,15 +94,15 @@ class Preset:
         Args:
             architecture: architecture of the model; None for an adapter.
             part: the model part.
-            turn: effect of the transform on the part.
+            change: effect of the transform on the part.
             tensors: name → transformed tensor.
             specs: name → spec of the transformed tensor, with the dtype to which it is rounded.
         """
         piece = Piece()
         remaining = dict(tensors)
         for group in self.groups(part, specs):
-            if group.site not in turn.rotations:
-                continue  # `turn.reasons` has the reason
+            if group.site not in change.rotations:
+                continue  # `change.reasons` has the reason
             note = {"site": group.site, "name": group.name}
             if not group.code:
                 piece += Piece(notes=(note | {"reason": group.reason},))
@@ -197,7 +197,7 @@ def _same_layout(architecture: Architecture, layout: Layout) -> Layout:  # noqa:
 def _pivot_codes(
     architecture: Architecture | None, part: Part, specs: Mapping[str, TensorSpec], *, dense: bool = False
 ) -> dict[str, Pivots]:
-    """Return name → code of each tensor that has pivot columns after its pairs of matrices are in canonical form."""
+    """Return name → code of each tensor that has pivot columns when pairs of matrices are in canonical form."""
     spaces: dict[str, list[tuple[int, int]]] = {}
     dims: dict[str, int] = {}
     for pair in free_pairs(specs, architecture, part, dense=dense):

@@ -30,7 +30,7 @@ MODEL = "model"
 
 
 class PackedFolder:
-    """A packed folder. Its manifest and file headers are checked when it is opened. Implements `Source`.
+    """A packed folder. Its manifest and file headers are checked when it is opened. Implements `Folder`.
 
     Attributes:
         manifest: the manifest.
@@ -46,7 +46,7 @@ class PackedFolder:
         path: the folder.
         verify: whether to check the digest of each stored tensor when it is read.
         base: folder or hub id of the model's base; by default, see `Base.locate`.
-        n_bases: number of bases that the folder and its bases can need, to stop at a cycle.
+        n_bases: maximum length of the chain of bases (a base may need a base, too), so that a cycle is an error.
 
     Raises:
         CheckpointError: the folder is not packed, or a file is missing, damaged or not as the manifest describes it.
@@ -232,18 +232,18 @@ class PackedFolder:
 
     def _base_tensor(self, name: str) -> Tensor:
         """Read a tensor of the base, and check its digest, because another base would give other weights."""
-        wanted, base = self._base_tensors[name], self.base
-        found = base.specs.get(wanted.name)
-        if found != wanted.spec:
+        expected, base = self._base_tensors[name], self.base
+        spec = base.specs.get(expected.name)
+        if spec != expected.spec:
             raise CheckpointError(
-                f"{self.path} needs a base with {wanted.spec} as {wanted.name}, but {base.path} has {found or 'none'}: "
-                f"give the right base (`base`, or {BASE_PATH})"
+                f"{self.path} needs a base whose {expected.name} is {expected.spec}, but in {base.path} it is "
+                f"{spec or 'missing'}: give the right base (`base`, or {BASE_PATH})"
             )
-        tensor = base[wanted.name]
-        if (actual := digest(wanted.spec, bytes_of(tensor))) != wanted.digest:
+        tensor = base[expected.name]
+        if (actual := digest(expected.spec, bytes_of(tensor))) != expected.digest:
             raise CheckpointError(
-                f"{self.path} needs a base whose {wanted.name} has the digest {wanted.digest}, but in {base.path} it "
-                f"has {actual}: give the right base (`base`, or {BASE_PATH})"
+                f"{self.path} needs a base whose {expected.name} has the digest {expected.digest}, but in {base.path} "
+                f"it has {actual}: give the right base (`base`, or {BASE_PATH})"
             )
         return tensor
 

@@ -25,7 +25,7 @@ class Recipe:
             recipe makes it.
         makes: name → spec of each tensor that this step makes, in the order that the code defines.
         params: parameters of the code.
-        digest: digest of the made tensors, if all machines make the same ones; see `Check`.
+        digest: digest of the made tensors, if all machines decode the same values; see `Check`.
         sums: sums of the made tensors, if machines may round a few values differently; see `Check`.
     """
 
@@ -49,18 +49,18 @@ class Recipe:
         """Return the recipe that `facts` describes.
 
         Raises:
-            ValueError, TypeError, KeyError: `facts` does not describe a recipe.
+            ValueError, TypeError, KeyError, AttributeError: `facts` does not describe a recipe.
         """
         makes = {name: TensorSpec.parse(spec) for name, spec in facts["makes"]}
         objects = isinstance(facts["takes"], dict) and isinstance(facts.get("params", {}), dict)
         names = (facts["code"], *facts["takes"].values(), *makes)
         if not objects or not all(isinstance(name, str) for name in names):
-            raise ValueError("a name in a recipe is not a text, or its takes or params are not an object")
+            raise ValueError("the takes or the params of a recipe are not an object, or a name in it is not a string")
         if not 0 < len(makes) == len(facts["makes"]):
             raise ValueError("a recipe makes no tensor, or makes a tensor twice")
         digest, sums = facts.get("digest"), facts.get("sums")
         if not (digest is None or isinstance(digest, str)) or not (sums is None or are_sums(sums)):
-            raise ValueError("the digest or the sums of a recipe have another type")
+            raise ValueError("the digest or the sums of a recipe have the wrong type")
         return cls(facts["code"], dict(facts["takes"]), makes, dict(facts.get("params", {})), digest, sums)
 
     def parts(self) -> dict[str, TensorSpec]:
@@ -130,8 +130,8 @@ def check_recipes(
     """
     recipes, base = list(recipes), base or {}
     n_made_bytes = sum(spec.n_bytes for recipe in recipes for spec in recipe.makes.values())
-    if both := stored.keys() & base.keys():
-        raise ValueError(f"{min(both)} is both stored and a tensor of the base")
+    if shared_names := stored.keys() & base.keys():
+        raise ValueError(f"{min(shared_names)} is both stored and a tensor of the base")
     remaining = {**stored, **base}
     check_expansion(sum(spec.n_bytes for spec in remaining.values()), n_made_bytes)
     depths = dict.fromkeys(remaining, 0)

@@ -1,4 +1,4 @@
-"""Round the differences of matrices from those of a base, instead of the matrices."""
+"""Round the differences between a model's matrices and those of its base, instead of the matrices."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -75,7 +75,7 @@ class Differences:
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
-        """The specs of the tensors; those of differences have the dtype F32."""
+        """The specs of the tensors. Differences have the dtype F32."""
         return {
             name: TensorSpec("F32", spec.shape) if name in self.names else spec
             for name, spec in self.source.specs.items()
@@ -92,7 +92,7 @@ class Differences:
         return BaseTensors(self.base.folder, self.names)
 
     def added(self, recipes: Sequence[Recipe]) -> tuple[Recipe, ...]:
-        """Return recipes that make differences, with further recipes that add the base's tensors to them."""
+        """Return `recipes`, which make differences, and recipes that add the base's tensors to the differences."""
         result: list[Recipe] = []
         for recipe in recipes:
             names = [name for name in recipe.makes if name in self.names]
@@ -109,19 +109,19 @@ class Differences:
         Returns:
             The piece with the further recipes, and the tensors of the base, by the names by which recipes take them.
         """
-        made = [name for recipe in piece.recipes for name in recipe.makes if name in self.names]
-        read = {f"{name}.{BASE}": self.base[name] for name in made}
+        difference_names = [name for recipe in piece.recipes for name in recipe.makes if name in self.names]
+        read = {f"{name}.{BASE}": self.base[name] for name in difference_names}
         tensors = {name: tensor for name, (tensor, _) in read.items()}
         changed = replace(piece, recipes=self.added(piece.recipes), base={**piece.base, **tensors})
         return changed, {name: values for name, (_, values) in read.items()}
 
     def expected_base(self, tensors: Mapping[str, BaseTensor]) -> Base:
-        """Return the base with some tensors, and with those of all differences but without their digests."""
+        """Return the base with `tensors`, and with the tensors of all differences. The latter get zeros as digests."""
         added = {f"{name}.{BASE}": BaseTensor(name, self.source.specs[name], "0" * 32) for name in self.names}
         return replace(self.base.base, tensors={**tensors, **added})
 
     def exact(self, name: str, tensor: Tensor, stage: str | None) -> tuple[Piece, dict[str, Tensor]]:
-        """Encode a tensor that is not rounded, bit for bit, as differences from the base if this saves bytes.
+        """Encode bit for bit a tensor that is not rounded, as differences from the base if this saves bytes.
 
         Returns:
             See `on_base`.

@@ -74,12 +74,12 @@ class Matrix:
         Args:
             width: number of weights per row.
         """
-        step = max(1, _MAX_WEIGHTS // width)
-        if self.transposed or self.stop - self.start <= step:
+        n_rows = max(1, _MAX_WEIGHTS // width)
+        if self.transposed or self.stop - self.start <= n_rows:
             yield self
             return
-        for start in range(self.start, self.stop, step):
-            stop = min(start + step, self.stop)
+        for start in range(self.start, self.stop, n_rows):
+            stop = min(start + n_rows, self.stop)
             information = self.information
             if information is not None:
                 information = information[start - self.start : stop - self.start].clone()
@@ -111,7 +111,7 @@ class SensitivityCache:
         work: executor and work store for the scales and rate models.
         source: tensors of the checkpoint.
         seed: seed of the rotation, see the attribute.
-        base: tensors to which tensors of `source` will be added; None for no tensors.
+        base: tensors of the base to which tensors of `source` will be added, by name; None if there are none.
     """
 
     def __init__(self, work: Work, source: Source, seed: int | None, base: Mapping[str, Tensor] | None = None) -> None:
@@ -187,7 +187,7 @@ class SensitivityCache:
         return _matrix(self._source, self.seed, self.matrices[name])
 
     def base_matrix(self, name: str) -> Tensor | None:
-        """Return the matrix to which a matrix will be added, in the same form; None if there is none."""
+        """Return the base's matrix to which a matrix will be added; None if there is none or matrices are rotated."""
         matrix = self.matrices[name]
         if matrix.tensor not in self._base or self.seed is not None:
             return None

@@ -145,7 +145,7 @@ class View:
 
 
 class Checkpoint:
-    """A folder with `config.json` and safetensors weights, in one file or in shards. Implements `Source`.
+    """A folder with a config, and with safetensors or GGUF weights in one file or in shards. Implements `Folder`.
 
     The constructor reads the headers of the files. Tensors are read on access.
 
@@ -162,8 +162,10 @@ class Checkpoint:
         self.files = {name: file for file, weights in self.weights.items() for name in weights.entries}
         """Tensor name → file name, in the order of the files."""
         counts = Counter(name for weights in self.weights.values() for name in weights.entries)
-        if twice := [name for name, count in counts.items() if count > 1]:
-            raise CheckpointError(f"tensor {twice[0]} is in two files of {self.path}: download the checkpoint again")
+        if duplicates := [name for name, count in counts.items() if count > 1]:
+            raise CheckpointError(
+                f"tensor {duplicates[0]} is in two files of {self.path}: download the checkpoint again"
+            )
         index = self.path / index_of(stem_of(self.config))
         for name, file in _weight_map(index).items() if self._has_index else ():
             if name not in self.files:

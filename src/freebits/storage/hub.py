@@ -40,9 +40,9 @@ def local_folder(
     try:
         if not whole:
             return mirror(f"hf://{path.as_posix()}" + (f"@{revision}" if revision else ""))
-        wanted = ["config.json"] if config_only else None
+        patterns = ["config.json"] if config_only else None
         return Path(
-            snapshot_download(path.as_posix(), revision=revision, allow_patterns=wanted, ignore_patterns=_UNWANTED)
+            snapshot_download(path.as_posix(), revision=revision, allow_patterns=patterns, ignore_patterns=_UNWANTED)
         )
     except CheckpointError:
         raise

@@ -29,7 +29,7 @@ _COPIED = ("*.json", "*.md", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py"
 """Names of the files that a mirror contains as copies, unless they are large."""
 _PROBE = ".freebits"
 """The name of a file that is written to test whether a remote folder is writable."""
-_LAST = ("config.json",)
+_UPLOADED_LAST = ("config.json",)
 """Files that are uploaded last, so that readers do not take an incomplete folder for a checkpoint."""
 _VERSION_KEYS = ("ETag", "etag", "LastModified", "mtime", "created", "generation", "commit_hash", "blob_id")
 """The keys under which file systems report the version of a file."""
@@ -91,7 +91,7 @@ def _state(info: dict[str, Any]) -> tuple[object, ...]:
 
 
 def url_of(path: str | os.PathLike[str]) -> str | None:
-    """Return a path as a URL, or None if it is no URL. Accept `Path` objects, which drop one slash of `://`."""
+    """Return a path as a URL, or None if it is not a URL. Accept `Path` objects, which drop one slash of `://`."""
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/{1,2}(?=[^/])", os.fspath(path))
     if not match or match[1] not in fsspec.available_protocols():
         return None
@@ -102,7 +102,7 @@ def url_of(path: str | os.PathLike[str]) -> str | None:
 def mirror(url: str) -> Path:
     """Create a local mirror of a remote folder. The mirror is removed when this process exits.
 
-    Further calls with the same URL return the same mirror.
+    Until the next upload, further calls with the same URL return the same mirror.
 
     Raises:
         CheckpointError: the folder has no config, or cannot be reached.
@@ -190,7 +190,7 @@ def check_new(url: str) -> None:
     """
     if staging_of(url).exists():
         raise CheckpointError(
-            f"{staging_of(url)} is the finished result of a run that could not be uploaded: upload or remove the folder"
+            f"{staging_of(url)} is a finished result whose upload to {url} failed: upload or remove the folder"
         )
     if exists(url):
         raise CheckpointError(f"{url} exists already: remove it or choose another output folder")
@@ -224,7 +224,8 @@ def upload(folder: Path, url: str) -> None:
             f"{url} exists already, because another run wrote it in the meantime: upload {folder} to another URL"
         )
     uploaded: list[str] = []
-    files = sorted((file for file in folder.rglob("*") if file.is_file()), key=lambda file: (file.name in _LAST, file))
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    files.sort(key=lambda file: (file.name in _UPLOADED_LAST, file))
     try:
         with _as_os_errors():
             system, root = fsspec.url_to_fs(url)

@@ -25,7 +25,7 @@ def sign(folder: Path, key: str | os.PathLike[str]) -> None:
     """
     hashing = _library("hashing")
     check_key(key)
-    # The finished folder does not contain the pieces, so they must not be signed.
+    # the finished folder will not contain the stored pieces of work, so they must not be signed
     shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
     hashing_config = hashing.Config().set_ignored_paths(paths=[folder / SIGNATURE])
     try:

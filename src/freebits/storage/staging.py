@@ -17,7 +17,7 @@ from freebits.storage.resumption import UNFINISHED, Task
 
 _log = logging.getLogger(__name__)
 _MAX_NAME_BYTES = 180
-_open: set[Path] = set()
+_being_written: set[Path] = set()
 """Staging directories that this process is writing."""
 
 
@@ -27,7 +27,8 @@ def new_directory(path: str | os.PathLike[str], task: Task | None = None) -> Ite
 
     The block writes to a staging directory next to `path`. The name of the staging directory identifies the machine
     and the process. Older staging directories for `path` are removed if their process ran on this machine and has
-    ended. The new staging directory is flushed to the disk (`fsync`) before it is renamed to `path`.
+    ended; on Windows, freebits cannot find this out and lets them stay. The new staging directory is flushed to the
+    disk (`fsync`) before it is renamed to `path`.
 
     Args:
         path: a folder, or a URL. For a URL, the staging directory is in the user's cache, and the folder is uploaded at
@@ -46,10 +47,10 @@ def new_directory(path: str | os.PathLike[str], task: Task | None = None) -> Ite
     if url:
         check_new(url)
     staging = _staging_path(target)
-    created = _begin(path, target, staging, task)
+    created = _create_or_take_over(path, target, staging, task)
     keep = False
     try:
-        _open.add(staging)
+        _being_written.add(staging)
         yield staging
         shutil.rmtree(staging / UNFINISHED, ignore_errors=True)
         _publish(staging, target)
@@ -68,13 +69,13 @@ def new_directory(path: str | os.PathLike[str], task: Task | None = None) -> Ite
             f"{path} cannot be written ({error.strerror or error}): check the free space and the permissions"
         ) from error
     finally:
-        _open.discard(staging)
+        _being_written.discard(staging)
         if not keep:
             shutil.rmtree(staging, ignore_errors=True)
             _remove_empty(created)
 
 
-def _begin(path: str | os.PathLike[str], target: Path, staging: Path, task: Task | None) -> list[Path]:
+def _create_or_take_over(path: str | os.PathLike[str], target: Path, staging: Path, task: Task | None) -> list[Path]:
     """Create a staging directory or take over the one of a stopped run. Return the parent folders that were created."""
     created: list[Path] = []
     try:
@@ -104,11 +105,11 @@ def _staging_path(target: Path) -> Path:
 
 def _prefix(target: Path) -> str:
     """Return the prefix of the names of staging directories that this machine creates for `target`."""
-    return f"{_hidden(target)}.{zlib.crc32(platform.node().encode()):08x}-"
+    return f"{_hidden_name(target)}.{zlib.crc32(platform.node().encode()):08x}-"
 
 
-def _hidden(target: Path) -> str:
-    """Return a hidden file name. Cut it to leave room for a suffix, because file names have at most 255 bytes."""
+def _hidden_name(target: Path) -> str:
+    """Return a hidden file name. Cut the name to leave room for a suffix, because names have at most 255 bytes."""
     return "." + target.name.encode(errors="replace")[:_MAX_NAME_BYTES].decode(errors="ignore")
 
 
@@ -148,7 +149,7 @@ def _leftover_staging(target: Path, task: Task | None) -> Path | None:
     resumable = None
     for staging in target.parent.iterdir() if target.parent.is_dir() else ():
         match = re.fullmatch(pattern, staging.name)
-        if not match or staging in _open or not staging.is_dir() or staging.is_symlink():
+        if not match or staging in _being_written or not staging.is_dir() or staging.is_symlink():
             continue
         if int(match[1]) != os.getpid() and _alive(int(match[1])):
             continue

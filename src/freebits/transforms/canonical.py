@@ -31,7 +31,7 @@ class CanonicalAnalysis:
     Attributes:
         unsound: site → reason why the site cannot be rotated; see `unsound_sites`.
         forms: site → polar form of the shortcut that leads to the site.
-        first: rotation of site 0 in the analysis of the first block; None for other parts, or if site 0 is unsound.
+        first: rotation of site 0; None for all parts but the first block, and for the first block if site 0 is unsound.
     """
 
     unsound: dict[int, str]
@@ -72,7 +72,7 @@ class Canonical:
     def step(
         self, state: Chain, part: Part, analysis: CanonicalAnalysis, following: CanonicalAnalysis | None
     ) -> tuple[Chain, PartChange]:
-        """Compute the rotations of a part from the chain so far, by matrix products only."""
+        """Compute the rotations of a part from that of the site before it, by matrix products only."""
         unsound = analysis.unsound | (following.unsound if following else {})
         rotations: dict[int, Tensor] = {}
         replaced: dict[str, Tensor | None] = {}

@@ -71,4 +71,4 @@ class Diagonal:
         return sub.write.weight in self.source.specs and not sub.write.stacked
 
     def finish(self, part: Part, tensors: dict[str, Tensor], dtype: Dtypes) -> None:
-        """Do nothing, because the codec rotates the output matrices again and then rounds them."""
+        """Do nothing, because the code `bits-back` rotates the output matrices again and then rounds them."""

@@ -44,13 +44,15 @@ def fold_sublayers(tensors: Tensors, architecture: Architecture, sublayers: Iter
         sublayers: sublayers of the block.
 
     Returns:
-        The tensors in the order of the table's rows, without the norms.
+        The tensors in the order of `Sublayer.weights`, without the norms.
     """
     centred, folded = architecture.family.centred, dict[str, Tensor]()
     for sub in sublayers:
-        rows = {row.name: row for row in sub.weights(architecture.family)}
+        weights = {weight.name: weight for weight in sub.weights(architecture.family)}
         inputs = {
-            name: tensors[name].T if row.transposed else tensors[name] for name, row in rows.items() if name in tensors
+            name: tensors[name].T if weight.transposed else tensors[name]
+            for name, weight in weights.items()
+            if name in tensors
         }
         folded[sub.shortcut.weight] = torch.eye(architecture.hidden_size, dtype=torch.float64, device=_device(tensors))
         for branch in sub.branches:
@@ -63,9 +65,9 @@ def fold_sublayers(tensors: Tensors, architecture: Architecture, sublayers: Iter
             for write in branch.writes:
                 for name in {write.weight, write.bias} & inputs.keys():
                     scaled = inputs[name].double() * architecture.branch_scale
-                    folded[name] = _center(scaled, rows[name].axes[0].dim) if centred else scaled
+                    folded[name] = _center(scaled, weights[name].axes[0].dim) if centred else scaled
             folded |= {name: inputs[name].double() for name in branch.inner if name in inputs}
-    order = (row.name for sub in sublayers for row in sub.weights(architecture.family))
+    order = (weight.name for sub in sublayers for weight in sub.weights(architecture.family))
     return {name: folded[name] for name in order if name in folded}
 
 

@@ -1,4 +1,4 @@
-"""The canonical form of pairs of matrices: pivot columns of the matrix that writes each space become the identity."""
+"""The canonical form of pairs (see `models.free_bases`): a matrix that writes to the spaces contains identities."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

@@ -1,12 +1,12 @@
 """The canonical form of shortcuts: rotations after which shortcuts need few weights. The rotations are not stored.
 
-In the row-vector convention, a shortcut `A: (k, k')`, the matrix on the skip connection from site `s - 1` to site `s`,
-maps `x` to `x A`. Rotations `G₋` and `G` of these sites change `A` to `G₋ᵀ A G`. Slicing gives `A = Q₋ᵀ Q`, a block of
-an orthogonal matrix, in which all but at most `D - k'` singular values are 1. Let `A = P [I 0] R` be the polar
-decomposition of `A`. With `G = Rᵀ (G₋ ⊕ I)`, where `⊕` builds a block diagonal matrix, the shortcut becomes
-`[G₋ᵀ P G₋, 0]`. The matrix `G₋ᵀ P G₋` is symmetric, and all but a few of its eigenvalues are 1. Therefore it equals
-`I - M Mᵀ` with few columns in `M`. A rotation of these columns leaves `M Mᵀ` unchanged and makes `M` lower trapezoidal.
-The rotation of site 0 remains free.
+A shortcut `A: (k, k')` is the matrix on the skip connection from site `s - 1` to site `s` of the residual stream; it
+maps a row vector `x` to `x A`. Rotations `G₋` and `G` of these sites change `A` to `G₋ᵀ A G`. Slicing gives
+`A = Q₋ᵀ Q`, where `Q₋` and `Q` have the axes of the two sites as columns. At most `D - k'` singular values of `A` are
+not 1. Let `A = P [I 0] R` be the polar decomposition of `A`. With `G = Rᵀ (G₋ ⊕ I)`, where `⊕` builds a block diagonal
+matrix, the shortcut becomes `[G₋ᵀ P G₋, 0]`. The matrix `G₋ᵀ P G₋` is symmetric, and all but a few of its eigenvalues
+are 1. Therefore it equals `I - M Mᵀ` with few columns in `M`. A rotation of these columns leaves `M Mᵀ` unchanged and
+makes `M` lower trapezoidal. The rotation of site 0 remains free.
 """
 
 from dataclasses import dataclass

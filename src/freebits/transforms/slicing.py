@@ -96,7 +96,7 @@ SIZE_STEP = 8
 def sliced_size(hidden_size: int, sparsity: float) -> int:
     """Return `k`, the width of a sliced site: `(1 - sparsity) D`, rounded down to a multiple of 8.
 
-    If `sparsity` is 0, `k` is `D`, even if that is no multiple of 8.
+    If `sparsity` is 0, `k` is `D`, even if `D` is not a multiple of 8.
 
     Raises:
         UsageError: `sparsity` is outside [0, 1), or `k` would be 0.

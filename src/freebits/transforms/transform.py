@@ -21,7 +21,7 @@ from freebits.transforms.orthogonal import rotate
 from freebits.types import CPU
 
 Rotations = Mapping[int, Tensor]
-"""Site → `Q: (d, d')`, float64; a site without entry is not rotated."""
+"""Site → `Q: (d, d')`, float64; a site without an entry is not rotated."""
 
 State = TypeVar("State")
 Analysis = TypeVar("Analysis")
