@@ -96,7 +96,7 @@ def main() -> None:
     )
     parser.add_argument("--scratch", type=Path, help="folder in which to keep the quantized models")
     arguments = parser.parse_args()
-    names = [name for name in ROWS if any(part in name for part in arguments.only.split(";"))]
+    names = [name for name in ROWS if any(part.strip() in name for part in arguments.only.split(";"))]
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         scratch = arguments.scratch or Path(temporary)
         dense = scratch / "off-grid"

@@ -85,7 +85,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Options:
-    """The arguments of `compress` that do not set a target. `compress` documents them."""
+    """Arguments of `compress`, which documents them. The plan contains the targets; its `max_kl` can be the default."""
 
     calibration: str | None
     text: str | None
@@ -95,6 +95,7 @@ class _Options:
     trellis: int
     device: str
     force: bool
+    max_kl: float | None
 
 
 def compress(
@@ -200,7 +201,7 @@ def compress(
                 plan,
                 folder,
                 directory,
-                _Options(calibration, text, keep, opened_base, fallback_bits, trellis, device, force),
+                _Options(calibration, text, keep, opened_base, fallback_bits, trellis, device, force, max_kl),
                 executor,
                 progress,
             )
@@ -398,7 +399,7 @@ def _quantize(
 
     if prepared.calibrated:
         return _search(plan, write, measure, options.force), prepared.coverage
-    if plan.max_kl not in (None, MAX_KL):
+    if options.max_kl is not None:
         reason = prepared.facts["reason"]
         raise UsageError(f"`max_kl` requires running the model on text, but {reason}: give `bits` or `target_size`")
     write(None)

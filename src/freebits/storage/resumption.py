@@ -79,8 +79,10 @@ def unchanged(source: Path) -> Iterator[None]:
 
 
 def file_states(source: Path) -> list[tuple[str, int, int]]:
-    """Return name, size and modification time (ns) of each JSON and safetensors file of a model, without subfolders."""
-    files = sorted(file for file in source.glob("*") if file.suffix in (".json", ".safetensors") and file.is_file())
+    """Return name, size and modification time (ns) of the JSON and weight files of a model, without subfolders."""
+    files = sorted(
+        file for file in source.glob("*") if file.suffix in (".json", ".safetensors", ".gguf") and file.is_file()
+    )
     return [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
 
 
