@@ -1,5 +1,6 @@
 """Models whose matrices stay integers in memory."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import freebits
-from freebits.codecs.integers import ScaledIntegers
+from freebits.codecs.integers import Integers, ScaledIntegers
+from freebits.codecs.trellis import transitions
 from freebits.errors import UsageError
+from freebits.integrations.integer_blocks import GROUP, IntegerBlock
 from freebits.integrations.integer_layers import IntegerEmbedding, IntegerLinear, IntegerMatrix
 from freebits.packed.reader import PackedFolder
+from freebits.types import TensorSpec
 from tests.conftest import Build
 from tests.model_types import save_tiny_type
 from tests.tiny import Make, random_text
@@ -23,38 +27,59 @@ from tests.tiny import Make, random_text
 TOKENS = torch.randint(0, 96, (2, 20), generator=torch.Generator().manual_seed(0))
 
 
-def random_blocks(sizes: list[int], m: int, seed: int, n_outliers: int = 0) -> list[ScaledIntegers]:
-    """Return random matrices, (n, m) for each `n` in `sizes`. The first has integers that do not fit 8 bits."""
+def random_blocks(
+    sizes: list[int], m: int, seed: int, n_outliers: int = 0, largest: int = 127, n_states: int = 0
+) -> list[ScaledIntegers]:
+    """Return random matrices, (n, m) for each `n` in `sizes`. The first has integers that do not fit 8 bits.
+
+    If `n_states` is not 0, the columns are paths through a trellis with this number of states.
+    """
     generator = torch.Generator().manual_seed(seed)
     blocks: list[ScaledIntegers] = []
     for n in sizes:
-        integers = torch.randint(-127, 128, (n, m), generator=generator, dtype=torch.int32)
+        integers = torch.randint(-largest, largest + 1, (n, m), generator=generator, dtype=torch.int32)
         if not blocks:
-            integers.view(-1)[torch.randint(n * m, (n_outliers,), generator=generator)] = 1000
+            places = torch.randint(n * m, (n_outliers,), generator=generator)
+            integers.view(-1)[places] = torch.randint(-1000, 1000, (n_outliers,), generator=generator).int()
+        following, states = torch.from_numpy(transitions(n_states)), torch.zeros(m, dtype=torch.int64)
+        for row in integers if n_states else ():
+            symbols, odd_states = row.clone(), states & 1
+            row.copy_(2 * symbols + odd_states)
+            states = following[states, symbols & 1].long()
         scales = (torch.randint(-80, -20, (size,), generator=generator).short() for size in (n, m))
         blocks.append(ScaledIntegers(integers, *scales))
     return blocks
 
 
-def filled(blocks: list[ScaledIntegers]) -> IntegerMatrix:
+def filled(blocks: list[ScaledIntegers], n_states: int = 0) -> IntegerMatrix:
     matrix = IntegerMatrix([len(block.rows) for block in blocks], len(blocks[0].columns), torch.float32)
-    for number, block in enumerate(blocks):
-        matrix.fill(number, block)
+    encoded = Integers(n_states).encode(
+        [tensor for block in blocks for tensor in (block.integers, block.rows, block.columns)], []
+    )
+    makes = [TensorSpec("F32", tuple(block.integers.shape)) for block in blocks]
+    for chunk in Integers().chunks(encoded.parts, makes, encoded.params, GROUP):
+        matrix.blocks[chunk.number].add(chunk)
+    for block in matrix.blocks:
+        block.finish()
     return matrix
 
 
 @given(
-    st.lists(st.integers(1, 40), min_size=1, max_size=3),
-    st.integers(1, 70),
-    st.integers(1, 9),
-    st.integers(0, 3),
-    st.integers(0, 9),
+    sizes=st.lists(st.integers(1, 300), min_size=1, max_size=3),
+    m=st.integers(1, 70),
+    k=st.integers(1, 20),
+    n_outliers=st.integers(0, 3),
+    largest=st.sampled_from([7, 40]),
+    n_states=st.sampled_from([0, 4, 32, 256]),
+    seed=st.integers(0, 9),
 )
 def test_products_and_lookups_are_those_of_the_expanded_matrix(
-    sizes: list[int], m: int, k: int, n_outliers: int, seed: int
+    sizes: list[int], m: int, k: int, n_outliers: int, largest: int, n_states: int, seed: int
 ) -> None:
-    blocks = random_blocks(sizes, m, seed, n_outliers)
-    matrix = filled(blocks)
+    blocks = random_blocks(sizes, m, seed, n_outliers, largest, n_states)
+    matrix = filled(blocks, n_states)
+    for block in matrix.blocks[1:]:
+        assert bool(block.nibbles.numel()) == (largest == 7) == (not block.integers.numel())
     W = torch.cat([block.floats(torch.float32) for block in blocks])
     assert torch.allclose(matrix.floats(), W, rtol=1e-6)
     generator = torch.Generator().manual_seed(seed)
@@ -63,6 +88,7 @@ def test_products_and_lookups_are_those_of_the_expanded_matrix(
     assert_close(matrix.transposed_product(y), y @ W)
     numbers = torch.randint(len(W), (2, k), generator=generator)
     assert torch.allclose(matrix.lookup(numbers), W[numbers], rtol=1e-6)
+    assert torch.equal(copy.deepcopy(matrix).half().floats(), matrix.floats().half())
 
 
 def assert_close(actual: Tensor, expected: Tensor) -> None:
@@ -84,6 +110,10 @@ def quantized(save_tiny: Make, cached_folder: Callable[[object, Build], Path]) -
     return cached_folder("quantized to integers", build)
 
 
+def blocks_of(model: Any) -> list[IntegerBlock]:
+    return [module for module in model.modules() if isinstance(module, IntegerBlock)]
+
+
 def logits(model: Any) -> Tensor:
     with torch.no_grad():
         result: Tensor = model(input_ids=TOKENS).logits.float()
@@ -102,8 +132,8 @@ def expanded(model: Any, path: Path) -> Any:
 
 def test_all_matrices_stay_integers(quantized: Path) -> None:
     model = freebits.load(quantized, keep_integers=True)
-    matrices = {module for module in model.modules() if isinstance(module, IntegerMatrix)}
-    assert {matrix.integers.dtype for matrix in matrices} == {torch.int8}
+    assert {bool(block.nibbles.numel()) for block in blocks_of(model)} == {True, False}
+    assert all(bool(block.nibbles.numel()) != bool(block.integers.numel()) for block in blocks_of(model))
     assert all(parameter.dim() == 1 for parameter in model.parameters())
     assert not [module for module in model.modules() if type(module) in (nn.Linear, nn.Embedding)]
     assert model.lm_head.matrix is model.model.embed_tokens.matrix
@@ -125,7 +155,7 @@ def test_a_model_that_stays_packed_gives_the_same_logits_and_holds_no_integers(q
     packed = freebits.load(quantized, dtype=torch.float32, stay_packed=True)
     for _ in range(2):
         assert torch.equal(logits(packed), logits(kept))
-        assert not any(module.integers.numel() for module in packed.modules() if isinstance(module, IntegerMatrix))
+        assert not any(buffer.numel() for module in blocks_of(packed) for buffer in module.buffers())
 
 
 def test_generation_with_beams_and_batches_gives_the_same_tokens(quantized: Path) -> None:
@@ -156,7 +186,8 @@ def test_another_dtype_does_not_round_the_scales() -> None:
     W = matrix.floats()
     assert torch.equal(matrix.half().floats(), W.half())
     assert matrix.dtype == torch.float16
-    assert {matrix.rows.dtype, matrix.columns.dtype, matrix.outlier_values.dtype} == {torch.float32}
+    block = matrix.blocks[0]
+    assert {block.rows.dtype, block.columns.dtype, block.outlier_values.dtype} == {torch.float32}
 
 
 def test_gradients_are_those_of_the_expanded_layer() -> None:

@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -439,80 +439,85 @@ def anonymous_memory():
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
     return int(line.split()[1]) * 1024
 
-start, peak, done = anonymous_memory(), 0, threading.Event()
-
 def measure():
     global peak
     while not done.wait(0.005):
         peak = max(peak, anonymous_memory())
 
-thread = threading.Thread(target=measure, daemon=True)
-thread.start()
-folders = sys.argv[1:]
-{statements}
-done.set()
-thread.join()
-print(peak - start)
+folders, one_job = [Path(folder) for folder in sys.argv[2:]], freebits.Parallel(jobs=1)
+text = " ".join(f"w{number % 96}" for number in range(2000))
+peaks = []
+for statement in sys.argv[1].splitlines():
+    start, peak, done = anonymous_memory(), 0, threading.Event()
+    thread = threading.Thread(target=measure)
+    thread.start()
+    exec(statement)
+    done.set()
+    thread.join()
+    peaks.append(peak - start)
+print(*peaks)
 """
-PACK = """
-freebits.pack(folders[0], folders[1], codec={codec!r}, parallel=freebits.Parallel(jobs=1))
-freebits.unpack(folders[1], folders[2], parallel=freebits.Parallel(jobs=1))
-"""
-TEXT = 'text = " ".join(f"w{number % 96}" for number in range(2000))'
-DENSE_COMMANDS = {
-    "slice": "freebits.slice_model(folders[0], folders[1], sparsity=0.2, calibration=text, samples=2, seq_len=32)",
-    "quantize": "freebits.quantize(folders[0], folders[1], calibration=text, samples=2, seq_len=32, "
-    "parallel=freebits.Parallel(jobs=1))",
-    "verify": "assert freebits.verify(folders[1], against=folders[0], text=text, seq_len=32, limit=2)",
-}
-"""Command → statement that runs it; `verify` checks the result of `quantize`."""
 
 
-def peak_memory(statements: str, *folders: Path) -> int:
-    """Run statements in a new process, and return by how many bytes its memory grows at most after the imports."""
+def peak_memory(statements: Iterable[str], *folders: Path) -> list[int]:
+    """Run statements in a new process. Return by how many bytes its memory grows at most during each statement."""
     # The settings make the allocator return small matrices to the system at once, as it returns large ones.
     environment = os.environ | {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
-    command = [sys.executable, "-c", MEASURE.replace("{statements}", statements), *map(str, folders)]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
+    command = [sys.executable, "-c", MEASURE, "\n".join(statements), *map(str, folders)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    return [int(peak) for peak in output.split()]
 
 
-@pytest.mark.parametrize("codec", CODECS)
-def test_memory_does_not_grow_with_the_number_of_blocks(
-    codec: str, tmp_path: Path, report: Callable[[str], None]
-) -> None:
-    peaks = {}
+SLICED_COMMANDS = {
+    f"{command} {codec}": statement.format(f"folders[1] / {codec!r}", f"folders[2] / {codec!r}", repr(codec))
+    for codec in CODECS
+    for command, statement in (
+        ("pack", "freebits.pack(folders[0], {0}, codec={2}, parallel=one_job)"),
+        ("unpack", "freebits.unpack({0}, {1}, parallel=one_job)"),
+    )
+}
+"""Command and codec → statement that runs the command."""
+
+
+def test_memory_does_not_grow_with_the_number_of_blocks(tmp_path: Path, report: Callable[[str], None]) -> None:
+    peaks = []
     for n_blocks in (2, 12):
         config = tiny_config(hidden_size=512, intermediate_size=1024, num_hidden_layers=n_blocks, head_dim=64)
         values = config.to_dict() | {"site_sizes": [408] * 2 * n_blocks + [512]}
         values = {key: value for key, value in values.items() if key != "model_type"}
         folders = [tmp_path / f"{name} {n_blocks}" for name in ("sliced", "packed", "unpacked")]
         SlicedLlamaForCausalLM(SlicedLlamaConfig(**values)).half().save_pretrained(folders[0])
-        peaks[n_blocks] = peak_memory(PACK.format(codec=codec), *folders)
+        peaks.append(peak_memory(SLICED_COMMANDS.values(), *folders))
     block = freebits.inspect(folders[0])["bytes"]["sliced"] // 12
-    figures = {n: round(peaks[n] / block, 1) for n in peaks}
-    report(f"{codec}: peak memory to pack and unpack, in blocks of 16-bit values: {figures}")
-    assert peaks[12] - peaks[2] < 6 * block  # the model has 10 more blocks; the allocator's overhead varies by a few
+    for name, shallow, deep in zip(SLICED_COMMANDS, *peaks, strict=True):
+        report(f"{name}: peak memory in blocks of 16-bit values: {shallow / block:.1f}, {deep / block:.1f}")
+        assert deep - shallow < 6 * block  # the model has 10 more blocks; the allocator's overhead varies by a few
+
+
+DENSE_COMMANDS = {
+    "slice": "freebits.slice_model(folders[0], folders[1], sparsity=0.2, calibration=text, samples=2, seq_len=32)",
+    "quantize": "freebits.quantize(folders[0], folders[2], calibration=text, samples=2, seq_len=32, parallel=one_job)",
+    "verify": "assert freebits.verify(folders[2], against=folders[0], text=text, seq_len=32, limit=2)",
+    "pack": "freebits.pack(folders[0], folders[3], codec='none')",
+    "load": "model = freebits.load(folders[3])",
+}
+"""Command → statement that runs it; `verify` checks the result of `quantize`, and `load` loads that of `pack`."""
 
 
 def test_commands_on_a_dense_model_hold_only_a_few_blocks_in_memory(
     save_tiny: Make, report: Callable[[str], None]
 ) -> None:
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 64}
-    peaks: dict[str, dict[int, int]] = {command: {} for command in DENSE_COMMANDS}
+    peaks = []
     for n_blocks in (2, 8):
         dense = save_tiny(f"dense {n_blocks}", num_hidden_layers=n_blocks, shard="20MB", **sizes)
-        for command, statement in DENSE_COMMANDS.items():
-            out = dense.with_name(f"{'sliced' if command == 'slice' else 'quantized'} {n_blocks}")
-            peaks[command][n_blocks] = peak_memory(f"{TEXT}\n{statement}", dense, out)
+        outs = (dense.with_name(f"{name} {n_blocks}") for name in ("sliced", "quantized", "packed"))
+        peaks.append(peak_memory(DENSE_COMMANDS.values(), dense, *outs))
     model = freebits.inspect(dense)["bytes"]["dense"]
     block = model // 8
-    for command, by_depth in peaks.items():
-        figures = {n: round(peak / block, 1) for n, peak in by_depth.items()}
-        report(f"{command}: peak memory in blocks of 16-bit values: {figures}")
-        n_models = 2 if command == "verify" else 1
+    for command, shallow, deep in zip(DENSE_COMMANDS, *peaks, strict=True):
+        report(f"{command}: peak memory in blocks of 16-bit values: {shallow / block:.1f}, {deep / block:.1f}")
+        n_models = {"verify": 2, "pack": 0}.get(command, 1)
         resident_bytes = n_models * 2 * 6 * block  # small models stay in memory in float32; see test_engine.py
-        assert by_depth[8] - by_depth[2] < resident_bytes + 5 * block, command  # the model has 6 more blocks
-    freebits.pack(dense, dense.with_name("packed"), codec="none")
-    peak = peak_memory("model = freebits.load(folders[0])", dense.with_name("packed"))
-    report(f"load: peak memory in models: {peak / model:.2f}")
-    assert peak < 1.5 * model
+        assert deep - shallow < resident_bytes + 5 * block, command  # the model has 6 more blocks
+        assert command != "load" or deep < 1.5 * model

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache, wraps
+from types import FunctionType
 from typing import Any, TypeVar
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -24,14 +25,20 @@ def compiled(function: _Function, *, any_order: bool = False) -> _Function:
         from numba import njit
 
         options: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz"} if any_order else False}
+        names = function.__globals__
+        called = {name: names[name].source for name in function.__code__.co_names if hasattr(names.get(name), "source")}
+        compilable = FunctionType(
+            function.__code__, names | {name: njit(**options)(source) for name, source in called.items()}
+        )
         try:
-            result: Callable[..., Any] = njit(cache=True, **options)(function)
+            result: Callable[..., Any] = njit(cache=True, **options)(compilable)
         except RuntimeError:  # Numba finds no writable directory for the machine code
-            result = njit(**options)(function)
+            result = njit(**options)(compilable)
         return result
 
     @wraps(function)
     def call(*args: Any) -> Any:
         return machine_code()(*args)
 
+    call.source = function  # type: ignore[attr-defined]
     return call  # type: ignore[return-value]

@@ -50,6 +50,29 @@ class ScaledIntegers:
         return (self.integers.float() * scales_of(self.columns) * scales_of(self.rows)[:, None]).to(dtype)
 
 
+@dataclass(frozen=True)
+class IntegerChunk:
+    """Consecutive rows of one of several matrices of integers.
+
+    Attributes:
+        number: number of the matrix.
+        start: number of the first row.
+        rows: exponents of the scales of all rows of the matrix, (n,), int16.
+        columns: exponents of the scales of all columns, (m,), int16.
+        n_states: number of states of the trellis; 0 for no trellis.
+        states: state of the trellis in each column before the first row, (m,), uint8.
+        integers: (rows of the chunk, m), int32. The next chunk of the matrix replaces them.
+    """
+
+    number: int
+    start: int
+    rows: Tensor
+    columns: Tensor
+    n_states: int
+    states: NDArray[np.uint8]
+    integers: NDArray[np.int32]
+
+
 def scales_of(exponents: Tensor) -> Tensor:
     """Return the scales `2^(e / 16)` of exponents `e`, in float32, the same on all machines."""
     octaves, remainders = np.divmod(exponents.numpy().astype(np.int32), FINENESS)
@@ -118,6 +141,27 @@ class Integers:
         decoder.finish()
         return matrices
 
+    def chunks(
+        self, parts: Mapping[str, Tensor], makes: Sequence[TensorSpec], params: Params, n_rows: int
+    ) -> Iterator[IntegerChunk]:
+        """Yield the integers of all matrices in order, `n_rows` rows at a time. Each matrix has at least one chunk.
+
+        Raises:
+            ValueError: the message is damaged.
+        """
+        decoder, all_side_data = _read_message(parts, makes, params)
+        for number, (spec, side_data) in enumerate(zip(makes, all_side_data, strict=True)):
+            n, m = spec.shape
+            integers, states = np.empty((min(n, n_rows), m), np.int32), np.zeros(m, np.uint8)
+            no_floats, no_scales = np.empty((0, m), np.float32), np.empty(0, np.float32)
+            for start in range(0, max(n, 1), n_rows):
+                levels, before = side_data.row_levels[start : start + n_rows], states.copy()
+                chunk = integers[: len(levels)]
+                decoder.decode(levels, side_data.column_levels, states, chunk, no_floats, no_scales, no_scales)
+                scales = side_data.rows, side_data.columns
+                yield IntegerChunk(number, start, *scales, params.get(_TRELLIS, 0), before, chunk)
+        decoder.finish()
+
     def scaled_integers(
         self, parts: Mapping[str, Tensor], makes: Sequence[TensorSpec], params: Params
     ) -> list[ScaledIntegers]:
@@ -126,16 +170,9 @@ class Integers:
         Raises:
             ValueError: the message is damaged.
         """
-        decoder, all_side_data = _read_message(parts, makes, params)
-        matrices = []
-        for spec, side_data in zip(makes, all_side_data, strict=True):
-            integers, m = np.empty(spec.shape, np.int32), spec.shape[1]
-            no_floats, states = np.empty((0, m), np.float32), np.zeros(m, np.uint8)
-            levels, no_scales = (side_data.row_levels, side_data.column_levels), np.empty(0, np.float32)
-            decoder.decode(*levels, states, integers, no_floats, no_scales, no_scales)
-            matrices.append(ScaledIntegers(torch.from_numpy(integers), side_data.rows, side_data.columns))
-        decoder.finish()
-        return matrices
+        n_rows = max((spec.shape[0] for spec in makes), default=0) + 1
+        chunks = self.chunks(parts, makes, params, n_rows)
+        return [ScaledIntegers(torch.from_numpy(chunk.integers), chunk.rows, chunk.columns) for chunk in chunks]
 
     def parts(self, makes: Sequence[TensorSpec], params: Params) -> dict[str, TensorSpec]:
         """Return the spec of the message, which has `params["bytes"]` bytes."""

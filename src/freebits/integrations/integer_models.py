@@ -1,4 +1,4 @@
-"""Load a quantized model whose matrices stay 8-bit integers in memory."""
+"""Load a quantized model whose matrices stay 8-bit or 4-bit integers in memory."""
 
 import logging
 import os
@@ -19,6 +19,7 @@ from freebits.codecs.registry import CODES
 from freebits.errors import UsageError
 from freebits.execution.executor import Parallel
 from freebits.execution.machine import release_freed_memory
+from freebits.integrations.integer_blocks import GROUP, IntegerBlock
 from freebits.integrations.integer_layers import IntegerEmbedding, IntegerLinear, IntegerMatrix
 from freebits.packed.reader import PackedFolder
 from freebits.packed.recipe import Recipe
@@ -57,29 +58,33 @@ class _Matrices:
     def filled(self, names: Iterable[str]) -> Iterator[tuple[str, IntegerMatrix]]:
         """Yield the name and the integers of each matrix. Several recipes are decoded in parallel."""
         places = {part: (name, number) for name in names for number, part in enumerate(self._parts[name])}
-        missing = Counter(name for name, _ in places.values())
+        n_missing = Counter(name for name, _ in places.values())
         recipes = [*{id(recipe): recipe for recipe in (self._recipes[part] for part in places)}.values()]
         matrices: dict[str, IntegerMatrix] = {}
         lock = Lock()
 
         def fill(recipe: Recipe) -> list[str]:
-            filled = []
-            for part, block in zip(recipe.makes, self._packed.matrices(recipe), strict=True):
+            blocks: dict[int, tuple[str, IntegerBlock]] = {}
+            for number, part in enumerate(recipe.makes):
                 if part in places:
-                    name, number = places[part]
+                    name, number_in_matrix = places[part]
                     with lock:
                         if name not in matrices:
                             matrices[name] = self.empty(name)
-                        matrices[name].fill(number, block)
-                    filled.append(name)
-            return filled
+                    blocks[number] = name, matrices[name].blocks[number_in_matrix]
+            for chunk in self._packed.integer_chunks(recipe, GROUP):
+                if chunk.number in blocks:
+                    blocks[chunk.number][1].add(chunk)
+            for _, block in blocks.values():
+                block.finish()
+            return [name for name, _ in blocks.values()]
 
         with Parallel().executor() as executor:
             for filled in executor.map(fill, recipes):
                 release_freed_memory()
                 for name in filled:
-                    missing[name] -= 1
-                    if not missing[name]:
+                    n_missing[name] -= 1
+                    if not n_missing[name]:
                         yield name, matrices.pop(name)
 
 
@@ -151,7 +156,7 @@ def _decode_late(model: Any, matrices: _Matrices, places: Mapping[str, list[Any]
 
     def decode(names: Iterable[str], *_: object) -> None:
         for name, matrix in matrices.filled(names):
-            placed[name].adopt(matrix)
+            placed[name].blocks = matrix.blocks
 
     def release(names: Iterable[str], *_: object) -> None:
         for name in names:

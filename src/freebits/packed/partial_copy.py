@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from freebits.codecs.integers import Integers
@@ -72,9 +73,10 @@ def _pieces(packed: PackedFolder, rows: Mapping[str, Tensor], tensors: Mapping[s
 def _rescaled(packed: PackedFolder, recipe: Recipe, rows: Mapping[str, Tensor]) -> Piece:
     """Encode the integer matrices that a recipe makes, with new row scales."""
     code, inputs = Integers(recipe.params.get("trellis", 0)), []
-    for name, matrix in zip(recipe.makes, packed.matrices(recipe), strict=True):
+    whole = max(spec.shape[0] for spec in recipe.makes.values())
+    for name, matrix in zip(recipe.makes, packed.integer_chunks(recipe, whole), strict=True):
         exponents = matrix.rows + rows[name] if name in rows else matrix.rows
-        inputs += [matrix.integers, exponents, matrix.columns]
+        inputs += [torch.from_numpy(matrix.integers), exponents, matrix.columns]
     coded = code.encode(inputs, list(recipe.makes.values()))
     stored = {recipe.takes[part]: (TensorSpec.of(tensor), tensor) for part, tensor in coded.parts.items()}
     return Piece(stored, (Recipe(recipe.code, recipe.takes, recipe.makes, coded.params),))

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from freebits.codecs.base import Check
-from freebits.codecs.integers import Integers, ScaledIntegers
+from freebits.codecs.integers import IntegerChunk, Integers
 from freebits.codecs.registry import CODES
 from freebits.errors import CheckpointError
 from freebits.execution.executor import Parallel
@@ -211,11 +211,11 @@ class PackedFolder:
             raise self._damaged(f"tensor {next(iter(recipe.makes))} cannot be decoded ({error})") from None
         return dict(zip(recipe.makes, tensors, strict=True))
 
-    def matrices(self, recipe: Recipe) -> list[ScaledIntegers]:
-        """Return the matrices that a recipe with the `integers` code makes, as integers with scales."""
+    def integer_chunks(self, recipe: Recipe, n_rows: int) -> Iterator[IntegerChunk]:
+        """Yield the integers of the matrices that a recipe with the `integers` code makes; see `Integers.chunks`."""
         parts = {part: self._decode(name, {}) for part, name in recipe.takes.items()}
         try:
-            return Integers().scaled_integers(parts, list(recipe.makes.values()), recipe.params)
+            yield from Integers().chunks(parts, list(recipe.makes.values()), recipe.params, n_rows)
         except (ValueError, KeyError) as error:
             raise self._damaged(f"tensor {next(iter(recipe.makes))} cannot be decoded ({error})") from None
 

@@ -1,0 +1,356 @@
+"""Matrices of 8-bit or 4-bit integers in memory, and compiled loops that multiply by them.
+
+The codes of quantized models have integers of any size. Nearly all fit 8 bits and, at about 3 bits per weight or less,
+4 bits. An integer that does not fit is an *outlier*: the difference between the integer and the nearest one that fits
+is stored separately, as a float.
+
+With a trellis (see `freebits.codecs.trellis`), an integer is `2 k + s`, and `s` is the parity of the state of its
+column. Of such integers, 4 bits hold only `k`. The states are stored for every `GROUP`-th row, and computed for the
+others.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from freebits.codecs.integers import IntegerChunk, scales_of
+from freebits.codecs.trellis import POLYNOMIALS
+from freebits.compiled import compiled
+
+GROUP = 128
+"""Number of rows of a group. `IntegerBlock.add` expects chunks of this many rows."""
+_MAX_INTEGER = 127
+_MAX_NIBBLE = 7
+_MAX_OUTLIERS = 1 / 64
+"""Largest fraction of a block's integers that may be outliers."""
+_EXPANDED_AT_ONCE = 1 << 20
+"""Number of integers that are expanded to floats at a time; they fit the cache of the processor."""
+_BYTES_PER_WORD = 8
+_EVERY_BYTE = 0x0101010101010101
+"""A word of 64 bits in which every byte is 1. The compiled loops work on 8 bytes at once."""
+
+
+class IntegerBlock(nn.Module):
+    """Consecutive rows of a matrix, (n, m): integers, and a scale for each row and each column.
+
+    First call `add` for each chunk of rows in order, then `finish`.
+
+    Args:
+        n: number of rows.
+        m: number of columns.
+    """
+
+    integers: Tensor
+    nibbles: Tensor
+    states: Tensor
+    rows: Tensor
+    columns: Tensor
+    outlier_starts: Tensor
+    outlier_columns: Tensor
+    outlier_values: Tensor
+
+    def __init__(self, n: int, m: int) -> None:
+        super().__init__()
+        self.shape = n, m
+        self.n_states = 0
+        self._outliers: list[tuple[Tensor, Tensor]] = []
+        self._states: list[NDArray[np.uint8]] = []
+        # 8-bit integers, (n, m), or none if the 4-bit integers are used
+        self.register_buffer("integers", torch.empty(n, m, dtype=torch.int8))
+        # Each word has 8 columns in its lower nibbles, and 8 columns of the right half of the row in its upper nibbles.
+        self.register_buffer("nibbles", torch.empty(0, 0, dtype=torch.int64))
+        self.register_buffer("states", torch.empty(0, 0, dtype=torch.int64))  # (groups, 2 * words per row)
+        self.register_buffer("rows", torch.ones(n))
+        self.register_buffer("columns", torch.ones(m))
+        # The outliers of row r are those from `outlier_starts[r]` to `outlier_starts[r + 1]`.
+        self.register_buffer("outlier_starts", torch.zeros(n + 1, dtype=torch.int32))
+        self.register_buffer("outlier_columns", torch.empty(0, dtype=torch.int32))
+        self.register_buffer("outlier_values", torch.empty(0))
+
+    def add(self, chunk: IntegerChunk) -> None:
+        """Add the next rows."""
+        self.rows, self.columns, self.n_states = scales_of(chunk.rows), scales_of(chunk.columns), chunk.n_states
+        self._states.append(chunk.states)
+        clipped, places, excess = _clipped(torch.from_numpy(chunk.integers), 4, _MAX_INTEGER)
+        self.integers[chunk.start : chunk.start + len(clipped)] = clipped
+        self._outliers.append((places + torch.tensor([chunk.start, 0]), excess))
+
+    def finish(self) -> None:
+        """Store the integers in 4 bits if at most `_MAX_OUTLIERS` of them are outliers then."""
+        step = 2 if self.n_states else 1
+        nibbles, outliers = [], [*self._outliers]
+        for start, _, rows in self._integer_rows():
+            clipped, places, excess = _clipped(rows.div(step, rounding_mode="floor"), 2, _MAX_NIBBLE)
+            outliers.append((places + torch.tensor([start, 0]), step * excess))
+            nibbles.append(_nibble_words(clipped))
+            if sum(len(places) for places, _ in outliers) > _MAX_OUTLIERS * self.integers.numel():
+                break
+        else:
+            if nibbles:
+                self.nibbles, self.integers = torch.cat(nibbles), torch.empty(0, self.shape[1], dtype=torch.int8)
+                self.states = torch.stack([_words(states, 2 * self.nibbles.shape[1]) for states in self._states])
+                self._outliers = outliers
+        places, excess = (torch.cat(tensors) for tensors in zip(*self._outliers, strict=True))
+        order = places[:, 0].argsort(stable=True)
+        self.outlier_starts[1:] = torch.bincount(places[:, 0], minlength=self.shape[0]).cumsum(0)
+        self.outlier_columns, self.outlier_values = places[order, 1].int(), excess[order].float()
+        self._states, self._outliers = [], []
+
+    @property
+    def fits(self) -> bool:
+        """Whether at most `_MAX_OUTLIERS` of the integers are outliers."""
+        return len(self.outlier_values) <= _MAX_OUTLIERS * self.shape[0] * self.shape[1]
+
+    def release(self) -> None:
+        """Release the memory of the integers and scales."""
+        for name, tensor in self.named_buffers():
+            setattr(self, name, tensor.new_empty(0))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "IntegerBlock":
+        """Move the block. Devices other than the CPU get 8-bit integers."""
+        if self.nibbles.numel() and fn(self.rows).device.type != "cpu":
+            self.integers = torch.cat([rows for _, _, rows in self._integer_rows()])
+            self.nibbles = self.states = self.nibbles.new_empty(0, 0)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def values(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Yield all integers with their outliers, as float32, some rows at a time.
+
+        Each item consists of the first row, the row after the last, and the values. Scales are not applied.
+        """
+        for start, stop, rows in self._integer_rows():
+            yield start, stop, self._with_outliers(rows.float(), torch.arange(start, stop, device=rows.device))
+
+    def lookup(self, numbers: Tensor) -> Tensor:
+        """Return rows of the block, (k, m), float32, with their scales, given their numbers, (k,)."""
+        if self.nibbles.numel():
+            words = np.empty((len(numbers), 2 * self.nibbles.shape[1]), np.uint64)
+            _unpack_rows(*self._arrays(), numbers.numpy(), *self._masks(), words)
+            rows = torch.from_numpy(words.view(np.int8))[:, : self.shape[1]]
+        else:
+            rows = self.integers[numbers]
+        return self._with_outliers(rows.float(), numbers) * self.columns * self.rows[numbers, None]
+
+    def multiply(self, x: NDArray[np.float32], out: NDArray[np.float32], start: int, stop: int) -> None:
+        """Fill columns `start` to `stop` of `out`, (k, n), with those of `x Vᵀ`; `V` has the integers with outliers.
+
+        If the integers have 4 bits, `start` must be a multiple of `GROUP`.
+
+        Args:
+            x: inputs, (k, m), with the column scales applied.
+            out: array to fill; the row scales are not applied.
+            start: first row of the block.
+            stop: row after the last row.
+        """
+        words = np.empty((_ROWS_AT_ONCE, 2 * self.nibbles.shape[1]), np.uint64)
+        outliers = (self.outlier_starts.numpy(), self.outlier_columns.numpy(), self.outlier_values.numpy())
+        integers = self.integers.numpy()
+        _multiply(integers, *self._arrays(), *self._masks(), words, words.view(np.int8), *outliers, x, out, start, stop)
+
+    def _integer_rows(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Yield first row, row after the last, and clipped integers (int8) of some rows at a time."""
+        n, m = self.shape
+        step = GROUP * max(1, _EXPANDED_AT_ONCE // (GROUP * max(1, m)))
+        for start in range(0, n, step):
+            stop = min(n, start + step)
+            yield start, stop, self._unpacked(start, stop) if self.nibbles.numel() else self.integers[start:stop]
+
+    def _unpacked(self, start: int, stop: int) -> Tensor:
+        """Return the 8-bit integers of rows whose integers have 4 bits; `start` is a multiple of `GROUP`."""
+        nibbles, states = self._arrays()
+        words = np.empty((stop - start, states.shape[1]), np.uint64)
+        for first in range(start, stop, GROUP):
+            group = slice(first, min(stop, first + GROUP))
+            _unpack(nibbles[group], states[first // GROUP].copy(), *self._masks(), words[first - start :])
+        return torch.from_numpy(words.view(np.int8))[:, : self.shape[1]]
+
+    def _with_outliers(self, values: Tensor, numbers: Tensor) -> Tensor:
+        """Add the outliers of the rows with these numbers, (k,), to the values of these rows, (k, m), in place."""
+        starts = self.outlier_starts[numbers].long()
+        counts = self.outlier_starts[numbers + 1].long() - starts
+        if len(self.outlier_values) and counts.any():
+            ends = counts.cumsum(0)
+            places = torch.arange(int(ends[-1]), device=values.device) + (starts - ends + counts).repeat_interleave(
+                counts
+            )
+            rows = torch.arange(len(numbers), device=values.device).repeat_interleave(counts)
+            columns = self.outlier_columns[places].long()
+            values.index_put_((rows, columns), self.outlier_values[places], accumulate=True)
+        return values
+
+    def _arrays(self) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+        """Return the nibbles and the states in the form for compiled loops."""
+        return self.nibbles.numpy().view(np.uint64), self.states.numpy().view(np.uint64)
+
+    def _masks(self) -> tuple[np.uint64, np.uint64, np.uint64]:
+        """Return masks in the form for compiled loops: two for the next state, and one that doubles `k`; see `_unpack`.
+
+        The next state is half the state, XOR the first mask if the state is odd, XOR the second mask if `k` is odd.
+        """
+        polynomials = POLYNOMIALS[self.n_states] if self.n_states else (0, 0)
+        masks = (*(polynomial >> 1 for polynomial in polynomials), 255 if self.n_states else 0)
+        first, second, doubled = (np.uint64(mask * _EVERY_BYTE) for mask in masks)
+        return first, second, doubled
+
+
+def _clipped(integers: Tensor, modulus: int, largest: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Clip integers, (n, m), to `-largest - 1` to `largest` so that their remainders modulo `modulus` do not change.
+
+    Returns:
+        The clipped integers, int8; the places of those that were changed, (outliers, 2); and by how much each of these
+        is too small.
+    """
+    remainders = integers.remainder(modulus)
+    clipped = torch.where(integers > largest, remainders + (largest + 1 - modulus), integers)
+    clipped = torch.where(integers < -largest - 1, remainders - (largest + 1), clipped)
+    places = (clipped != integers).nonzero()
+    return clipped.to(torch.int8), places, (integers - clipped)[*places.T]
+
+
+def _nibble_words(integers: Tensor) -> Tensor:
+    """Store integers from -8 to 7, (n, m), in 4 bits: words of 64 bits, (n, words), int64."""
+    n, m = integers.shape
+    width = _BYTES_PER_WORD * -(-m // (2 * _BYTES_PER_WORD))
+    nibbles = torch.zeros(n, 2 * width, dtype=torch.uint8)
+    nibbles[:, :m] = integers + (_MAX_NIBBLE + 1)
+    return (nibbles[:, :width] | nibbles[:, width:] << 4).view(torch.int64)
+
+
+def _words(data: NDArray[np.uint8], n_words: int) -> Tensor:
+    """Store bytes in words of 64 bits, (n_words,), int64, with zeros at the end."""
+    words = np.zeros(_BYTES_PER_WORD * n_words, np.uint8)
+    words[: len(data)] = data
+    return torch.from_numpy(words.view(np.int64))
+
+
+_ROWS_AT_ONCE = 4
+
+
+@compiled
+def _unpack(
+    nibbles: NDArray[np.uint64],
+    states: NDArray[np.uint64],
+    odd_state: np.uint64,
+    odd_symbol: np.uint64,
+    doubled: np.uint64,
+    words: NDArray[np.uint64],
+) -> None:
+    """Fill `words`, (rows, 2 w), with the 8-bit integers of rows of nibbles, (n, w), starting again after the last row.
+
+    Each operation works on 8 columns at once, one byte for each. `states`, (2 w), are updated in place. The masks are
+    those of `IntegerBlock._masks`.
+    """
+    ones, sign_bits = np.uint64(0x0101010101010101), np.uint64(0x8080808080808080)
+    eights, fifteens = np.uint64(0x0808080808080808), np.uint64(0x0F0F0F0F0F0F0F0F)
+    one, byte = np.uint64(1), np.uint64(8)
+    width = nibbles.shape[1]
+    offset = eights + (eights & doubled)
+    for half in range(2):
+        columns = slice(half * width, (half + 1) * width)
+        column_states, shift = states[columns], np.uint64(4 * half)
+        for row in range(len(nibbles)):
+            symbols, integers = nibbles[row], words[row % len(words), columns]
+            for i in range(width):
+                symbol, state = symbols[i] >> shift & fifteens, column_states[i]
+                odd, state_odd = symbol & ones, state & ones
+                # the sign bit keeps the subtraction from borrowing from the next byte
+                integers[i] = ((symbol + (symbol & doubled) + state_odd | sign_bits) - offset) ^ sign_bits
+                column_states[i] = (
+                    state >> one & ~sign_bits
+                    ^ ((state_odd << byte) - state_odd & odd_state)
+                    ^ ((odd << byte) - odd & odd_symbol)
+                )
+
+
+@compiled
+def _unpack_rows(
+    nibbles: NDArray[np.uint64],
+    states: NDArray[np.uint64],
+    numbers: NDArray[np.int64],
+    odd_state: np.uint64,
+    odd_symbol: np.uint64,
+    doubled: np.uint64,
+    words: NDArray[np.uint64],
+) -> None:
+    """Fill `words`, (k, 2 w), with the 8-bit integers of the rows with these numbers, (k,)."""
+    for index in range(len(numbers)):
+        group, last = numbers[index] // GROUP, numbers[index]
+        rows = nibbles[group * GROUP : last + 1]
+        _unpack(rows, states[group].copy(), odd_state, odd_symbol, doubled, words[index : index + 1])
+
+
+@partial(compiled, any_order=True)
+def _multiply(
+    integers: NDArray[np.int8],
+    nibbles: NDArray[np.uint64],
+    states: NDArray[np.uint64],
+    odd_state: np.uint64,
+    odd_symbol: np.uint64,
+    doubled: np.uint64,
+    words: NDArray[np.uint64],
+    unpacked: NDArray[np.int8],
+    outlier_starts: NDArray[np.int32],
+    outlier_columns: NDArray[np.int32],
+    outlier_values: NDArray[np.float32],
+    x: NDArray[np.float32],
+    out: NDArray[np.float32],
+    start: int,
+    stop: int,
+) -> None:
+    """Multiply as `IntegerBlock.multiply`. `unpacked` has the memory of `words`, (4, 2 w), in which rows are unpacked.
+
+    Each inner loop computes four sums at once: for four inputs and one row of weights, so that each weight is converted
+    only once for them, or for one of the remaining inputs and four rows.
+    """
+    n_inputs, n_columns = x.shape
+    n_fours = n_inputs // 4 * 4
+    group_states = np.empty(states.shape[1], np.uint64)
+    for first in range(start, stop, 4):
+        n_rows = min(4, stop - first)
+        rows = integers[first : first + n_rows]
+        if len(nibbles):
+            if first % GROUP == 0:
+                group_states[:] = states[first // GROUP]
+            _unpack(nibbles[first : first + n_rows], group_states, odd_state, odd_symbol, doubled, words)
+            rows = unpacked[:n_rows]
+        for i in range(0, n_fours, 4):
+            x0, x1, x2, x3 = x[i], x[i + 1], x[i + 2], x[i + 3]
+            for row in range(n_rows):
+                weights = rows[row]
+                total0 = total1 = total2 = total3 = np.float32(0)
+                for column in range(n_columns):
+                    weight = np.float32(weights[column])
+                    total0 += weight * x0[column]
+                    total1 += weight * x1[column]
+                    total2 += weight * x2[column]
+                    total3 += weight * x3[column]
+                number = first + row
+                out[i, number], out[i + 1, number], out[i + 2, number], out[i + 3, number] = (
+                    total0,
+                    total1,
+                    total2,
+                    total3,
+                )
+        last = n_rows - 1
+        w0, w1, w2, w3 = rows[0], rows[min(1, last)], rows[min(2, last)], rows[last]
+        for i in range(n_fours, n_inputs):
+            inputs = x[i]
+            total0 = total1 = total2 = total3 = np.float32(0)
+            for column in range(n_columns):
+                value = inputs[column]
+                total0 += np.float32(w0[column]) * value
+                total1 += np.float32(w1[column]) * value
+                total2 += np.float32(w2[column]) * value
+                total3 += np.float32(w3[column]) * value
+            totals = (total0, total1, total2, total3)
+            for row in range(n_rows):
+                out[i, first + row] = totals[row]
+        for row in range(first, first + n_rows):
+            for index in range(outlier_starts[row], outlier_starts[row + 1]):
+                for i in range(n_inputs):
+                    out[i, row] += outlier_values[index] * x[i, outlier_columns[index]]
