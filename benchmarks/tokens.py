@@ -1,11 +1,12 @@
 """Measure memory and speed of models that keep their integers in memory. Ten minutes.
 
-    python -m benchmarks.tokens SCRATCH [--model llama-3.2-1b] [--blocks N] [--rounds 3]
+    python -m benchmarks.tokens SCRATCH [--model llama-3.2-1b] [--blocks N] [--bits 4] [--rounds 3] [--binaries BIN]
 
-The model has the exact shapes of a published one. Its weights are random integers of about 4 bits along a trellis,
-because only shapes matter for memory and speed. Each form runs in bfloat16 in a child process of its own. All figures
-are medians of interleaved rounds. Memory is private memory without mapped files, after loading and at its peak.
-`dense` is the same model as an ordinary checkpoint, loaded by transformers.
+The model has the exact shapes of a published one. Its weights are random integers along a trellis, because only shapes
+matter for memory and speed. Each form runs in bfloat16 in a child process of its own. All figures are medians of
+interleaved rounds. Memory is private memory without mapped files, after loading and at its peak. `dense` is the same
+model as an ordinary checkpoint, loaded by transformers. BIN contains llama.cpp's `llama-quantize` and `llama-bench`;
+without it, the rows of llama.cpp are left out. The memory of llama.cpp is not measured.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
 import freebits
+from benchmarks import llama_cpp
 from benchmarks.results import print_table, save_csv, saved_rows
 from benchmarks.scale import CONFIGS, SHARD
 from freebits.api.estimate import dense_shapes
@@ -47,7 +49,7 @@ N_STATES = 32
 MAX_WEIGHTS = 1 << 24
 """Weights that are encoded together, as by `quantize`."""
 HEADER = (
-    *("model", "blocks", "form", "seconds to load", "MB after loading", "MB at the peak"),
+    *("model", "blocks", "bits", "form", "seconds to load", "MB after loading", "MB at the peak"),
     *("tokens per second, one sequence", "tokens per second, batch of 8", "tokens per second, prompt of 512"),
 )
 
@@ -58,7 +60,9 @@ def main() -> None:
     parser.add_argument("scratch", type=Path)
     parser.add_argument("--model", default="llama-3.2-1b")
     parser.add_argument("--blocks", type=int, help="blocks of the model (default: all)")
+    parser.add_argument("--bits", type=float, default=4.0)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--binaries", type=Path)
     parser.add_argument("--form", choices=FORMS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     quantized, dense = arguments.scratch / "quantized", arguments.scratch / "dense"
@@ -69,27 +73,38 @@ def main() -> None:
     config |= {"num_hidden_layers": arguments.blocks or config["num_hidden_layers"], "dtype": "bfloat16"}
     config |= {"architectures": ["LlamaForCausalLM"]}
     if not dense.exists():
-        write_quantized(quantized, config)
+        write_quantized(quantized, config, arguments.bits)
         freebits.unpack(quantized, dense)
     runs: dict[str, list[list[float]]] = {form: [] for form in FORMS}
+    peers = {}
+    if arguments.binaries:
+        llama_cpp.write_gguf(dense, arguments.scratch / "dense.gguf")
+        for gguf_type in llama_cpp.TYPES:
+            peers[f"llama.cpp {gguf_type}"] = llama_cpp.quantize(
+                arguments.binaries, arguments.scratch / "dense.gguf", gguf_type
+            )
     for _ in range(arguments.rounds):
         for form in FORMS:
             command = [sys.executable, "-m", "benchmarks.tokens", str(arguments.scratch), "--form", form]
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             runs[form].append(json.loads(output.splitlines()[-1]))
             print(form, runs[form][-1], flush=True)
-    shape = (arguments.model, str(config["num_hidden_layers"]))
+        for name, path in peers.items():
+            one, prompt = llama_cpp.tokens_per_second(arguments.binaries, path, PROMPT, N_TOKENS)
+            runs.setdefault(name, []).append([math.nan, math.nan, math.nan, one, math.nan, prompt])
+            print(name, runs[name][-1], flush=True)
+    shape = (arguments.model, str(config["num_hidden_layers"]), f"{arguments.bits:g}")
     rows = [
         (*shape, form, *(f"{median(values):.4g}" for values in zip(*measured, strict=True)))
         for form, measured in runs.items()
     ]
-    others = [row for row in saved_rows("tokens") if row[:2] != shape and len(row) == len(HEADER)]
+    others = [row for row in saved_rows("tokens") if row[:3] != shape and len(row) == len(HEADER)]
     save_csv("tokens", HEADER, [*others, *rows])
     print_table(HEADER, [*others, *rows])
 
 
-def write_quantized(folder: Path, config: dict[str, Any]) -> None:
-    """Write a packed folder with random integers."""
+def write_quantized(folder: Path, config: dict[str, Any], bits: float) -> None:
+    """Write a packed folder with random integers of about `bits` bits."""
     folder.mkdir(parents=True)
     shapes, generator = dense_shapes(config, folder), np.random.default_rng(0)
     contents = Contents()
@@ -102,7 +117,7 @@ def write_quantized(folder: Path, config: dict[str, Any]) -> None:
                 continue
             sizes = [len(rows) for rows in np.array_split(np.arange(shape[0]), len(parts[name]))]
             for part, size in zip(parts[name], sizes, strict=True):
-                contents.write(writer, *digested(random_piece(part, size, shape[1], generator)))
+                contents.write(writer, *digested(random_piece(part, size, shape[1], bits, generator)))
             if len(sizes) > 1:
                 takes = {str(number): part for number, part in enumerate(parts[name])}
                 contents.recipes.append(Recipe("joined", takes, {name: TensorSpec("BF16", shape)}, {"rows": sizes}))
@@ -117,14 +132,16 @@ def part_names(name: str, shape: tuple[int, ...]) -> list[str]:
     return [name] if n_parts == 1 else [f"{name}.rows.{number}" for number in range(n_parts)]
 
 
-def random_piece(name: str, n: int, m: int, generator: np.random.Generator) -> Piece:
-    """Return an encoded matrix of random paths through the trellis, with a standard deviation of 0.02."""
+def random_piece(name: str, n: int, m: int, bits: float, generator: np.random.Generator) -> Piece:
+    """Return an encoded matrix of random paths through the trellis, with a standard deviation of about 0.02."""
+    deviation = 2**bits / math.sqrt(2 * math.pi * math.e)  # a normal distribution with this entropy
     values, states, following = np.empty((n, m), np.int32), np.zeros(m, np.uint8), transitions(N_STATES)
     for row in range(n):
-        targets: NDArray[np.float32] = 4 * generator.standard_normal(m, np.float32)
+        targets: NDArray[np.float32] = np.float32(deviation) * generator.standard_normal(m, np.float32)
         symbols = np.round(targets - 0.5 * (states & 1)).astype(np.int32)
         values[row], states = 2 * symbols + (states & 1), following[states, symbols & 1]
-    scales = torch.full((n,), -16 * 9, dtype=torch.int16), torch.full((m,), 5, dtype=torch.int16)
+    exponent = round(16 * math.log2(0.01 / deviation))
+    scales = torch.full((n,), exponent, dtype=torch.int16), torch.zeros(m, dtype=torch.int16)
     makes = {name: TensorSpec("BF16", (n, m))}
     coded = Integers(N_STATES).encode([torch.from_numpy(values), *scales], list(makes.values()))
     message = coded.parts["message"]
