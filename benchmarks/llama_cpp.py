@@ -51,11 +51,10 @@ def quantize(binaries: Path, dense: Path, gguf_type: str) -> Path:
     return out
 
 
-def tokens_per_second(
-    binaries: Path, model: Path, n_prompt: int, n_generated: int, n_threads: int
-) -> tuple[float, float]:
-    """Return tokens per second: those generated for one sequence, and those of a prompt."""
-    options = {"-m": model, "-p": n_prompt, "-n": n_generated, "-t": n_threads, "-r": 1, "-o": "json"}
+def tokens_per_second(binaries: Path, model: Path, n_prompt: int, n_generated: int) -> tuple[float, float]:
+    """Return tokens per second on as many threads as PyTorch uses: one sequence, and a prompt."""
+    threads = torch.get_num_threads()
+    options = {"-m": model, "-p": n_prompt, "-n": n_generated, "-t": threads, "-r": 1, "-o": "json"}
     command = [str(binaries / "llama-bench"), *(str(part) for option in options.items() for part in option)]
     runs = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout)
     prompt, generated = sorted(runs, key=lambda run: int(run["n_gen"]))

@@ -205,13 +205,24 @@ def calibrated(
     return caches, source
 
 
+_REFERENCE_LOGITS: dict[tuple[Any, int], torch.Tensor] = {}
+
+
+def _reference_logits(reference: Any, number: int, window: torch.Tensor) -> torch.Tensor:
+    """Return the logits of the reference model for a window. They are computed once, because they are needed often."""
+    key = reference, number
+    if key not in _REFERENCE_LOGITS:
+        _REFERENCE_LOGITS[key] = logits(reference, window)
+    return _REFERENCE_LOGITS[key]
+
+
 @torch.no_grad()
 def compare(reference: Any, model: Any, windows: torch.Tensor) -> dict[str, str]:
     """Return a model's perplexity, its ratio to the reference's, and the mean KL divergence from the reference."""
     losses: list[tuple[float, float]] = []
     divergence = 0.0
-    for window in tqdm(windows, disable=None):
-        expected, actual = logits(reference, window), logits(model, window)
+    for number, window in enumerate(tqdm(windows, disable=None)):
+        expected, actual = _reference_logits(reference, number, window), logits(model, window)
         losses.append((loss(expected, window), loss(actual, window)))
         log_p, log_q = log_softmax(expected, -1), log_softmax(actual, -1)
         divergence += kl_div(log_q, log_p, log_target=True, reduction="batchmean").item() / len(windows)

@@ -69,7 +69,8 @@ def _curve() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     logs = np.arange(-6, 12.25, 0.25)
     bits = []
     for log in logs:
-        deviation = math.sqrt(4.0**log + 1 / 12)  # error compensation adds errors as large as the rounding errors
+        variance = 4.0**log + 1 / 12  # error compensation adds errors as large as the rounding errors
+        deviation = math.sqrt(variance) / (1 + 1 / 12 / variance)  # see `freebits.quantization.scales`
         edges = torch.arange(-math.ceil(8 * deviation) - 1, math.ceil(8 * deviation) + 2, dtype=torch.float64) - 0.5
         masses = torch.special.ndtr(edges / deviation).diff().clamp_min(1e-300)
         bits.append(-(masses * masses.log2()).sum().item())

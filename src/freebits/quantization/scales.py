@@ -6,6 +6,12 @@ output. With error compensation, an error in column `i` is weighted by `1 / U_ii
 error of `s² / 12`. At high rates, the entropy of an integer falls by one bit if its scale doubles. So the best scales
 are `c U_ii / √f_r`, with one `c` for the whole model. Every weight then adds the same `c² / 24` nats to the KL
 divergence. The column scales are those of WaterSIC (arXiv 2603.04956).
+
+At low rates, smaller integers are worth an error, because they take fewer bits. The cost of a value `v` for a target
+`t`, in units of the scale, is `(t - v)² + λ b`. Here `b` is the number of bits of `v`. For a normal distribution with
+variance `σ²`, `b` is a constant plus `v² / (2 σ² ln 2)`. Rounding without this cost has the error `D`, and saving one
+bit raises this error by `λ = 2 D ln 2`. So the cost is a constant plus a multiple of `(t / (1 + D / σ²) - v)²`:
+the target is divided by `1 + D / σ²`, and then rounded as usual.
 """
 
 import torch
@@ -13,13 +19,15 @@ from torch import Tensor
 
 from freebits.codecs.integers import FINENESS, ScaledIntegers, exponents, scales_of
 from freebits.quantization.error_compensation import compensated_rounding
-from freebits.quantization.trellis import trellis_round
+from freebits.quantization.trellis import GAINS, trellis_round
 
 DAMPING = 0.03
 """Damping of the Gram matrices; see `inverse_factor`."""
 _MAX_INTEGER = 2**28
 _MIN_INFORMATION = 1e-4
 """Minimum Fisher information of a row, as a fraction of the mean over all rows."""
+_MIN_VARIANCE = 1e-6
+"""Minimum variance of the values of a row or column, in units of the squared scale."""
 _MIN_SCALE = 0.05
 """Minimum scale of a row without calibration, as a fraction of the root mean square of all weights of the matrix."""
 
@@ -43,6 +51,13 @@ def typical_scales(W: Tensor) -> tuple[Tensor, Tensor]:
     rows = W.double().square().mean(1).sqrt()
     floor = max(_MIN_SCALE * rows.square().mean().sqrt().item(), torch.finfo(torch.float32).tiny)
     return rows.clamp_min(floor), torch.ones(W.shape[1], dtype=torch.float64)
+
+
+def _row_variances(values: Tensor) -> Tensor:
+    """Return the relative variance of each row of a matrix, (n, 1), apart from differences between its columns."""
+    squares = values.square()
+    columns = squares.mean(0).clamp_min_(_MIN_VARIANCE)
+    return (squares / columns).mean(1, keepdim=True).clamp_min_(_MIN_VARIANCE)
 
 
 def scaled_integers(
@@ -74,10 +89,13 @@ def scaled_integers(
     row_exponents, column_exponents = exponents(rows), exponents(c * columns)
     row, column = scales_of(row_exponents)[:, None], scales_of(column_exponents)
     scaled = W.float() / row
+    row_variances = _row_variances(scaled / column)
 
     def rounded(values: Tensor) -> Tensor:
-        """Round values that are given in units of the scale."""
-        clamped = values.clamp(-_MAX_INTEGER, _MAX_INTEGER)
+        """Round columns, (n, k), that are given in units of the scale."""
+        variances = row_variances * (values.square() / row_variances).mean(0)
+        targets = values / (1 + GAINS[n_states] / 12 / variances.clamp_min(_MIN_VARIANCE))
+        clamped = targets.clamp(-_MAX_INTEGER, _MAX_INTEGER)
         return trellis_round(clamped, n_states).float() / 2 if n_states else clamped.round()
 
     if U is None:
