@@ -3,9 +3,10 @@
     python -m benchmarks.peers --data DATA [--llama-cpp SOURCE --binaries BIN] [--only "NAME; …"]
 
 DATA contains `wikitext-2-raw`. SOURCE is the source folder of llama.cpp with `convert_hf_to_gguf.py`; BIN contains
-`llama-quantize` and `llama-imatrix`. Without these two options the rows of llama.cpp are left out. Install bitsandbytes
-for its row. transformers dequantizes every model and runs it in float32, so the stored weights are compared, not the
-kernels. Bytes are those of the GGUF file, or of the files that `save_pretrained` writes.
+`llama-quantize` and `llama-imatrix`. Without these two options the rows of llama.cpp are left out. Install
+bitsandbytes, hqq and nncodec for their rows. The weights of every model are converted to float32 and run by
+transformers, so the stored weights are compared, not the kernels. Bytes are those of the GGUF file, of the files that
+`save_pretrained` writes, or of NNCodec's bitstreams.
 """
 
 import argparse
@@ -14,11 +15,12 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, HqqConfig
 
 from benchmarks.off_grid import off_grid
 from benchmarks.quantize import WINDOWS, compare
@@ -37,7 +39,11 @@ LIBRARIES: dict[str, Callable[[], Any]] = {
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
     ),
+    "HQQ, 4 bits in groups of 64": lambda: HqqConfig(nbits=4, group_size=64),
+    "HQQ, 3 bits in groups of 64": lambda: HqqConfig(nbits=3, group_size=64),
 }
+NNCODEC_STEPS = (-26, -24, -22)
+"""Quantization parameters of NNCodec. The step doubles every 4."""
 
 
 def main() -> None:
@@ -88,6 +94,8 @@ def all_rows(
             yield f"llama.cpp {gguf_type}, {IMPORTANCE}", make
     for name, config in LIBRARIES.items():
         yield name, partial(from_library, dense, scratch / "saved", config)
+    for step in NNCODEC_STEPS:
+        yield f"NNCodec, dependent quantization, qp {step}", partial(from_nncodec, dense, scratch, step)
 
 
 def from_gguf(binaries: Path, gguf: Path, gguf_type: str, *options: Any) -> tuple[int, Any]:
@@ -105,6 +113,25 @@ def from_library(dense: Path, out: Path, config: Callable[[], Any]) -> tuple[int
     model: Any = AutoModelForCausalLM.from_pretrained(dense, quantization_config=config(), dtype=torch.float32).eval()
     model.save_pretrained(out)
     return sum(file.stat().st_size for file in out.iterdir()), model
+
+
+@torch.no_grad()
+def from_nncodec(dense: Path, scratch: Path, step: int) -> tuple[int, Any]:
+    """Code each matrix by NNCodec (ISO/IEC 15938-17); return the bytes with 16-bit norms, and the decoded model."""
+    nncodec = import_module("nncodec.tensor")
+    options: dict[str, Any] = dict.fromkeys(("quantize_only", "tca", "compress_differences", "verbose"), False)
+    options |= {"approx_method": "uniform", "qp": step, "nonweight_qp": -75, "use_dq": True, "row_skipping": True}
+    options |= {"sparsity": 0.0, "struct_spars_factor": 0.0, "bitdepth": None, "tensor_path": None}
+    options |= {"job_identifier": "", "results": str(scratch), "tensor_id": "0"}
+    model, n_bytes = load(dense, dtype=torch.float32).eval(), 0
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            n_bytes += 2 * parameter.numel()
+            continue
+        stream = nncodec.encode(parameter.detach().clone(), options)
+        n_bytes += len(stream)
+        parameter.copy_(torch.as_tensor(nncodec.decode(stream, "0")))
+    return n_bytes, model
 
 
 def run(*command: Any) -> None:
