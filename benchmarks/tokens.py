@@ -6,7 +6,8 @@ The model has the exact shapes of a published one. Its weights are random intege
 matter for memory and speed. Each form runs in bfloat16 in a child process of its own. All figures are medians of
 interleaved rounds. Memory is private memory without mapped files, after loading and at its peak. `dense` is the same
 model as an ordinary checkpoint, loaded by transformers. BIN contains llama.cpp's `llama-quantize` and `llama-bench`;
-without it, the rows of llama.cpp are left out. The memory of llama.cpp is not measured.
+without it, the rows of llama.cpp are left out. The memory of llama.cpp is not measured. If torchao is installed, its
+8-bit linear layers are measured, too; it keeps embeddings in bfloat16.
 """
 
 import argparse
@@ -17,6 +18,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -25,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TorchAoConfig
 
 import freebits
 from benchmarks import llama_cpp
@@ -42,8 +45,9 @@ from freebits.storage.checkpoint import write_json
 from freebits.storage.writer import CheckpointWriter
 from freebits.types import TensorSpec
 
-FORMS = ("dense", "expanded", "integers kept", "stays packed")
-"""The last form generates no text, because it decodes the model for every token."""
+DENSE, TORCHAO, LATE = "dense", "torchao int8", "stays packed"
+FORMS = (DENSE, "expanded", "integers kept", LATE, *([TORCHAO] if find_spec("torchao") else []))
+"""`stays packed` generates no text, because it decodes the model for every token."""
 N_TOKENS, PROMPT, BATCH = 16, 512, 8
 N_STATES = 32
 MAX_WEIGHTS = 1 << 24
@@ -67,7 +71,7 @@ def main() -> None:
     arguments = parser.parse_args()
     quantized, dense = arguments.scratch / "quantized", arguments.scratch / "dense"
     if arguments.form:
-        print(json.dumps(measure(arguments.form, dense if arguments.form == "dense" else quantized)))
+        print(json.dumps(measure(arguments.form, dense if arguments.form in (DENSE, TORCHAO) else quantized)))
         return
     config = json.loads((CONFIGS / f"{arguments.model}.json").read_text())
     config |= {"num_hidden_layers": arguments.blocks or config["num_hidden_layers"], "dtype": "bfloat16"}
@@ -153,17 +157,19 @@ def measure(form: str, folder: Path) -> list[float]:
     """Return the figures of one form, in the order of `HEADER`."""
     before, peak = private_memory(), Peak()
     start = time.perf_counter()
-    if form == "dense":
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    if form in (DENSE, TORCHAO):
+        int8 = import_module("torchao.quantization").Int8WeightOnlyConfig if form == TORCHAO else None
+        options = {"quantization_config": TorchAoConfig(int8())} if int8 else {}
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **options)
     else:
-        kept: dict[str, Any] = {"keep_integers": form == FORMS[2], "stay_packed": form == FORMS[3]}
+        kept: dict[str, Any] = {"keep_integers": form == "integers kept", "stay_packed": form == LATE}
         model = freebits.load(folder, dtype=torch.bfloat16, **kept)
     model.eval()
     seconds, after = time.perf_counter() - start, private_memory()
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(1000, (BATCH, PROMPT), generator=generator)
     with torch.inference_mode():
-        batches = () if form == FORMS[3] else (prompts[:1, :8], prompts[:, :8])
+        batches = () if form == LATE else (prompts[:1, :8], prompts[:, :8])
         rates = [generation_rate(model, batch) for batch in batches] or [math.nan, math.nan]
         rates.append(PROMPT / duration(lambda: model(prompts[:1], logits_to_keep=1)))
     return [seconds, (after - before) / 1e6, (peak.stop() - before) / 1e6, *rates]

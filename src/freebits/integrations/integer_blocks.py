@@ -118,13 +118,13 @@ class IntegerBlock(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def values(self) -> Iterator[tuple[int, int, Tensor]]:
-        """Yield all integers with their outliers, as float32, some rows at a time.
+    def values(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[int, int, Tensor]]:
+        """Yield all integers with their outliers, as floats, some rows at a time.
 
         Each item consists of the first row, the row after the last, and the values. Scales are not applied.
         """
         for start, stop, rows in self._integer_rows():
-            yield start, stop, self._with_outliers(rows.float(), torch.arange(start, stop, device=rows.device))
+            yield start, stop, self._with_outliers(rows.to(dtype), torch.arange(start, stop, device=rows.device))
 
     def lookup(self, numbers: Tensor) -> Tensor:
         """Return rows of the block, (k, m), float32, with their scales, given their numbers, (k,)."""
@@ -180,7 +180,7 @@ class IntegerBlock(nn.Module):
             )
             rows = torch.arange(len(numbers), device=values.device).repeat_interleave(counts)
             columns = self.outlier_columns[places].long()
-            values.index_put_((rows, columns), self.outlier_values[places], accumulate=True)
+            values.index_put_((rows, columns), self.outlier_values[places].to(values.dtype), accumulate=True)
         return values
 
     def _arrays(self) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:

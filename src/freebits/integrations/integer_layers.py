@@ -77,8 +77,8 @@ class IntegerMatrix(nn.Module):
                 _compiled_product(block, scaled, out)
             else:
                 scaled = scaled.to(_product_dtype(x))
-                for start, stop, values in block.values():
-                    out[:, start:stop] = scaled @ values.to(scaled.dtype).T
+                for start, stop, values in block.values(scaled.dtype):
+                    out[:, start:stop] = scaled @ values.T
             out *= block.rows
         return y.to(x.dtype)
 
