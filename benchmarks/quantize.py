@@ -62,6 +62,7 @@ ROWS: dict[str, tuple[str, str, Goal]] = {
     "whole, 68 MB": ("all", "none", Goal(size=68 * MB)),
     "whole, 60 MB": ("all", "none", Goal(size=60 * MB)),
     "whole, 52 MB": ("all", "none", Goal(size=52 * MB)),
+    "whole, 48 MB": ("all", "none", Goal(size=48 * MB)),
     "linear, integers 3.80": ("linear", "none", Goal(bits=3.80)),
     "linear, integers 3.05": ("linear", "none", Goal(bits=3.05)),
     "linear, integers 2.40": ("linear", "none", Goal(bits=2.40)),

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,39 @@ def test_a_model_that_stays_packed_gives_the_same_logits_and_holds_no_integers(q
     for _ in range(2):
         assert torch.equal(logits(packed), logits(kept))
         assert not any(buffer.numel() for module in blocks_of(packed) for buffer in module.buffers())
+
+
+def test_a_model_that_stays_packed_runs_in_threads_and_has_no_weights_outside_a_forward_pass(quantized: Path) -> None:
+    packed = freebits.load(quantized, dtype=torch.float32, stay_packed=True)
+    with ThreadPoolExecutor(3) as executor:
+        first, *others = executor.map(lambda _: logits(packed), range(9))
+    assert all(torch.equal(first, other) for other in others)
+    with pytest.raises(UsageError, match="keep_integers"):
+        print(packed.lm_head.weight)
+
+
+def test_layers_of_integers_accept_what_ordinary_layers_accept(quantized: Path) -> None:
+    model = freebits.load(quantized, keep_integers=True)
+    assert "IntegerEmbedding" in repr(model)
+    assert not any(module.training for module in model.modules())
+    embedding, layer = model.get_input_embeddings(), model.lm_head
+    assert torch.equal(embedding(torch.tensor(3)), embedding(torch.tensor([3]))[0])
+    assert layer(input=torch.ones(64)).shape == (layer.out_features,)
+    assert embedding(torch.empty(2, 0, dtype=torch.long)).shape == (2, 0, 64)
+    for index in (-1, len(embedding.weight)):
+        with pytest.raises(IndexError):
+            embedding(torch.tensor([index]))
+
+
+def test_matrices_of_large_integers_are_expanded(
+    save_tiny: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    freebits.quantize(save_tiny(), tmp_path / "out", bits=10, calibration=random_text(900), samples=8, seq_len=32)
+    kept = freebits.load(tmp_path / "out", dtype=torch.float32, keep_integers=True)
+    assert "do not fit 8 bits" in caplog.text
+    assert_close(logits(kept), logits(expanded(kept, tmp_path / "out")))
+    packed = freebits.load(tmp_path / "out", dtype=torch.float32, stay_packed=True)
+    assert_close(logits(packed), logits(kept))
 
 
 def test_generation_with_beams_and_batches_gives_the_same_tokens(quantized: Path) -> None:

@@ -55,7 +55,7 @@ int32_matrices = arrays.arrays(
 @given(int32_matrices)
 def test_integers_of_any_size_come_back_also_from_the_plain_decoder(integers: NDArray[np.int32]) -> None:
     parts, params, specs = encoded(unscaled(integers))
-    [decoded] = Integers().scaled_integers(parts, specs, params)
+    [decoded] = Integers().chunks(parts, specs, params)
     assert np.array_equal(decoded.integers, integers)
     message = parts["message"].numpy()[: params["bytes"]].tobytes()
     [(plain, *_)] = plain_integers.decode(message, [integers.shape], 0)
@@ -100,7 +100,7 @@ def test_a_damaged_message_is_refused_or_decoded_without_a_crash(seed: int, n_st
     message = parts["message"].clone()
     message[generator.integers(4, params["bytes"])] ^= int(generator.integers(1, 256))
     try:
-        [decoded] = Integers().scaled_integers({"message": message}, specs, params)
+        [decoded] = Integers().chunks({"message": message}, specs, params)
     except ValueError:
         return
     assert decoded.integers.shape == (20, 30)

@@ -14,6 +14,9 @@ def compiled(function: _Function, *, any_order: bool = False) -> _Function:
     Numba is also imported only then, because the import takes a second. While the compiled function runs, it releases
     the global interpreter lock. The machine code is cached on disk if there is a writable directory for it.
 
+    The function can call other compiled functions of its file. (If they were in another file, the cache would not
+    notice their changes.) Each of them keeps its own `any_order`.
+
     Args:
         function: a function of arrays and numbers, which are passed by position.
         any_order: whether floats may be added in any order and with fused multiply-adds. This is faster, but the last
@@ -26,10 +29,9 @@ def compiled(function: _Function, *, any_order: bool = False) -> _Function:
 
         options: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz"} if any_order else False}
         names = function.__globals__
-        called = {name: names[name].source for name in function.__code__.co_names if hasattr(names.get(name), "source")}
-        compilable = FunctionType(
-            function.__code__, names | {name: njit(**options)(source) for name, source in called.items()}
-        )
+        others = (name for name in function.__code__.co_names if isinstance(names.get(name), FunctionType))
+        called = {name: names[name].machine_code() for name in others if hasattr(names[name], "machine_code")}
+        compilable = FunctionType(function.__code__, names | called) if called else function
         try:
             result: Callable[..., Any] = njit(cache=True, **options)(compilable)
         except RuntimeError:  # Numba finds no writable directory for the machine code
@@ -40,5 +42,5 @@ def compiled(function: _Function, *, any_order: bool = False) -> _Function:
     def call(*args: Any) -> Any:
         return machine_code()(*args)
 
-    call.source = function  # type: ignore[attr-defined]
+    call.machine_code = machine_code  # type: ignore[attr-defined]
     return call  # type: ignore[return-value]

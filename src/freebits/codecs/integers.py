@@ -142,9 +142,11 @@ class Integers:
         return matrices
 
     def chunks(
-        self, parts: Mapping[str, Tensor], makes: Sequence[TensorSpec], params: Params, n_rows: int
+        self, parts: Mapping[str, Tensor], makes: Sequence[TensorSpec], params: Params, n_rows: int = 1 << 62
     ) -> Iterator[IntegerChunk]:
         """Yield the integers of all matrices in order, `n_rows` rows at a time. Each matrix has at least one chunk.
+
+        By default, each matrix is one chunk.
 
         Raises:
             ValueError: the message is damaged.
@@ -162,18 +164,6 @@ class Integers:
                 yield IntegerChunk(number, start, *scales, params.get(_TRELLIS, 0), before, chunk)
         decoder.finish()
 
-    def scaled_integers(
-        self, parts: Mapping[str, Tensor], makes: Sequence[TensorSpec], params: Params
-    ) -> list[ScaledIntegers]:
-        """Return the matrices as integers and exponents.
-
-        Raises:
-            ValueError: the message is damaged.
-        """
-        n_rows = max((spec.shape[0] for spec in makes), default=0) + 1
-        chunks = self.chunks(parts, makes, params, n_rows)
-        return [ScaledIntegers(torch.from_numpy(chunk.integers), chunk.rows, chunk.columns) for chunk in chunks]
-
     def parts(self, makes: Sequence[TensorSpec], params: Params) -> dict[str, TensorSpec]:
         """Return the spec of the message, which has `params["bytes"]` bytes."""
         for spec in makes:
@@ -185,11 +175,20 @@ class Integers:
         return {MESSAGE: bytes_spec(params["bytes"])}
 
 
+def separate_variances(squares: Tensor, least: float) -> tuple[Tensor, Tensor]:
+    """Return factors of the rows, (n,), and of the columns, (m,), of a matrix of squares, (n, m).
+
+    Their products fit the mean squares: those of the columns are the factors of the columns, and the factors of the
+    rows have a mean of about 1. No factor is below `least`.
+    """
+    columns = squares.mean(0).clamp_min_(least)
+    return (squares / columns).mean(1).clamp_min_(least), columns
+
+
 def _levels(integers: Tensor) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
     """Return the levels of the rows, (n,), and of the columns, (m,), that fit the mean squares of integers, (n, m)."""
     squares = integers.double().square_()
-    columns = squares.mean(0).clamp_min_(_MIN_VARIANCE)
-    rows = (squares / columns).mean(1).clamp_min_(_MIN_VARIANCE)
+    rows, _ = separate_variances(squares, _MIN_VARIANCE)
     columns = (squares / rows[:, None]).mean(0)
     typical = rows.log().mean().exp()
     # rounding to integers adds 1/12 to the variance; the levels describe the values before rounding

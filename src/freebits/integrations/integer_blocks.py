@@ -1,8 +1,8 @@
 """Matrices of 8-bit or 4-bit integers in memory, and compiled loops that multiply by them.
 
 The codes of quantized models have integers of any size. Nearly all fit 8 bits and, at about 3 bits per weight or less,
-4 bits. An integer that does not fit is an *outlier*: the difference between the integer and the nearest one that fits
-is stored separately, as a float.
+4 bits. An integer that does not fit is an *outlier*: it is clipped, and what was cut off is stored separately, as a
+float.
 
 With a trellis (see `freebits.codecs.trellis`), an integer is `2 k + s`, and `s` is the parity of the state of its
 column. Of such integers, 4 bits hold only `k`. The states are stored for every `GROUP`-th row, and computed for the
@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from freebits.codecs.integers import IntegerChunk, scales_of
+from freebits.codecs.integers import FINENESS, IntegerChunk, scales_of
 from freebits.codecs.trellis import POLYNOMIALS
 from freebits.compiled import compiled
 
@@ -26,12 +26,15 @@ GROUP = 128
 _MAX_INTEGER = 127
 _MAX_NIBBLE = 7
 _MAX_OUTLIERS = 1 / 64
-"""Largest fraction of a block's integers that may be outliers."""
+"""Largest number of stored outliers, as a fraction of a block's integers. An integer that was clipped to 8 bits and
+then to 4 bits counts twice."""
 _EXPANDED_AT_ONCE = 1 << 20
 """Number of integers that are expanded to floats at a time; they fit the cache of the processor."""
 _BYTES_PER_WORD = 8
 _EVERY_BYTE = 0x0101010101010101
 """A word of 64 bits in which every byte is 1. The compiled loops work on 8 bytes at once."""
+_ROWS_AT_ONCE = 4
+"""Number of rows that are multiplied at once; it divides `GROUP`."""
 
 
 class IntegerBlock(nn.Module):
@@ -59,13 +62,13 @@ class IntegerBlock(nn.Module):
         self.n_states = 0
         self._outliers: list[tuple[Tensor, Tensor]] = []
         self._states: list[NDArray[np.uint8]] = []
-        # 8-bit integers, (n, m), or none if the 4-bit integers are used
-        self.register_buffer("integers", torch.empty(n, m, dtype=torch.int8))
+        # 8-bit integers, (n, m), or (0, m) if the 4-bit integers are used
+        self.register_buffer("integers", torch.empty(0, m, dtype=torch.int8))
         # Each word has 8 columns in its lower nibbles, and 8 columns of the right half of the row in its upper nibbles.
         self.register_buffer("nibbles", torch.empty(0, 0, dtype=torch.int64))
         self.register_buffer("states", torch.empty(0, 0, dtype=torch.int64))  # (groups, 2 * words per row)
-        self.register_buffer("rows", torch.ones(n))
-        self.register_buffer("columns", torch.ones(m))
+        self.register_buffer("rows", torch.empty(0))
+        self.register_buffer("columns", torch.empty(0))
         # The outliers of row r are those from `outlier_starts[r]` to `outlier_starts[r + 1]`.
         self.register_buffer("outlier_starts", torch.zeros(n + 1, dtype=torch.int32))
         self.register_buffer("outlier_columns", torch.empty(0, dtype=torch.int32))
@@ -73,37 +76,45 @@ class IntegerBlock(nn.Module):
 
     def add(self, chunk: IntegerChunk) -> None:
         """Add the next rows."""
-        self.rows, self.columns, self.n_states = scales_of(chunk.rows), scales_of(chunk.columns), chunk.n_states
+        if chunk.start == 0:
+            self.n_states, self.integers = chunk.n_states, torch.empty(self.shape, dtype=torch.int8)
+            # A power of 2 is moved from the columns to the rows, so that inputs times column scales fit 16-bit floats.
+            power = FINENESS * round(chunk.columns.float().median().item() / FINENESS) if len(chunk.columns) else 0
+            self.rows, self.columns = scales_of(chunk.rows + power), scales_of(chunk.columns - power)
         self._states.append(chunk.states)
         clipped, places, excess = _clipped(torch.from_numpy(chunk.integers), 4, _MAX_INTEGER)
         self.integers[chunk.start : chunk.start + len(clipped)] = clipped
-        self._outliers.append((places + torch.tensor([chunk.start, 0]), excess))
+        self._add_outliers(chunk.start, places, excess)
 
     def finish(self) -> None:
         """Store the integers in 4 bits if at most `_MAX_OUTLIERS` of them are outliers then."""
-        step = 2 if self.n_states else 1
-        nibbles, outliers = [], [*self._outliers]
-        for start, _, rows in self._integer_rows():
+        step, nibbles, outliers = (2 if self.n_states else 1), [], self._outliers
+        for start, _, rows in self._integer_rows() if self.integers.numel() else ():
             clipped, places, excess = _clipped(rows.div(step, rounding_mode="floor"), 2, _MAX_NIBBLE)
-            outliers.append((places + torch.tensor([start, 0]), step * excess))
+            self._add_outliers(start, places, step * excess)
             nibbles.append(_nibble_words(clipped))
-            if sum(len(places) for places, _ in outliers) > _MAX_OUTLIERS * self.integers.numel():
+            if not self.fits:
+                self._outliers = outliers
                 break
         else:
             if nibbles:
                 self.nibbles, self.integers = torch.cat(nibbles), torch.empty(0, self.shape[1], dtype=torch.int8)
                 self.states = torch.stack([_words(states, 2 * self.nibbles.shape[1]) for states in self._states])
-                self._outliers = outliers
         places, excess = (torch.cat(tensors) for tensors in zip(*self._outliers, strict=True))
         order = places[:, 0].argsort(stable=True)
         self.outlier_starts[1:] = torch.bincount(places[:, 0], minlength=self.shape[0]).cumsum(0)
-        self.outlier_columns, self.outlier_values = places[order, 1].int(), excess[order].float()
+        self.outlier_columns, self.outlier_values = places[order, 1], excess[order]
         self._states, self._outliers = [], []
+
+    def _add_outliers(self, start: int, places: Tensor, excess: Tensor) -> None:
+        """Add outliers of the rows from `start`: their places, (outliers, 2), and by how much they are too small."""
+        self._outliers = [*self._outliers, ((places + torch.tensor([start, 0])).int(), excess.float())]
 
     @property
     def fits(self) -> bool:
-        """Whether at most `_MAX_OUTLIERS` of the integers are outliers."""
-        return len(self.outlier_values) <= _MAX_OUTLIERS * self.shape[0] * self.shape[1]
+        """Whether there are at most `_MAX_OUTLIERS` outliers, until now or, after `finish`, in the end."""
+        n_outliers = len(self.outlier_values) + sum(len(excess) for _, excess in self._outliers)
+        return n_outliers <= _MAX_OUTLIERS * self.shape[0] * self.shape[1]
 
     def release(self) -> None:
         """Release the memory of the integers and scales."""
@@ -129,6 +140,7 @@ class IntegerBlock(nn.Module):
     def lookup(self, numbers: Tensor) -> Tensor:
         """Return rows of the block, (k, m), float32, with their scales, given their numbers, (k,)."""
         if self.nibbles.numel():
+            numbers = numbers.long()
             words = np.empty((len(numbers), 2 * self.nibbles.shape[1]), np.uint64)
             _unpack_rows(*self._arrays(), numbers.numpy(), *self._masks(), words)
             rows = torch.from_numpy(words.view(np.int8))[:, : self.shape[1]]
@@ -205,11 +217,13 @@ def _clipped(integers: Tensor, modulus: int, largest: int) -> tuple[Tensor, Tens
         The clipped integers, int8; the places of those that were changed, (outliers, 2); and by how much each of these
         is too small.
     """
-    remainders = integers.remainder(modulus)
-    clipped = torch.where(integers > largest, remainders + (largest + 1 - modulus), integers)
-    clipped = torch.where(integers < -largest - 1, remainders - (largest + 1), clipped)
+    clipped = integers.clamp(-largest - 1, largest)
     places = (clipped != integers).nonzero()
-    return clipped.to(torch.int8), places, (integers - clipped)[*places.T]
+    large = integers[*places.T]
+    remainders = large.remainder(modulus)
+    nearest = torch.where(large > 0, remainders + (largest + 1 - modulus), remainders - (largest + 1))
+    clipped[*places.T] = nearest
+    return clipped.to(torch.int8), places, large - nearest
 
 
 def _nibble_words(integers: Tensor) -> Tensor:
@@ -228,9 +242,6 @@ def _words(data: NDArray[np.uint8], n_words: int) -> Tensor:
     return torch.from_numpy(words.view(np.int64))
 
 
-_ROWS_AT_ONCE = 4
-
-
 @compiled
 def _unpack(
     nibbles: NDArray[np.uint64],
@@ -240,13 +251,13 @@ def _unpack(
     doubled: np.uint64,
     words: NDArray[np.uint64],
 ) -> None:
-    """Fill `words`, (rows, 2 w), with the 8-bit integers of rows of nibbles, (n, w), starting again after the last row.
+    """Fill `words`, (rows, 2 w), with the 8-bit integers of rows of nibbles, (n, w). Row `r` goes to row `r % rows`.
 
     Each operation works on 8 columns at once, one byte for each. `states`, (2 w), are updated in place. The masks are
     those of `IntegerBlock._masks`.
     """
-    ones, sign_bits = np.uint64(0x0101010101010101), np.uint64(0x8080808080808080)
-    eights, fifteens = np.uint64(0x0808080808080808), np.uint64(0x0F0F0F0F0F0F0F0F)
+    ones, eights = np.uint64(_EVERY_BYTE), np.uint64(8 * _EVERY_BYTE)
+    fifteens, sign_bits = np.uint64(15 * _EVERY_BYTE), np.uint64(128 * _EVERY_BYTE)
     one, byte = np.uint64(1), np.uint64(8)
     width = nibbles.shape[1]
     offset = eights + (eights & doubled)
@@ -285,6 +296,43 @@ def _unpack_rows(
 
 
 @partial(compiled, any_order=True)
+def _multiply_rows(rows: NDArray[np.int8], x: NDArray[np.float32], out: NDArray[np.float32]) -> None:
+    """Fill `out`, (k, n), with `x rowsᵀ` for at most `_ROWS_AT_ONCE` rows, (n, at least m), and inputs `x`, (k, m).
+
+    Each inner loop computes four sums at once: for four inputs and one row of weights, so that each weight is converted
+    only once for them, or for one of the remaining inputs and four rows.
+    """
+    n_inputs, n_columns = x.shape
+    n_fours = n_inputs // 4 * 4
+    for i in range(0, n_fours, 4):
+        x0, x1, x2, x3 = x[i], x[i + 1], x[i + 2], x[i + 3]
+        for row in range(len(rows)):
+            weights = rows[row]
+            total0 = total1 = total2 = total3 = np.float32(0)
+            for column in range(n_columns):
+                weight = np.float32(weights[column])
+                total0 += weight * x0[column]
+                total1 += weight * x1[column]
+                total2 += weight * x2[column]
+                total3 += weight * x3[column]
+            out[i, row], out[i + 1, row], out[i + 2, row], out[i + 3, row] = total0, total1, total2, total3
+    last = len(rows) - 1
+    w0, w1, w2, w3 = rows[0], rows[min(1, last)], rows[min(2, last)], rows[last]
+    for i in range(n_fours, n_inputs):
+        inputs = x[i]
+        total0 = total1 = total2 = total3 = np.float32(0)
+        for column in range(n_columns):
+            value = inputs[column]
+            total0 += np.float32(w0[column]) * value
+            total1 += np.float32(w1[column]) * value
+            total2 += np.float32(w2[column]) * value
+            total3 += np.float32(w3[column]) * value
+        totals = (total0, total1, total2, total3)
+        for row in range(len(rows)):
+            out[i, row] = totals[row]
+
+
+@compiled
 def _multiply(
     integers: NDArray[np.int8],
     nibbles: NDArray[np.uint64],
@@ -302,55 +350,18 @@ def _multiply(
     start: int,
     stop: int,
 ) -> None:
-    """Multiply as `IntegerBlock.multiply`. `unpacked` has the memory of `words`, (4, 2 w), in which rows are unpacked.
-
-    Each inner loop computes four sums at once: for four inputs and one row of weights, so that each weight is converted
-    only once for them, or for one of the remaining inputs and four rows.
-    """
-    n_inputs, n_columns = x.shape
-    n_fours = n_inputs // 4 * 4
+    """Multiply as `IntegerBlock.multiply`. `unpacked` has the memory of `words`, in which 4-bit rows are unpacked."""
     group_states = np.empty(states.shape[1], np.uint64)
-    for first in range(start, stop, 4):
-        n_rows = min(4, stop - first)
-        rows = integers[first : first + n_rows]
+    for first in range(start, stop, _ROWS_AT_ONCE):
+        end = min(first + _ROWS_AT_ONCE, stop)
+        rows = integers[first:end]
         if len(nibbles):
             if first % GROUP == 0:
                 group_states[:] = states[first // GROUP]
-            _unpack(nibbles[first : first + n_rows], group_states, odd_state, odd_symbol, doubled, words)
-            rows = unpacked[:n_rows]
-        for i in range(0, n_fours, 4):
-            x0, x1, x2, x3 = x[i], x[i + 1], x[i + 2], x[i + 3]
-            for row in range(n_rows):
-                weights = rows[row]
-                total0 = total1 = total2 = total3 = np.float32(0)
-                for column in range(n_columns):
-                    weight = np.float32(weights[column])
-                    total0 += weight * x0[column]
-                    total1 += weight * x1[column]
-                    total2 += weight * x2[column]
-                    total3 += weight * x3[column]
-                number = first + row
-                out[i, number], out[i + 1, number], out[i + 2, number], out[i + 3, number] = (
-                    total0,
-                    total1,
-                    total2,
-                    total3,
-                )
-        last = n_rows - 1
-        w0, w1, w2, w3 = rows[0], rows[min(1, last)], rows[min(2, last)], rows[last]
-        for i in range(n_fours, n_inputs):
-            inputs = x[i]
-            total0 = total1 = total2 = total3 = np.float32(0)
-            for column in range(n_columns):
-                value = inputs[column]
-                total0 += np.float32(w0[column]) * value
-                total1 += np.float32(w1[column]) * value
-                total2 += np.float32(w2[column]) * value
-                total3 += np.float32(w3[column]) * value
-            totals = (total0, total1, total2, total3)
-            for row in range(n_rows):
-                out[i, first + row] = totals[row]
-        for row in range(first, first + n_rows):
+            _unpack(nibbles[first:end], group_states, odd_state, odd_symbol, doubled, words)
+            rows = unpacked[: end - first]
+        _multiply_rows(rows, x, out[:, first:end])
+        for row in range(first, end):
             for index in range(outlier_starts[row], outlier_starts[row + 1]):
-                for i in range(n_inputs):
+                for i in range(len(x)):
                     out[i, row] += outlier_values[index] * x[i, outlier_columns[index]]

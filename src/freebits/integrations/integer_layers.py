@@ -1,5 +1,6 @@
 """Layers whose weights stay 8-bit or 4-bit integers in memory."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
@@ -10,9 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from freebits.errors import UsageError
 from freebits.execution.machine import is_slow
 from freebits.integrations.integer_blocks import GROUP, IntegerBlock
 
+_MIN_ROWS = 16
+"""Smallest number of rows of 8-bit integers for a thread."""
 _MAX_COMPILED_INPUTS = 16
 """Largest number of input vectors for which the compiled loop is faster than expanding the integers."""
 
@@ -60,13 +64,19 @@ class IntegerMatrix(nn.Module):
         return matrix
 
     def lookup(self, numbers: Tensor) -> Tensor:
-        """Return rows of the matrix, (…, m), given their numbers, (…)."""
+        """Return rows of the matrix, (…, m), given the indices of the rows, (…).
+
+        Raises:
+            IndexError: there is no row with an index.
+        """
         flat = numbers.flatten()
+        if len(flat) and not 0 <= flat.min() <= flat.max() < self.shape[0]:
+            raise IndexError(f"an index is outside the range from 0 to {self.shape[0] - 1}")
         values = torch.empty(len(flat), self.shape[1], dtype=self.dtype, device=flat.device)
         for first, block in self._placed_blocks():
             inside = (flat >= first) & (flat < first + block.shape[0])
             values[inside] = block.lookup(flat[inside] - first).to(self.dtype)
-        return values.unflatten(0, numbers.shape)
+        return values.reshape(*numbers.shape, self.shape[1])
 
     def product(self, x: Tensor) -> Tensor:
         """Return `x Wᵀ`, (k, n), for `x`, (k, m), in the dtype of `x`."""
@@ -93,8 +103,18 @@ class IntegerMatrix(nn.Module):
         return x.to(y.dtype)
 
     def _placed_blocks(self) -> Iterator[tuple[int, IntegerBlock]]:
-        """Yield the number of the first row of each block, and the block."""
-        return zip(self.starts, self.blocks, strict=False)
+        """Yield the index of the first row of each block, and the block.
+
+        Raises:
+            UsageError: the block was released.
+        """
+        for first, block in zip(self.starts, self.blocks, strict=False):
+            if len(block.rows) < block.shape[0]:
+                raise UsageError(
+                    "the weights of a model that stays packed exist only during its forward pass: load the model with "
+                    "`keep_integers` instead of `stay_packed`"
+                )
+            yield first, block
 
 
 class _Product(torch.autograd.Function):
@@ -130,15 +150,15 @@ class IntegerLinear(nn.Linear):
         return self.matrix.floats()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """Map inputs (…, n_in) to outputs (…, n_out)."""
-        inputs, needs_gradient = x.reshape(-1, self.in_features), torch.is_grad_enabled() and x.requires_grad
+        x, needs_gradient = input.reshape(-1, self.in_features), torch.is_grad_enabled() and input.requires_grad
         y: Tensor = (
-            _Product.apply(inputs, self.matrix)  # type: ignore[no-untyped-call]
+            _Product.apply(x, self.matrix)  # type: ignore[no-untyped-call]
             if needs_gradient
-            else self.matrix.product(inputs)
+            else self.matrix.product(x)
         )
-        y = y.unflatten(0, x.shape[:-1])
+        y = y.reshape(*input.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
 
@@ -154,6 +174,7 @@ class IntegerEmbedding(nn.Embedding):
         nn.Module.__init__(self)
         self.matrix, self.padding_idx = matrix, padding_idx
         self.num_embeddings, self.embedding_dim = matrix.shape
+        self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -168,16 +189,17 @@ class IntegerEmbedding(nn.Embedding):
 
 def _product_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype in which to multiply: that of `x`, or float32 if this processor is faster with float32."""
-    return torch.float32 if x.device.type == "cpu" and is_slow(x.dtype) else x.dtype
+    return torch.float32 if x.device.type == "cpu" and x.dtype.itemsize == 2 and is_slow(x.dtype) else x.dtype
 
 
 def _compiled_product(block: IntegerBlock, x: Tensor, out: Tensor) -> None:
     """Fill `out`, (k, n), with `x Vᵀ` for few inputs `x`, (k, m), on several threads; see `IntegerBlock.multiply`."""
     n_threads, n = torch.get_num_threads(), block.shape[0]
-    bounds = [n * number // n_threads // GROUP * GROUP for number in range(n_threads)]
+    step = GROUP if block.nibbles.numel() else _MIN_ROWS
+    bounds = sorted({min(n, step * round(n * index / n_threads / step)) for index in range(n_threads)} | {n})
     arrays = np.ascontiguousarray(x.detach().numpy()), out.numpy()
     futures: list[Future[None]] = [
-        _threads(n_threads).submit(block.multiply, *arrays, start, stop) for start, stop in pairwise([*bounds, n])
+        _threads(n_threads).submit(block.multiply, *arrays, start, stop) for start, stop in pairwise(bounds)
     ]
     for future in futures:
         future.result()
@@ -186,3 +208,7 @@ def _compiled_product(block: IntegerBlock, x: Tensor, out: Tensor) -> None:
 @cache
 def _threads(n: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(n, thread_name_prefix="freebits-product")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_threads.cache_clear)  # a child process has none of its parent's threads

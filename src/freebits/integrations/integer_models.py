@@ -55,15 +55,21 @@ class _Matrices:
         sizes = [self._sizes[part] for part in self._parts[name]]
         return IntegerMatrix(sizes, self._packed.specs[name].shape[1], self._dtypes[name])
 
-    def filled(self, names: Iterable[str]) -> Iterator[tuple[str, IntegerMatrix]]:
-        """Yield the name and the integers of each matrix. Several recipes are decoded in parallel."""
+    def filled(self, names: Iterable[str], *, any_size: bool = False) -> Iterator[tuple[str, IntegerMatrix]]:
+        """Yield the name and the integers of each matrix. Several recipes are decoded in parallel.
+
+        Args:
+            names: names of the matrices.
+            any_size: whether to fill also matrices that do not fit (see `IntegerMatrix.fits`). If not, these are
+                yielded incomplete.
+        """
         places = {part: (name, number) for name in names for number, part in enumerate(self._parts[name])}
         n_missing = Counter(name for name, _ in places.values())
         recipes = [*{id(recipe): recipe for recipe in (self._recipes[part] for part in places)}.values()]
         matrices: dict[str, IntegerMatrix] = {}
         lock = Lock()
 
-        def fill(recipe: Recipe) -> list[str]:
+        def decode(recipe: Recipe) -> list[str]:
             blocks: dict[int, tuple[str, IntegerBlock]] = {}
             for number, part in enumerate(recipe.makes):
                 if part in places:
@@ -73,14 +79,16 @@ class _Matrices:
                             matrices[name] = self.empty(name)
                     blocks[number] = name, matrices[name].blocks[number_in_matrix]
             for chunk in self._packed.integer_chunks(recipe, GROUP):
-                if chunk.number in blocks:
-                    blocks[chunk.number][1].add(chunk)
+                block = blocks[chunk.number][1] if chunk.number in blocks else None
+                if block is not None and (any_size or block.fits):
+                    block.add(chunk)
             for _, block in blocks.values():
-                block.finish()
+                if any_size or block.fits:
+                    block.finish()
             return [name for name, _ in blocks.values()]
 
         with Parallel().executor() as executor:
-            for filled in executor.map(fill, recipes):
+            for filled in executor.map(decode, recipes):
                 release_freed_memory()
                 for name in filled:
                     n_missing[name] -= 1
@@ -119,16 +127,20 @@ def load_with_integers(
         candidates -= unsupported
         decoded |= packed.tensors(unsupported)
     matrices = _Matrices(packed, {name: placeholder.dtype for name, placeholder in placeholders.items()})
+    paths: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(module, []).append(path)
     if late:
-        _decode_late(model, matrices, places)
+        _decode_late(model, paths, matrices, places)
     else:
         for name, matrix in matrices.filled(sorted(candidates)):
             if matrix.fits:
-                _replace(model, places[name], matrix)
+                _replace(model, paths, places[name], matrix)
             else:
                 candidates.discard(name)
+                [(_, weight)] = packed.tensors([name])
                 for module in places[name]:
-                    module.weight.data = matrix.floats()
+                    module.weight.data = weight.to(matrix.dtype)
     n_all = len(_integer_tensors(packed))
     if len(candidates) < n_all:
         _log.warning(
@@ -142,25 +154,34 @@ def load_with_integers(
     return model, information
 
 
-def _decode_late(model: Any, matrices: _Matrices, places: Mapping[str, list[Any]]) -> None:
+def _decode_late(
+    model: Any, paths: Mapping[nn.Module, list[str]], matrices: _Matrices, places: Mapping[str, list[Any]]
+) -> None:
     """Register hooks that decode the matrices of a block before its forward pass, and release them afterwards."""
     placed = {name: matrices.empty(name) for name in places}
     for name, matrix in placed.items():
-        matrix.release()
-        _replace(model, places[name], matrix)
+        _replace(model, paths, places[name], matrix)
     name_of = {matrix: name for name, matrix in placed.items()}
     blocks: dict[nn.Module, set[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, IntegerMatrix):
             blocks.setdefault(_block_of(model, path), set()).add(name_of[module])
 
-    def decode(names: Iterable[str], *_: object) -> None:
-        for name, matrix in matrices.filled(names):
-            placed[name].blocks = matrix.blocks
+    n_users, lock = Counter[nn.Module](), Lock()  # several threads can run the model at the same time
 
-    def release(names: Iterable[str], *_: object) -> None:
-        for name in names:
-            placed[name].release()
+    def decode(names: Iterable[str], block: nn.Module, *_: object) -> None:
+        with lock:
+            n_users[block] += 1
+            if n_users[block] == 1:
+                for name, matrix in matrices.filled(names, any_size=True):
+                    placed[name].blocks = matrix.blocks
+
+    def release(names: Iterable[str], block: nn.Module, *_: object) -> None:
+        with lock:
+            n_users[block] -= 1
+            if not n_users[block]:
+                for name in names:
+                    placed[name].release()
 
     for block, names in blocks.items():
         block.register_forward_pre_hook(partial(decode, sorted(names)))
@@ -190,7 +211,8 @@ def _integer_tensors(packed: PackedFolder) -> set[str]:
         if isinstance(CODES[recipe.code], Joined) and parts >= {*recipe.takes.values()}
         for name in recipe.makes
     }
-    return {name for name in (parts | joined) & packed.model_specs.keys() if len(packed.model_specs[name].shape) == 2}
+    specs = packed.model_specs
+    return {name for name in (parts | joined) & specs.keys() if len(specs[name].shape) == 2 and specs[name].numel}
 
 
 def _placeholder(packed: PackedFolder, name: str, dtype: torch.dtype | None) -> Tensor:
@@ -212,20 +234,19 @@ def _places(model: Any, placeholders: Mapping[str, Tensor]) -> dict[str, list[An
 
 
 def _is_supported(module: nn.Module | None) -> bool:
-    return type(module) in (nn.Linear, nn.Embedding)
+    return type(module) is nn.Linear or (type(module) is nn.Embedding and module.max_norm is None)
 
 
-def _replace(model: Any, modules: Iterable[Any], matrix: IntegerMatrix) -> None:
-    """Replace modules that share a weight by layers of integers that share a matrix."""
+def _replace(model: Any, paths: Mapping[nn.Module, list[str]], modules: Iterable[Any], matrix: IntegerMatrix) -> None:
+    """Replace modules that share a weight by layers of integers that share a matrix. `paths` has the names of each."""
     for module in modules:
-        names = [name for name, other in model.named_modules(remove_duplicate=False) if other is module]
         new = (
             IntegerLinear(matrix, module.bias)
             if isinstance(module, nn.Linear)
             else IntegerEmbedding(matrix, module.padding_idx)
         )
-        for name in names:
-            model.set_submodule(name, new)
+        for path in paths[module]:
+            model.set_submodule(path, new.train(module.training))
 
 
 def _fingerprints(model: Any) -> dict[str, str]:

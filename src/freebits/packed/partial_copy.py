@@ -73,8 +73,7 @@ def _pieces(packed: PackedFolder, rows: Mapping[str, Tensor], tensors: Mapping[s
 def _rescaled(packed: PackedFolder, recipe: Recipe, rows: Mapping[str, Tensor]) -> Piece:
     """Encode the integer matrices that a recipe makes, with new row scales."""
     code, inputs = Integers(recipe.params.get("trellis", 0)), []
-    whole = max(spec.shape[0] for spec in recipe.makes.values())
-    for name, matrix in zip(recipe.makes, packed.integer_chunks(recipe, whole), strict=True):
+    for name, matrix in zip(recipe.makes, packed.integer_chunks(recipe), strict=True):
         exponents = matrix.rows + rows[name] if name in rows else matrix.rows
         inputs += [torch.from_numpy(matrix.integers), exponents, matrix.columns]
     coded = code.encode(inputs, list(recipe.makes.values()))

@@ -211,7 +211,7 @@ class PackedFolder:
             raise self._damaged(f"tensor {next(iter(recipe.makes))} cannot be decoded ({error})") from None
         return dict(zip(recipe.makes, tensors, strict=True))
 
-    def integer_chunks(self, recipe: Recipe, n_rows: int) -> Iterator[IntegerChunk]:
+    def integer_chunks(self, recipe: Recipe, n_rows: int = 1 << 62) -> Iterator[IntegerChunk]:
         """Yield the integers of the matrices that a recipe with the `integers` code makes; see `Integers.chunks`."""
         parts = {part: self._decode(name, {}) for part, name in recipe.takes.items()}
         try:

@@ -9,6 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from freebits.codecs.integers import separate_variances
+
 _PER_OCTAVE = 16
 _OCTAVES = range(-40, 41)
 
@@ -31,8 +33,7 @@ class RateModel:
     def of(cls, W: Tensor, rows: Tensor, columns: Tensor) -> "RateModel":
         """Return the rate model of one matrix, (n, m), computed from its weights and its scales at `c = 1`."""
         squares = (W.float() / rows[:, None].float() / columns.float()).square_()
-        columns = squares.mean(0).clamp_min_(1e-30)
-        rows = (squares / columns).mean(1).clamp_min_(1e-30)
+        rows, columns = separate_variances(squares, 1e-30)
         logs = (rows[:, None] * columns).log2_().mul_(_PER_OCTAVE / 2).round_().long() - _OCTAVES[0] * _PER_OCTAVE
         size = len(_OCTAVES) * _PER_OCTAVE
         return cls(np.bincount(logs.clamp_(0, size - 1).flatten().numpy(), minlength=size).astype(np.float64))

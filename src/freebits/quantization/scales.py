@@ -9,15 +9,15 @@ divergence. The column scales are those of WaterSIC (arXiv 2603.04956).
 
 At low rates, smaller integers are worth an error, because they take fewer bits. The cost of a value `v` for a target
 `t`, in units of the scale, is `(t - v)² + λ b`. Here `b` is the number of bits of `v`. For a normal distribution with
-variance `σ²`, `b` is a constant plus `v² / (2 σ² ln 2)`. Rounding without this cost has the error `D`, and saving one
-bit raises this error by `λ = 2 D ln 2`. So the cost is a constant plus a multiple of `(t / (1 + D / σ²) - v)²`:
+variance `σ²`, `b` is a constant plus `v² / (2 σ² ln 2)`. Rounding without this cost has the mean squared error `D`: 1/12,
+times a factor below 1 with a trellis (`GAINS`). Saving one bit raises this error by `λ = 2 D ln 2`. So the cost is a constant plus a multiple of `(t / (1 + D / σ²) - v)²`:
 the target is divided by `1 + D / σ²`, and then rounded as usual.
 """
 
 import torch
 from torch import Tensor
 
-from freebits.codecs.integers import FINENESS, ScaledIntegers, exponents, scales_of
+from freebits.codecs.integers import FINENESS, ScaledIntegers, exponents, scales_of, separate_variances
 from freebits.quantization.error_compensation import compensated_rounding
 from freebits.quantization.trellis import GAINS, trellis_round
 
@@ -53,13 +53,6 @@ def typical_scales(W: Tensor) -> tuple[Tensor, Tensor]:
     return rows.clamp_min(floor), torch.ones(W.shape[1], dtype=torch.float64)
 
 
-def _row_variances(values: Tensor) -> Tensor:
-    """Return the relative variance of each row of a matrix, (n, 1), apart from differences between its columns."""
-    squares = values.square()
-    columns = squares.mean(0).clamp_min_(_MIN_VARIANCE)
-    return (squares / columns).mean(1, keepdim=True).clamp_min_(_MIN_VARIANCE)
-
-
 def scaled_integers(
     W: Tensor,
     U: Tensor | None,
@@ -89,7 +82,7 @@ def scaled_integers(
     row_exponents, column_exponents = exponents(rows), exponents(c * columns)
     row, column = scales_of(row_exponents)[:, None], scales_of(column_exponents)
     scaled = W.float() / row
-    row_variances = _row_variances(scaled / column)
+    row_variances = separate_variances((scaled / column).square(), _MIN_VARIANCE)[0][:, None]
 
     def rounded(values: Tensor) -> Tensor:
         """Round columns, (n, k), that are given in units of the scale."""
