@@ -67,10 +67,10 @@ class Plan:
     Attributes:
         model: folder or URL of the model.
         bytes: size in bytes of the model before compression.
-        way: method, either `lossless` or `integers`.
+        way: method, either `lossless` or `integers` (quantization).
         at_most: largest size of the finished folder in bytes; None if no size is required.
         about: expected size in bytes; None if estimating it requires measurements.
-        bits: average bits per weight of the matrices; None if no number of bits is required.
+        bits: target for the average bits per weight of the matrices; None if there is no such target.
         max_kl: bound on the mean KL divergence in nats per token; None if no bound is required.
     """
 
@@ -150,17 +150,23 @@ def compress(
         progress: callback, called often: after each generated token, block, window or group of matrices.
 
     Returns:
-        `plan`. Without `dry_run`, also the result of `inspect(out)` and these entries. `fidelity` is the result of
-        `verify`; for a model that transformers cannot run on text, it contains the relative error of the rounded
-        weights as `weight_error`. `coverage` is the result of `coverage_report`, or None if no matrix was rounded.
-        `auto_class` is the name of the class of transformers that loads the folder, or None if there is none.
-        `seconds` is the time that compression took. For a pipeline: `kind`, which is `pipeline`, and `components`, name
-        of a model → its result.
+        `plan`: the chosen method and targets; its keys are the attributes of `Plan`. Without `dry_run`, the dict also
+        has the entries of `inspect(out)` and the following ones.
+
+        `fidelity`: the result of `verify` against `model`, and `text`, a description of the text if the models were
+        run on one. If transformers cannot run the model on text, a quantized model has these entries instead:
+        `fidelity`, which is `lossy`; `mean_kl`, which is None; and `weight_error`, the norm of the change of all
+        changed tensors, divided by the norm of these tensors before. `coverage`: which weights are rounded, as in the
+        result of `quantize`; None if no matrix was rounded. `auto_class`: name of the Auto class of transformers that
+        loads the folder; None if there is none. `seconds`: how long compression took.
+
+        For a pipeline, the result has only `kind`, which is `pipeline`, and `components`: name of a model → its result.
 
     Raises:
         UsageError: an argument is invalid, arguments contradict each other, or the target ruins the model or cannot be
             reached.
-        CheckpointError: `model` is not a sound checkpoint, or `out` already exists.
+        CheckpointError: `model` or `base` is not a sound checkpoint, `model` is packed and `lossless` is set, or `out`
+            already exists.
         UnsupportedModelError: freebits cannot compress the model, for example because no matrix can be quantized.
     """
     check_key(sign_with)

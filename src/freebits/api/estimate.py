@@ -36,21 +36,21 @@ def estimate(
         revision: branch, tag or commit of a model on the hub.
 
     Returns:
-        Without `sparsity`: `dtype`, and `bytes` {`dense`, `lossless`, `8 bits` … `3 bits`, `sliced 10 %` …
-        `sliced 30 %`}, the approximate sizes of the folders that freebits writes by default. The sliced sizes are
-        missing if the model cannot be sliced.
+        Without `sparsity`: `dtype`, the name of the model's dtype; and `bytes` {`dense`, `lossless`, `8 bits` …
+        `3 bits`, `sliced 10 %` … `sliced 30 %`}, the approximate bytes of the folders that freebits writes by default.
+        The sliced sizes are missing if the model cannot be sliced.
 
-        With `sparsity`: `hidden_size`, `sliced_size` and `dtype`. `params` {`dense`, `dense_untied`, `dense_canonical`,
-        `sliced`, `bits_back`, `canonical`, `canonical_tied`} has the number of parameters of each form; `planned_forms`
-        describes the forms. `change_vs_dense_untied` and `change_vs_dense` compare the numbers of parameters: for
-        `dense_canonical` and the forms after it, each has the difference in percent, negative if the form is smaller.
-        `bytes` has the size of each form in the config's dtype, norms included. Its entry `default` is the size after
-        slicing and packing with default options (ties kept, the codec `canonical`, entropy coding).
+        With `sparsity`: `hidden_size` and `sliced_size`, the widths before and after slicing; `dtype`; and four dicts
+        by form. Dense forms are `dense`, `dense_untied` (with a separate head) and `dense_canonical` (packed). Sliced
+        forms are `sliced`, `bits_back` and `canonical` (packed), with a separate head, and `canonical_tied`, which is
+        None if the head of the model is not tied. `params`: number of parameters as in arXiv 2410.01309, without norms
+        and corrections. `change_vs_dense` and `change_vs_dense_untied`: difference of this number from that of `dense`
+        or `dense_untied` in percent, for all other forms. `bytes`: bytes of the tensors in `dtype`, norms included; the
+        entry `default` is the approximate size after slicing and packing with default options.
 
     Raises:
         CheckpointError: the config does not exist, or does not describe a model.
-        UnsupportedModelError: transformers has no such model, or `sparsity` is given, but the residual stream of the
-            model cannot be rotated; the message says why.
+        UnsupportedModelError: transformers has no such model, or `sparsity` is given, but the model cannot be sliced.
         UsageError: the sparsity is out of range.
     """
     path = local_folder(config, revision, config_only=True)

@@ -79,8 +79,9 @@ def lowrank(
         progress: callback, called after each generated token, then after each block.
 
     Returns:
-        The result of `inspect(out)`, and `perplexity` {`dense`, `reduced`}, measured on windows of the calibration text
-        that are not used for calibration. A perplexity is None if there are no such windows, or if it is not finite.
+        The entries of `inspect(out)`, and `perplexity` {`dense`, `reduced`}: the perplexities of `model` and of the
+        low-rank model on windows of the calibration text that are not used for calibration. A perplexity is None if
+        there are no such windows, or if the perplexity is not finite.
 
     Raises:
         UsageError: an argument is invalid, or the weights cannot be as small as `target_size`.

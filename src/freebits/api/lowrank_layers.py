@@ -43,7 +43,7 @@ class Layers:
         source: the model's tensors, under their names in transformers.
         architecture: table of the model's tensors.
         running: the same model, ready to run.
-        sizes: number of a block → name of a matrix → (number of outputs, number of inputs). It contains the matrices
+        sizes: index of a block → name of a matrix → (number of outputs, number of inputs). It contains the matrices
             that can be reduced.
         transposed: names of the matrices that are stored as (inputs, outputs), as in GPT-2.
     """
@@ -114,7 +114,7 @@ def choose_ranks(
         tokens: the calibration text, (windows, T), int64.
         work: store of the spectra and the ranks.
         plan: (`budget`, `target_size`, `allocate`) as in `lowrank`.
-        seed: seed for sampling the labels of the measurement.
+        seed: seed for sampling labels; see `freebits.calibration.sensitivities.measure`.
         progress: callback, called after each block of the measurement.
     """
     budget, target_size, allocate = plan

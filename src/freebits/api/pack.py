@@ -56,10 +56,11 @@ def pack(
 ) -> dict[str, Any]:
     """Pack a checkpoint. Either omit bits that do not affect the function of the model, or keep every bit.
 
-    A sliced model computes the same function if its residual stream is rotated, and any model if the basis inside an
-    attention head changes. To store fewer bits, the codec `canonical` uses both, and `bits-back` uses only rotations.
-    Both codecs round each weight once to its dtype. The codec `none` and the entropy stage are bit-exact. `canonical`
-    packs an adapter bit for bit, and warns, unless its config proves that a layer adds only a product of two matrices.
+    The function of a sliced model does not change if its residual stream is rotated. The function of any model does not
+    change if the basis inside an attention head changes. The codec `canonical` uses both to store fewer bits;
+    `bits-back` uses only rotations. Both codecs round each weight once to its dtype. The codec `none` and the entropy
+    stage are bit-exact. If the config of an adapter proves that each layer adds only a product of two matrices,
+    `canonical` changes bases in the adapter, too. It packs any other adapter bit for bit, with a warning.
 
     Args:
         model: folder of a sliced or dense checkpoint, or of an adapter; `bits-back` requires a sliced one. A GGUF file
@@ -76,17 +77,19 @@ def pack(
         device: device for linear algebra, which always uses float64. Devices can differ in the last bits of results.
         parallel: where blocks are packed, and how many at once. Memory holds two blocks per job in float64, and one
             embedding.
-        resume: whether to use the finished work of a stopped run with the same arguments; never with the codec `none`
-            and no base.
+        resume: whether to use the finished work of a stopped run with the same arguments. With the codec `none` and
+            without a base, there is no such work, so packing starts again.
         sign_with: file with a private key (PEM), which signs every file of the folder; see `verify`.
         progress: callback, called after each block, or after each tensor with the codec `none`.
 
     Returns:
-        The result of `inspect(out)`.
+        The result of `inspect(out)`; for a pipeline, `kind`, which is `pipeline`, and `components`: name of a model →
+        result of `inspect`.
 
     Raises:
-        UsageError: an argument is invalid, or `threshold` is given for a codec other than `bits-back`.
-        CheckpointError: `model` is not a sound checkpoint, the codec does not support `model`, or `out` already exists.
+        UsageError: an argument is invalid, or arguments contradict each other.
+        CheckpointError: `model` or `base` is not a sound checkpoint, the codec does not support `model`, or `out`
+            already exists.
         UnsupportedModelError: freebits does not know the architecture, which all codecs but `none` need.
     """
     check_key(sign_with)
@@ -148,11 +151,12 @@ def pack_series(
         options: other arguments of `pack`.
 
     Returns:
-        `kind`, which is `series`, and `models`: name → the result of `inspect` of the packed folder.
+        `kind`, which is `series`, and `models`: name of a model → result of `inspect` for its packed folder.
 
     Raises:
-        UsageError: two models have the same name, or there are too many models for `previous`.
+        UsageError: two models have the same name, there are too many models for `previous`, or see `pack`.
         CheckpointError: see `pack`.
+        UnsupportedModelError: see `pack`.
     """
     names = [Path(model).name for model in models]
     if len({*names}) < len(names):
@@ -173,7 +177,7 @@ def pack_series(
 
 
 def _pack_exact(model: Path, out: str | os.PathLike[str], **options: Any) -> dict[str, Any]:
-    """Pack a GGUF file or each model of a pipeline bit for bit, because only the codec `none` supports them."""
+    """Pack a GGUF file or each model of a pipeline bit for bit, because only the codec `none` supports these."""
     if is_gguf(model):
         with gguf_folder(model) as folder:
             return pack(folder, out, codec=NONE, **options)
@@ -231,10 +235,10 @@ def unpack(
         progress: callback, called after each group.
 
     Returns:
-        The result of `inspect(out)`; for a pipeline, `kind` and `components`, see `for_each`.
+        The result of `inspect(out)`; for a pipeline, a dict in the same form as from `pack`.
 
     Raises:
-        CheckpointError: the folder is not packed, it is damaged, or `out` already exists.
+        CheckpointError: the folder is not packed, is damaged or lacks its base, or `out` already exists.
     """
     path = local_folder(packed)
     if is_pipeline(path):

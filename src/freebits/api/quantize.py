@@ -102,10 +102,11 @@ def quantize(
         only: `linear` quantizes only the matrices of the blocks, `embeddings` only the embedding and the head.
         keep: patterns for the names of tensors to leave unchanged, such as `vision_tower.*`.
         base: folder or hub id of the model from which `model` was trained. The differences from its matrices are
-            rounded instead of the matrices. No trellis is used, because adding the base rounds each weight again, which
-            would undo the gain of a trellis. Loading needs the base. `bits` can then be as small as 0.1.
+            rounded instead of the matrices. Loading adds the differences to the base, and therefore needs the base.
+            `bits` can then be as small as 0.1. No trellis is used, because each sum is rounded to the dtype of the
+            model, which would undo the gain of a trellis.
         fallback_bits: average bits per weight of the matrices that are rounded without calibration. If no matrix is
-            calibrated, any other target replaces `fallback_bits`.
+            calibrated, and `bits` or `target_size` is given, this target replaces `fallback_bits`.
         calibration: text to calibrate on; by default the model generates the text.
         samples: number of windows of calibration text; fewer if the text is too short.
         seq_len: tokens per window.
@@ -121,11 +122,16 @@ def quantize(
             then after each rounded group of matrices.
 
     Returns:
-        The result of `inspect(out)`, and `coverage`, the result of `coverage_report`.
+        The entries of `inspect(out)`, and `coverage`, a dict that says which weights are rounded. `share`: the fraction
+        of the weights that are rounded. `uncalibrated`: the fraction of the weights that are rounded without
+        calibration. `alone`: list of the tensors that are rounded without calibration. `left`: list of the tensors that
+        are not rounded. An entry of a list has `tensors`, a name with `*` for numbers; `weights`, the number of weights
+        of all tensors with such a name; and `reason`. If the model was run on text, `experts` is the number of expert
+        matrices, and `undersampled` is the number of expert matrices with fewer than 64 input vectors.
 
     Raises:
         UsageError: an argument is invalid, or the target cannot be reached.
-        CheckpointError: `model` is not a sound checkpoint, or `out` already exists.
+        CheckpointError: `model` or `base` is not a sound checkpoint, or `out` already exists.
         UnsupportedModelError: no matrix can be quantized, or the arguments require calibration, but transformers cannot
             run the model on text.
     """
@@ -180,7 +186,7 @@ class Prepared:
         fallback_cache: measurements of the other matrices, which are rounded to the `fallback_bits` of the goal.
         facts: settings with which the sensitivities were measured; the history of the result records them.
         sizes: sizes of the model in bytes; see `inspect`.
-        coverage: result of `coverage_report`.
+        coverage: which weights are rounded; see `quantize`.
         differences: the model as differences from its base; None if there is no base.
     """
 
@@ -303,7 +309,7 @@ def _check_runnable(source: Folder, run: bool) -> None:
 
 
 def _selected(matrices: list[Matrix], running: RunningModel, only: str | None) -> list[Matrix]:
-    """Return the matrices of the part of the model that `only` names, or all if it is None."""
+    """Return the matrices of the part of the model that `only` names, or all if `only` is None."""
     if only is None:
         return matrices
     names = (running.engine.embedding, running.engine.head)
@@ -333,7 +339,7 @@ def _check_engine(running: RunningModel, tokens: Tensor) -> None:
 
 
 def _transformers_logits(running: RunningModel, window: Tensor) -> Tensor | None:
-    """Return the logits of transformers for all tokens of a window but the first, (T - 1, V); None if it fails."""
+    """Return transformers' logits for all tokens of a window but the first, (T - 1, V); None if transformers fails."""
     model = load(running.path, dtype=torch.float32).to(running.device).eval()
     with suppress(Exception):  # if the engine also fails, it reports the cause
         logits: Tensor = model(input_ids=window.to(running.device), use_cache=False).logits[0, :-1]

@@ -54,13 +54,15 @@ def recover(
     sign_with: str | os.PathLike[str] | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Recover a part of the quality that slicing or quantizing lost. This is lossy. The size stays the same.
+    """Recover a part of the quality that slicing or quantizing lost. This is lossy.
 
     Training minimizes the KL divergence from the predictions of the original model. It uses Adam, and each window once.
     In a quantized folder, it changes norms, biases and the row scales of linear layers; the scales only take values
     that the folder can store. In a plain folder, it changes every linear layer except the head by LoRA, which is merged
-    at the end. In a sliced model, this includes the matrices on the skip connections (the shortcuts). After training,
-    shortcuts can no longer be stored as small factors, so a packed sliced model is a few percent larger.
+    at the end. In a sliced model, this includes the matrices on the skip connections (the shortcuts).
+
+    The size hardly changes. But after training, shortcuts can no longer be stored as small factors, so a sliced model
+    becomes a few percent larger when it is packed.
 
     Memory holds both models in float32, and the activations of one window or, while the original model generates the
     text, the keys and values of 32 windows.
@@ -80,14 +82,16 @@ def recover(
         progress: callback, called after each generated token, then after each window.
 
     Returns:
-        The result of `inspect(out)`, and `kl` {`before`, `after`}, the mean KL divergence from `against` in nats per
-        token before and after training, on windows that are not used for training.
+        The entries of `inspect(out)`, and `kl` {`before`, `after`}: the mean KL divergence from `against` before and
+        after training, in nats per token, on windows that are not used for training.
 
     Raises:
         UsageError: an argument is out of range, training did not help, or the extra `recover`, which LoRA needs, is not
             installed.
-        CheckpointError: a folder is not a sound checkpoint, the vocabularies differ, or `out` already exists.
-        UnsupportedModelError: nothing in the model can be trained.
+        CheckpointError: a folder is not a sound checkpoint, is packed but not quantized, or gives predictions that are
+            not finite; the vocabularies differ; or `out` already exists.
+        UnsupportedModelError: nothing in the model can be trained, `folder` needs a base, or transformers has no class
+            for a model.
     """
     if rank < 1:
         raise UsageError(f"`rank` is {rank}: give at least 1")

@@ -86,9 +86,10 @@ def slice_model(
             each block.
 
     Returns:
-        The result of `inspect(out)`, and `perplexity` {`dense`, `sliced`}, measured on windows of the calibration text
-        that are not used for calibration. A perplexity is None if there are no such windows, or if it is not finite.
-        Use `evaluate` to measure the loss of quality on another text.
+        The entries of `inspect(out)`, and `perplexity` {`dense`, `sliced`}: the perplexities of `model` and of the
+        sliced model on windows of the calibration text that are not used for calibration. A perplexity is None if there
+        are no such windows, or if the perplexity is not finite. Use `evaluate` to measure the loss of quality on
+        another text.
 
     Raises:
         UsageError: an argument is out of range, or slicing ruins the model.

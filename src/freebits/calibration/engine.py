@@ -37,7 +37,7 @@ MAX_RESIDENT_BYTES = 2**30
 """If a model takes at most this many bytes in float32, all its weights stay in memory."""
 _N_PROBE_TOKENS = 12
 OnBlockEnd = Callable[[int], None]
-"""Called when a block has run, with the number of this block execution. The first one of each pass has number 0."""
+"""Called when a block has run, with the index of this block execution. Indices start at 0 in each pass."""
 
 
 class Engine:
@@ -48,7 +48,7 @@ class Engine:
         device: device on which the model runs.
         blocks: names of the blocks.
         runs: names of the blocks in order of execution; a block in a loop occurs several times.
-        last_uses: name of a parameter in `source` → number of the block execution in which, or after which, the model
+        last_uses: name of a parameter in `source` → index of the block execution in which, or after which, the model
             last multiplies by this parameter.
         on_recompute: callback that is called when the backward pass enters a block.
         embedding: name of the token embedding in `source`; None if transformers finds no embedding.

@@ -58,7 +58,7 @@ class StoredStatistics:
     """Input statistics whose Gram matrix is in the work store.
 
     Attributes:
-        number: number of the block execution after which the statistics were complete.
+        number: index, from 0, of the block execution after which the statistics were complete.
         key: key of the Gram matrix in the work store.
         regions: matrices that share the inputs.
         n: number of nonzero input vectors.
@@ -79,10 +79,10 @@ def split_into_groups(tokens: Tensor, engine: Engine, max_bytes: int) -> list[tu
         tokens: windows, (windows, T).
         engine: engine that runs the model.
         max_bytes: maximum bytes of a block's activations for one group. Rounding to whole windows can exceed this
-            number by the bytes of one window.
+            limit by the bytes of one window.
 
     Returns:
-        For each group, the number of its first window, and its windows.
+        For each group, the index of its first window, and its windows.
     """
     config = engine.model.config.get_text_config()
     width = getattr(config, "hidden_size", None) or max((shape[-1] for shape in engine.matrices.values()), default=1)
@@ -102,8 +102,8 @@ def measure_group(
     Args:
         running: model to run.
         store: work store that receives the Gram matrices.
-        seed: seed for sampling the labels.
-        group: number of the group's first window, and the windows of the group, (windows, T).
+        seed: seed for sampling the labels; see `measure`.
+        group: index of the group's first window, and the windows of the group, (windows, T).
         progress: callback after each block of the forward and the backward pass.
 
     Returns:

@@ -130,8 +130,8 @@ def sample_tokens(probabilities: Tensor, generator: torch.Generator) -> Tensor:
     """
     if not probabilities.isfinite().all():
         raise CheckpointError(
-            "the model's predictions are not finite, because the model overflows or its weights are damaged: download "
-            "the model again"
+            "the model's predictions are not finite, because its weights are damaged or its values overflow: download "
+            "the model again, or give a text as `calibration`, on which the model runs in float32"
         )
     sums = probabilities.cumsum(-1, dtype=torch.float64)  # much faster than torch.multinomial
     shape = (*probabilities.shape[:-1], 1)

@@ -52,7 +52,7 @@ class InputStatistics:
 
 
 OnStatistics = Callable[[int, list[InputStatistics]], None]
-"""Called after a block execution with the number of this execution and the statistics that are now complete."""
+"""Called after a block execution, with the index of this execution and the statistics that are now complete."""
 
 
 @storable
@@ -118,8 +118,9 @@ def measure(
     Args:
         engine: engine that runs the model.
         windows: (windows, T), int64.
-        start: number of the group's first window among all windows.
-        seed: seed for sampling the labels; the seed of a window is `seed` plus the number of the window.
+        start: index of the group's first window among all windows.
+        seed: seed for sampling the labels, which are tokens that the model predicts. The seed of a window is `seed`
+            plus the index of the window.
         scratch: folder for data that does not fit into memory.
         on_statistics: callback for input statistics that have become complete, see `OnStatistics`.
         progress: callback after each block of the forward and the backward pass.
@@ -294,7 +295,7 @@ class _Observer:
             self._on_statistics(number, statistics)
 
     def _last_use(self, region: Region) -> int:
-        """Return the number of the last known block execution that multiplies by a matrix; -1 if none is known."""
+        """Return the index of the last known block execution that multiplies by a matrix; -1 if none is known."""
         own_runs = [number for prefix, number in self._last_runs.items() if region.name.startswith(prefix)]
         return max([self._engine.last_uses.get(region.name, -1), *own_runs])
 

@@ -67,7 +67,7 @@ class FoldedRunner:
         Args:
             site: site before the first sublayer of the block.
             run: function that runs a sublayer of the block.
-            index: number of the sublayer in the block.
+            index: index of the sublayer in the block.
             x: residual stream before the sublayer, (windows, T, D).
             context: other arguments of the block.
         """

@@ -38,7 +38,7 @@ class Check(Enum):
     """
 
     DIGEST = "digest"
-    """All machines decode the same values bit for bit, so the recipe has a digest of them."""
+    """All machines decode the same values bit for bit, so the recipe has a digest of the values."""
     SUMS = "sums"
     """Machines may round a few values differently, so the recipe has sums of the values."""
     NONE = "none"

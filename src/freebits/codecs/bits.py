@@ -52,7 +52,7 @@ def decompressed(frame: bytes | memoryview, max_length: int) -> bytes:
 
 
 def as_tensor(content: bytes) -> Tensor:
-    """Return bytes as a uint8 tensor. Zeros pad it to a multiple of 8 bytes, which aligns the next tensor in a file."""
+    """Return bytes as a uint8 tensor, padded with zeros to a multiple of 8 bytes to align the next tensor in a file."""
     spec = bytes_spec(len(content))
     padded = content.ljust(spec.n_bytes, b"\0")
     return torch.frombuffer(bytearray(padded), dtype=torch.uint8) if padded else torch.empty(0, dtype=torch.uint8)

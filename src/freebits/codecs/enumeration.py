@@ -4,10 +4,9 @@ The pyramid has `K` *pulses*. Vectors are ordered by their first coordinate, in 
 their second coordinate, and so on. The pyramid of `n` dimensions and `k` pulses has `V(n, k)` points; `S(n, k)` is the
 sum of `V(n, i)` for `i ≤ k`.
 
-Consider the vectors with the same first coordinates. Suppose that their next coordinate is `±a` with `a > 0`, that `n`
-coordinates follow it, and that `k` pulses remain for these `n + 1` coordinates. Then
-`V(n, k) + 2 (S(n, k - 1) - S(n, k - a))` vectors precede those with `a`, and `V(n, k - a)` more precede those with
-`-a`.
+Fix the first coordinates of a vector. Let `n` be the number of coordinates after the next one, and let `k` pulses
+remain for these `n + 1` coordinates. Of the vectors that begin in this way, `V(n, k) + 2 (S(n, k - 1) - S(n, k - a))`
+precede those whose next coordinate is `a > 0`, and `V(n, k - a)` more precede those whose next coordinate is `-a`.
 """
 
 from functools import cache
@@ -23,7 +22,7 @@ Ranks = NDArray[Any]
 def rank(vectors: NDArray[np.int64]) -> Ranks:
     """Return the ranks, (n,), of vectors, (n, N), on the same pyramid.
 
-    A rank is the number of a vector in the order above, from 0. Ranks are Python integers if int64 is too small.
+    A rank is the index, from 0, of a vector in the order above. Ranks are Python integers if int64 is too small.
     """
     pulses = int(np.abs(vectors[:1]).sum())
     points, sums = _tables(vectors.shape[1], pulses)

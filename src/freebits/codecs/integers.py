@@ -55,8 +55,8 @@ class IntegerChunk:
     """Consecutive rows of one of several matrices of integers.
 
     Attributes:
-        number: number of the matrix.
-        start: number of the first row.
+        number: index of the matrix.
+        start: index of the chunk's first row in the matrix.
         rows: exponents of the scales of all rows of the matrix, (n,), int16.
         columns: exponents of the scales of all columns, (m,), int16.
         n_states: number of states of the trellis; 0 for no trellis.

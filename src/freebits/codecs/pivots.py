@@ -15,7 +15,7 @@ class Pivots:
     """A matrix `(n, m)`, or its transpose `(m, n)` if `dim` is 1.
 
     Each *space*, `[start, size]`, is a range of `size` rows that begins at row `start`. The `size` columns of a space
-    that form the identity are its *pivots*. Part `pivots` has the column numbers of the pivots, space by space. Part
+    that form the identity are its *pivots*. Part `pivots` has the column indices of the pivots, space by space. Part
     `words` has the other columns of each space, row by row, and then the rows outside all spaces.
 
     Args:

@@ -12,7 +12,7 @@ _ROWS_AT_ONCE = 8192
 
 
 def n_values_taken(size: int) -> int:
-    """Return the number of values, the upper triangle of a symmetric matrix, that encode a rotation (size, size)."""
+    """Return the number of values that encode a rotation, (size, size): the upper triangle of a symmetric matrix."""
     return size * (size + 1) // 2
 
 
@@ -61,20 +61,22 @@ def canonical_direction(W: Tensor) -> Tensor:
 
 
 def unsigned_rotation(W: Tensor) -> Tensor:
-    """Compute the rotation that maps a matrix in canonical direction to `W` (Algorithm 2), up to the signs of its rows.
+    """Compute the rotation `Q` for which `W Qᵀ` is in canonical direction (Algorithm 2).
+
+    `W` determines each row of `Q` only up to its sign.
 
     Args:
         W: (n, k), any float dtype, finite, the rotated matrix.
 
     Returns:
-        `Q: (k, k)`, float64. The sign of each row is chosen so that the sum of the row is not negative.
+        (k, k), float64. The sign of each row is chosen so that the sum of the row is not negative.
     """
     rows = canonical_direction(W).T
     return with_signs(rows, rows.sum(1) < 0)
 
 
 def rotation_signs(unsigned: Tensor, Q: Tensor) -> Tensor:
-    """Return a mask of the rows of `unsigned_rotation` that must be negated to get `Q`, (k,), bool.
+    """Return a mask, (k,), bool: which rows of `unsigned`, the result of `unsigned_rotation`, are negated in `Q`.
 
     The paper stores the sign of the sum of each row of `Q`. freebits instead compares each row of `Q` with the row that
     the decoder computes, so that the sign is right even if the sum of the row is nearly zero.

@@ -69,7 +69,7 @@ def decode(content: bytes, contexts: NDArray[np.uint8]) -> NDArray[np.uint32]:
 
 
 def _side_data(content: bytes) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Return the number of the table of each context, and the frequencies of each table, (t, `N_SYMBOLS`)."""
+    """Return the index of the table of each context, and the frequencies of each table, (t, `N_SYMBOLS`)."""
     data = decompressed(content, N_CONTEXTS * (1 + 2 * N_SYMBOLS))
     n_tables, n_extra_bytes = divmod(len(data) - N_CONTEXTS, 2 * N_SYMBOLS)
     if n_tables < 1 or n_extra_bytes:
@@ -90,7 +90,7 @@ def _merged(counts: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.in
     """Merge the tables of neighboring contexts until each further merger would cost more bits than it saves.
 
     Returns:
-        The number of the table of each context, and how often each symbol occurs in each table, (t, `N_SYMBOLS`).
+        The index of the table of each context, and how often each symbol occurs in each table, (t, `N_SYMBOLS`).
     """
     used = np.flatnonzero(counts.sum(axis=1))
     firsts, tables = list(used), [counts[context] for context in used]

@@ -25,16 +25,24 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
         path: folder of a checkpoint.
 
     Returns:
-        `kind` (`dense`, `sliced`, `packed` or `adapter`), `codec` and `entropy`; `bytes` {`dense`, `dense_untied`,
-        `sliced`, `packed`, `corrections`}; `sites`, the rotations of the residual stream, each with its code or the
-        reason why it is not encoded; `history`, the steps that made the model; `groups`, all bytes on disk by purpose;
-        and `parameters`, the number of weights of the loaded model. Sizes count weights, index, manifest and config;
-        unknown sizes are None. `dense` is the size of the original model; `dense_untied` is its size with an untied
-        head, as in arXiv 2410.01309. If the folder was packed with a base, `base` has `tensors`, the number of tensors
-        of the base that the folder needs, and `chain`: the base, the base of the base, and so on.
+        `kind`: `dense`, `sliced`, `packed` or `adapter`. A low-rank model counts as `dense`, or as `sliced` if it is
+        also sliced. `codec` and `entropy`: for a packed folder, the codec or the method of quantization, and the
+        entropy stage; otherwise None. `bytes`: sizes in bytes on disk of weights, index, manifest and config; unknown
+        sizes are None. `dense` is the size of the original model; `dense_untied` is this size with an untied head, as
+        in arXiv 2410.01309; `sliced` is the size of the sliced model; `packed` is the size of the packed folder;
+        `corrections` is the part of `packed` that corrects wrongly decoded values. `groups`: purpose, such as
+        `embeddings` → bytes on disk; the sum is the size of the folder. `parameters`: number of weights of the loaded
+        model. `history`: list of the steps that made the model, oldest first.
+
+        `sites`: list with an entry for each rotation of the residual stream that a codec handled. Such an entry has
+        `site`, the index of the site; `name`, a module at the site; and `code`, the code that encodes the rotation, or
+        `reason`, why no code does. With `code`, `corrections` is the number of corrected values, if there are any.
+
+        `base` exists only if the folder was packed with a base. `tensors` is the number of tensors of the base that the
+        folder needs. `chain` lists the names of the base, of the base of the base, and so on.
 
     Raises:
-        CheckpointError: the checkpoint is damaged. Only headers are checked; `verify` also checks the tensors.
+        CheckpointError: the checkpoint is missing or damaged. Only headers are checked; `verify` also checks tensors.
     """
     folder = open_folder(local_folder(path))
     sizes: dict[str, int | None] = dict.fromkeys(("dense", "dense_untied", "sliced", "packed", "corrections"))

@@ -153,7 +153,7 @@ def _use(facts: Mapping[str, Any], auto_class: str | None, *, adapter: bool) -> 
     """Explain how to load and unpack the folder. An adapter must be unpacked first, and then loaded with PEFT."""
     unpack = "```bash\nfreebits unpack THIS-FOLDER plain\n```"
     base = facts["base"]["chain"][0] if "base" in facts else None
-    needs = [f"The folder needs its base, `{one_line(base)}`: it stores only the differences from it."] if base else []
+    needs = [f"The folder needs its base, `{one_line(base)}`, and stores only the differences from it."] if base else []
     plain = ["To get a plain checkpoint for other tools:", unpack] if facts["kind"] == "packed" else []
     if adapter:
         text = "Unpack the folder to get a PEFT adapter, and load the adapter on top of its model:"

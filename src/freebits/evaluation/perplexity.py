@@ -54,12 +54,12 @@ def evaluate(
         progress: callback, called after each window, then after each batch of a task.
 
     Returns:
-        `perplexity` (None if not measured), `tokens` (the number of predicted tokens) and `tasks` (see `zero_shot`).
+        `perplexity` (None if not measured), `tokens` (number of predicted tokens) and `tasks` (see `zero_shot`).
 
     Raises:
-        UsageError: an argument is invalid, or the extra `eval` is not installed.
-        CheckpointError: `model` is not a sound checkpoint.
-        UnsupportedModelError: the model does not predict text.
+        UsageError: an argument is invalid, the extra `eval` is not installed, or lm-eval cannot measure the tasks.
+        CheckpointError: `model` is not a sound checkpoint, or a file in `data_dir` is damaged.
+        UnsupportedModelError: transformers has no class for the model, or the model does not predict text.
     """
     if data_dir is not None and not tasks:
         raise UsageError("`data_dir` is given without `tasks`: name the tasks in `tasks`, or leave out `data_dir`")

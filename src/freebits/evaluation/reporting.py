@@ -59,12 +59,13 @@ def write_report(
         progress: callback, called after each window of each comparison.
 
     Returns:
-        `page`, the path of the page; `size`, the bytes of the folder; and `against`, the result of `compare_models`, or
-        None if no models were compared.
+        `page`: path of the page. `size`: size of the folder in bytes, counted as in `inspect`. `against`: the
+        comparison of the model in the folder with the original model; None without `against`. It has the entries
+        `max_abs_logit_diff`, `mean_kl`, `perplexity` and `ratio` of the result of `verify`.
 
     Raises:
-        CheckpointError: a checkpoint is damaged, or the page cannot be written.
-        UsageError: matplotlib is missing, or the text has too few tokens.
+        CheckpointError: a checkpoint is damaged, the vocabularies differ in size, or the page cannot be written.
+        UsageError: matplotlib is missing, the text has too few tokens, or an argument is invalid.
         UnsupportedModelError: `against` is given, but transformers cannot run a model on text.
     """
     check_charts()
@@ -157,7 +158,7 @@ def _rounded_bytes(specs: Mapping[str, TensorSpec], bits: int) -> int:
 
 
 def _place(name: str) -> tuple[int, str]:
-    """Return the block and the role of a tensor, derived from its name. Block -1 means that it is in no block."""
+    """Return the block and the role of a tensor, derived from its name. Block -1 stands for a tensor in no block."""
     parts = name.removesuffix(".weight").split(".")
     numbers = [int(part) for part in parts if part.isdecimal() and len(part) <= _MAX_DIGITS]
     return (numbers[0] if numbers else -1), parts[-1] if parts[-1] not in ("down", "up") else ".".join(parts[-2:])

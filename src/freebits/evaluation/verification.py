@@ -63,13 +63,13 @@ def verify(
         progress: callback, called after each window.
 
     Returns:
-        `ok`; `failed`, the names of the failed checks (`equal`, `product` for adapters, `finite`, `kl` and `ratio`);
-        `fidelity`, the lowest fidelity of the steps between the models; `max_abs_logit_diff`; `mean_kl`,
-        KL(reference ‖ packed) in nats per token; `ratio`, packed / reference; and `perplexity` {`reference`, `packed`}.
-        Values that were not measured are None.
+        `ok`: whether no check failed. `failed`: the checks above that failed: `equal`, `product` (for adapters),
+        `finite`, `kl` or `ratio`. `fidelity`: `bit-exact`, `function-preserving` or `lossy`, the worst of the steps
+        between the models. `max_abs_logit_diff`: largest change of a logit. `mean_kl`: KL(reference ‖ packed) in nats
+        per token. `perplexity` {`reference`, `packed`}. `ratio`: packed / reference. Values not measured are None.
 
     Raises:
-        CheckpointError: a checkpoint is damaged, or a digest or the signature does not match.
+        CheckpointError: a checkpoint or the signature is missing or damaged, or the vocabularies differ in size.
         UsageError: the text has too few tokens, or an argument is invalid.
         UnsupportedModelError: transformers cannot run one of the models on text.
     """
@@ -120,7 +120,7 @@ def _failed(measured: dict[str, Any], max_kl: float, max_ratio: float) -> list[s
 
 
 def _fidelity(packed: PackedFolder, reference: Folder) -> str:
-    """Return the lowest fidelity of the steps from the reference to the packed model.
+    """Return the worst fidelity of the steps from the reference to the packed model.
 
     If the history of the packed model does not begin with that of the reference, the steps are unknown, and the result
     is `LOSSY`.
@@ -188,7 +188,8 @@ def compare_models(
         `max_abs_logit_diff`, `mean_kl`, `ratio` and `perplexity`, as in the result of `verify`.
 
     Raises:
-        CheckpointError: the vocabularies differ in size.
+        CheckpointError: a checkpoint is damaged, or the vocabularies differ in size.
+        UnsupportedModelError: see `window_logits`.
     """
     outputs = zip(window_logits(reference_path, windows), window_logits(packed_path, windows, view), strict=True)
     losses: tuple[list[float], list[float]] = ([], [])

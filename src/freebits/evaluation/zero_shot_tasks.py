@@ -104,9 +104,9 @@ def zero_shot(
         progress: callback, called after each batch with the number of finished requests.
 
     Returns:
-        Name of a task → name of a metric → value. The metrics are `acc`, `acc_norm` (with log-likelihoods divided by
-        the length of the answer), their standard errors `acc_stderr` and `acc_norm_stderr`, and the other metrics of
-        the task. These four metrics are None if the task lacks them.
+        Name of a task → name of a metric → value. The metrics are `acc`, the fraction of right answers; `acc_norm`, the
+        same with log-likelihoods divided by the length of the answer; `acc_stderr` and `acc_norm_stderr`, the standard
+        errors of these two; and the other metrics of the task. Of the first four, those that the task lacks are None.
 
     Raises:
         UsageError: the documents cannot be loaded, or lm-eval cannot run the model on them.

@@ -56,7 +56,7 @@ class WorkStore:
 class Work:
     """Runs stages of work with an executor, and stores finished pieces until `drop` deletes them.
 
-    The key of a piece in the store is `STAGE-NUMBER`.
+    The key of a piece in the store is `STAGE-INDEX`. Indices count the pieces of a stage from 0.
 
     Args:
         executor: the executor that runs the pieces.

@@ -33,7 +33,10 @@ def empty_model(config: PreTrainedConfig) -> Any:
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Create the parameters of new modules on the meta device, without memory. Buffers are created as usual."""
+    """Move each parameter of a new module to the meta device as soon as the module has created the parameter.
+
+    Then the parameter takes no memory. Buffers stay where they are created.
+    """
     register = nn.Module.register_parameter
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:

@@ -61,15 +61,16 @@ def load(
         stay_packed: whether the matrices of a quantized model stay in the files. Each forward pass decodes a block when
             it enters the block, and drops it afterwards. Memory then holds the matrices of one block at a time, but a
             forward pass takes longer. This is for scoring texts and for long prompts, not for generating.
-        keep_pivots: whether low-rank layers skip the multiplication by identity columns. If possible, `pack` changes a
-            low-rank layer so that one of its two matrices contains all columns of an identity matrix. A loaded layer
-            that skips these columns has `rank²` fewer weights, and as many fewer multiplications for each token.
+        keep_pivots: whether low-rank layers stay in the form in which `pack` stores them, if possible. In this form,
+            some columns of one of the two matrices of a layer are an identity matrix. These columns are the *pivots*.
+            They are not stored, so the layer has `rank²` fewer weights, and `rank²` fewer multiplications per token.
 
     Returns:
         A model of transformers.
 
     Raises:
-        CheckpointError: the folder holds no valid checkpoint, or a tensor is damaged or missing.
+        CheckpointError: the folder holds no valid checkpoint of a model, or a tensor is damaged or missing. A folder
+            that is not packed also raises this error if transformers does not know the model type.
         UnsupportedModelError: transformers has no class for the model.
     """
     path = local_folder(path)
@@ -140,7 +141,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     folder = open_folder(path)
     options: dict[str, Any] = {}
     if isinstance(folder, PackedFolder) and folder.config.get("model_type") in CONFIG_MAPPING:
-        # needed for tokenizers whose class only the model type determines
+        # for some tokenizers, transformers finds the class only by the model type in the config
         options["config"] = CONFIG_MAPPING[folder.config["model_type"]].from_dict(decode_floats(folder.config))
     with one_line_errors(path, "tokenizer"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(

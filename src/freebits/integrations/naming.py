@@ -52,10 +52,10 @@ class FileRows(NamedTuple):
 
     Attributes:
         tensor: name of the tensor in the checkpoint.
-        start: number of the first of these rows within the checkpoint tensor.
-        stop: number of the last of these rows within the checkpoint tensor, plus 1.
-        order: for each of these rows (or for each column, if `swapped`), the number of the requested row that it holds,
-            (n,), int64. The first requested row has number 0.
+        start: index of the first of these rows in the checkpoint tensor.
+        stop: index of the last of these rows in the checkpoint tensor, plus 1.
+        order: for each of these rows (or for each column, if `swapped`), the index of the requested row that it holds,
+            (n,), int64. The first requested row has index 0.
         swapped: whether the requested rows are columns in the checkpoint.
     """
 
@@ -173,10 +173,10 @@ class TransformersView:
         """Trace the rows of a converted tensor back to the checkpoint.
 
         Returns:
-            The names of the checkpoint tensors from which the tensor is made, row numbers, and column numbers. The rows
-            of all these checkpoint tensors are numbered consecutively. If rows stay rows, there is one row number for
-            each row, (rows,), and the column numbers are None. If rows are columns in the checkpoint, there is a row
-            number for each value, (rows, width), and a column number for each row, (rows,).
+            The names of the checkpoint tensors from which the tensor is made, row indices, and column indices. Row
+            indices count the rows of all these checkpoint tensors together. If rows stay rows, there is one row index
+            for each row, (rows,), and the column indices are None. If rows are columns in the checkpoint, there is a
+            row index for each value, (rows, width), and a column index for each row, (rows,).
         """
         cached: dict[str, tuple[list[str], Tensor, Tensor | None]] = self.__dict__.setdefault("_origins", {})
         if name not in cached:
@@ -185,7 +185,7 @@ class TransformersView:
         return cached[name]
 
     def _traced(self, name: str) -> tuple[list[str], Tensor, Tensor | None]:
-        """Compute the result of `_origin` by converting tensors that contain row numbers, then column numbers."""
+        """Compute the result of `_origin` by converting tensors that contain row indices, then column indices."""
         conversion = self._conversions[name]
         tensors = sorted(conversion.patterns)
         row_numbers: dict[str, Tensor] = {}

@@ -1,18 +1,20 @@
 """The architecture table of a model: the role of each tensor, and the tensor's axes along the residual stream.
 
-After norm folding, each norm of the residual stream is a bare RMS norm, which commutes with rotations. In a sliced
-model, each skip connection has a matrix, the *shortcut*. A *site* is the part of the stream between two shortcuts. To
-rotate a site, freebits multiplies each tensor that has an axis at the site by the same orthogonal `Q` along this axis,
-no matter whether the tensor writes the stream or reads it. This does not change the function of the model (Remark 3.1
-of arXiv 2410.01309). Matrices have the layout of `nn.Linear`, `(d_out, d_in)`.
+Norm folding turns the norms of the residual stream into bare RMS norms, which commute with rotations; a final norm
+before a tied head is an exception. In a sliced model, each skip connection has a matrix, the *shortcut*. The shortcuts
+divide the stream into parts, the *sites*. To rotate a site, freebits multiplies each tensor that has an axis at the
+site by the same orthogonal `Q` along this axis, no matter whether the tensor writes the stream or reads it. This does
+not change the function of the model (Remark 3.1 of arXiv 2410.01309). Matrices have the layout of `nn.Linear`,
+`(d_out, d_in)`.
 
 A model with `L` blocks of two sublayers has `2L + 1` sites. If attention and MLP run in parallel, they are two branches
 of one sublayer, and there are `L + 1` sites. Site 0 lies before the first sublayer and site `s` after sublayer `s`,
 whose shortcut joins sites `s - 1` and `s`.
 
 If the head is tied to the token embedding, the shared matrix has axes at the first and the last site, and no rotation
-fits both sites. Therefore this matrix and the final norm stay unchanged, and the last site cannot be rotated. A factor
-`(D, k)` maps the embeddings of the tokens to site 0.
+fits both sites. Therefore this matrix and the final norm stay unchanged, and the last site cannot be rotated. The
+embedding of a token, a vector of size `D`, is multiplied by a *factor* `(D, k)`. The product is the stream at site 0,
+of width `k`.
 """
 
 import math
@@ -41,7 +43,7 @@ class Role(Enum):
     INNER = "inner"
     """A tensor inside a branch, without an axis along the stream."""
     FACTOR = "factor"
-    """`M` of a shortcut `[I - M Mᵀ, 0]`, or the matrix that maps a tied embedding to the stream."""
+    """The matrix `M` in place of a shortcut `[I - M Mᵀ, 0]`, or the factor that maps a tied embedding to site 0."""
     HEAD = "head"
 
 
@@ -80,7 +82,8 @@ class Module:
     stacked: bool = False
     """Whether the module is a stack of expert matrices."""
     side: str = ""
-    """For a low-rank layer, the matrix that `weight` names: `down` reads the inputs, `up` computes the outputs."""
+    """For a low-rank layer, the one of its two matrices that the property `weight` names: `down`, which reads the
+    inputs, or `up`, which computes the outputs. Empty for any other module."""
 
     @property
     def weight(self) -> str:
@@ -342,7 +345,7 @@ class Architecture:
         return norms if self.tied else (*norms, self.final_norm)
 
     def without_ignored(self, names: Iterable[str]) -> list[str]:
-        """Return the given names of tensors, except those of tensors that no model reads."""
+        """Return the given names of tensors, without the names of tensors that no model reads (`Family.ignored`)."""
         return [name for name in names if not name.endswith(self.family.ignored)]
 
     def _embeddings(self) -> Iterator[Weight]:

@@ -92,7 +92,7 @@ class Base:
         """Return the folder of the base: the given one, one in `FREEBITS_BASE_PATH`, or the recorded one.
 
         Raises:
-            CheckpointError: the folder does not exist.
+            CheckpointError: no folder is given, and none is found.
         """
         if given is not None:
             return local_folder(given)

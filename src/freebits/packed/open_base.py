@@ -40,16 +40,21 @@ class OpenBase:
         """Open the base that a user calls `model`, for a packed folder at `out`.
 
         Raises:
-            CheckpointError: `model` is not a sound checkpoint, or needs too many bases itself.
+            CheckpointError: `model` or one of its own bases is not a sound checkpoint, or `model` needs too many
+                bases.
         """
         path = local_folder(model)
-        folder = open_folder(path, n_bases=BASES - 1)
-        current = folder
-        for _ in range(BASES):
-            if not isinstance(current, PackedFolder) or current.manifest.base is None:
-                return cls(Base.of(model, path, out), folder)
+        current = folder = open_folder(path)
+        n_bases = 0
+        while isinstance(current, PackedFolder) and current.manifest.base is not None:
+            n_bases += 1
+            if n_bases == BASES:
+                raise CheckpointError(
+                    f"{model} needs {BASES} or more bases itself, but a base may need at most {BASES - 1}: choose "
+                    "another base"
+                )
             current = current.base
-        raise CheckpointError(f"{model} needs {BASES} bases, but a base can need only {BASES - 1}: choose another base")
+        return cls(Base.of(model, path, out), folder)
 
     def partners(self, specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
         """Return name → the base's spec, for each tensor that `delta` can encode as differences from the base.
@@ -83,7 +88,7 @@ class OpenBase:
             used_names: see `relative`.
 
         Returns:
-            The piece, and the tensors of the base that it takes, by the names by which recipes take them.
+            The piece, and the tensors of the base that the piece takes, by the names by which recipes take them.
         """
         if not self.partners({name: spec}):
             return encode_alone(), {}

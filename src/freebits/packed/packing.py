@@ -53,6 +53,7 @@ def pack_into(
 
     Raises:
         CheckpointError: the source is damaged, or the codec does not encode the model.
+        UnsupportedModelError: see `family_of`.
     """
     entropy, code = stage
     model: Mapping[str, Any] = source.config

@@ -27,6 +27,7 @@ from freebits.types import TensorSpec, bytes_of
 
 MODEL = "model"
 """Key of the model's own config in the `config.json` of a packed folder."""
+_GIVE_BASE = f"give the right base, by `base` or by the environment variable {BASE_PATH}"
 
 
 class PackedFolder:
@@ -132,7 +133,10 @@ class PackedFolder:
             raise self._damaged("it has no base")
         folder = self.manifest.base.locate(self.path, self._base)
         if not self._n_bases:
-            raise CheckpointError(f"{self.path} needs more than {BASES} bases: one may be its own base")
+            raise CheckpointError(
+                f"{self.path} is the last base in a chain of {BASES}, but also needs a base: one of the bases may be "
+                "its own base"
+            )
         return open_folder(folder, n_bases=self._n_bases - 1)
 
     def is_reproducible(self, name: str) -> bool:
@@ -237,13 +241,13 @@ class PackedFolder:
         if spec != expected.spec:
             raise CheckpointError(
                 f"{self.path} needs a base whose {expected.name} is {expected.spec}, but in {base.path} it is "
-                f"{spec or 'missing'}: give the right base (`base`, or {BASE_PATH})"
+                f"{spec or 'missing'}: {_GIVE_BASE}"
             )
         tensor = base[expected.name]
         if (actual := digest(expected.spec, bytes_of(tensor))) != expected.digest:
             raise CheckpointError(
                 f"{self.path} needs a base whose {expected.name} has the digest {expected.digest}, but in {base.path} "
-                f"it has {actual}: give the right base (`base`, or {BASE_PATH})"
+                f"it has {actual}: {_GIVE_BASE}"
             )
         return tensor
 

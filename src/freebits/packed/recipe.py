@@ -89,7 +89,7 @@ class Recipe:
         """Compare made tensors with the digest or the sums.
 
         Raises:
-            ValueError: they differ.
+            ValueError: the tensors do not match the digest or the sums.
         """
         if self.digest is not None and self.digest != _digest(tensors):
             raise ValueError("the decoded values do not have the digest of the packed ones")

@@ -30,7 +30,7 @@ def local_folder(
             from the hub by range.
 
     Raises:
-        CheckpointError: the model does not exist or cannot be reached.
+        CheckpointError: a hub id or a URL does not exist or cannot be reached. A folder is not checked.
     """
     if url := url_of(model):
         return mirror(url)

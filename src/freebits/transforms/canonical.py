@@ -72,7 +72,7 @@ class Canonical:
     def step(
         self, state: Chain, part: Part, analysis: CanonicalAnalysis, following: CanonicalAnalysis | None
     ) -> tuple[Chain, PartChange]:
-        """Compute the rotations of a part from that of the site before it, by matrix products only."""
+        """Compute the rotations of a part from the rotation of the previous site, by matrix products only."""
         unsound = analysis.unsound | (following.unsound if following else {})
         rotations: dict[int, Tensor] = {}
         replaced: dict[str, Tensor | None] = {}

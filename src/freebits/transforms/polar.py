@@ -108,7 +108,7 @@ def _power_iteration(symmetric: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _orthogonal(R: Tensor) -> Tensor | None:
-    """Return the nearest matrix with orthonormal rows (Newton-Schulz iteration), or None if `R` is too far from it."""
+    """Return the nearest matrix with orthonormal rows (Newton-Schulz iteration), or None if `R` is too far from one."""
     identity = torch.eye(len(R), dtype=R.dtype, device=R.device)
     for _ in range(_NEWTON_STEPS):
         error = R @ R.T - identity
