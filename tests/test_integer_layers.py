@@ -80,7 +80,8 @@ def test_products_and_lookups_are_those_of_the_expanded_matrix(
     blocks = random_blocks(sizes, m, seed, n_outliers, largest, n_states)
     matrix = filled(blocks, n_states)
     for block in matrix.blocks[1:]:
-        assert bool(block.nibbles.numel()) == (largest == 7) == (not block.integers.numel())
+        assert bool(block.nibbles.numel()) == (not block.integers.numel())
+        assert block.nibbles.numel() or largest > 7
     W = torch.cat([block.floats(torch.float32) for block in blocks])
     assert torch.allclose(matrix.floats(), W, rtol=1e-6)
     generator = torch.Generator().manual_seed(seed)
@@ -165,7 +166,7 @@ def test_a_model_that_stays_packed_runs_in_threads_and_has_no_weights_outside_a_
         first, *others = executor.map(lambda _: logits(packed), range(9))
     assert all(torch.equal(first, other) for other in others)
     with pytest.raises(UsageError, match="keep_integers"):
-        print(packed.lm_head.weight)
+        _ = packed.lm_head.weight
 
 
 def test_layers_of_integers_accept_what_ordinary_layers_accept(quantized: Path) -> None:

@@ -4,7 +4,7 @@ import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -167,25 +167,24 @@ def _decode_late(
         if isinstance(module, IntegerMatrix):
             blocks.setdefault(_block_of(model, path), set()).add(name_of[module])
 
-    n_users, lock = Counter[nn.Module](), Lock()  # several threads can run the model at the same time
+    n_users, lock = Counter[str](), Lock()  # several threads, or two layers that share a matrix, can use it at once
 
-    def decode(names: Iterable[str], block: nn.Module, *_: object) -> None:
+    def decode(names: Sequence[str], *_: object) -> None:
         with lock:
-            n_users[block] += 1
-            if n_users[block] == 1:
-                for name, matrix in matrices.filled(names, any_size=True):
-                    placed[name].blocks = matrix.blocks
+            for name, matrix in matrices.filled([name for name in names if not n_users[name]], any_size=True):
+                placed[name].blocks = matrix.blocks
+            n_users.update(names)
 
-    def release(names: Iterable[str], block: nn.Module, *_: object) -> None:
+    def release(names: Sequence[str], *_: object) -> None:
         with lock:
-            n_users[block] -= 1
-            if not n_users[block]:
-                for name in names:
+            n_users.subtract(names)
+            for name in names:
+                if not n_users[name]:
                     placed[name].release()
 
     for block, names in blocks.items():
         block.register_forward_pre_hook(partial(decode, sorted(names)))
-        block.register_forward_hook(partial(release, names), always_call=True)
+        block.register_forward_hook(partial(release, sorted(names)), always_call=True)
 
 
 def _block_of(model: Any, path: str) -> nn.Module:

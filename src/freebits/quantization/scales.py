@@ -9,9 +9,10 @@ divergence. The column scales are those of WaterSIC (arXiv 2603.04956).
 
 At low rates, smaller integers are worth an error, because they take fewer bits. The cost of a value `v` for a target
 `t`, in units of the scale, is `(t - v)² + λ b`. Here `b` is the number of bits of `v`. For a normal distribution with
-variance `σ²`, `b` is a constant plus `v² / (2 σ² ln 2)`. Rounding without this cost has the mean squared error `D`: 1/12,
-times a factor below 1 with a trellis (`GAINS`). Saving one bit raises this error by `λ = 2 D ln 2`. So the cost is a constant plus a multiple of `(t / (1 + D / σ²) - v)²`:
-the target is divided by `1 + D / σ²`, and then rounded as usual.
+variance `σ²`, `b` is a constant plus `v² / (2 σ² ln 2)`. Rounding without this cost has the mean squared error `D`:
+1/12, times a factor below 1 with a trellis (`GAINS`). Saving one bit raises this error by `λ = 2 D ln 2`. So the cost
+is a constant plus a multiple of `(t / (1 + D / σ²) - v)²`: the target is divided by `1 + D / σ²`, and then rounded as
+usual.
 """
 
 import torch
