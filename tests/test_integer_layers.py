@@ -189,8 +189,8 @@ def test_matrices_of_large_integers_are_expanded(
     kept = freebits.load(tmp_path / "out", dtype=torch.float32, keep_integers=True)
     assert "do not fit 8 bits" in caplog.text
     assert_close(logits(kept), logits(expanded(kept, tmp_path / "out")))
-    packed = freebits.load(tmp_path / "out", dtype=torch.float32, stay_packed=True)
-    assert_close(logits(packed), logits(kept))
+    packed = freebits.load(tmp_path / "out", dtype=torch.float32, stay_packed=True)  # does not round to float16
+    assert (logits(packed) - logits(kept)).norm() < 0.01 * logits(kept).norm()
 
 
 def test_generation_with_beams_and_batches_gives_the_same_tokens(quantized: Path) -> None:
