@@ -54,10 +54,11 @@ def load(
         dtype: dtype of the weights in memory; `auto` is the dtype of the checkpoint.
         verify: whether to check the digest of every tensor that is read from a packed folder.
         base: folder or hub id of the model's base (see `pack`), if the base has moved since the folder was packed.
-        keep_integers: whether the linear layers and embeddings of a quantized model stay 8-bit integers in memory,
-            which take half the bytes of 16-bit floats. Forward and backward passes do not expand a whole matrix. The
-            logits differ from those of the expanded model by rounding errors only. The weights cannot be trained, but
-            adapters on top of them can. Matrices for which this is not possible are expanded, with a warning.
+        keep_integers: whether the linear layers and embeddings of a quantized model stay integers in memory: of 4 bits
+            at about 3 bits per weight or less, otherwise of 8 bits. Forward and backward passes do not expand a whole
+            matrix. The logits differ from those of the expanded model by rounding errors only. The weights cannot be
+            trained, but adapters on top of them can. Matrices for which this is not possible are expanded, with a
+            warning.
         stay_packed: whether the matrices of a quantized model stay in the files. Each forward pass decodes a block when
             it enters the block, and drops it afterwards. Memory then holds the matrices of one block at a time, but a
             forward pass takes longer. This is for scoring texts and for long prompts, not for generating.
