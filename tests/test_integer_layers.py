@@ -59,7 +59,7 @@ def filled(blocks: list[ScaledIntegers], n_states: int = 0) -> IntegerMatrix:
     )
     makes = [TensorSpec("F32", tuple(block.integers.shape)) for block in blocks]
     for chunk in Integers().chunks(encoded.parts, makes, encoded.params, GROUP):
-        matrix.blocks[chunk.number].add(chunk)
+        matrix.blocks[chunk.index].add(chunk)
     for block in matrix.blocks:
         block.finish()
     return matrix

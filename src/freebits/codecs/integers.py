@@ -55,7 +55,7 @@ class IntegerChunk:
     """Consecutive rows of one of several matrices of integers.
 
     Attributes:
-        number: index of the matrix.
+        index: index of the matrix.
         start: index of the chunk's first row in the matrix.
         rows: exponents of the scales of all rows of the matrix, (n,), int16.
         columns: exponents of the scales of all columns, (m,), int16.
@@ -64,7 +64,7 @@ class IntegerChunk:
         integers: (rows of the chunk, m), int32. The next chunk of the matrix replaces them.
     """
 
-    number: int
+    index: int
     start: int
     rows: Tensor
     columns: Tensor

@@ -137,16 +137,16 @@ class IntegerBlock(nn.Module):
         for start, stop, rows in self._integer_rows():
             yield start, stop, self._with_outliers(rows.to(dtype), torch.arange(start, stop, device=rows.device))
 
-    def lookup(self, numbers: Tensor) -> Tensor:
-        """Return rows of the block, (k, m), float32, with their scales, given their numbers, (k,)."""
+    def lookup(self, indices: Tensor) -> Tensor:
+        """Return rows of the block, (k, m), float32, with their scales, given their indices, (k,)."""
         if self.nibbles.numel():
-            numbers = numbers.long()
-            words = np.empty((len(numbers), 2 * self.nibbles.shape[1]), np.uint64)
-            _unpack_rows(*self._arrays(), numbers.numpy(), *self._masks(), words)
+            indices = indices.long()
+            words = np.empty((len(indices), 2 * self.nibbles.shape[1]), np.uint64)
+            _unpack_rows(*self._arrays(), indices.numpy(), *self._masks(), words)
             rows = torch.from_numpy(words.view(np.int8))[:, : self.shape[1]]
         else:
-            rows = self.integers[numbers]
-        return self._with_outliers(rows.float(), numbers) * self.columns * self.rows[numbers, None]
+            rows = self.integers[indices]
+        return self._with_outliers(rows.float(), indices) * self.columns * self.rows[indices, None]
 
     def multiply(self, x: NDArray[np.float32], out: NDArray[np.float32], start: int, stop: int) -> None:
         """Fill columns `start` to `stop` of `out`, (k, n), with those of `x Vᵀ`; `V` has the integers with outliers.
@@ -156,8 +156,8 @@ class IntegerBlock(nn.Module):
         Args:
             x: inputs, (k, m), with the column scales applied.
             out: array to fill; the row scales are not applied.
-            start: first row of the block.
-            stop: row after the last row.
+            start: index of the first row.
+            stop: index of the row after the last row.
         """
         words = np.empty((_ROWS_AT_ONCE, 2 * self.nibbles.shape[1]), np.uint64)
         outliers = (self.outlier_starts.numpy(), self.outlier_columns.numpy(), self.outlier_values.numpy())
@@ -181,16 +181,14 @@ class IntegerBlock(nn.Module):
             _unpack(nibbles[group], states[first // GROUP].copy(), *self._masks(), words[first - start :])
         return torch.from_numpy(words.view(np.int8))[:, : self.shape[1]]
 
-    def _with_outliers(self, values: Tensor, numbers: Tensor) -> Tensor:
-        """Add the outliers of the rows with these numbers, (k,), to the values of these rows, (k, m), in place."""
-        starts = self.outlier_starts[numbers].long()
-        counts = self.outlier_starts[numbers + 1].long() - starts
+    def _with_outliers(self, values: Tensor, indices: Tensor) -> Tensor:
+        """Add the outliers of the rows with these indices, (k,), to the values of these rows, (k, m), in place."""
+        starts = self.outlier_starts[indices].long()
+        counts = self.outlier_starts[indices + 1].long() - starts
         if len(self.outlier_values) and counts.any():
-            ends = counts.cumsum(0)
-            places = torch.arange(int(ends[-1]), device=values.device) + (starts - ends + counts).repeat_interleave(
-                counts
-            )
-            rows = torch.arange(len(numbers), device=values.device).repeat_interleave(counts)
+            ends, device = counts.cumsum(0), values.device
+            places = (starts - ends + counts).repeat_interleave(counts) + torch.arange(int(ends[-1]), device=device)
+            rows = torch.arange(len(indices), device=device).repeat_interleave(counts)
             columns = self.outlier_columns[places].long()
             values.index_put_((rows, columns), self.outlier_values[places].to(values.dtype), accumulate=True)
         return values
@@ -282,17 +280,17 @@ def _unpack(
 def _unpack_rows(
     nibbles: NDArray[np.uint64],
     states: NDArray[np.uint64],
-    numbers: NDArray[np.int64],
+    indices: NDArray[np.int64],
     odd_state: np.uint64,
     odd_symbol: np.uint64,
     doubled: np.uint64,
     words: NDArray[np.uint64],
 ) -> None:
-    """Fill `words`, (k, 2 w), with the 8-bit integers of the rows with these numbers, (k,)."""
-    for index in range(len(numbers)):
-        group, last = numbers[index] // GROUP, numbers[index]
+    """Fill `words`, (k, 2 w), with the 8-bit integers of the rows with these indices, (k,)."""
+    for i in range(len(indices)):
+        group, last = indices[i] // GROUP, indices[i]
         rows = nibbles[group * GROUP : last + 1]
-        _unpack(rows, states[group].copy(), odd_state, odd_symbol, doubled, words[index : index + 1])
+        _unpack(rows, states[group].copy(), odd_state, odd_symbol, doubled, words[i : i + 1])
 
 
 @partial(compiled, any_order=True)

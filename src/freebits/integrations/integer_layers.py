@@ -63,20 +63,20 @@ class IntegerMatrix(nn.Module):
                 matrix[first + start : first + stop] = values * block.columns * block.rows[start:stop, None]
         return matrix
 
-    def lookup(self, numbers: Tensor) -> Tensor:
+    def lookup(self, indices: Tensor) -> Tensor:
         """Return rows of the matrix, (…, m), given the indices of the rows, (…).
 
         Raises:
             IndexError: there is no row with an index.
         """
-        flat = numbers.flatten()
+        flat = indices.flatten()
         if len(flat) and not 0 <= flat.min() <= flat.max() < self.shape[0]:
             raise IndexError(f"an index is outside the range from 0 to {self.shape[0] - 1}")
         values = torch.empty(len(flat), self.shape[1], dtype=self.dtype, device=flat.device)
         for first, block in self._placed_blocks():
             inside = (flat >= first) & (flat < first + block.shape[0])
             values[inside] = block.lookup(flat[inside] - first).to(self.dtype)
-        return values.reshape(*numbers.shape, self.shape[1])
+        return values.reshape(*indices.shape, self.shape[1])
 
     def product(self, x: Tensor) -> Tensor:
         """Return `x Wᵀ`, (k, n), for `x`, (k, m), in the dtype of `x`."""

@@ -79,7 +79,7 @@ class _Matrices:
                             matrices[name] = self.empty(name)
                     blocks[number] = name, matrices[name].blocks[number_in_matrix]
             for chunk in self._packed.integer_chunks(recipe, GROUP):
-                block = blocks[chunk.number][1] if chunk.number in blocks else None
+                block = blocks[chunk.index][1] if chunk.index in blocks else None
                 if block is not None and (any_size or block.fits):
                     block.add(chunk)
             for _, block in blocks.values():
