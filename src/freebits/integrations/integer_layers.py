@@ -17,6 +17,8 @@ from freebits.integrations.integer_blocks import GROUP, IntegerBlock
 
 _MIN_ROWS = 16
 """Smallest number of rows of 8-bit integers for a thread."""
+_MIN_PRODUCTS = 1 << 21
+"""Number of scalar products that take about as long as waking a thread."""
 _MAX_COMPILED_INPUTS = 16
 """Largest number of input vectors for which the compiled loop is faster than expanding the integers."""
 
@@ -194,13 +196,15 @@ def _product_dtype(x: Tensor) -> torch.dtype:
 
 def _compiled_product(block: IntegerBlock, x: Tensor, out: Tensor) -> None:
     """Fill `out`, (k, n), with `x Vᵀ` for few inputs `x`, (k, m), on several threads; see `IntegerBlock.multiply`."""
-    n_threads, n = torch.get_num_threads(), block.shape[0]
+    (n, m), arrays = block.shape, (np.ascontiguousarray(x.detach().numpy()), out.numpy())
+    n_threads = max(1, min(torch.get_num_threads(), len(x) * n * m // _MIN_PRODUCTS))
     step = GROUP if block.nibbles.numel() else _MIN_ROWS
     bounds = sorted({min(n, step * round(n * index / n_threads / step)) for index in range(n_threads)} | {n})
-    arrays = np.ascontiguousarray(x.detach().numpy()), out.numpy()
+    first, *others = pairwise(bounds) if n else [(0, 0)]
     futures: list[Future[None]] = [
-        _threads(n_threads).submit(block.multiply, *arrays, start, stop) for start, stop in pairwise(bounds)
+        _threads(n_threads).submit(block.multiply, *arrays, start, stop) for start, stop in others
     ]
+    block.multiply(*arrays, *first)
     for future in futures:
         future.result()
 
