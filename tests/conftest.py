@@ -129,7 +129,7 @@ def demo_run(tmp_path_factory: pytest.TempPathFactory) -> DemoRun:
     """Slice, pack and unpack SmolLM2 once per test run."""
     folder = tmp_path_factory.mktemp("demo")
     run = DemoRun(demo_model(), *(folder / name for name in ("sliced", "bits-back", "canonical", "unpacked")))
-    freebits.slice_model(run.dense, run.sliced, sparsity=0.2, calibration=embedded_text()[0], samples=8)
+    freebits.slice_model(run.dense, run.sliced, sparsity=0.2, calibration=embedded_text()[0], samples=12)
     freebits.pack(run.sliced, run.bits_back, codec="bits-back", entropy="none", threshold=0.01)
     freebits.pack(run.sliced, run.canonical, entropy="none")
     freebits.unpack(run.canonical, run.unpacked)

@@ -41,7 +41,7 @@ def test_slicing_raises_perplexity_by_less_than_half(demo_run: DemoRun, report: 
     [step] = freebits.inspect(demo_run.sliced)["history"]
     measured = step["perplexity"]
     report(f"sliced: perplexity {perplexity:.3f} on held-out topics; {measured} on held-out windows")
-    assert perplexity < 26
+    assert perplexity < 28
     assert 1 < measured["sliced"] / measured["dense"] < 1.5
 
 
