@@ -109,6 +109,11 @@ def history_that_makes_no_sense(folder: Path) -> None:
 
 
 @attack("canonical")
+def producer_that_is_no_text(folder: Path) -> None:
+    redigest(folder, lambda manifest: manifest.update(producer=["freebits"]))
+
+
+@attack("canonical")
 def field_that_nobody_knows(folder: Path) -> None:
     redigest(folder, lambda manifest: manifest.update(run="rm -rf /"))
 

@@ -46,7 +46,7 @@ from freebits.storage.signature import check_key
 from freebits.storage.staging import new_directory
 
 MAX_KL = 0.05
-"""Largest mean KL divergence, in nats per token, if no target is given."""
+"""Largest mean KL divergence, in nats per token, if no target is given and the model runs on text."""
 RUINOUS_KL = 0.5
 """Mean KL divergence, in nats per token, above which a model is written only with `force`."""
 _TRIES = 3
@@ -66,7 +66,8 @@ class Plan:
 
     Attributes:
         model: folder or URL of the model.
-        bytes: size in bytes of the model before compression.
+        bytes: size in bytes of the model before compression. For a GGUF file without the argument `lossless`, it is the
+            size of the conversion to float16.
         way: method, either `lossless` or `integers` (quantization).
         at_most: largest size of the finished folder in bytes; None if no size is required.
         about: expected size in bytes; None if estimating it requires measurements.
@@ -128,16 +129,17 @@ def compress(
             fsspec supports), id of a model on the hub, or GGUF file.
         out: folder to create; if the function fails, no such folder is left.
         target_size: largest size of the finished folder in bytes, counted as in `inspect`.
-        target_ratio: largest size of the finished folder, as a fraction of the size of `model`, in (0, 1).
+        target_ratio: largest size of the finished folder, as a fraction of the size of `model`, in (0, 1). For a GGUF
+            file, it is a fraction of the size of the conversion to float16.
         bits: average bits per weight of the matrices.
         lossless: whether to keep every bit; `unpack` then restores config and weights files byte for byte.
-        max_kl: largest mean KL divergence from the original model on `text`, in nats per token; 0.05 if no target is
-            given.
+        max_kl: largest mean KL divergence from the original model on `text`, in nats per token. If no target is
+            given, the target is `max_kl=0.05`, or `bits=fallback_bits` if the model does not run on text.
         calibration: text to calibrate on; by default the model generates the text.
         text: text on which the result is compared with the original; by default pages of Python's documentation.
         keep: patterns for the names of tensors to leave unchanged; see `quantize`.
         base: folder or hub id of the model from which `model` was trained. Only the differences from `base` are
-            stored, rounded or, with `lossless`, bit for bit; see `quantize` and `pack`.
+            stored. They are rounded, or kept bit for bit with `lossless`; see `quantize` and `pack`.
         fallback_bits: average bits per weight of the matrices that are rounded without calibration; see `quantize`.
         trellis: number of states of the trellis, or 0 for no trellis; see `quantize`.
         revision: branch, tag or commit of a model on the hub.
@@ -146,7 +148,8 @@ def compress(
         force: whether to write the model even if its mean KL divergence is more than 0.5 nats per token.
         dry_run: whether to return the plan and write nothing. The weights of a model on the hub are then not
             downloaded, except for their headers.
-        sign_with: file with a private key (PEM), which signs every file of the folder; see `verify`.
+        sign_with: file with a private key (PEM), which signs every file of the folder; see `verify`. For a
+            pipeline, it signs the folder of each model, but not the other files.
         progress: callback, called often: after each generated token, block, window or group of matrices.
 
     Returns:
@@ -154,9 +157,9 @@ def compress(
         has the entries of `inspect(out)` and the following ones.
 
         `fidelity`: the result of `verify` against `model`, and `text`, a description of the text if the models were
-        run on one. If transformers cannot run the model on text, a quantized model has these entries instead:
-        `fidelity`, which is `lossy`; `mean_kl`, which is None; and `weight_error`, the norm of the change of all
-        changed tensors, divided by the norm of these tensors before. `coverage`: which weights are rounded, as in the
+        run on one. If a quantized model cannot be run on text, this dict has only three keys: `fidelity`, which
+        is `lossy`; `mean_kl`, which is None; and `weight_error`, which is `‖after - before‖ / ‖before‖` over all
+        tensors that rounding changed. `coverage`: which weights are rounded, as in the
         result of `quantize`; None if no matrix was rounded. `auto_class`: name of the Auto class of transformers that
         loads the folder; None if there is none. `seconds`: how long compression took.
 

@@ -79,7 +79,8 @@ def pack(
             embedding.
         resume: whether to use the finished work of a stopped run with the same arguments. With the codec `none` and
             without a base, there is no such work, so packing starts again.
-        sign_with: file with a private key (PEM), which signs every file of the folder; see `verify`.
+        sign_with: file with a private key (PEM), which signs every file of the folder; see `verify`. For a
+            pipeline, it signs the folder of each model, but not the other files.
         progress: callback, called after each block, or after each tensor with the codec `none`.
 
     Returns:

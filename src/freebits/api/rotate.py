@@ -43,7 +43,7 @@ def rotate_model(
         model: folder of a dense checkpoint.
         out: folder to create; if the function fails, no such folder is left.
         seed: seed of both rotations, from 0 to 2^63 - 1.
-        progress: callback, called after each block.
+        progress: callback, called after each part: the embeddings, each block, and the head.
 
     Returns:
         The result of `inspect(out)`.
@@ -83,7 +83,7 @@ def rotate_model(
 
 
 def _rotated_part(dense: Source, architecture: Architecture, part: Part, seed: int) -> dict[str, Tensor]:
-    """Return the rotated tensors of a part (embeddings, block or head), float64. The scales of all norms become 1."""
+    """Return the rotated tensors of a part (embeddings, block or head), float64. The stream's norms get scale 1."""
     tensors = {name: dense[name] for name in part.weights if name in dense.specs}
     norms = [norm.weight for sub in part.sublayers for norm in sub.norms]
     if part.sublayers:

@@ -106,7 +106,8 @@ def zero_shot(
     Returns:
         Name of a task → name of a metric → value. The metrics are `acc`, the fraction of right answers; `acc_norm`, the
         same with log-likelihoods divided by the length of the answer; `acc_stderr` and `acc_norm_stderr`, the standard
-        errors of these two; and the other metrics of the task. Of the first four, those that the task lacks are None.
+        errors of these two; and the other metrics of the task. If the task lacks one of the first four, its value is
+        None.
 
     Raises:
         UsageError: the documents cannot be loaded, or lm-eval cannot run the model on them.

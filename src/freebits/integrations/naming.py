@@ -1,8 +1,8 @@
 """A view of a checkpoint in which tensors have the names and shapes that they have in transformers.
 
 Checkpoints on the hub keep the tensor names under which they were published. While transformers loads a checkpoint, it
-renames tensors, and merges or splits some of them. For example, it merges the experts of a block into one tensor.
-Conversion tables in transformers define how tensors are renamed, merged and split.
+renames tensors, and converts some of them: it merges, splits or transposes them. For example, it merges the experts of
+a block into one tensor. Tables in transformers define how tensors are renamed and converted.
 """
 
 import copy
@@ -46,24 +46,24 @@ def config_object(source: Source, path: str | os.PathLike[str]) -> PreTrainedCon
 
 
 class FileRows(NamedTuple):
-    """Consecutive rows of a checkpoint tensor that hold some requested rows of a tensor in memory.
+    """A range of rows of one checkpoint tensor, which contains requested rows of a tensor in memory.
 
     A tensor of more than two dimensions is viewed as (rows, last dimension).
 
     Attributes:
-        tensor: name of the tensor in the checkpoint.
-        start: index of the first of these rows in the checkpoint tensor.
-        stop: index of the last of these rows in the checkpoint tensor, plus 1.
-        order: for each of these rows (or for each column, if `swapped`), the index of the requested row that it holds,
-            (n,), int64. The first requested row has index 0.
-        swapped: whether the requested rows are columns in the checkpoint.
+        tensor: name of the checkpoint tensor.
+        start: index of the first row of the range.
+        stop: index of the last row of the range, plus 1.
+        swapped: whether the requested rows are the columns of the range.
+        order: (n,), int64. `order[i]` is the index of the requested row that is row `start + i` of the checkpoint
+            tensor, or column `i` of the range if `swapped`. The first requested row has index 0.
     """
 
     tensor: str
     start: int
     stop: int
-    order: Tensor
     swapped: bool
+    order: Tensor
 
 
 @dataclass
@@ -118,7 +118,7 @@ class TransformersView:
         return self._converted_specs | renamed_specs
 
     def __getitem__(self, name: str) -> Tensor:
-        """Read the tensor called `name`, merged or split if transformers does so."""
+        """Read the tensor called `name`, converted as in transformers."""
         conversion = self._conversions.get(name)
         if conversion is None:
             return self._source[self._renamed.get(name, name)]
@@ -130,16 +130,17 @@ class TransformersView:
         return tensor
 
     def checkpoint_name(self, name: str) -> str | None:
-        """Return the name that a tensor has in the checkpoint; None if the tensor is merged or split."""
+        """Return the name that a tensor has in the checkpoint; None if transformers converts the tensor."""
         return self._renamed.get(name)
 
     def rows(self, name: str, start: int, stop: int) -> list[FileRows]:
         """Locate the rows `start` to `stop - 1` of a tensor of this view in the checkpoint.
 
-        Return [] if they are not consecutive rows of checkpoint tensors or all columns of a matrix in the checkpoint.
+        The requested rows must be consecutive rows of checkpoint tensors, or all the columns of one checkpoint matrix.
+        Otherwise, return [].
         """
         if name in self._renamed:
-            return [FileRows(self._renamed[name], start, stop, torch.arange(stop - start), swapped=False)]
+            return [FileRows(self._renamed[name], start, stop, swapped=False, order=torch.arange(stop - start))]
         if name not in self._conversions:
             return []
         tensors, origin_rows, origin_columns = self._origin(name)
@@ -155,7 +156,7 @@ class TransformersView:
             first, end = int(file_rows.min()), int(file_rows.max()) + 1
             if end - first != len(file_rows):  # rows of other matrices are in between
                 return []
-            result.append(FileRows(tensors[number], first, end, order[file_rows.argsort()], swapped=False))
+            result.append(FileRows(tensors[number], first, end, swapped=False, order=order[file_rows.argsort()]))
         return result
 
     def _swapped(self, tensors: list[str], offsets: Tensor, rows: Tensor, columns: Tensor) -> list[FileRows]:
@@ -167,16 +168,17 @@ class TransformersView:
         if end - first != rows.shape[1] or len(columns) != self._source.specs[tensors[number]].shape[-1]:
             return []
         offset = int(offsets[number])
-        return [FileRows(tensors[number], first - offset, end - offset, columns.argsort(), swapped=True)]
+        return [FileRows(tensors[number], first - offset, end - offset, swapped=True, order=columns.argsort())]
 
     def _origin(self, name: str) -> tuple[list[str], Tensor, Tensor | None]:
         """Trace the rows of a converted tensor back to the checkpoint.
 
         Returns:
-            The names of the checkpoint tensors from which the tensor is made, row indices, and column indices. Row
-            indices count the rows of all these checkpoint tensors together. If rows stay rows, there is one row index
-            for each row, (rows,), and the column indices are None. If rows are columns in the checkpoint, there is a
-            row index for each value, (rows, width), and a column index for each row, (rows,).
+            The names of the checkpoint tensors from which the tensor is made, row indices, and column indices. The
+            rows of all these tensors are numbered consecutively, as if the tensors were stacked in this order. If rows
+            stay rows, there is one row index for each row, (rows,), and the column indices are None. If rows are
+            columns in the checkpoint, there is a row index for each value, (rows, width), and a column index for each
+            row, (rows,).
         """
         cached: dict[str, tuple[list[str], Tensor, Tensor | None]] = self.__dict__.setdefault("_origins", {})
         if name not in cached:

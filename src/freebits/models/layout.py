@@ -22,7 +22,7 @@ class Layout:
     Attributes:
         widths: width of each site; None for a dense model, which has no shortcuts.
         ranks: for each site except site 0, the rank of the shortcut that leads to it. The rank is `r` if the shortcut
-            is `[I - M Mᵀ, 0]` with `M: (k, r)`, and None if the shortcut is a matrix.
+            is stored as the factor `M: (k, r)` of `[I - M Mᵀ, 0]`, and None if the whole matrix is stored.
     """
 
     widths: tuple[int, ...] | None = None
@@ -75,7 +75,7 @@ class Layout:
         return {WIDTHS: list(self.widths)} | ranks
 
     def rank(self, site: int) -> int | None:
-        """Return the rank of the shortcut that leads to a site, or None if the shortcut is a matrix."""
+        """Return the rank of the shortcut that leads to a site, or None if the whole matrix is stored."""
         return self.ranks[site - 1]
 
     def weights(self, architecture: Architecture) -> dict[str, Weight]:
@@ -172,7 +172,7 @@ def _as_stored(row: Weight) -> Weight:
 
 
 def _folded_biases(architecture: Architecture, dense: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Return name → shape of the biases into which the biases of LayerNorms are folded; empty without LayerNorms."""
+    """Return name → shape of the reading layers' biases, which absorb those of LayerNorms; empty without LayerNorms."""
     if not architecture.family.centred:
         return {}
     outputs = 1 if architecture.family.transposed else 0

@@ -34,7 +34,7 @@ class Piece:
         recipes: recipes, in the order in which a reader follows them.
         notes: notes for reports. Each names the code that encodes a site of the residual stream, or the reason why no
             code does.
-        base: name by which a recipe takes a tensor of the base → the tensor.
+        base: tensors of the base model that the recipes need: name that a recipe uses for the tensor → the tensor.
     """
 
     stored: Mapping[str, tuple[TensorSpec, Tensor]] = field(default_factory=dict)
@@ -138,7 +138,8 @@ def relative(
         tensor: its value, which can be flat bytes.
         base: the tensor of the base.
         base_tensor: the value of that tensor.
-        used_names: names that neither stored tensors nor tensors of the base must get.
+        used_names: names that are already used. The recipe's new names for the stored tensor and for the tensor of the
+            base must differ from them.
 
     Raises:
         Declined: the differences save no bytes.

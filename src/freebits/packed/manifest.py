@@ -105,7 +105,7 @@ class Manifest:
         tables = (self.digests, self.originals)
         if not all(isinstance(value, list) for value in lists) or not all(isinstance(value, dict) for value in tables):
             raise ValueError("a value should be a list or an object, but is something else")
-        texts = [self.codec, self.entropy, self.config, *self.files, *self.auxiliary]
+        texts = [self.codec, self.entropy, self.config, self.producer, *self.files, *self.auxiliary]
         texts += [text for table in tables for pair in table.items() for text in pair]
         if not all(isinstance(text, str) for text in texts):
             raise ValueError("a value should be a string, but is something else")

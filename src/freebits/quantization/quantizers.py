@@ -27,8 +27,9 @@ class Quantizer:
         code: name of the code in `freebits.codecs.registry.CODES`.
         encoder: code object that encodes; None for the one in `CODES`.
         parts: names of the parts that the code stores.
-        adaptive: whether the rate parameter is a common factor of all scales, which a rate controller chooses; several
-            matrices are then encoded together. Otherwise the rate parameter is a number of bits per weight.
+        adaptive: whether the rate parameter is one factor that multiplies all scales. A rate controller chooses this
+            factor, and several matrices are encoded together. Otherwise, the rate parameter is a number of bits per
+            weight.
         whole_bits: whether the quantizer requires a whole number of bits per weight, from 2 to 8.
     """
 

@@ -1,4 +1,9 @@
-"""The canonical form of pairs (see `models.free_bases`): a matrix that writes to the spaces contains identities."""
+"""The canonical form of pairs of matrices.
+
+The first matrix of a pair writes to one or more inner spaces, and the second reads them. Each inner space has a free
+basis (see `freebits.models.free_bases`). The canonical form chooses the bases such that the first matrix contains the
+rows of an identity matrix for each space.
+"""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

@@ -1,9 +1,10 @@
 """Slice a dense model (SliceGPT, Ashkboos et al. 2024) with one block in memory at a time.
 
 At each site (see `freebits.models.architecture`), slicing rotates the residual stream into its principal axes and
-keeps the first `k` of them. Each block is calibrated on the output of the sliced blocks before it. For this, each
-dense sublayer receives the stream projected onto these `k` axes. The dense sublayer then computes what the sliced
-sublayer would compute, but in the dense basis.
+keeps the first `k` of them. The last site, and in some families others, keep the full width (see `Layout.sliced`).
+Each block is calibrated on the output of the sliced blocks before it. For this, each dense sublayer receives the stream
+projected onto these `k` axes. The dense sublayer then computes what the sliced sublayer would compute, but in the dense
+basis.
 """
 
 import math
@@ -27,7 +28,10 @@ from freebits.transforms.orthogonal import random_orthogonal
 from freebits.transforms.transform import Dtypes, PartChange
 
 AtSite = Callable[[int, Tensor], Tensor]
-"""Function of a site and its stream, (windows, T, D), float32, that returns the stream for the rest of the model."""
+"""Function that takes a site and the stream there, and returns the stream with which the model continues.
+
+Both streams are (windows, T, D), float32.
+"""
 
 
 class Runner(Protocol):
@@ -120,13 +124,14 @@ class Slice:
 
     Attributes:
         source: the dense model.
-        architecture: architecture of the model, `tied` if the head stays tied in the sliced model.
+        architecture: architecture of the model. Its `tied` says whether the head stays tied in the sliced model.
         runner: object that runs the dense model.
         work: store for the axes of each site and the perplexities.
         tokens: (windows, T), the calibration text.
         held_out: (windows, T), the text on which the loss of quality is measured.
         size: `k`, the width to keep; see `sliced_size`.
-        seed: seed for a random rotation of the axes of each site within their span; None for no such rotation.
+        seed: seed of the random rotations. At each site, a random orthonormal basis of the same subspace replaces the
+            kept axes. None keeps the principal axes.
         progress: function that is called after each site.
     """
 
@@ -154,7 +159,7 @@ class Slice:
         analysis: None,  # noqa: ARG002
         following: None,  # noqa: ARG002
     ) -> tuple[dict[str, float], PartChange]:
-        """Return the state as it was, and the change of a part, which consists of the rotations of its sites."""
+        """Return the same state, and the change of a part: rotations, folded tensors, and the perplexities as facts."""
         if part.sublayers:
             sites = [part.sublayers[0].site - 1, *(sub.site for sub in part.sublayers)]
         else:
