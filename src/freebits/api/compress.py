@@ -159,9 +159,9 @@ def compress(
         `fidelity`: the result of `verify` against `model`, and `text`, a description of the text if the models were
         run on one. If a quantized model cannot be run on text, this dict has only three keys: `fidelity`, which
         is `lossy`; `mean_kl`, which is None; and `weight_error`, which is `‖after - before‖ / ‖before‖` over all
-        tensors that rounding changed. `coverage`: which weights are rounded, as in the
-        result of `quantize`; None if no matrix was rounded. `auto_class`: name of the Auto class of transformers that
-        loads the folder; None if there is none. `seconds`: how long compression took.
+        tensors that rounding changed. `coverage`: which weights are rounded, as in the result of `quantize`; None if
+        no matrix was rounded. `auto_class`: name of the Auto class of transformers that loads the folder; None if there
+        is none. `seconds`: how long compression took.
 
         For a pipeline, the result has only `kind`, which is `pipeline`, and `components`: name of a model → its result.
 

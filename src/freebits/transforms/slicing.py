@@ -1,7 +1,7 @@
 """Slice a dense model (SliceGPT, Ashkboos et al. 2024) with one block in memory at a time.
 
 At each site (see `freebits.models.architecture`), slicing rotates the residual stream into its principal axes and
-keeps the first `k` of them. The last site, and in some families others, keep the full width (see `Layout.sliced`).
+keeps the first `k` of them. Only the last site and, in some families, others keep the full width (`Layout.sliced`).
 Each block is calibrated on the output of the sliced blocks before it. For this, each dense sublayer receives the stream
 projected onto these `k` axes. The dense sublayer then computes what the sliced sublayer would compute, but in the dense
 basis.
