@@ -26,6 +26,7 @@ transformers.logging.disable_progress_bar()
 hypothesis.settings.register_profile("untimed", deadline=None)  # compiling a function takes seconds
 hypothesis.settings.load_profile("untimed")
 
+SLOW_FILES = ("test_smollm2", "test_smollm2_quantized", "test_work", "test_packed", "test_huggingface", "test_attacks")
 Build = Callable[[Path], object]
 
 
@@ -109,8 +110,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Move the tests of SmolLM2 to the front, because they take longest and run in one process."""
-    items.sort(key=lambda item: item.get_closest_marker("smollm2") is None)
+    """Move the files that take longest to the front, because each file runs in one process."""
+    items.sort(key=lambda item: SLOW_FILES.index(item.path.stem) if item.path.stem in SLOW_FILES else len(SLOW_FILES))
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def demo_run(tmp_path_factory: pytest.TempPathFactory) -> DemoRun:
     """Slice, pack and unpack SmolLM2 once per test run."""
     folder = tmp_path_factory.mktemp("demo")
     run = DemoRun(demo_model(), *(folder / name for name in ("sliced", "bits-back", "canonical", "unpacked")))
-    freebits.slice_model(run.dense, run.sliced, sparsity=0.2, calibration=embedded_text()[0], samples=12)
+    freebits.slice_model(run.dense, run.sliced, sparsity=0.2, calibration=embedded_text()[0], samples=16)
     freebits.pack(run.sliced, run.bits_back, codec="bits-back", entropy="none", threshold=0.01)
     freebits.pack(run.sliced, run.canonical, entropy="none")
     freebits.unpack(run.canonical, run.unpacked)

@@ -481,17 +481,17 @@ SLICED_COMMANDS = {
 
 def test_memory_does_not_grow_with_the_number_of_blocks(tmp_path: Path, report: Callable[[str], None]) -> None:
     peaks = []
-    for n_blocks in (2, 12):
+    for n_blocks in (2, 8):
         config = tiny_config(hidden_size=512, intermediate_size=1024, num_hidden_layers=n_blocks, head_dim=64)
         values = config.to_dict() | {"site_sizes": [408] * 2 * n_blocks + [512]}
         values = {key: value for key, value in values.items() if key != "model_type"}
         folders = [tmp_path / f"{name} {n_blocks}" for name in ("sliced", "packed", "unpacked")]
         SlicedLlamaForCausalLM(SlicedLlamaConfig(**values)).half().save_pretrained(folders[0])
         peaks.append(peak_memory(SLICED_COMMANDS.values(), *folders))
-    block = freebits.inspect(folders[0])["bytes"]["sliced"] // 12
+    block = freebits.inspect(folders[0])["bytes"]["sliced"] // 8
     for name, shallow, deep in zip(SLICED_COMMANDS, *peaks, strict=True):
         report(f"{name}: peak memory in blocks of 16-bit values: {shallow / block:.1f}, {deep / block:.1f}")
-        assert deep - shallow < 6 * block  # the model has 10 more blocks; the allocator's overhead varies by a few
+        assert deep - shallow < 4 * block  # the model has 6 more blocks; the allocator's overhead varies by a few
 
 
 DENSE_COMMANDS = {

@@ -41,7 +41,7 @@ def test_slicing_raises_perplexity_by_less_than_half(demo_run: DemoRun, report: 
     [step] = freebits.inspect(demo_run.sliced)["history"]
     measured = step["perplexity"]
     report(f"sliced: perplexity {perplexity:.3f} on held-out topics; {measured} on held-out windows")
-    assert perplexity < 28
+    assert perplexity < 26
     assert 1 < measured["sliced"] / measured["dense"] < 1.5
 
 
@@ -61,7 +61,7 @@ def test_canonical_saves_more_and_is_smaller_than_the_dense_file(demo_run: DemoR
 
 
 def test_the_bits_back_model_predicts_nearly_as_the_sliced_one(demo_run: DemoRun, report: Report) -> None:
-    result = freebits.verify(demo_run.bits_back, against=demo_run.sliced, limit=2)
+    result = freebits.verify(demo_run.bits_back, against=demo_run.sliced, limit=1)
     ratio = result["perplexity"]["packed"] / result["perplexity"]["reference"]
     report(f"bits-back: perplexity ratio {ratio:.5f}, mean KL {result['mean_kl']:.2e} nats per token")
     assert result["ok"]
@@ -70,7 +70,7 @@ def test_the_bits_back_model_predicts_nearly_as_the_sliced_one(demo_run: DemoRun
 
 
 def test_the_canonical_model_predicts_as_the_sliced_one(demo_run: DemoRun, report: Report) -> None:
-    result = freebits.verify(demo_run.canonical, against=demo_run.sliced, limit=2)
+    result = freebits.verify(demo_run.canonical, against=demo_run.sliced, limit=1)
     ratio = result["perplexity"]["packed"] / result["perplexity"]["reference"]
     difference = result["max_abs_logit_diff"]
     report(f"canonical: perplexity ratio {ratio:.5f}, mean KL {result['mean_kl']:.2e}, max |Δlogit| {difference:.3f}")
