@@ -4,7 +4,7 @@
 
 DATA contains `wikitext-2-raw`. SOURCE is the source folder of llama.cpp with `convert_hf_to_gguf.py`; BIN contains
 `llama-quantize` and `llama-imatrix`. Without these two options the rows of llama.cpp are left out. Install
-bitsandbytes, hqq and nncodec for their rows. The weights of every model are converted to float32 and run by
+bitsandbytes and nncodec for their rows. The weights of every model are converted to float32 and run by
 transformers, so the stored weights are compared, not the kernels. Bytes are those of the GGUF file, of the files that
 `save_pretrained` writes, or of NNCodec's bitstreams.
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, HqqConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from benchmarks.off_grid import off_grid
 from benchmarks.quantize import WINDOWS, compare
@@ -39,8 +39,6 @@ LIBRARIES: dict[str, Callable[[], Any]] = {
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
     ),
-    "HQQ, 4 bits in groups of 64": lambda: HqqConfig(nbits=4, group_size=64),
-    "HQQ, 3 bits in groups of 64": lambda: HqqConfig(nbits=3, group_size=64),
 }
 NNCODEC_STEPS = (-26, -24, -22)
 """Quantization parameters of NNCodec. The step doubles every 4."""
