@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import freebits
 from freebits.codecs.integers import Integers, ScaledIntegers
 from freebits.codecs.trellis import transitions
-from freebits.errors import UsageError
+from freebits.errors import CheckpointError, UsageError
 from freebits.integrations.integer_blocks import GROUP, IntegerBlock
 from freebits.integrations.integer_layers import IntegerEmbedding, IntegerLinear, IntegerMatrix
 from freebits.packed.reader import PackedFolder
@@ -167,6 +167,23 @@ def test_a_model_that_stays_packed_runs_in_threads_and_has_no_weights_outside_a_
     assert all(torch.equal(first, other) for other in others)
     with pytest.raises(UsageError, match="keep_integers"):
         _ = packed.lm_head.weight
+
+
+def test_a_model_that_stays_packed_can_be_run_again_after_an_error(
+    quantized: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = freebits.load(quantized, dtype=torch.float32, stay_packed=True)
+    expected = logits(packed)
+
+    def fail(*_: object) -> None:
+        raise CheckpointError("a file cannot be read")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PackedFolder, "integer_chunks", fail)
+        for _ in range(2):
+            with pytest.raises(CheckpointError, match="a file cannot be read"):
+                logits(packed)
+    assert torch.equal(logits(packed), expected)
 
 
 def test_layers_of_integers_accept_what_ordinary_layers_accept(quantized: Path) -> None:

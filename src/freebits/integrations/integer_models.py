@@ -71,13 +71,13 @@ class _Matrices:
 
         def decode(recipe: Recipe) -> list[str]:
             blocks: dict[int, tuple[str, IntegerBlock]] = {}
-            for number, part in enumerate(recipe.makes):
+            for index, part in enumerate(recipe.makes):
                 if part in places:
-                    name, number_in_matrix = places[part]
+                    name, index_in_matrix = places[part]
                     with lock:
                         if name not in matrices:
                             matrices[name] = self.empty(name)
-                    blocks[number] = name, matrices[name].blocks[number_in_matrix]
+                    blocks[index] = name, matrices[name].blocks[index_in_matrix]
             for chunk in self._packed.integer_chunks(recipe, GROUP):
                 block = blocks[chunk.index][1] if chunk.index in blocks else None
                 if block is not None and (any_size or block.fits):
@@ -171,9 +171,10 @@ def _decode_late(
 
     def decode(names: Sequence[str], *_: object) -> None:
         with lock:
-            for name, matrix in matrices.filled([name for name in names if not n_users[name]], any_size=True):
+            unused = [name for name in names if not n_users[name]]
+            n_users.update(names)  # before decoding, because `release` is called even if decoding fails
+            for name, matrix in matrices.filled(unused, any_size=True):
                 placed[name].blocks = matrix.blocks
-            n_users.update(names)
 
     def release(names: Sequence[str], *_: object) -> None:
         with lock:
